@@ -1,0 +1,66 @@
+"""Cross-correlation, Conv2d and the learning of kernels on torch; useful from a notebook, knows no web.
+
+>>> from core import correlate
+>>> correlate([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]]).output
+tensor([[19., 25.],
+        [37., 43.]])
+"""
+
+from core.conv2d import conv2d
+from core.correlate import correlate
+from core.device import available_devices, describe_devices, resolve_device, usable_cores
+from core.engines import ENGINES, Method, Result, choose
+from core.errors import (
+    CoreError,
+    DeviceUnavailable,
+    InvalidArgument,
+    InvalidNumbers,
+    InvalidOption,
+    InvalidShape,
+    MethodUnavailable,
+    TooLarge,
+    UnknownKernel,
+)
+from core.fit import Solver, fit_kernel, fit_kernel_steps
+from core.fit.descent import Loss
+from core.fit.result import FitResult, Status, Step
+from core.kernels import KERNELS, named_kernel
+from core.shapes import Boundary, Dtype, Limits, Mode, Operation, PaddingMode, Problem
+
+__all__ = [
+    "ENGINES",
+    "KERNELS",
+    "Boundary",
+    "CoreError",
+    "DeviceUnavailable",
+    "Dtype",
+    "FitResult",
+    "InvalidArgument",
+    "InvalidNumbers",
+    "InvalidOption",
+    "InvalidShape",
+    "Limits",
+    "Loss",
+    "Method",
+    "MethodUnavailable",
+    "Mode",
+    "Operation",
+    "PaddingMode",
+    "Problem",
+    "Result",
+    "Solver",
+    "Status",
+    "Step",
+    "TooLarge",
+    "UnknownKernel",
+    "available_devices",
+    "choose",
+    "conv2d",
+    "correlate",
+    "describe_devices",
+    "fit_kernel",
+    "fit_kernel_steps",
+    "named_kernel",
+    "resolve_device",
+    "usable_cores",
+]

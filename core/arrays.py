@@ -1,0 +1,56 @@
+"""Array-likes -> tensors of the dtype and device that were asked for."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.errors import InvalidNumbers, InvalidShape
+from core.shapes import Dtype, sized
+
+Numbers: TypeAlias = float | Sequence["Numbers"]
+"""A number, or nested sequences of numbers."""
+
+ArrayLike: TypeAlias = Tensor | NDArray[np.generic] | Numbers
+
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+
+
+def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The value as a tensor, sharing its memory where dtype and device already agree.
+
+    Integers are converted as torch converts them. Raises InvalidNumbers for anything but real numbers and
+    InvalidShape for ragged sequences and for arrays that hold nothing.
+    """
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(_plain_array(field, value))
+    if tensor.is_complex():
+        raise InvalidNumbers(f"{field} has complex numbers: send real ones", field=field, got=str(tensor.dtype))
+    if tensor.numel() == 0:
+        raise InvalidShape(
+            f"{field} is empty: its shape is {sized(tensor.shape)} and every side must be at least 1",
+            field=field,
+            got=sized(tensor.shape),
+            limit="every side at least 1",
+        )
+    return tensor.to(device=device, dtype=dtype)
+
+
+def _plain_array(field: str, value: NDArray[np.generic] | Numbers) -> NDArray[np.generic]:
+    """A numpy array that torch can take: native byte order, positive strides, writable."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InvalidShape(f"{field} is ragged: its rows differ in length", field=field) from error
+    if array.dtype.kind not in "iufc":
+        raise InvalidNumbers(
+            f"{field} has values of type {array.dtype}: only real numbers can be convolved",
+            field=field,
+            got=str(array.dtype),
+            limit="integers and floating-point numbers",
+        )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    # torch shares memory with what it is given and warns that a read-only array could be written through it.
+    return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()

@@ -1,0 +1,72 @@
+"""`auto | cpu | cuda | cuda:1 | mps` -> a torch device, and what can be said about it."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from core.errors import DeviceUnavailable, InvalidOption
+
+CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_devices() -> list[str]:
+    """The devices of this machine by name, the one that `auto` takes first."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, "cpu"]
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The torch device of that name; `auto` is the fastest kind there is.
+
+    Raises DeviceUnavailable, naming the devices that are there.
+    """
+    devices = available_devices()
+    wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
+    if wanted not in devices:
+        raise DeviceUnavailable(
+            f'device "{name}" is not on this machine; it has: {", ".join(devices)} ("auto" takes {devices[0]})',
+            field="device",
+            got=name,
+            limit=", ".join(["auto", *devices]),
+        )
+    return torch.device(wanted)
+
+
+def require_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise InvalidOption where the device cannot compute in that dtype."""
+    if device.type == "mps" and dtype == torch.float64:
+        raise InvalidOption(
+            'device "mps" has no float64: use dtype "float32" or device "cpu"',
+            field="dtype",
+            got="float64",
+            limit="float32",
+        )
+
+
+def describe_devices() -> list[dict[str, object]]:
+    """Name, model and memory in bytes (None where torch cannot tell) of every device."""
+    described: list[dict[str, object]] = []
+    for name in available_devices():
+        if name.startswith("cuda"):
+            properties = torch.cuda.get_device_properties(name)
+            described.append({"device": name, "model": properties.name, "memory_bytes": properties.total_memory})
+        else:
+            described.append({"device": name, "model": None, "memory_bytes": None})
+    return described
+
+
+def usable_cores(cpu_max: Path = CGROUP_CPU_MAX) -> int:
+    """The cores that this process may use: its affinity, further bounded by a container's CPU quota.
+
+    A container started with `--cpus 2` still sees every core of its host; its quota stands in `cpu.max` as
+    "<quota> <period>" in microseconds, or "max <period>" without one (kernel documentation, cgroup v2).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cpu_max.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))

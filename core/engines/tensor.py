@@ -1,0 +1,89 @@
+"""torch's own convolution: any device, any number of channels, and the only engine that autograd can follow.
+
+Fast where channels are many; slow on a single plane, where its float64 path on the CPU unrolls every window into a
+matrix first. That matrix is kept small by working on a few output rows at a time.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from core.borders import pad
+from core.shapes import Problem, Sides, extent
+
+METHOD = "direct"
+
+UNROLLED_BYTES = 32_000_000
+"""The most memory that the unrolled windows of one strip of output rows may take."""
+
+_ieee_arithmetic = threading.Lock()
+
+
+def obstacle(problem: Problem) -> str | None:
+    """There is none: torch convolves every problem."""
+    del problem
+    return None
+
+
+def seconds(problem: Problem) -> float:
+    """A rough prediction: a call, a write for every output value, and arithmetic that many channels speed up."""
+    rows, columns = problem.output_size
+    values = problem.batch * problem.filters * rows * columns
+    rate = 12e9 * min(16, problem.channels // problem.groups) * (1 if problem.dtype == "float32" else 0.1)
+    return 3e-5 + 1e-8 * values + problem.operations / rate
+
+
+def run(problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> (N, O, oh, ow)."""
+    top, bottom, left, right = problem.padding
+    symmetric_zeros = problem.boundary == "zeros" and top == bottom and left == right
+    border = (top, left) if symmetric_zeros else (0, 0)
+    if not symmetric_zeros:
+        images = pad(images, problem.padding, problem.boundary, problem.fill_value)
+    with _float32_is_float32(images):
+        if images.dtype == torch.float64 and images.device.type == "cpu":
+            return _in_strips(problem, images, weight, bias, border)
+        return functional.conv2d(images, weight, bias, problem.stride, border, problem.dilation, problem.groups)
+
+
+def _in_strips(
+    problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None, border: tuple[int, int]
+) -> Tensor:
+    """The same convolution, a strip of output rows at a time, so that the unrolled windows fit into the cache."""
+    rows, columns = problem.output_size
+    taps = problem.channels // problem.groups * problem.kernel_height * problem.kernel_width
+    strip = max(1, UNROLLED_BYTES // (images.element_size() * taps * columns))
+    options = (problem.stride, border, problem.dilation, problem.groups)
+    if strip >= rows:
+        return functional.conv2d(images, weight, bias, *options)
+    if any(border):
+        symmetric: Sides = (border[0], border[0], border[1], border[1])
+        return _in_strips(problem, pad(images, symmetric, "zeros"), weight, bias, (0, 0))
+    step = problem.stride[0]
+    window = extent(problem.kernel_height, problem.dilation[0])
+    return torch.cat(
+        [
+            functional.conv2d(
+                images[:, :, first * step : (min(first + strip, rows) - 1) * step + window], weight, bias, *options
+            )
+            for first in range(0, rows, strip)
+        ],
+        dim=2,
+    )
+
+
+@contextmanager
+def _float32_is_float32(images: Tensor) -> Iterator[None]:
+    """Keep cuDNN from rounding float32 to TF32's 10 bits while the convolution is launched.
+
+    The switch belongs to the process: one launch at a time holds it, and it is put back before the next.
+    """
+    if images.device.type != "cuda" or images.dtype != torch.float32:
+        yield
+        return
+    with _ieee_arithmetic, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield

@@ -1,0 +1,64 @@
+"""What can go wrong, in the words of the domain; no status codes, no web.
+
+CoreError
+├── InvalidArgument (also a ValueError)   cannot be accepted on any machine
+│   ├── InvalidShape                      sizes that do not fit together
+│   ├── InvalidOption                     an option outside its allowed values
+│   ├── InvalidNumbers                    values that are not plain real numbers
+│   └── UnknownKernel                     a kernel name that names nothing
+├── DeviceUnavailable                     a device that this machine does not have
+├── MethodUnavailable                     no engine can do this problem by that method
+└── TooLarge                              above the limits that the caller set
+"""
+
+from typing import Literal
+
+
+class CoreError(Exception):
+    """Something that the caller can understand and change.
+
+    `field` is the argument at fault, `got` what came in it and `limit` what is allowed; each may be None.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, got: object = None, limit: object = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.got = got
+        self.limit = limit
+
+
+class InvalidArgument(CoreError, ValueError):
+    """An argument that cannot be accepted on any machine."""
+
+
+class InvalidShape(InvalidArgument):
+    """Sizes that do not fit together."""
+
+
+class InvalidOption(InvalidArgument):
+    """An option outside its allowed values."""
+
+
+class InvalidNumbers(InvalidArgument):
+    """Values that are not plain real numbers."""
+
+
+class UnknownKernel(InvalidArgument):
+    """A kernel name that names nothing, or arguments that it does not take."""
+
+
+class DeviceUnavailable(CoreError):
+    """A device that this machine does not have."""
+
+
+class MethodUnavailable(CoreError):
+    """No engine can solve this problem by the method asked for."""
+
+
+class TooLarge(CoreError):
+    """An estimate above the limits that the caller set; nothing has been allocated."""
+
+    def __init__(self, message: str, *, quantity: Literal["memory", "compute"], got: str, limit: str) -> None:
+        super().__init__(message, got=got, limit=limit)
+        self.quantity = quantity

@@ -1,0 +1,166 @@
+"""The named kernels: `sobel_x`, `gaussian(2.0)`, `motion(9, 45)`, ...
+
+All are written for cross-correlation: laid on the image as they stand, nothing is flipped. x runs to the right and y
+down, so a derivative in x is positive where the picture gets brighter to the right.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import UnknownKernel
+
+MAX_SIDE = 1023
+"""The largest side of a kernel that a name may ask for; a larger one is sent as an array."""
+
+Kernel = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFamily:
+    """A name with its arguments: `signature` for reading, `example` for trying, `make` for the numbers (h, w)."""
+
+    signature: str
+    example: str
+    description: str
+    make: Callable[..., Kernel]
+    required: int = 0
+    optional: int = 0
+
+
+def named_kernel(text: str) -> Kernel:
+    """The kernel (h, w) of a name such as "sobel_x" or "gaussian(2.0)".
+
+    Raises UnknownKernel with the nearest names, or with the signature where the arguments do not fit it.
+    """
+    call = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text[:200])
+    name = call[1] if call else text[:60]
+    family = KERNELS.get(name)
+    if call is None or family is None:
+        near = difflib.get_close_matches(name, KERNELS, n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(KERNELS[other].example for other in near)}?" if near else ""
+        raise UnknownKernel(
+            f'"{text[:60]}" is not a named kernel{hint}', field="kernel", got=text[:60], limit=", ".join(KERNELS)
+        )
+    try:
+        return family.make(*_arguments(call[2] or "", family))
+    except ValueError as error:
+        raise UnknownKernel(
+            f'"{text[:60]}" does not fit {family.signature} ({error}); for example "{family.example}"',
+            field="kernel",
+            got=text[:60],
+            limit=family.signature,
+        ) from error
+
+
+def _arguments(text: str, family: KernelFamily) -> list[float]:
+    arguments = [float(word) for word in text.split(",")] if text.strip() else []
+    if not family.required <= len(arguments) <= family.required + family.optional:
+        raise ValueError(f"it has {len(arguments)} arguments")
+    return arguments
+
+
+def box(n: float) -> Kernel:
+    """The mean over n x n pixels."""
+    side = _whole("n", n)
+    return np.full((side, side), 1 / side**2)
+
+
+def gaussian(sigma: float, n: float | None = None) -> Kernel:
+    """A Gaussian of standard deviation sigma (pixels), n x n, sum 1; n covers 4 sigma to each side unless given.
+
+    The cut and the normalisation are scipy.ndimage.gaussian_filter's.
+    """
+    line = np.exp(-0.5 * (_offsets(sigma, n) / sigma) ** 2)
+    line /= line.sum()
+    kernel: Kernel = np.outer(line, line)
+    return kernel
+
+
+def log(sigma: float) -> Kernel:
+    """The Laplacian of a Gaussian of standard deviation sigma (pixels), shifted to sum 0.
+
+    (r^2 - 2 sigma^2) / sigma^4 times the sum-1 Gaussian; Marr and Hildreth, "Theory of edge detection", 1980.
+    """
+    x = _offsets(sigma, None)
+    squared_radius = x[:, None] ** 2 + x[None, :] ** 2
+    kernel: Kernel = (squared_radius - 2 * sigma**2) / sigma**4 * gaussian(sigma)
+    kernel -= kernel.mean()
+    return kernel
+
+
+def motion(n: float, angle: float) -> Kernel:
+    """The blur of a camera moved n pixels (odd) at `angle` degrees, counter-clockwise from the x axis; sum 1.
+
+    A pixel weighs 1 minus its distance from the line, as in MATLAB's fspecial("motion").
+    """
+    side = _whole("n", n)
+    if side % 2 == 0:
+        raise ValueError(f"n must be odd, {side} is even")
+    if not math.isfinite(angle):
+        raise ValueError("angle must be finite")
+    # The angle is turned within one half circle, where sine and cosine of the right angles are exact enough.
+    radians = math.radians(angle % 180)
+    reach = side // 2
+    x = np.arange(-reach, reach + 1, dtype=np.float64)
+    along = x[None, :] * math.cos(radians) - x[:, None] * math.sin(radians)
+    across = x[None, :] * math.sin(radians) + x[:, None] * math.cos(radians)
+    beyond = np.maximum(np.abs(along) - reach, 0)
+    weight = np.maximum(1 - np.hypot(across, beyond), 0)
+    weight[weight < 1e-12] = 0
+    kernel: Kernel = weight / weight.sum()
+    return kernel
+
+
+def _offsets(sigma: float, n: float | None) -> Kernel:
+    """The distances from the centre along one side, in pixels."""
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma must be above 0, not {sigma:g}")
+    side = _whole("n", 2 * int(4 * sigma + 0.5) + 1 if n is None else n)
+    return np.arange(side, dtype=np.float64) - (side - 1) / 2
+
+
+def _whole(name: str, value: float) -> int:
+    if value != value // 1 or not 1 <= value <= MAX_SIDE:
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIDE}, not {value:g}")
+    return int(value)
+
+
+def _fixed(name: str, description: str, rows: list[list[float]]) -> KernelFamily:
+    return KernelFamily(name, name, description, lambda: np.array(rows, dtype=np.float64))
+
+
+KERNELS: dict[str, KernelFamily] = {
+    "identity": _fixed("identity", "the image itself", [[1]]),
+    "box": KernelFamily("box(n)", "box(3)", "mean over n x n pixels", box, required=1),
+    "gaussian": KernelFamily(
+        "gaussian(sigma[, n])",
+        "gaussian(1.0)",
+        "Gaussian blur of standard deviation sigma pixels, n x n (4 sigma to each side unless given)",
+        gaussian,
+        required=1,
+        optional=1,
+    ),
+    "sobel_x": _fixed("sobel_x", "derivative in x, smoothed in y", [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]),
+    "sobel_y": _fixed("sobel_y", "derivative in y, smoothed in x", [[-1, -2, -1], [0, 0, 0], [1, 2, 1]]),
+    "prewitt_x": _fixed("prewitt_x", "derivative in x, averaged in y", [[-1, 0, 1], [-1, 0, 1], [-1, 0, 1]]),
+    "prewitt_y": _fixed("prewitt_y", "derivative in y, averaged in x", [[-1, -1, -1], [0, 0, 0], [1, 1, 1]]),
+    "scharr_x": _fixed("scharr_x", "derivative in x, rotation-optimal", [[-3, 0, 3], [-10, 0, 10], [-3, 0, 3]]),
+    "scharr_y": _fixed("scharr_y", "derivative in y, rotation-optimal", [[-3, -10, -3], [0, 0, 0], [3, 10, 3]]),
+    "laplacian": _fixed("laplacian", "sum of second derivatives", [[0, 1, 0], [1, -4, 1], [0, 1, 0]]),
+    "laplacian_diagonal": _fixed(
+        "laplacian_diagonal", "second derivatives, diagonals included", [[1, 1, 1], [1, -8, 1], [1, 1, 1]]
+    ),
+    "log": KernelFamily("log(sigma)", "log(1.0)", "Laplacian of a Gaussian, sum 0", log, required=1),
+    "sharpen": _fixed("sharpen", "the image minus its Laplacian", [[0, -1, 0], [-1, 5, -1], [0, -1, 0]]),
+    "emboss": _fixed("emboss", "relief lit from the lower right", [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]),
+    "edge_x": _fixed("edge_x", "difference of neighbours in x, the lesson's edge kernel", [[-1, 1]]),
+    "motion": KernelFamily(
+        "motion(n, angle)", "motion(9, 45)", "blur along n pixels (odd) at an angle in degrees", motion, required=2
+    ),
+}

@@ -1,0 +1,236 @@
+"""Sizes: modes, paddings, output shapes and the cost of a problem, in plain integers.
+
+Nothing here touches an array, so every question about a problem (does it fit, what comes out, what does it cost)
+is answered before anything is allocated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+from core.errors import InvalidOption, InvalidShape, TooLarge
+
+Dtype = Literal["float32", "float64"]
+Mode = Literal["valid", "same", "full"]
+Boundary = Literal["zeros", "constant", "replicate", "reflect", "symmetric", "circular"]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Operation = Literal["correlate", "convolve"]
+
+Pair = tuple[int, int]
+"""Rows, columns."""
+
+Sides = tuple[int, int, int, int]
+"""Top, bottom, left, right."""
+
+Name = TypeVar("Name", bound=str)
+
+MAX_STEP = 2**31 - 1
+"""The largest stride, dilation or padding: what torch's own operators can hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A bank of kernels slid over a batch of images, described without its numbers.
+
+    input (batch, channels, height, width), weight (filters, channels / groups, kernel_height, kernel_width),
+    output (batch, filters, *output_size). The sizes are known to fit together: whoever makes a Problem has checked.
+    """
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    kernel_height: int
+    kernel_width: int
+    groups: int = 1
+    stride: Pair = (1, 1)
+    dilation: Pair = (1, 1)
+    padding: Sides = (0, 0, 0, 0)
+    boundary: Boundary = "zeros"
+    fill_value: float = 0.0
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+
+    @property
+    def padded_size(self) -> Pair:
+        """Rows and columns of one image with its border."""
+        top, bottom, left, right = self.padding
+        return self.height + top + bottom, self.width + left + right
+
+    @property
+    def output_size(self) -> Pair:
+        """Rows and columns of one output plane."""
+        kernel = self.kernel_height, self.kernel_width
+        rows, columns = (
+            (padded - extent(size, dilation)) // stride + 1
+            for padded, size, dilation, stride in zip(self.padded_size, kernel, self.dilation, self.stride, strict=True)
+        )
+        return rows, columns
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the direct sum."""
+        rows, columns = self.output_size
+        taps = self.channels // self.groups * self.kernel_height * self.kernel_width
+        return 2 * self.batch * self.filters * rows * columns * taps
+
+    @property
+    def bytes(self) -> int:
+        """Memory for the input, the input with its border, the weight and the output."""
+        rows, columns = self.output_size
+        padded_rows, padded_columns = self.padded_size
+        images = self.batch * self.channels
+        bordered = images * padded_rows * padded_columns if any(self.padding) else 0
+        weight = self.filters * self.channels // self.groups * self.kernel_height * self.kernel_width
+        output = self.batch * self.filters * rows * columns
+        itemsize = 4 if self.dtype == "float32" else 8
+        return itemsize * (images * self.height * self.width + bordered + weight + output)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one call may cost: memory in megabytes (10^6 bytes), arithmetic in Gflop (10^9 operations)."""
+
+    megabytes: float
+    gflop: float
+
+    def check(self, *problems: Problem, passes: int = 1) -> None:
+        """Raise TooLarge where the estimate for `passes` runs of all the problems is above a limit."""
+        megabytes = sum(problem.bytes for problem in problems) / 1e6
+        if megabytes > self.megabytes:
+            raise TooLarge(
+                f"this needs about {megabytes:,.0f} MB of memory; at most {self.megabytes:,.0f} MB are allowed",
+                quantity="memory",
+                got=f"{megabytes:,.0f} MB",
+                limit=f"{self.megabytes:,.0f} MB",
+            )
+        gflop = passes * sum(problem.operations for problem in problems) / 1e9
+        if gflop > self.gflop:
+            raise TooLarge(
+                f"this needs about {gflop:,.0f} Gflop; at most {self.gflop:,.0f} Gflop are allowed",
+                quantity="compute",
+                got=f"{gflop:,.0f} Gflop",
+                limit=f"{self.gflop:,.0f} Gflop",
+            )
+
+
+def extent(size: int, dilation: int) -> int:
+    """How many pixels `size` taps span when they lie `dilation` apart."""
+    return dilation * (size - 1) + 1
+
+
+def mode_padding(mode: Mode, kernel_size: Pair) -> Sides:
+    """The border that a mode stands for: none, (size - 1) split with the odd pixel last, or size - 1 on every side."""
+    h, w = kernel_size
+    if mode == "valid":
+        return 0, 0, 0, 0
+    if mode == "same":
+        return (h - 1) // 2, h // 2, (w - 1) // 2, w // 2
+    return h - 1, h - 1, w - 1, w - 1
+
+
+def same_padding(size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair) -> Sides:
+    """TensorFlow's "same": ceil(size / stride) outputs along each side, the odd pixel of border last.
+
+    With stride 1 this is torch's rule. https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
+    """
+    sides: list[int] = []
+    for pixels, taps, step, apart in zip(size, kernel_size, stride, dilation, strict=True):
+        outputs = -(-pixels // step)
+        total = max((outputs - 1) * step + extent(taps, apart) - pixels, 0)
+        sides += [total // 2, total - total // 2]
+    top, bottom, left, right = sides
+    return top, bottom, left, right
+
+
+def conv2d_padding(
+    padding: int | Sequence[int] | str, size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair
+) -> Sides:
+    """Conv2d's `padding` as four sides: an integer, rows and columns, four sides, "valid" or "same"."""
+    match padding:
+        case "valid":
+            return 0, 0, 0, 0
+        case "same":
+            return same_padding(size, kernel_size, stride, dilation)
+        case int():
+            sides = [padding] * 4
+        case [rows, columns]:
+            sides = [rows, rows, columns, columns]
+        case [top, bottom, left, right]:
+            sides = [top, bottom, left, right]
+        case _:
+            sides = []
+    if not sides or not all(is_integer(side) and 0 <= side <= MAX_STEP for side in sides):
+        raise InvalidOption(
+            f"padding {padding!r} is none of: an integer, [rows, columns], [top, bottom, left, right] "
+            f'(each 0 to {MAX_STEP}), "valid", "same"',
+            field="padding",
+            got=padding,
+            limit=f"0 to {MAX_STEP}",
+        )
+    top, bottom, left, right = sides
+    return top, bottom, left, right
+
+
+def positive_pair(field: str, value: int | Sequence[int]) -> Pair:
+    """An option that is one positive integer for both directions, or one each for rows and columns."""
+    pair = [value, value] if isinstance(value, int) else value
+    if (
+        not isinstance(pair, Sequence)
+        or len(pair) != 2
+        or not all(is_integer(number) and 1 <= number <= MAX_STEP for number in pair)
+    ):
+        raise InvalidOption(
+            f"{field} {value!r} is neither an integer nor [rows, columns], each 1 to {MAX_STEP}",
+            field=field,
+            got=value,
+            limit=f"1 to {MAX_STEP}",
+        )
+    return pair[0], pair[1]
+
+
+def positive(field: str, value: int, limit: int = MAX_STEP) -> int:
+    """An option that is one positive integer."""
+    if not is_integer(value) or not 1 <= value <= limit:
+        raise InvalidOption(
+            f"{field} {value!r} is not an integer from 1 to {limit}", field=field, got=value, limit=f"1 to {limit}"
+        )
+    return value
+
+
+def is_integer(value: object) -> bool:
+    """True for integers; False for booleans, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def one_of(field: str, value: Name, allowed: object) -> Name:
+    """The value, if the Literal type `allowed` has it."""
+    names = get_args(allowed)
+    if value not in names:
+        raise InvalidOption(
+            f'{field} "{value}" is not one of: {", ".join(names)}', field=field, got=value, limit=", ".join(names)
+        )
+    return value
+
+
+def sized(shape: Sequence[int]) -> str:
+    """A shape as messages write it: `(3, 3)`."""
+    return f"({', '.join(map(str, shape))})"
+
+
+def require_spread(field: str, kernel_size: Pair, dilation: Pair, input_size: Pair, padding: Sides) -> None:
+    """Raise InvalidShape unless the dilated kernel fits into the padded input."""
+    top, bottom, left, right = padding
+    padded = input_size[0] + top + bottom, input_size[1] + left + right
+    spread = extent(kernel_size[0], dilation[0]), extent(kernel_size[1], dilation[1])
+    if spread[0] <= padded[0] and spread[1] <= padded[1]:
+        return
+    dilated = f" with dilation {sized(dilation)} spans {sized(spread)} and" if spread != kernel_size else ""
+    bordered = f"padded input {sized(padded)}" if any(padding) else f"input {sized(padded)}"
+    raise InvalidShape(
+        f'{field} {sized(kernel_size)}{dilated} is larger than the {bordered}; padding "same" always fits',
+        field=field,
+        got=sized(spread),
+        limit=sized(padded),
+    )

@@ -1,0 +1,24 @@
+import os
+
+import numpy as np
+import pytest
+import structlog
+from hypothesis import HealthCheck, settings
+
+# Shapes are drawn by the thousand by hand (`HYPOTHESIS_PROFILE=thorough make test`), by the hundred otherwise.
+settings.register_profile("quick", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# The settings of whoever runs the tests are not those that the tests are about.
+for variable in [name for name in os.environ if name.startswith("CORR2D_")]:
+    del os.environ[variable]
+
+
+# What the application logs is looked at by the tests that are about it.
+structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20261123)

@@ -1,0 +1,218 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import core
+from core import conv2d
+from core.engines import tensor
+from tests import reference
+
+PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
+ONE_OR_TWO = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes of a Conv2d layer and its input, kernels larger than the image and every grouping among them."""
+    groups = draw(st.integers(1, 3))
+    return {
+        "images": (
+            draw(st.integers(1, 3)),
+            groups * draw(st.integers(1, 2)),
+            *draw(st.tuples(*[st.integers(1, 8)] * 2)),
+        ),
+        "filters": groups * draw(st.integers(1, 2)),
+        "kernel": draw(st.tuples(*[st.integers(1, 4)] * 2)),
+        "stride": draw(ONE_OR_TWO),
+        "dilation": draw(ONE_OR_TWO),
+        "padding": draw(st.tuples(*[st.integers(0, 4)] * 2)),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+
+
+def tensors(layer: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(layer["seed"])
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    filters = layer["filters"]
+    weight = draw(filters, layer["images"][1] // layer["groups"], *layer["kernel"])
+    return draw(*layer["images"]), weight, draw(filters) if layer["bias"] else None
+
+
+def spans(layer: dict[str, Any]) -> list[int]:
+    return [apart * (taps - 1) + 1 for taps, apart in zip(layer["kernel"], layer["dilation"], strict=True)]
+
+
+@given(layer=layers(), mode=st.sampled_from(PADDING_MODES), dtype=st.sampled_from(["float32", "float64"]))
+def test_conv2d_is_torchs(layer: dict[str, Any], mode: core.PaddingMode, dtype: core.Dtype) -> None:
+    rows, columns = layer["padding"]
+    height, width = layer["images"][2:]
+    assume(spans(layer)[0] <= height + 2 * rows)
+    assume(spans(layer)[1] <= width + 2 * columns)
+    # torch refuses borders that its own padding cannot make in one reflection or one turn.
+    assume(mode not in ("reflect", "circular") or (rows < height and columns < width))
+    images, weight, bias = tensors(layer)
+    options = layer["stride"], 0, layer["dilation"], layer["groups"]
+    torch_mode = "constant" if mode == "zeros" else mode
+    bordered = functional.pad(images, (columns, columns, rows, rows), torch_mode)
+    expected = functional.conv2d(bordered, weight, bias, *options)
+    output = conv2d(
+        images,
+        weight,
+        bias,
+        stride=layer["stride"],
+        padding=layer["padding"],
+        dilation=layer["dilation"],
+        groups=layer["groups"],
+        padding_mode=mode,
+        dtype=dtype,
+    ).output
+    assert output.dtype == getattr(torch, dtype)
+    tolerance = 1e-12 if dtype == "float64" else 1e-4
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@given(
+    layer=layers(),
+    mode=st.sampled_from(PADDING_MODES),
+    sides=st.tuples(*[st.integers(0, 9)] * 4),
+)
+def test_four_sides_of_any_width_give_the_naive_loops_answer(
+    layer: dict[str, Any], mode: core.PaddingMode, sides: tuple[int, int, int, int]
+) -> None:
+    top, bottom, left, right = sides
+    height, width = layer["images"][2:]
+    assume(spans(layer)[0] <= height + top + bottom)
+    assume(spans(layer)[1] <= width + left + right)
+    images, weight, bias = tensors(layer)
+    options = {"stride": layer["stride"], "dilation": layer["dilation"], "groups": layer["groups"]}
+    output = conv2d(images, weight, bias, padding=sides, padding_mode=mode, dtype="float64", **options).output
+    offsets = np.zeros(layer["filters"]) if bias is None else bias.numpy()
+    expected = reference.conv2d(images.numpy(), weight.numpy(), offsets, padding=sides, boundary=mode, **options)
+    np.testing.assert_allclose(output, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's own, about its own copy
+@pytest.mark.parametrize("mode", PADDING_MODES)
+@given(layer=layers())
+def test_same_padding_gives_one_output_a_stride(mode: core.PaddingMode, layer: dict[str, Any]) -> None:
+    images, weight, bias = tensors(layer)
+    options = {"stride": layer["stride"], "dilation": layer["dilation"], "groups": layer["groups"]}
+    output = conv2d(images, weight, bias, padding="same", padding_mode=mode, dtype="float64", **options).output
+    height, width = layer["images"][2:]
+    assert output.shape[2:] == (-(-height // layer["stride"][0]), -(-width // layer["stride"][1]))
+    if layer["stride"] == (1, 1) and mode == "zeros":
+        expected = functional.conv2d(images, weight, bias, padding="same", **options)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_strided_same_padding_is_tensorflows() -> None:
+    # tf.nn.conv2d of 1..7 by [1, 1, 1] at stride 2 pads one zero on each side; of 1..6 only one at the end.
+    row = np.arange(1.0, 8.0)[None]
+    assert conv2d(row, [[1, 1, 1]], stride=[1, 2], padding="same").output.tolist() == [[3, 9, 15, 13]]
+    assert conv2d(row[:, :6], [[1, 1, 1]], stride=[1, 2], padding="same").output.tolist() == [[6, 12, 11]]
+
+
+def test_the_lessons_layer() -> None:
+    images = torch.ones(1, 1, 6, 8)
+    images[..., 2:6] = 0
+    output = conv2d(images, torch.tensor([[[[-1.0, 1.0]]]])).output
+    assert output.tolist() == [[[[0, -1, 0, 0, 0, 1, 0]] * 6]]
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "weight_shape", "output_shape"),
+    [
+        ((5, 6), (2, 3), (4, 4)),
+        ((5, 6), (1, 1, 2, 3), (4, 4)),
+        ((5, 6), (7, 1, 2, 3), (7, 4, 4)),
+        ((1, 5, 6), (2, 3), (1, 4, 4)),
+        ((2, 5, 6), (7, 2, 2, 3), (7, 4, 4)),
+        ((3, 1, 5, 6), (2, 3), (3, 1, 4, 4)),
+        ((3, 2, 5, 6), (7, 2, 2, 3), (3, 7, 4, 4)),
+    ],
+)
+def test_the_output_has_the_inputs_rank(
+    input_shape: tuple[int, ...], weight_shape: tuple[int, ...], output_shape: tuple[int, ...]
+) -> None:
+    assert conv2d(np.ones(input_shape), np.ones(weight_shape)).output.shape == output_shape
+
+
+@pytest.mark.parametrize("padding", [0, 2, "same", (3, 0, 1, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_working_in_strips_changes_nothing(
+    padding: Any, stride: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    images, weight, bias = rng.normal(size=(2, 3, 23, 17)), rng.normal(size=(4, 3, 5, 3)), rng.normal(size=4)
+    whole = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
+    monkeypatch.setattr(tensor, "UNROLLED_BYTES", 3000)
+    strips = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
+    torch.testing.assert_close(strips, whole, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("option", ["stride", "dilation"])
+def test_the_largest_steps_are_taken(option: str) -> None:
+    options: dict[str, Any] = {option: 2**31 - 1}
+    assert conv2d([[5]], [[2]], padding=0, **options).output.tolist() == [[10]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weight": np.ones((5, 5))}, core.InvalidShape, "weight (5, 5) is larger than the input (3, 4)"),
+        (
+            {"weight": np.ones((2, 2)), "dilation": 3, "padding": (0, 0)},
+            core.InvalidShape,
+            "weight (2, 2) with dilation (3, 3) spans (4, 4) and is larger than the input (3, 4)",
+        ),
+        (
+            {"weight": np.ones((9, 9)), "padding": 1},
+            core.InvalidShape,
+            "weight (9, 9) is larger than the padded input (5, 6)",
+        ),
+        ({"input": np.ones((1, 1, 1, 3, 4))}, core.InvalidShape, "input has shape (1, 1, 1, 3, 4): it needs (H, W)"),
+        ({"weight": np.ones((1, 2, 2))}, core.InvalidShape, "weight has shape (1, 2, 2): it needs (O, C/groups, h, w)"),
+        (
+            {"input": np.ones((3, 3, 4))},
+            core.InvalidShape,
+            "weight (1, 1, 1, 1) reads 1 channels in 1 group, the input has 3: (1, 3, 1, 1) would fit",
+        ),
+        (
+            {"input": np.ones((3, 3, 4)), "weight": np.ones((4, 1, 1, 1)), "groups": 2},
+            core.InvalidShape,
+            "groups 2 must divide both the channels of the input (3) and the filters (4)",
+        ),
+        ({"bias": [1.0, 2.0]}, core.InvalidShape, "bias has shape (2): 1 filter need"),
+        *[
+            ({option: value}, core.InvalidOption, f"{option} {value!r} is neither an integer nor [rows, columns]")
+            for option in ("stride", "dilation")
+            for value in (0, -1, 2**31, [1], [1, 2, 3], [1, 0], True, 1.5, "2", None)
+        ],
+        *[
+            ({"padding": value}, core.InvalidOption, f"padding {value!r} is none of")
+            for value in (-1, 2**31, [1], [1, 2, 3], [1, -1], True, 1.5, "full", None)
+        ],
+        *[({"groups": value}, core.InvalidOption, f"groups {value!r} is not an integer") for value in (0, -1, True)],
+        ({"padding_mode": "symmetric"}, core.InvalidOption, 'padding_mode "symmetric" is not one of'),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_a_reason(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        conv2d(**{"input": np.ones((3, 4)), "weight": [[1]], **arguments})
+    assert message in str(caught.value)
+
+
+def test_a_border_of_a_billion_pixels_is_refused_on_its_estimate() -> None:
+    with pytest.raises(core.TooLarge, match="MB of memory"):
+        conv2d([[1]], [[1]], padding=10**9, limits=core.Limits(megabytes=2000, gflop=2000))

@@ -1,0 +1,266 @@
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.signal
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import core
+from core import Boundary, Mode, correlate
+from tests import reference
+
+CAMERA = Path(__file__).parents[2] / "docs" / "images" / "camera.png"
+
+KERNEL_SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 3), (3, 5), (1, 7)]
+MODES_AND_BOUNDARIES = [("valid", "zeros")] + [
+    (mode, boundary) for mode in ("same", "full") for boundary in get_args(Boundary)
+]
+METHODS = ["auto", *sorted({engine.METHOD for engine in core.ENGINES.values()})]
+
+
+def lesson_image() -> torch.Tensor:
+    image = torch.ones(6, 8)
+    image[:, 2:6] = 0
+    return image
+
+
+def test_the_lessons_first_example() -> None:
+    result = correlate([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]])
+    assert result.output.tolist() == [[19, 25], [37, 43]]
+    assert result.output.dtype == torch.float32
+
+
+def test_the_lessons_edge_kernel_finds_vertical_edges_only() -> None:
+    edges = correlate(lesson_image(), [[-1, 1]]).output
+    assert edges.tolist() == [[0, -1, 0, 0, 0, 1, 0]] * 6
+    assert correlate(lesson_image().T, [[-1, 1]]).output.abs().max() == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
+@pytest.mark.parametrize(("mode", "boundary"), MODES_AND_BOUNDARIES)
+def test_every_mode_and_boundary_gives_the_naive_loops_answer(
+    mode: Mode, boundary: Boundary, kernel_size: tuple[int, int], method: core.Method, rng: np.random.Generator
+) -> None:
+    image, kernel = rng.normal(size=(6, 8)), rng.normal(size=kernel_size)
+    fill = 1.5 if boundary == "constant" else 0.0
+    output = correlate(
+        image, kernel, mode=mode, boundary=boundary, fill_value=fill, method=method, dtype="float64"
+    ).output
+    np.testing.assert_allclose(output, reference.correlate(image, kernel, mode, boundary, fill), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1), (2, 3)])
+@pytest.mark.parametrize("kernel_size", [(1, 1), (5, 5), (8, 2), (7, 6)])
+@pytest.mark.parametrize("boundary", get_args(Boundary))
+@pytest.mark.parametrize("mode", ["same", "full"])
+def test_kernels_larger_than_the_image_and_one_pixel_images(
+    mode: Mode, boundary: Boundary, size: tuple[int, int], kernel_size: tuple[int, int], rng: np.random.Generator
+) -> None:
+    image, kernel = rng.normal(size=size), rng.normal(size=kernel_size)
+    fill = -2.0 if boundary == "constant" else 0.0
+    output = correlate(image, kernel, mode=mode, boundary=boundary, fill_value=fill, dtype="float64").output
+    np.testing.assert_allclose(output, reference.correlate(image, kernel, mode, boundary, fill), rtol=1e-12, atol=1e-12)
+
+
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=3),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    kernel_size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    mode_and_boundary=st.sampled_from(MODES_AND_BOUNDARIES),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_plane_of_a_batch_is_correlated_alike(
+    batch: list[int],
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    mode_and_boundary: tuple[Mode, Boundary],
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    mode, boundary = mode_and_boundary
+    if mode == "valid":
+        size = max(size[0], kernel_size[0]), max(size[1], kernel_size[1])
+    images, kernel = rng.normal(size=(*batch, *size)), rng.normal(size=kernel_size)
+    output = correlate(images, kernel, mode=mode, boundary=boundary, dtype="float64").output
+    assert output.shape[:-2] == tuple(batch)
+    for plane in np.ndindex(*batch):
+        expected = reference.correlate(images[plane], kernel, mode, boundary)
+        np.testing.assert_allclose(output[plane], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_convolve_flips_the_kernel(mode: Mode, rng: np.random.Generator) -> None:
+    image, kernel = rng.normal(size=(9, 7)), rng.normal(size=(3, 5))
+    output = correlate(image, kernel, mode=mode, operation="convolve", dtype="float64").output
+    np.testing.assert_allclose(output, scipy.signal.convolve2d(image, kernel, mode), rtol=1e-12, atol=1e-12)
+
+
+def direct_float32(image: reference.Floats, kernel: reference.Floats) -> reference.Floats:
+    """A plain sum over the taps, every step rounded to float32."""
+    h, w = kernel.shape
+    rows, columns = image.shape[0] - h + 1, image.shape[1] - w + 1
+    total = np.zeros((rows, columns), np.float32)
+    for a in range(h):
+        for b in range(w):
+            window = image[a : a + rows, b : b + columns].astype(np.float32)
+            total += window * np.float32(kernel[a, b])
+    return total.astype(np.float64)
+
+
+def random_image(rng: np.random.Generator) -> reference.Floats:
+    return rng.normal(size=(64, 80))
+
+
+def sixteen_bit_image(rng: np.random.Generator) -> reference.Floats:
+    return np.floor(rng.uniform(0, 65536, size=(64, 80)))
+
+
+def flat_with_a_step(rng: np.random.Generator) -> reference.Floats:
+    del rng
+    image = np.full((64, 80), 60000.0)
+    image[:, 40:] += 1
+    return image
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("image_of", [random_image, sixteen_bit_image, flat_with_a_step])
+@pytest.mark.parametrize("kernel_name", ["sobel_x", "box(5)", "log(1.5)", "motion(9, 30)", "random"])
+def test_float32_is_as_precise_as_a_direct_sum(
+    image_of: Callable[[np.random.Generator], reference.Floats],
+    kernel_name: str,
+    method: core.Method,
+    rng: np.random.Generator,
+) -> None:
+    image = image_of(rng).astype(np.float32).astype(np.float64)
+    kernel = rng.normal(size=(15, 15)) if kernel_name == "random" else core.named_kernel(kernel_name)
+    kernel = kernel.astype(np.float32).astype(np.float64)
+    exact = scipy.signal.correlate2d(image, kernel, "valid")
+    error = np.abs(correlate(image, kernel, method=method).output.numpy() - exact).max()
+    allowed = 2 * np.abs(direct_float32(image, kernel) - exact).max() + 1e-6 * np.abs(exact).max()
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_output_is_not_finite_exactly_where_the_direct_sum_is_not(
+    value: float, dtype: core.Dtype, method: core.Method, rng: np.random.Generator
+) -> None:
+    image, kernel = rng.normal(size=(9, 9)), np.array([[0.0, 1.0, 0.0], [2.0, 0.0, 3.0], [0.0, -1.0, 0.0]])
+    image[4, 4] = value
+    output = correlate(image, kernel, mode="same", method=method, dtype=dtype).output.numpy()
+    with np.errstate(invalid="ignore"):
+        expected = reference.correlate(image, kernel, "same")
+    np.testing.assert_array_equal(np.isfinite(output), np.isfinite(expected))
+
+
+def test_integers_are_converted_as_torch_converts_them() -> None:
+    image = np.array([[2**24 + 1, 2**53 + 1], [-(2**63), 2**63 - 1]])
+    identity = correlate(image, [[1]]).output
+    assert torch.equal(identity, torch.from_numpy(image).to(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", ">f4", ">i2", "float16", "<f8"])
+def test_every_plain_dtype_and_byte_order_is_taken(dtype: str) -> None:
+    image = np.arange(12).reshape(3, 4).astype(dtype)
+    assert correlate(image, "box(1)", dtype="float64").output.tolist() == np.arange(12.0).reshape(3, 4).tolist()
+
+
+def test_views_with_negative_strides_and_read_only_arrays_are_taken() -> None:
+    image = np.arange(12.0).reshape(3, 4)
+    image.flags.writeable = False
+    assert correlate(image[::-1, ::-1], "identity").output.tolist() == image[::-1, ::-1].tolist()
+
+
+def test_the_input_is_left_alone() -> None:
+    image = torch.arange(12.0).reshape(3, 4)
+    output = correlate(image, "identity").output
+    output += 1
+    assert image.tolist() == torch.arange(12.0).reshape(3, 4).tolist()
+
+
+def test_sobel_edges_of_a_real_picture_are_scipys() -> None:
+    picture = np.asarray(Image.open(CAMERA)).astype(np.float64)
+    edges = correlate(picture, "sobel_x", mode="same", boundary="symmetric", dtype="float64").output.numpy()
+    assert np.abs(edges - scipy.ndimage.sobel(picture, axis=1, mode="reflect")).max() <= 1e-3 * 255
+
+
+def test_threads_share_the_engines(rng: np.random.Generator) -> None:
+    images = rng.normal(size=(32, 24, 24))
+    kernel = rng.normal(size=(5, 5))
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(lambda image: correlate(image, kernel, dtype="float64").output, images))
+    for image, output in zip(images, outputs, strict=True):
+        np.testing.assert_allclose(output, scipy.signal.correlate2d(image, kernel, "valid"), rtol=1e-11, atol=1e-11)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(rng: np.random.Generator) -> None:
+    image, kernel = rng.normal(size=(200, 200)), rng.normal(size=(7, 7))
+    threads = torch.get_num_threads()
+    try:
+        outputs = []
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            outputs.append(correlate(image, kernel).output)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"input": np.ones((3, 3)), "kernel": np.ones((5, 5))},
+            core.InvalidShape,
+            'kernel (5, 5) is larger than input (3, 3): mode "valid" needs it to fit; "same" and "full" do not',
+        ),
+        ({"input": [1, 2, 3], "kernel": [[1]]}, core.InvalidShape, "input has 1 dimension, (3): it needs at least two"),
+        ({"input": [[1]], "kernel": [1]}, core.InvalidShape, "kernel has shape (1): it needs two dimensions"),
+        ({"input": [[1]], "kernel": np.ones((1, 1, 1))}, core.InvalidShape, "kernel has shape (1, 1, 1)"),
+        ({"input": np.ones((0, 3)), "kernel": [[1]]}, core.InvalidShape, "input is empty: its shape is (0, 3)"),
+        ({"input": [[1]], "kernel": np.ones((0, 0))}, core.InvalidShape, "kernel is empty"),
+        ({"input": [[1, 2], [3]], "kernel": [[1]]}, core.InvalidShape, "input is ragged"),
+        ({"input": [["1"]], "kernel": [[1]]}, core.InvalidNumbers, "input has values of type"),
+        ({"input": np.ones((1, 1), complex), "kernel": [[1]]}, core.InvalidNumbers, "complex"),
+        ({"input": np.ones((1, 1), bool), "kernel": [[1]]}, core.InvalidNumbers, "type bool"),
+        ({"input": [[1]], "kernel": "sobelx"}, core.UnknownKernel, "did you mean sobel_x"),
+        ({"input": [[1]], "kernel": [[1]], "mode": "sane"}, core.InvalidOption, 'mode "sane" is not one of'),
+        ({"input": [[1]], "kernel": [[1]], "boundary": "wrap"}, core.InvalidOption, 'boundary "wrap" is not one of'),
+        ({"input": [[1]], "kernel": [[1]], "operation": "x"}, core.InvalidOption, 'operation "x" is not one of'),
+        ({"input": [[1]], "kernel": [[1]], "dtype": "float16"}, core.InvalidOption, 'dtype "float16" is not one of'),
+        ({"input": [[1]], "kernel": [[1]], "method": "magic"}, core.InvalidOption, 'method "magic" is not one of'),
+        ({"input": [[1]], "kernel": [[1]], "boundary": "reflect"}, core.InvalidOption, 'no effect in mode "valid"'),
+        (
+            {"input": [[1]], "kernel": [[1]], "mode": "same", "boundary": "reflect", "fill_value": 2.0},
+            core.InvalidOption,
+            'fill_value 2 has no effect with boundary "reflect"',
+        ),
+        ({"input": [[1]], "kernel": [[1]], "device": "cuda:99"}, core.DeviceUnavailable, "it has: "),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_a_reason(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        correlate(**arguments)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_a_problem_over_the_limits_is_refused_before_anything_is_allocated() -> None:
+    limits = core.Limits(megabytes=1, gflop=0.001)
+    with pytest.raises(core.TooLarge, match="MB of memory; at most 1 MB") as caught:
+        correlate(np.ones((400, 400)), "box(3)", limits=limits)
+    assert caught.value.quantity == "memory"
+    with pytest.raises(core.TooLarge, match="Gflop") as caught:
+        correlate(np.ones((200, 200)), "box(15)", limits=limits)
+    assert caught.value.quantity == "compute"
+    assert correlate(np.ones((100, 100)), "box(3)", limits=limits).output.shape == (98, 98)

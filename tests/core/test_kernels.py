@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import scipy.ndimage
+
+import core
+from core import KERNELS, named_kernel
+
+IMPULSE = np.zeros((41, 41))
+IMPULSE[20, 20] = 1
+
+SUMS = {"identity": 1, "box": 1, "gaussian": 1, "sharpen": 1, "emboss": 1, "motion": 1}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_keeps_brightness_or_answers_nothing_on_a_flat_image(name: str) -> None:
+    assert named_kernel(KERNELS[name].example).sum() == pytest.approx(SUMS.get(name, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_example_is_the_family_it_stands_for(name: str) -> None:
+    assert KERNELS[name].example.startswith(name)
+    assert KERNELS[name].signature.startswith(name)
+    assert named_kernel(f"  {KERNELS[name].example} ").ndim == 2
+
+
+@pytest.mark.parametrize(("name", "axis"), [("x", 1), ("y", 0)])
+def test_derivatives_are_scipys(name: str, axis: int) -> None:
+    for family, filtered in (("sobel", scipy.ndimage.sobel), ("prewitt", scipy.ndimage.prewitt)):
+        kernel = named_kernel(f"{family}_{name}")
+        np.testing.assert_array_equal(scipy.ndimage.correlate(IMPULSE, kernel), filtered(IMPULSE, axis))
+
+
+def test_a_derivative_is_positive_where_the_picture_gets_brighter() -> None:
+    ramp = np.tile(np.arange(9.0), (9, 1))
+    for name in ("sobel", "prewitt", "scharr"):
+        assert (core.correlate(ramp, f"{name}_x").output > 0).all()
+        assert (core.correlate(ramp, f"{name}_y").output == 0).all()
+        assert (core.correlate(ramp.T, f"{name}_y").output > 0).all()
+    assert (core.correlate(ramp, "edge_x").output == 1).all()
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1, 2.0, 3.3])
+def test_gaussian_is_scipys(sigma: float) -> None:
+    expected = scipy.ndimage.gaussian_filter(IMPULSE, sigma)
+    np.testing.assert_allclose(
+        scipy.ndimage.correlate(IMPULSE, named_kernel(f"gaussian({sigma})")), expected, atol=1e-16
+    )
+
+
+def test_gaussian_takes_its_size() -> None:
+    assert named_kernel("gaussian(1.5, 4)").shape == (4, 4)
+    np.testing.assert_allclose(named_kernel("gaussian(1, 2)"), 0.25)
+
+
+def test_laplacian_is_scipys() -> None:
+    kernel = named_kernel("laplacian")
+    np.testing.assert_array_equal(scipy.ndimage.correlate(IMPULSE, kernel), scipy.ndimage.laplace(IMPULSE))
+
+
+def test_log_is_near_scipys_and_nothing_on_a_flat_image() -> None:
+    kernel = named_kernel("log(2)")
+    expected = scipy.ndimage.gaussian_laplace(IMPULSE, 2)[12:29, 12:29]
+    assert np.abs(kernel - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_motion_is_a_line_of_its_length_and_angle() -> None:
+    np.testing.assert_allclose(named_kernel("motion(5, 0)"), np.outer([0, 0, 1, 0, 0], [0.2] * 5))
+    np.testing.assert_allclose(named_kernel("motion(5, 90)"), named_kernel("motion(5, 0)").T)
+    np.testing.assert_allclose(named_kernel("motion(9, 45)"), named_kernel("motion(9, 135)")[:, ::-1], atol=1e-12)
+    np.testing.assert_allclose(named_kernel("motion(9, 225)"), named_kernel("motion(9, 45)"), atol=1e-12)
+    # Counter-clockwise: at 45 degrees the line rises to the right, and rows are counted downwards.
+    assert named_kernel("motion(5, 45)")[1, 3] > 0 == named_kernel("motion(5, 45)")[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sobelx", "did you mean sobel_x or sobel_y?"),
+        ("", "is not a named kernel"),
+        ("😀" * 1000, "is not a named kernel"),
+        ("box", "does not fit box(n) (it has 0 arguments)"),
+        ("box(0)", "n must be a whole number from 1 to 1023"),
+        ("box(2.5)", "n must be a whole number"),
+        ("box(1e9)", "n must be a whole number"),
+        ("box(inf)", "n must be a whole number"),
+        ("box(nan)", "n must be a whole number"),
+        ("gaussian(0)", "sigma must be above 0"),
+        ("gaussian(-1)", "sigma must be above 0"),
+        ("gaussian(nan)", "sigma must be above 0"),
+        ("gaussian(1e300)", "n must be a whole number"),
+        ("gaussian(1, 2, 3)", "it has 3 arguments"),
+        ("gaussian(one)", "could not convert"),
+        ("gaussian(1", "is not a named kernel"),
+        ("log(inf)", "sigma must be above 0"),
+        ("motion(4, 0)", "n must be odd"),
+        ("motion(5, inf)", "angle must be finite"),
+        ("sobel_x(3)", "it has 1 arguments"),
+        ("__import__('os')", "is not a named kernel"),
+    ],
+)
+def test_a_name_that_names_nothing_is_refused_with_a_hint(text: str, message: str) -> None:
+    with pytest.raises(core.UnknownKernel) as caught:
+        named_kernel(text)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400

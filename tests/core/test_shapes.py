@@ -1,0 +1,34 @@
+import pytest
+
+from core.shapes import Problem, mode_padding, same_padding
+
+
+def test_the_cost_of_a_problem_is_counted_by_hand() -> None:
+    problem = Problem(
+        batch=2,
+        channels=4,
+        height=10,
+        width=12,
+        filters=6,
+        kernel_height=3,
+        kernel_width=5,
+        groups=2,
+        stride=(2, 1),
+        dilation=(1, 2),
+        padding=(1, 0, 2, 2),
+    )
+    assert problem.padded_size == (11, 16)
+    assert problem.output_size == (5, 8)  # rows (11 - 3) // 2 + 1, columns 16 - (2 * 4 + 1) + 1
+    assert problem.operations == 2 * (2 * 6 * 5 * 8) * (2 * 3 * 5)
+    values = 2 * 4 * 10 * 12 + 2 * 4 * 11 * 16 + 6 * 2 * 3 * 5 + 2 * 6 * 5 * 8
+    assert problem.bytes == 4 * values
+
+
+@pytest.mark.parametrize(("mode", "sides"), [("valid", (0, 0, 0, 0)), ("same", (1, 2, 0, 1)), ("full", (3, 3, 1, 1))])
+def test_a_mode_is_a_border(mode: str, sides: tuple[int, int, int, int]) -> None:
+    assert mode_padding(mode, (4, 2)) == sides  # type: ignore[arg-type]
+
+
+def test_same_padding_puts_the_odd_pixel_last() -> None:
+    assert same_padding((5, 6), (2, 4), (1, 1), (1, 1)) == (0, 1, 1, 2)
+    assert same_padding((224, 224), (7, 7), (2, 2), (1, 1)) == (2, 3, 2, 3)
