@@ -1,0 +1,1 @@
+"""corr2d over HTTP: parse, one call into core, encode."""

@@ -1,0 +1,309 @@
+"""The command line: `corr2d --help`.
+
+Each command imports what it needs when it runs, so that help and version answer at once: torch takes seconds.
+"""
+
+import inspect
+import os
+import platform
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service.settings import PREFIX, Settings, SettingsError, load_settings
+from service.version import VERSION
+
+EXIT_REFUSED = 1
+EXIT_SETTINGS = 3
+
+TRY_IT = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
+
+app = typer.Typer(
+    name="corr2d",
+    help="2-D cross-correlation, Conv2d and learned kernels: as a service, or on files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Input = Annotated[
+    Path, typer.Argument(help="a .npy array or a .png picture (values 0..255)", exists=True, dir_okay=False)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help=".npy, or .png (scaled from its minimum and maximum); otherwise printed"),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
+Dtype = Annotated[str, typer.Option(help="float32 or float64")]
+Method = Annotated[str, typer.Option(help="auto, direct, fft or separable")]
+Stride = Annotated[str, typer.Option(help="an integer, or rows,columns")]
+Dilation = Annotated[str, typer.Option(help="an integer, or rows,columns")]
+Padding = Annotated[str, typer.Option(help="an integer, rows,columns, top,bottom,left,right, valid or same")]
+
+
+def setting_text(value: object) -> str:
+    """A setting's value as help texts and the README show it."""
+    return "unset" if value is None else str(value)
+
+
+def flags_of_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of Settings, with its type and help; it gets those that were given."""
+
+    def with_flags(**flags: object) -> None:
+        command(**flags)
+
+    with_flags.__doc__, with_flags.__name__ = command.__doc__, command.__name__
+    with_flags.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what typer reads
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    str | None,
+                    typer.Option(
+                        f"--{name.replace('_', '-')}",
+                        help=f"{field.description} [{PREFIX}{name.upper()}; {setting_text(field.default)}]",
+                        show_default=False,
+                    ),
+                ],
+            )
+            for name, field in Settings.model_fields.items()
+        ]
+    )
+    return with_flags
+
+
+@app.command()
+@flags_of_settings
+def serve(**flags: object) -> None:
+    """Answer HTTP requests until told to stop. Every flag is also a CORR2D_* environment variable."""
+    settings = _settings(flags)
+    listener = _listener(settings)
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    from core import CoreError, resolve_device
+    from service.server import run
+
+    try:
+        resolve_device(settings.device)
+    except CoreError as error:
+        _stop(f"{PREFIX}DEVICE {error}", EXIT_SETTINGS)
+    typer.echo(f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:")
+    typer.echo(f"  {TRY_IT % address}")
+    sys.stdout.flush()
+    run(settings, listener)
+
+
+@app.command()
+def correlate(
+    input: Input,
+    kernel: Annotated[str, typer.Option("--kernel", "-k", help='a name ("corr2d kernels" lists them) or a .npy file')],
+    output: Output = None,
+    mode: Annotated[str, typer.Option(help="valid, same or full")] = "valid",
+    boundary: Annotated[str, typer.Option(help="zeros, constant, replicate, reflect, symmetric or circular")] = "zeros",
+    fill_value: Annotated[float, typer.Option(help="outside the input with boundary constant")] = 0.0,
+    operation: Annotated[str, typer.Option(help="correlate, or convolve (flips the kernel first)")] = "correlate",
+    method: Method = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Cross-correlate every plane of a file with one kernel.
+
+    corr2d correlate photo.png --kernel sobel_x --mode same -o edges.png
+    """
+    from service import offline
+
+    with _refusals():
+        offline.correlate(
+            input,
+            kernel,
+            output,
+            mode=mode,
+            boundary=boundary,
+            fill_value=fill_value,
+            operation=operation,
+            method=method,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@app.command()
+def conv2d(
+    input: Input,
+    weight: Annotated[Path, typer.Argument(help="(O, C/groups, h, w) or (h, w)", exists=True, dir_okay=False)],
+    bias: Annotated[Path | None, typer.Option(help="(O)", exists=True, dir_okay=False)] = None,
+    output: Output = None,
+    stride: Stride = "1",
+    padding: Padding = "0",
+    dilation: Dilation = "1",
+    groups: int = 1,
+    padding_mode: Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")] = "zeros",
+    method: Method = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """A Conv2d layer's output: a file under a bank of filters, as torch.nn.functional.conv2d defines it.
+
+    corr2d conv2d images.npy weight.npy --stride 2 --padding same -o features.npy
+    """
+    from service import offline
+
+    with _refusals():
+        offline.conv2d(
+            input,
+            weight,
+            bias,
+            output,
+            stride=_integers(stride),
+            padding=_integers(padding),
+            dilation=_integers(dilation),
+            groups=groups,
+            padding_mode=padding_mode,
+            method=method,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@app.command()
+def train(
+    input: Input,
+    target: Annotated[Path, typer.Argument(help="what the kernel is to make of it", exists=True, dir_okay=False)],
+    output: Output = None,
+    kernel_size: Annotated[
+        str | None, typer.Option(help="an integer, or rows,columns; unset: from the sizes of the files")
+    ] = None,
+    bias: Annotated[bool, typer.Option("--bias", help="learn a bias as well")] = False,
+    solver: Annotated[str, typer.Option(help="sgd: full-batch gradient descent")] = "sgd",
+    learning_rate: Annotated[float, typer.Option(help="a diverging one is reported, with one to try")] = 0.03,
+    steps: Annotated[int, typer.Option(help="updates of the kernel")] = 10,
+    loss: Annotated[str, typer.Option(help="sum of squares, or their mean")] = "sum",
+    seed: Annotated[int | None, typer.Option(help="of the random start; unset: a fresh one")] = None,
+    stride: Stride = "1",
+    padding: Padding = "0",
+    dilation: Dilation = "1",
+    groups: int = 1,
+    device: Device = "auto",
+) -> None:
+    """Learn the kernel that leads from one file to another, by gradient descent.
+
+    corr2d train photo.png edges.npy --loss mean --learning-rate 4e-6 --steps 200 -o kernel.npy
+    """
+    from service import offline
+
+    with _refusals():
+        offline.train(
+            input,
+            target,
+            output,
+            kernel_size=None if kernel_size is None else _integers(kernel_size),
+            bias=bias,
+            solver=solver,
+            learning_rate=learning_rate,
+            steps=steps,
+            loss=loss,
+            seed=seed,
+            stride=_integers(stride),
+            padding=_integers(padding),
+            dilation=_integers(dilation),
+            groups=groups,
+            device=device,
+        )
+
+
+@app.command()
+def kernels(
+    name: Annotated[str | None, typer.Argument(help='one of them, such as "gaussian(2.0)", to see its numbers')] = None,
+) -> None:
+    """List the named kernels, or print the numbers of one."""
+    from core import KERNELS, named_kernel
+
+    if name is not None:
+        with _refusals():
+            for row in named_kernel(name).tolist():
+                typer.echo("  ".join(f"{value:10.6g}" for value in row))
+        return
+    table = Table("kernel", "what it does", "for example", box=None)
+    for family in KERNELS.values():
+        table.add_row(family.signature, family.description, family.example)
+    Console().print(table)
+
+
+@app.command()
+@flags_of_settings
+def config(**flags: object) -> None:
+    """Show every setting in force, where it comes from, and what it means."""
+    settings = _settings(flags)
+    table = Table("setting", "value", "from", "meaning", box=None)
+    for name, field in Settings.model_fields.items():
+        variable = PREFIX + name.upper()
+        origin = "flag" if flags[name] is not None else "environment" if variable in os.environ else "default"
+        table.add_row(variable, setting_text(getattr(settings, name)), origin, field.description)
+    Console().print(table)
+
+
+@app.command()
+def version() -> None:
+    """Show the versions of corr2d and of what its numbers rest on."""
+    typer.echo(f"corr2d {VERSION} (Python {platform.python_version()}, torch {version_of('torch')})")
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what a user can change into one line on stderr."""
+    from core import CoreError
+
+    try:
+        yield
+    except (CoreError, ValueError, OSError) as error:
+        _stop(str(error), EXIT_REFUSED)
+
+
+def _settings(flags: Mapping[str, object]) -> Settings:
+    try:
+        return load_settings(**flags)
+    except SettingsError as error:
+        _stop(str(error), EXIT_SETTINGS)
+
+
+def _listener(settings: Settings) -> socket.socket:
+    """A listening socket, so that a port in use is said before torch is loaded."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        _stop(
+            f"cannot listen on {settings.host} port {settings.port}: {reason}; "
+            f"{PREFIX}HOST and {PREFIX}PORT (--host, --port) choose others",
+            EXIT_SETTINGS,
+        )
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"corr2d: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _integers(text: str) -> int | list[int] | str:
+    """An option such as 2 or 1,2 as integers; any other word is left to core to judge."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        return text
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+if __name__ == "__main__":
+    app()

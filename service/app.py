@@ -1,0 +1,89 @@
+"""The application: everything is built here, from settings, and nothing before."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import structlog
+import torch
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.responses import RedirectResponse
+
+from core import CoreError, usable_cores
+from service.compute import ComputePool
+from service.errors import add_error_handlers
+from service.log import configure_logging
+from service.openapi import describe
+from service.readiness import Readiness, warm_up
+from service.request_log import RequestLog, Timing
+from service.routes import conv2d, correlate, health, info, kernels, train_kernel
+from service.settings import Settings, load_settings
+from service.version import VERSION
+
+DESCRIPTION = """\
+Convolution as a service: post arrays, get back their 2-D cross-correlation, a Conv2d layer's output, or a kernel
+learned from examples. Errors are `application/problem+json` and say what came, what is allowed and how to change it.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service with these settings. Call it once a process: the threads that torch may use belong to the process."""
+    threads = settings.threads or usable_cores()
+    app = FastAPIOffline(
+        title="corr2d",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        docs_url="/docs",
+        redoc_url=None,
+        redirect_slashes=False,
+        swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
+    )
+    app.state.settings = settings
+    app.state.threads = max(1, threads // settings.workers)
+    app.state.pool = ComputePool(threads=app.state.threads, queue=settings.queue, timeout_s=settings.request_timeout_s)
+    app.state.codec_threads = anyio.CapacityLimiter(app.state.threads)
+    app.state.readiness = Readiness()
+    app.add_middleware(RequestLog)
+    add_error_handlers(app)
+    for resource in (correlate, conv2d, train_kernel, kernels, info, health):
+        app.include_router(resource.router)
+    app.add_api_route("/", _front_door, include_in_schema=False)
+    describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest)
+    return app
+
+
+def create_worker_app() -> FastAPI:
+    """The service as a worker process makes it, from the environment that `corr2d serve` hands down."""
+    settings = load_settings()
+    configure_logging(settings.log_format)
+    return create_app(settings)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    torch.set_num_threads(app.state.threads)
+    warming = asyncio.create_task(_become_ready(app))
+    yield
+    warming.cancel()
+    app.state.readiness.failed("the service is going down")
+    app.state.pool.close()
+
+
+async def _become_ready(app: FastAPI) -> None:
+    log = structlog.get_logger("corr2d")
+    try:
+        device = await app.state.pool.run(Timing(), lambda _: warm_up(app.state.settings.device))
+    except (CoreError, RuntimeError) as error:
+        app.state.readiness.failed(f"the warm-up failed: {error}")
+        log.warning("warm-up failed", reason=str(error))
+    else:
+        app.state.readiness.ready(device)
+        log.info("ready", device=device, threads=app.state.threads)
+
+
+async def _front_door() -> RedirectResponse:
+    """Whoever opens the address in a browser wants to see what there is."""
+    return RedirectResponse("/docs")

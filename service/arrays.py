@@ -1,0 +1,247 @@
+"""The array that pydantic validates: nested lists, or {"shape", "dtype", "data"} with flat numbers or base64.
+
+Lists are checked a level at a time by whole-list operations, never an element at a time, and become one numpy array;
+the place of a fault is looked for only once there is one.
+"""
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import PydanticCustomError, core_schema
+
+DTYPES = ("float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
+MAX_DIMENSIONS = 32
+NUMBERS = {int, float}
+
+KINDS = {bool: "a boolean", str: "a string", type(None): "null", dict: "an object", list: "a list"}
+
+
+def parse_array(value: object) -> NDArray[Any]:
+    """One of the JSON forms as a numpy array: of the dtype it names, else int64 or float64 by its numbers.
+
+    Raises PydanticCustomError with the place of the first fault.
+    """
+    if isinstance(value, list):
+        return _from_nested(value)
+    if not isinstance(value, dict):
+        refuse(f"is {kind_of(value)}: it needs {FORMS}", got=kind_of(value), limit=FORMS)
+    return _from_object(value)
+
+
+def refuse(message: str, *, place: str = "", got: object = None, limit: object = None) -> NoReturn:
+    """Raise the error that pydantic reports for this field, at a place inside it such as `[2][0]`."""
+    context = {"message": message, "place": place, "got": got, "limit": limit}
+    raise PydanticCustomError("corr2d", "{message}", context)
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, for messages."""
+    return KINDS.get(type(value), "a number")
+
+
+def first_place(faulty: NDArray[np.bool_]) -> str:
+    """The index of the first True, as a path: `[2][0]`."""
+    return _index(int(faulty.argmax()), faulty.shape)
+
+
+def _from_nested(rows: list[Any]) -> NDArray[Any]:
+    shape = _leading_shape(rows)
+    level: list[Any] = [rows]
+    for depth, length in enumerate(shape):
+        if set(map(type, level)) != {list}:
+            at = next(at for at, node in enumerate(level) if type(node) is not list)
+            found = kind_of(level[at])
+            refuse(
+                f"is {found} where a list of {length} stands beside it",
+                place=_index(at, shape[:depth]),
+                got=found,
+                limit=f"a list of {length}",
+            )
+        if set(map(len, level)) != {length}:
+            at = next(at for at, node in enumerate(level) if len(node) != length)
+            refuse(
+                f"is ragged: its length is {len(level[at])} where that of those before it is {length}",
+                place=_index(at, shape[:depth]),
+                got=f"length {len(level[at])}",
+                limit=f"length {length}",
+            )
+        level = list(chain.from_iterable(level))
+    _require_numbers(level, shape)
+    return _numbers(level).reshape(shape)
+
+
+def _leading_shape(rows: list[Any]) -> tuple[int, ...]:
+    """The shape that the first entry of every level suggests."""
+    shape: list[int] = []
+    node: Any = rows
+    while type(node) is list:
+        shape.append(len(node))
+        if not node:
+            refuse(
+                f"is empty: its shape is {tuple(shape)} and every side must be at least 1",
+                got=str(tuple(shape)),
+                limit="every side at least 1",
+            )
+        if len(shape) > MAX_DIMENSIONS:
+            refuse(f"has more than {MAX_DIMENSIONS} dimensions", limit=f"{MAX_DIMENSIONS} dimensions")
+        node = node[0]
+    return tuple(shape)
+
+
+def _require_numbers(values: list[Any], shape: tuple[int, ...], *, within: str = "") -> None:
+    if set(map(type, values)) <= NUMBERS:
+        return
+    faults = [at for at, value in enumerate(values) if type(value) not in NUMBERS]
+    found = kind_of(values[faults[0]])
+    more = f" ({len(faults) - 1} more are not numbers either)" if len(faults) > 1 else ""
+    place = within + _index(faults[0], shape)
+    refuse(f"is {found} where a number belongs{more}", place=place, got=found, limit="a number")
+
+
+def _numbers(values: list[Any]) -> NDArray[Any]:
+    """int64 where all are integers that fit, float64 otherwise."""
+    if set(map(type, values)) == {int}:
+        try:
+            return np.array(values, dtype=np.int64)
+        except OverflowError:
+            pass
+    return np.array(values, dtype=np.float64)
+
+
+def _from_object(described: dict[str, Any]) -> NDArray[Any]:
+    if described.keys() != {"shape", "dtype", "data"}:
+        found = ", ".join(sorted(described)[:10]) or "nothing"
+        refuse(f'has the keys {found}: it needs "shape", "dtype" and "data"', got=found, limit="shape, dtype, data")
+    shape = _described_shape(described["shape"])
+    if described["dtype"] not in DTYPES:
+        allowed = ", ".join(DTYPES)
+        refuse(f"is not one of {allowed}", place=".dtype", got=str(described["dtype"])[:40], limit=allowed)
+    dtype = np.dtype(described["dtype"])
+    data = described["data"]
+    if isinstance(data, str):
+        array = _from_base64(data, shape, dtype)
+    elif isinstance(data, list):
+        array = _from_flat(data, shape, dtype)
+    else:
+        refuse(f"is {kind_of(data)}: it needs flat numbers or base64", place=".data", got=kind_of(data))
+    faulty = ~np.isfinite(array)
+    if faulty.any():
+        refuse(
+            f"has {faulty.sum()} values that are NaN, infinite or past the range of {dtype}",
+            place=f".data[{faulty.argmax()}]",
+            limit="finite numbers",
+        )
+    return array
+
+
+def _described_shape(shape: object) -> tuple[int, ...]:
+    if (
+        not isinstance(shape, list)
+        or not 1 <= len(shape) <= MAX_DIMENSIONS
+        or not all(type(side) is int and side >= 1 for side in shape)
+    ):
+        refuse(
+            f"is not a list of 1 to {MAX_DIMENSIONS} positive integers",
+            place=".shape",
+            got=str(shape)[:60],
+            limit="positive integers",
+        )
+    return tuple(shape)
+
+
+def _from_base64(text: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    try:
+        buffer = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        refuse(f"is not base64: {error}", place=".data", limit="base64 (RFC 4648, with padding)")
+    expected = math.prod(shape) * dtype.itemsize
+    if len(buffer) != expected:
+        refuse(
+            f"holds {len(buffer)} bytes: {list(shape)} of {dtype} are {expected}",
+            place=".data",
+            got=f"{len(buffer)} bytes",
+            limit=f"{expected} bytes",
+        )
+    return np.frombuffer(buffer, dtype.newbyteorder("<")).reshape(shape)
+
+
+def _from_flat(values: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    expected = math.prod(shape)
+    if len(values) != expected:
+        refuse(
+            f"holds {len(values)} numbers: shape {list(shape)} needs {expected}",
+            place=".data",
+            got=f"{len(values)} numbers",
+            limit=f"{expected} numbers",
+        )
+    _require_numbers(values, (expected,), within=".data")
+    numbers = _numbers(values)
+    if dtype.kind in "iu":
+        bounds = np.iinfo(dtype)
+        wrong = (numbers < bounds.min) | (numbers > bounds.max) | (numbers != np.trunc(numbers))
+        if wrong.any():
+            at = int(wrong.argmax())
+            refuse(f"is no {dtype}", place=f".data[{at}]", got=values[at], limit=f"{bounds.min} to {bounds.max}")
+    with np.errstate(over="ignore"):
+        return numbers.astype(dtype).reshape(shape)
+
+
+def _index(flat: int, shape: Sequence[int]) -> str:
+    return "".join(f"[{index}]" for index in np.unravel_index(flat, tuple(shape))) if shape else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _ArrayForms:
+    """pydantic's side of Array: how to validate it and how to describe it."""
+
+    or_name: bool = False
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> core_schema.CoreSchema:
+        del source, handler
+        return core_schema.no_info_plain_validator_function(self._parse)
+
+    def _parse(self, value: object) -> NDArray[Any] | str:
+        return value if self.or_name and isinstance(value, str) else parse_array(value)
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        del schema, handler
+        name = {"type": "string", "description": "a name from /kernels, with its arguments"}
+        return {
+            "description": "nested lists of numbers, or an object with flat numbers or little-endian row-major base64",
+            "anyOf": [
+                *([name] if self.or_name else []),
+                {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "number"}, {"type": "array"}]}},
+                {
+                    "type": "object",
+                    "required": ["shape", "dtype", "data"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "shape": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 1}},
+                        "dtype": {"enum": list(DTYPES)},
+                        "data": {
+                            "anyOf": [
+                                {"type": "array", "items": {"type": "number"}},
+                                {"type": "string", "contentEncoding": "base64"},
+                            ]
+                        },
+                    },
+                },
+            ],
+        }
+
+
+Array = Annotated[NDArray[Any], _ArrayForms()]
+
+ArrayOrName = Annotated[NDArray[Any] | str, _ArrayForms(or_name=True)]

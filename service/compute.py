@@ -1,0 +1,100 @@
+"""Where computations run: threads of their own, never the event loop, with a bounded queue and a deadline."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, ParamSpec, TypeVar
+
+from fastapi import Depends, Request
+
+from core import FitResult, Limits, Step
+from service.errors import Busy, DeadlinePassed
+from service.request_log import Timing
+from service.settings import Settings
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+class ComputePool:
+    """At most `threads` computations at a time; `queue` more may wait, the rest are refused at once."""
+
+    def __init__(self, *, threads: int, queue: int, timeout_s: float) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="compute")
+        self._places = threads + queue
+        self._free = threading.BoundedSemaphore(self._places)
+        self._timeout_s = timeout_s
+
+    async def run(self, timing: Timing, job: Callable[[threading.Event], Value]) -> Value:
+        """Run job(abandoned) in a thread; `abandoned` is set once nobody waits for its value any more.
+
+        A job that waits when its deadline passes is dropped; one that runs ends when it looks at `abandoned`.
+        Raises Busy and DeadlinePassed.
+        """
+        if not self._free.acquire(blocking=False):
+            raise Busy(
+                f"{self._places} computations are running or waiting, as many as there may be: try again soon",
+                headers={"Retry-After": "1"},
+            )
+        abandoned = threading.Event()
+        submitted = time.perf_counter()
+
+        def timed() -> Value:
+            timing.add("wait", time.perf_counter() - submitted)
+            with timing.measure("compute"):
+                return job(abandoned)
+
+        future = self._executor.submit(timed)
+        future.add_done_callback(lambda _: self._free.release())
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
+        except TimeoutError as error:
+            raise DeadlinePassed(
+                f"not done after {self._timeout_s:g} s, the wait for its turn included; "
+                "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
+            ) from error
+        finally:
+            abandoned.set()
+
+    def close(self) -> None:
+        """Drop what waits; what runs is left to end."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class RequestCompute:
+    """core, for one request: its limits, its default device and its timing."""
+
+    def __init__(self, request: Request) -> None:
+        settings: Settings = request.app.state.settings
+        self._pool: ComputePool = request.app.state.pool
+        self._timing: Timing = request.state.timing
+        self._device = settings.device
+        self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop)
+
+    async def __call__(self, function: Callable[..., Value], **arguments: object) -> Value:
+        """Run one of core's functions within the service's limits."""
+        return await self._pool.run(self._timing, lambda _: function(**self._bounded(arguments)))
+
+    async def steps(self, function: Callable[..., Generator[Step, None, FitResult]], **arguments: object) -> FitResult:
+        """Run one of core's generators to its end, or until nobody waits for it any more."""
+
+        def until_abandoned(abandoned: threading.Event) -> FitResult:
+            steps = function(**self._bounded(arguments))
+            while not abandoned.is_set():
+                try:
+                    next(steps)
+                except StopIteration as finished:
+                    result: FitResult = finished.value
+                    return result
+            raise DeadlinePassed("abandoned")
+
+        return await self._pool.run(self._timing, until_abandoned)
+
+    def _bounded(self, arguments: dict[str, object]) -> dict[str, object]:
+        device = self._device if arguments["device"] == "auto" else arguments["device"]
+        return {**arguments, "device": device, "limits": self._limits}
+
+
+Compute = Annotated[RequestCompute, Depends(RequestCompute)]

@@ -1,0 +1,114 @@
+"""The commands that need no server: the same core, on files."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+import core
+from service.codecs import FILE_READERS, FILE_WRITERS, json
+
+BARS = "▁▂▃▄▅▆▇█"
+PLOT_WIDTH = 60
+
+
+def correlate(input: Path, kernel: str, output: Path | None, **options: Any) -> None:
+    """Correlate a file with a kernel, named or in a .npy file, and write or print the result."""
+    taps = read_array(Path(kernel)) if Path(kernel).suffix in FILE_READERS else kernel
+    images = read_array(input)
+    start = time.perf_counter()
+    result = core.correlate(images, taps, **options)
+    _deliver(result, output, f"{input} {images.shape}", start)
+
+
+def conv2d(input: Path, weight: Path, bias: Path | None, output: Path | None, **options: Any) -> None:
+    """A Conv2d layer's output of a file, with weight and bias from files, written or printed."""
+    images = read_array(input)
+    offsets = None if bias is None else read_array(bias)
+    start = time.perf_counter()
+    result = core.conv2d(images, read_array(weight), offsets, **options)
+    _deliver(result, output, f"{input} {images.shape}", start)
+
+
+def train(input: Path, target: Path, output: Path | None, *, steps: int, **options: Any) -> None:
+    """Learn the kernel that leads from one file to the other, with a progress bar, and write or print it."""
+    fit = core.fit_kernel_steps(read_array(input), read_array(target), steps=steps, **options)
+    columns = (TextColumn("learning"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.6g}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("learning", total=steps, loss=math.nan)
+        while True:
+            try:
+                step = next(fit)
+            except StopIteration as finished:
+                result: core.FitResult = finished.value
+                break
+            progress.update(task, completed=step.number, loss=step.loss)
+    typer.echo(result.message)
+    typer.echo(f"loss {sparkline([*result.loss_history, result.final_loss])} (log scale)")
+    kernel = result.kernel.cpu().numpy()
+    if output is None:
+        typer.echo(json.encode(kernel.round(6)))
+    else:
+        write_array(output, kernel)
+        typer.echo(f"kernel {kernel.shape} -> {output}")
+    if result.bias is not None:
+        typer.echo(f"bias {json.encode(result.bias.cpu().numpy().round(6)).decode()}")
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """The array in a file of a format in FILE_READERS. Raises ValueError saying what is wrong with it."""
+    reader = FILE_READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; {', '.join(FILE_READERS)} can be"
+        )
+    try:
+        return reader(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write the array in the format of the suffix. Raises ValueError where that format cannot hold it."""
+    writer = FILE_WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise ValueError(
+            f"{path}: cannot write {path.suffix or 'a file without a suffix'}; {', '.join(FILE_WRITERS)} can be"
+        )
+    try:
+        path.write_bytes(writer(array))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Positive numbers as one line of bars on a log scale, thinned to PLOT_WIDTH."""
+    step = max(1, math.ceil(len(values) / PLOT_WIDTH))
+    heights = [math.log(value) for value in values[::step] if value > 0 and math.isfinite(value)]
+    if not heights:
+        return ""
+    low, high = min(heights), max(heights)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0
+    return "".join(BARS[round((height - low) * scale)] for height in heights)
+
+
+def _deliver(result: core.Result, output: Path | None, source: str, start: float) -> None:
+    array = _array(result.output)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    if output is None:
+        typer.echo(json.encode(array))
+        return
+    write_array(output, array)
+    typer.echo(f"{source} -> {output} {array.shape}, engine {result.engine} on {result.device}, {milliseconds:.1f} ms")
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return np.asarray(tensor.cpu())

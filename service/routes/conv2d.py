@@ -1,0 +1,63 @@
+"""POST /conv2d."""
+
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+from starlette.responses import Response
+
+import core
+from service.arrays import Array
+from service.compute import Compute
+from service.openapi import COMPUTING_ERRORS, body, problems
+from service.requests import ConvolutionRequest, IntegerOrPair, Padding, decoded
+from service.responses import Answer
+from service.routes.correlate import ConvolutionAnswer
+
+router = APIRouter(tags=["convolution"])
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "the lesson's edge kernel": {"input": [[1, 1, 0, 0, 0, 0, 1, 1]], "weight": [[-1, 1]]},
+    "two filters over two channels": {
+        "input": [[[1, 2, 3], [4, 5, 6], [7, 8, 9]], [[9, 8, 7], [6, 5, 4], [3, 2, 1]]],
+        "weight": [[[[1, 0], [0, 1]], [[1, 0], [0, 1]]], [[[0, 1], [1, 0]], [[0, 0], [0, 0]]]],
+        "bias": [0.5, -0.5],
+        "stride": 2,
+        "padding": "same",
+    },
+}
+
+
+class Conv2dRequest(ConvolutionRequest):
+    """The arguments of torch.nn.functional.conv2d, and torch.nn.Conv2d's padding_mode."""
+
+    ARRAYS: ClassVar = ("input", "weight", "bias")
+
+    input: Array = Field(description="(N, C, H, W), (C, H, W) or (H, W)")
+    weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one channel in and one out")
+    bias: Array | None = Field(None, description="(O)")
+    stride: IntegerOrPair = 1
+    padding: Padding = 0
+    dilation: IntegerOrPair = 1
+    groups: int = 1
+    padding_mode: core.PaddingMode = "zeros"
+
+
+@router.post(
+    "/conv2d",
+    summary="A Conv2d layer's output",
+    responses={200: {"model": ConvolutionAnswer}, **problems(*COMPUTING_ERRORS)},
+    openapi_extra=body(Conv2dRequest, EXAMPLES),
+)
+async def conv2d(
+    request: Annotated[Conv2dRequest, Depends(decoded(Conv2dRequest))], compute: Compute, answer: Answer
+) -> Response:
+    """torch.nn.functional.conv2d: images under a bank of filters; the output has the input's rank."""
+    result = await compute(core.conv2d, **request.arguments())
+    return await answer(
+        output=result.output,
+        shape=list(result.output.shape),
+        dtype=request.dtype,
+        device=result.device,
+        engine=result.engine,
+    )

@@ -1,0 +1,72 @@
+"""POST /correlate."""
+
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Depends
+from pydantic import AliasChoices, BaseModel, Field
+from starlette.responses import Response
+
+import core
+from service.arrays import Array, ArrayOrName
+from service.compute import Compute
+from service.openapi import COMPUTING_ERRORS, body, problems
+from service.requests import ConvolutionRequest, decoded
+from service.responses import Answer
+
+router = APIRouter(tags=["convolution"])
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "the lesson": {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]},
+    "edges by a named kernel": {
+        "input": [[0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9]],
+        "kernel": "sobel_x",
+        "mode": "same",
+        "boundary": "reflect",
+    },
+}
+
+
+class CorrelateRequest(ConvolutionRequest):
+    """An input (..., H, W), a kernel (h, w) or its name, and how to lay one on the other."""
+
+    ARRAYS: ClassVar = ("input", "kernel")
+
+    input: Array = Field(validation_alias=AliasChoices("input", "X"), description="(..., H, W); also `X`")
+    kernel: ArrayOrName = Field(
+        validation_alias=AliasChoices("kernel", "K"), description='(h, w), or a name such as "sobel_x"; also `K`'
+    )
+    mode: core.Mode = Field("valid", description="where the kernel may stand: inside, centred on pixels, touching")
+    boundary: core.Boundary = Field("zeros", description="what stands outside the input")
+    fill_value: float = Field(0.0, allow_inf_nan=False, description='outside the input with boundary "constant"')
+    operation: core.Operation = Field("correlate", description="convolve flips the kernel in both axes first")
+
+
+class ConvolutionAnswer(BaseModel):
+    """The output and how it was made."""
+
+    output: Array
+    shape: list[int]
+    dtype: core.Dtype
+    device: str
+    engine: str
+    nonfinite: int | None = Field(None, description="how many numbers of the output are null; absent where none is")
+
+
+@router.post(
+    "/correlate",
+    summary="2-D cross-correlation with one kernel",
+    responses={200: {"model": ConvolutionAnswer}, **problems(*COMPUTING_ERRORS)},
+    openapi_extra=body(CorrelateRequest, EXAMPLES),
+)
+async def correlate(
+    request: Annotated[CorrelateRequest, Depends(decoded(CorrelateRequest))], compute: Compute, answer: Answer
+) -> Response:
+    """Slide the kernel over every plane of the input and sum the products."""
+    result = await compute(core.correlate, **request.arguments())
+    return await answer(
+        output=result.output,
+        shape=list(result.output.shape),
+        dtype=request.dtype,
+        device=result.device,
+        engine=result.engine,
+    )

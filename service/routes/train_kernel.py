@@ -1,0 +1,110 @@
+"""POST /train-kernel."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from pydantic import AliasChoices, BaseModel, Field
+from starlette.responses import Response
+
+import core
+from service.arrays import Array
+from service.compute import Compute
+from service.openapi import COMPUTING_ERRORS, body, problems
+from service.requests import IntegerOrPair, Padding, RequestModel, decoded
+from service.responses import Answer
+
+router = APIRouter(tags=["learning"])
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "the lesson's edge kernel, learned": {
+        "input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6,
+        "target": [[0, -1, 0, 0, 0, 1, 0]] * 6,
+        "seed": 0,
+    },
+}
+
+INPUT = AliasChoices("input", "X")
+TARGET = AliasChoices("target", "Y")
+
+
+class TrainingPair(RequestModel):
+    """An image and what the kernel is to make of it."""
+
+    input: Array = Field(validation_alias=INPUT, description="also `X`")
+    target: Array = Field(validation_alias=TARGET, description="also `Y`")
+
+
+class TrainKernelRequest(RequestModel):
+    """Examples of what a kernel does, and how to search for it."""
+
+    input: Array | None = Field(None, validation_alias=INPUT, description="(H, W), (C, H, W) or (N, C, H, W); also `X`")
+    target: Array | None = Field(None, validation_alias=TARGET, description="likewise; also `Y`")
+    pairs: list[TrainingPair] | None = Field(None, description="instead of input and target: pairs of any sizes")
+    kernel_size: IntegerOrPair | None = Field(
+        None, description="inferred from the shapes where padding is 0 and stride 1"
+    )
+    bias: bool = Field(default=False, description="learn a bias as well")
+    initial_kernel: Array | None = Field(None, description="drawn from the seed where it is not given")
+    initial_bias: Array | float | None = None
+    solver: core.Solver = "sgd"
+    learning_rate: float = 0.03
+    steps: int = 10
+    loss: core.Loss = "sum"
+    seed: int | None = None
+    stride: IntegerOrPair = 1
+    padding: Padding = 0
+    dilation: IntegerOrPair = 1
+    groups: int = 1
+    device: str = "auto"
+
+    def arguments(self) -> dict[str, object]:
+        """Core takes pairs as tuples."""
+        pairs = None if self.pairs is None else [(pair.input, pair.target) for pair in self.pairs]
+        return {**super().arguments(), "pairs": pairs}
+
+
+class TrainKernelAnswer(BaseModel):
+    """The learned kernel and what can be said about it."""
+
+    kernel: Array = Field(description="(h, w) where all arrays were (H, W), (O, C/groups, h, w) otherwise")
+    bias: Array | None
+    kernel_shape: list[int]
+    loss_history: list[float | None] = Field(description="the loss before each update")
+    final_loss: float | None = Field(description="the loss of the kernel that is returned")
+    steps: int
+    status: core.Status
+    message: str
+    learning_rate: float
+    unknowns: int
+    solver: core.Solver
+    device: str
+    seed: int | None = Field(description="what the initial values were drawn from; null where nothing was drawn")
+    nonfinite: int | None = Field(None, description="how many numbers here are null for not being finite")
+
+
+@router.post(
+    "/train-kernel",
+    summary="A kernel learned from examples",
+    responses={200: {"model": TrainKernelAnswer}, **problems(*COMPUTING_ERRORS)},
+    openapi_extra=body(TrainKernelRequest, EXAMPLES),
+)
+async def train_kernel(
+    request: Annotated[TrainKernelRequest, Depends(decoded(TrainKernelRequest))], compute: Compute, answer: Answer
+) -> Response:
+    """Gradient descent on the squared difference between conv2d(input, kernel) and target."""
+    fit = await compute.steps(core.fit_kernel_steps, **request.arguments())
+    return await answer(
+        kernel=fit.kernel,
+        bias=fit.bias,
+        kernel_shape=list(fit.kernel.shape),
+        loss_history=fit.loss_history,
+        final_loss=fit.final_loss,
+        steps=fit.steps,
+        status=fit.status,
+        message=fit.message,
+        learning_rate=fit.learning_rate,
+        unknowns=fit.unknowns,
+        solver=fit.solver,
+        device=fit.device,
+        seed=fit.seed,
+    )

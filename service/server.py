@@ -1,0 +1,38 @@
+"""uvicorn around the application: one process, or several on one listening socket."""
+
+import math
+import os
+import signal
+import socket
+import sys
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from service.settings import PREFIX, Settings
+
+
+def run(settings: Settings, listener: socket.socket) -> None:
+    """Answer on the listening socket until SIGINT or SIGTERM, then finish what was begun.
+
+    Worker processes read their settings from the environment, so that is where the flags are put.
+    """
+    for name, value in settings.model_dump(exclude_none=True).items():
+        os.environ[PREFIX + name.upper()] = str(value)
+    config = uvicorn.Config(
+        "service.app:create_worker_app",
+        factory=True,
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
+    )
+    server = uvicorn.Server(config)
+    # uvicorn ends gracefully and then raises the signal again for whoever was there before it: this is who.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    if settings.workers == 1:
+        server.run(sockets=[listener])
+    else:
+        Multiprocess(config, sockets=[listener]).run()

@@ -1,0 +1,71 @@
+"""Everything that can be set, from `CORR2D_*` environment variables or the flags of `corr2d serve`."""
+
+import difflib
+import os
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "CORR2D_"
+
+
+class SettingsError(Exception):
+    """A setting that makes no sense, in one line."""
+
+
+class Settings(BaseSettings):
+    """One field a setting; its description is the flag's help, a line of `corr2d config` and a row of the README."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface", min_length=1)
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    workers: int = Field(1, ge=1, le=64, description="processes that answer on the port")
+    device: str = Field("auto", description="where requests with device auto run: auto, cpu, cuda, cuda:1, mps")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="cores to compute with, shared by the workers; unset: all that may be used"
+    )
+    max_body_mb: float = Field(64, gt=0, le=100_000, description="largest request body, in MB (10^6 bytes)")
+    max_compute_mb: float = Field(
+        2000, gt=0, le=10_000_000, description="largest estimated memory of one computation, in MB"
+    )
+    max_compute_gflop: float = Field(
+        2000, gt=0, le=1e9, description="largest estimated arithmetic of one computation, in Gflop (10^9 operations)"
+    )
+    request_timeout_s: float = Field(
+        60, gt=0, le=86_400, description="time for a computation, its wait included, in seconds"
+    )
+    queue: int = Field(64, ge=0, le=100_000, description="computations that may wait for their turn")
+    log_format: Literal["console", "json"] = Field(
+        "console", description="one line a request: console for people, json for machines"
+    )
+
+
+def load_settings(**flags: object) -> Settings:
+    """The settings in force: flags (None: not given) over environment over defaults.
+
+    Raises SettingsError with one line that names the setting, what it was and what it may be.
+    """
+    _refuse_unknown_variables()
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        variable = PREFIX + name.upper()
+        origin = f"--{name.replace('_', '-')}" if name in given else variable
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise SettingsError(
+            f"{origin} {first['input']!r}: {message} ({Settings.model_fields[name].description})"
+        ) from error
+
+
+def _refuse_unknown_variables() -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+            near = difflib.get_close_matches(variable.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known))}"
+            raise SettingsError(f"{variable} is not a setting; {hint}")

@@ -1,0 +1,68 @@
+"""pydantic's errors in the contract's words: which field, what came, what is allowed."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SECTIONS = ("body", "query", "path", "header")
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One entry of a problem's `errors`."""
+
+    field: str
+    message: str
+    got: object = None
+    limit: object = None
+
+
+def field_errors(errors: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> list[FieldError]:
+    """Pydantic's errors, one for each field; unknown fields are held against the names `known`."""
+    by_field: dict[str, FieldError] = {}
+    for error in errors:
+        context = error.get("ctx") or {}
+        field = context.get("field") or _path(error["loc"]) + context.get("place", "")
+        by_field.setdefault(field or "(body)", _field_error(error, field or "(body)", context, known))
+    return list(by_field.values())
+
+
+def _field_error(error: Mapping[str, Any], field: str, context: Mapping[str, Any], known: Sequence[str]) -> FieldError:
+    got: object = _shown(error["input"])
+    limit: object = None
+    match error["type"]:
+        case "corr2d":
+            message, got, limit = f"{field} {error['msg']}", context.get("got"), context.get("limit")
+        case "extra_forbidden" if field in known:
+            message, got, limit = f'"{field}" came under both of its names: send one', None, "one of them"
+        case "extra_forbidden":
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            message, got, limit = f'unknown field "{field[:60]}"{hint}', None, ", ".join(known) or None
+        case "missing":
+            message, got = f'"{field}" is required', None
+        case "model_type":
+            message, limit = f"{field} must be an object, not {got}", ", ".join(known)
+        case "literal_error":
+            message, limit = f'"{field}" is not one of {context["expected"]}', context["expected"]
+        case _:
+            said = error["msg"][0].lower() + error["msg"][1:]
+            message = f'"{field}" {said.removeprefix("input ")}'
+    return FieldError(field, message, got, limit)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """("body", "pairs", 0, "input") -> "pairs[0].input"."""
+    parts = location[1:] if location and location[0] in SECTIONS else location
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: whole where it is small, its kind where it is not."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return repr(value)[:100]

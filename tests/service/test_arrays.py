@@ -1,0 +1,77 @@
+"""The array type by itself: whatever is sent in one of its forms arrives as it was."""
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from pydantic_core import PydanticCustomError
+
+from service.arrays import DTYPES, parse_array
+
+ARRAYS = st.sampled_from(DTYPES).flatmap(
+    lambda dtype: arrays(
+        dtype,
+        array_shapes(max_dims=4, max_side=4),
+        elements={"allow_nan": False, "allow_infinity": False} if dtype.startswith("f") else None,
+    )
+)
+
+
+@given(array=ARRAYS)
+def test_base64_arrives_bit_for_bit(array: np.ndarray[Any, Any]) -> None:
+    little = array.astype(array.dtype.newbyteorder("<"))
+    data = base64.b64encode(little.tobytes()).decode()
+    parsed = parse_array({"shape": list(array.shape), "dtype": array.dtype.name, "data": data})
+    assert parsed.dtype == little.dtype
+    assert parsed.tobytes() == little.tobytes()
+    assert parsed.shape == array.shape
+
+
+@given(array=ARRAYS)
+def test_flat_numbers_arrive_as_they_were(array: np.ndarray[Any, Any]) -> None:
+    parsed = parse_array({"shape": list(array.shape), "dtype": array.dtype.name, "data": array.ravel().tolist()})
+    assert parsed.dtype == array.dtype
+    np.testing.assert_array_equal(parsed, array)
+
+
+@given(array=ARRAYS)
+def test_nested_lists_arrive_as_they_were(array: np.ndarray[Any, Any]) -> None:
+    parsed = parse_array(array.tolist())
+    assert parsed.shape == array.shape
+    np.testing.assert_array_equal(parsed, array)
+
+
+@given(array=arrays("int64", array_shapes(min_dims=2, max_dims=4, min_side=2, max_side=4)), data=st.data())
+def test_a_row_of_another_length_is_found_wherever_it_is(array: np.ndarray[Any, Any], data: st.DataObject) -> None:
+    rows = array.tolist()
+    place, node = "", rows
+    for side in array.shape[:-1]:
+        index = data.draw(st.integers(1 if not place else 0, side - 1))
+        place, node = f"{place}[{index}]", node[index]
+    node.append(1)
+    with pytest.raises(PydanticCustomError) as caught:
+        parse_array(rows)
+    assert caught.value.context is not None
+    assert caught.value.context["place"] == place
+
+
+@pytest.mark.parametrize("value", [True, None, "7", {}, (), 1j])
+@given(array=arrays("int64", array_shapes(min_dims=1, max_dims=3, max_side=4)), data=st.data())
+def test_what_is_no_number_is_found_wherever_it_is(
+    value: object, array: np.ndarray[Any, Any], data: st.DataObject
+) -> None:
+    rows = array.tolist()
+    place, node = "", rows
+    for side in array.shape[:-1]:
+        index = data.draw(st.integers(0, side - 1))
+        place, node = f"{place}[{index}]", node[index]
+    last = data.draw(st.integers(0, array.shape[-1] - 1))
+    node[last] = value
+    with pytest.raises(PydanticCustomError) as caught:
+        parse_array(rows)
+    assert caught.value.context is not None
+    assert caught.value.context["place"] == f"{place}[{last}]"

@@ -1,0 +1,95 @@
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from PIL import Image
+
+from tests.serving import Send
+
+LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
+
+
+def packed(array: np.ndarray[Any, Any]) -> dict[str, object]:
+    little = array.astype(array.dtype.newbyteorder("<"))
+    return {"shape": array.shape, "dtype": str(array.dtype), "data": base64.b64encode(little.tobytes()).decode()}
+
+
+def unpacked(described: dict[str, Any]) -> np.ndarray[Any, Any]:
+    dtype = np.dtype(described["dtype"]).newbyteorder("<")
+    return np.frombuffer(base64.b64decode(described["data"]), dtype).reshape(described["shape"])
+
+
+def test_the_lessons_first_example(send: Send) -> None:
+    response = send("POST", "/correlate", json=LESSON)
+    assert response.status_code == 200
+    assert response.json() == {
+        "output": [[19.0, 25.0], [37.0, 43.0]],
+        "shape": [2, 2],
+        "dtype": "float32",
+        "device": "cpu",
+        "engine": "tensor",
+    }
+
+
+def test_the_lessons_names_are_taken(send: Send) -> None:
+    response = send("POST", "/correlate", json={"X": LESSON["input"], "K": LESSON["kernel"]})
+    assert response.json()["output"] == [[19, 25], [37, 43]]
+
+
+def test_every_option_reaches_core(send: Send) -> None:
+    options = {"mode": "full", "boundary": "constant", "fill_value": 2, "operation": "convolve", "method": "direct"}
+    response = send("POST", "/correlate", json={"input": [[1, 2]], "kernel": [[1, 10]], "dtype": "float64", **options})
+    assert response.json()["output"] == [[1 + 20, 2 + 10, 2 + 20]]
+    assert response.json()["dtype"] == "float64"
+
+
+def test_a_kernel_may_be_named(send: Send) -> None:
+    ramp = np.tile(np.arange(5), (3, 1)).tolist()
+    assert send("POST", "/correlate", json={"input": ramp, "kernel": "sobel_x"}).json()["output"] == [[8, 8, 8]]
+    assert send("POST", "/correlate", json={"input": ramp, "kernel": "box(3)"}).json()["shape"] == [1, 3]
+
+
+def test_batches_keep_their_axes(send: Send) -> None:
+    response = send("POST", "/correlate", json={"input": np.ones((2, 3, 4, 5)).tolist(), "kernel": "box(2)"})
+    assert response.json()["shape"] == [2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_answer_takes_the_form_that_is_asked_for(send: Send, dtype: str, rng: np.random.Generator) -> None:
+    image = rng.normal(size=(70, 80))
+    body = {"input": packed(image), "kernel": "gaussian(1.5)", "mode": "same", "boundary": "symmetric", "dtype": dtype}
+    nested = send("POST", "/correlate", json=body).json()["output"]
+    flat = send("POST", "/correlate?arrays=flat", json=body).json()["output"]
+    coded = send("POST", "/correlate?arrays=base64", json=body).json()["output"]
+    output = np.array(nested, dtype)
+    assert flat["shape"] == coded["shape"] == [70, 80]
+    assert flat["dtype"] == coded["dtype"] == dtype
+    np.testing.assert_array_equal(np.array(flat["data"], dtype).reshape(70, 80), output)
+    np.testing.assert_array_equal(unpacked(coded), output)
+    expected = scipy.ndimage.gaussian_filter(image, 1.5)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_answer_can_be_sent_back_as_it_came(send: Send) -> None:
+    for form in ("nested", "base64", "flat"):
+        first = send("POST", f"/correlate?arrays={form}", json=LESSON).json()["output"]
+        again = send("POST", "/correlate", json={"input": first, "kernel": "identity"}).json()
+        assert again["output"] == [[19, 25], [37, 43]]
+
+
+def test_overflow_is_announced_and_written_as_null(send: Send) -> None:
+    response = send("POST", "/correlate", json={"input": [[3e38, 3e38, 1]], "kernel": [[1, 1]]})
+    assert response.json()["output"][0][0] is None
+    assert response.json()["nonfinite"] == 1
+
+
+def test_a_real_pictures_edges_are_scipys(send: Send) -> None:
+    picture = np.asarray(Image.open("docs/images/camera.png"))
+    body = {"input": packed(picture), "kernel": "sobel_x", "mode": "same", "boundary": "symmetric", "dtype": "float64"}
+    edges = unpacked(send("POST", "/correlate?arrays=base64", json=body).json()["output"])
+    expected = scipy.ndimage.sobel(picture.astype(np.float64), axis=1, mode="reflect")
+    assert np.abs(edges - expected).max() <= 1e-3 * 255
+    nested = send("POST", "/correlate", json={**body, "input": picture.tolist()}).json()["output"]
+    np.testing.assert_array_equal(nested, edges)

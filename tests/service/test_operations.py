@@ -1,0 +1,127 @@
+"""Health, information, the description and the page that shows it."""
+
+import re
+import time
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.routing import APIRoute
+
+import core
+from service.app import create_app
+from service.readiness import warm_up
+from service.settings import Settings
+from tests.problem import problem_of
+from tests.serving import Send, in_process
+
+
+def test_a_live_process_says_so(send: Send) -> None:
+    assert send("GET", "/livez").json() == {"status": "alive"}
+
+
+def test_readiness_names_the_device_of_the_warm_up(send: Send) -> None:
+    assert send("GET", "/readyz").json() == {"status": "ready", "device": str(core.resolve_device("auto"))}
+
+
+@pytest.mark.anyio
+async def test_before_its_warm_up_the_service_is_alive_but_not_ready() -> None:
+    app = create_app(Settings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://corr2d") as client:
+        assert (await client.get("/livez")).status_code == 200
+        response = await client.get("/readyz")
+    assert "the warm-up has not run yet" in problem_of(response, 503)["detail"]
+    assert response.headers["retry-after"] == "1"
+
+
+def test_a_failed_warm_up_leaves_it_not_ready_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.readiness.ANSWER", [[19, 25], [37, 44]])
+    with pytest.raises(RuntimeError, match=r"computes .* where .* is right"):
+        warm_up("cpu")
+    monkeypatch.setattr("tests.serving.wait_until_ready", lambda send: None)
+    with in_process(create_app(Settings())) as send:
+        deadline = time.monotonic() + 30
+        while "has not run" in (problem := problem_of(send("GET", "/readyz"), 503))["detail"]:
+            assert time.monotonic() < deadline
+        assert "the warm-up failed: device auto computes" in problem["detail"]
+
+
+def test_a_device_that_is_not_there_keeps_the_service_from_being_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.serving.wait_until_ready", lambda send: None)
+    with in_process(create_app(Settings(device="cuda:99"))) as send:
+        deadline = time.monotonic() + 30
+        while "has not run" in (problem := problem_of(send("GET", "/readyz"), 503))["detail"]:
+            assert time.monotonic() < deadline
+        assert 'device "cuda:99" is not on this machine' in problem["detail"]
+
+
+def test_info_tells_versions_devices_engines_and_limits(send: Send) -> None:
+    info = send("GET", "/info").json()
+    assert info["engines"] == {name: engine.METHOD for name, engine in core.ENGINES.items()}
+    assert [device["device"] for device in info["devices"]] == core.available_devices()
+    assert info["settings"] == Settings().model_dump()
+    assert info["threads"] == core.usable_cores()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])
+
+
+def test_the_named_kernels_are_listed_with_their_numbers(send: Send) -> None:
+    listed = {kernel["name"]: kernel for kernel in send("GET", "/kernels").json()["kernels"]}
+    assert listed.keys() == core.KERNELS.keys()
+    for kernel in listed.values():
+        np.testing.assert_array_equal(kernel["kernel"], core.named_kernel(kernel["example"]))
+
+
+def test_the_front_door_leads_to_the_description(send: Send) -> None:
+    response = send("GET", "/")
+    assert (response.status_code, response.headers["location"]) == (307, "/docs")
+
+
+def test_docs_need_nothing_from_elsewhere(send: Send) -> None:
+    page = send("GET", "/docs").text
+    links = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)["']""", page)
+    assert {link.rsplit(".", 1)[-1] for link in links} >= {"js", "css", "json"}
+    for link in links:
+        assert link.startswith("/")
+        response = send("GET", link)
+        assert response.status_code == 200
+        assert len(response.content) > 500
+
+
+def described_routes() -> list[APIRoute]:
+    return [route for route in create_app(Settings()).routes if isinstance(route, APIRoute) and route.include_in_schema]
+
+
+@pytest.fixture(scope="session")
+def description(sent_in_process: Send) -> dict[str, Any]:
+    described: dict[str, Any] = sent_in_process("GET", "/openapi.json").json()
+    return described
+
+
+def test_every_reference_in_the_description_leads_somewhere(description: dict[str, Any]) -> None:
+    def references(node: Any) -> list[str]:
+        if isinstance(node, dict):
+            own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+            return own + [found for value in node.values() for found in references(value)]
+        return [found for value in node for found in references(value)] if isinstance(node, list) else []
+
+    schemas = description["components"]["schemas"]
+    assert {"CorrelateRequest", "Conv2dRequest", "TrainKernelRequest", "ProblemDetails"} <= schemas.keys()
+    for reference in references(description):
+        assert reference.removeprefix("#/components/schemas/") in schemas
+
+
+@pytest.mark.parametrize("path", ["/correlate", "/conv2d", "/train-kernel"])
+def test_every_endpoint_has_examples_that_work(send: Send, description: dict[str, Any], path: str) -> None:
+    operation = description["paths"][path]["post"]
+    examples = operation["requestBody"]["content"]["application/json"]["examples"]
+    assert examples
+    for example in examples.values():
+        response = send("POST", path, json=example["value"])
+        assert response.status_code == 200
+        assert response.json().keys() <= set(
+            description["components"]["schemas"][
+                operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+            ]["properties"]
+        )
+    assert {"400", "413", "415", "422", "503", "504"} <= operation["responses"].keys()

@@ -1,0 +1,129 @@
+"""`corr2d serve` as its own process: start, refusal to start, workers, stop."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving import talking_to
+
+CORR2D = Path(sys.executable).with_name("corr2d")
+LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
+
+
+@contextmanager
+def serving(log: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """The process and its address, as it prints it."""
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [CORR2D, "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **variables},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            address = re.search(r"listens on (http://[\w.:\[\]]+)", process.stdout.readline())
+            assert address, log.read_text()
+            yield process, address[1]
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_it_says_where_it_listens_answers_and_stops_when_told(tmp_path: Path, workers: str) -> None:
+    log = tmp_path / "log"
+    with serving(log, "--workers", workers, CORR2D_LOG_FORMAT="json", CORR2D_QUEUE="5") as (process, address):
+        with talking_to(address) as send:
+            assert send("POST", "/correlate", json=LESSON).json()["output"] == [[19, 25], [37, 43]]
+            assert send("GET", "/info").json()["settings"]["queue"] == 5
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    requests = [line for line in lines if line["event"] == "request"]
+    assert {"POST /correlate", "GET /info"} <= {f"{line['method']} {line['path']}" for line in requests}
+
+
+def test_the_curl_line_that_it_prints_works(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as (process, address):
+        assert process.stdout is not None
+        command = process.stdout.readline()
+        assert address.removeprefix("http://") in command
+        with talking_to(address):
+            answer = subprocess.run(command, shell=True, capture_output=True, check=True, text=True)  # noqa: S602 # it is for a shell
+    assert json.loads(answer.stdout)["output"] == [[19, 25], [37, 43]]
+
+
+def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(log) as (process, address):
+        with talking_to(address):
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert "Traceback" not in log.read_text()
+    assert "Waiting for application shutdown" in log.read_text()
+
+
+def test_ipv6_addresses_are_printed_as_urls_have_them(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    with serving(tmp_path / "log", "--host", "::1") as (_, address), talking_to(address) as send:
+        assert address.startswith("http://[::1]:")
+        assert send("GET", "/livez").status_code == 200
+
+
+def refused(*flags: str, **variables: str) -> str:
+    """The one line with which it refuses to start."""
+    command = [str(CORR2D), "serve", *flags]
+    environment = {**os.environ, **variables}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert process.returncode == 3, process.stderr
+    lines: list[str] = process.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_62_a_port_in_use_is_one_line_and_exit_3() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert refused("--port", port) == (
+            f"corr2d: cannot listen on 127.0.0.1 port {port}: address already in use; "
+            "CORR2D_HOST and CORR2D_PORT (--host, --port) choose others"
+        )
+
+
+def test_62_bad_settings_are_one_line_and_exit_3() -> None:
+    assert "CORR2D_WORKERS 'many': input should be a valid integer" in refused(CORR2D_WORKERS="many")
+    assert "--queue '-1'" in refused("--queue", "-1")
+    assert "did you mean CORR2D_DEVICE?" in refused(CORR2D_DEVISE="cpu")
+    assert 'device "cuda:99" is not on this machine' in refused("--port", "0", "--device", "cuda:99")
+    assert "cannot listen on no.such.host.invalid" in refused("--host", "no.such.host.invalid")
+
+
+def test_it_does_not_read_what_is_lying_about(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("CORR2D_PORT=nonsense\n")
+    process = subprocess.run([CORR2D, "config"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "nonsense" not in process.stdout
+
+
+def test_a_client_that_leaves_does_no_harm(address: str) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "POST /correlate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        connection.sendall(head.encode() + b'{"input": [[')
+    assert httpx.post(f"{address}/correlate", json=LESSON).status_code == 200

@@ -1,0 +1,72 @@
+"""The application under test: in this process, and behind a real server."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+import uvicorn
+from anyio.from_thread import start_blocking_portal
+from fastapi import FastAPI
+
+Send = Callable[..., httpx.Response]
+
+
+@contextmanager
+def in_process(app: FastAPI) -> Iterator[Send]:
+    """The application without a socket, its start-up and shutdown included."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(app.router.lifespan_context(app)):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        client = httpx.AsyncClient(transport=transport, base_url="http://corr2d")
+        with portal.wrap_async_context_manager(client):
+
+            def send(method: str, path: str, **options: Any) -> httpx.Response:
+                async def request() -> httpx.Response:
+                    return await client.request(method, path, **options)
+
+                return portal.call(request)
+
+            wait_until_ready(send)
+            yield send
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address of a real uvicorn on a real port with the application behind it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def on_a_port(app: FastAPI) -> Iterator[Send]:
+    """The application behind a real server."""
+    with listening(app) as address, talking_to(address) as send:
+        yield send
+
+
+@contextmanager
+def talking_to(address: str) -> Iterator[Send]:
+    """One client of a server that may still be starting."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+        wait_until_ready(client.request)
+        yield client.request
+
+
+def wait_until_ready(send: Send) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        with suppress(httpx.ConnectError):
+            if send("GET", "/readyz").status_code == 200:
+                return
+        assert time.monotonic() < deadline, "the service did not become ready"
+        time.sleep(0.01)
