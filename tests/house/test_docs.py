@@ -1,0 +1,67 @@
+"""The tables of the README against the code."""
+
+import re
+from pathlib import Path
+
+from service.__main__ import setting_text
+from service.app import create_app
+from service.errors import ERRORS
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, its head left out."""
+    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
+
+
+def test_the_table_of_endpoints_is_complete_and_in_the_routes_own_words() -> None:
+    described = create_app(Settings()).openapi()["paths"]
+    served = {
+        f"`{method.upper()} {path}`": operation["summary"]
+        for path, operations in described.items()
+        for method, operation in operations.items()
+    }
+    listed = dict(rows("Endpoints"))
+    assert listed.keys() == served.keys()
+    for endpoint, summary in served.items():
+        assert listed[endpoint].startswith(summary)
+
+
+def test_the_table_of_settings_is_complete() -> None:
+    assert rows("Settings") == [
+        [f"`{PREFIX}{name.upper()}`", setting_text(field.default), str(field.description)]
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def test_the_table_of_errors_is_complete() -> None:
+    listed = {
+        (int(status), name)
+        for status, names in rows("Errors")
+        for name in re.findall(r"urn:corr2d:error:([\w-]+)", names)
+    }
+    from_the_router = {(404, "not-found"), (405, "method-not-allowed"), (500, "internal")}
+    assert listed == {(kind.status, kind.name) for kind in ERRORS.values()} | from_the_router
+
+
+def test_the_layout_names_what_is_there() -> None:
+    for paths, _ in rows("How it is laid out"):
+        for path in re.findall(r"`([^`]+)`", paths):
+            assert (ROOT / path).exists(), path
+
+
+def test_every_make_target_is_in_contributing() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    for target in re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE):
+        if target not in ("help", "clean"):
+            assert f"`make {target}`" in contributing
+
+
+def test_the_routes_are_the_contracts() -> None:
+    paths = create_app(Settings()).openapi()["paths"]
+    assert set(paths) == {"/correlate", "/conv2d", "/train-kernel", "/kernels", "/info", "/livez", "/readyz"}

@@ -1,0 +1,101 @@
+"""Every command in the README is run, in order, and must give the answer that stands below it."""
+
+import doctest
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.app import create_app
+from service.settings import Settings
+from tests.serving import listening, talking_to
+
+ROOT = Path(__file__).parents[1]
+RUNNERS = {"sh": ["bash", "-e"], "python": [sys.executable, "-"], "js": ["node", "--input-type=module", "-"]}
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    fences = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(*fence) for fence in fences]
+
+
+def close(shown: Any, got: Any) -> bool:
+    """Equal, numbers to the digits that a README shows."""
+    if isinstance(shown, float) and isinstance(got, float):
+        return shown == pytest.approx(got, rel=1e-5, abs=1e-9)
+    if isinstance(shown, dict) and isinstance(got, dict):
+        return shown.keys() == got.keys() and all(close(shown[key], got[key]) for key in shown)
+    if isinstance(shown, list) and isinstance(got, list):
+        return len(shown) == len(got) and all(map(close, shown, got))
+    return bool(shown == got)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with listening(create_app(Settings())) as address, talking_to(address):
+        yield address
+
+
+def run(block: Block, address: str, folder: Path) -> str:
+    script = block.text.replace("http://localhost:8000", address).replace("localhost:8000", address)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        RUNNERS[block.language],
+        input=script,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_command_gives_the_answer_below_it(address: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    everything = [*blocks(), Block("", "")]
+    checked = 0
+    for block, below in pairwise(everything):
+        if block.language not in RUNNERS or block.text.startswith("make "):
+            continue
+        if block.language == "js" and shutil.which("node") is None:
+            continue
+        output = run(block, address, tmp_path)
+        if below.language == "json":
+            assert close(json.loads(below.text), json.loads(output)), output
+        else:
+            assert below.language == "text", f"no answer below {block.text}"
+            assert doctest.OutputChecker().check_output(below.text, output, doctest.ELLIPSIS), output
+        checked += 1
+    assert checked >= 10
+
+
+def test_the_two_commands_are_there() -> None:
+    (first, *_) = blocks()
+    assert first.text.splitlines() == ["make serve", "make test"]
+    for line in first.text.splitlines():
+        target = line.removeprefix("make ")
+        assert re.search(rf"^{target}:.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_pictures_are_what_the_commands_draw(tmp_path: Path, address: str) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (draw,) = [block for block in blocks() if "-o edges.png" in block.text]
+    run(draw, address, tmp_path)
+    assert (tmp_path / "edges.png").read_bytes() == (ROOT / "docs" / "images" / "edges.png").read_bytes()
