@@ -8,6 +8,7 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, NoReturn
@@ -185,15 +186,23 @@ def _from_flat(values: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) 
             limit=f"{expected} numbers",
         )
     _require_numbers(values, (expected,), within=".data")
-    numbers = _numbers(values)
     if dtype.kind in "iu":
-        bounds = np.iinfo(dtype)
-        wrong = (numbers < bounds.min) | (numbers > bounds.max) | (numbers != np.trunc(numbers))
-        if wrong.any():
-            at = int(wrong.argmax())
-            refuse(f"is no {dtype}", place=f".data[{at}]", got=values[at], limit=f"{bounds.min} to {bounds.max}")
+        return _integers(values, dtype).reshape(shape)
     with np.errstate(over="ignore"):
-        return numbers.astype(dtype).reshape(shape)
+        return _numbers(values).astype(dtype).reshape(shape)
+
+
+def _integers(values: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Exact for every integer type: a detour by float64 would round above 2^53."""
+    if set(map(type, values)) == {int}:
+        with suppress(OverflowError):
+            return np.array(values, dtype)
+    bounds = np.iinfo(dtype)
+    whole = [int(value) for value in values]
+    for at, (value, integer) in enumerate(zip(values, whole, strict=True)):
+        if value != integer or not bounds.min <= integer <= bounds.max:
+            refuse(f"is no {dtype}", place=f".data[{at}]", got=value, limit=f"{bounds.min} to {bounds.max}")
+    return np.array(whole, dtype)
 
 
 def _index(flat: int, shape: Sequence[int]) -> str:

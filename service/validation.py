@@ -21,7 +21,8 @@ class FieldError:
 def field_errors(errors: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> list[FieldError]:
     """Pydantic's errors, one for each field; unknown fields are held against the names `known`."""
     by_field: dict[str, FieldError] = {}
-    for error in errors:
+    # An unknown field is often the misspelling of one that is missing: say that first.
+    for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
         context = error.get("ctx") or {}
         field = context.get("field") or _path(error["loc"]) + context.get("place", "")
         by_field.setdefault(field or "(body)", _field_error(error, field or "(body)", context, known))
@@ -43,7 +44,7 @@ def _field_error(error: Mapping[str, Any], field: str, context: Mapping[str, Any
         case "missing":
             message, got = f'"{field}" is required', None
         case "model_type":
-            message, limit = f"{field} must be an object, not {got}", ", ".join(known)
+            message, limit = f"{field.strip('()')} must be an object, not {got}", ", ".join(known)
         case "literal_error":
             message, limit = f'"{field}" is not one of {context["expected"]}', context["expected"]
         case _:

@@ -38,6 +38,14 @@ def test_flat_numbers_arrive_as_they_were(array: np.ndarray[Any, Any]) -> None:
     np.testing.assert_array_equal(parsed, array)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_the_largest_integers_arrive_exactly(dtype: str) -> None:
+    bounds = np.iinfo(dtype)
+    data = [bounds.min, bounds.max, bounds.max - 1, 2**53 + 1, 7.0]
+    parsed = parse_array({"shape": [5], "dtype": dtype, "data": data})
+    assert parsed.tolist() == data
+
+
 @given(array=ARRAYS)
 def test_nested_lists_arrive_as_they_were(array: np.ndarray[Any, Any]) -> None:
     parsed = parse_array(array.tolist())
