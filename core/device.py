@@ -8,7 +8,7 @@ import torch
 
 from core.errors import DeviceUnavailable, InvalidOption
 
-CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_devices() -> list[str]:
@@ -58,15 +58,17 @@ def describe_devices() -> list[dict[str, object]]:
     return described
 
 
-def usable_cores(cpu_max: Path = CGROUP_CPU_MAX) -> int:
+def usable_cores(cgroup: Path = CGROUP) -> int:
     """The cores that this process may use: its affinity, further bounded by a container's CPU quota.
 
-    A container started with `--cpus 2` still sees every core of its host; its quota stands in `cpu.max` as
-    "<quota> <period>" in microseconds, or "max <period>" without one (kernel documentation, cgroup v2).
+    A container started with `--cpus 2` still sees every core of its host. Its quota stands, in microseconds of CPU time
+    and of the period that it is for, in `cpu.max` (cgroup v2) or in two files of `cpu/` (v1); "max" or -1 mean none.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cpu_max.read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            return max(1, min(cores, math.ceil(int(quota) / int(period)))) if int(quota) > 0 else cores
+        except (OSError, ValueError):
+            continue
+    return cores

@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that help and version answer
 import inspect
 import os
 import platform
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,10 @@ def flags_of_settings(command: Callable[..., None]) -> Callable[..., None]:
 @flags_of_settings
 def serve(**flags: object) -> None:
     """Answer HTTP requests until told to stop. Every flag is also a CORR2D_* environment variable."""
+    # From the first moment on: torch takes seconds to load, and to the first process of a container no signal is
+    # delivered that it does not ask for. uvicorn ends gracefully, then raises the signal again for this handler.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
     settings = _settings(flags)
     listener = _listener(settings)
     host, port = listener.getsockname()[:2]

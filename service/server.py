@@ -2,9 +2,7 @@
 
 import math
 import os
-import signal
 import socket
-import sys
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -29,9 +27,6 @@ def run(settings: Settings, listener: socket.socket) -> None:
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
     )
     server = uvicorn.Server(config)
-    # uvicorn ends gracefully and then raises the signal again for whoever was there before it: this is who.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
     if settings.workers == 1:
         server.run(sockets=[listener])
     else:

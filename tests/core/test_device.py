@@ -42,17 +42,37 @@ def test_cuda_gives_the_cpus_answer_and_leaves_tf32_as_it_was() -> None:
     assert torch.backends.cudnn.allow_tf32 == before
 
 
-def quota(folder: Path, text: str) -> Path:
-    path = folder / "cpu.max"
-    path.write_text(text)
-    return path
+V1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
 
 
-def test_the_cores_are_those_that_the_container_may_use(tmp_path: Path) -> None:
-    cores = usable_cores(tmp_path / "no such file")
-    assert cores >= 1
-    assert usable_cores(quota(tmp_path, "max 100000\n")) == cores
-    assert usable_cores(quota(tmp_path, "100000 100000\n")) == 1
-    assert usable_cores(quota(tmp_path, "50000 100000\n")) == 1
-    assert usable_cores(quota(tmp_path, "99900000 100000\n")) == cores
-    assert usable_cores(quota(tmp_path, "nonsense")) == cores
+def cgroup(folder: Path, files: dict[str, str]) -> Path:
+    (folder / "cpu").mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "nonsense"}, None),
+        ({"cpu.max": "99900000 100000\n"}, None),
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        (dict(zip(V1, ("-1\n", "100000\n"), strict=True)), None),
+        (dict(zip(V1, ("50000\n", "100000\n"), strict=True)), 1),
+    ],
+)
+def test_the_cores_are_those_that_the_container_may_use(
+    tmp_path: Path, files: dict[str, str], cores: int | None
+) -> None:
+    without_quota = usable_cores(tmp_path / "none")
+    assert without_quota >= 1
+    assert usable_cores(cgroup(tmp_path, files)) == (cores or without_quota)
+
+
+def test_a_quota_between_two_cores_counts_as_the_larger(tmp_path: Path) -> None:
+    without_quota = usable_cores(tmp_path / "none")
+    assert usable_cores(cgroup(tmp_path, {"cpu.max": "150000 100000\n"})) == min(2, without_quota)

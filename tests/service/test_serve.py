@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -75,6 +75,20 @@ def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
         assert process.wait(20) == 0
     assert "Traceback" not in log.read_text()
     assert "Waiting for application shutdown" in log.read_text()
+
+
+def test_it_can_be_stopped_while_it_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([CORR2D, "serve", "--port", str(port)], stdout=log, stderr=log)
+        # It listens before it loads torch, which takes much longer than these few milliseconds.
+        while process.poll() is None:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert "listens" not in (tmp_path / "log").read_text()
 
 
 def test_ipv6_addresses_are_printed_as_urls_have_them(tmp_path: Path) -> None:
