@@ -1,0 +1,71 @@
+# docker build -t corr2d . && docker run --rm --read-only --cap-drop ALL -p 127.0.0.1:8000:8000 corr2d
+ARG PYTHON=3.11
+
+FROM python:${PYTHON}-slim-bookworm AS base
+
+
+FROM base AS dependencies
+
+# torch for CPUs. For GPUs, in 5 GB: https://download.pytorch.org/whl/cu130, or empty for PyPI's own, which is CUDA's.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+# For building behind a mirror; pip takes those that are given and not empty.
+ARG PIP_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX} PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+
+WORKDIR /build
+COPY pyproject.toml constraints.txt ./
+
+# The dependencies alone: this layer, nearly all of the image, lasts until one of them changes.
+RUN python3 -m venv --without-pip /opt/corr2d \
+    && python3 -c 'import sys, tomllib; print(*tomllib.load(sys.stdin.buffer)["project"]["dependencies"], sep="\n")' \
+        < pyproject.toml > dependencies.txt \
+    && pip --python /opt/corr2d/bin/python3 install --constraint constraints.txt --requirement dependencies.txt \
+    # A quarter of that is tests, C++ headers and tools. torch_shm_manager is no tool: torch looks for it when imported.
+    && cd /opt/corr2d/lib/python3*/site-packages \
+    && rm -rf torch/include torch/test \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
+    && find . -type d -name tests -prune -exec rm -rf {} +
+
+
+FROM dependencies AS project
+
+COPY README.md LICENSE ./
+COPY core core
+COPY service service
+RUN pip --python /opt/corr2d/bin/python3 install --no-deps --prefix /project .
+
+
+FROM base
+
+LABEL org.opencontainers.image.title="corr2d" \
+      org.opencontainers.image.description="Convolution as a service: 2-D cross-correlation, Conv2d, learned kernels" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+# Python's own site-packages hold pip and what belongs to it, which nothing here needs any more.
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir / --shell /usr/sbin/nologin corr2d \
+    && rm -rf /usr/local/bin/pip* /usr/local/bin/wheel /usr/local/lib/python3*/site-packages/*
+
+COPY --from=dependencies /opt/corr2d /opt/corr2d
+COPY --from=project /project /opt/corr2d
+
+# pip compiled all bytecode above; from here on nothing is written, so that the root may be read-only.
+ENV PATH=/opt/corr2d/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 CORR2D_HOST=0.0.0.0 CORR2D_PORT=8000
+
+# Should the service miss something that was left out, the build fails, not the start.
+RUN python3 -c 'import service.app'
+
+# By number: Kubernetes' runAsNonRoot cannot look up a name.
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+
+# Ready means that a computation came out right. The empty ProxyHandler: a proxy in the environment is not asked.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python3", "-c", "\
+import os, urllib.request as web; \
+web.build_opener(web.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['CORR2D_PORT'] + '/readyz', timeout=4)"]
+
+ENTRYPOINT ["corr2d"]
+CMD ["serve"]
