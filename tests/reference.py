@@ -33,6 +33,13 @@ def valid(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
     return output
 
 
+def valid_by_windows(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
+    """The same sums for larger images: every window at once."""
+    windows = np.lib.stride_tricks.sliding_window_view(image, kernel.shape)
+    sums: Floats = np.einsum("ijab,ab->ij", windows, kernel)
+    return sums
+
+
 def border(mode: str, size: int) -> tuple[int, int]:
     """Pixels before and after, along one axis."""
     return {"valid": (0, 0), "same": ((size - 1) // 2, size // 2), "full": (size - 1, size - 1)}[mode]
