@@ -3,18 +3,14 @@
 from collections.abc import Awaitable, Callable
 from email.message import Message
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
-import numpy as np
 from fastapi import Request
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, WithJsonSchema
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from core import Dtype, Method
-from service.arrays import first_place
 from service.codecs import REQUEST_DECODERS
 from service.errors import BodyTooLarge, InvalidRequest, NotParseable, UnsupportedMediaType
 from service.request_log import Timing
@@ -55,33 +51,6 @@ class RequestModel(BaseModel):
     def arguments(self) -> dict[str, object]:
         """The fields as keyword arguments of a core function."""
         return {name: getattr(self, name) for name in type(self).model_fields}
-
-
-class ConvolutionRequest(RequestModel):
-    """What /correlate and /conv2d share."""
-
-    ARRAYS: ClassVar[tuple[str, ...]] = ()
-
-    method: Method = "auto"
-    device: str = "auto"
-    dtype: Dtype = "float32"
-
-    @model_validator(mode="after")
-    def _within_range(self) -> "ConvolutionRequest":
-        """JSON has no infinity: a value that float32 would make one of is refused, with its place."""
-        if self.dtype == "float64":
-            return self
-        largest = np.finfo(np.float32).max
-        for name in self.ARRAYS:
-            array = getattr(self, name)
-            if isinstance(array, np.ndarray) and (np.abs(array) > largest).any():
-                place = first_place(np.abs(array) > largest)
-                raise PydanticCustomError(
-                    "corr2d",
-                    'is past the range of float32: send "dtype": "float64" or smaller values',
-                    {"field": name + place, "limit": f"{largest:.7g}"},
-                )
-        return self
 
 
 Model = TypeVar("Model", bound=RequestModel)

@@ -28,11 +28,8 @@ def encode(planes: NDArray[Any]) -> bytes:
 
     Raises ValueError for any other shape, and for values that are not finite.
     """
-    planes = (
-        planes.reshape(planes.shape[planes.ndim - 2 :])
-        if planes.size == planes[..., :, :].shape[-1] * planes.shape[-2]
-        else planes
-    )
+    while planes.ndim > 2 and len(planes) == 1:
+        planes = planes[0]
     if planes.ndim != 2 and planes.shape[:-2] != (PLANES_OF_COLOUR,):
         raise ValueError(f"a PNG holds one plane (H, W) or three (3, H, W), not {planes.shape}: write .npy instead")
     if not np.isfinite(planes).all():

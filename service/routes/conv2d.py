@@ -9,10 +9,10 @@ from starlette.responses import Response
 import core
 from service.arrays import Array
 from service.compute import Compute
+from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
 from service.openapi import COMPUTING_ERRORS, body, problems
-from service.requests import ConvolutionRequest, IntegerOrPair, Padding, decoded
+from service.requests import IntegerOrPair, Padding, decoded
 from service.responses import Answer
-from service.routes.correlate import ConvolutionAnswer
 
 router = APIRouter(tags=["convolution"])
 
@@ -31,7 +31,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 class Conv2dRequest(ConvolutionRequest):
     """The arguments of torch.nn.functional.conv2d, and torch.nn.Conv2d's padding_mode."""
 
-    ARRAYS: ClassVar = ("input", "weight", "bias")
+    NUMBERS: ClassVar = ("input", "weight", "bias")
 
     input: Array = Field(description="(N, C, H, W), (C, H, W) or (H, W)")
     weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one channel in and one out")
@@ -53,11 +53,4 @@ async def conv2d(
     request: Annotated[Conv2dRequest, Depends(decoded(Conv2dRequest))], compute: Compute, answer: Answer
 ) -> Response:
     """torch.nn.functional.conv2d: images under a bank of filters; the output has the input's rank."""
-    result = await compute(core.conv2d, **request.arguments())
-    return await answer(
-        output=result.output,
-        shape=list(result.output.shape),
-        dtype=request.dtype,
-        device=result.device,
-        engine=result.engine,
-    )
+    return await convolved(core.conv2d, request, compute, answer)

@@ -3,14 +3,15 @@
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Depends
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, Field
 from starlette.responses import Response
 
 import core
 from service.arrays import Array, ArrayOrName
 from service.compute import Compute
+from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
 from service.openapi import COMPUTING_ERRORS, body, problems
-from service.requests import ConvolutionRequest, decoded
+from service.requests import decoded
 from service.responses import Answer
 
 router = APIRouter(tags=["convolution"])
@@ -29,7 +30,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 class CorrelateRequest(ConvolutionRequest):
     """An input (..., H, W), a kernel (h, w) or its name, and how to lay one on the other."""
 
-    ARRAYS: ClassVar = ("input", "kernel")
+    NUMBERS: ClassVar = ("input", "kernel", "fill_value")
 
     input: Array = Field(validation_alias=AliasChoices("input", "X"), description="(..., H, W); also `X`")
     kernel: ArrayOrName = Field(
@@ -39,17 +40,6 @@ class CorrelateRequest(ConvolutionRequest):
     boundary: core.Boundary = Field("zeros", description="what stands outside the input")
     fill_value: float = Field(0.0, allow_inf_nan=False, description='outside the input with boundary "constant"')
     operation: core.Operation = Field("correlate", description="convolve flips the kernel in both axes first")
-
-
-class ConvolutionAnswer(BaseModel):
-    """The output and how it was made."""
-
-    output: Array
-    shape: list[int]
-    dtype: core.Dtype
-    device: str
-    engine: str
-    nonfinite: int | None = Field(None, description="how many numbers of the output are null; absent where none is")
 
 
 @router.post(
@@ -62,11 +52,4 @@ async def correlate(
     request: Annotated[CorrelateRequest, Depends(decoded(CorrelateRequest))], compute: Compute, answer: Answer
 ) -> Response:
     """Slide the kernel over every plane of the input and sum the products."""
-    result = await compute(core.correlate, **request.arguments())
-    return await answer(
-        output=result.output,
-        shape=list(result.output.shape),
-        dtype=request.dtype,
-        device=result.device,
-        engine=result.engine,
-    )
+    return await convolved(core.correlate, request, compute, answer)

@@ -114,6 +114,12 @@ def test_24_numbers_past_float32_are_refused_with_their_place_unless_float64_is_
     assert send("POST", path, json={**body, "dtype": "float64"}).status_code == 200
 
 
+def test_24_a_fill_value_past_float32(send: Send) -> None:
+    outside = {"mode": "same", "boundary": "constant", "fill_value": -1e39}
+    assert first_error(correlate(send, **outside), 422)["field"] == "fill_value"
+    assert correlate(send, **outside, dtype="float64").status_code == 200
+
+
 def test_25_depth(send: Send) -> None:
     assert "depth" in problem_of(post(send, b'{"input": ' + b"[" * 100_000), 400)["detail"]
     deep = b"[" * 40 + b"1" + b"]" * 40
