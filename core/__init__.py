@@ -21,11 +21,12 @@ from core.errors import (
     TooLarge,
     UnknownKernel,
 )
-from core.fit import Solver, fit_kernel, fit_kernel_steps
+from core.fit import Solver, exhaust, fit_kernel, fit_kernel_steps
 from core.fit.descent import Loss
 from core.fit.result import FitResult, Status, Step
 from core.kernels import KERNELS, named_kernel
-from core.shapes import Boundary, Dtype, Limits, Mode, Operation, PaddingMode, Problem
+from core.limits import Limits
+from core.shapes import Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
     "ENGINES",
@@ -58,6 +59,7 @@ __all__ = [
     "conv2d",
     "correlate",
     "describe_devices",
+    "exhaust",
     "fit_kernel",
     "fit_kernel_steps",
     "named_kernel",

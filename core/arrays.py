@@ -19,6 +19,10 @@ ArrayLike: TypeAlias = Tensor | NDArray[np.generic] | Numbers
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
+LARGEST_ITEM = 8
+"""Bytes of float64; numpy has wider types, which torch does not know."""
+
+
 def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The value as a tensor, sharing its memory where dtype and device already agree.
 
@@ -26,8 +30,8 @@ def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.de
     InvalidShape for ragged sequences and for arrays that hold nothing.
     """
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(_plain_array(field, value))
-    if tensor.is_complex():
-        raise InvalidNumbers(f"{field} has complex numbers: send real ones", field=field, got=str(tensor.dtype))
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InvalidNumbers(f"{field} is {tensor.dtype}: it needs real numbers", field=field, got=str(tensor.dtype))
     if tensor.numel() == 0:
         raise InvalidShape(
             f"{field} is empty: its shape is {sized(tensor.shape)} and every side must be at least 1",
@@ -44,13 +48,14 @@ def _plain_array(field: str, value: NDArray[np.generic] | Numbers) -> NDArray[np
         array = np.asarray(value)
     except ValueError as error:
         raise InvalidShape(f"{field} is ragged: its rows differ in length", field=field) from error
-    if array.dtype.kind not in "iufc":
+    if array.dtype.kind not in "iuf":
         raise InvalidNumbers(
             f"{field} has values of type {array.dtype}: only real numbers can be convolved",
             field=field,
             got=str(array.dtype),
             limit="integers and floating-point numbers",
         )
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= LARGEST_ITEM else np.dtype(np.float64)
+    array = array.astype(native, copy=False)
     # torch shares memory with what it is given and warns that a read-only array could be written through it.
     return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()

@@ -8,9 +8,9 @@ from core.arrays import DTYPES, ArrayLike, as_tensor
 from core.device import require_dtype, resolve_device
 from core.engines import Method, Result, solve
 from core.errors import InvalidShape
+from core.limits import Limits
 from core.shapes import (
     Dtype,
-    Limits,
     PaddingMode,
     Problem,
     conv2d_padding,
@@ -54,19 +54,20 @@ def conv2d(
     images = as_images("input", planes)
     filters = as_filters("weight", as_tensor("weight", weight, torch_dtype, torch_device))
     offsets = None if bias is None else as_tensor("bias", bias, torch_dtype, torch_device)
+    bias_shape = None if offsets is None else tuple(offsets.shape)
     problem = conv2d_problem(
-        images, filters, offsets, stride, padding, dilation, groups, padding_mode, weight_name="weight"
+        images, filters.shape, bias_shape, stride, padding, dilation, groups, padding_mode, weight_name="weight"
     )
     if limits is not None:
-        limits.check(problem)
+        limits.check(problem, method=method)
     result = solve(problem, images, filters, offsets, method)
     return Result(_matching_rank(result.output, planes.ndim), result.engine, result.device)
 
 
 def conv2d_problem(
     images: Tensor,
-    filters: Tensor,
-    bias: Tensor | None,
+    filters_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
@@ -75,13 +76,13 @@ def conv2d_problem(
     *,
     weight_name: str,
 ) -> Problem:
-    """The Problem of images (N, C, H, W) under filters (O, C/groups, h, w), its sizes checked against each other.
+    """The Problem of images (N, C, H, W) under filters of a shape (O, C/groups, h, w), its sizes checked.
 
     `weight_name` is what the caller's user calls the filters, for messages.
     """
     batch, channels, height, width = images.shape
-    outputs, channels_per_group, h, w = filters.shape
-    positive("groups", groups)
+    outputs, channels_per_group, h, w = filters_shape
+    groups = positive("groups", groups)
     if channels % groups or outputs % groups:
         raise InvalidShape(
             f"groups {groups} must divide both the channels of the input ({channels}) and the filters ({outputs})",
@@ -92,17 +93,17 @@ def conv2d_problem(
     if channels_per_group * groups != channels:
         expected = sized((outputs, channels // groups, h, w))
         raise InvalidShape(
-            f"{weight_name} {sized(filters.shape)} reads {channels_per_group * groups} channels "
+            f"{weight_name} {sized(filters_shape)} reads {channels_per_group * groups} channels "
             f"in {groups} group{'' if groups == 1 else 's'}, the input has {channels}: {expected} would fit",
             field=weight_name,
-            got=sized(filters.shape),
+            got=sized(filters_shape),
             limit=expected,
         )
-    if bias is not None and bias.shape != (outputs,):
+    if bias_shape is not None and tuple(bias_shape) != (outputs,):
         raise InvalidShape(
-            f"bias has shape {sized(bias.shape)}: {outputs} filter{'' if outputs == 1 else 's'} need ({outputs})",
+            f"bias has shape {sized(bias_shape)}: {outputs} filter{'' if outputs == 1 else 's'} need ({outputs})",
             field="bias",
-            got=sized(bias.shape),
+            got=sized(bias_shape),
             limit=f"({outputs})",
         )
     steps, spacing = positive_pair("stride", stride), positive_pair("dilation", dilation)

@@ -8,7 +8,8 @@ from core.device import require_dtype, resolve_device
 from core.engines import Method, Result, solve
 from core.errors import InvalidOption, InvalidShape
 from core.kernels import named_kernel
-from core.shapes import Boundary, Dtype, Limits, Mode, Operation, Problem, mode_padding, one_of, sized
+from core.limits import Limits
+from core.shapes import Boundary, Dtype, Mode, Operation, Problem, mode_padding, one_of, sized
 
 
 def correlate(
@@ -39,6 +40,13 @@ def correlate(
     torch_dtype, torch_device = DTYPES[one_of("dtype", dtype, Dtype)], resolve_device(device)
     require_dtype(torch_device, torch_dtype)
     _require_effect(mode, boundary, fill_value)
+    if not abs(fill_value) <= torch.finfo(torch_dtype).max:
+        raise InvalidOption(
+            f"fill_value {fill_value:g} is not a number that {dtype} can hold",
+            field="fill_value",
+            got=fill_value,
+            limit=f"{torch.finfo(torch_dtype).max:.7g}",
+        )
 
     images = as_tensor("input", input, torch_dtype, torch_device)
     taps = as_tensor("kernel", named_kernel(kernel) if isinstance(kernel, str) else kernel, torch_dtype, torch_device)
@@ -67,7 +75,7 @@ def correlate(
         device=torch_device.type,
     )
     if limits is not None:
-        limits.check(problem)
+        limits.check(problem, method=method)
     if operation == "convolve":
         taps = torch.flip(taps, (0, 1))
     result = solve(problem, images.reshape(-1, 1, height, width), taps.reshape(1, 1, h, w), None, method)

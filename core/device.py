@@ -18,12 +18,13 @@ def available_devices() -> list[str]:
     return [*cuda, *mps, "cpu"]
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The torch device of that name; `auto` is the fastest kind there is.
 
     Raises DeviceUnavailable, naming the devices that are there.
     """
     devices = available_devices()
+    name = str(name)
     wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
     if wanted not in devices:
         raise DeviceUnavailable(

@@ -59,6 +59,6 @@ class MethodUnavailable(CoreError):
 class TooLarge(CoreError):
     """An estimate above the limits that the caller set; nothing has been allocated."""
 
-    def __init__(self, message: str, *, quantity: Literal["memory", "compute"], got: str, limit: str) -> None:
+    def __init__(self, message: str, *, quantity: Literal["memory", "compute", "time"], got: str, limit: str) -> None:
         super().__init__(message, got=got, limit=limit)
         self.quantity = quantity

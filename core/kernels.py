@@ -18,6 +18,9 @@ from core.errors import UnknownKernel
 MAX_SIDE = 1023
 """The largest side of a kernel that a name may ask for; a larger one is sent as an array."""
 
+MAX_TEXT = 200
+"""The longest name that is looked at."""
+
 Kernel = NDArray[np.float64]
 
 
@@ -38,7 +41,7 @@ def named_kernel(text: str) -> Kernel:
 
     Raises UnknownKernel with the nearest names, or with the signature where the arguments do not fit it.
     """
-    call = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text[:200])
+    call = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text) if len(text) <= MAX_TEXT else None
     name = call[1] if call else text[:60]
     family = KERNELS.get(name)
     if call is None or family is None:
@@ -48,7 +51,7 @@ def named_kernel(text: str) -> Kernel:
             f'"{text[:60]}" is not a named kernel{hint}', field="kernel", got=text[:60], limit=", ".join(KERNELS)
         )
     try:
-        return family.make(*_arguments(call[2] or "", family))
+        return _finite(family.make, _arguments(call[2] or "", family))
     except ValueError as error:
         raise UnknownKernel(
             f'"{text[:60]}" does not fit {family.signature} ({error}); for example "{family.example}"',
@@ -56,6 +59,17 @@ def named_kernel(text: str) -> Kernel:
             got=text[:60],
             limit=family.signature,
         ) from error
+
+
+def _finite(make: Callable[..., Kernel], arguments: list[float]) -> Kernel:
+    with np.errstate(all="ignore"):
+        try:
+            kernel = make(*arguments)
+        except ArithmeticError as error:
+            raise ValueError("its numbers are out of range") from error
+    if not np.isfinite(kernel).all():
+        raise ValueError("its numbers are out of range")
+    return kernel
 
 
 def _arguments(text: str, family: KernelFamily) -> list[float]:
@@ -76,7 +90,9 @@ def gaussian(sigma: float, n: float | None = None) -> Kernel:
 
     The cut and the normalisation are scipy.ndimage.gaussian_filter's.
     """
-    line = np.exp(-0.5 * (_offsets(sigma, n) / sigma) ** 2)
+    exponents = -0.5 * (_offsets(sigma, n) / sigma) ** 2
+    # Its largest is 0 at least where a pixel is the centre; an even n has none, and a small sigma nothing else.
+    line = np.exp(exponents - exponents.max())
     line /= line.sum()
     kernel: Kernel = np.outer(line, line)
     return kernel

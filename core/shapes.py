@@ -4,11 +4,13 @@ Nothing here touches an array, so every question about a problem (does it fit, w
 is answered before anything is allocated.
 """
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from numbers import Integral, Real
+from typing import Literal, TypeGuard, TypeVar, get_args
 
-from core.errors import InvalidOption, InvalidShape, TooLarge
+from core.errors import InvalidOption, InvalidShape
 
 Dtype = Literal["float32", "float64"]
 Mode = Literal["valid", "same", "full"]
@@ -77,7 +79,10 @@ class Problem:
 
     @property
     def bytes(self) -> int:
-        """Memory for the input, the input with its border, the weight and the output."""
+        """Memory for the input and the weight, and for the bordered input and the output in up to three layouts.
+
+        torch's convolution reorders what it reads and writes into layouts of its own: measured, not documented.
+        """
         rows, columns = self.output_size
         padded_rows, padded_columns = self.padded_size
         images = self.batch * self.channels
@@ -85,34 +90,7 @@ class Problem:
         weight = self.filters * self.channels // self.groups * self.kernel_height * self.kernel_width
         output = self.batch * self.filters * rows * columns
         itemsize = 4 if self.dtype == "float32" else 8
-        return itemsize * (images * self.height * self.width + bordered + weight + output)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one call may cost: memory in megabytes (10^6 bytes), arithmetic in Gflop (10^9 operations)."""
-
-    megabytes: float
-    gflop: float
-
-    def check(self, *problems: Problem, passes: int = 1) -> None:
-        """Raise TooLarge where the estimate for `passes` runs of all the problems is above a limit."""
-        megabytes = sum(problem.bytes for problem in problems) / 1e6
-        if megabytes > self.megabytes:
-            raise TooLarge(
-                f"this needs about {megabytes:,.0f} MB of memory; at most {self.megabytes:,.0f} MB are allowed",
-                quantity="memory",
-                got=f"{megabytes:,.0f} MB",
-                limit=f"{self.megabytes:,.0f} MB",
-            )
-        gflop = passes * sum(problem.operations for problem in problems) / 1e9
-        if gflop > self.gflop:
-            raise TooLarge(
-                f"this needs about {gflop:,.0f} Gflop; at most {self.gflop:,.0f} Gflop are allowed",
-                quantity="compute",
-                got=f"{gflop:,.0f} Gflop",
-                limit=f"{self.gflop:,.0f} Gflop",
-            )
+        return itemsize * (images * self.height * self.width + weight + 3 * (bordered + output))
 
 
 def extent(size: int, dilation: int) -> int:
@@ -153,7 +131,7 @@ def conv2d_padding(
             return 0, 0, 0, 0
         case "same":
             return same_padding(size, kernel_size, stride, dilation)
-        case int():
+        case _ if is_integer(padding):
             sides = [padding] * 4
         case [rows, columns]:
             sides = [rows, rows, columns, columns]
@@ -163,45 +141,58 @@ def conv2d_padding(
             sides = []
     if not sides or not all(is_integer(side) and 0 <= side <= MAX_STEP for side in sides):
         raise InvalidOption(
-            f"padding {padding!r} is none of: an integer, [rows, columns], [top, bottom, left, right] "
+            f"padding {shown(padding)} is none of: an integer, [rows, columns], [top, bottom, left, right] "
             f'(each 0 to {MAX_STEP}), "valid", "same"',
             field="padding",
-            got=padding,
+            got=shown(padding),
             limit=f"0 to {MAX_STEP}",
         )
-    top, bottom, left, right = sides
+    top, bottom, left, right = map(int, sides)
     return top, bottom, left, right
 
 
 def positive_pair(field: str, value: int | Sequence[int]) -> Pair:
     """An option that is one positive integer for both directions, or one each for rows and columns."""
-    pair = [value, value] if isinstance(value, int) else value
+    pair = [value, value] if is_integer(value) else value
     if (
         not isinstance(pair, Sequence)
         or len(pair) != 2
         or not all(is_integer(number) and 1 <= number <= MAX_STEP for number in pair)
     ):
         raise InvalidOption(
-            f"{field} {value!r} is neither an integer nor [rows, columns], each 1 to {MAX_STEP}",
+            f"{field} {shown(value)} is neither an integer nor [rows, columns], each 1 to {MAX_STEP}",
             field=field,
-            got=value,
+            got=shown(value),
             limit=f"1 to {MAX_STEP}",
         )
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def positive(field: str, value: int, limit: int = MAX_STEP) -> int:
     """An option that is one positive integer."""
     if not is_integer(value) or not 1 <= value <= limit:
         raise InvalidOption(
-            f"{field} {value!r} is not an integer from 1 to {limit}", field=field, got=value, limit=f"1 to {limit}"
+            f"{field} {shown(value)} is not an integer from 1 to {limit}",
+            field=field,
+            got=shown(value),
+            limit=f"1 to {limit}",
         )
-    return value
+    return int(value)
 
 
-def is_integer(value: object) -> bool:
-    """True for integers; False for booleans, which Python counts among them."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_integer(value: object) -> TypeGuard[int]:
+    """True for integers, numpy's too; False for booleans, which Python counts among them."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """True for real numbers, numpy's too; False for booleans."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, cut in length and depth."""
+    return reprlib.repr(value)
 
 
 def one_of(field: str, value: Name, allowed: object) -> Name:

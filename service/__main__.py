@@ -273,6 +273,8 @@ def _refusals() -> Iterator[None]:
         yield
     except (CoreError, ValueError, OSError) as error:
         _stop(str(error), EXIT_REFUSED)
+    except MemoryError as error:
+        _stop(f"too large for this machine: {error}", EXIT_REFUSED)
 
 
 def _settings(flags: Mapping[str, object]) -> Settings:

@@ -1,10 +1,13 @@
 """The application: everything is built here, from settings, and nothing before."""
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.to_thread
 import structlog
 import torch
 from fastapi import FastAPI
@@ -17,7 +20,7 @@ from service.errors import add_error_handlers
 from service.log import configure_logging
 from service.openapi import describe
 from service.readiness import Readiness, warm_up
-from service.request_log import RequestLog, Timing
+from service.request_log import RequestLog
 from service.routes import conv2d, correlate, health, info, kernels, train_kernel
 from service.settings import Settings, load_settings
 from service.version import VERSION
@@ -26,6 +29,10 @@ DESCRIPTION = """\
 Convolution as a service: post arrays, get back their 2-D cross-correlation, a Conv2d layer's output, or a kernel
 learned from examples. Errors are `application/problem+json` and say what came, what is allowed and how to change it.
 """
+
+
+COMPUTATIONS = 2
+"""Computations at a time, each with all of torch's threads: a second one lets the small pass the large."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -43,9 +50,10 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.threads = max(1, threads // settings.workers)
-    app.state.pool = ComputePool(threads=app.state.threads, queue=settings.queue, timeout_s=settings.request_timeout_s)
+    app.state.pool = ComputePool(threads=COMPUTATIONS, queue=settings.queue, timeout_s=settings.request_timeout_s)
     app.state.codec_threads = anyio.CapacityLimiter(app.state.threads)
     app.state.readiness = Readiness()
+    app.state.process_is_ours = False
     app.add_middleware(RequestLog)
     add_error_handlers(app)
     for resource in (correlate, conv2d, train_kernel, kernels, info, health):
@@ -59,7 +67,9 @@ def create_worker_app() -> FastAPI:
     """The service as a worker process makes it, from the environment that `corr2d serve` hands down."""
     settings = load_settings()
     configure_logging(settings.log_format)
-    return create_app(settings)
+    app = create_app(settings)
+    app.state.process_is_ours = True
+    return app
 
 
 @asynccontextmanager
@@ -70,12 +80,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     warming.cancel()
     app.state.readiness.failed("the service is going down")
     app.state.pool.close()
+    if app.state.process_is_ours and app.state.pool.busy:
+        # A computation past its deadline cannot be interrupted, and Python would wait for its thread before it ends.
+        structlog.get_logger("corr2d").warning("leaving a computation unfinished")
+        logging.shutdown()
+        os._exit(0)
 
 
 async def _become_ready(app: FastAPI) -> None:
     log = structlog.get_logger("corr2d")
     try:
-        device = await app.state.pool.run(Timing(), lambda _: warm_up(app.state.settings.device))
+        # Beside the pool, and without its deadline: the first computation on a GPU may take its time.
+        device = await anyio.to_thread.run_sync(warm_up, app.state.settings.device)
     except (CoreError, RuntimeError) as error:
         app.state.readiness.failed(f"the warm-up failed: {error}")
         log.warning("warm-up failed", reason=str(error))

@@ -7,11 +7,12 @@ the place of a fault is looked for only once there is one.
 import base64
 import binascii
 import math
+import reprlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,9 +125,9 @@ def _from_object(described: dict[str, Any]) -> NDArray[Any]:
         found = ", ".join(sorted(described)[:10]) or "nothing"
         refuse(f'has the keys {found}: it needs "shape", "dtype" and "data"', got=found, limit="shape, dtype, data")
     shape = _described_shape(described["shape"])
-    if described["dtype"] not in DTYPES:
+    if not isinstance(described["dtype"], str) or described["dtype"] not in DTYPES:
         allowed = ", ".join(DTYPES)
-        refuse(f"is not one of {allowed}", place=".dtype", got=str(described["dtype"])[:40], limit=allowed)
+        refuse(f"is not one of {allowed}", place=".dtype", got=reprlib.repr(described["dtype"]), limit=allowed)
     dtype = np.dtype(described["dtype"])
     data = described["data"]
     if isinstance(data, str):
@@ -154,7 +155,7 @@ def _described_shape(shape: object) -> tuple[int, ...]:
         refuse(
             f"is not a list of 1 to {MAX_DIMENSIONS} positive integers",
             place=".shape",
-            got=str(shape)[:60],
+            got=reprlib.repr(shape),
             limit="positive integers",
         )
     return tuple(shape)
@@ -214,23 +215,30 @@ class _ArrayForms:
     """pydantic's side of Array: how to validate it and how to describe it."""
 
     or_name: bool = False
+    or_number: bool = False
 
     def __get_pydantic_core_schema__(self, source: object, handler: object) -> core_schema.CoreSchema:
         del source, handler
         return core_schema.no_info_plain_validator_function(self._parse)
 
-    def _parse(self, value: object) -> NDArray[Any] | str:
-        return value if self.or_name and isinstance(value, str) else parse_array(value)
+    def _parse(self, value: object) -> NDArray[Any] | str | float:
+        if self.or_name and isinstance(value, str):
+            return value
+        if self.or_number and type(value) in NUMBERS:
+            return cast("float", value)
+        return parse_array(value)
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         del schema, handler
         name = {"type": "string", "description": "a name from /kernels, with its arguments"}
+        number = {"type": "number"}
         return {
             "description": "nested lists of numbers, or an object with flat numbers or little-endian row-major base64",
             "anyOf": [
                 *([name] if self.or_name else []),
+                *([number] if self.or_number else []),
                 {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "number"}, {"type": "array"}]}},
                 {
                     "type": "object",
@@ -252,5 +260,7 @@ class _ArrayForms:
 
 
 Array = Annotated[NDArray[Any], _ArrayForms()]
+
+ArrayOrNumber = Annotated[NDArray[Any] | float, _ArrayForms(or_number=True)]
 
 ArrayOrName = Annotated[NDArray[Any] | str, _ArrayForms(or_name=True)]

@@ -4,17 +4,16 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, ParamSpec, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from core import FitResult, Limits, Step
+from core import FitResult, Limits, Step, exhaust
 from service.errors import Busy, DeadlinePassed
 from service.request_log import Timing
 from service.settings import Settings
 
-Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 
 
@@ -24,39 +23,49 @@ class ComputePool:
     def __init__(self, *, threads: int, queue: int, timeout_s: float) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="compute")
         self._places = threads + queue
-        self._free = threading.BoundedSemaphore(self._places)
+        self._unfinished: set[Future[Any]] = set()
         self._timeout_s = timeout_s
 
     async def run(self, timing: Timing, job: Callable[[threading.Event], Value]) -> Value:
-        """Run job(abandoned) in a thread; `abandoned` is set once nobody waits for its value any more.
+        """Run job(abandoned) in a thread; `abandoned` is set once its deadline has passed.
 
         A job that waits when its deadline passes is dropped; one that runs ends when it looks at `abandoned`.
         Raises Busy and DeadlinePassed.
         """
-        if not self._free.acquire(blocking=False):
+        if len(self._unfinished) >= self._places:
             raise Busy(
                 f"{self._places} computations are running or waiting, as many as there may be: try again soon",
                 headers={"Retry-After": "1"},
             )
         abandoned = threading.Event()
         submitted = time.perf_counter()
+        started: list[float] = []
 
         def timed() -> Value:
-            timing.add("wait", time.perf_counter() - submitted)
+            started.append(time.perf_counter())
+            timing.add("wait", started[0] - submitted)
             with timing.measure("compute"):
                 return job(abandoned)
 
         future = self._executor.submit(timed)
-        future.add_done_callback(lambda _: self._free.release())
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
         except TimeoutError as error:
+            # The thread adds its share only when it ends, which is after the answer.
+            timing.add("compute" if started else "wait", time.perf_counter() - (started or [submitted])[0])
             raise DeadlinePassed(
                 f"not done after {self._timeout_s:g} s, the wait for its turn included; "
                 "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
             ) from error
         finally:
             abandoned.set()
+
+    @property
+    def busy(self) -> bool:
+        """Computations run or wait, whether anybody still wants them or not."""
+        return bool(self._unfinished)
 
     def close(self) -> None:
         """Drop what waits; what runs is left to end."""
@@ -71,7 +80,7 @@ class RequestCompute:
         self._pool: ComputePool = request.app.state.pool
         self._timing: Timing = request.state.timing
         self._device = settings.device
-        self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop)
+        self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
 
     async def __call__(self, function: Callable[..., Value], **arguments: object) -> Value:
         """Run one of core's functions within the service's limits."""
@@ -80,17 +89,14 @@ class RequestCompute:
     async def steps(self, function: Callable[..., Generator[Step, None, FitResult]], **arguments: object) -> FitResult:
         """Run one of core's generators to its end, or until nobody waits for it any more."""
 
-        def until_abandoned(abandoned: threading.Event) -> FitResult:
-            steps = function(**self._bounded(arguments))
-            while not abandoned.is_set():
-                try:
-                    next(steps)
-                except StopIteration as finished:
-                    result: FitResult = finished.value
-                    return result
-            raise DeadlinePassed("abandoned")
+        def run(abandoned: threading.Event) -> FitResult:
+            def stop_when_abandoned(_: Step) -> None:
+                if abandoned.is_set():
+                    raise DeadlinePassed("abandoned")
 
-        return await self._pool.run(self._timing, until_abandoned)
+            return exhaust(function(**self._bounded(arguments)), stop_when_abandoned)
+
+        return await self._pool.run(self._timing, run)
 
     def _bounded(self, arguments: dict[str, object]) -> dict[str, object]:
         device = self._device if arguments["device"] == "auto" else arguments["device"]

@@ -18,8 +18,7 @@ from service.responses import Answerer
 class ConvolutionRequest(RequestModel):
     """The options of both, and the range that their arrays must keep to."""
 
-    NUMBERS: ClassVar[tuple[str, ...]] = ()
-    """The fields that hold numbers to compute with."""
+    ARRAYS: ClassVar[tuple[str, ...]] = ()
 
     method: Method = "auto"
     device: str = "auto"
@@ -31,11 +30,10 @@ class ConvolutionRequest(RequestModel):
         if self.dtype == "float64":
             return self
         largest = np.finfo(np.float32).max
-        for name in self.NUMBERS:
-            value = getattr(self, name)
-            beyond = np.abs(value) > largest if isinstance(value, np.ndarray | float) else np.False_
-            if beyond.any():
-                place = first_place(np.asarray(beyond))
+        for name in self.ARRAYS:
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray) and (np.abs(array) > largest).any():
+                place = first_place(np.abs(array) > largest)
                 raise PydanticCustomError(
                     "corr2d",
                     'is past the range of float32: send "dtype": "float64" or smaller values',

@@ -41,7 +41,11 @@ MAX_BYTES = 8000
 MAX_ERRORS = 20
 MAX_TEXT = 300
 
-LIMIT_SETTINGS = {"memory": "CORR2D_MAX_COMPUTE_MB", "compute": "CORR2D_MAX_COMPUTE_GFLOP"}
+LIMIT_SETTINGS = {
+    "memory": "CORR2D_MAX_COMPUTE_MB",
+    "compute": "CORR2D_MAX_COMPUTE_GFLOP",
+    "time": "CORR2D_REQUEST_TIMEOUT_S",
+}
 
 
 class ServiceError(Exception):

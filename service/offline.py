@@ -22,7 +22,7 @@ PLOT_WIDTH = 60
 
 def correlate(input: Path, kernel: str, output: Path | None, **options: Any) -> None:
     """Correlate a file with a kernel, named or in a .npy file, and write or print the result."""
-    taps = read_array(Path(kernel)) if Path(kernel).suffix in FILE_READERS else kernel
+    taps = read_array(Path(kernel)) if Path(kernel).suffix.lower() in FILE_READERS else kernel
     images = read_array(input)
     start = time.perf_counter()
     result = core.correlate(images, taps, **options)
@@ -44,13 +44,7 @@ def train(input: Path, target: Path, output: Path | None, *, steps: int, **optio
     columns = (TextColumn("learning"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.6g}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("learning", total=steps, loss=math.nan)
-        while True:
-            try:
-                step = next(fit)
-            except StopIteration as finished:
-                result: core.FitResult = finished.value
-                break
-            progress.update(task, completed=step.number, loss=step.loss)
+        result = core.exhaust(fit, lambda step: progress.update(task, completed=step.number, loss=step.loss))
     typer.echo(result.message)
     typer.echo(f"loss {sparkline([*result.loss_history, result.final_loss])} (log scale)")
     kernel = result.kernel.cpu().numpy()

@@ -13,18 +13,18 @@ class Readiness:
     """Why the service is not ready yet, or which device it is ready on."""
 
     def __init__(self) -> None:
-        self.obstacle: str | None = "the warm-up has not run yet"
+        self.obstacle = "the warm-up has not run yet"
         self.device: str | None = None
 
     def require(self) -> str:
         """The device; raises NotReady with the reason where there is none."""
         if self.device is None:
-            raise NotReady(f"{self.obstacle}", headers={"Retry-After": "1"})
+            raise NotReady(self.obstacle, headers={"Retry-After": "1"})
         return self.device
 
     def ready(self, device: str) -> None:
         """The warm-up came out right."""
-        self.obstacle, self.device = None, device
+        self.device = device
 
     def failed(self, reason: str) -> None:
         """The warm-up did not come out right, or the service is going down."""

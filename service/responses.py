@@ -41,7 +41,11 @@ class Answerer:
 
     async def __call__(self, **fields: Any) -> Response:
         """The fields as JSON; tensors take the form asked for, enums and numbers go as they are."""
-        values = sum(value.numel() for value in fields.values() if isinstance(value, Tensor))
+        values = sum(
+            value.numel() if isinstance(value, Tensor) else len(value)
+            for value in fields.values()
+            if isinstance(value, Tensor | list)
+        )
         with self._timing.measure("encode"):
             if values <= INLINE_VALUES:
                 body = encode_result(fields, self._form)

@@ -25,6 +25,8 @@ def run(settings: Settings, listener: socket.socket) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
+        # A worker that parses the largest body answers no question of its supervisor for seconds, and is well.
+        timeout_worker_healthcheck=60,
     )
     server = uvicorn.Server(config)
     if settings.workers == 1:

@@ -31,7 +31,7 @@ class Settings(BaseSettings):
         2000, gt=0, le=10_000_000, description="largest estimated memory of one computation, in MB"
     )
     max_compute_gflop: float = Field(
-        2000, gt=0, le=1e9, description="largest estimated arithmetic of one computation, in Gflop (10^9 operations)"
+        200, gt=0, le=1e9, description="largest estimated arithmetic of one computation, in Gflop (10^9 operations)"
     )
     request_timeout_s: float = Field(
         60, gt=0, le=86_400, description="time for a computation, its wait included, in seconds"

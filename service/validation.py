@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MAX_HINTS = 20
+"""Fields that are compared with the known ones; more would only cost time."""
+
 SECTIONS = ("body", "query", "path", "header")
 
 
@@ -23,6 +26,8 @@ def field_errors(errors: Sequence[Mapping[str, Any]], known: Sequence[str] = ())
     by_field: dict[str, FieldError] = {}
     # An unknown field is often the misspelling of one that is missing: say that first.
     for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
+        if len(by_field) == MAX_HINTS:
+            known = ()
         context = error.get("ctx") or {}
         field = context.get("field") or _path(error["loc"]) + context.get("place", "")
         by_field.setdefault(field or "(body)", _field_error(error, field or "(body)", context, known))

@@ -47,7 +47,7 @@ def close(shown: Any, got: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with listening(create_app(Settings())) as address, talking_to(address):
+    with listening(create_app(Settings(device="cpu"))) as address, talking_to(address):
         yield address
 
 

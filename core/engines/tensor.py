@@ -33,7 +33,11 @@ def seconds(problem: Problem) -> float:
     """A rough prediction: a call, a write for every output value, and arithmetic that many channels speed up."""
     rows, columns = problem.output_size
     values = problem.batch * problem.filters * rows * columns
-    rate = 12e9 * min(16, problem.channels // problem.groups) * (1 if problem.dtype == "float32" else 0.1)
+    # Unrolled windows that do not even fit row by row are bound by memory, not by arithmetic.
+    taps = problem.channels // problem.groups * problem.kernel_height * problem.kernel_width
+    rate = 12e9 * min(16, problem.channels // problem.groups)
+    if problem.dtype == "float64":
+        rate = 0.3e9 if 8 * taps * columns > UNROLLED_BYTES else 3e9
     return 3e-5 + 1e-8 * values + problem.operations / rate
 
 
@@ -53,27 +57,28 @@ def run(problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None) -
 def _in_strips(
     problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None, border: tuple[int, int]
 ) -> Tensor:
-    """The same convolution, a strip of output rows at a time, so that the unrolled windows fit into the cache."""
+    """The same convolution, a few images or output rows at a time, so that the unrolled windows stay small."""
     rows, columns = problem.output_size
     taps = problem.channels // problem.groups * problem.kernel_height * problem.kernel_width
-    strip = max(1, UNROLLED_BYTES // (images.element_size() * taps * columns))
+    unrolled_row = images.element_size() * taps * columns
+    together = max(1, UNROLLED_BYTES // (unrolled_row * rows))
+    strip = max(1, UNROLLED_BYTES // unrolled_row) if together == 1 else rows
     options = (problem.stride, border, problem.dilation, problem.groups)
-    if strip >= rows:
+    if together >= problem.batch and strip >= rows:
         return functional.conv2d(images, weight, bias, *options)
-    if any(border):
+    if any(border) and strip < rows:
         symmetric: Sides = (border[0], border[0], border[1], border[1])
         return _in_strips(problem, pad(images, symmetric, "zeros"), weight, bias, (0, 0))
-    step = problem.stride[0]
-    window = extent(problem.kernel_height, problem.dilation[0])
-    return torch.cat(
-        [
-            functional.conv2d(
-                images[:, :, first * step : (min(first + strip, rows) - 1) * step + window], weight, bias, *options
-            )
-            for first in range(0, rows, strip)
-        ],
-        dim=2,
-    )
+    step, window = problem.stride[0], extent(problem.kernel_height, problem.dilation[0])
+    # Written into one output: a list of strips would leave the freed windows between them in pieces.
+    output = images.new_empty((problem.batch, problem.filters, rows, columns))
+    for first_image in range(0, problem.batch, together):
+        some = slice(first_image, first_image + together)
+        for first in range(0, rows, strip):
+            last = min(first + strip, rows)
+            needed = slice(None) if strip >= rows else slice(first * step, (last - 1) * step + window)
+            output[some, :, first:last] = functional.conv2d(images[some, :, needed], weight, bias, *options)
+    return output
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from core.errors import InvalidArgument, InvalidOption
 from core.fit.descent import Descent, Loss, descend
 from core.fit.problem import Examples, Layer, Pairing, load_examples
 from core.fit.result import FitResult, Status, Step
-from core.fit.start import Start, starting_point
-from core.shapes import Limits, one_of, positive
+from core.fit.start import Start, settled_seed, starting_point
+from core.limits import Limits
+from core.shapes import is_real, one_of, positive, shown
 
 Solver = Literal["sgd"]
 
@@ -64,11 +65,11 @@ def fit_kernel_steps(
     one_of("solver", solver, Solver)
     one_of("loss", loss, Loss)
     positive("steps", steps, MAX_STEPS)
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
+    if not is_real(learning_rate) or not 0 < learning_rate < math.inf:
         raise InvalidOption(
-            f"learning_rate {learning_rate:g} is not a number above 0",
+            f"learning_rate {shown(learning_rate)} is not a number above 0",
             field="learning_rate",
-            got=learning_rate,
+            got=shown(learning_rate),
             limit="above 0",
         )
     torch_device = resolve_device(device)
@@ -82,26 +83,26 @@ def fit_kernel_steps(
         initial_kernel=initial_kernel,
         bias=bias,
         initial_bias=initial_bias,
-        seed=seed,
     )
     kernel_name = "kernel_size" if initial_kernel is None else "initial_kernel"
-    problems = [
-        layer.problem(pair.images, start.kernel, start.bias, kernel_name=kernel_name) for pair in examples.pairs
-    ]
+    problems = [layer.problem(pair.images, start.kernel_shape, kernel_name=kernel_name) for pair in examples.pairs]
     for pair, problem in zip(examples.pairs, problems, strict=True):
         pair.require_reachable(problem)
     if limits is not None:
         limits.check(*problems, passes=PASSES_PER_STEP * steps)
+    seed = settled_seed(seed)
+    kernel, offsets = start.weights(seed)
     descent = descend(
         examples,
         problems,
-        start.kernel,
-        start.bias,
+        kernel,
+        offsets,
         learning_rate=learning_rate,
         steps=steps,
         loss=loss,
     )
-    return _reported(descent, examples, start, solver, learning_rate)
+    reported_seed = None if start.complete else seed
+    return _reported(descent, examples, start, solver, learning_rate, reported_seed)
 
 
 def run_to_end(
@@ -118,11 +119,13 @@ def run_to_end(
     return run
 
 
-def exhaust(steps: Generator[Step, None, FitResult]) -> FitResult:
-    """Run a fit to its end."""
+def exhaust(steps: Generator[Step, None, FitResult], each: Callable[[Step], object] | None = None) -> FitResult:
+    """Run a fit to its end, calling `each` with every Step; what that raises ends the fit."""
     while True:
         try:
-            next(steps)
+            step = next(steps)
+            if each is not None:
+                each(step)
         except StopIteration as finished:
             result: FitResult = finished.value
             return result
@@ -148,7 +151,12 @@ def _pairings(
 
 
 def _reported(
-    steps: Generator[Step, None, Descent], examples: Examples, start: Start, solver: Solver, learning_rate: float
+    steps: Generator[Step, None, Descent],
+    examples: Examples,
+    start: Start,
+    solver: Solver,
+    learning_rate: float,
+    seed: int | None,
 ) -> Generator[Step, None, FitResult]:
     descent = yield from steps
     return FitResult(
@@ -163,7 +171,7 @@ def _reported(
         unknowns=start.unknowns,
         solver=solver,
         device=str(descent.kernel.device),
-        seed=start.seed,
+        seed=seed,
     )
 
 
@@ -177,11 +185,12 @@ def _message(descent: Descent, learning_rate: float) -> str:
         return f"the loss stayed at {first:.6g} for {times}: its gradient is zero here, or the rate too small to see"
     if descent.status is Status.COMPLETED:
         return f"the loss fell from {first:.6g} to {last:.6g} in {times}"
+    least = min(descent.loss_history)
     reached = "past every finite number" if descent.overflowed else f"to {last:.6g}"
     stable = descent.largest_stable_rate
     remedy = (
         "try a much smaller one"
         if stable is None
-        else f"the largest that converges is about {stable:.3g}, by how fast the gradient grew; try {0.8 * stable:.2g}"
+        else f"the largest that converges is about {stable:.3g}; try {0.8 * stable:.2g}"
     )
-    return f"diverged: learning_rate {learning_rate:g} took the loss from {first:.6g} {reached} in {times}; {remedy}"
+    return f"diverged: learning_rate {learning_rate:g} took the loss from {least:.6g} {reached} in {times}; {remedy}"

@@ -22,15 +22,17 @@ Loss = Literal["sum", "mean"]
 HOPELESS_GROWTH = 1e6
 """A loss this many times its start (or the targets' own size, where it started near zero) never comes back."""
 
+POWER_ITERATIONS = 30
+"""Each about the cost of a step; the error left falls with the square of the two largest curvatures' ratio."""
+
 
 @dataclass(frozen=True, slots=True)
 class Descent:
     """Where a descent ended: the last finite kernel and bias, their loss, and the whole history before it.
 
     `overflowed` says that the next update left the finite numbers, so that it was not made.
-    `largest_stable_rate` is an estimate, made where the descent diverged (None elsewhere): at every step of a
-    diverging descent the gradient grows by |1 - rate * curvature| along the steepest direction, which gives the
-    curvature, and 2 / curvature is the rate from which on it grows.
+    `largest_stable_rate` is 2 / the largest curvature of the loss, found by power iteration where the descent diverged
+    (None elsewhere, and where even the gradient is not finite).
     """
 
     kernel: Tensor
@@ -57,12 +59,10 @@ def descend(
     weights = [kernel.detach().clone()] + ([] if bias is None else [bias.detach().clone()])
     scale = _target_scale(examples, loss)
     history: list[float] = []
-    gradient_norms: list[float] = []
     value, gradients = _differentiate(loss_of, weights)
     status, overflowed = Status.COMPLETED, False
     for number in range(1, steps + 1):
         history.append(value)
-        gradient_norms.append(_norm(gradients))
         yield Step(number, value)
         updated = [weight - learning_rate * gradient for weight, gradient in zip(weights, gradients, strict=True)]
         new_value, new_gradients = _differentiate(loss_of, updated)
@@ -73,10 +73,9 @@ def descend(
         if value > HOPELESS_GROWTH * max(history[0], scale):
             status = Status.DIVERGED
             break
-    # Rounding moves a loss that cannot fall any further by a few units in its last places.
-    if value > history[0] * (1 + 1e-6) + 1e-12 * scale:
+    # At a rate that converges the loss never rises, but for rounding once it cannot fall any further.
+    if value > min(history) * (1 + 1e-6) + 1e-12 * scale:
         status = Status.DIVERGED
-    gradient_norms.append(_norm(gradients))
     return Descent(
         kernel=weights[0],
         bias=None if bias is None else weights[1],
@@ -84,7 +83,7 @@ def descend(
         final_loss=value,
         status=status,
         overflowed=overflowed,
-        largest_stable_rate=_largest_stable_rate(gradient_norms, learning_rate) if status is Status.DIVERGED else None,
+        largest_stable_rate=_largest_stable_rate(loss_of, weights) if status is Status.DIVERGED else None,
     )
 
 
@@ -119,9 +118,19 @@ def _norm(gradients: list[Tensor]) -> float:
     return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
 
 
-def _largest_stable_rate(gradient_norms: list[float], learning_rate: float) -> float | None:
-    """From the last growth of the gradient that is a finite number; None where it never grew."""
-    for before, after in zip(reversed(gradient_norms[:-1]), reversed(gradient_norms[1:]), strict=True):
-        if math.isfinite(after) and after > before > 0:
-            return 2 * learning_rate / (1 + after / before)
-    return None
+def _largest_stable_rate(loss_of: Callable[[list[Tensor]], Tensor], weights: list[Tensor]) -> float | None:
+    """2 / the largest eigenvalue of the Hessian, which of a quadratic loss is grad(v) - grad(0) for every v."""
+    origin = _differentiate(loss_of, [torch.zeros_like(weight) for weight in weights])[1]
+    # A random direction has a part along the steepest one; a gradient need not have.
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight) for weight in weights]
+    curvature = 0.0
+    for _ in range(POWER_ITERATIONS):
+        length = _norm(direction)
+        if not (0 < length < math.inf):
+            return None
+        unit = [part / length for part in direction]
+        gradients = _differentiate(loss_of, unit)[1]
+        direction = [one - other for one, other in zip(gradients, origin, strict=True)]
+        curvature = _norm(direction)
+    return 2 / curvature if 0 < curvature < math.inf else None

@@ -31,12 +31,12 @@ class Layer:
     dilation: int | Sequence[int] = 1
     groups: int = 1
 
-    def problem(self, images: Tensor, kernel: Tensor, bias: Tensor | None, *, kernel_name: str) -> Problem:
-        """The convolution of these images (N, C, H, W) by this kernel (O, C/groups, h, w), checked."""
+    def problem(self, images: Tensor, kernel_shape: Sequence[int], *, kernel_name: str) -> Problem:
+        """The convolution of these images (N, C, H, W) by a kernel of this shape (O, C/groups, h, w), checked."""
         return conv2d_problem(
             images,
-            kernel,
-            bias,
+            kernel_shape,
+            None,
             self.stride,
             self.padding,
             self.dilation,

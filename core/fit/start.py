@@ -8,25 +8,56 @@ from torch import Tensor
 
 from core.arrays import ArrayLike, as_tensor
 from core.conv2d import as_filters
-from core.errors import InvalidOption
+from core.errors import InvalidOption, InvalidShape
 from core.fit.problem import Examples, Layer, inferred_kernel_size
-from core.shapes import Pair, is_integer, positive, positive_pair, sized
+from core.shapes import Pair, is_integer, positive, positive_pair, shown, sized
 
 MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """kernel (O, C/groups, h, w), bias (O) or None, and the seed of what was drawn (None where nothing was)."""
+    """The shape (O, C/groups, h, w) of what is to be learned, and those parts of it that were given.
 
-    kernel: Tensor
-    bias: Tensor | None
-    seed: int | None
+    Nothing is drawn yet, so that a shape can be refused before there is memory for it. `bias` says whether one is
+    learned as well, of shape (O).
+    """
+
+    kernel_shape: tuple[int, int, int, int]
+    bias: bool
+    given_kernel: Tensor | None
+    given_bias: Tensor | None
+    like: Tensor
 
     @property
     def unknowns(self) -> int:
         """How many numbers are to be learned."""
-        return self.kernel.numel() + (0 if self.bias is None else self.bias.numel())
+        filters, depth, h, w = self.kernel_shape
+        return filters * depth * h * w + (filters if self.bias else 0)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to be drawn."""
+        return self.given_kernel is not None and (not self.bias or self.given_bias is not None)
+
+    def weights(self, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias: what was given, the rest as torch.nn.Conv2d draws it, uniform within 1 / sqrt(fan-in).
+
+        The same seed gives the same numbers on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        filters, depth, h, w = self.kernel_shape
+        bound = (depth * h * w) ** -0.5
+
+        def draw(*shape: int) -> Tensor:
+            unit = torch.rand(shape, generator=generator, dtype=torch.float64)
+            scaled: Tensor = (2 * unit - 1) * bound
+            return scaled.to(self.like)
+
+        kernel = draw(*self.kernel_shape) if self.given_kernel is None else self.given_kernel
+        if not self.bias:
+            return kernel, None
+        return kernel, draw(filters) if self.given_bias is None else self.given_bias
 
 
 def starting_point(
@@ -37,72 +68,75 @@ def starting_point(
     initial_kernel: ArrayLike | None,
     bias: bool,
     initial_bias: ArrayLike | None,
-    seed: int | None,
 ) -> Start:
-    """What is given is taken; the rest is drawn as torch.nn.Conv2d draws it, uniform within 1 / sqrt(fan-in).
-
-    Without a seed a fresh one is taken, and reported. Raises InvalidShape and InvalidOption.
-    """
-    if initial_bias is not None and not bias:
-        raise InvalidOption(
-            "initial_bias is given, but bias is false: set bias to true to learn one",
-            field="initial_bias",
-            limit="null unless bias is true",
-        )
+    """Settle the kernel's shape and take what is given. Raises InvalidShape and InvalidOption."""
     like = examples.pairs[0].images
     positive("groups", layer.groups)
-    kernel = None
+    given_kernel = None
     if initial_kernel is not None:
-        kernel = as_filters("initial_kernel", as_tensor("initial_kernel", initial_kernel, like.dtype, like.device))
-        size = _require_size(kernel, kernel_size)
+        given_kernel = as_filters(
+            "initial_kernel", as_tensor("initial_kernel", initial_kernel, like.dtype, like.device)
+        )
+        size = _initial_size(given_kernel, kernel_size, examples.filters)
     elif kernel_size is not None:
         size = positive_pair("kernel_size", kernel_size)
     else:
         size = inferred_kernel_size(examples.pairs[0], layer)
+    depth = max(examples.channels // layer.groups, 1) if given_kernel is None else given_kernel.shape[1]
 
-    shape = examples.filters, max(examples.channels // layer.groups, 1), *size
-    draw = _Draw(seed, (shape[1] * size[0] * size[1]) ** -0.5, like)
-    if kernel is None:
-        kernel = draw(shape)
-    offsets = None
+    given_bias = None
     if initial_bias is not None:
-        offsets = as_tensor("initial_bias", initial_bias, like.dtype, like.device).reshape(-1)
-    elif bias:
-        offsets = draw((examples.filters,))
-    return Start(kernel, offsets, draw.seed if draw.used else None)
+        given_bias = as_tensor("initial_bias", initial_bias, like.dtype, like.device)
+        _require_bias(given_bias, bias, examples.filters)
+        given_bias = given_bias.expand(examples.filters)
+    return Start((examples.filters, depth, *size), bias, given_kernel, given_bias, like)
 
 
-def _require_size(kernel: Tensor, kernel_size: int | Sequence[int] | None) -> Pair:
+def settled_seed(seed: int | None) -> int:
+    """The seed that was given, or a fresh one. Raises InvalidOption."""
+    if seed is None:
+        return torch.Generator().seed() & MAX_SEED
+    if not is_integer(seed) or not 0 <= seed <= MAX_SEED:
+        raise InvalidOption(
+            f"seed {shown(seed)} is not an integer from 0 to {MAX_SEED}",
+            field="seed",
+            got=shown(seed),
+            limit=f"0 to {MAX_SEED}",
+        )
+    return seed
+
+
+def _initial_size(kernel: Tensor, kernel_size: int | Sequence[int] | None, filters: int) -> Pair:
     size = kernel.shape[2], kernel.shape[3]
+    if kernel.shape[0] != filters:
+        raise InvalidShape(
+            f"initial_kernel {sized(kernel.shape)} has {kernel.shape[0]} filters, the target has {filters} channels: "
+            "they must be as many",
+            field="initial_kernel",
+            got=sized(kernel.shape),
+            limit=f"{filters} filters",
+        )
     if kernel_size is not None and positive_pair("kernel_size", kernel_size) != size:
         raise InvalidOption(
-            f"kernel_size {kernel_size!r} contradicts initial_kernel, which is {sized(size)}",
+            f"kernel_size {shown(kernel_size)} contradicts initial_kernel, which is {sized(size)}",
             field="kernel_size",
-            got=kernel_size,
+            got=shown(kernel_size),
             limit=sized(size),
         )
     return size
 
 
-class _Draw:
-    """Uniform random tensors within +-bound, the same ones for the same seed on every device."""
-
-    def __init__(self, seed: int | None, bound: float, like: Tensor) -> None:
-        if seed is not None and (not is_integer(seed) or not 0 <= seed <= MAX_SEED):
-            raise InvalidOption(
-                f"seed {seed!r} is not an integer from 0 to {MAX_SEED}",
-                field="seed",
-                got=seed,
-                limit=f"0 to {MAX_SEED}",
-            )
-        self._generator = torch.Generator()
-        self.seed = self._generator.seed() & MAX_SEED if seed is None else seed
-        self._generator.manual_seed(self.seed)
-        self._bound = bound
-        self._like = like
-        self.used = False
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        self.used = True
-        unit = torch.rand(shape, generator=self._generator, dtype=torch.float64)
-        return ((2 * unit - 1) * self._bound).to(self._like)
+def _require_bias(given: Tensor, bias: bool, filters: int) -> None:
+    if not bias:
+        raise InvalidOption(
+            "initial_bias is given, but bias is false: set bias to true to learn one",
+            field="initial_bias",
+            limit="null unless bias is true",
+        )
+    if given.shape not in ((), (filters,)):
+        raise InvalidShape(
+            f"initial_bias has shape {sized(given.shape)}: it needs ({filters}), one number a filter, or one for all",
+            field="initial_bias",
+            got=sized(given.shape),
+            limit=f"({filters})",
+        )

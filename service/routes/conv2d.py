@@ -31,7 +31,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 class Conv2dRequest(ConvolutionRequest):
     """The arguments of torch.nn.functional.conv2d, and torch.nn.Conv2d's padding_mode."""
 
-    NUMBERS: ClassVar = ("input", "weight", "bias")
+    ARRAYS: ClassVar = ("input", "weight", "bias")
 
     input: Array = Field(description="(N, C, H, W), (C, H, W) or (H, W)")
     weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one channel in and one out")

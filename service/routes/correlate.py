@@ -30,7 +30,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 class CorrelateRequest(ConvolutionRequest):
     """An input (..., H, W), a kernel (h, w) or its name, and how to lay one on the other."""
 
-    NUMBERS: ClassVar = ("input", "kernel", "fill_value")
+    ARRAYS: ClassVar = ("input", "kernel")
 
     input: Array = Field(validation_alias=AliasChoices("input", "X"), description="(..., H, W); also `X`")
     kernel: ArrayOrName = Field(

@@ -7,7 +7,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from starlette.responses import Response
 
 import core
-from service.arrays import Array
+from service.arrays import Array, ArrayOrNumber
 from service.compute import Compute
 from service.openapi import COMPUTING_ERRORS, body, problems
 from service.requests import IntegerOrPair, Padding, RequestModel, decoded
@@ -22,6 +22,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "seed": 0,
     },
 }
+
+MAX_PAIRS = 1000
 
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
@@ -39,13 +41,18 @@ class TrainKernelRequest(RequestModel):
 
     input: Array | None = Field(None, validation_alias=INPUT, description="(H, W), (C, H, W) or (N, C, H, W); also `X`")
     target: Array | None = Field(None, validation_alias=TARGET, description="likewise; also `Y`")
-    pairs: list[TrainingPair] | None = Field(None, description="instead of input and target: pairs of any sizes")
+    pairs: list[TrainingPair] | None = Field(
+        None,
+        max_length=MAX_PAIRS,
+        fail_fast=True,
+        description="instead of input and target: up to 1000 pairs of any sizes",
+    )
     kernel_size: IntegerOrPair | None = Field(
         None, description="inferred from the shapes where padding is 0 and stride 1"
     )
     bias: bool = Field(default=False, description="learn a bias as well")
     initial_kernel: Array | None = Field(None, description="drawn from the seed where it is not given")
-    initial_bias: Array | float | None = None
+    initial_bias: ArrayOrNumber | None = Field(None, description="(O), or one number for all")
     solver: core.Solver = "sgd"
     learning_rate: float = 0.03
     steps: int = 10

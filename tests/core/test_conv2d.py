@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -149,14 +151,35 @@ def test_the_output_has_the_inputs_rank(
 
 @pytest.mark.parametrize("padding", [0, 2, "same", (3, 0, 1, 2)])
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("unrolled_bytes", [3000, 300_000, 100_000_000])
 def test_working_in_strips_changes_nothing(
-    padding: Any, stride: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+    unrolled_bytes: int, padding: Any, stride: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    images, weight, bias = rng.normal(size=(2, 3, 23, 17)), rng.normal(size=(4, 3, 5, 3)), rng.normal(size=4)
+    images, weight, bias = rng.normal(size=(5, 3, 23, 17)), rng.normal(size=(4, 3, 5, 3)), rng.normal(size=4)
     whole = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
-    monkeypatch.setattr(tensor, "UNROLLED_BYTES", 3000)
+    monkeypatch.setattr(tensor, "UNROLLED_BYTES", unrolled_bytes)
     strips = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
     torch.testing.assert_close(strips, whole, rtol=1e-13, atol=1e-13)
+
+
+def test_options_may_be_numpys_integers() -> None:
+    options: dict[str, Any] = dict.fromkeys(("stride", "padding", "dilation"), np.int64(2))
+    output = conv2d(np.ones((6, 6)), [[1]], **options).output
+    assert output.shape == (5, 5)
+
+
+def test_a_float64_batch_takes_little_more_memory_than_it_has() -> None:
+    script = (
+        "import resource, numpy as np, core\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "core.conv2d(np.ones((9, 9)), np.ones((3, 3)), dtype='float64')\n"
+        "before = peak()\n"
+        "core.conv2d(np.ones((60, 1, 120, 120)), np.ones((15, 15)), dtype='float64')\n"
+        "core.conv2d(np.ones((400, 400)), np.ones((40, 40)), dilation=2, dtype='float64')\n"
+        "print((peak() - before) / 1024)"
+    )
+    megabytes = float(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout)
+    assert megabytes < 300
 
 
 @pytest.mark.parametrize("option", ["stride", "dilation"])

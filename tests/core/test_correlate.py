@@ -231,6 +231,12 @@ def test_results_do_not_depend_on_the_number_of_threads(rng: np.random.Generator
         ({"input": [[1, 2], [3]], "kernel": [[1]]}, core.InvalidShape, "input is ragged"),
         ({"input": [["1"]], "kernel": [[1]]}, core.InvalidNumbers, "input has values of type"),
         ({"input": np.ones((1, 1), complex), "kernel": [[1]]}, core.InvalidNumbers, "complex"),
+        ({"input": torch.ones(1, 1, dtype=torch.bool), "kernel": [[1]]}, core.InvalidNumbers, "torch.bool"),
+        (
+            {"input": [[1]], "kernel": [[1]], "mode": "same", "boundary": "constant", "fill_value": 1e39},
+            core.InvalidOption,
+            "fill_value 1e+39 is not a number that float32 can hold",
+        ),
         ({"input": np.ones((1, 1), bool), "kernel": [[1]]}, core.InvalidNumbers, "type bool"),
         ({"input": [[1]], "kernel": "sobelx"}, core.UnknownKernel, "did you mean sobel_x"),
         ({"input": [[1]], "kernel": [[1]], "mode": "sane"}, core.InvalidOption, 'mode "sane" is not one of'),

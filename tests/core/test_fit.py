@@ -188,6 +188,32 @@ def test_a_hopeless_rate_ends_with_the_last_finite_kernel(learning_rate: float) 
     assert "try" in fit.message
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_rate_to_try_converges_after_a_single_step_too(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images, targets = rng.normal(size=(4, 1, 20, 20)), rng.normal(size=(4, 1, 16, 16))
+    fit = fit_kernel(images, targets, learning_rate=1.0, steps=1, seed=seed)
+    assert fit.status is Status.DIVERGED
+    tried = float(fit.message.rsplit("try ", 1)[1])
+    assert fit_kernel(images, targets, learning_rate=tried, steps=50, seed=seed).status is Status.COMPLETED
+
+
+def test_a_loss_that_fell_first_and_rises_now_has_diverged() -> None:
+    fit = fit_kernel(
+        *lesson_pair(), bias=True, learning_rate=0.017, initial_kernel=[[-0.5, 3]], initial_bias=[-1.0], steps=14
+    )
+    assert min(fit.loss_history) < fit.final_loss < fit.loss_history[0] or fit.status is Status.DIVERGED
+    assert fit.status is Status.DIVERGED
+
+
+def test_one_number_may_stand_for_every_bias() -> None:
+    inputs, targets = np.ones((1, 4, 4)), np.ones((3, 4, 4))
+    fit = fit_kernel(inputs, targets, bias=True, initial_bias=2.0, learning_rate=1e-6, steps=1, seed=0)
+    assert fit.bias is not None
+    assert fit.bias.shape == (3,)
+    assert fit.unknowns == 6
+
+
 def test_inputs_of_zeros_leave_everything_as_it_was_and_say_so() -> None:
     image, edges = lesson_pair()
     for target in (edges, 0 * edges):
@@ -268,7 +294,10 @@ PAIR = {"input": np.ones((6, 8)), "target": np.ones((6, 7))}
         ({**PAIR, "initial_kernel": [1, 2]}, core.InvalidShape, "initial_kernel has shape (2)"),
         ({**PAIR, "initial_kernel": np.ones((1, 2, 1, 2))}, core.InvalidShape, "initial_kernel (1, 2, 1, 2) reads 2"),
         ({**PAIR, "initial_bias": 1.0}, core.InvalidOption, "set bias to true"),
-        ({**PAIR, "initial_bias": [1.0, 2.0], "bias": True}, core.InvalidShape, "bias has shape (2)"),
+        ({**PAIR, "initial_bias": [1.0, 2.0], "bias": True}, core.InvalidShape, "initial_bias has shape (2)"),
+        ({**PAIR, "initial_bias": [[1.0]], "bias": True}, core.InvalidShape, "initial_bias has shape (1, 1)"),
+        ({**PAIR, "initial_kernel": np.ones((3, 1, 1, 2))}, core.InvalidShape, "has 3 filters, the target has 1"),
+        ({**PAIR, "kernel_size": 2**31 - 1}, core.InvalidShape, "is larger than the input"),
         ({**PAIR, "groups": 2}, core.InvalidShape, "groups 2 must divide both"),
         ({**PAIR, "groups": 0}, core.InvalidOption, "groups 0 is not an integer"),
         ({**PAIR, "solver": "newton"}, core.InvalidOption, 'solver "newton" is not one of: sgd'),
@@ -276,7 +305,7 @@ PAIR = {"input": np.ones((6, 8)), "target": np.ones((6, 7))}
         *[({**PAIR, "steps": steps}, core.InvalidOption, "steps") for steps in (0, -1, 10**9, True)],
         *[
             ({**PAIR, "learning_rate": rate}, core.InvalidOption, "is not a number above 0")
-            for rate in (0, -1, math.inf, math.nan)
+            for rate in (0, -1, math.inf, math.nan, "auto", True)
         ],
         *[({**PAIR, "seed": seed}, core.InvalidOption, f"seed {seed!r}") for seed in (-1, 2**63, True)],
         ({**PAIR, "device": "cuda:99"}, core.DeviceUnavailable, "it has: "),

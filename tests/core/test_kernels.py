@@ -50,6 +50,7 @@ def test_gaussian_is_scipys(sigma: float) -> None:
 def test_gaussian_takes_its_size() -> None:
     assert named_kernel("gaussian(1.5, 4)").shape == (4, 4)
     np.testing.assert_allclose(named_kernel("gaussian(1, 2)"), 0.25)
+    np.testing.assert_allclose(named_kernel("gaussian(0.001, 2)"), 0.25)
 
 
 def test_laplacian_is_scipys() -> None:
@@ -95,6 +96,8 @@ def test_motion_is_a_line_of_its_length_and_angle() -> None:
         ("motion(4, 0)", "n must be odd"),
         ("motion(5, inf)", "angle must be finite"),
         ("sobel_x(3)", "it has 1 arguments"),
+        ("sobel_x" + " " * 200 + "junk", "is not a named kernel"),
+        ("log(1e-100)", "its numbers are out of range"),
         ("__import__('os')", "is not a named kernel"),
     ],
 )

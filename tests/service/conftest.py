@@ -9,7 +9,7 @@ from tests.serving import Send, in_process, listening, talking_to
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    with listening(create_app(Settings())) as address:
+    with listening(create_app(Settings(device="cpu"))) as address:
         yield address
 
 
@@ -21,7 +21,7 @@ def sent_to_a_port(address: str) -> Iterator[Send]:
 
 @pytest.fixture(scope="session")
 def sent_in_process() -> Iterator[Send]:
-    with in_process(create_app(Settings())) as send:
+    with in_process(create_app(Settings(device="cpu"))) as send:
         yield send
 
 

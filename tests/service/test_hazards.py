@@ -1,5 +1,6 @@
 """Bad input, by the numbers of the project's list of hazards; after each, the next request works."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,6 +119,24 @@ def test_24_a_fill_value_past_float32(send: Send) -> None:
     outside = {"mode": "same", "boundary": "constant", "fill_value": -1e39}
     assert first_error(correlate(send, **outside), 422)["field"] == "fill_value"
     assert correlate(send, **outside, dtype="float64").status_code == 200
+
+
+def test_31_more_pairs_than_there_may_be_are_one_error(send: Send) -> None:
+    too_many: list[list[Any]] = [[{}] * 10_000, [PAIR] * 1001]
+    for pairs in too_many:
+        problem = problem_of(send("POST", "/train-kernel", json={"pairs": pairs}), 422)
+        assert len(problem["errors"]) <= 2
+        assert problem["errors"][0]["field"].startswith("pairs")
+
+
+def test_55_a_kernel_too_large_to_draw_is_refused_by_its_shape(send: Send) -> None:
+    assert first_error(train(send, kernel_size=2**31 - 1), 422)["field"] == "kernel_size"
+
+
+@pytest.mark.parametrize("value", ["1", True, [[1]], [1, 2], {}])
+def test_56_initial_biases_that_do_not_fit(send: Send, value: object) -> None:
+    error = first_error(train(send, bias=True, initial_bias=value), 422)
+    assert error["field"].startswith("initial_bias")
 
 
 def test_25_depth(send: Send) -> None:
@@ -291,6 +310,18 @@ def test_48_strides_and_dilations_that_are_none(send: Send, option: str, value: 
         error = first_error(request(send, **{option: value}), 422)
         assert error["field"] == option
         assert "[rows, columns]" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/conv2d", "/train-kernel"])
+def test_48_options_nested_a_thousand_deep(send: Send, path: str) -> None:
+    deep = "[" * 1000 + "]" * 1000
+    arrays = '"input": [[1]], "weight": [[1]]' if path == "/conv2d" else '"input": [[1]], "target": [[1]]'
+    response = post(send, f'{{{arrays}, "stride": {deep}}}', path)
+    assert first_error(response, 422)["field"] == "stride"
+    for key in ("shape", "dtype", "data"):
+        described = {"shape": [1, 1], "dtype": "float32", "data": [1], key: "DEEP"}
+        body = json.dumps({"input": described, "kernel": [[1]]}).replace('"DEEP"', deep)
+        assert first_error(post(send, body), 422)["field"].startswith("input")
 
 
 @pytest.mark.parametrize("value", [-1, [1, -1], [1, 2, 3], [], "full", 0.5, None, False, 10**30, {}])

@@ -9,7 +9,7 @@ import anyio
 import httpx
 import pytest
 
-from service.app import create_app
+from service.app import COMPUTATIONS, create_app
 from service.compute import ComputePool
 from service.errors import Busy, DeadlinePassed
 from service.request_log import Timing
@@ -51,7 +51,7 @@ def test_a_body_without_a_declared_length_is_counted(small: Send) -> None:
 
 
 def test_a_computation_past_its_deadline_is_504_and_stops(small: Send) -> None:
-    body = {"input": [[1] * 12] * 12, "target": [[0] * 12] * 12, "steps": 1_000_000, "learning_rate": 1e-9}
+    body = {"input": [[1] * 12] * 12, "target": [[0] * 12] * 12, "steps": 2800, "learning_rate": 1e-9}
     start = time.monotonic()
     problem = problem_of(small("POST", "/train-kernel", json=body), 504)
     assert time.monotonic() - start < 5
@@ -59,6 +59,33 @@ def test_a_computation_past_its_deadline_is_504_and_stops(small: Send) -> None:
     # The thread is free again: as many computations as there are threads are answered at once.
     for _ in range(8):
         assert small("POST", "/correlate", content=BODY, headers=JSON).status_code == 200
+
+
+def test_a_request_that_waits_past_its_deadline_is_504_and_the_next_is_served() -> None:
+    app, release = create_app(Settings(request_timeout_s=0.3)), threading.Event()
+
+    def hold() -> None:
+        with pytest.raises(DeadlinePassed):
+            asyncio.run(app.state.pool.run(Timing(), lambda _: release.wait(30)))
+
+    with in_process(app) as send:
+        holders = [threading.Thread(target=hold) for _ in range(COMPUTATIONS)]
+        for holder in holders:
+            holder.start()
+        for holder in holders:
+            holder.join()
+        response = send("POST", "/correlate", content=BODY, headers=JSON)
+        assert "the wait for its turn included" in problem_of(response, 504)["detail"]
+        assert float(response.headers["server-timing"].split("wait;dur=")[1].split(",")[0]) > 250
+        release.set()
+        assert send("POST", "/correlate", content=BODY, headers=JSON).status_code == 200
+
+
+def test_a_computation_that_would_pass_its_deadline_is_413(small: Send) -> None:
+    body = {"input": [[1] * 8] * 8, "target": [[0] * 8] * 8, "steps": 1_000_000}
+    problem = problem_of(small("POST", "/train-kernel", json=body), 413)
+    assert "this would take about" in problem["detail"]
+    assert "CORR2D_REQUEST_TIMEOUT_S" in problem["detail"]
 
 
 async def started(pool: ComputePool, release: threading.Event) -> "asyncio.Task[bool]":
@@ -87,6 +114,18 @@ async def test_a_full_queue_refuses_at_once_and_gives_its_places_back() -> None:
     assert await running
     assert await waiting == "waited"
     assert await pool.run(Timing(), lambda _: "served") == "served"
+    pool.close()
+
+
+@pytest.mark.anyio
+async def test_a_job_is_told_that_its_deadline_has_passed_and_frees_its_thread() -> None:
+    pool = ComputePool(threads=1, queue=9, timeout_s=0.2)
+    timing = Timing()
+    with pytest.raises(DeadlinePassed):
+        await pool.run(timing, lambda abandoned: abandoned.wait(30))
+    assert timing.milliseconds["compute"] > 150
+    assert await pool.run(Timing(), lambda _: "served") == "served"
+    assert not pool.busy
     pool.close()
 
 
