@@ -1,5 +1,6 @@
 """Health, information, the description and the page that shows it."""
 
+import asyncio
 import re
 import time
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from fastapi.routing import APIRoute
 
 import core
 from service.app import create_app
+from service.errors import NotReady
 from service.readiness import warm_up
+from service.request_log import Timing
 from service.settings import Settings
-from tests.problem import problem_of
+from tests.problem import first_error, problem_of
 from tests.serving import Send, in_process
 
 
@@ -54,6 +58,30 @@ def test_a_device_that_is_not_there_keeps_the_service_from_being_ready(monkeypat
         while "has not run" in (problem := problem_of(send("GET", "/readyz"), 503))["detail"]:
             assert time.monotonic() < deadline
         assert 'device "cuda:99" is not on this machine' in problem["detail"]
+        response = send("POST", "/correlate", json={"input": [[1]], "kernel": [[1]]})
+        assert first_error(response, 422)["got"] == "cuda:99"
+        on_cpu = send("POST", "/correlate", json={"input": [[1]], "kernel": [[1]], "device": "cpu"})
+        assert on_cpu.json()["device"] == "cpu"
+
+
+def test_a_service_that_goes_down_is_no_longer_ready() -> None:
+    app = create_app(Settings(device="cpu"))
+    with in_process(app):
+        assert app.state.readiness.require() == "cpu"
+    with pytest.raises(NotReady, match="going down"):
+        app.state.readiness.require()
+
+
+def test_torch_computes_with_the_threads_that_are_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        app = create_app(Settings(threads=1))
+        with in_process(app) as send:
+            # torch's number belongs to the thread that asks: what counts is that of the threads that compute.
+            in_the_pool = asyncio.run(app.state.pool.run(Timing(), lambda _: torch.get_num_threads()))
+            assert send("GET", "/info").json()["threads"] == in_the_pool == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_info_tells_versions_devices_engines_and_limits(send: Send) -> None:
@@ -61,7 +89,7 @@ def test_info_tells_versions_devices_engines_and_limits(send: Send) -> None:
     assert info["engines"] == {name: engine.METHOD for name, engine in core.ENGINES.items()}
     assert [device["device"] for device in info["devices"]] == core.available_devices()
     assert info["settings"] == Settings(device="cpu").model_dump()
-    assert info["threads"] == core.usable_cores()
+    assert info["threads"] == torch.get_num_threads()
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])
 
 
