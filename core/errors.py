@@ -13,6 +13,9 @@ CoreError
 
 from typing import Literal
 
+Quantity = Literal["memory", "compute", "time"]
+"""What a limit is on."""
+
 
 class CoreError(Exception):
     """Something that the caller can understand and change.
@@ -59,6 +62,6 @@ class MethodUnavailable(CoreError):
 class TooLarge(CoreError):
     """An estimate above the limits that the caller set; nothing has been allocated."""
 
-    def __init__(self, message: str, *, quantity: Literal["memory", "compute", "time"], got: str, limit: str) -> None:
+    def __init__(self, message: str, *, quantity: Quantity, got: str, limit: str) -> None:
         super().__init__(message, got=got, limit=limit)
         self.quantity = quantity

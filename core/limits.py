@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from core.engines import Method, choose
-from core.errors import TooLarge
+from core.errors import Quantity, TooLarge
 from core.shapes import Problem
 
 
@@ -20,27 +20,18 @@ class Limits:
         """Raise TooLarge where the estimate for `passes` runs of all the problems is above a limit."""
         megabytes = sum(problem.bytes for problem in problems) / 1e6
         if megabytes > self.megabytes:
-            raise TooLarge(
-                f"this needs about {megabytes:,.0f} MB of memory; at most {self.megabytes:,.0f} MB are allowed",
-                quantity="memory",
-                got=f"{megabytes:,.0f} MB",
-                limit=f"{self.megabytes:,.0f} MB",
-            )
+            raise _too_large("memory", "needs", f"{megabytes:,.0f} MB", f"{self.megabytes:,.0f} MB")
         gflop = passes * sum(problem.operations for problem in problems) / 1e9
         if gflop > self.gflop:
-            raise TooLarge(
-                f"this needs about {gflop:,.0f} Gflop; at most {self.gflop:,.0f} Gflop are allowed",
-                quantity="compute",
-                got=f"{gflop:,.0f} Gflop",
-                limit=f"{self.gflop:,.0f} Gflop",
-            )
+            raise _too_large("compute", "needs", f"{gflop:,.0f} Gflop", f"{self.gflop:,.0f} Gflop")
         if math.isinf(self.seconds):
             return
         seconds = passes * sum(choose(problem, method).seconds for problem in problems)
         if seconds > self.seconds:
-            raise TooLarge(
-                f"this would take about {seconds:,.3g} s; at most {self.seconds:,.3g} s are allowed",
-                quantity="time",
-                got=f"{seconds:,.3g} s",
-                limit=f"{self.seconds:,.3g} s",
-            )
+            raise _too_large("time", "would take", f"{seconds:,.3g} s", f"{self.seconds:,.3g} s")
+
+
+def _too_large(quantity: Quantity, verb: str, estimate: str, limit: str) -> TooLarge:
+    of_memory = " of memory" if quantity == "memory" else ""
+    message = f"this {verb} about {estimate}{of_memory}; at most {limit} are allowed"
+    return TooLarge(message, quantity=quantity, got=estimate, limit=limit)

@@ -71,11 +71,15 @@ class Problem:
         return rows, columns
 
     @property
+    def taps(self) -> int:
+        """Products that are summed into one output value."""
+        return self.channels // self.groups * self.kernel_height * self.kernel_width
+
+    @property
     def operations(self) -> int:
         """Multiplications and additions of the direct sum."""
         rows, columns = self.output_size
-        taps = self.channels // self.groups * self.kernel_height * self.kernel_width
-        return 2 * self.batch * self.filters * rows * columns * taps
+        return 2 * self.batch * self.filters * rows * columns * self.taps
 
     @property
     def bytes(self) -> int:
@@ -87,7 +91,7 @@ class Problem:
         padded_rows, padded_columns = self.padded_size
         images = self.batch * self.channels
         bordered = images * padded_rows * padded_columns if any(self.padding) else 0
-        weight = self.filters * self.channels // self.groups * self.kernel_height * self.kernel_width
+        weight = self.filters * self.taps
         output = self.batch * self.filters * rows * columns
         itemsize = 4 if self.dtype == "float32" else 8
         return itemsize * (images * self.height * self.width + weight + 3 * (bordered + output))

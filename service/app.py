@@ -6,7 +6,6 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import anyio
 import anyio.to_thread
 import structlog
 import torch
@@ -29,7 +28,6 @@ DESCRIPTION = """\
 Convolution as a service: post arrays, get back their 2-D cross-correlation, a Conv2d layer's output, or a kernel
 learned from examples. Errors are `application/problem+json` and say what came, what is allowed and how to change it.
 """
-
 
 COMPUTATIONS = 2
 """Computations at a time, each with all of torch's threads: a second one lets the small pass the large."""

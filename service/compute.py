@@ -87,7 +87,7 @@ class RequestCompute:
         return await self._pool.run(self._timing, lambda _: function(**self._bounded(arguments)))
 
     async def steps(self, function: Callable[..., Generator[Step, None, FitResult]], **arguments: object) -> FitResult:
-        """Run one of core's generators to its end, or until nobody waits for it any more."""
+        """Run one of core's generators to its end, or to the step at which its deadline has passed."""
 
         def run(abandoned: threading.Event) -> FitResult:
             def stop_when_abandoned(_: Step) -> None:

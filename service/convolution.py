@@ -32,12 +32,11 @@ class ConvolutionRequest(RequestModel):
         largest = np.finfo(np.float32).max
         for name in self.ARRAYS:
             array = getattr(self, name)
-            if isinstance(array, np.ndarray) and (np.abs(array) > largest).any():
-                place = first_place(np.abs(array) > largest)
+            if isinstance(array, np.ndarray) and (beyond := np.abs(array) > largest).any():
                 raise PydanticCustomError(
                     "corr2d",
                     'is past the range of float32: send "dtype": "float64" or smaller values',
-                    {"field": name + place, "limit": f"{largest:.7g}"},
+                    {"field": name + first_place(beyond), "limit": f"{largest:.7g}"},
                 )
         return self
 

@@ -179,12 +179,11 @@ def problem_response(
 def _core_error(request: Request, error: Exception) -> Response:
     """Starlette looks a handler up by class, so the error is of the class it was registered for; likewise below."""
     error = cast("CoreError", error)
-    detail = error.message
+    detail, field = error.message, error.field
     if isinstance(error, TooLarge):
         detail += f"; the operator can change that by {LIMIT_SETTINGS[error.quantity]}"
-    errors = [FieldError(error.field, error.message, error.got, error.limit)] if error.field else []
-    if isinstance(error, TooLarge):
-        errors = [FieldError("(estimate)", error.message, error.got, error.limit)]
+        field = "(estimate)"
+    errors = [FieldError(field, error.message, error.got, error.limit)] if field else []
     return problem_response(request, ERRORS[type(error)], detail, errors)
 
 

@@ -34,10 +34,9 @@ def seconds(problem: Problem) -> float:
     rows, columns = problem.output_size
     values = problem.batch * problem.filters * rows * columns
     # Unrolled windows that do not even fit row by row are bound by memory, not by arithmetic.
-    taps = problem.channels // problem.groups * problem.kernel_height * problem.kernel_width
     rate = 12e9 * min(16, problem.channels // problem.groups)
     if problem.dtype == "float64":
-        rate = 0.3e9 if 8 * taps * columns > UNROLLED_BYTES else 3e9
+        rate = 0.3e9 if 8 * problem.taps * columns > UNROLLED_BYTES else 3e9
     return 3e-5 + 1e-8 * values + problem.operations / rate
 
 
@@ -59,8 +58,7 @@ def _in_strips(
 ) -> Tensor:
     """The same convolution, a few images or output rows at a time, so that the unrolled windows stay small."""
     rows, columns = problem.output_size
-    taps = problem.channels // problem.groups * problem.kernel_height * problem.kernel_width
-    unrolled_row = images.element_size() * taps * columns
+    unrolled_row = images.element_size() * problem.taps * columns
     together = max(1, UNROLLED_BYTES // (unrolled_row * rows))
     strip = max(1, UNROLLED_BYTES // unrolled_row) if together == 1 else rows
     options = (problem.stride, border, problem.dilation, problem.groups)
