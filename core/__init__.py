@@ -6,10 +6,10 @@ tensor([[19., 25.],
         [37., 43.]])
 """
 
-from core.conv2d import conv2d
+from core.conv2d import conv2d, conv2d_problem
 from core.correlate import correlate
 from core.device import available_devices, describe_devices, resolve_device, usable_cores
-from core.engines import ENGINES, Method, Result, choose
+from core.engines import ENGINES, Choice, Method, Result, choose, prepare
 from core.errors import (
     CoreError,
     DeviceUnavailable,
@@ -21,17 +21,21 @@ from core.errors import (
     TooLarge,
     UnknownKernel,
 )
+from core.explain import Candidate, explain
 from core.fit import Solver, exhaust, fit_kernel, fit_kernel_steps
 from core.fit.descent import Loss
 from core.fit.result import FitResult, Status, Step
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits
+from core.machine import Machine, measure_machine
 from core.shapes import Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
     "ENGINES",
     "KERNELS",
     "Boundary",
+    "Candidate",
+    "Choice",
     "CoreError",
     "DeviceUnavailable",
     "Dtype",
@@ -42,6 +46,7 @@ __all__ = [
     "InvalidShape",
     "Limits",
     "Loss",
+    "Machine",
     "Method",
     "MethodUnavailable",
     "Mode",
@@ -57,12 +62,16 @@ __all__ = [
     "available_devices",
     "choose",
     "conv2d",
+    "conv2d_problem",
     "correlate",
     "describe_devices",
     "exhaust",
+    "explain",
     "fit_kernel",
     "fit_kernel_steps",
+    "measure_machine",
     "named_kernel",
+    "prepare",
     "resolve_device",
     "usable_cores",
 ]

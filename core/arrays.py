@@ -1,7 +1,7 @@
 """Array-likes -> tensors of the dtype and device that were asked for."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,48 @@ ArrayLike: TypeAlias = Tensor | NDArray[np.generic] | Numbers
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
+Array: TypeAlias = Tensor | NDArray[Any]
+"""What engines compute on: numpy's arrays or torch's tensors. On the CPU each is a view of the other."""
+
+AnyArray = TypeVar("AnyArray", Tensor, NDArray[Any], Array)
+"""Either, the same one in and out."""
+
+NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+
 LARGEST_ITEM = 8
 """Bytes of float64; numpy has wider types, which torch does not know."""
+
+
+def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -> Array:
+    """The value as numpy's array for the CPU and as a tensor for other devices; errors and sharing are as_tensor's.
+
+    An array that needs nothing done to it passes at once: for a small image, that counts.
+    """
+    if (
+        type(value) is np.ndarray
+        and device.type == "cpu"
+        and value.dtype is NUMPY_DTYPES[dtype]
+        and value.flags.carray
+        and value.size
+    ):
+        return value
+    tensor = as_tensor(field, value, DTYPES[dtype], device)
+    return tensor if device.type != "cpu" else as_numpy(tensor)
+
+
+def as_numpy(array: Array) -> NDArray[Any]:
+    """A view of an array on the CPU as numpy's."""
+    if isinstance(array, np.ndarray):
+        return array
+    if array.requires_grad or array.is_neg():
+        array = array.detach().resolve_neg()
+    numpy: NDArray[Any] = array.numpy()
+    return numpy
+
+
+def as_torch(array: Array) -> Tensor:
+    """A view of an array as torch's."""
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
 def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.device) -> Tensor:

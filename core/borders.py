@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from core.shapes import Boundary, Sides
+from core.shapes import Boundary, Pair, Sides
 
 
 def pad(images: Tensor, padding: Sides, boundary: Boundary, fill_value: float = 0.0) -> Tensor:
@@ -20,23 +20,33 @@ def pad(images: Tensor, padding: Sides, boundary: Boundary, fill_value: float = 
     | circular  | b c d             | wrap      |
     """
     top, bottom, left, right = padding
-    if not any(padding):
-        return images
-    if boundary in ("zeros", "constant"):
-        return functional.pad(images, (left, right, top, bottom), value=fill_value)
     height, width = images.shape[-2:]
-    rows = _source(height, top, bottom, boundary, images.device)
-    columns = _source(width, left, right, boundary, images.device)
-    return images.index_select(-2, rows).index_select(-1, columns)
+    return window(images, (-top, height + bottom), (-left, width + right), boundary, fill_value)
 
 
-def _source(size: int, before: int, after: int, boundary: Boundary, device: torch.device) -> Tensor:
-    """For every position of a bordered line, the pixel of the line that it repeats.
+def window(images: Tensor, rows: Pair, columns: Pair, boundary: Boundary, fill_value: float = 0.0) -> Tensor:
+    """The pixels from a first row and column to before a last one; what lies outside the images is as in `pad`."""
+    height, width = images.shape[-2:]
+    if boundary not in ("zeros", "constant"):
+        if rows != (0, height):
+            images = images.index_select(-2, _source(height, rows, boundary, images.device))
+        if columns != (0, width):
+            images = images.index_select(-1, _source(width, columns, boundary, images.device))
+        return images
+    top, bottom = (min(max(0, row), height) for row in rows)
+    left, right = (min(max(0, column), width) for column in columns)
+    border = left - columns[0], columns[1] - right, top - rows[0], rows[1] - bottom
+    inside = images[..., top:bottom, left:right]
+    return functional.pad(inside, border, value=fill_value) if any(border) else inside
+
+
+def _source(size: int, positions: Pair, boundary: Boundary, device: torch.device) -> Tensor:
+    """For every position on a line, inside or out, the pixel of the line that it repeats.
 
     Reflection is periodic: a line read forth and back repeats after 2 * size pixels where its ends are doubled
     (symmetric), after 2 * size - 2 where they are not (reflect); numpy.pad's repeated reflection is the same map.
     """
-    position = torch.arange(-before, size + after, device=device)
+    position = torch.arange(*positions, device=device)
     if boundary == "replicate" or size == 1:
         return position.clamp(0, size - 1)
     if boundary == "circular":

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from core.arrays import DTYPES, ArrayLike, as_tensor
-from core.device import require_dtype, resolve_device
-from core.engines import Method, Result, solve
+from core.arrays import AnyArray, ArrayLike, as_array
+from core.device import device_for
+from core.engines import ALL, Method, Result, solve
 from core.errors import InvalidShape
 from core.limits import Limits
+from core.machine import Machine
 from core.shapes import (
     Dtype,
     PaddingMode,
@@ -36,36 +35,46 @@ def conv2d(
     device: str = "auto",
     dtype: Dtype = "float32",
     limits: Limits | None = None,
+    machine: Machine | None = None,
+    engines: tuple[str, ...] = ALL,
 ) -> Result:
     """torch.nn.functional.conv2d with torch.nn.Conv2d's padding modes.
 
     input (N, C, H, W), (C, H, W) or (H, W); weight (O, C/groups, h, w), or (h, w) for one channel in and one out; bias
     (O). The output has the input's rank; one plane under several filters gives (O, oh, ow). `padding` is an integer,
     (rows, columns), (top, bottom, left, right), "valid", or "same" by TensorFlow's rule where the stride is not 1.
+    `machine` and `engines` as for correlate.
 
     Raises InvalidShape, InvalidOption, InvalidNumbers, DeviceUnavailable, MethodUnavailable and, where `limits` are
     given, TooLarge. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
     """
     one_of("padding_mode", padding_mode, PaddingMode)
-    torch_dtype, torch_device = DTYPES[one_of("dtype", dtype, Dtype)], resolve_device(device)
-    require_dtype(torch_device, torch_dtype)
-
-    planes = as_tensor("input", input, torch_dtype, torch_device)
+    resolved = device_for(device, dtype)
+    planes = as_array("input", input, dtype, resolved)
     images = as_images("input", planes)
-    filters = as_filters("weight", as_tensor("weight", weight, torch_dtype, torch_device))
-    offsets = None if bias is None else as_tensor("bias", bias, torch_dtype, torch_device)
-    bias_shape = None if offsets is None else tuple(offsets.shape)
+    filters = as_filters("weight", as_array("weight", weight, dtype, resolved))
+    offsets = None if bias is None else as_array("bias", bias, dtype, resolved)
     problem = conv2d_problem(
-        images, filters.shape, bias_shape, stride, padding, dilation, groups, padding_mode, weight_name="weight"
+        images.shape,
+        filters.shape,
+        None if offsets is None else offsets.shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        dtype=dtype,
+        device=resolved.type,
+        weight_name="weight",
     )
     if limits is not None:
-        limits.check(problem, method=method)
-    result = solve(problem, images, filters, offsets, method)
-    return Result(_matching_rank(result.output, planes.ndim), result.engine, result.device)
+        limits.check(problem, method=method, machine=machine, engines=engines)
+    shape = _matching_rank((problem.batch, problem.filters, *problem.output_size), planes.ndim)
+    return solve(problem, images, filters, offsets, shape, method, machine, engines)
 
 
 def conv2d_problem(
-    images: Tensor,
+    images_shape: Sequence[int],
     filters_shape: Sequence[int],
     bias_shape: Sequence[int] | None,
     stride: int | Sequence[int],
@@ -74,13 +83,15 @@ def conv2d_problem(
     groups: int,
     padding_mode: PaddingMode,
     *,
+    dtype: Dtype,
+    device: str,
     weight_name: str,
 ) -> Problem:
     """The Problem of images (N, C, H, W) under filters of a shape (O, C/groups, h, w), its sizes checked.
 
     `weight_name` is what the caller's user calls the filters, for messages.
     """
-    batch, channels, height, width = images.shape
+    batch, channels, height, width = images_shape
     outputs, channels_per_group, h, w = filters_shape
     groups = positive("groups", groups)
     if channels % groups or outputs % groups:
@@ -122,12 +133,12 @@ def conv2d_problem(
         dilation=spacing,
         padding=sides,
         boundary=padding_mode,
-        dtype="float64" if images.element_size() == 8 else "float32",
-        device=images.device.type,
+        dtype=dtype,
+        device=device,
     )
 
 
-def as_images(field: str, planes: Tensor) -> Tensor:
+def as_images(field: str, planes: AnyArray) -> AnyArray:
     """(H, W), (C, H, W) or (N, C, H, W) as (N, C, H, W)."""
     if not 2 <= planes.ndim <= 4:
         raise InvalidShape(
@@ -139,7 +150,7 @@ def as_images(field: str, planes: Tensor) -> Tensor:
     return planes.reshape(*(1,) * (4 - planes.ndim), *planes.shape)
 
 
-def as_filters(field: str, weight: Tensor) -> Tensor:
+def as_filters(field: str, weight: AnyArray) -> AnyArray:
     """(h, w) or (O, C/groups, h, w) as (O, C/groups, h, w)."""
     if weight.ndim not in (2, 4):
         raise InvalidShape(
@@ -152,9 +163,8 @@ def as_filters(field: str, weight: Tensor) -> Tensor:
     return weight.reshape(1, 1, *weight.shape) if weight.ndim == 2 else weight
 
 
-def _matching_rank(output: Tensor, input_rank: int) -> Tensor:
+def _matching_rank(shape: tuple[int, ...], input_rank: int) -> tuple[int, ...]:
     """(N, O, oh, ow) without the batch and channel axes that the input did not have."""
     if input_rank == 4:
-        return output
-    planes = output[0]
-    return planes[0] if input_rank == 2 and len(planes) == 1 else planes
+        return shape
+    return shape[2:] if input_rank == 2 and shape[1] == 1 else shape[1:]

@@ -1,14 +1,19 @@
 """2-D cross-correlation and convolution of planes with one kernel."""
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 
-from core.arrays import DTYPES, ArrayLike, as_tensor
-from core.device import require_dtype, resolve_device
-from core.engines import Method, Result, solve
+import numpy as np
+import torch
+
+from core.arrays import DTYPES, ArrayLike, as_array
+from core.device import device_for
+from core.engines import ALL, Method, Result, solve
 from core.errors import InvalidOption, InvalidShape
 from core.kernels import named_kernel
 from core.limits import Limits
+from core.machine import Machine
 from core.shapes import Boundary, Dtype, Mode, Operation, Problem, mode_padding, one_of, sized
 
 
@@ -24,33 +29,58 @@ def correlate(
     device: str = "auto",
     dtype: Dtype = "float32",
     limits: Limits | None = None,
+    machine: Machine | None = None,
+    engines: tuple[str, ...] = ALL,
 ) -> Result:
     """Y[i, j] = sum over a, b of X[i + a, j + b] K[a, b], for every plane of X = input (..., H, W).
 
     kernel is K (h, w), or the name of one such as "gaussian(2.0)". The output is (..., H - h + 1, W - w + 1) in mode
     "valid", (..., H, W) in "same", (..., H + h - 1, W + w - 1) in "full"; `boundary` says what stands outside the
     input in the latter two (see core.borders.pad). operation "convolve" flips the kernel in both axes first.
+    `machine` is what the choice among engines assumes and how many threads they may use, `engines` which ones it may
+    choose among; this machine and all of them where nothing is said.
 
     Raises InvalidShape, InvalidOption, InvalidNumbers, UnknownKernel, DeviceUnavailable, MethodUnavailable and, where
     `limits` are given, TooLarge.
     """
+    resolved = device_for(device, dtype)
+    images = as_array("input", input, dtype, resolved)
+    taps = as_array("kernel", named_kernel(kernel) if isinstance(kernel, str) else kernel, dtype, resolved)
+    problem = _problem(images.shape, taps.shape, mode, boundary, fill_value, operation, dtype, resolved.type)
+    if limits is not None:
+        limits.check(problem, method=method, machine=machine, engines=engines)
+    if operation == "convolve":
+        taps = taps[::-1, ::-1].copy() if isinstance(taps, np.ndarray) else taps.flip(0, 1)
+    planes = images.reshape(problem.batch, 1, problem.height, problem.width)
+    shape = *images.shape[:-2], *problem.output_size
+    return solve(problem, planes, taps.reshape(1, 1, *taps.shape), None, shape, method, machine, engines)
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    input_shape: tuple[int, ...],
+    kernel_shape: tuple[int, ...],
+    mode: Mode,
+    boundary: Boundary,
+    fill_value: float,
+    operation: Operation,
+    dtype: Dtype,
+    device: str,
+) -> Problem:
+    """The Problem of these shapes and options, checked once: the next call with the same ones finds it ready."""
     one_of("mode", mode, Mode)
     one_of("boundary", boundary, Boundary)
     one_of("operation", operation, Operation)
-    torch_dtype, torch_device = DTYPES[one_of("dtype", dtype, Dtype)], resolve_device(device)
-    require_dtype(torch_device, torch_dtype)
     _require_effect(mode, boundary, fill_value)
-    if not abs(fill_value) <= torch.finfo(torch_dtype).max:
+    largest = torch.finfo(DTYPES[dtype]).max
+    if not abs(fill_value) <= largest:
         raise InvalidOption(
             f"fill_value {fill_value:g} is not a number that {dtype} can hold",
             field="fill_value",
             got=fill_value,
-            limit=f"{torch.finfo(torch_dtype).max:.7g}",
+            limit=f"{largest:.7g}",
         )
-
-    images = as_tensor("input", input, torch_dtype, torch_device)
-    taps = as_tensor("kernel", named_kernel(kernel) if isinstance(kernel, str) else kernel, torch_dtype, torch_device)
-    h, w, height, width = *_kernel_size(taps), *_plane_size(images)
+    h, w, height, width = *_kernel_size(kernel_shape), *_plane_size(input_shape)
     if mode == "valid" and (h > height or w > width):
         raise InvalidShape(
             f"kernel {sized((h, w))} is larger than input {sized((height, width))}: "
@@ -59,9 +89,8 @@ def correlate(
             got=sized((h, w)),
             limit=sized((height, width)),
         )
-
-    problem = Problem(
-        batch=images.numel() // (height * width),
+    return Problem(
+        batch=math.prod(input_shape[:-2]),
         channels=1,
         height=height,
         width=width,
@@ -72,14 +101,8 @@ def correlate(
         boundary=boundary,
         fill_value=fill_value,
         dtype=dtype,
-        device=torch_device.type,
+        device=device,
     )
-    if limits is not None:
-        limits.check(problem, method=method)
-    if operation == "convolve":
-        taps = torch.flip(taps, (0, 1))
-    result = solve(problem, images.reshape(-1, 1, height, width), taps.reshape(1, 1, h, w), None, method)
-    return Result(result.output.reshape(*images.shape[:-2], *problem.output_size), result.engine, result.device)
 
 
 def _require_effect(mode: Mode, boundary: Boundary, fill_value: float) -> None:
@@ -101,25 +124,25 @@ def _require_effect(mode: Mode, boundary: Boundary, fill_value: float) -> None:
         )
 
 
-def _plane_size(images: Tensor) -> tuple[int, int]:
-    if images.ndim < 2:
+def _plane_size(shape: Sequence[int]) -> tuple[int, int]:
+    if len(shape) < 2:
         raise InvalidShape(
-            f"input has {images.ndim} dimension{'' if images.ndim == 1 else 's'}, {sized(images.shape)}: "
+            f"input has {len(shape)} dimension{'' if len(shape) == 1 else 's'}, {sized(shape)}: "
             "it needs at least two, (..., H, W)",
             field="input",
-            got=sized(images.shape),
+            got=sized(shape),
             limit="(..., H, W)",
         )
-    return images.shape[-2], images.shape[-1]
+    return shape[-2], shape[-1]
 
 
-def _kernel_size(taps: Tensor) -> tuple[int, int]:
-    if taps.ndim != 2:
+def _kernel_size(shape: Sequence[int]) -> tuple[int, int]:
+    if len(shape) != 2:
         raise InvalidShape(
-            f"kernel has shape {sized(taps.shape)}: it needs two dimensions, (h, w); "
+            f"kernel has shape {sized(shape)}: it needs two dimensions, (h, w); "
             "for a bank of kernels over channels use conv2d",
             field="kernel",
-            got=sized(taps.shape),
+            got=sized(shape),
             limit="(h, w)",
         )
-    return taps.shape[0], taps.shape[1]
+    return shape[0], shape[1]

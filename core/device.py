@@ -2,11 +2,13 @@
 
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from core.errors import DeviceUnavailable, InvalidOption
+from core.shapes import Dtype, one_of
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -36,9 +38,21 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return torch.device(wanted)
 
 
-def require_dtype(device: torch.device, dtype: torch.dtype) -> None:
+@lru_cache(maxsize=64)
+def device_for(name: str | torch.device, dtype: Dtype) -> torch.device:
+    """The device of that name, looked up once: asking the drivers takes longer than a small convolution.
+
+    Raises DeviceUnavailable, and InvalidOption where there is no such dtype or the device cannot compute in it.
+    """
+    one_of("dtype", dtype, Dtype)
+    device = resolve_device(name)
+    require_dtype(device, dtype)
+    return device
+
+
+def require_dtype(device: torch.device, dtype: Dtype) -> None:
     """Raise InvalidOption where the device cannot compute in that dtype."""
-    if device.type == "mps" and dtype == torch.float64:
+    if device.type == "mps" and dtype == "float64":
         raise InvalidOption(
             'device "mps" has no float64: use dtype "float32" or device "cpu"',
             field="dtype",

@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from core.engines import Method, choose
+from core.engines import ALL, Method, outlook
 from core.errors import Quantity, TooLarge
+from core.machine import Machine, this_machine
 from core.shapes import Problem
 
 
@@ -16,7 +17,14 @@ class Limits:
     gflop: float = math.inf
     seconds: float = math.inf
 
-    def check(self, *problems: Problem, passes: int = 1, method: Method = "auto") -> None:
+    def check(
+        self,
+        *problems: Problem,
+        passes: int = 1,
+        method: Method = "auto",
+        machine: Machine | None = None,
+        engines: tuple[str, ...] = ALL,
+    ) -> None:
         """Raise TooLarge where the estimate for `passes` runs of all the problems is above a limit."""
         megabytes = sum(problem.bytes for problem in problems) / 1e6
         if megabytes > self.megabytes:
@@ -26,7 +34,9 @@ class Limits:
             raise _too_large("compute", "needs", f"{gflop:,.0f} Gflop", f"{self.gflop:,.0f} Gflop")
         if math.isinf(self.seconds):
             return
-        seconds = passes * sum(choose(problem, method).seconds for problem in problems)
+        seconds = passes * sum(
+            outlook(problem, method, machine or this_machine(), engines)[0].seconds for problem in problems
+        )
         if seconds > self.seconds:
             raise _too_large("time", "would take", f"{seconds:,.3g} s", f"{self.seconds:,.3g} s")
 

@@ -6,7 +6,8 @@ is answered before anything is allocated.
 
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Literal, TypeGuard, TypeVar, get_args
 
@@ -30,12 +31,13 @@ MAX_STEP = 2**31 - 1
 """The largest stride, dilation or padding: what torch's own operators can hold."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """A bank of kernels slid over a batch of images, described without its numbers.
 
     input (batch, channels, height, width), weight (filters, channels / groups, kernel_height, kernel_width),
     output (batch, filters, *output_size). The sizes are known to fit together: whoever makes a Problem has checked.
+    `rank` is the numerical rank of the one kernel, where somebody has looked.
     """
 
     batch: int
@@ -53,14 +55,33 @@ class Problem:
     fill_value: float = 0.0
     dtype: Dtype = "float32"
     device: str = "cpu"
+    rank: int | None = None
 
-    @property
+    def __hash__(self) -> int:
+        """Of all fields, counted once: problems are the keys of what is remembered between calls."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    @cached_property
+    def single(self) -> bool:
+        """One kernel laid over single planes, pixel by pixel: what correlate makes, and some of conv2d."""
+        return self.channels == self.filters == 1 and self.stride == self.dilation == (1, 1)
+
+    @cached_property
+    def bordered(self) -> bool:
+        """Something outside the image is read."""
+        return any(self.padding)
+
+    @cached_property
     def padded_size(self) -> Pair:
         """Rows and columns of one image with its border."""
         top, bottom, left, right = self.padding
         return self.height + top + bottom, self.width + left + right
 
-    @property
+    @cached_property
     def output_size(self) -> Pair:
         """Rows and columns of one output plane."""
         kernel = self.kernel_height, self.kernel_width
@@ -70,18 +91,18 @@ class Problem:
         )
         return rows, columns
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Products that are summed into one output value."""
         return self.channels // self.groups * self.kernel_height * self.kernel_width
 
-    @property
+    @cached_property
     def operations(self) -> int:
         """Multiplications and additions of the direct sum."""
         rows, columns = self.output_size
         return 2 * self.batch * self.filters * rows * columns * self.taps
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Memory for the input and the weight, and for the bordered input and the output in up to three layouts.
 
@@ -95,6 +116,12 @@ class Problem:
         output = self.batch * self.filters * rows * columns
         itemsize = 4 if self.dtype == "float32" else 8
         return itemsize * (images * self.height * self.width + weight + 3 * (bordered + output))
+
+
+def plane_problem(size: Sequence[int], kernel_size: Sequence[int], dtype: Dtype = "float32") -> Problem:
+    """One plane under one kernel, in mode valid."""
+    (height, width), (h, w) = size, kernel_size
+    return Problem(1, 1, height, width, 1, h, w, dtype=dtype)
 
 
 def extent(size: int, dilation: int) -> int:

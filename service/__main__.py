@@ -182,6 +182,44 @@ def conv2d(
 
 
 @app.command()
+def explain(
+    input: Annotated[str, typer.Argument(help="its size: 1024, 1080x1920, or NxCxHxW such as 8x3x224x224")],
+    kernel: Annotated[str, typer.Argument(help="its size: 15, 3x7, or OxCxhxw such as 64x3x7x7")],
+    stride: Stride = "1",
+    padding: Padding = "0",
+    dilation: Dilation = "1",
+    groups: int = 1,
+    padding_mode: Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")] = "zeros",
+    rank: Annotated[int | None, typer.Option(help="take a kernel of that rank", min=1)] = None,
+    method: Method = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: Annotated[int | None, typer.Option(help="unset: all that may be used", min=1)] = None,
+) -> None:
+    """Show what every engine should take for arrays of these sizes, takes, and which is chosen.
+
+    corr2d explain 1024 15 --rank 1
+    """
+    from service import offline
+
+    with _refusals():
+        offline.explain(
+            _sizes(input),
+            _sizes(kernel),
+            rank=rank,
+            threads=threads,
+            method=method,
+            device=device,
+            dtype=dtype,
+            stride=_integers(stride),
+            padding=_integers(padding),
+            dilation=_integers(dilation),
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+
+
+@app.command()
 def train(
     input: Input,
     target: Annotated[Path, typer.Argument(help="what the kernel is to make of it", exists=True, dir_okay=False)],
@@ -301,6 +339,18 @@ def _listener(settings: Settings) -> socket.socket:
 def _stop(message: str, code: int) -> NoReturn:
     typer.echo(f"corr2d: {message}", err=True)
     raise typer.Exit(code)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """A shape of two or four sizes; one size alone is a square's."""
+    try:
+        sizes = tuple(int(size) for size in text.lower().replace(",", "x").split("x"))
+    except ValueError:
+        sizes = ()
+    sizes *= 2 if len(sizes) == 1 else 1
+    if len(sizes) not in (2, 4) or min(sizes) < 1:
+        raise typer.BadParameter(f"{text} is no size such as 1024, 1080x1920 or 8x3x224x224")
+    return sizes
 
 
 def _integers(text: str) -> int | list[int] | str:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.responses import RedirectResponse
 
-from core import CoreError, usable_cores
+from core import CoreError, Machine, usable_cores
 from service.compute import ComputePool
 from service.errors import add_error_handlers
 from service.log import configure_logging
@@ -30,7 +30,7 @@ learned from examples. Errors are `application/problem+json` and say what came, 
 """
 
 COMPUTATIONS = 2
-"""Computations at a time, each with all of torch's threads: a second one lets the small pass the large."""
+"""Computations at a time, each with all threads: a second one lets the small pass the large."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -47,9 +47,9 @@ def create_app(settings: Settings) -> FastAPI:
         swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
     app.state.settings = settings
-    app.state.threads = max(1, threads // settings.workers)
+    app.state.machine = Machine(max(1, threads // settings.workers))
     app.state.pool = ComputePool(threads=COMPUTATIONS, queue=settings.queue, timeout_s=settings.request_timeout_s)
-    app.state.codec_threads = anyio.CapacityLimiter(app.state.threads)
+    app.state.codec_threads = anyio.CapacityLimiter(app.state.machine.threads)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
     app.add_middleware(RequestLog)
@@ -72,7 +72,7 @@ def create_worker_app() -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    torch.set_num_threads(app.state.threads)
+    torch.set_num_threads(app.state.machine.threads)
     warming = asyncio.create_task(_become_ready(app))
     yield
     warming.cancel()
@@ -89,13 +89,14 @@ async def _become_ready(app: FastAPI) -> None:
     log = structlog.get_logger("corr2d")
     try:
         # Beside the pool, and without its deadline: the first computation on a GPU may take its time.
-        device = await anyio.to_thread.run_sync(warm_up, app.state.settings.device)
+        device, machine = await anyio.to_thread.run_sync(warm_up, app.state.settings.device, app.state.machine)
     except (CoreError, RuntimeError) as error:
         app.state.readiness.failed(f"the warm-up failed: {error}")
         log.warning("warm-up failed", reason=str(error))
     else:
+        app.state.machine = machine
         app.state.readiness.ready(device)
-        log.info("ready", device=device, threads=app.state.threads)
+        log.info("ready", device=device, threads=machine.threads)
 
 
 async def _front_door() -> RedirectResponse:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from core import FitResult, Limits, Step, exhaust
+from core import FitResult, Limits, Machine, Result, Step, exhaust
 from service.errors import Busy, DeadlinePassed
 from service.request_log import Timing
 from service.settings import Settings
@@ -80,11 +80,12 @@ class RequestCompute:
         self._pool: ComputePool = request.app.state.pool
         self._timing: Timing = request.state.timing
         self._device = settings.device
+        self._machine: Machine = request.app.state.machine
         self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
 
-    async def __call__(self, function: Callable[..., Value], **arguments: object) -> Value:
-        """Run one of core's functions within the service's limits."""
-        return await self._pool.run(self._timing, lambda _: function(**self._bounded(arguments)))
+    async def __call__(self, verb: Callable[..., Result], **arguments: object) -> Result:
+        """Run core's correlate or conv2d within the service's limits, on its machine."""
+        return await self._pool.run(self._timing, lambda _: verb(**self._bounded(arguments), machine=self._machine))
 
     async def steps(self, function: Callable[..., Generator[Step, None, FitResult]], **arguments: object) -> FitResult:
         """Run one of core's generators to its end, or to the step at which its deadline has passed."""

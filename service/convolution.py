@@ -23,6 +23,7 @@ class ConvolutionRequest(RequestModel):
     method: Method = "auto"
     device: str = "auto"
     dtype: Dtype = "float32"
+    explain: bool = Field(default=False, description="say in the answer what the choice among engines was made by")
 
     @model_validator(mode="after")
     def _within_range(self) -> "ConvolutionRequest":
@@ -41,6 +42,14 @@ class ConvolutionRequest(RequestModel):
         return self
 
 
+class Explanation(BaseModel):
+    """The choice among engines. Times are in milliseconds."""
+
+    predicted_ms: dict[str, float] = Field(description="what each engine that can was predicted to take")
+    obstacles: dict[str, str] = Field(description="what keeps the other engines from this problem")
+    compute_ms: float = Field(description="what the chosen one took")
+
+
 class ConvolutionAnswer(BaseModel):
     """The output and how it was made."""
 
@@ -49,6 +58,7 @@ class ConvolutionAnswer(BaseModel):
     dtype: Dtype
     device: str
     engine: str
+    explanation: Explanation | None = Field(None, description="only where the request says explain")
     nonfinite: int | None = Field(None, description="how many numbers of the output are null; absent where none is")
 
 
@@ -56,11 +66,24 @@ async def convolved(
     verb: Callable[..., Result], request: ConvolutionRequest, compute: RequestCompute, answer: Answerer
 ) -> Response:
     """Call core's verb with the request, and answer with what comes out."""
-    result = await compute(verb, **request.arguments())
+    arguments = request.arguments()
+    explain = arguments.pop("explain")
+    result = await compute(verb, **arguments)
+    explanation = {"explanation": _explanation(result)} if explain else {}
     return await answer(
         output=result.output,
         shape=list(result.output.shape),
         dtype=request.dtype,
         device=result.device,
         engine=result.engine,
+        **explanation,
     )
+
+
+def _explanation(result: Result) -> dict[str, object]:
+    predicted = sorted(result.choice.predictions.items(), key=lambda entry: entry[1])
+    return {
+        "predicted_ms": {name: round(1000 * seconds, 4) for name, seconds in predicted},
+        "obstacles": dict(result.choice.obstacles),
+        "compute_ms": round(1000 * result.seconds, 4),
+    }

@@ -3,18 +3,24 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import Tensor
 
 import core
 from service.codecs import FILE_READERS, FILE_WRITERS, json
+
+COMPILING = 1.0
+"""Seconds that compiling an engine takes: a single convolution must be worth them."""
 
 BARS = "▁▂▃▄▅▆▇█"
 PLOT_WIDTH = 60
@@ -25,7 +31,7 @@ def correlate(input: Path, kernel: str, output: Path | None, **options: Any) -> 
     taps = read_array(Path(kernel)) if Path(kernel).suffix.lower() in FILE_READERS else kernel
     images = read_array(input)
     start = time.perf_counter()
-    result = core.correlate(images, taps, **options)
+    result = core.correlate(images, taps, **options, machine=_machine())
     _deliver(result, output, f"{input} {images.shape}", start)
 
 
@@ -34,8 +40,49 @@ def conv2d(input: Path, weight: Path, bias: Path | None, output: Path | None, **
     images = read_array(input)
     offsets = None if bias is None else read_array(bias)
     start = time.perf_counter()
-    result = core.conv2d(images, read_array(weight), offsets, **options)
+    result = core.conv2d(images, read_array(weight), offsets, **options, machine=_machine())
     _deliver(result, output, f"{input} {images.shape}", start)
+
+
+def explain(
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    *,
+    rank: int | None,
+    threads: int | None,
+    method: Any,
+    device: str,
+    dtype: Any,
+    **options: Any,
+) -> None:
+    """Print a table of the engines for arrays of these shapes: what they should take, take, or what is in their way."""
+    machine = core.measure_machine(core.Machine(threads or core.usable_cores()))
+    torch.set_num_threads(machine.threads)
+    problem = core.conv2d_problem(
+        (1,) * (4 - len(input)) + input,
+        (1,) * (4 - len(weight)) + weight,
+        None,
+        **options,
+        dtype=dtype,
+        device=core.resolve_device(device).type,
+        weight_name="kernel",
+    )
+    table = Table("engine", "method", "predicted ms", "measured ms", "", box=None)
+    for column in table.columns[2:4]:
+        column.justify = "right"
+    for entry in core.explain(replace(problem, rank=rank), method=method, machine=machine):
+        times = (_milliseconds(seconds) for seconds in (entry.predicted_seconds, entry.measured_seconds))
+        table.add_row(entry.engine, entry.method, *times, "chosen" if entry.chosen else entry.obstacle)
+    threads_used = f"{machine.threads} thread{'' if machine.threads == 1 else 's'}"
+    typer.echo(
+        f"{problem.operations / 1e9:.3g} Gflop as direct sums, output {problem.output_size}, "
+        f"{threads_used}, {machine.flops / 1e9:.0f} Gflop/s each, {machine.bandwidth / 1e9:.1f} GB/s"
+    )
+    Console().print(table)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.3g}"
 
 
 def train(input: Path, target: Path, output: Path | None, *, steps: int, **options: Any) -> None:
@@ -92,6 +139,10 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(heights), max(heights)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0
     return "".join(BARS[round((height - low) * scale)] for height in heights)
+
+
+def _machine() -> core.Machine:
+    return core.Machine(core.usable_cores(), compiling=COMPILING)
 
 
 def _deliver(result: core.Result, output: Path | None, source: str, start: float) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from core import correlate, resolve_device
+from core import Machine, correlate, measure_machine, prepare, resolve_device
 from service.errors import NotReady
 
 QUESTION = [[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]]
@@ -31,12 +31,14 @@ class Readiness:
         self.obstacle, self.device = reason, None
 
 
-def warm_up(device: str) -> str:
-    """Compute what is known on the device and return its full name; raises RuntimeError for a wrong answer.
+def warm_up(device: str, machine: Machine) -> tuple[str, Machine]:
+    """Compute what is known on the device; return its full name, and the machine with its speeds measured.
 
-    The first computation on a device also loads and starts what later ones find running.
+    The first computation on a device also loads, compiles and starts what later ones find ready. Raises RuntimeError
+    for a wrong answer.
     """
     output = correlate(*QUESTION, device=device).output.cpu()
     if not torch.equal(output, torch.tensor(ANSWER, dtype=output.dtype)):
         raise RuntimeError(f"device {device} computes {output.tolist()} where {ANSWER} is right")
-    return str(resolve_device(device))
+    prepare()
+    return str(resolve_device(device)), measure_machine(machine)

@@ -57,8 +57,13 @@ def correlate(
     image: NDArray[Any], kernel: NDArray[Any], mode: str = "valid", boundary: str = "zeros", fill: float = 0.0
 ) -> Floats:
     """numpy.pad, then the valid loops, for one plane."""
-    rows, columns = (border(mode, size) for size in kernel.shape)
-    return valid(pad(image, rows, columns, boundary, fill), kernel)
+    return valid(padded(image, kernel.shape, mode, boundary, fill), kernel)
+
+
+def padded(image: NDArray[Any], kernel_size: tuple[int, ...], mode: str, boundary: str, fill: float = 0.0) -> Floats:
+    """The plane with the border that a mode stands for."""
+    rows, columns = (border(mode, size) for size in kernel_size)
+    return pad(image, rows, columns, boundary, fill)
 
 
 def conv2d(

@@ -4,14 +4,18 @@ An engine is a module that answers three questions about a Problem: can I (`obst
 do it (`run`). To add one, write its file and its line in ENGINES.
 """
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from core.engines import tensor
+from core.arrays import Array, as_torch
+from core.engines import column_fft, fft, separable, stencil, tensor
 from core.errors import MethodUnavailable
+from core.machine import Machine, this_machine
 from core.shapes import Problem, one_of
 
 Method = Literal["auto", "direct", "fft", "separable"]
@@ -26,61 +30,148 @@ class Engine(Protocol):
     def obstacle(self, problem: Problem, /) -> str | None:
         """Why it cannot solve the problem, or None."""
 
-    def seconds(self, problem: Problem, /) -> float:
+    def seconds(self, problem: Problem, machine: Machine, /) -> float:
         """The predicted time, in seconds."""
 
-    def run(self, problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
+    def run(self, problem: Problem, images: Array, weight: Array, bias: Array | None, machine: Machine, /) -> Array:
         """Images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> (N, O, oh, ow)."""
+
+    def prepare(self) -> None:
+        """Do what the first run would otherwise wait for, as far as a service is willing to start later for it."""
 
 
 ENGINES: Mapping[str, Engine] = {
+    "stencil": stencil,
     "tensor": tensor,
+    "separable": separable,
+    "column_fft": column_fft,
+    "fft": fft,
 }
+
+ALL = tuple(ENGINES)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An engine by name, its predicted time in seconds, and what was held against the others."""
+    """An engine by name and its predicted time; the predictions of all that can, and what is held against the others.
+
+    Times are in seconds.
+    """
 
     engine: str
     seconds: float
+    predictions: Mapping[str, float]
     obstacles: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The output of a convolution and how it was made: engine by name, device as torch names it."""
+class Result(NamedTuple):
+    """The output of a convolution and how it was made: device as torch names it, the choice, time taken in seconds.
+
+    On a GPU `seconds` is the time until the work was handed over: it goes on while Python does.
+    """
 
     output: Tensor
-    engine: str
     device: str
+    choice: Choice
+    seconds: float
+
+    @property
+    def engine(self) -> str:
+        """The engine that ran."""
+        return self.choice.engine
+
+    @property
+    def predicted_seconds(self) -> float:
+        """The time that it was predicted to take."""
+        return self.choice.seconds
 
 
-def choose(problem: Problem, method: Method = "auto", engines: Mapping[str, Engine] = ENGINES) -> Choice:
+@lru_cache(maxsize=4096)
+def choose(
+    problem: Problem,
+    method: Method = "auto",
+    machine: Machine | None = None,
+    engines: tuple[str, ...] = ALL,
+) -> Choice:
     """The engine with the least predicted time among those that can solve the problem by that method.
 
-    Raises MethodUnavailable with every engine's reason where there is none.
+    A pure function: the same problem and machine get the same choice. Raises MethodUnavailable with every engine's
+    reason where there is none.
     """
     one_of("method", method, Method)
+    machine = machine or this_machine()
     obstacles: dict[str, str] = {}
-    predicted: dict[str, float] = {}
-    for name, engine in engines.items():
+    predictions: dict[str, float] = {}
+    for name in engines:
+        engine = ENGINES[name]
         reason = f"works by {engine.METHOD}" if method not in ("auto", engine.METHOD) else engine.obstacle(problem)
         if reason is None:
-            predicted[name] = engine.seconds(problem)
+            predictions[name] = engine.seconds(problem, machine)
         else:
             obstacles[name] = reason
-    if not predicted:
+    if not predictions:
         reasons = "; ".join(f"{name} {reason}" for name, reason in obstacles.items())
-        methods = ", ".join(["auto", *sorted({engine.METHOD for engine in engines.values()})])
+        methods = ", ".join(["auto", *sorted({ENGINES[name].METHOD for name in engines})])
         raise MethodUnavailable(
             f'no engine for method "{method}": {reasons}', field="method", got=method, limit=methods
         )
-    fastest = min(predicted, key=predicted.__getitem__)
-    return Choice(fastest, predicted[fastest], obstacles)
+    fastest = min(predictions, key=predictions.__getitem__)
+    return Choice(fastest, predictions[fastest], predictions, obstacles)
 
 
-def solve(problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None, method: Method) -> Result:
-    """Run the chosen engine. Shapes as in Engine.run."""
-    name = choose(problem, method).engine
-    return Result(ENGINES[name].run(problem, images, weight, bias), name, str(images.device))
+def prepare() -> None:
+    """Make ready every engine that can run on this machine."""
+    for engine in ENGINES.values():
+        engine.prepare()
+
+
+def solve(
+    problem: Problem,
+    images: Array,
+    weight: Array,
+    bias: Array | None,
+    shape: tuple[int, ...],
+    method: Method = "auto",
+    machine: Machine | None = None,
+    engines: tuple[str, ...] = ALL,
+) -> Result:
+    """Run the chosen engine. Shapes as in Engine.run; `shape` is how the caller wants the output's (N, O, oh, ow)."""
+    machine = machine or this_machine()
+    choice, looks = outlook(problem, method, machine, engines)
+    if looks:
+        problem = _of_rank(problem, separable.numerical_rank(weight, looks))
+        choice = choose(problem, method, machine, engines)
+    engine = ENGINES[choice.engine]
+    device = str(images.device) if isinstance(images, Tensor) else "cpu"
+    start = time.perf_counter()
+    output = engine.run(problem, images, weight, bias, machine)
+    seconds = time.perf_counter() - start
+    return Result(as_torch(output.reshape(shape)), device, choice, seconds)
+
+
+@lru_cache(maxsize=4096)
+def outlook(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> tuple[Choice, int]:
+    """The choice for a kernel of unknown rank, and up to which rank a look at the kernel could change it.
+
+    Looking takes time, which a low rank may save. The choice counts only where nobody looks.
+    """
+    if problem.rank is not None or not problem.single or method not in ("auto", "separable"):
+        return choose(problem, method, machine, engines), 0
+    one, others = _of_rank(problem, 1), tuple(name for name in engines if name != "separable")
+    if method == "separable" or not others:
+        return choose(one, method, machine, engines), separable.MAX_RANK
+    if others == engines or separable.obstacle(one):
+        return choose(problem, method, machine, engines), 0
+    choice = choose(problem, method, machine, engines)
+    worth = [
+        rank
+        for rank in range(1, separable.MAX_RANK + 1)
+        if separable.seconds(_of_rank(problem, rank), machine) + separable.seconds_to_look(problem, rank)
+        < choice.seconds
+    ]
+    return choice, max(worth, default=0)
+
+
+@lru_cache(maxsize=4096)
+def _of_rank(problem: Problem, rank: int) -> Problem:
+    return replace(problem, rank=rank)

@@ -89,7 +89,7 @@ def fit_kernel_steps(
     for pair, problem in zip(examples.pairs, problems, strict=True):
         pair.require_reachable(problem)
     if limits is not None:
-        limits.check(*problems, passes=PASSES_PER_STEP * steps)
+        limits.check(*problems, passes=PASSES_PER_STEP * steps, engines=("tensor",))
     seed = settled_seed(seed)
     kernel, offsets = start.weights(seed)
     descent = descend(

@@ -91,7 +91,7 @@ def _loss_function(examples: Examples, problems: list[Problem], loss: Loss) -> C
     def loss_of(weights: list[Tensor]) -> Tensor:
         kernel, bias = weights[0], weights[1] if len(weights) > 1 else None
         squares = [
-            (tensor.run(problem, example.images, kernel, bias) - example.targets).square().sum()
+            (tensor.convolve(problem, example.images, kernel, bias) - example.targets).square().sum()
             for example, problem in zip(examples.pairs, problems, strict=True)
         ]
         total = torch.stack(squares).sum()

@@ -34,7 +34,7 @@ class Layer:
     def problem(self, images: Tensor, kernel_shape: Sequence[int], *, kernel_name: str) -> Problem:
         """The convolution of these images (N, C, H, W) by a kernel of this shape (O, C/groups, h, w), checked."""
         return conv2d_problem(
-            images,
+            images.shape,
             kernel_shape,
             None,
             self.stride,
@@ -42,6 +42,8 @@ class Layer:
             self.dilation,
             self.groups,
             "zeros",
+            dtype="float64" if images.element_size() == 8 else "float32",
+            device=images.device.type,
             weight_name=kernel_name,
         )
 

@@ -54,6 +54,23 @@ def spans(layer: dict[str, Any]) -> list[int]:
     return [apart * (taps - 1) + 1 for taps, apart in zip(layer["kernel"], layer["dilation"], strict=True)]
 
 
+@pytest.mark.parametrize("engine", core.ENGINES)
+@given(layer=layers(), more=st.integers(20, 40), mode=st.sampled_from(PADDING_MODES))
+def test_every_engine_gives_the_same_layer(
+    engine: str, layer: dict[str, Any], more: int, mode: core.PaddingMode
+) -> None:
+    """Wider than it need be, so that strides and dilations leave an output of at least a tile."""
+    layer = {**layer, "images": (*layer["images"][:2], layer["images"][2] + 12, layer["images"][3] + 2 * more)}
+    images, weight, bias = tensors(layer)
+    options = {name: layer[name] for name in ("stride", "dilation", "padding", "groups")}
+    try:
+        output = conv2d(images, weight, bias, **options, padding_mode=mode, dtype="float64", engines=(engine,)).output
+    except (core.MethodUnavailable, core.InvalidShape):
+        return
+    expected = conv2d(images, weight, bias, **options, padding_mode=mode, dtype="float64", engines=("tensor",)).output
+    torch.testing.assert_close(output, expected.contiguous(), rtol=1e-10, atol=1e-11)
+
+
 @given(layer=layers(), mode=st.sampled_from(PADDING_MODES), dtype=st.sampled_from(["float32", "float64"]))
 def test_conv2d_is_torchs(layer: dict[str, Any], mode: core.PaddingMode, dtype: core.Dtype) -> None:
     rows, columns = layer["padding"]

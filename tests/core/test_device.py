@@ -26,10 +26,10 @@ def test_every_device_is_described() -> None:
 
 
 def test_mps_has_no_float64() -> None:
-    require_dtype(torch.device("cpu"), torch.float64)
-    require_dtype(torch.device("mps"), torch.float32)
+    require_dtype(torch.device("cpu"), "float64")
+    require_dtype(torch.device("mps"), "float32")
     with pytest.raises(core.InvalidOption, match='use dtype "float32" or device "cpu"'):
-        require_dtype(torch.device("mps"), torch.float64)
+        require_dtype(torch.device("mps"), "float64")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

@@ -205,3 +205,15 @@ def test_a_sparkline_is_a_log_plot_in_one_line() -> None:
     assert sparkline([5, 5]) == "▁▁"
     assert sparkline([0, float("inf")]) == ""
     assert len(sparkline([float(number) for number in range(1, 1000)])) <= 60
+
+
+def test_explain_draws_a_table_of_the_engines() -> None:
+    result = corr2d("explain", "64x80", "5", "--threads", "1", "--rank", "1")
+    assert result.exit_code == 0
+    for name in core.ENGINES:
+        assert name in result.output
+    assert result.output.count("chosen") == 1
+    layer = corr2d("explain", "1x3x32x32", "4x3x3x3", "--stride", "2", "--padding", "1")
+    assert "output (16, 16)" in layer.output
+    assert corr2d("explain", "64y80", "5").exit_code != 0
+    assert "larger than the input" in corr2d("explain", "3", "5").output

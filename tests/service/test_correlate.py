@@ -6,6 +6,7 @@ import pytest
 import scipy.ndimage
 from PIL import Image
 
+import core
 from tests.serving import Send
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
@@ -29,7 +30,7 @@ def test_the_lessons_first_example(send: Send) -> None:
         "shape": [2, 2],
         "dtype": "float32",
         "device": "cpu",
-        "engine": "tensor",
+        "engine": "stencil",
     }
 
 
@@ -93,3 +94,20 @@ def test_a_real_pictures_edges_are_scipys(send: Send) -> None:
     assert np.abs(edges - expected).max() <= 1e-3 * 255
     nested = send("POST", "/correlate", json={**body, "input": picture.tolist()}).json()["output"]
     np.testing.assert_array_equal(nested, edges)
+
+
+def test_explain_says_what_the_choice_was_made_by(send: Send) -> None:
+    request = {"input": [[1.0] * 40] * 40, "kernel": "box(3)"}
+    assert "explanation" not in send("POST", "/correlate", json=request).json()
+    answer = send("POST", "/correlate", json={**request, "explain": True}).json()
+    predicted = answer["explanation"]["predicted_ms"]
+    assert predicted[answer["engine"]] == min(predicted.values())
+    assert set(predicted) | set(answer["explanation"]["obstacles"]) == set(core.ENGINES)
+    assert answer["explanation"]["compute_ms"] > 0
+
+
+def test_a_method_is_an_engine_of_that_family(send: Send) -> None:
+    request = {"input": [[1.0] * 40] * 40, "kernel": "gaussian(1.0)"}
+    for method in ("direct", "fft", "separable"):
+        engine = send("POST", "/correlate", json={**request, "method": method}).json()["engine"]
+        assert method == core.ENGINES[engine].METHOD

@@ -42,7 +42,7 @@ async def test_before_its_warm_up_the_service_is_alive_but_not_ready() -> None:
 def test_a_failed_warm_up_leaves_it_not_ready_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.readiness.ANSWER", [[19, 25], [37, 44]])
     with pytest.raises(RuntimeError, match=r"computes .* where .* is right"):
-        warm_up("cpu")
+        warm_up("cpu", core.Machine(1))
     monkeypatch.setattr("tests.serving.wait_until_ready", lambda send: None)
     with in_process(create_app(Settings())) as send:
         deadline = time.monotonic() + 30

@@ -1,0 +1,90 @@
+"""What every engine would take for a problem, and takes: the choice, laid open."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from core.arrays import DTYPES, Array, as_numpy
+from core.engines import ENGINES, Method, choose, solve
+from core.errors import MethodUnavailable
+from core.machine import Machine, this_machine
+from core.shapes import Problem
+
+LONGEST = 2.0
+"""Seconds: an engine that is predicted to take longer is not run."""
+
+ENOUGH = 0.2
+"""Seconds to spend on one engine, after a first call that may have to compile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One engine and one problem. Times are in seconds; None where the engine cannot, or was not run."""
+
+    engine: str
+    method: str
+    chosen: bool = False
+    predicted_seconds: float | None = None
+    measured_seconds: float | None = None
+    obstacle: str | None = None
+
+
+def explain(
+    problem: Problem, *, method: Method = "auto", machine: Machine | None = None, measure: bool = True
+) -> list[Candidate]:
+    """Every engine's predicted time for the problem and, with `measure`, the shortest of several on random numbers.
+
+    A problem with a `rank` of 1 gets a kernel of that rank. Raises MethodUnavailable where no engine can.
+    """
+    machine = machine or this_machine()
+    choice = choose(problem, method, machine)
+    candidates: list[Candidate] = []
+    for name, engine in ENGINES.items():
+        try:
+            alone = choose(problem, method, machine, (name,))
+        except MethodUnavailable:
+            candidates.append(Candidate(name, engine.METHOD, obstacle=choice.obstacles[name]))
+            continue
+        runs = measure and alone.seconds <= LONGEST
+        measured = _shortest(problem, name, method, machine) if runs else None
+        candidates.append(Candidate(name, engine.METHOD, name == choice.engine, alone.seconds, measured))
+    return candidates
+
+
+def _shortest(problem: Problem, engine: str, method: Method, machine: Machine) -> float:
+    images, weight = _arrays(problem)
+    shape = problem.batch, problem.filters, *problem.output_size
+
+    def run() -> float:
+        start = time.perf_counter()
+        solve(problem, images, weight, None, shape, method, machine, (engine,))
+        if problem.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    run()
+    best, end = math.inf, time.perf_counter() + ENOUGH
+    while math.isinf(best) or time.perf_counter() < end:
+        best = min(best, run())
+    return best
+
+
+def _arrays(problem: Problem) -> tuple[Array, Array]:
+    """Random images and weight of the problem's shapes, type and device, and of its rank where it has one.
+
+    On the CPU as numpy's arrays, as they come from the wire.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dtype = DTYPES[problem.dtype]
+    images = torch.randn(
+        problem.batch, problem.channels, problem.height, problem.width, generator=generator, dtype=dtype
+    )
+    filters, channels = problem.filters, problem.channels // problem.groups
+    rank = problem.rank or min(problem.kernel_height, problem.kernel_width)
+    columns = torch.randn(filters, channels, problem.kernel_height, rank, generator=generator, dtype=dtype)
+    rows = torch.randn(filters, channels, rank, problem.kernel_width, generator=generator, dtype=dtype)
+    if problem.device == "cpu":
+        return as_numpy(images), as_numpy(columns @ rows)
+    return images.to(problem.device), (columns @ rows).to(problem.device)

@@ -1,0 +1,59 @@
+"""What the choice among engines knows about the hardware: threads, and two speeds measured in a few milliseconds."""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from core.device import usable_cores
+
+MATRIX_SIDE = 256
+COPIED_VALUES = 8_000_000
+REPETITIONS = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Machine:
+    """A CPU as the cost models see it. The defaults are a server core of 2023; `measure_machine` finds this one's.
+
+    `threads` is also how many threads an engine may use. `flops`: float32 operations per second of one thread in a
+    matrix product. `bandwidth`: bytes per second that one thread moves between arrays larger than its caches.
+    `compiling`: seconds that a compiled engine needs before its first run, for a process that will not see many.
+    """
+
+    threads: int
+    flops: float = 9e10
+    bandwidth: float = 8e9
+    compiling: float = 0.0
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """The cores that this process may use, with default speeds: what is taken where the caller names no machine."""
+    return Machine(usable_cores())
+
+
+def measure_machine(machine: Machine) -> Machine:
+    """The machine with the speeds that this one shows, in about 50 ms. What is much slower than possible is noise."""
+    one, other = torch.rand(MATRIX_SIDE, MATRIX_SIDE), torch.rand(MATRIX_SIDE, MATRIX_SIDE)
+    product = torch.empty(MATRIX_SIDE, MATRIX_SIDE)
+    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    flops = 2 * MATRIX_SIDE**3 / _shortest(lambda: torch.mm(one, other, out=product)) / threads
+    source, target = torch.zeros(COPIED_VALUES), torch.zeros(COPIED_VALUES)
+    moved = 2 * source.element_size() * COPIED_VALUES
+    bandwidth = moved / _shortest(lambda: target.copy_(source)) / threads
+    return replace(machine, flops=flops, bandwidth=bandwidth)
+
+
+def _shortest(call: Callable[[], object]) -> float:
+    """The least of several times, in seconds; the first call only warms up."""
+    call()
+    times = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
