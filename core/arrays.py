@@ -1,6 +1,6 @@
 """Array-likes -> tensors of the dtype and device that were asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.device import CPU
 from core.errors import InvalidNumbers, InvalidShape
 from core.shapes import Dtype, sized
 
@@ -22,6 +23,12 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.f
 Array: TypeAlias = Tensor | NDArray[Any]
 """What engines compute on: numpy's arrays or torch's tensors. On the CPU each is a view of the other."""
 
+Solve: TypeAlias = Callable[[Array, Any, Array | None], Array]
+"""A convolution: images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> output (N, O, oh, ow).
+
+Arrays on the CPU are numpy's as `as_array` makes them. The weight may be what the engine itself has made of one.
+"""
+
 AnyArray = TypeVar("AnyArray", Tensor, NDArray[Any], Array)
 """Either, the same one in and out."""
 
@@ -34,18 +41,22 @@ LARGEST_ITEM = 8
 def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -> Array:
     """The value as numpy's array for the CPU and as a tensor for other devices; errors and sharing are as_tensor's.
 
-    An array that needs nothing done to it passes at once: for a small image, that counts.
+    The numbers of a row follow each other: compiled engines count on that. An array that needs nothing done to it
+    passes at once: for a small image, that counts.
     """
     if (
         type(value) is np.ndarray
-        and device.type == "cpu"
         and value.dtype is NUMPY_DTYPES[dtype]
         and value.flags.carray
         and value.size
+        and device is CPU
     ):
         return value
     tensor = as_tensor(field, value, DTYPES[dtype], device)
-    return tensor if device.type != "cpu" else as_numpy(tensor)
+    if device.type != "cpu":
+        return tensor
+    array = as_numpy(tensor)
+    return array if array.strides[-1:] == (array.itemsize,) else np.ascontiguousarray(array)
 
 
 def as_numpy(array: Array) -> NDArray[Any]:

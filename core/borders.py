@@ -27,6 +27,8 @@ def pad(images: Tensor, padding: Sides, boundary: Boundary, fill_value: float = 
 def window(images: Tensor, rows: Pair, columns: Pair, boundary: Boundary, fill_value: float = 0.0) -> Tensor:
     """The pixels from a first row and column to before a last one; what lies outside the images is as in `pad`."""
     height, width = images.shape[-2:]
+    if rows[0] >= 0 and rows[1] <= height and columns[0] >= 0 and columns[1] <= width:
+        return images[..., slice(*rows), slice(*columns)]
     if boundary not in ("zeros", "constant"):
         if rows != (0, height):
             images = images.index_select(-2, _source(height, rows, boundary, images.device))

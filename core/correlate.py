@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from core.arrays import DTYPES, ArrayLike, as_array
-from core.device import device_for
+from core.device import CPU, device_for
 from core.engines import ALL, Method, Result, solve
 from core.errors import InvalidOption, InvalidShape
 from core.kernels import named_kernel
@@ -46,18 +47,26 @@ def correlate(
     resolved = device_for(device, dtype)
     images = as_array("input", input, dtype, resolved)
     taps = as_array("kernel", named_kernel(kernel) if isinstance(kernel, str) else kernel, dtype, resolved)
-    problem = _problem(images.shape, taps.shape, mode, boundary, fill_value, operation, dtype, resolved.type)
+    kind = "cpu" if resolved is CPU else resolved.type
+    case = _case(images.shape, taps.shape, mode, boundary, fill_value, operation, dtype, kind)
     if limits is not None:
-        limits.check(problem, method=method, machine=machine, engines=engines)
+        limits.check(case.problem, method=method, machine=machine, engines=engines)
     if operation == "convolve":
         taps = taps[::-1, ::-1].copy() if isinstance(taps, np.ndarray) else taps.flip(0, 1)
-    planes = images.reshape(problem.batch, 1, problem.height, problem.width)
-    shape = *images.shape[:-2], *problem.output_size
-    return solve(problem, planes, taps.reshape(1, 1, *taps.shape), None, shape, method, machine, engines)
+    planes, weight = images.reshape(case.planes), taps[None, None]
+    return solve(case.problem, planes, weight, None, case.output, method, machine, engines)
+
+
+class _Case(NamedTuple):
+    """A problem, its planes (N, 1, H, W), and the shape of the output as the caller wants it."""
+
+    problem: Problem
+    planes: tuple[int, ...]
+    output: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def _problem(
+def _case(
     input_shape: tuple[int, ...],
     kernel_shape: tuple[int, ...],
     mode: Mode,
@@ -66,8 +75,8 @@ def _problem(
     operation: Operation,
     dtype: Dtype,
     device: str,
-) -> Problem:
-    """The Problem of these shapes and options, checked once: the next call with the same ones finds it ready."""
+) -> _Case:
+    """The problem of these shapes and options, checked once: the next call with the same ones finds it ready."""
     one_of("mode", mode, Mode)
     one_of("boundary", boundary, Boundary)
     one_of("operation", operation, Operation)
@@ -89,7 +98,7 @@ def _problem(
             got=sized((h, w)),
             limit=sized((height, width)),
         )
-    return Problem(
+    problem = Problem(
         batch=math.prod(input_shape[:-2]),
         channels=1,
         height=height,
@@ -103,6 +112,7 @@ def _problem(
         dtype=dtype,
         device=device,
     )
+    return _Case(problem, (problem.batch, 1, height, width), (*input_shape[:-2], *problem.output_size))
 
 
 def _require_effect(mode: Mode, boundary: Boundary, fill_value: float) -> None:

@@ -12,6 +12,9 @@ from core.shapes import Dtype, one_of
 
 CGROUP = Path("/sys/fs/cgroup")
 
+CPU = torch.device("cpu")
+"""What `resolve_device` returns for the CPU: asking a device for its type takes longer than `is CPU`."""
+
 
 def available_devices() -> list[str]:
     """The devices of this machine by name, the one that `auto` takes first."""
@@ -35,7 +38,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
             got=name,
             limit=", ".join(["auto", *devices]),
         )
-    return torch.device(wanted)
+    return CPU if wanted == "cpu" else torch.device(wanted)
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,6 @@
 """What the choice among engines knows about the hardware: threads, and two speeds measured in a few milliseconds."""
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,14 +36,21 @@ def this_machine() -> Machine:
 
 
 def measure_machine(machine: Machine) -> Machine:
-    """The machine with the speeds that this one shows, in about 50 ms. What is much slower than possible is noise."""
-    one, other = torch.rand(MATRIX_SIDE, MATRIX_SIDE), torch.rand(MATRIX_SIDE, MATRIX_SIDE)
-    product = torch.empty(MATRIX_SIDE, MATRIX_SIDE)
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
-    flops = 2 * MATRIX_SIDE**3 / _shortest(lambda: torch.mm(one, other, out=product)) / threads
-    source, target = torch.zeros(COPIED_VALUES), torch.zeros(COPIED_VALUES)
-    moved = 2 * source.element_size() * COPIED_VALUES
-    bandwidth = moved / _shortest(lambda: target.copy_(source)) / threads
+    """The machine with the speeds that one thread of it shows, in about 50 ms; other work on it lowers them little.
+
+    Not to be called while torch computes: its number of threads is 1 meanwhile.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one, other = torch.rand(MATRIX_SIDE, MATRIX_SIDE), torch.rand(MATRIX_SIDE, MATRIX_SIDE)
+        product = torch.empty(MATRIX_SIDE, MATRIX_SIDE)
+        flops = 2 * MATRIX_SIDE**3 / _shortest(lambda: torch.mm(one, other, out=product))
+        source, target = torch.zeros(COPIED_VALUES), torch.zeros(COPIED_VALUES)
+        moved = 2 * source.element_size() * COPIED_VALUES
+        bandwidth = moved / _shortest(lambda: target.copy_(source))
+    finally:
+        torch.set_num_threads(threads)
     return replace(machine, flops=flops, bandwidth=bandwidth)
 
 

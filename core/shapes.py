@@ -97,6 +97,12 @@ class Problem:
         return self.channels // self.groups * self.kernel_height * self.kernel_width
 
     @cached_property
+    def largest_array(self) -> int:
+        """Values of the input with its border, or of the output, whichever has more."""
+        (rows, columns), (padded_rows, padded_columns) = self.output_size, self.padded_size
+        return self.batch * max(self.channels * padded_rows * padded_columns, self.filters * rows * columns)
+
+    @cached_property
     def operations(self) -> int:
         """Multiplications and additions of the direct sum."""
         rows, columns = self.output_size

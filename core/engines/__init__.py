@@ -1,7 +1,7 @@
 """The engines, and the choice among them.
 
 An engine is a module that answers three questions about a Problem: can I (`obstacle`), at what cost (`seconds`), and
-do it (`run`). To add one, write its file and its line in ENGINES.
+how (`plan`). To add one, write its file and its line in ENGINES.
 """
 
 import time
@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from core.arrays import Array, as_torch
-from core.engines import column_fft, fft, separable, stencil, tensor
+from core.arrays import Array, Solve, as_torch
+from core.engines import block_fft, column_fft, fft, implicit_gemm, separable, stencil, tensor
 from core.errors import MethodUnavailable
 from core.machine import Machine, this_machine
 from core.shapes import Problem, one_of
@@ -33,8 +33,8 @@ class Engine(Protocol):
     def seconds(self, problem: Problem, machine: Machine, /) -> float:
         """The predicted time, in seconds."""
 
-    def run(self, problem: Problem, images: Array, weight: Array, bias: Array | None, machine: Machine, /) -> Array:
-        """Images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> (N, O, oh, ow)."""
+    def plan(self, problem: Problem, machine: Machine, /) -> Solve:
+        """How to do it: a function that is kept and called, by many threads at a time, whenever the problem returns."""
 
     def prepare(self) -> None:
         """Do what the first run would otherwise wait for, as far as a service is willing to start later for it."""
@@ -42,13 +42,19 @@ class Engine(Protocol):
 
 ENGINES: Mapping[str, Engine] = {
     "stencil": stencil,
+    "implicit_gemm": implicit_gemm,
     "tensor": tensor,
     "separable": separable,
     "column_fft": column_fft,
+    "block_fft": block_fft,
     "fft": fft,
 }
 
 ALL = tuple(ENGINES)
+
+WASTE = 0.1
+GAIN = 0.7
+"""What a look at the kernel's rank may waste and take, as shares of the choice's time and of that it may save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +71,25 @@ class Choice:
 
 
 class Result(NamedTuple):
-    """The output of a convolution and how it was made: device as torch names it, the choice, time taken in seconds.
+    """The output of a convolution and how it was made: the choice, and the time taken in seconds.
 
-    On a GPU `seconds` is the time until the work was handed over: it goes on while Python does.
+    `array` is numpy's or torch's, whichever the engine made. On a GPU `seconds` is the time until the work was handed
+    over: it goes on while Python does.
     """
 
-    output: Tensor
-    device: str
+    array: Array
     choice: Choice
     seconds: float
+
+    @property
+    def output(self) -> Tensor:
+        """The output as a tensor, on the device that made it."""
+        return as_torch(self.array)
+
+    @property
+    def device(self) -> str:
+        """The device that made it, as torch names it."""
+        return str(self.array.device)
 
     @property
     def engine(self) -> str:
@@ -135,25 +151,35 @@ def solve(
     machine: Machine | None = None,
     engines: tuple[str, ...] = ALL,
 ) -> Result:
-    """Run the chosen engine. Shapes as in Engine.run; `shape` is how the caller wants the output's (N, O, oh, ow)."""
+    """Run the chosen engine. Shapes as in Solve; `shape` is how the caller wants the output's (N, O, oh, ow)."""
     machine = machine or this_machine()
-    choice, looks = outlook(problem, method, machine, engines)
+    choice, looks, run = _planned(problem, method, machine, engines)
+    kernel: Array | separable.Factors = weight
     if looks:
-        problem = _of_rank(problem, separable.numerical_rank(weight, looks))
-        choice = choose(problem, method, machine, engines)
-    engine = ENGINES[choice.engine]
-    device = str(images.device) if isinstance(images, Tensor) else "cpu"
+        factors = separable.find_factors(weight, looks)
+        rank = separable.MAX_RANK + 1 if factors is None else len(factors.rows)
+        choice, _, run = _planned(_of_rank(problem, rank), method, machine, engines)
+        if choice.engine == "separable" and factors is not None:
+            kernel = factors
     start = time.perf_counter()
-    output = engine.run(problem, images, weight, bias, machine)
+    output = run(images, kernel, bias)
     seconds = time.perf_counter() - start
-    return Result(as_torch(output.reshape(shape)), device, choice, seconds)
+    return Result(output.reshape(shape), choice, seconds)
+
+
+@lru_cache(maxsize=4096)
+def _planned(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> tuple[Choice, int, Solve]:
+    """The choice, up to which rank to look before it counts, and the chosen engine's plan."""
+    choice, looks = outlook(problem, method, machine, engines)
+    return choice, looks, ENGINES[choice.engine].plan(problem, machine)
 
 
 @lru_cache(maxsize=4096)
 def outlook(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> tuple[Choice, int]:
-    """The choice for a kernel of unknown rank, and up to which rank a look at the kernel could change it.
+    """The choice for a kernel of unknown rank, and up to which rank to look at the kernel, which could change it.
 
-    Looking takes time, which a low rank may save. The choice counts only where nobody looks.
+    Looking takes time, which most kernels waste and those of low rank repay: it has to be short beside what the choice
+    would take, and beside what a low rank would save. The choice counts only where nobody looks.
     """
     if problem.rank is not None or not problem.single or method not in ("auto", "separable"):
         return choose(problem, method, machine, engines), 0
@@ -163,12 +189,12 @@ def outlook(problem: Problem, method: Method, machine: Machine, engines: tuple[s
     if others == engines or separable.obstacle(one):
         return choose(problem, method, machine, engines), 0
     choice = choose(problem, method, machine, engines)
-    worth = [
-        rank
-        for rank in range(1, separable.MAX_RANK + 1)
-        if separable.seconds(_of_rank(problem, rank), machine) + separable.seconds_to_look(problem, rank)
-        < choice.seconds
-    ]
+    worth = []
+    for rank in range(1, separable.MAX_RANK + 1):
+        look, waste = separable.seconds_to_look(problem, rank), separable.seconds_to_reject(problem, rank)
+        saved = choice.seconds - separable.seconds(_of_rank(problem, rank), machine)
+        if waste < WASTE * choice.seconds and look < GAIN * saved:
+            worth.append(rank)
     return choice, max(worth, default=0)
 
 

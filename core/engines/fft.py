@@ -9,6 +9,7 @@ most of the error away. Where what is left could still exceed the precision cont
 that are not finite, which a transform spreads over a whole tile, are kept out and summed directly.
 """
 
+import bisect
 import functools
 import itertools
 import math
@@ -17,17 +18,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from core.arrays import Array, as_torch
+from core.arrays import Array, Solve, as_torch
 from core.borders import pad
 from core.engines import tensor
-from core.engines.precision import contract_error, rounding_error
+from core.engines.precision import least_output, rounding_error
 from core.machine import Machine
 from core.shapes import Pair, Problem
 
 METHOD = "fft"
 
-TILES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+TILES = (192, 256, 384, 512, 768, 1024)
 """Sides that tiles may have; a side of the whole image is another choice."""
+
+FAST_SIZES: list[int] = sorted(2**a * 3**b * 5**c for a in range(33) for b in range(21) for c in range(15))
 
 CALL = 6e-5
 CALL_OF_A_TILE = 3e-5
@@ -58,20 +61,18 @@ def seconds(problem: Problem, machine: Machine) -> float:
     )
 
 
-def run(problem: Problem, images: Array, weight: Array, bias: Array | None, machine: Machine) -> Array:
-    """Images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> (N, O, oh, ow)."""
-    del machine  # torch's own threads do the work
-    bordered = pad(as_torch(images), problem.padding, problem.boundary, problem.fill_value)
-    inside = replace(
-        problem,
-        height=bordered.shape[2],
-        width=bordered.shape[3],
-        padding=(0, 0, 0, 0),
-        boundary="zeros",
-        fill_value=0.0,
-    )
-    output = _correlate(inside, bordered, as_torch(weight))
-    return output if bias is None else output.add_(as_torch(bias).reshape(-1, 1, 1))
+def plan(problem: Problem, machine: Machine) -> Solve:
+    """How to do it, by torch's own threads."""
+    del machine
+    height, width = problem.padded_size
+    inside = replace(problem, height=height, width=width, padding=(0, 0, 0, 0), boundary="zeros", fill_value=0.0)
+
+    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
+        bordered = pad(as_torch(images), problem.padding, problem.boundary, problem.fill_value)
+        output = _correlate(inside, bordered, as_torch(weight))
+        return output if bias is None else output.add_(as_torch(bias).reshape(-1, 1, 1))
+
+    return solve
 
 
 def prepare() -> None:
@@ -90,7 +91,7 @@ def _correlate(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
     output = _by_tiles(problem, images, weight, middle)
     if problem.dtype == "float32" and problem.device != "mps":
         least, most = (value.item() for value in torch.aminmax(output))
-        if rounding_error(high - middle, norm, middle * total) > contract_error(max(-least, most)):
+        if max(-least, most) < least_output(rounding_error(high - middle, norm, middle * total)):
             return _by_tiles(problem, images.double(), weight.double(), middle).float()
     return output
 
@@ -131,14 +132,19 @@ def _tile_size(problem: Problem) -> Pair:
     """The sides of the tiles that cost least: on any machine the same, or results would depend on its threads."""
     machine = Machine(threads=1)
     rows, columns = problem.padded_size
-    heights = [side for side in TILES if problem.kernel_height < side < rows] + [_fast_size(rows)]
-    widths = [side for side in TILES if problem.kernel_width < side < columns] + [_fast_size(columns)]
+    whole = _fast_size(rows), _fast_size(columns)
+    tile = _side(problem.kernel_height, whole[0]), _side(problem.kernel_width, whole[1])
 
     def cost(tile: Pair) -> float:
         each = CALL_OF_A_TILE + _transform_seconds(math.prod(tile), problem, machine)
         return _tiles_of(problem, tile) * each
 
-    return min(itertools.product(heights, widths), key=cost)
+    return min(whole, tile, key=cost)
+
+
+def _side(taps: int, whole: int) -> int:
+    """The side of a tile that wastes about a quarter of it on what is computed twice, at most the whole side."""
+    return min(next((side for side in TILES if side >= 4 * taps), whole), whole)
 
 
 def _tiles_of(problem: Problem, tile: Pair) -> int:
@@ -155,11 +161,4 @@ def _transform_seconds(points: int, problem: Problem, machine: Machine) -> float
 
 def _fast_size(size: int) -> int:
     """The next size that is a product of 2, 3 and 5."""
-    while True:
-        rest = size
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return size
-        size += 1
+    return FAST_SIZES[bisect.bisect_left(FAST_SIZES, size)]

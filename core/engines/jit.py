@@ -7,24 +7,35 @@ platform; where it is missing, these engines say so and the others serve.
 import functools
 import importlib
 import importlib.util
+import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.borders import pad, window
+from core.borders import window
+from core.device import usable_cores
 from core.machine import Machine
 from core.shapes import Dtype, Pair, Problem, extent
 
 Plane: TypeAlias = NDArray[Any]
 Pipeline: TypeAlias = Callable[..., object]
-Key = TypeVar("Key")
+Fill: TypeAlias = Callable[..., object]
+"""(pixels that are read, output to fill, what the kernel consists of)."""
 
 WORTH_A_THREAD = 3e-5
 """Seconds of work from which on a second thread earns what waking it costs."""
+
+LARGEST_ARRAY = 2**31 - 1
+
+IN_CACHE = 1.2e7
+NEVER_KEPT = 2**25
+"""Bytes: less than the first stays in the last cache; more than the second, malloc returns to the system each time."""
+
+OF_A_NEW_BYTE = 1e-10
+"""Seconds of one thread, measured."""
 
 SMALL_ENOUGH_TO_COPY = 40_000
 """Pixels: below, an image with its border is copied whole; above, only the border's surroundings are."""
@@ -34,7 +45,11 @@ _compiling = threading.RLock()
 
 @functools.cache
 def halide() -> Any:
-    """The compiler, loaded when first needed: it takes 0.15 s."""
+    """The compiler, loaded when first needed: it takes 0.15 s.
+
+    Its pool of threads would be as large as the host, of which a container may have a part.
+    """
+    os.environ.setdefault("HL_NUM_THREADS", str(_pool()))
     return importlib.import_module("halide")
 
 
@@ -48,6 +63,8 @@ def obstacle(problem: Problem) -> str | None:
     """Why no compiled engine can solve the problem, or None."""
     if problem.device != "cpu":
         return f"runs on the CPU, not on {problem.device}"
+    if problem.largest_array > LARGEST_ARRAY:
+        return f"counts to {LARGEST_ARRAY}, which this has more pixels than"
     return obstacle_of_platform()
 
 
@@ -88,43 +105,92 @@ def share(items: int, seconds: float, machine: Machine) -> int:
     return -(-items // min(machine.threads, int(seconds / WORTH_A_THREAD)))
 
 
-def dense_rows(array: Plane) -> Plane:
-    """The array, copied where the numbers of a row do not follow each other: the pipelines count on that."""
-    return array if array.strides[-1] == array.itemsize or array.shape[-1] == 1 else np.ascontiguousarray(array)
+def tasks(machine: Machine, each: int) -> int:
+    """How many tasks to make: several for each thread, so that none waits long for another.
 
-
-def bordered_parts(problem: Problem, images: Plane, tile: Pair) -> Iterator[tuple[Plane, slice, slice]]:
-    """Parts of the output as (input that they read, rows, columns): the border is made only where it is read.
-
-    The images are (N, C, H, W). A large output comes in five parts: its middle, which reads the images as they are, and
-    four sides at least one tile (rows, columns) wide, which read a copy of their surroundings.
+    As the pool has a thread for every core, there may be no more tasks than threads where fewer are allowed.
     """
+    return machine.threads * each if machine.threads >= _pool() else machine.threads
+
+
+@functools.cache
+def _pool() -> int:
+    return usable_cores()
+
+
+def memory_seconds(problem: Problem, machine: Machine) -> float:
+    """What reading the images once and writing the output takes one thread, at least."""
+    itemsize = 4 if problem.dtype == "float32" else 8
+    images = problem.batch * problem.channels * problem.height * problem.width
+    moved = itemsize * images + _output_bytes(problem)
+    return moved / ((4 if moved < IN_CACHE else 0.85) * machine.bandwidth)
+
+
+def page_seconds(problem: Problem) -> float:
+    """What one thread waits for the memory of a large output: as new pages, which the system fills with zeros first."""
+    output = _output_bytes(problem)
+    return OF_A_NEW_BYTE * output if output > NEVER_KEPT else 0.0
+
+
+def _output_bytes(problem: Problem) -> int:
     rows, columns = problem.output_size
-    everything = slice(0, rows), slice(0, columns)
+    return (4 if problem.dtype == "float32" else 8) * problem.batch * problem.filters * rows * columns
+
+
+def in_parts(problem: Problem, tile: Pair, filler: Callable[[Pair], Fill]) -> Fill:
+    """Fill an output (N, O, oh, ow) from images (N, C, H, W): the border is made only where it is read.
+
+    `filler` gives what fills an output of so many rows and columns from the pixels that it reads. A large output comes
+    in five parts: its middle, which reads the images as they are, and four sides at least one tile (rows, columns)
+    wide, which read a copy of their surroundings.
+    """
     if not problem.bordered:
-        yield images, *everything
-        return
+        return filler(problem.output_size)
+    parts = [
+        (part, filler((part.rows.stop - part.rows.start, part.columns.stop - part.columns.start)))
+        for part in _parts(problem, tile)
+    ]
+    boundary, fill_value = problem.boundary, problem.fill_value
+
+    def fill(pixels: Plane, output: Plane, *kernel: Plane) -> None:
+        images = torch.from_numpy(pixels)
+        for part, fill_part in parts:
+            read = window(images, part.read_rows, part.read_columns, boundary, fill_value).numpy()
+            fill_part(read, output[:, :, part.rows, part.columns], *kernel)
+
+    return fill
+
+
+class _Part(NamedTuple):
+    """Rows and columns of the output, and those of the input that they read, border included."""
+
+    rows: slice
+    columns: slice
+    read_rows: Pair
+    read_columns: Pair
+
+
+def _parts(problem: Problem, tile: Pair) -> list[_Part]:
+    rows, columns = problem.output_size
     top, _, left, _ = problem.padding
     first_row, last_row = _middle(rows, top, problem.height, problem.kernel_height, problem, 0, tile[0])
     first_column, last_column = _middle(columns, left, problem.width, problem.kernel_width, problem, 1, tile[1])
     narrow = last_row - first_row < 4 * tile[0] or last_column - first_column < 4 * tile[1]
     if narrow or problem.height * problem.width <= SMALL_ENOUGH_TO_COPY:
-        tensor = torch.from_numpy(images)
-        yield pad(tensor, problem.padding, problem.boundary, problem.fill_value).numpy(), *everything
-        return
-    parts = [
-        (slice(first_row, last_row), slice(first_column, last_column)),
-        (slice(0, first_row), slice(0, columns)),
-        (slice(last_row, rows), slice(0, columns)),
-        (slice(first_row, last_row), slice(0, first_column)),
-        (slice(first_row, last_row), slice(last_column, columns)),
+        sides = [(slice(0, rows), slice(0, columns))]
+    else:
+        sides = [
+            (slice(first_row, last_row), slice(first_column, last_column)),
+            (slice(0, first_row), slice(0, columns)),
+            (slice(last_row, rows), slice(0, columns)),
+            (slice(first_row, last_row), slice(0, first_column)),
+            (slice(first_row, last_row), slice(last_column, columns)),
+        ]
+    return [
+        _Part(of_rows, of_columns, _read_by(of_rows, problem, 0), _read_by(of_columns, problem, 1))
+        for of_rows, of_columns in sides
+        if of_rows.start < of_rows.stop and of_columns.start < of_columns.stop
     ]
-    for of_rows, of_columns in parts:
-        if of_rows.start < of_rows.stop and of_columns.start < of_columns.stop:
-            read = _read_by(of_rows, problem, 0), _read_by(of_columns, problem, 1)
-            tensor = torch.from_numpy(images)
-            part = window(tensor, *read, problem.boundary, problem.fill_value).numpy()
-            yield part, of_rows, of_columns
 
 
 def _middle(outputs: int, border: int, size: int, taps: int, problem: Problem, axis: Literal[0, 1], tile: int) -> Pair:

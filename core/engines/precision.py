@@ -7,7 +7,7 @@ second term alone is what is relied on here: where sums happen to be exact the f
 import math
 from typing import Any
 
-from numpy.typing import NDArray
+from core.engines import jit
 
 ROUNDING = 2.0**-24
 """What rounding a number to float32 takes from it at most, relative to it."""
@@ -29,30 +29,73 @@ def rounding_error(half_range: float, norm: float, share: float) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def contract_error(largest: float) -> float:
-    """What an output may be off by whose largest value is that."""
-    return 1e-6 * largest
+def least_output(error: float) -> float:
+    """How large an output's largest value must be that may be off by that."""
+    return 1e6 * error
 
 
-def typical_value(planes: NDArray[Any]) -> float:
-    """A value such as the planes (N, H, W) have, in so few bits that what integers sum up to stays exact.
+def centre(images: Any, total: Any, number: Any) -> tuple[Any, Any]:
+    """Funcs of n: a value such as the plane n of images (N, 1, H, W) has, and its share of the output.
 
-    The middle one of five pixels: a lone outlier does not mislead it. 0 where subtracting it could overflow.
+    `total` is the sum of the kernel. The value is the middle one of five pixels, whom a lone outlier does not mislead,
+    in so few bits that what integers sum up to stays exact. It is 0 where subtracting it could overflow, or the kernel
+    has infinities.
     """
-    middle = planes[len(planes) // 2]
-    height, width = middle.shape
-    some = [
-        float(middle[row, column])
-        for row, column in (
-            (height // 2, width // 2),
-            (height // 4, width // 4),
-            (height // 4, 3 * width // 4),
-            (3 * height // 4, width // 4),
-            (3 * height // 4, 3 * width // 4),
+    hl = jit.halide()
+    n = hl.Var("n")
+    chosen, typical, its_share = hl.Func("chosen"), hl.Func("typical"), hl.Func("its_share")
+    width, height = images.dim(0).extent(), images.dim(1).extent()
+    middle, *others = (
+        hl.cast(hl.Float(32), images[column, row, 0, n])
+        for column, row in (
+            (width // 2, height // 2),
+            (width // 4, height // 4),
+            (3 * width // 4, height // 4),
+            (width // 4, 3 * height // 4),
+            (3 * width // 4, 3 * height // 4),
         )
-    ]
-    value = sorted(some)[2]
-    if not abs(value) < LARGEST_TYPICAL:
-        return 0.0
-    fraction, exponent = math.frexp(value)
-    return math.ldexp(round(fraction * 128), exponent - 7)
+    )
+    low = hl.max(hl.min(others[0], others[1]), hl.min(others[2], others[3]))
+    high = hl.min(hl.max(others[0], others[1]), hl.max(others[2], others[3]))
+    median = hl.max(hl.min(low, high), hl.min(hl.max(low, high), middle))
+    bits = hl.reinterpret(hl.UInt(32), median) + hl.u32(0x8000) & hl.u32(0xFFFF0000)
+    chosen[n] = hl.reinterpret(hl.Float(32), bits)
+    tame = (hl.abs(chosen[n]) < hl.f32(LARGEST_TYPICAL)) & (hl.abs(total) < hl.f64(LARGEST_TYPICAL))
+    typical[n] = hl.select(tame, hl.cast(number, chosen[n]), hl.cast(number, 0))
+    share = hl.cast(hl.Float(64), chosen[n]) * total
+    its_share[n] = hl.select(tame, hl.cast(number, share), hl.cast(number, 0))
+    for func in (chosen, typical, its_share):
+        func.compute_root()
+    return typical, its_share
+
+
+def sum_of_taps(kernel: Any) -> Any:
+    """The sum of a kernel (1, 1, h, w), in float64."""
+    hl = jit.halide()
+    x, columns, total = hl.Var("x"), hl.Func("columns_of_taps"), hl.Func("total_of_taps")
+    across, down = (hl.RDom([hl.Range(0, kernel.dim(axis).extent())]) for axis in (0, 1))
+    columns[x] = hl.f64(0.0)
+    columns[x] += hl.cast(hl.Float(64), kernel[x, down.x, 0, 0])
+    total[()] = hl.f64(0.0)
+    total[()] += columns[across.x]
+    lanes, tail = jit.lanes("float64"), hl.TailStrategy.GuardWithIf
+    columns.compute_root().vectorize(x, lanes, tail).update().vectorize(x, lanes, tail)
+    total.compute_root()
+    return total[()]
+
+
+def sum_of_products(columns: Any, rows: Any) -> Any:
+    """The sum of the kernel whose factors are columns (r, h) and rows (r, w), in float64."""
+    hl = jit.halide()
+    i = hl.Var("i")
+    down, along, total = hl.Func("sum_down"), hl.Func("sum_along"), hl.Func("total_of_products")
+    for sums, factor in ((down, columns), (along, rows)):
+        tap = hl.RDom([hl.Range(0, factor.dim(0).extent())])
+        sums[i] = hl.f64(0.0)
+        sums[i] += hl.cast(hl.Float(64), factor[tap.x, i])
+    rank = hl.RDom([hl.Range(0, columns.dim(1).extent())])
+    total[()] = hl.f64(0.0)
+    total[()] += down[rank.x] * along[rank.x]
+    for func in (down, along, total):
+        func.compute_root()
+    return total[()]

@@ -5,18 +5,19 @@ the columns into a buffer that stays in the cache, then along the rows: the imag
 output is written.
 """
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.arrays import Array, as_numpy
+from core.arrays import Array, Solve, as_numpy
 from core.engines import jit
-from core.engines.jit import Pipeline
-from core.engines.precision import typical_value
+from core.engines.jit import Fill, Pipeline, Plane
+from core.engines.precision import centre, sum_of_products
 from core.machine import Machine
-from core.shapes import Dtype, Problem
+from core.shapes import Dtype, Pair, Problem
 
 METHOD = "separable"
 
@@ -27,8 +28,20 @@ TILE_ROWS = 4
 TILE_VECTORS = 2
 ROWS_OF_TAPS = 4
 
-CALL = 2e-5
-"""Seconds of a call from Python with the search for the factors, measured."""
+CALL = 5e-6
+OF_A_PASS = 0.7
+"""What a pass costs beside its taps, in taps."""
+
+CLEARLY = 0.01
+
+GLANCE = 1.2e-6
+LOOK = 4e-6
+LOOK_AT_A_TAP = 1.2e-9
+"""Seconds of a call from Python, and of a look at the kernel for each rank, measured."""
+
+EPSILON = {np.dtype(dtype): float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
+
+LARGEST_INTEGER = 2**31
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -51,102 +64,137 @@ def seconds(problem: Problem, machine: Machine) -> float:
     tile_rows, tile_columns = _tile(problem.dtype)
     filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
     speed = machine.flops * (1 if problem.dtype == "float32" else 0.5)
-    itemsize = 4 if problem.dtype == "float32" else 8
-    down = -(-rows // tile_rows) * tile_rows * problem.padded_size[1] * problem.kernel_height / 1.0
-    along = filled * problem.kernel_width / 0.5
+    down = -(-rows // tile_rows) * tile_rows * problem.padded_size[1] * (problem.kernel_height + OF_A_PASS)
+    along = 2 * filled * (problem.kernel_width + OF_A_PASS)
     arithmetic = 2 * problem.batch * (problem.rank or 1) * (down + along) / speed
-    moved = 2 * itemsize * problem.batch * rows * columns
-    memory = moved / (8 * machine.bandwidth if moved < 1.2e7 else 1.2 * machine.bandwidth)
+    memory = jit.memory_seconds(problem, machine)
     threads = min(machine.threads, max(1, int(arithmetic / jit.WORTH_A_THREAD)))
-    return machine.compiling + CALL + max(arithmetic, memory) / threads
+    return machine.compiling + CALL + (max(arithmetic, memory) + jit.page_seconds(problem)) / threads
 
 
 def seconds_to_look(problem: Problem, rank: int) -> float:
-    """What finding out whether the kernel has that rank takes, and wastes where it has not."""
-    return rank * (1.5e-5 + 4e-9 * problem.taps)
+    """What finding the factors of a kernel of that rank takes."""
+    return rank * (LOOK + LOOK_AT_A_TAP * problem.taps)
 
 
-def run(problem: Problem, images: Array, weight: Array, bias: Array | None, machine: Machine) -> Array:
-    """Images (N, 1, H, W), weight (1, 1, h, w), bias (1) or None -> (N, 1, oh, ow)."""
-    pixels, kernel = jit.dense_rows(as_numpy(images)), as_numpy(weight)[0, 0]
-    down, along = (part.astype(pixels.dtype) for part in factors(kernel, MAX_RANK)[:2])
-    rows, columns = problem.output_size
-    typical = typical_value(pixels[:, 0])
-    centre = typical, typical * float(kernel.sum(dtype=np.float64))
-    output = np.empty((problem.batch, 1, rows, columns), pixels.dtype)
-    taps = len(down) * (problem.kernel_height + problem.kernel_width)
-    for part, of_rows, of_columns in jit.bordered_parts(problem, pixels, _tile(problem.dtype)):
-        target = output[:, 0, of_rows, of_columns]
-        groups = -(-target.shape[1] // TILE_ROWS) * len(target)
-        per_task = jit.share(groups, 3 * target.size * taps / machine.flops, machine)
-        least = [max(size, of_tile) for size, of_tile in zip(target.shape[1:], _tile(problem.dtype), strict=True)]
-        if least == [*target.shape[1:]]:
-            _passes(problem.dtype)(part[:, 0], down, along, *centre, per_task, target)
-        else:
-            # Zeros below and on the right make up a whole tile; what comes of them is left out again.
-            missing = least[0] - target.shape[1], least[1] - target.shape[2]
-            filled = np.pad(part[:, 0], ((0, 0), (0, missing[0]), (0, missing[1])))
-            whole = np.empty((len(target), *least), target.dtype)
-            _passes(problem.dtype)(filled, down, along, *centre, per_task, whole)
-            target[...] = whole[:, : target.shape[1], : target.shape[2]]
-    if bias is not None:
-        output += as_numpy(bias).reshape(-1, 1, 1)
-    return output
+def seconds_to_reject(problem: Problem, rank: int) -> float:
+    """What finding out takes, and wastes, that a kernel has a higher rank."""
+    return GLANCE if rank == 1 else seconds_to_look(problem, rank)
+
+
+def plan(problem: Problem, machine: Machine) -> Solve:
+    """How to do it; the weight may come as Factors, if somebody has found them."""
+    shape, dtype = (problem.batch, 1, *problem.output_size), np.dtype(problem.dtype)
+    fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_filler, problem, machine))
+
+    def solve(images: Array, weight: Array | Factors, bias: Array | None) -> Array:
+        factors = weight if isinstance(weight, Factors) else find_factors(weight, MAX_RANK)
+        if factors is None:
+            raise ValueError(f"not a kernel of rank {MAX_RANK} or less")
+        output = np.empty(shape, dtype)
+        fill(images, output, factors.columns.astype(dtype), factors.rows.astype(dtype))
+        if bias is not None:
+            output += as_numpy(bias)
+        return output
+
+    return solve
 
 
 def prepare() -> None:
-    """Compile what float32 needs, in a third of a second."""
+    """Compile what float32 needs, in two thirds of a second."""
     if jit.obstacle_of_platform() is None:
         _passes("float32")
+        _cross()
 
 
-def numerical_rank(weight: Array, limit: int) -> int:
-    """The rank of the kernel (1, 1, h, w) to its own precision, or MAX_RANK + 1 where it is above the limit."""
-    return len(factors(as_numpy(weight)[0, 0], limit)[0]) or MAX_RANK + 1
+class Factors(NamedTuple):
+    """Columns (r, h) and rows (r, w) whose products sum up to a kernel (h, w)."""
+
+    columns: NDArray[np.float64]
+    rows: NDArray[np.float64]
 
 
-def factors(kernel: NDArray[Any], limit: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Columns (r, h) and rows (r, w) whose products sum up to the kernel (h, w), or none where r is above the limit.
+def find_factors(weight: Array, limit: int) -> Factors | None:
+    """The factors of the kernel (1, 1, h, w) to its own precision, or None where its rank is above the limit.
 
     Found by cross approximation with full pivoting (Bebendorf, Numer. Math. 86, 2000), which costs a pass over the
     kernel a rank, then for r > 1 by SVD, whose factors do not cancel each other. Those of a kernel of integers and rank
     1 are integers, so that sums which are exact stay exact.
     """
-    rest = kernel.astype(np.float64)
-    largest = np.abs(rest).max()
-    tolerance = 4 * np.finfo(kernel.dtype).eps * largest
-    none = np.empty((0, kernel.shape[0])), np.empty((0, kernel.shape[1]))
-    if not math.isfinite(largest):
-        return none
-    columns, rows = [], []
-    for _ in range(limit):
-        row, column = divmod(int(np.abs(rest).argmax()), rest.shape[1])
-        pivot = rest[row, column]
-        if pivot == 0:
-            columns.append(rest[:, 0])
-            rows.append(rest[0])
-        else:
-            columns.append(rest[:, column] / pivot)
-            rows.append(rest[row])
-        rest = rest - np.outer(columns[-1], rows[-1])
-        if np.abs(rest).max() <= tolerance:
+    kernel = as_numpy(weight)[0, 0]
+    height, width = kernel.shape
+    if limit == 1 and _has_a_minor(kernel):
+        return None
+    rest = kernel.astype(np.float64, order="C")
+    sizes = np.empty(2)
+    tolerance = math.nan
+    for rank in range(1, limit + 1):
+        column, row, less = np.empty(height), np.empty(width), np.empty((height, width))
+        _cross()(rest, column, row, less, sizes)
+        largest, left = sizes.tolist()
+        if rank == 1:
+            tolerance = 4 * EPSILON[kernel.dtype] * largest
+        if left <= tolerance:  # never where the kernel is not finite
             break
+        rest = less
     else:
-        return none
-    integers = bool((kernel == np.rint(kernel)).all())
-    if len(rows) > 1:
-        # Products of factors that are no integers are not exact where those of the kernel are.
-        if kernel.dtype == np.float32 and integers:
-            return none
-        left, sizes, right = np.linalg.svd(kernel.astype(np.float64), full_matrices=False)
-        rank = len(rows)
-        return (left[:, :rank] * sizes[:rank]).T.copy(), right[:rank].copy()
-    if integers and pivot != 0 and largest < 2**31:
-        one, other = (kernel[:, column].astype(np.int64), kernel[row].astype(np.int64))
-        one, other = one // np.gcd.reduce(one), other // np.gcd.reduce(other)
-        one = one * (int(pivot) // (int(one[row]) * int(other[column])))
-        return one[None].astype(np.float64), other[None].astype(np.float64)
-    return np.stack(columns), np.stack(rows)
+        return None
+    if rank == 1:
+        return _integers(kernel, column) or Factors(column[None], row[None])
+    if kernel.dtype == np.float32 and (kernel == np.rint(kernel)).all():
+        return None  # products of factors that are no integers are not exact where those of the kernel are
+    left_vectors, singular, right_vectors = np.linalg.svd(kernel.astype(np.float64), full_matrices=False)
+    return Factors((left_vectors[:, :rank] * singular[:rank]).T.copy(), right_vectors[:rank].copy())
+
+
+def _has_a_minor(kernel: Plane) -> bool:
+    """Four neighbours in the middle are clearly no product of two and two: a glance that rejects nearly all kernels.
+
+    Where rounding is all there is in the middle it may be wrong, and the kernel is not taken apart.
+    """
+    row, column = len(kernel) // 2, kernel.shape[1] // 2
+    if not row or not column:
+        return False
+    one = kernel.item(row - 1, column - 1) * kernel.item(row, column)
+    other = kernel.item(row - 1, column) * kernel.item(row, column - 1)
+    return bool(abs(one - other) > CLEARLY * (abs(one) + abs(other)))
+
+
+def _integers(kernel: Plane, column: NDArray[np.float64]) -> Factors | None:
+    """The factors of a kernel of integers and rank 1, as integers; None for any other.
+
+    `column` is one of the kernel's, divided by the largest of its numbers.
+    """
+    if not kernel.item(0, 0).is_integer() or not (kernel == np.rint(kernel)).all():
+        return None
+    row = kernel[int(np.abs(column).argmax())]
+    if np.abs(row).max() >= LARGEST_INTEGER:
+        return None
+    along = row.astype(np.int64)
+    along //= max(1, int(np.gcd.reduce(along)))
+    first = int(np.abs(along).argmax())
+    down = kernel[:, first] / (int(along[first]) or 1)
+    return Factors(down[None].astype(np.float64), along[None].astype(np.float64))
+
+
+def _filler(problem: Problem, machine: Machine, size: Pair) -> Fill:
+    """What fills outputs of that size, which may be parts of a larger one."""
+    passes, tile, rank = _passes(problem.dtype), _tile(problem.dtype), problem.rank or 1
+    groups = -(-size[0] // TILE_ROWS) * problem.batch
+    taps = rank * (problem.kernel_height + problem.kernel_width)
+    per_task = jit.share(groups, 3 * problem.batch * math.prod(size) * taps / machine.flops, machine)
+    least = max(size[0], tile[0]), max(size[1], tile[1])
+    if least == size:
+        return lambda pixels, output, columns, rows: passes(pixels, columns, rows, per_task, output)
+
+    def fill(pixels: Plane, output: Plane, columns: Plane, rows: Plane) -> None:
+        # Zeros below and on the right make up a whole tile; what comes of them is left out again.
+        filled = np.pad(pixels, ((0, 0), (0, 0), (0, least[0] - size[0]), (0, least[1] - size[1])))
+        whole = np.empty((len(output), 1, *least), output.dtype)
+        passes(filled, columns, rows, per_task, whole)
+        output[...] = whole[:, :, : size[0], : size[1]]
+
+    return fill
 
 
 def _tile(dtype: Dtype) -> tuple[int, int]:
@@ -154,34 +202,79 @@ def _tile(dtype: Dtype) -> tuple[int, int]:
 
 
 @jit.compiled
-def _passes(dtype: Dtype) -> Pipeline:
-    """(N, H, W), columns (r, h), rows (r, w), a typical value, its share, rows of tiles a task -> (N, oh, ow).
+def _cross() -> Pipeline:
+    """A matrix (h, w) -> column (h), row (w), the matrix less their product (h, w), the largest numbers of both (2).
 
-    The output is at least one tile. The typical value is subtracted from every pixel and its share of the output
-    added in the end, which keeps the sums small and with them their rounding.
+    Row and column cross in the largest number, by which the column is divided. Sizes are compared as bit patterns:
+    above all numbers stands infinity, above infinity what is none.
+    """
+    hl, lanes = jit.halide(), jit.lanes("float64")
+    matrix = hl.ImageParam(hl.Float(64), 2, "matrix")
+    x, y, which = hl.Var("x"), hl.Var("y"), hl.Var("which")
+    width, height = matrix.dim(0).extent(), matrix.dim(1).extent()
+    across, down = hl.RDom([hl.Range(0, width)], "across"), hl.RDom([hl.Range(0, height)], "down")
+
+    def size(number: Any) -> Any:
+        return hl.reinterpret(hl.UInt(64), hl.abs(number))
+
+    largest, pivot, column, row = hl.Func("largest"), hl.Func("pivot"), hl.Func("column"), hl.Func("row")
+    less, left, sizes = hl.Func("less"), hl.Func("left"), hl.Func("sizes")
+    largest[x] = hl.u64(0)
+    largest[x] = hl.max(largest[x], size(matrix[x, down.x]))
+    pivot_column, pivot_row = hl.Func("pivot_column"), hl.Func("pivot_row")
+    pivot_column[()] = hl.argmax(across, largest[across.x])[0]
+    at_column = hl.clamp(pivot_column[()], 0, width - 1)
+    pivot_row[()] = hl.argmax(down, size(matrix[at_column, down.x]))[0]
+    at_row = hl.clamp(pivot_row[()], 0, height - 1)
+    pivot[()] = matrix[at_column, at_row]
+    column[y] = matrix[at_column, y] / hl.select(pivot[()] == 0, hl.f64(1.0), pivot[()])
+    row[x] = matrix[x, at_row]
+    less[x, y] = matrix[x, y] - column[y] * row[x]
+    left[x] = hl.u64(0)
+    left[x] = hl.max(left[x], size(less[x, down.x]))
+    most = hl.maximum(across, left[across.x])
+    sizes[which] = hl.select(which == 0, hl.abs(pivot[()]), hl.reinterpret(hl.Float(64), most))
+    tail = hl.TailStrategy.GuardWithIf
+    for func in (largest, pivot_column, pivot_row, pivot, column, row, less, left):
+        func.compute_root()
+    for func in (largest, left):
+        func.vectorize(x, lanes, tail).update().vectorize(x, lanes, tail)
+    less.vectorize(x, lanes, tail)
+    pipeline = hl.Pipeline([column, row, less, sizes])
+    return pipeline.compile_to_callable([matrix])  # type: ignore[no-any-return]
+
+
+@jit.compiled
+def _passes(dtype: Dtype) -> Pipeline:
+    """(N, 1, H, W), columns (r, h), rows (r, w), rows of tiles a task -> (N, 1, oh, ow), at least one tile.
+
+    A typical value is subtracted from every pixel and its share of the output added in the end, which keeps the sums
+    small and with them their rounding.
     """
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images = hl.ImageParam(number, 3, "images")
+    images = hl.ImageParam(number, 4, "images")
     column, row = hl.ImageParam(number, 2, "column"), hl.ImageParam(number, 2, "row")
-    typical, its_share = hl.Param(number, "typical"), hl.Param(number, "its_share")
     per_task = hl.Param(hl.Int(32), "per_task")
-    x, y, n, i = hl.Var("x"), hl.Var("y"), hl.Var("n"), hl.Var("i")
+    x, y, c, n, i = hl.Var("x"), hl.Var("y"), hl.Var("c"), hl.Var("n"), hl.Var("i")
     low = hl.RDom([hl.Range(0, column.dim(0).extent())], "low")
     tap = hl.RDom([hl.Range(0, row.dim(0).extent()), hl.Range(0, row.dim(1).extent())], "tap")
     sums, summed, total, output = hl.Func("sums"), hl.Func("summed"), hl.Func("total"), hl.Func("output")
+    typical, its_share = centre(images, sum_of_products(column, row), number)
     sums[x, y, i, n] = hl.cast(number, 0)
-    sums[x, y, i, n] += (images[x, y + low.x, n] - typical) * column[low.x, i]
+    sums[x, y, i, n] += (images[x, y + low.x, 0, n] - typical[n]) * column[low.x, i]
     summed[x, y, i, n] = sums[x, y, i, n]
     total[x, y, n] = hl.cast(number, 0)
     total[x, y, n] += summed[x + tap.x, y, tap.y, n] * row[tap.x, tap.y]
-    output[x, y, n] = total[x, y, n] + its_share
+    output[x, y, c, n] = total[x, y, n] + its_share[n]
 
     width = TILE_VECTORS * lanes
     tile, band, across, below = hl.Var("tile"), hl.Var("band"), hl.Var("across"), hl.Var("below")
     bands, task, item = hl.Var("bands"), hl.Var("task"), hl.Var("item")
     output.tile(x, y, tile, band, across, below, width, TILE_ROWS, hl.TailStrategy.ShiftInwards)
     output.vectorize(across, lanes).unroll(across).unroll(below)
-    output.fuse(band, n, bands).split(bands, task, item, per_task, hl.TailStrategy.GuardWithIf).parallel(task)
+    output.reorder(across, below, tile, c, band, n).fuse(band, n, bands).split(
+        bands, task, item, per_task, hl.TailStrategy.GuardWithIf
+    ).parallel(task)
     total.compute_at(output, tile).vectorize(x, lanes).unroll(x).unroll(y)
     total.update().reorder(x, y, tap.x, tap.y).vectorize(x, lanes).unroll(x).unroll(y)
 
@@ -192,4 +285,4 @@ def _passes(dtype: Dtype) -> Pipeline:
     block, within = hl.RVar("block"), hl.RVar("within")
     update = sums.update().split(low.x, block, within, ROWS_OF_TAPS).reorder(x, y, within, block)
     update.vectorize(x, lanes).unroll(x).unroll(y).unroll(within)
-    return output.compile_to_callable([images, column, row, typical, its_share, per_task])  # type: ignore[no-any-return]
+    return output.compile_to_callable([images, column, row, per_task])  # type: ignore[no-any-return]

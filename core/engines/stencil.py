@@ -6,16 +6,18 @@ once serves four rows of the tile. Rounding grows with the number of taps, not w
 the number of threads: every output value is summed in the same order.
 """
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
 
-from core.arrays import Array, as_numpy
+from core.arrays import Array, Solve, as_numpy
 from core.engines import jit
-from core.engines.jit import Pipeline, Plane
-from core.engines.precision import typical_value
+from core.engines.jit import Fill, Pipeline, Plane
+from core.engines.precision import centre, sum_of_taps
 from core.machine import Machine
-from core.shapes import Dtype, Problem, extent
+from core.shapes import Dtype, Pair, Problem, extent
 
 METHOD = "direct"
 
@@ -24,7 +26,7 @@ TILE_VECTORS = 2
 ROWS_OF_TAPS = 4
 FEW_ROWS = 5
 
-CALL = 4e-6
+CALL = 3.3e-6
 """Seconds of a call from Python, measured."""
 
 EFFICIENCY = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
@@ -45,7 +47,6 @@ def seconds(problem: Problem, machine: Machine) -> float:
     rows, columns = problem.output_size
     planes = problem.batch * problem.filters
     speed = machine.flops * (1 if problem.dtype == "float32" else 0.5)
-    itemsize = 4 if problem.dtype == "float32" else 8
     calls = 3 if problem.bordered else 1
     if _too_small(problem):
         row = extent(-(-columns // jit.lanes(problem.dtype)), jit.lanes(problem.dtype))
@@ -58,29 +59,41 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if problem.stride != (1, 1):
         efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
     arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
-    moved = itemsize * (planes * rows * columns + problem.batch * problem.channels * problem.height * problem.width)
-    memory = moved / (8 * machine.bandwidth if moved < 1.2e7 else 1.2 * machine.bandwidth)
+    memory = jit.memory_seconds(problem, machine)
     threads = min(machine.threads, max(1, int(arithmetic / jit.WORTH_A_THREAD)))
-    return machine.compiling + calls * CALL + max(arithmetic, memory) / threads
+    return machine.compiling + calls * CALL + (max(arithmetic, memory) + jit.page_seconds(problem)) / threads
 
 
-def run(problem: Problem, images: Array, weight: Array, bias: Array | None, machine: Machine) -> Array:
-    """Images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> (N, O, oh, ow)."""
-    pixels, taps = jit.dense_rows(as_numpy(images)), jit.dense_rows(as_numpy(weight))
-    output = np.empty((problem.batch, problem.filters, *problem.output_size), pixels.dtype)
-    convolve = _plane if problem.single else _layer
-    if not problem.bordered:
-        convolve(problem, pixels, taps, bias, output, machine)
+def plan(problem: Problem, machine: Machine) -> Solve:
+    """How to do it."""
+    shape = problem.batch, problem.filters, *problem.output_size
+    dtype = np.dtype(problem.dtype)
+    if not problem.single:
+        fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_layer, problem, machine))
+
+        def solve_layer(images: Array, weight: Array, bias: Array | None) -> Array:
+            output = np.empty(shape, dtype)
+            offsets = np.zeros(problem.filters, dtype) if bias is None else as_numpy(bias)
+            fill(images, output, weight, offsets)
+            return output
+
+        return solve_layer
+    fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_plane, problem, machine))
+
+    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
+        output = np.empty(shape, dtype)
+        fill(images, output, weight)
+        if bias is not None:
+            output += as_numpy(bias)
         return output
-    for part, of_rows, of_columns in jit.bordered_parts(problem, pixels, _tile(problem.dtype)):
-        convolve(problem, part, taps, bias, output[:, :, of_rows, of_columns], machine)
-    return output
+
+    return solve
 
 
 def prepare() -> None:
-    """Compile what float32 needs, in about two seconds."""
+    """Compile what single planes of float32 need, in a second; layers take a third of one when they first come."""
     if jit.obstacle_of_platform() is None:
-        for pipeline in (_tiles, _tall_tiles, _rows, _values, _filters, _strided):
+        for pipeline in (_tiles, _tall_tiles, _rows, _values):
             pipeline("float32")
 
 
@@ -94,52 +107,54 @@ def _too_small(problem: Problem) -> bool:
     return rows < tile_rows or columns < tile_columns
 
 
-def _plane(problem: Problem, pixels: Plane, taps: Plane, bias: Array | None, output: Plane, machine: Machine) -> None:
-    """Fill the output (N, 1, oh, ow), which may be a part of a larger one."""
-    count, _, rows, columns = output.shape
-    dtype, kernel = problem.dtype, taps[0, 0]
+def _plane(problem: Problem, machine: Machine, size: Pair) -> Fill:
+    """What fills outputs of that size, which may be parts of a larger one, from planes and one kernel."""
+    (rows, columns), dtype = size, problem.dtype
     width = jit.lanes(dtype)
     if rows >= TILE_ROWS and columns >= TILE_VECTORS * width:
-        groups = -(-rows // TILE_ROWS) * count
-        per_task = jit.share(groups, 2 * rows * columns * count * kernel.size / machine.flops, machine)
-        if len(kernel) <= FEW_ROWS:
-            _tiles(dtype)(pixels[:, 0], kernel, per_task, output[:, 0])
-        else:
-            typical = typical_value(pixels[:, 0])
-            its_share = typical * float(kernel.sum(dtype=np.float64))
-            _tall_tiles(dtype)(pixels[:, 0], kernel, typical, its_share, per_task, output[:, 0])
-    elif columns >= width:
-        _rows(dtype)(pixels[:, 0], kernel, output[:, 0])
-    elif rows >= width:
-        # Tall and narrow: on its side, so that there are rows to take vectors from.
-        turned = np.empty((count, columns, rows), output.dtype)
-        _rows(dtype)(pixels[:, 0].swapaxes(1, 2).copy(), kernel.T.copy(), turned)
-        output[:, 0] = turned.swapaxes(1, 2)
-    else:
-        _values(dtype)(pixels[:, 0], kernel, output[:, 0])
-    if bias is not None:
-        output += as_numpy(bias)
+        groups = -(-rows // TILE_ROWS) * problem.batch
+        per_task = jit.share(groups, 2 * rows * columns * problem.batch * problem.taps / machine.flops, machine)
+        tiles = _tiles(dtype) if problem.kernel_height <= FEW_ROWS else _tall_tiles(dtype)
+        return lambda pixels, output, taps: tiles(pixels, taps, per_task, output)
+    if columns >= width:
+        of_rows = _rows(dtype)
+        return lambda pixels, output, taps: of_rows(pixels, taps, output)
+    if rows >= width:
+        on_its_side = _rows(dtype)
+
+        def turned(pixels: Plane, output: Plane, taps: Plane) -> None:
+            # Tall and narrow: there are rows to take vectors from when it lies.
+            sums = np.empty((len(output), 1, columns, rows), output.dtype)
+            on_its_side(pixels.swapaxes(2, 3).copy(), taps.swapaxes(2, 3).copy(), sums)
+            output[...] = sums.swapaxes(2, 3)
+
+        return turned
+    values = _values(dtype)
+    return lambda pixels, output, taps: values(pixels, taps, output)
 
 
-def _layer(problem: Problem, pixels: Plane, taps: Plane, bias: Array | None, output: Plane, machine: Machine) -> None:
-    """Fill the output (N, O, oh, ow), which may be a part of a larger one."""
-    count, filters, rows, _ = output.shape
-    offsets = np.zeros(filters, output.dtype) if bias is None else as_numpy(bias)
-    groups = -(-rows // TILE_ROWS) * count
-    per_task = jit.share(groups, 2 * output.size * problem.taps / machine.flops, machine)
-    options = *problem.dilation, filters // problem.groups, per_task, output
+def _layer(problem: Problem, machine: Machine, size: Pair) -> Fill:
+    """What fills outputs of that size, which may be parts of a larger one, from several channels or by strides."""
+    groups = -(-size[0] // TILE_ROWS) * problem.batch
+    work = 2 * problem.batch * problem.filters * math.prod(size) * problem.taps / machine.flops
+    together = problem.filters // problem.groups
+    if problem.channels == problem.groups and problem.stride == problem.dilation == (1, 1):
+        depthwise, per_task = _depthwise(problem.dtype), jit.share(groups * problem.filters, work, machine)
+        return lambda pixels, output, taps, bias: depthwise(pixels, taps, bias, together, per_task, output)
+    options = *problem.dilation, together, jit.share(groups, work, machine)
     if problem.stride == (1, 1):
-        _filters(problem.dtype)(pixels, taps, offsets, *options)
-    else:
-        _strided(problem.dtype)(pixels, taps, offsets, *problem.stride, *options)
+        filters = _filters(problem.dtype)
+        return lambda pixels, output, taps, bias: filters(pixels, taps, bias, *options, output)
+    strided = _strided(problem.dtype)
+    return lambda pixels, output, taps, bias: strided(pixels, taps, bias, *problem.stride, *options, output)
 
 
 @jit.compiled
 def _tiles(dtype: Dtype) -> Pipeline:
-    """(N, H, W), (h, w), rows of tiles a task -> (N, oh, ow), at least one tile; for kernels of few rows."""
+    """(N, 1, H, W), (1, 1, h, w), rows of tiles a task -> (N, 1, oh, ow), at least one tile; kernels of few rows."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, kernel, tap, (x, y, n), total, output = _plane_sum(number)
-    tasks = _in_tiles(output, x, y, lanes, n)
+    images, kernel, tap, (x, y, c, n), total, output = _plane_sum(number)
+    tasks = _in_tiles(output, x, y, lanes, c, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     height = kernel.dim(1).extent()
     for known in (3, 5):
@@ -150,27 +165,26 @@ def _tiles(dtype: Dtype) -> Pipeline:
 
 @jit.compiled
 def _tall_tiles(dtype: Dtype) -> Pipeline:
-    """The same for kernels of many rows; before the tasks come a typical value and its share of the output.
+    """The same for kernels of many rows.
 
-    The value is subtracted from every pixel and its share added in the end, and sums over four rows of taps are summed:
-    both keep what is added up small, and with it the rounding.
+    A typical value is subtracted from every pixel and its share added in the end, and sums over four rows of taps are
+    summed: both keep what is added up small, and with it the rounding.
     """
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    typical, its_share = hl.Param(number, "typical"), hl.Param(number, "its_share")
-    images, kernel, tap, (x, y, n), total, output = _plane_sum(number, typical, its_share)
-    tasks = _in_tiles(output, x, y, lanes, n)
+    images, kernel, tap, (x, y, c, n), total, output = _plane_sum(number, centred=True)
+    tasks = _in_tiles(output, x, y, lanes, c, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     block, within, four = hl.RVar("block"), hl.RVar("within"), hl.Var("four")
     part = total.update().split(tap.y, block, within, ROWS_OF_TAPS).rfactor(block, four)
     total.update().reorder(x, y, block).vectorize(x, lanes).unroll(x).unroll(y)
     part.compute_at(total, block).vectorize(x, lanes).unroll(x).unroll(y)
     part.update().reorder(x, y, within, tap.x).vectorize(x, lanes).unroll(x).unroll(y).unroll(within)
-    return output.compile_to_callable([images, kernel, typical, its_share, tasks])  # type: ignore[no-any-return]
+    return output.compile_to_callable([images, kernel, tasks])  # type: ignore[no-any-return]
 
 
 @jit.compiled
 def _rows(dtype: Dtype) -> Pipeline:
-    """(N, H, W), (h, w) -> (N, oh, ow), at least one vector wide and any number of rows high."""
+    """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow), at least one vector wide and any number of rows high."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
     images, kernel, tap, (x, *_), total, output = _plane_sum(number)
     column, lane = hl.Var("column"), hl.Var("lane")
@@ -182,26 +196,49 @@ def _rows(dtype: Dtype) -> Pipeline:
 
 @jit.compiled
 def _values(dtype: Dtype) -> Pipeline:
-    """(N, H, W), (h, w) -> (N, oh, ow) of any size, value by value: the vectors run along the kernel's rows."""
+    """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow) of any size: the vectors run along the kernel's rows."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, kernel = hl.ImageParam(number, 3, "images"), hl.ImageParam(number, 2, "kernel")
-    x, y, n, lane = hl.Var("x"), hl.Var("y"), hl.Var("n"), hl.Var("lane")
+    images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
+    x, y, c, n, lane = hl.Var("x"), hl.Var("y"), hl.Var("c"), hl.Var("n"), hl.Var("lane")
     width, height = kernel.dim(0).extent(), kernel.dim(1).extent()
     whole = hl.RDom([hl.Range(0, width // lanes), hl.Range(0, height)], "whole")
     rest = hl.RDom([hl.Range(width // lanes * lanes, width % lanes), hl.Range(0, height)], "rest")
     every = hl.RDom([hl.Range(0, lanes)], "every")
     partial_sums, output = hl.Func("partial_sums"), hl.Func("output")
-    partial_sums[lane, x, y, n] = hl.cast(number, 0)
+    partial_sums[lane, x, y, c, n] = hl.cast(number, 0)
     along = whole.x * lanes + lane
-    partial_sums[lane, x, y, n] += images[x + along, y + whole.y, n] * kernel[along, whole.y]
-    output[x, y, n] = hl.cast(number, 0)
-    output[x, y, n] += images[x + rest.x, y + rest.y, n] * kernel[rest.x, rest.y]
-    output[x, y, n] += partial_sums[every.x, x, y, n]
+    partial_sums[lane, x, y, c, n] += images[x + along, y + whole.y, c, n] * kernel[along, whole.y, 0, c]
+    output[x, y, c, n] = hl.cast(number, 0)
+    output[x, y, c, n] += images[x + rest.x, y + rest.y, c, n] * kernel[rest.x, rest.y, 0, c]
+    output[x, y, c, n] += partial_sums[every.x, x, y, c, n]
     partial_sums.compute_at(output, x).bound(lane, 0, lanes).vectorize(lane)
     partial_sums.update().vectorize(lane)
-    output.update(0).reorder(rest.x, rest.y, x, y, n)
-    output.update(1).reorder(every.x, x, y, n)
+    output.update(0).reorder(rest.x, rest.y, x, y, c, n)
+    output.update(1).reorder(every.x, x, y, c, n)
     return output.compile_to_callable([images, kernel])  # type: ignore[no-any-return]
+
+
+@jit.compiled
+def _depthwise(dtype: Dtype) -> Pipeline:
+    """(N, C, H, W), (O, 1, h, w), (O), filters a channel, rows of tiles a task -> (N, O, oh, ow), at least one tile."""
+    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
+    images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
+    bias, together = hl.ImageParam(number, 1, "bias"), hl.Param(hl.Int(32), "together")
+    x, y, o, n = hl.Var("x"), hl.Var("y"), hl.Var("o"), hl.Var("n")
+    tap = hl.RDom([hl.Range(0, kernel.dim(axis).extent()) for axis in range(2)], "tap")
+    total, output = hl.Func("total"), hl.Func("output")
+    total[x, y, o, n] = bias[o]
+    total[x, y, o, n] += images[x + tap.x, y + tap.y, o // together, n] * kernel[tap.x, tap.y, 0, o]
+    output[x, y, o, n] = total[x, y, o, n]
+    tasks = _in_tiles(output, x, y, lanes, o, n, planewise=True)
+    total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
+    for known in (3, 5):
+        stage = total.update().specialize((kernel.dim(1).extent() == known) & (kernel.dim(0).extent() == known))
+        _taps_in_fours(stage, tap, x, y, lanes, known)
+        if known == 3:
+            stage.unroll(tap.x, known)
+    _taps_in_fours(total.update(), tap, x, y, lanes, ROWS_OF_TAPS)
+    return output.compile_to_callable([images, kernel, bias, together, tasks])  # type: ignore[no-any-return]
 
 
 @jit.compiled
@@ -222,7 +259,7 @@ def _filters(dtype: Dtype) -> Pipeline:
     pixel = images[x + tap.x * across, y + tap.y * down, channel, n]
     total[x, y, o, n] += pixel * weight[tap.x, tap.y, tap.z, o]
     output[x, y, o, n] = total[x, y, o, n]
-    tasks = _in_tiles(output, x, y, lanes, n, o)
+    tasks = _in_tiles(output, x, y, lanes, o, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     for known in (3, 5, ROWS_OF_TAPS):
         undilated = (down == 1) & (weight.dim(1).extent() == known) if known != ROWS_OF_TAPS else down == 1
@@ -252,7 +289,7 @@ def _strided(dtype: Dtype) -> Pipeline:
     pixel = images[x * step_across + tap.x * across, y * step_down + tap.y * down, channel, n]
     total[x, y, o, n] += pixel * weight[tap.x, tap.y, tap.z, o]
     output[x, y, o, n] = total[x, y, o, n]
-    tasks = _in_tiles(output, x, y, lanes, n, o)
+    tasks = _in_tiles(output, x, y, lanes, o, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     for step in (1, 2):
         known = total.update().specialize(step_across == step)
@@ -263,26 +300,29 @@ def _strided(dtype: Dtype) -> Pipeline:
     )
 
 
-def _plane_sum(
-    number: Any, typical: Any = None, its_share: Any = None
-) -> tuple[Any, Any, Any, tuple[Any, Any, Any], Any, Any]:
-    """The formula for single planes: images, kernel, taps, (x, y, n), the sum over the taps, and the output."""
+def _plane_sum(number: Any, *, centred: bool = False) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], Any, Any]:
+    """The formula for planes: images, kernel, taps, (x, y, c, n), the sum over the taps, and the output."""
     hl = jit.halide()
-    images, kernel = hl.ImageParam(number, 3, "images"), hl.ImageParam(number, 2, "kernel")
-    x, y, n = hl.Var("x"), hl.Var("y"), hl.Var("n")
+    images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
+    x, y, c, n = hl.Var("x"), hl.Var("y"), hl.Var("c"), hl.Var("n")
     tap = hl.RDom([hl.Range(0, kernel.dim(0).extent()), hl.Range(0, kernel.dim(1).extent())], "tap")
     total, output = hl.Func("total"), hl.Func("output")
-    total[x, y, n] = hl.cast(number, 0)
-    pixel = images[x + tap.x, y + tap.y, n]
-    total[x, y, n] += (pixel if typical is None else pixel - typical) * kernel[tap.x, tap.y]
-    output[x, y, n] = total[x, y, n] if its_share is None else total[x, y, n] + its_share
-    return images, kernel, tap, (x, y, n), total, output
+    total[x, y, c, n] = hl.cast(number, 0)
+    pixel, weight = images[x + tap.x, y + tap.y, c, n], kernel[tap.x, tap.y, 0, c]
+    if centred:
+        typical, its_share = centre(images, sum_of_taps(kernel), number)
+        total[x, y, c, n] += (pixel - typical[n]) * weight
+        output[x, y, c, n] = total[x, y, c, n] + its_share[n]
+    else:
+        total[x, y, c, n] += pixel * weight
+        output[x, y, c, n] = total[x, y, c, n]
+    return images, kernel, tap, (x, y, c, n), total, output
 
 
-def _in_tiles(output: Any, x: Any, y: Any, lanes: int, n: Any, o: Any = None) -> Any:
+def _in_tiles(output: Any, x: Any, y: Any, lanes: int, o: Any, n: Any, *, planewise: bool = False) -> Any:
     """Schedule the output in tiles; the last one of a row or column shifts inwards. Rows of tiles make up the tasks.
 
-    Returns the parameter that says how many rows of tiles one task has.
+    They are those of all filters or, planewise, of one. Returns the parameter that says how many one task has.
     """
     hl = jit.halide()
     per_task = hl.Param(hl.Int(32), "per_task")
@@ -290,7 +330,9 @@ def _in_tiles(output: Any, x: Any, y: Any, lanes: int, n: Any, o: Any = None) ->
     across, down = hl.Var("across"), hl.Var("down")
     output.tile(x, y, tile, band, across, down, TILE_VECTORS * lanes, TILE_ROWS, hl.TailStrategy.ShiftInwards)
     output.vectorize(across, lanes).unroll(across).unroll(down)
-    if o is not None:
+    if planewise:
+        output.fuse(band, o, band)
+    else:
         output.reorder(across, down, tile, o, band, n)
     output.fuse(band, n, row).split(row, task, item, per_task, hl.TailStrategy.GuardWithIf).parallel(task)
     return per_task

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from core.arrays import Array, as_torch
+from core.arrays import Array, Solve, as_torch
 from core.borders import pad
 from core.machine import Machine
 from core.shapes import Problem, Sides, extent
@@ -27,6 +27,13 @@ WORTH_A_LAYOUT = 20_000
 """Input values from which on laying the channels of a pixel side by side pays. (`.contiguous` would leave the strides
 of a single channel as they are, which mean nothing and yet decide which of torch's algorithms runs.)"""
 
+CALL = 3e-5
+OF_A_VALUE = 1e-9
+"""Seconds of a call, and to lay out one value of input or output, measured."""
+
+FEW_FILTERS = 18
+"""Fewer, and part of each vector is idle."""
+
 _ieee_arithmetic = threading.Lock()
 
 
@@ -37,24 +44,28 @@ def obstacle(problem: Problem) -> str | None:
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, a write for every output value, and arithmetic that many channels speed up."""
+    """A call, a layout for every input value, and arithmetic that many filters speed up."""
     rows, columns = problem.output_size
-    values = problem.batch * problem.filters * rows * columns
     if problem.device != "cpu":
         return 5e-5 + problem.operations / 2e12
-    channels = problem.channels // problem.groups
     if problem.dtype == "float64":
         # Unrolled windows that do not even fit row by row are bound by memory, not by arithmetic.
         rate = 0.3e9 if 8 * problem.taps * columns > UNROLLED_BYTES else 3e9
     else:
-        rate = min(1.5, 0.1 * channels) * machine.flops * machine.threads
-    return 3e-5 + 3e-9 * values / machine.threads + problem.operations / rate
+        together = problem.filters // problem.groups
+        rate = min(1.0, together / FEW_FILTERS) * machine.flops * machine.threads
+    values = problem.batch * (problem.channels * problem.height * problem.width + problem.filters * rows * columns)
+    return CALL + OF_A_VALUE * values / machine.threads + problem.operations / rate
 
 
-def run(problem: Problem, images: Array, weight: Array, bias: Array | None, machine: Machine) -> Array:
-    """Images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> (N, O, oh, ow). Uses torch's own threads."""
+def plan(problem: Problem, machine: Machine) -> Solve:
+    """How to do it, by torch's own threads."""
     del machine
-    return convolve(problem, as_torch(images), as_torch(weight), None if bias is None else as_torch(bias))
+
+    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
+        return convolve(problem, as_torch(images), as_torch(weight), None if bias is None else as_torch(bias))
+
+    return solve
 
 
 def prepare() -> None:

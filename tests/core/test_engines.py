@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -86,28 +87,37 @@ def test_a_low_rank_is_found_where_it_pays_and_only_there(rng: np.random.Generat
         core.correlate(image, rng.normal(size=(9, 9)), method="separable")
 
 
+def factors_of(kernel: NDArray[Any]) -> separable.Factors:
+    factors = separable.find_factors(kernel[None, None], 4)
+    assert factors is not None
+    return factors
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_kernels_of_every_low_rank_are_factored_to_their_own_precision(
     rank: int, dtype: type[np.floating[Any]], rng: np.random.Generator
 ) -> None:
     kernel: NDArray[Any] = (rng.normal(size=(11, rank)) @ rng.normal(size=(rank, 9))).astype(dtype)
-    columns, rows = separable.factors(kernel, 4)
+    columns, rows = factors_of(kernel)
     assert columns.shape == (rank, 11)
     np.testing.assert_allclose(columns.T @ rows, kernel, atol=50 * float(np.finfo(dtype).eps))
 
 
 def test_integers_of_rank_one_have_integer_factors() -> None:
     kernel = np.outer([3, 6, 9], [-2, 0, 2]).astype(np.float32)
-    columns, rows = separable.factors(kernel, 4)
+    columns, rows = factors_of(kernel)
     assert (columns.T @ rows == kernel).all()
     assert (columns == np.rint(columns)).all()
     assert (rows == np.rint(rows)).all()
 
 
 def test_a_kernel_of_zeros_has_rank_one_and_one_that_is_not_finite_none() -> None:
-    assert len(separable.factors(np.zeros((3, 3)), 4)[0]) == 1
-    assert len(separable.factors(np.full((3, 3), np.nan), 4)[0]) == 0
+    assert len(factors_of(np.zeros((3, 3))).rows) == 1
+    for infinite in (np.nan, np.inf):
+        kernel = np.ones((3, 3))
+        kernel[1, 2] = infinite
+        assert separable.find_factors(kernel[None, None], 4) is None
 
 
 def test_without_halide_the_others_serve(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
@@ -136,17 +146,33 @@ def test_explain_shows_every_engine_and_what_is_in_the_way() -> None:
     assert strided["stencil"].measured_seconds is None
 
 
+def test_no_more_threads_than_the_process_may_use() -> None:
+    script = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numpy as np, torch, core
+before = len(os.listdir("/proc/self/task"))
+image, rng = np.ones((600, 600), np.float32), np.random.default_rng(0)
+for engine in ("stencil", "column_fft", "block_fft"):
+    core.correlate(image, rng.normal(size=(31, 31)), engines=(engine,), machine=core.Machine(8))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HL_NUM_THREADS"}
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert output.stdout == "0\n"
+
+
 def test_memory_stays_near_that_of_input_and_output(tmp_path: Path) -> None:
     script = """
 import resource, sys, numpy as np, core
 image, kernel = np.ones((3000, 3000), np.float32), np.random.default_rng(0).normal(size=(15, 15)).astype(np.float32)
 options = {"engines": (sys.argv[1],), "mode": "same", "boundary": "reflect"}
-core.correlate(image[:300, :300], kernel, **options)
+core.correlate(image[:1200, :1200], kernel, **options)  # compiles
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 core.correlate(image, kernel, **options)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / image.nbytes)
 """
-    for name, bound in (("stencil", 1.3), ("column_fft", 1.6)):
+    for name, bound in (("stencil", 1.3), ("column_fft", 2.3)):
         output = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=True)
         assert float(output.stdout) < bound, name
 

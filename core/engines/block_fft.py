@@ -1,0 +1,467 @@
+"""Correlation by Fourier transforms in both directions, compiled: down the columns and, in phases, along the rows.
+
+Columns are taken in P phases: column x = P m + j is lane j of vector m. Transforms over the rows (v) and over m (u)
+then never move a number across the lanes of a vector, and what is left along the rows are P complex products a point:
+with X^[j] the two-dimensional transform of phase j of the plane and K^[d] that of phase d of the kernel,
+
+    Y^[j, u, v] = sum over d < P of W[j + d, u, v] conj(K^[d, u, v]),
+
+where W[i] = X^[i] for i < P and X^[i - P] exp(2 pi i u / M') beyond, the next vector. Blocks of N x P M' points give
+(N - h + 1) (P M' - w + 1) values of output (overlap-save: Oppenheim and Schafer, Discrete-Time Signal Processing, 8.7).
+
+Two blocks of the plane travel as the real and the imaginary part of one. The kernel is real: of its spectrum only
+v = 0 .. N / 2 is kept. The rows v and -v of a block are treated side by side, the latter conjugated, so that both meet
+the same numbers of the kernel and no frequency has to be negated along the rows.
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from core.arrays import Solve
+from core.engines import fourier, jit
+from core.engines.fourier import Complex, Signed, Survey, Transform, constant, dtype_of, pair, table
+from core.engines.jit import Pipeline, Plane
+from core.machine import Machine
+from core.shapes import Dtype, Pair, Problem
+
+METHOD = "fft"
+
+PHASES = 8
+"""More would cost products, fewer longer transforms. Eight float32 are half a line of the cache: of W, with its two
+times eight numbers, every unaligned vector lies within one line. (Sixteen were measured: 1.3 times slower.)"""
+
+ROWS = {256: (8, 8, 4), 512: (8, 8, 8)}
+"""N, the rows of a block, and the steps of their transforms; the first is even."""
+
+VECTORS = {24: (8, 3), 40: (8, 5), 64: (8, 8)}
+"""M', the columns of a block divided by the phases, and the steps of their transforms. Every pair of N and M' takes a
+second and a half to compile: few are enough."""
+
+TOGETHER = 4
+"""Vectors of columns of a tall block whose pixels are collected together: rows of the plane are far from each other."""
+
+TASKS = 8
+"""For each thread."""
+
+
+class Block(NamedTuple):
+    """N and M'."""
+
+    rows: int
+    vectors: int
+
+    @property
+    def columns(self) -> int:
+        """Of a block."""
+        return PHASES * self.vectors
+
+
+BLOCKS = [Block(rows, vectors) for rows in ROWS for vectors in VECTORS]
+"""The last is the largest in both directions."""
+
+NEAR = 100_000
+"""Points of a block that stays in the second cache; a larger one takes longer, and threads wait for each other."""
+
+
+def _costs(block: Block) -> tuple[int, float, float]:
+    """Points of a block, and what takes each so many nanoseconds: once, and once more for the share of it that is kept.
+
+    That is the transform down the columns and back, and all the rest. Fitted to measurements.
+    """
+    points = block.rows * block.columns
+    far = 1.05 if points < NEAR else 1.25
+    down = 0.095 * math.log2(block.rows)
+    return points, far * down, far * (0.5 + down + 0.19 * math.log2(block.vectors))
+
+
+COSTS = {block: _costs(block) for block in BLOCKS}
+
+CALL = 2e-5
+CALL_OF_A_PAIR = 1.5e-5
+"""Seconds of a call from Python with all that surrounds it, measured."""
+
+OF_ANOTHER_THREAD = 0.4
+"""What another thread adds to the speed."""
+
+KEPT = 2
+"""Scratches that are kept for the next call: new memory would cost page faults, twice the time of the work itself."""
+
+
+def obstacle(problem: Problem) -> str | None:
+    """One kernel over single planes, smaller than a block."""
+    reason = fourier.obstacle(problem)
+    if reason is None and not _fits(problem.kernel_height, problem.kernel_width, BLOCKS[-1]):
+        return f"needs a kernel smaller than {BLOCKS[-1].rows} x {BLOCKS[-1].columns}"
+    if reason is None and problem.output_size[1] <= (lanes := _column_lanes(problem.dtype)):
+        return f"needs an output of more than {lanes} columns"
+    return reason
+
+
+def seconds(problem: Problem, machine: Machine) -> float:
+    """A call, the transform of the kernel, and pairs of blocks."""
+    rows, columns = problem.output_size
+    plan = _cheapest(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)
+    threads = machine.threads if plan.pair >= 2 * jit.WORTH_A_THREAD else 1
+    work = plan.of_kernel + plan.pairs * (CALL_OF_A_PAIR + plan.pair)
+    memory = (jit.memory_seconds(problem, machine) + jit.page_seconds(problem)) / machine.threads
+    return machine.compiling + CALL + problem.batch * work / (1 + OF_ANOTHER_THREAD * (threads - 1)) + memory
+
+
+def plan(problem: Problem, machine: Machine) -> Solve:
+    """How to do it."""
+    # Sides of a border narrower than that would cost as much as whole blocks.
+    tile = 8, 2 * jit.lanes(problem.dtype)
+    return fourier.plan(problem, machine, tile, functools.partial(_in_blocks, machine))
+
+
+def prepare() -> None:
+    """Nothing: every size of block takes a second or two to compile, when it is first needed."""
+
+
+class _Plan(NamedTuple):
+    """A size of block, how many pairs of them there are, and seconds of one thread for a pair and for the kernel."""
+
+    block: Block
+    pairs: int
+    pair: float
+    of_kernel: float
+
+
+def _fits(h: int, w: int, block: Block) -> bool:
+    """Enough output is left of a block."""
+    return h <= block.rows - 7 and w <= block.columns - 4 * PHASES
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _Plan:
+    plans = []
+    # The formula was fitted to a machine of 1e11 float32 operations per second.
+    slower = 1e-9 * 1e11 / machine.flops * (1 if dtype == "float32" else 2)
+    for block, (points, down, across) in COSTS.items():
+        if not _fits(h, w, block):
+            continue
+        width = block.columns - w + 1
+        pairs = -(-(-(-rows // (block.rows - h + 1)) * -(-columns // width)) // 2)
+        pair = points * (across + down * width / block.columns) * slower
+        plans.append((0.5 * points * slower + pairs * (CALL_OF_A_PAIR + pair), block, pairs, pair))
+    _, block, pairs, pair = min(plans)
+    return _Plan(block, pairs, pair, 0.5 * COSTS[block][0] * slower)
+
+
+def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Survey]:
+    (h, w), (rows, columns), dtype = kernel.shape, output.shape, dtype_of(plane)
+    surveyed = fourier.survey(plane, kernel)
+    middle = float(plane.dtype.type(surveyed.middle))
+    plan = _cheapest(rows, columns, h, w, dtype, machine)
+    block, tasks = plan.block, jit.tasks(machine, TASKS) if plan.pair >= 2 * jit.WORTH_A_THREAD else 1
+    lanes = _column_lanes(dtype)
+    # All blocks have one size; the last of a row or column moves inwards.
+    height = -(-rows // -(-rows // (block.rows - h + 1)))
+    width = min(columns, block.columns - w + 1)
+    corners = [
+        (min(row, rows - height), min(column, columns - width))
+        for row in range(0, rows, height)
+        for column in range(0, columns, width)
+    ]
+    half = -(-len(corners) // 2)
+    padded = np.zeros((h, -(-w // (2 * lanes)) * 2 * lanes), plane.dtype)
+    padded[:, :w] = kernel
+    with _scratch(block, dtype) as scratch:
+        _spectrum(block, dtype)(padded, tasks, *scratch.kernel)
+        pipeline = _pipeline(block, dtype)
+        numbers = middle, middle * surveyed.total, tasks
+        between = [*scratch.spectrum, *(part[:, :, : -(-width // lanes)] for part in scratch.back)]
+        for corner, partner in zip(corners[:half], [*corners[half:], None], strict=False):
+            one, first = _pixels(plane, corner, height + h - 1, block, middle), _part(output, corner, height, width)
+            if partner is None:
+                pipeline(one, one, *scratch.kernel, *numbers, *between, first, np.empty_like(first))
+                continue
+            other, second = (
+                _pixels(plane, partner, height + h - 1, block, middle),
+                _part(output, partner, height, width),
+            )
+            # Two threads must not write one number.
+            apart = abs(partner[0] - corner[0]) >= height or abs(partner[1] - corner[1]) >= width
+            into = second if apart else np.empty_like(second)
+            pipeline(one, other, *scratch.kernel, *numbers, *between, first, into)
+            if not apart:
+                second[...] = into
+    return [surveyed]
+
+
+def _pixels(plane: Plane, corner: Pair, rows: int, block: Block, middle: float) -> Plane:
+    """What a block reads, filled up to its width with what will be subtracted."""
+    part = _part(plane, corner, rows, block.columns)
+    if part.shape[1] == block.columns:
+        return part
+    filled = np.full((rows, block.columns), middle, plane.dtype)
+    filled[:, : part.shape[1]] = part
+    return filled
+
+
+def _part(array: Plane, corner: Pair, rows: int, columns: int) -> Plane:
+    return array[corner[0] : corner[0] + rows, corner[1] : corner[1] + columns]
+
+
+def _column_lanes(dtype: Dtype) -> int:
+    """Columns that are transformed side by side: a natural vector, or a vector of phases where that is longer."""
+    return max(PHASES, jit.lanes(dtype))
+
+
+class _Scratch(NamedTuple):
+    """Real and imaginary parts of the plane's spectrum, of what comes back from it, and of the kernel's spectrum."""
+
+    spectrum: list[Plane]
+    back: list[Plane]
+    kernel: list[Plane]
+
+
+_kept: list[tuple[tuple[Block, Dtype], _Scratch]] = []
+_keeping = threading.Lock()
+
+
+@contextmanager
+def _scratch(block: Block, dtype: Dtype) -> Iterator[_Scratch]:
+    """Memory that nobody else uses meanwhile."""
+    key = block, dtype
+    with _keeping:
+        found = next((place for place, (size, _) in enumerate(_kept) if size == key), None)
+        scratch = None if found is None else _kept.pop(found)[1]
+    if scratch is None:
+        lanes, rows = _column_lanes(dtype), block.rows // 2 + 1
+        of_spectrum, of_back = _strides(block, lanes)
+        groups = block.columns // lanes
+        scratch = _Scratch(
+            [_strided((lanes, groups, *ROWS[block.rows]), of_spectrum, dtype) for _ in range(2)],
+            [_strided((lanes, groups, 2, rows), of_back, dtype) for _ in range(2)],
+            [_aligned((rows, block.vectors, PHASES), dtype) for _ in range(2)],
+        )
+    try:
+        yield scratch
+    finally:
+        with _keeping:
+            _kept.append((key, scratch))
+            del _kept[:-KEPT]
+
+
+def _strides(block: Block, lanes: int) -> tuple[list[int], list[int]]:
+    """Of the spectrum (lane, group, digits of the row) and of what comes back (lane, group, side, row), in numbers.
+
+    No power of two, lest rows, or groups, compete for the same places in a cache.
+    """
+    row, radices = block.columns + lanes, ROWS[block.rows]
+    of_spectrum = [1, lanes, *(row * math.prod(radices[:place]) for place in range(len(radices)))]
+    return of_spectrum, [1, (block.rows + 3) * lanes, lanes, 2 * lanes]
+
+
+def _strided(sizes: tuple[int, ...], strides: list[int], dtype: Dtype) -> Plane:
+    """An array of such dimensions, the innermost first."""
+    numbers = _aligned((1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)),), dtype)
+    return as_strided(numbers, sizes[::-1], [stride * numbers.itemsize for stride in strides[::-1]])
+
+
+def _aligned(shape: tuple[int, ...], dtype: Dtype) -> NDArray[Any]:
+    """To whole vectors: the pipelines take that for granted."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 128, np.uint8)
+    start = -raw.ctypes.data % 128
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _in_tasks(func: Any, loop: Any, count: Any, tasks: Any) -> None:
+    """The outermost loop, shared out among so many tasks."""
+    hl = jit.halide()
+    task = hl.Var("task")
+    func.split(loop, task, loop, (count + tasks - 1) // tasks, hl.TailStrategy.GuardWithIf)
+    func.parallel(task).never_partition_all()
+
+
+@jit.compiled
+def _pipeline(block: Block, dtype: Dtype) -> Pipeline:
+    """Two parts (rows, P M'), kernel's spectrum (N / 2 + 1, M', P) twice, middle, its share, tasks -> two outputs.
+
+    Before the outputs come two scratches twice, see `_scratch`. Parts with fewer than N rows are taken to repeat their
+    last. The outputs have up to N - h + 1 rows and P M' - w + 1 columns.
+    """
+    hl, number, lanes = jit.halide(), jit.number_type(dtype), _column_lanes(dtype)
+    down, across, half = block.rows, block.vectors, block.rows // 2
+    one, other = hl.ImageParam(number, 2, "one"), hl.ImageParam(number, 2, "other")
+    kernel = [hl.ImageParam(number, 3, name) for name in ("kernel_real", "kernel_imaginary")]
+    middle, its_share, tasks = hl.Param(number, "middle"), hl.Param(number, "its_share"), hl.Param(hl.Int(32), "tasks")
+    for part in kernel:
+        part.dim(0).set_bounds(0, PHASES)
+        part.dim(1).set_bounds(0, across).set_stride(PHASES)
+        part.dim(2).set_bounds(0, half + 1).set_stride(block.columns)
+    for part in (one, other):
+        part.dim(0).set_min(0)
+        part.dim(1).set_min(0)
+    x, y, lane, group = (hl.Var(name) for name in ("x", "y", "lane", "group"))
+
+    centred = hl.Func("centred")
+    last_row = one.dim(1).extent() - 1
+    centred[x, y] = hl.Tuple([part[x, hl.min(y, last_row)] - middle for part in (one, other)])
+    columns = Transform(
+        lambda offset, rest: pair(centred[lane + lanes * group, rest + offset]),
+        *(lane, [group], ROWS[down], -1, number, "columns"),
+    )
+    back = _along_the_rows(columns, kernel, block, dtype, tasks)
+
+    def read_back(offset: int, rest: Any) -> tuple[Any, Any]:
+        if offset < half:
+            return pair(back[lane, group, 0, rest + offset])
+        real, imaginary = pair(back[lane, group, 1, down - offset - rest])
+        return real, Signed(imaginary, negative=True)
+
+    columns_back = Transform(read_back, lane, [group], ROWS[down], +1, number, "columns_back")
+    output = hl.Func("output")
+    output[x, y] = hl.Tuple([part + its_share for part in columns_back.at(x % lanes, [x // lanes], y)])
+
+    # One vector of columns after the other.
+    vector, within, groups = hl.Var("vector"), hl.Var("within"), block.columns // lanes
+    spectrum = columns.last
+    spectrum.bound(group, 0, groups)
+    columns.schedule_at_root(lanes, group)
+    if down > 256:
+        together = hl.Var("together")
+        spectrum.split(group, together, group, TOGETHER, hl.TailStrategy.GuardWithIf)
+        centred.compute_at(spectrum, together).vectorize(x, lanes).bound(y, 0, down)
+        _in_tasks(spectrum, together, -(-groups // TOGETHER), tasks)
+    else:
+        _in_tasks(spectrum, group, groups, tasks)
+    output.split(x, vector, within, lanes, hl.TailStrategy.Predicate).reorder(within, y, vector).vectorize(within)
+    sizes = output.output_buffers()[0]
+    _in_tasks(output, vector, (sizes.dim(0).extent() + lanes - 1) // lanes, tasks)
+    for out, step in columns_back.funcs:
+        out.bound_storage(group, 1)
+        step.bound_storage(group, 1).bound(lane, 0, lanes)
+    columns_back.schedule(lanes, output, vector)
+
+    sizes.dim(0).set_min(0)
+    sizes.dim(1).set_min(0)
+    of_spectrum, of_back = _strides(block, lanes)
+    _lay_out(spectrum, [lanes, groups, *ROWS[down]], of_spectrum)
+    _lay_out(back, [lanes, None, 2, half + 1], of_back)
+    pipeline = hl.Pipeline([spectrum, back, output])
+    return pipeline.compile_to_callable([one, other, *kernel, middle, its_share, tasks])  # type: ignore[no-any-return]
+
+
+def _along_the_rows(columns: Transform, kernel: list[Any], block: Block, dtype: Dtype, tasks: Any) -> Any:
+    """The Func (lane, group, side, v) of the products with the kernel, transformed back along the rows.
+
+    One frequency, and its negative, after the other: all of it stays in the first cache.
+    """
+    hl, number, lanes = jit.halide(), jit.number_type(dtype), _column_lanes(dtype)
+    down, across, half = block.rows, block.vectors, block.rows // 2
+    names = ("x", "side", "v", "lane", "u", "group", "low_u")
+    x, side, v, lane, u, group, low_u = (hl.Var(name) for name in names)
+    frequency = hl.select(side == 0, v, (down - v) % down)
+    conjugation = hl.select(side == 0, constant(1.0, number), constant(-1.0, number))
+
+    def read_spectrum(offset: int, rest: Any) -> Complex:
+        m, ratio = rest + offset, lanes // PHASES
+        real, imaginary = columns.at(lane + PHASES * (m % ratio), [m // ratio], frequency)
+        return real, imaginary * conjugation
+
+    rows = Transform(read_spectrum, lane, [side, v], VECTORS[across], -1, number, "rows")
+    angles = 2 * np.pi / across * np.arange(across)
+    cosine, sine = table(np.cos(angles), number), table(np.sin(angles), number)
+    wide, product, back = hl.Func("wide"), hl.Func("product"), hl.Func("back")
+    a, b = rows.at(x % PHASES, [side, v], u)
+    wide[x, u, side, v] = hl.Tuple(
+        [
+            hl.select(x < PHASES, a, a * cosine[u] - b * sine[u]),
+            hl.select(x < PHASES, b, a * sine[u] + b * cosine[u]),
+        ]
+    )
+    real = imaginary = constant(0.0, number)
+    for phase in range(PHASES):
+        (a, b), (c, d) = pair(wide[lane + phase, u, side, v]), (part[phase, u, v] for part in kernel)
+        real, imaginary = real + a * c - b * d, imaginary + a * d + b * c
+    product[lane, u, side, v] = hl.Tuple([real, imaginary])
+    rows_back = Transform(
+        lambda offset, rest: pair(product[lane, rest + offset, side, v]),
+        *(lane, [side, v], VECTORS[across], +1, number, "rows_back"),
+    )
+    at = group * (lanes // PHASES) + lane // PHASES
+    back[lane, group, side, v] = hl.Tuple(list(rows_back.at(lane % PHASES, [side, v], at)))
+
+    back.compute_root().bound(v, 0, half + 1).bound(side, 0, 2).bound(lane, 0, lanes)
+    back.reorder(lane, group, side, v).vectorize(lane, PHASES).unroll(lane)
+    _in_tasks(back, v, half + 1, tasks)
+    rows_back.schedule(PHASES, back, side)
+    product.compute_at(back, v).bound(u, 0, across).bound(lane, 0, PHASES).bound(side, 0, 2)
+    product.split(u, u, low_u, 2).reorder(lane, side, low_u, u).vectorize(lane, PHASES).unroll(side).unroll(low_u)
+    wide.compute_at(back, v).bound(u, 0, across).bound(x, 0, 2 * PHASES).bound(side, 0, 2)
+    wide.reorder(x, u, side).vectorize(x, PHASES).unroll(x)
+    rows.schedule(PHASES, wide, side)
+    return back
+
+
+def _lay_out(func: Any, sizes: list[int | None], strides: list[int]) -> None:
+    """Fix the dimensions of a Func of two parts that is an output; None leaves one open."""
+    for which, buffer in enumerate(func.output_buffers()):
+        for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+            buffer.dim(axis).set_stride(stride)
+            if which == 0 and size is None:
+                buffer.dim(axis).set_min(0)
+            elif which == 0:
+                buffer.dim(axis).set_bounds(0, size)
+
+
+@jit.compiled
+def _spectrum(block: Block, dtype: Dtype) -> Pipeline:
+    """Kernel (h, columns), with zeros to a multiple of two vectors, tasks -> its spectrum (N / 2 + 1, M', P) twice.
+
+    It is scaled by 1 / (N M') and conjugate. Its left and right half are transformed as real and imaginary part of one.
+    """
+    hl, number, lanes = jit.halide(), jit.number_type(dtype), _column_lanes(dtype)
+    down, across, half = block.rows, block.vectors, block.rows // 2
+    kernel, tasks = hl.ImageParam(number, 2, "kernel"), hl.Param(hl.Int(32), "tasks")
+    kernel.dim(0).set_min(0)
+    kernel.dim(1).set_min(0)
+    lane, group, v, m, u = (hl.Var(name) for name in ("lane", "group", "v", "m", "u"))
+    height, groups, zero = kernel.dim(1).extent(), kernel.dim(0).extent() // (2 * lanes), constant(0.0, number)
+
+    def read_kernel(offset: int, rest: Any) -> Complex:
+        y = rest + offset
+        real, imaginary = (
+            hl.select(y < height, kernel[lane + lanes * (group + first), hl.min(y, height - 1)], zero)
+            for first in (0, groups)
+        )
+        return real, imaginary
+
+    columns = Transform(read_kernel, lane, [group], ROWS[down], +1, number, "columns")
+    taps, spectrum = hl.Func("taps"), hl.Func("spectrum")
+    in_half = groups * (lanes // PHASES)
+    index = m % in_half
+    at = lane + PHASES * (index % (lanes // PHASES)), [hl.clamp(index // (lanes // PHASES), 0, groups - 1)]
+    (a, b), (c, d) = columns.at(*at, v), columns.at(*at, (down - v) % down)
+    scale = constant(0.5 / (down * across), number)
+    left, beyond = m < in_half, m >= 2 * in_half
+    taps[lane, m, v] = hl.Tuple(
+        [
+            hl.select(beyond, zero, left, (a + c) * scale, (b + d) * scale),
+            hl.select(beyond, zero, left, (b - d) * scale, (c - a) * scale),
+        ]
+    )
+    rows = Transform(
+        lambda offset, rest: pair(taps[lane, rest + offset, v]), lane, [v], VECTORS[across], +1, number, "rows"
+    )
+    spectrum[lane, u, v] = hl.Tuple(list(rows.at(lane, [v], u)))
+
+    _lay_out(spectrum, [PHASES, across, half + 1], [1, PHASES, block.columns])
+    spectrum.reorder(lane, u, v).vectorize(lane, PHASES)
+    _in_tasks(spectrum, v, half + 1, tasks)
+    rows.schedule(PHASES, spectrum, v)
+    taps.compute_at(spectrum, v).bound(m, 0, across).vectorize(lane, PHASES).never_partition_all()
+    columns.schedule_at_root(lanes, group)
+    _in_tasks(columns.last, group, groups, tasks)
+    return spectrum.compile_to_callable([kernel, tasks])  # type: ignore[no-any-return]
