@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test check format bench constraints pictures clean
+.PHONY: help serve test check format bench gpu constraints pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,8 +27,11 @@ format: .venv/dev.stamp  ## put the code into its standard form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/bench.stamp  ## measure the engines against their peers
-	$(BIN)/python benchmarks/engines.py
+bench: .venv/bench.stamp  ## measure the engines against their peers (20 minutes)
+	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --picture docs/images/engines.png
+
+gpu: .venv/dev.stamp  ## check and time the engines on a GPU, where there is one
+	$(BIN)/python benchmarks/gpu.py
 
 pictures: .venv/bench.stamp  ## draw the pictures of the README again
 	$(BIN)/python docs/pictures.py

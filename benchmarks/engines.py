@@ -1,262 +1,340 @@
-"""How long core.correlate and core.conv2d take beside torch, scipy and OpenCV: on the CPU, in float32.
+"""How long core.correlate and core.conv2d take on the CPU beside torch, scipy and OpenCV.
 
-    make bench                                       everything, in about two minutes
-    .venv/bin/python benchmarks/engines.py --help    other threads, more time, a Markdown file
+    make bench                                       everything, in about 20 minutes
+    .venv/bin/python benchmarks/engines.py --help    fewer rows, more time, a Markdown file, a picture
 
-How to read the table. A row is a problem: "correlate 256, 7 x 7" is one plane of 256 x 256 under one kernel of 7 x 7,
-"conv2d 3 -> 8, 256, 5 x 5" makes 8 channels out of 3. A number is the shortest time in milliseconds that the column's
-function ever took; "-" stands where it does not solve the problem or should need more than a second. "core / best" is
-core's time by that of the fastest peer in the row: 1 is a draw, 0.5 twice as fast, 10 a defeat. The lines below the
-table sum that column up.
+How to read the tables. A row is a problem: "general 256, 7 x 7" is one plane of 256 x 256 under one kernel of 7 x 7
+random numbers, "separable" the same under a product of a column and a row, "conv2d 3 -> 8, 512, 5 x 5" makes 8 channels
+out of 3. A number is the shortest time in milliseconds that the column's function ever took; "-" stands where it does
+not solve the problem or should need more than half a second (only the fastest peer stays in any case). "core / best" is
+core's time by that of the fastest peer in the row: 1 is a draw, 0.5 twice as fast, 10 a defeat. "engine" is what core
+chose; with --choice the last columns are its engines one by one, each forced. The lines at the end sum it all up.
 
 How it is measured. All run in this process, with the same number of threads, and take turns of a few milliseconds until
-each has had its share of the row's time. Before that, every one of them must give the right numbers. Peers find what
-they like best: inputs in their layout, kernels already flipped, and no cut where their output has the input's size.
-Every call allocates its output. Keep the machine idle meanwhile: other work hurts torch, and core on it, most, because
-their threads wait for one another.
+each has had its share of the row's time and three calls. Before that, every one of them must give the right numbers.
+What everybody starts from stands in benchmarks/peers.py: peers find what they like best. Every call allocates its
+output. Keep the machine idle meanwhile: other work hurts torch, and core on it, most, because their threads wait for
+one another.
 """
 
 import argparse
+import contextlib
+import importlib.metadata
+import itertools
 import math
 import platform
+import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
-from typing import Literal, TypeAlias
+from time import perf_counter, sleep
+from typing import Any, get_args
 
 import cv2
 import numpy as np
 import scipy
 import torch
-from numpy.typing import NDArray
-from scipy import ndimage, signal
-from torch import Tensor
-from torch.nn import functional
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from peers import CONTENDERS, SUBJECT, Call, Cell, Kind, peers_of, reference, relative_error, task_for
 
 import core
 
-Array: TypeAlias = NDArray[np.float32]
-Call: TypeAlias = Callable[[], Tensor | Array]
-"""One timed call; what it needs is prepared."""
+PLANES = (64, 128, 256, 512, 1024, 2048, 4096)
+KERNELS = (3, 5, 7, 8, 15, 16, 31, 63, 127)
+LAYERS = (
+    Cell("conv2d", 512, 5),
+    Cell("conv2d", 512, 5, filters=8),
+    *(Cell("conv2d", plane, 5, channels=3, filters=8) for plane in (128, 512, 1024)),
+    Cell("conv2d", 224, 7, channels=3, filters=64, stride=2),
+    *(Cell("conv2d", plane, 3, channels=16, filters=32) for plane in (64, 256)),
+    Cell("conv2d", 56, 3, channels=64, filters=64),
+    Cell("conv2d", 112, 3, channels=32, filters=32, groups=32),
+    Cell("conv2d", 56, 1, channels=64, filters=128),
+)
+PICTURED_PLANE = 1024
 
-PLANES = (64, 128, 256, 512, 1024)
-KERNELS = (3, 7, 15, 31)
-SECONDS_PER_ROW = 4.0
+SECONDS_PER_ROW = 0.8
 
-SLOWEST_CALL = 1.0
-"""Seconds: a peer that should need more for one call is left out of the row."""
+SLOWEST_CALL = 0.5
+"""Seconds: a peer, or a forced engine, that should need more for one call is left out of the row."""
 
 TURN = 0.005
 """Seconds of one turn. A single call would find caches and cores as the threads of whoever came before left them: with
 such turns, core and torch came out up to four times slower on two cores."""
 
-TOLERANCE = 1e-5
+PAUSE = 0.004
+"""Seconds before a turn: torch's threads go on spinning for milliseconds after a call, on the cores that whoever comes
+next needs."""
+
+LEAST_CALLS = 3
+"""Timed calls of everybody, however slow."""
+
+TOLERANCES: Mapping[core.Dtype, float] = {"float32": 1e-5, "float64": 1e-10}
 """The largest error allowed, relative to the largest output: right answers in float32 stay about ten times below it."""
 
+MEASURABLE = 50e-6
+"""Seconds: rows whose best peer takes less are summed up apart, for there the cost of a call from Python decides."""
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A row's problem: square planes and kernels, mode valid, stride 1."""
+GOOD_CHOICE = 1.15
+"""A choice is good where the chosen engine takes at most this many times what the fastest one takes."""
 
-    verb: Literal["correlate", "conv2d"]
-    plane: int
-    kernel: int
-    channels: int = 1
-    filters: int = 1
-
-    def __str__(self) -> str:
-        channels = f" {self.channels} -> {self.filters}," if self.verb == "conv2d" else ""
-        return f"{self.verb}{channels} {self.plane}, {self.kernel} x {self.kernel}"
+BEST_PEER_BY_CORE = 1.5
+TORCH_BY_CORE = 10.0
+SEP_FILTER_BY_CORE = 1.5
+"""Targets of the geometric means of the peer's time by core's."""
 
 
-CELLS = (
-    *(Cell("correlate", plane, kernel) for plane in PLANES for kernel in KERNELS),
-    *(Cell("conv2d", plane, 5, 1, 1) for plane in (128, 512)),
-    *(Cell("conv2d", plane, 5, 3, 8) for plane in (128, 512)),
-    *(Cell("conv2d", plane, 3, 16, 32) for plane in (64, 256)),
-)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """A cell and the best time of each contender that took part, in seconds."""
+    """A cell, the engine that core chose, and the best times of core, of its peers and of its forced engines, by name.
+
+    `predicted` is what core expected of the forced engines. Times are in seconds.
+    """
 
     cell: Cell
-    seconds: Mapping[str, float]
+    engine: str
+    seconds: float
+    peers: Mapping[str, float]
+    forced: Mapping[str, float]
+    predicted: Mapping[str, float]
 
     @property
     def best_peer(self) -> str:
-        """The fastest contender that is not core."""
-        return min(self.seconds.keys() - {"core"}, key=self.seconds.__getitem__)
+        """The fastest peer's name."""
+        return min(self.peers, key=self.peers.__getitem__)
 
     @property
     def ratio(self) -> float:
         """Core's time by the best peer's."""
-        return self.seconds["core"] / self.seconds[self.best_peer]
+        return self.seconds / self.peers[self.best_peer]
+
+    @property
+    def engines(self) -> Mapping[str, float]:
+        """The times of core's engines; where the chosen one was too slow to be forced, core's own stands for it."""
+        return {self.engine: self.seconds, **self.forced}
+
+    @property
+    def fastest_engine(self) -> str:
+        """The name of the engine that core should have chosen."""
+        return min(self.engines, key=self.engines.__getitem__)
+
+    @property
+    def regret(self) -> float:
+        """The chosen engine's time by the fastest one's."""
+        return self.engines[self.engine] / self.engines[self.fastest_engine]
 
 
-# The contenders. Each takes images (C, H, W) and weight (O, C, h, w), prepares them and returns the call to be timed.
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The machine as core measured it, and what calls took so far: seconds by contender and cell."""
 
-
-def core_correlate(images: Array, weight: Array) -> Call:
-    """The subject."""
-    plane, kernel = torch.from_numpy(images[0]), torch.from_numpy(weight[0, 0])
-    return lambda: core.correlate(plane, kernel, device="cpu").output
-
-
-def core_conv2d(images: Array, weight: Array) -> Call:
-    """The subject's other verb."""
-    batch, filters = torch.from_numpy(images[None]), torch.from_numpy(weight)
-    return lambda: core.conv2d(batch, filters, device="cpu").output
-
-
-def torch_conv2d(images: Array, weight: Array) -> Call:
-    """torch, in the layout that everybody has."""
-    batch, filters = torch.from_numpy(images[None]), torch.from_numpy(weight)
-    return lambda: functional.conv2d(batch, filters)
-
-
-def torch_channels_last(images: Array, weight: Array) -> Call:
-    """torch, in the layout that it likes best; nobody pays for the way there or back."""
-    # .contiguous() would leave one channel as it is: its strides mean nothing, and yet torch chooses by them.
-    batch = torch.from_numpy(images[None]).to(memory_format=torch.channels_last)
-    filters = torch.from_numpy(weight).to(memory_format=torch.channels_last)
-    return lambda: functional.conv2d(batch, filters)
-
-
-def scipy_correlate2d(images: Array, weight: Array) -> Call:
-    """The plain loops, one thread."""
-    return lambda: signal.correlate2d(images[0], weight[0, 0], mode="valid")
-
-
-def scipy_fftconvolve(images: Array, weight: Array) -> Call:
-    """One FFT over the whole plane; it convolves, so the kernel is flipped."""
-    flipped = weight[0, 0, ::-1, ::-1].copy()
-    return lambda: signal.fftconvolve(images[0], flipped, mode="valid")
-
-
-def scipy_ndimage(images: Array, weight: Array) -> Call:
-    """Loops for any number of dimensions, one thread; the output has the input's size."""
-    return lambda: ndimage.correlate(images[0], weight[0, 0], mode="constant")
-
-
-def opencv_filter2d(images: Array, weight: Array) -> Call:
-    """Direct sums, from about 11 x 11 up an FFT by tiles; the output has the input's size."""
-    return lambda: cv2.filter2D(images[0], -1, weight[0, 0], borderType=cv2.BORDER_CONSTANT)
-
-
-def opencv_match_template(images: Array, weight: Array) -> Call:
-    """An FFT by tiles: template matching by plain correlation."""
-    return lambda: cv2.matchTemplate(images[0], weight[0, 0], cv2.TM_CCORR)
-
-
-CONTENDERS: Mapping[str, Mapping[str, Callable[[Array, Array], Call]]] = {
-    "correlate": {
-        "core": core_correlate,
-        "torch conv2d": torch_conv2d,
-        "torch channels_last": torch_channels_last,
-        "scipy correlate2d": scipy_correlate2d,
-        "scipy fftconvolve": scipy_fftconvolve,
-        "scipy ndimage": scipy_ndimage,
-        "OpenCV filter2D": opencv_filter2d,
-        "OpenCV matchTemplate": opencv_match_template,
-    },
-    "conv2d": {
-        "core": core_conv2d,
-        "torch conv2d": torch_conv2d,
-        "torch channels_last": torch_channels_last,
-    },
-}
-COLUMNS = tuple(CONTENDERS["correlate"])
+    machine: core.Machine
+    known: dict[tuple[str, Cell], float]
 
 
 # Measuring.
 
 
-def measure(cell: Cell, earlier: Sequence[Row], seconds: float) -> Row:
-    """Check and time everybody who can solve the cell in acceptable time."""
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((cell.channels, cell.plane, cell.plane), dtype=np.float32)
-    weight = rng.standard_normal((cell.filters, cell.channels, cell.kernel, cell.kernel), dtype=np.float32)
-    calls = {
-        name: prepare(images, weight)
-        for name, prepare in CONTENDERS[cell.verb].items()
-        if name == "core" or predicted_seconds(name, cell, earlier) <= SLOWEST_CALL
-    }
-    expected = reference(images, weight)
-    for name, call in calls.items():
-        error = np.abs(valid_part(call(), cell) - expected).max() / np.abs(expected).max()
-        if not error <= TOLERANCE:  # so written, NaN is an error too
-            sys.exit(f"{name} is wrong on {cell}: off by {error:.1g} of the largest output, allowed is {TOLERANCE:g}")
-    return Row(cell, best_times(calls, seconds))
+def measure(cell: Cell, session: Session, seconds: float, *, force: bool) -> Row:
+    """Check and time everybody who can solve the cell in acceptable time, and core's engines one by one if asked."""
+    expectations = {name: predicted_seconds(name, cell, session) for name in peers_of(cell)}
+    limit = max(SLOWEST_CALL, min(expectations.values()))
+    peers = [name for name, expected in expectations.items() if expected <= limit]
+    engines = [name for name in core.ENGINES if force and predicted_seconds(name, cell, session) <= SLOWEST_CALL]
+
+    task = task_for(cell, session.machine)
+    expected = reference(task)
+    calls: dict[str, Call] = {}
+    predicted: dict[str, float] = {}
+    engine = ""
+    for name in [SUBJECT, *peers, *engines]:
+        call = CONTENDERS[name](task)
+        try:
+            output = call()
+        except core.MethodUnavailable:
+            if name == SUBJECT:
+                raise
+            continue
+        error, allowed = relative_error(output, expected, cell), TOLERANCES[cell.dtype]
+        if isinstance(output, core.Result):
+            engine = output.engine if name == SUBJECT else engine
+            predicted[name] = output.predicted_seconds
+        if not error <= allowed:  # so written, NaN is an error too
+            by = f" by engine {engine}" if name == SUBJECT else ""
+            sys.exit(
+                f"{name}{by} is wrong on {cell}, {cell.setting}: "
+                f"off by {error:.1g} of the largest output, allowed is {allowed:g}"
+            )
+        calls[name] = call
+        del output  # or it would be in memory until the next one is
+    del expected
+
+    times = best_times(calls, seconds)
+    session.known.update({(name, cell): time for name, time in times.items()})
+    able = [name for name in engines if name in times]
+    return Row(
+        cell,
+        engine,
+        times[SUBJECT],
+        {name: times[name] for name in peers},
+        {name: times[name] for name in able},
+        {name: predicted[name] for name in able},
+    )
 
 
-def predicted_seconds(name: str, cell: Cell, earlier: Sequence[Row]) -> float:
-    """What a call should take, by its time for the same kernel on the last smaller plane: work grows with the area."""
-    for row in reversed(earlier):
-        if replace(row.cell, plane=cell.plane) == cell:
-            return row.seconds.get(name, math.inf) * (cell.plane / row.cell.plane) ** 2
+def predicted_seconds(name: str, cell: Cell, session: Session) -> float:
+    """What a call should take, by its time for a smaller cell, which is tried now if it was not measured.
+
+    Unless that should already take too long itself: then its own prediction stands for it.
+    """
+    below = smaller_cell(cell)
+    if below is None:
+        return 0.0
+    if (name, below) not in session.known:
+        expected = predicted_seconds(name, below, session)
+        session.known[name, below] = expected if expected > SLOWEST_CALL else try_once(name, below, session)
+    growth = cell.side / below.side if below.plane < cell.plane else cell.kernel / below.kernel
+    return session.known[name, below] * growth**2
+
+
+def smaller_cell(cell: Cell) -> Cell | None:
+    """The cell whose time tells most: on the next smaller plane, as work grows with the output's area.
+
+    Where that leaves less output than the kernel is large, it says little about planes where there is more: then it is
+    the same plane under the next smaller kernel, as work grows with the taps at most. None where there is none smaller.
+    """
+    planes = [plane for plane in PLANES if plane < cell.plane and replace(cell, plane=plane).side >= cell.kernel]
+    kernels = [kernel for kernel in KERNELS if kernel < cell.kernel]
+    if planes:
+        return replace(cell, plane=planes[-1])
+    return replace(cell, kernel=kernels[-1]) if kernels else None
+
+
+def try_once(name: str, cell: Cell, session: Session) -> float:
+    """Seconds of a second call, for the first may have to compile; 0 where the contender cannot."""
+    call = CONTENDERS[name](task_for(cell, session.machine))
+    with contextlib.suppress(core.MethodUnavailable):
+        call()
+        start = perf_counter()
+        call()
+        return perf_counter() - start
     return 0.0
 
 
-def reference(images: Array, weight: Array) -> NDArray[np.float64]:
-    """The right numbers: in float64, by the correlation theorem, with code that no contender uses."""
-    plane, kernel = images.shape[-1], weight.shape[-1]
-    spectra = np.fft.rfft2(images.astype(np.float64))
-    outputs = [
-        np.fft.irfft2((spectra * np.fft.rfft2(filter.astype(np.float64), (plane, plane)).conj()).sum(0), (plane, plane))
-        for filter in weight
-    ]
-    valid = plane - kernel + 1  # beyond, the kernel reads round the edge
-    return np.stack(outputs)[:, :valid, :valid]
-
-
-def valid_part(output: Tensor | Array, cell: Cell) -> Array:
-    """(O, oh, ow), cut out of the output where that has the input's size."""
-    array = np.asarray(output).reshape(cell.filters, *output.shape[-2:])
-    valid = cell.plane - cell.kernel + 1
-    first = cell.kernel // 2 if array.shape[-1] == cell.plane else 0
-    return array[:, first : first + valid, first : first + valid]
-
-
-def best_times(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:
+def best_times(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """The shortest time of each call. The turn is always with whoever has had least time: A B C A B C ..."""
     best = dict.fromkeys(calls, math.inf)
     spent = dict.fromkeys(calls, 0.0)
-    while min(spent.values()) < seconds / len(calls):
-        name = min(spent, key=spent.__getitem__)
-        end_of_turn = spent[name] + TURN
+    made = dict.fromkeys(calls, 0)
+    share = seconds / len(calls)
+    while waiting := [name for name in calls if spent[name] < share or made[name] < LEAST_CALLS]:
+        name = min(waiting, key=spent.__getitem__)
+        call, end_of_turn = calls[name], spent[name] + TURN
+        sleep(PAUSE)
         while spent[name] < end_of_turn:
             start = perf_counter()
-            calls[name]()
+            call()
             elapsed = perf_counter() - start
             best[name] = min(best[name], elapsed)
             spent[name] += elapsed
+            made[name] += 1
     return best
+
+
+def against_the_hardware(machine: core.Machine, seconds: float) -> list[str]:
+    """What small kernels leave of the memory's speed and larger ones of the arithmetic's, in sentences."""
+    small, large = (Cell("general", *sizes, threads=machine.threads) for sizes in ((4096, 3), (1024, 15)))
+    task = task_for(small, machine)
+    side = large.plane
+    one, other = torch.rand(side, side), torch.rand(side, side)
+    try:
+        memory = best_times({"stencil": CONTENDERS["stencil"](task), "copy": task.images[0].copy}, seconds)
+        calls = {"stencil": CONTENDERS["stencil"](task_for(large, machine)), "sgemm": lambda: torch.mm(one, other)}
+        arithmetic = best_times(calls, seconds)
+    except core.MethodUnavailable as error:
+        return [f"No stencil to hold against the hardware: {error}."]
+    copied = f"{milliseconds(memory['stencil'])} ms, {digits(memory['stencil'] / memory['copy'])} times a copy by numpy"
+    sums, products = large.problem.operations / arithmetic["stencil"], 2 * side**3 / arithmetic["sgemm"]
+    rate = f"{digits(sums / 1e9)} Gflop/s, {digits(sums / products)} of torch's matrix product"
+    return [
+        f"Stencil, {small}, {small.setting}: reached {copied}, which takes {milliseconds(memory['copy'])} ms.",
+        f"Stencil, {large}, {large.setting}: reached {rate} ({side} x {side}), which does {digits(products / 1e9)}.",
+    ]
+
+
+def cost_of_choosing(cells: Iterable[Cell], machine: core.Machine) -> str:
+    """What finding the engine takes for a problem never seen, and for one that was, in a sentence."""
+    problems = {cell.problem for cell in cells}
+    unseen = replace(machine, flops=1.001 * machine.flops)  # what the engines remember, they remember by machine too
+    first, again, calls = [], [], 100
+    for problem in problems:
+        start = perf_counter()
+        core.choose.__wrapped__(problem, "auto", unseen)
+        first.append(perf_counter() - start)
+        core.choose(problem, "auto", machine)
+        start = perf_counter()
+        for _ in range(calls):
+            core.choose(problem, "auto", machine)
+        again.append((perf_counter() - start) / calls)
+    new, known = (digits(statistics.median(times) * 1e6) for times in (first, again))
+    return (
+        f"Choosing an engine, median of {len(problems)} problems: reached {new} us, {known} us where it is remembered."
+    )
 
 
 # Reporting: the same Markdown on the screen and in the file.
 
 
-def heading() -> str:
-    """The table's first two lines."""
-    return f"{table_line('milliseconds', [*COLUMNS, 'best peer', 'core / best'])}\n{'| --- ' * (len(COLUMNS) + 3)}|"
+WIDTH = 7
+"""Letters of the longest number."""
 
 
-def table_row(row: Row) -> str:
-    """One line of the table."""
-    milliseconds = [digits(row.seconds[name] * 1e3) if name in row.seconds else "-" for name in COLUMNS]
-    return table_line(str(row.cell), [*milliseconds, row.best_peer, digits(row.ratio)])
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of one kind, dtype and number of threads; `with_engines` adds a column for every forced engine."""
+
+    cells: Sequence[Cell]
+    with_engines: bool
+
+    @property
+    def heading(self) -> str:
+        """The title and the table's first two lines."""
+        cell = self.cells[0]
+        names = ["core", "engine", *self._peers, "best peer", "core / best", *self._engines]
+        return f"## {cell.kind}, {cell.setting}\n\n{self._line('milliseconds', names)}\n{'| --- ' * (len(names) + 1)}|"
+
+    def line(self, row: Row) -> str:
+        """One line of the table."""
+        peers = [milliseconds(row.peers.get(name)) for name in self._peers]
+        engines = [milliseconds(row.forced.get(name)) for name in self._engines]
+        entries = [milliseconds(row.seconds), row.engine, *peers, row.best_peer, digits(row.ratio), *engines]
+        return self._line(str(row.cell), entries)
+
+    @property
+    def _peers(self) -> list[str]:
+        return peers_of(self.cells[0])
+
+    @property
+    def _engines(self) -> list[str]:
+        return list(core.ENGINES) if self.with_engines else []
+
+    def _line(self, label: str, entries: Sequence[str]) -> str:
+        """One line, its columns as wide as their names so that a terminal shows a table too."""
+        of_engines = max(map(len, core.ENGINES))
+        of_names = [max(WIDTH, len(name)) for name in [*self._peers, *self._engines]]
+        widths = [WIDTH, of_engines, *of_names[: len(self._peers)], max(map(len, self._peers)), len("core / best")]
+        padded = [
+            entry.rjust(width) for entry, width in zip(entries, [*widths, *of_names[len(self._peers) :]], strict=True)
+        ]
+        return f"| {' | '.join([label.ljust(max(len(str(cell)) for cell in self.cells)), *padded])} |"
 
 
-def table_line(label: str, entries: Sequence[str]) -> str:
-    """One line, its columns as wide as their names so that a terminal shows a table too."""
-    widths = [*(max(6, len(name)) for name in COLUMNS), max(map(len, COLUMNS)), len("core / best")]
-    padded = [entry.rjust(width) for entry, width in zip(entries, widths, strict=True)]
-    return f"| {' | '.join([label.ljust(max(len(str(cell)) for cell in CELLS)), *padded])} |"
+def milliseconds(seconds: float | None) -> str:
+    """A time as the tables show it."""
+    return "-" if seconds is None else digits(seconds * 1e3)
 
 
 def digits(number: float) -> str:
@@ -264,19 +342,81 @@ def digits(number: float) -> str:
     return f"{number:.3g}" if 1e-3 <= number < 999.5 else f"{number:.3f}" if number < 1 else f"{number:.0f}"
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """How often core is slower, how much at worst, and on average."""
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Core against its peers, in sentences."""
     slower = sum(row.ratio > 1 for row in rows)
-    worst = max(rows, key=lambda row: row.ratio)
-    mean = math.exp(sum(math.log(row.ratio) for row in rows) / len(rows))
+    long = [row for row in rows if row.peers[row.best_peer] >= MEASURABLE]
+    short = [row for row in rows if row.peers[row.best_peer] < MEASURABLE]
+    general = [row for row in rows if row.cell.kind == "general" and row.cell.dtype == "float32"]
+    separable = [row for row in rows if row.cell.kind == "separable" and row.cell.kernel >= 7]
+    return [
+        f"core is slower than its best peer in {slower} of {len(rows)} rows.",
+        worst(long, f"rows whose best peer takes {MEASURABLE * 1e6:g} us or more"),
+        worst(short, f"rows whose best peer takes less than {MEASURABLE * 1e6:g} us"),
+        mean_advantage(general, None, "general kernels, float32", BEST_PEER_BY_CORE),
+        mean_advantage(general, "torch conv2d", "general kernels, float32", TORCH_BY_CORE),
+        mean_advantage(separable, "OpenCV sepFilter2D", "separable kernels from 7 x 7", SEP_FILTER_BY_CORE),
+    ]
+
+
+def worst(rows: Sequence[Row], which: str) -> str:
+    """The row where core does worst, in a sentence."""
+    if not rows:
+        return f"Worst core / best: there are no {which}."
+    row = max(rows, key=lambda row: row.ratio)
+    slower = sum(row.ratio > 1 for row in rows)
     return (
-        f"core is slower than its best peer in {slower} of {len(rows)} rows.\n"
-        f"Worst core / best: {digits(worst.ratio)} ({worst.cell}, against {worst.best_peer}).\n"
-        f"Geometric mean of core / best: {digits(mean)}."
+        f"Worst core / best, {which}: {digits(row.ratio)} ({row.cell}, {row.cell.setting}, engine {row.engine}, "
+        f"against {row.best_peer}); slower in {slower} of {len(rows)}."
     )
 
 
-def circumstances(threads: int) -> str:
+def mean_advantage(rows: Sequence[Row], peer: str | None, which: str, target: float) -> str:
+    """The geometric mean of the peer's time by core's where it took part, in a sentence; None is the best peer."""
+    ratios = {
+        row.cell: row.peers[peer or row.best_peer] / row.seconds for row in rows if (peer or row.best_peer) in row.peers
+    }
+    what = f"Geometric mean of {peer or 'best peer'} / core, {which}: target at least {target:g}"
+    if not ratios:
+        return f"{what}, not measured."
+    mean = statistics.geometric_mean
+    by_setting: dict[str, list[float]] = {}
+    for cell, ratio in ratios.items():
+        by_setting.setdefault(cell.setting, []).append(ratio)
+    parts = "; ".join(f"{setting}: {digits(mean(part))}" for setting, part in by_setting.items())
+    return f"{what}, reached {digits(mean(ratios.values()))} in {len(ratios)} of {len(rows)} rows ({parts})."
+
+
+def judged_choices(rows: Sequence[Row]) -> list[str]:
+    """How often the choice among the engines was good, what it cost, and where it was not good, in sentences."""
+    misses = sorted((row for row in rows if row.regret > GOOD_CHOICE), key=lambda row: row.regret, reverse=True)
+    overheads = {row: row.seconds / row.engines[row.fastest_engine] for row in rows}
+    worst_row = max(overheads, key=overheads.__getitem__)
+    good = sum(overhead <= GOOD_CHOICE for overhead in overheads.values())
+    of_fastest = f"takes at most {GOOD_CHOICE:g} times what the fastest takes: reached in"
+    at_worst = f"at worst {digits(overheads[worst_row])} times ({worst_row.cell}, {worst_row.cell.setting})"
+    return [
+        f"The chosen engine, forced, {of_fastest} {percent(len(rows) - len(misses), len(rows))}; misses stand below.",
+        f"core, choice and looks at the kernel included, {of_fastest} {percent(good, len(rows))}; {at_worst}.",
+        *map(miss, misses),
+    ]
+
+
+def percent(part: int, whole: int) -> str:
+    """A share of the rows."""
+    return f"{digits(100 * part / whole) if part else 0} % of {whole} rows"
+
+
+def miss(row: Row) -> str:
+    """The chosen engine and the one that would have been right."""
+    chosen, right = (
+        f"{name} {milliseconds(row.engines[name])} ms (predicted {milliseconds(row.predicted.get(name))})"
+        for name in (row.engine, row.fastest_engine)
+    )
+    return f"{row.cell}, {row.cell.setting}: {digits(row.regret)} times; chosen {chosen}, fastest {right}"
+
+
+def circumstances() -> str:
     """When, on what and with what this was measured."""
     versions = {
         "Python": platform.python_version(),
@@ -285,8 +425,11 @@ def circumstances(threads: int) -> str:
         "scipy": scipy.__version__,
         "OpenCV": cv2.__version__,
     }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["Halide"] = importlib.metadata.version("halide")
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {threads} thread{'' if threads == 1 else 's'}; {listed}"
+    cores = core.usable_cores()
+    return f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {cores} core{'' if cores == 1 else 's'}; {listed}"
 
 
 def cpu_model() -> str:
@@ -299,31 +442,197 @@ def cpu_model() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def main() -> None:
-    """Measure, print, and write the file that was asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=core.usable_cores(), help="default: all usable, %(default)s")
-    parser.add_argument("--seconds", type=float, default=SECONDS_PER_ROW, help="time per row (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there too, as Markdown")
-    arguments = parser.parse_args()
-    output: Path | None = arguments.output
-    if arguments.threads < 1:
-        parser.error(f"--threads {arguments.threads}: at least 1")
-    if output is not None and not output.parent.is_dir():  # better now than after two minutes
-        parser.error(f"--output {output}: there is no folder {output.parent}")
+# The picture: time against the size of the kernel.
 
-    torch.set_num_threads(arguments.threads)
-    cv2.setNumThreads(arguments.threads)
-    print(circumstances(arguments.threads), heading(), sep="\n\n", flush=True)
+PEER_COLOURS = ("#9467bd", "#b07fd6", "#8c564b", "#e377c2", "#f08cc0", "#b5846f", "#d62728", "#ff7f0e", "#bcbd22")
+ENGINE_COLOURS = ("#1f6feb", "#17becf", "#2ca02c", "#0b7285", "#63a5f7", "#74c69d", "#3b3f8f")
+LABEL_GAP = 0.05
+"""The least distance of two labels, as a share of the picture's height."""
+CROWDED = 1.1
+"""Below, two sizes of the kernel lie too close for the names of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A contender's times in seconds by size of the kernel, and their colour and style in the picture."""
+
+    name: str
+    points: Mapping[int, float]
+    colour: str
+    style: Mapping[str, Any]
+
+
+def lines_of(rows: Sequence[Row]) -> list[Line]:
+    """Core, then its engines, then its peers, where they took part; core's is broad and lies below."""
+    rows_of = {row.cell.kernel: row for row in sorted(rows, key=lambda row: row.cell.kernel)}
+    whole = {"linewidth": 6, "alpha": 0.8, "zorder": 1.5, "solid_capstyle": "round"}
+    solid = {"linewidth": 1.6, "marker": "o", "markersize": 4}
+    dashed = {"linewidth": 1.3, "marker": "s", "markersize": 3.5, "linestyle": "--"}
+    engines = [
+        Line(f"core: {name}", {k: row.forced[name] for k, row in rows_of.items() if name in row.forced}, colour, solid)
+        for name, colour in zip(core.ENGINES, itertools.cycle(ENGINE_COLOURS), strict=False)
+    ]
+    peers = [
+        Line(name, {k: row.peers[name] for k, row in rows_of.items() if name in row.peers}, colour, dashed)
+        for name, colour in zip(peers_of(rows[0].cell), itertools.cycle(PEER_COLOURS), strict=False)
+    ]
+    chosen = Line("core", {k: row.seconds for k, row in rows_of.items()}, "black", whole)
+    return [line for line in (chosen, *engines, *peers) if len(line.points) >= min(2, len(rows))]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """One line for core, each of its engines when forced, and each peer; each is named at the right, in its colour."""
+    lines, cell = lines_of(rows), rows[0].cell
+    kernels = list(lines[0].points)
+    figure = Figure(figsize=(12, 8), dpi=100, facecolor="white")
+    axes = figure.add_axes((0.075, 0.085, 0.70, 0.82))
+    for line in lines:
+        times = [seconds * 1e3 for seconds in line.points.values()]
+        axes.loglog(list(line.points), times, color=line.colour, **line.style)
+    axes.set_title(f"One plane of {cell.plane} x {cell.plane} under one kernel of random numbers, {cell.setting}")
+    axes.set_xlabel("rows and columns of the kernel")
+    axes.set_ylabel("milliseconds, the best of many calls")
+    crowded = {after for before, after in itertools.pairwise(kernels) if after < CROWDED * before}
+    axes.set_xticks(kernels, ["" if kernel in crowded else str(kernel) for kernel in kernels])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_axisbelow(True)
+    axes.grid(color="#d0d7de", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    ends = {line.name: (max(line.points), line.points[max(line.points)] * 1e3) for line in lines}
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = spread({name: float(to_share.transform(end)[1]) for name, end in ends.items()})
+    for line in lines:
+        axes.annotate(
+            line.name,
+            ends[line.name],
+            (1.05, heights[line.name]),
+            textcoords="axes fraction",
+            color=line.colour,
+            verticalalignment="center",
+            weight="bold" if line.name == SUBJECT else "normal",
+            arrowprops={"arrowstyle": "-", "color": line.colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2},
+            annotation_clip=False,
+        )
+    figure.savefig(path)
+
+
+def spread(heights: Mapping[str, float]) -> dict[str, float]:
+    """The heights from 0 to 1 moved as little as makes them LABEL_GAP apart, their order kept."""
+    names = sorted(heights, key=heights.__getitem__)
+    gap = min(LABEL_GAP, 1 / len(names))
+    # Without the gaps that stand below each they only have to rise: what does so is their isotonic regression.
+    wanted = [heights[name] - gap * place for place, name in enumerate(names)]
+    fitted = [
+        max(
+            min(statistics.fmean(wanted[first : last + 1]) for last in range(place, len(names)))
+            for first in range(place + 1)
+        )
+        for place in range(len(names))
+    ]
+    highest = 1 - gap * (len(names) - 1)
+    return {name: min(max(fitted[place], 0), highest) + gap * place for place, name in enumerate(names)}
+
+
+# The command line.
+
+
+def tables_of(threads: int, arguments: argparse.Namespace) -> list[Table]:
+    """All tables for so many threads, those without rows left out."""
+    tables = []
+    for dtype, kind in itertools.product(arguments.dtypes, arguments.kinds):
+        cells = [
+            Cell(kind, plane, kernel, dtype, threads)
+            for plane in arguments.planes
+            for kernel in arguments.kernels
+            if kernel < plane
+        ]
+        if kind == "conv2d":
+            cells = [replace(layer, threads=threads) for layer in LAYERS if layer.dtype == dtype]
+        if cells:
+            tables.append(Table(cells, with_engines=arguments.choice))
+    return tables
+
+
+def pictured(arguments: argparse.Namespace) -> set[Cell]:
+    """The cells that the picture shows: one plane, float32, general kernels, the most threads; none without one."""
+    if arguments.picture is None or "float32" not in arguments.dtypes or "general" not in arguments.kinds:
+        return set()
+    plane = PICTURED_PLANE if PICTURED_PLANE in arguments.planes else max(arguments.planes)
+    threads = max(arguments.threads)
+    return {Cell("general", plane, kernel, threads=threads) for kernel in arguments.kernels if kernel < plane}
+
+
+def parsed_arguments() -> argparse.Namespace:
+    """The command line, checked now rather than after 20 minutes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    cores = sorted({1, core.usable_cores()})
+    for name, numbers, meaning in (
+        ("threads", cores, "a sweep for each of these"),
+        ("planes", PLANES, "their sides, except for conv2d"),
+        ("kernels", KERNELS, "their sides, except for conv2d"),
+    ):
+        text = f"{meaning} (default: {' '.join(map(str, numbers))})"
+        parser.add_argument(f"--{name}", nargs="+", metavar="N", type=int, default=numbers, help=text)
+    for name, allowed in (("dtypes", get_args(core.Dtype)), ("kinds", get_args(Kind))):
+        parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=allowed, help="(default: all)")
+    parser.add_argument("--seconds", type=float, default=SECONDS_PER_ROW, help="time per row (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there too, as Markdown")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw time against kernel size, as .png or .svg")
+    parser.add_argument("--choice", action="store_true", help="measure every engine of core, to judge the choice")
+    arguments = parser.parse_args()
+    for name in ("threads", "planes", "kernels"):
+        numbers = sorted(set(getattr(arguments, name)))
+        if numbers[0] < 1:
+            parser.error(f"--{name} {numbers[0]}: at least 1")
+        setattr(arguments, name, numbers)
+    for file in (arguments.output, arguments.picture):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"{file}: there is no folder {file.parent}")
+    if arguments.picture is not None and arguments.picture.suffix not in (".png", ".svg"):
+        parser.error(f"--picture {arguments.picture}: a name that ends in .png or .svg")
+    if arguments.picture is not None and not pictured(arguments):
+        parser.error("--picture shows general kernels in float32: they must be among --kinds, --dtypes and --kernels")
+    if not tables_of(1, arguments):
+        parser.error("no rows: conv2d is measured in float32, and a kernel must be smaller than its plane")
+    return arguments
+
+
+def main() -> None:
+    """Measure, print, and write the files that were asked for."""
+    arguments = parsed_arguments()
+    in_picture = pictured(arguments)
+    parts = [circumstances()]
+    print(parts[0], flush=True)
     rows: list[Row] = []
-    with scipy.fft.set_workers(arguments.threads):
-        for cell in CELLS:
-            rows.append(measure(cell, rows, arguments.seconds))
-            print(table_row(rows[-1]), flush=True)
-    print("", summary(rows), sep="\n")
-    if output is not None:
-        table = "\n".join([heading(), *map(table_row, rows)])
-        output.write_text(f"{circumstances(arguments.threads)}\n\n{table}\n\n{summary(rows)}\n", encoding="utf-8")
+    bounds: list[str] = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
+        machine = core.measure_machine(core.Machine(threads=threads))
+        session = Session(machine, {})
+        with scipy.fft.set_workers(threads):
+            for table in tables_of(threads, arguments):
+                lines = [table.heading]
+                print("", table.heading, sep="\n", flush=True)
+                for cell in table.cells:
+                    force = arguments.choice or cell in in_picture
+                    rows.append(measure(cell, session, arguments.seconds, force=force))
+                    lines.append(table.line(rows[-1]))
+                    print(lines[-1], flush=True)
+                parts.append("\n".join(lines))
+        bounds += against_the_hardware(machine, arguments.seconds)
+    verdict = [*summary(rows), cost_of_choosing((row.cell for row in rows), machine), *bounds]
+    if arguments.choice:
+        verdict += judged_choices(rows)
+    parts += ["## Summary", "\n".join(f"- {line}" for line in verdict)]
+    print("", *parts[-2:], sep="\n")
+    if arguments.output is not None:
+        arguments.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if arguments.picture is not None:
+        draw([row for row in rows if row.cell in in_picture], arguments.picture)
 
 
 if __name__ == "__main__":

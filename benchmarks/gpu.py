@@ -1,0 +1,157 @@
+"""The engines on a GPU: right over the whole matrix, and the choice between them.
+
+    make gpu                                         where there is one; elsewhere it says so and does nothing
+    .venv/bin/python benchmarks/gpu.py --device cpu  the same checks on the CPU, to try this script
+
+First every engine that runs there is held against the CPU's answer in float64, which the tests hold against the naive
+loops, over all modes, boundaries, strides, dilations, groups and dtypes; each has to keep to the precision contract:
+an error of at most twice that of plain float32 sums, plus a millionth of the largest output. TF32, which rounds to ten
+bits, would fail it. Then the engines are timed one by one, and the choice between them is judged.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+import core
+
+SIZES = (((33, 47), (3, 3)), ((64, 50), (8, 5)), ((40, 90), (31, 33)), ((300, 280), (15, 15)))
+LAYERS = ((1, 1, 1), (3, 8, 1), (8, 8, 8), (16, 32, 2))
+"""Channels, filters, groups."""
+
+TIMED_PLANES = (256, 1024, 4096)
+TIMED_KERNELS = (3, 15, 63, 127)
+SECONDS = 0.3
+GOOD_CHOICE = 1.15
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A call of core with everything but the engine and the device."""
+
+    name: str
+    verb: Any
+    arrays: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def answer(self, device: str, dtype: core.Dtype, engines: tuple[str, ...]) -> Any:
+        """The output as numpy's float64."""
+        result = self.verb(*self.arrays, **self.options, device=device, dtype=dtype, engines=engines)
+        return result.output.cpu().double().numpy()
+
+
+def checks() -> Iterator[Check]:
+    """The whole matrix."""
+    rng = np.random.default_rng(0)
+    for (size, kernel_size), mode in itertools.product(SIZES, get_args(core.Mode)):
+        image, kernel = rng.normal(size=size), rng.normal(size=kernel_size)
+        for boundary in get_args(core.Boundary) if mode != "valid" else ("zeros",):
+            options = {"mode": mode, "boundary": boundary, "fill_value": 1.5 if boundary == "constant" else 0.0}
+            for operation in get_args(core.Operation):
+                name = f"correlate {size} {kernel_size} {mode} {boundary} {operation}"
+                yield Check(name, core.correlate, (image, kernel), {**options, "operation": operation})
+    steps = ((1, 1), (2, 2), (2, 3))
+    for (channels, filters, groups), stride, dilation, padding_mode in itertools.product(
+        LAYERS, steps, steps, get_args(core.PaddingMode)
+    ):
+        arrays = (
+            rng.normal(size=(2, channels, 40, 37)),
+            rng.normal(size=(filters, channels // groups, 5, 4)),
+            rng.normal(size=filters),
+        )
+        options = {"stride": stride, "dilation": dilation, "groups": groups, "padding": (2, 3)}
+        name = f"conv2d {channels} -> {filters} in {groups}, stride {stride}, dilation {dilation}, {padding_mode}"
+        yield Check(name, core.conv2d, arrays, {**options, "padding_mode": padding_mode})
+
+
+def judge(device: str) -> tuple[int, list[str]]:
+    """How many answers were held against the contract, and what broke it."""
+    held, broken = 0, []
+    for check in checks():
+        exact = check.answer("cpu", "float64", ("tensor",))
+        plain = check.answer("cpu", "float32", ("tensor",))
+        largest = np.abs(exact).max()
+        allowed: dict[core.Dtype, float] = {
+            "float32": 2 * np.abs(plain - exact).max() + 1e-6 * largest,
+            "float64": 1e-13 * largest * math.sqrt(check.arrays[1].size),
+        }
+        for dtype, engine in itertools.product(allowed, core.ENGINES):
+            try:
+                answer = check.answer(device, dtype, (engine,))
+            except (core.MethodUnavailable, core.InvalidOption):
+                continue  # the engine cannot, or the device has no such dtype
+            error = np.abs(answer - exact).max()
+            held += 1
+            if not error <= allowed[dtype]:
+                broken.append(f"{check.name}, {dtype}, {engine}: off by {error:.3g}, allowed is {allowed[dtype]:.3g}")
+    return held, broken
+
+
+def times(device: str) -> Iterator[tuple[str, dict[str, float], str]]:
+    """The shortest times in seconds by engine, and the engine that is chosen, for planes and for a layer."""
+    generator = torch.Generator(device).manual_seed(0)
+    for plane, kernel in itertools.product(TIMED_PLANES, TIMED_KERNELS):
+        arrays = [torch.randn(side, side, device=device, generator=generator) for side in (plane, kernel)]
+        if kernel < plane:
+            yield f"{plane} x {plane}, {kernel} x {kernel}", *timed(core.correlate, arrays, device)
+    images = torch.randn(8, 64, 112, 112, device=device, generator=generator)
+    weight = torch.randn(64, 64, 3, 3, device=device, generator=generator)
+    yield "8 x 64 -> 64, 112 x 112, 3 x 3", *timed(core.conv2d, [images, weight], device)
+
+
+def timed(verb: Any, arrays: list[torch.Tensor], device: str) -> tuple[dict[str, float], str]:
+    """Best of many, the device's queue emptied each time."""
+    best: dict[str, float] = {}
+    for engine in core.ENGINES:
+        end = math.inf
+        try:
+            while perf_counter() < end:
+                start = perf_counter()
+                result = verb(*arrays, device=device, engines=(engine,))
+                if result.output.is_cuda:
+                    torch.cuda.synchronize()
+                elapsed = perf_counter() - start
+                # The first call loads and compiles.
+                if math.isinf(end):
+                    end = perf_counter() + SECONDS
+                else:
+                    best[engine] = min(best.get(engine, math.inf), elapsed)
+        except core.MethodUnavailable:
+            continue
+    return best, verb(*arrays, device=device).engine
+
+
+def main() -> int:
+    """Check, time, and say what came out; 1 where something broke the contract."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first GPU)")
+    wanted = parser.parse_args().device or core.available_devices()[0]
+    if wanted == "cpu" and "--device" not in " ".join(sys.argv):
+        print("skipped: there is no GPU on this machine; --device cpu tries the script on the CPU")
+        return 0
+    device = str(core.resolve_device(wanted))
+    model = next(entry["model"] for entry in core.describe_devices() if entry["device"] == device)
+    print(f"{device}, {model or 'no model named'}, torch {torch.__version__}\n")
+    held, broken = judge(device)
+    print(f"{held} answers held against the precision contract, {len(broken)} broke it", *broken, sep="\n")
+    print("\n| problem | chosen | times in ms |\n| --- | --- | --- |")
+    good = total = 0
+    for name, best, chosen in times(device):
+        listed = ", ".join(f"{engine} {seconds * 1e3:.3g}" for engine, seconds in best.items())
+        print(f"| {name} | {chosen} | {listed} |", flush=True)
+        total += 1
+        good += best[chosen] <= GOOD_CHOICE * min(best.values())
+    print(f"\nThe choice is within {GOOD_CHOICE} of the fastest engine in {good} of {total} problems.")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
