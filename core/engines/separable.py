@@ -54,7 +54,7 @@ def obstacle(problem: Problem) -> str | None:
     if problem.rank is None:
         return "pays only if the kernel has a low rank, which nobody has looked for"
     if problem.rank > MAX_RANK:
-        return f"needs a kernel of rank {MAX_RANK} or less"
+        return f"needs a kernel of rank {MAX_RANK} or less, or of rank 1 if its numbers are integers"
     return None
 
 
