@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from core.arrays import Solve
 from core.engines import fourier, jit
 from core.engines.fourier import Complex, Signed, Survey, Transform, constant, dtype_of, pair, table
-from core.engines.jit import Pipeline, Plane
+from core.engines.jit import Plane, Recipe
 from core.machine import Machine
 from core.shapes import Dtype, Pair, Problem
 
@@ -97,7 +97,7 @@ KEPT = 2
 
 def obstacle(problem: Problem) -> str | None:
     """One kernel over single planes, smaller than a block."""
-    reason = fourier.obstacle(problem)
+    reason = jit.obstacle_of_planes(problem)
     if reason is None and not _fits(problem.kernel_height, problem.kernel_width, BLOCKS[-1]):
         return f"needs a kernel smaller than {BLOCKS[-1].rows} x {BLOCKS[-1].columns}"
     if reason is None and problem.output_size[1] <= (lanes := _column_lanes(problem.dtype)):
@@ -285,7 +285,7 @@ def _in_tasks(func: Any, loop: Any, count: Any, tasks: Any) -> None:
 
 
 @jit.compiled
-def _pipeline(block: Block, dtype: Dtype) -> Pipeline:
+def _pipeline(block: Block, dtype: Dtype) -> Recipe:
     """Two parts (rows, P M'), kernel's spectrum (N / 2 + 1, M', P) twice, middle, its share, tasks -> two outputs.
 
     Before the outputs come two scratches twice, see `_scratch`. Parts with fewer than N rows are taken to repeat their
@@ -350,7 +350,7 @@ def _pipeline(block: Block, dtype: Dtype) -> Pipeline:
     _lay_out(spectrum, [lanes, groups, *ROWS[down]], of_spectrum)
     _lay_out(back, [lanes, None, 2, half + 1], of_back)
     pipeline = hl.Pipeline([spectrum, back, output])
-    return pipeline.compile_to_callable([one, other, *kernel, middle, its_share, tasks])  # type: ignore[no-any-return]
+    return pipeline, [one, other, *kernel, middle, its_share, tasks]
 
 
 def _along_the_rows(columns: Transform, kernel: list[Any], block: Block, dtype: Dtype, tasks: Any) -> Any:
@@ -417,7 +417,7 @@ def _lay_out(func: Any, sizes: list[int | None], strides: list[int]) -> None:
 
 
 @jit.compiled
-def _spectrum(block: Block, dtype: Dtype) -> Pipeline:
+def _spectrum(block: Block, dtype: Dtype) -> Recipe:
     """Kernel (h, columns), with zeros to a multiple of two vectors, tasks -> its spectrum (N / 2 + 1, M', P) twice.
 
     It is scaled by 1 / (N M') and conjugate. Its left and right half are transformed as real and imaginary part of one.
@@ -464,4 +464,4 @@ def _spectrum(block: Block, dtype: Dtype) -> Pipeline:
     taps.compute_at(spectrum, v).bound(m, 0, across).vectorize(lane, PHASES).never_partition_all()
     columns.schedule_at_root(lanes, group)
     _in_tasks(columns.last, group, groups, tasks)
-    return spectrum.compile_to_callable([kernel, tasks])  # type: ignore[no-any-return]
+    return spectrum, [kernel, tasks]

@@ -17,7 +17,7 @@ import numpy as np
 from core.arrays import Solve
 from core.engines import fourier, jit
 from core.engines.fourier import Complex, Survey, Transform, constant, dtype_of, pair
-from core.engines.jit import Pipeline, Plane
+from core.engines.jit import Pipeline, Plane, Recipe
 from core.machine import Machine
 from core.shapes import Dtype, Problem
 
@@ -50,7 +50,7 @@ OF_A_COLUMN = {length: 5 * length * math.log2(length) / TRANSFORM_EFFICIENCY for
 
 def obstacle(problem: Problem) -> str | None:
     """One kernel over single planes, not taller than a strip, and an output of at least one tile's width."""
-    reason = fourier.obstacle(problem)
+    reason = jit.obstacle_of_planes(problem)
     if reason is not None:
         return reason
     if problem.kernel_height > max(RADICES) - 1:
@@ -65,8 +65,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
     length, _, strip = _plan(rows, columns, h, w, problem.dtype, machine)
     strips = -(-rows // (length - h + 1))
-    threads = min(machine.threads, max(1, int(strip / jit.WORTH_A_THREAD)))
-    of_kernel = OF_A_COLUMN[length] * -(-w // 16) * 16 / _speed(machine, problem.dtype)
+    threads = jit.threads(machine, strip)
+    of_kernel = OF_A_COLUMN[length] * -(-w // 16) * 16 / jit.speed(machine, problem.dtype)
     each = CALL_OF_A_STRIP + of_kernel + strip / (1 + OF_ANOTHER_THREAD * (threads - 1))
     memory = (jit.memory_seconds(problem, machine) + jit.page_seconds(problem)) / machine.threads
     return machine.compiling + CALL + problem.batch * strips * each + memory
@@ -147,15 +147,11 @@ def _plan(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machin
                 work = of_a_column * transformed + 8 * length * filled * w / efficiency
                 plans.append((-(-rows // (length - h + 1)) * work, length, vectors, work))
     _, length, vectors, work = min(plans)
-    return length, vectors, work / _speed(machine, dtype)
-
-
-def _speed(machine: Machine, dtype: Dtype) -> float:
-    return machine.flops * (1 if dtype == "float32" else 0.5)
+    return length, vectors, work / jit.speed(machine, dtype)
 
 
 @jit.compiled
-def _pipeline(length: int, vectors: int, dtype: Dtype) -> Pipeline:
+def _pipeline(length: int, vectors: int, dtype: Dtype) -> Recipe:
     """Two parts (rows, W), kernel (h, w), tiles a block, blocks a task -> two outputs, five numbers of float64.
 
     The outputs are W - w + 1 columns wide, at least one tile. The numbers are the lowest and the highest pixel, the
@@ -209,7 +205,7 @@ def _pipeline(length: int, vectors: int, dtype: Dtype) -> Pipeline:
     forward.schedule(lanes, spectrum, columns)
     centred.compute_at(spectrum, columns).vectorize(x, lanes).bound(y, 0, length)
     pipeline = hl.Pipeline([output, surveyed])
-    return pipeline.compile_to_callable([one, other, kernel, tiles_a_block, blocks_a_task])  # type: ignore[no-any-return]
+    return pipeline, [one, other, kernel, tiles_a_block, blocks_a_task]
 
 
 def _products(pixel: Any, weight: Any, x: Any, v: Any, number: Any) -> tuple[Any, Any]:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from core.arrays import Array, Solve, as_numpy
+from core.arrays import Solve, as_numpy
 from core.engines import jit, stencil
-from core.engines.jit import Pipeline, Plane
+from core.engines.jit import Plane, Recipe
 from core.engines.precision import least_output, rounding_error
 from core.machine import Machine
 from core.shapes import Dtype, Pair, Problem, plane_problem
@@ -67,32 +67,14 @@ Transformed: TypeAlias = Callable[[Plane, Plane, Plane], Sequence[Survey]]
 """Plane (H, W), kernel (h, w), output (oh, ow) to fill -> what was seen, of the whole or of parts."""
 
 
-def obstacle(problem: Problem) -> str | None:
-    """Why no compiled transform can solve the problem, or None."""
-    reason = jit.obstacle(problem)
-    if reason is None and not problem.single:
-        return "works on one kernel over single planes, without stride or dilation"
-    return reason
-
-
 def plan(problem: Problem, machine: Machine, tile: Pair, transformed: Transformed) -> Solve:
     """A solution within the precision contract, plane by plane; borders are no narrower than a tile."""
-    shape, dtype = (problem.batch, 1, *problem.output_size), np.dtype(problem.dtype)
 
-    def fill_part(pixels: Plane, output: Plane, kernel: Plane) -> None:
+    def fill_part(pixels: Plane, output: Plane, weight: Plane) -> None:
         for plane, target in zip(pixels[:, 0], output[:, 0], strict=True):
-            _correlate(plane, kernel, target, transformed, machine)
+            _correlate(plane, weight[0, 0], target, transformed, machine)
 
-    fill = jit.in_parts(problem, tile, lambda _: fill_part)
-
-    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
-        output = np.empty(shape, dtype)
-        fill(images, output, as_numpy(weight)[0, 0])
-        if bias is not None:
-            output += as_numpy(bias)
-        return output
-
-    return solve
+    return jit.solution(problem, jit.in_parts(problem, tile, lambda _: fill_part))
 
 
 def _correlate(plane: Plane, kernel: Plane, output: Plane, transformed: Transformed, machine: Machine) -> None:
@@ -139,12 +121,12 @@ def survey(plane: Plane, kernel: Plane) -> Survey:
 
 
 @jit.compiled
-def _survey(dtype: Dtype) -> Pipeline:
+def _survey(dtype: Dtype) -> Recipe:
     """Plane (H, W), kernel (h, w) -> the numbers of a Survey, in float64."""
     hl, number = jit.halide(), jit.number_type(dtype)
     plane, kernel = hl.ImageParam(number, 2, "plane"), hl.ImageParam(number, 2, "kernel")
     surveyed = survey_of([plane], kernel, number, jit.lanes(dtype))[0]
-    return surveyed.compile_to_callable([plane, kernel])  # type: ignore[no-any-return]
+    return surveyed, [plane, kernel]
 
 
 def survey_of(parts: Sequence[Any], kernel: Any, number: Any, lanes: int) -> tuple[Any, Any, Any]:

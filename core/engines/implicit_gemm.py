@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from core.arrays import Array, Solve, as_numpy
 from core.engines import jit
-from core.engines.jit import Pipeline, Plane
+from core.engines.jit import Plane, Recipe
 from core.machine import Machine
 from core.shapes import Dtype, Pair, Problem
 
@@ -52,7 +52,7 @@ def obstacle(problem: Problem) -> str | None:
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """A call, the tiles, and the sorting that strides need."""
-    speed = EFFICIENCY * machine.flops * (1 if problem.dtype == "float32" else 0.5)
+    speed = EFFICIENCY * jit.speed(machine, problem.dtype)
     if problem.single:
         # Three of the four filters of a tile are idle.
         rows, columns = problem.output_size
@@ -75,7 +75,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if problem.stride != (1, 1):
         calls += CALL_OF_PHASES
         sums += OF_A_PIXEL * problem.batch * problem.channels * problem.height * problem.width
-    threads = min(machine.threads, max(1, int(sums / jit.WORTH_A_THREAD)))
+    threads = jit.threads(machine, sums)
     return machine.compiling + calls + sums / threads
 
 
@@ -196,8 +196,10 @@ def _sum(problem: Problem, source: _Source, weight: Plane, bias: Plane, output: 
 
 def _per_task(items: int, seconds: float, machine: Machine) -> int:
     """How many of the items a task has, for work that takes one thread so many seconds."""
+    if jit.threads(machine, seconds) == 1:
+        return items
     most = min(jit.tasks(machine, TASKS), max(machine.threads, int(seconds / jit.WORTH_A_THREAD)))
-    return items if jit.share(items, seconds, machine) == items else -(-items // most)
+    return -(-items // most)
 
 
 class _Shape(NamedTuple):
@@ -264,7 +266,7 @@ def _cheapest_band(shape: _Shape, width: int) -> _Band:
 
 
 @jit.compiled
-def _wide(dtype: Dtype, filters: int, vectors: int) -> Pipeline:
+def _wide(dtype: Dtype, filters: int, vectors: int) -> Recipe:
     """Along rows that are long enough for tiles: sums go from registers straight to the output.
 
     Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), the furthest, pitch, rows a task
@@ -295,11 +297,11 @@ def _wide(dtype: Dtype, filters: int, vectors: int) -> Pipeline:
     total.compute_at(output, tile).vectorize(x, lanes).unroll(x).unroll(o)
     total.update().reorder(x, o, k.x).vectorize(x, lanes).unroll(x).unroll(o)
     inputs = [images, weight, bias, offsets, furthest, pitch, per_task]
-    return output.compile_to_callable(inputs)  # type: ignore[no-any-return]
+    return output, inputs
 
 
 @jit.compiled
-def _narrow(dtype: Dtype, filters: int, vectors: int) -> Pipeline:
+def _narrow(dtype: Dtype, filters: int, vectors: int) -> Recipe:
     """Along bands of short rows, over their ends: only the last tile of a band is not full.
 
     Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), the nearest and the furthest, pitch, rows and
@@ -340,11 +342,11 @@ def _narrow(dtype: Dtype, filters: int, vectors: int) -> Pipeline:
     total.compute_at(flat, tile).vectorize(p, lanes).unroll(p).unroll(o)
     total.update().reorder(p, o, k.x).vectorize(p, lanes).unroll(p).unroll(o)
     inputs = [images, weight, bias, offsets, nearest, furthest, pitch, rows, columns, per_task]
-    return output.compile_to_callable(inputs)  # type: ignore[no-any-return]
+    return output, inputs
 
 
 @jit.compiled
-def _phases(dtype: Dtype) -> Pipeline:
+def _phases(dtype: Dtype) -> Recipe:
     """Images (N, C, H, W), steps down and across, planes a task -> (N, C, down, across, rows, columns)."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
     images = hl.ImageParam(number, 4, "images")
@@ -364,7 +366,7 @@ def _phases(dtype: Dtype) -> Pipeline:
     for stage in (by_two, output):
         stage.fuse(below, c, plane).fuse(plane, n, every)
         stage.split(every, task, item, per_task, guard).parallel(task)
-    return output.compile_to_callable([images, down, across, per_task])  # type: ignore[no-any-return]
+    return output, [images, down, across, per_task]
 
 
 def _inputs(dtype: Dtype) -> tuple[Any, Any, Any, Any]:

@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from core.arrays import Array, Solve, as_numpy
 from core.borders import window
 from core.device import usable_cores
 from core.machine import Machine
@@ -22,6 +24,9 @@ from core.shapes import Dtype, Pair, Problem, extent
 
 Plane: TypeAlias = NDArray[Any]
 Pipeline: TypeAlias = Callable[..., object]
+Recipe: TypeAlias = tuple[Any, list[Any]]
+"""A Func with its schedule, or several of them, and the inputs of what is compiled from it, in their order."""
+
 Fill: TypeAlias = Callable[..., object]
 """(pixels that are read, output to fill, what the kernel consists of)."""
 
@@ -68,8 +73,16 @@ def obstacle(problem: Problem) -> str | None:
     return obstacle_of_platform()
 
 
-def compiled(build: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
-    """`build`, made to compile once for each list of arguments, whichever thread asks first.
+def obstacle_of_planes(problem: Problem) -> str | None:
+    """Why no compiled engine that works on single planes can solve the problem, or None."""
+    reason = obstacle(problem)
+    if reason is None and not problem.single:
+        return "works on one kernel over single planes, without stride or dilation"
+    return reason
+
+
+def compiled(build: Callable[..., Recipe]) -> Callable[..., Pipeline]:
+    """What `build` describes, compiled once for each list of arguments, whichever thread asks first.
 
     What it returns may be called by many threads at a time and lets go of the interpreter's lock.
     """
@@ -80,7 +93,10 @@ def compiled(build: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
         made = pipelines.get(key)
         if made is None:
             with _compiling:
-                made = pipelines.get(key) or pipelines.setdefault(key, build(*key))
+                made = pipelines.get(key)
+                if made is None:
+                    func, inputs = build(*key)
+                    made = pipelines[key] = func.compile_to_callable(inputs)
         return made
 
     return pipeline
@@ -98,11 +114,19 @@ def lanes(dtype: Dtype) -> int:
     return lanes
 
 
+def speed(machine: Machine, dtype: Dtype) -> float:
+    """Operations a second of one thread in a matrix product: vectors hold half as many numbers of twice the size."""
+    return machine.flops * (1 if dtype == "float32" else 0.5)
+
+
+def threads(machine: Machine, seconds: float) -> int:
+    """How many threads are worth waking for work that takes a single one so many seconds."""
+    return min(machine.threads, max(1, int(seconds / WORTH_A_THREAD)))
+
+
 def share(items: int, seconds: float, machine: Machine) -> int:
     """How many of the items one thread is to work on, for work that takes a single one so many seconds."""
-    if seconds < 2 * WORTH_A_THREAD or machine.threads == 1:
-        return items
-    return -(-items // min(machine.threads, int(seconds / WORTH_A_THREAD)))
+    return -(-items // threads(machine, seconds))
 
 
 def tasks(machine: Machine, each: int) -> int:
@@ -120,9 +144,8 @@ def _pool() -> int:
 
 def memory_seconds(problem: Problem, machine: Machine) -> float:
     """What reading the images once and writing the output takes one thread, at least."""
-    itemsize = 4 if problem.dtype == "float32" else 8
     images = problem.batch * problem.channels * problem.height * problem.width
-    moved = itemsize * images + _output_bytes(problem)
+    moved = np.dtype(problem.dtype).itemsize * images + _output_bytes(problem)
     return moved / ((4 if moved < IN_CACHE else 0.85) * machine.bandwidth)
 
 
@@ -134,7 +157,21 @@ def page_seconds(problem: Problem) -> float:
 
 def _output_bytes(problem: Problem) -> int:
     rows, columns = problem.output_size
-    return (4 if problem.dtype == "float32" else 8) * problem.batch * problem.filters * rows * columns
+    return np.dtype(problem.dtype).itemsize * problem.batch * problem.filters * rows * columns
+
+
+def solution(problem: Problem, fill: Fill) -> Solve:
+    """For one filter: a new output, filled from images and weight, and the bias added."""
+    shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
+
+    def solve(images: Array, weight: Any, bias: Array | None) -> Array:
+        output = np.empty(shape, dtype)
+        fill(images, output, weight)
+        if bias is not None:
+            output += as_numpy(bias)
+        return output
+
+    return solve
 
 
 def in_parts(problem: Problem, tile: Pair, filler: Callable[[Pair], Fill]) -> Fill:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from core.arrays import Array, Solve, as_numpy
 from core.engines import jit
-from core.engines.jit import Fill, Pipeline, Plane
+from core.engines.jit import Fill, Plane, Recipe
 from core.engines.precision import centre, sum_of_products
 from core.machine import Machine
 from core.shapes import Dtype, Pair, Problem
@@ -46,11 +46,9 @@ LARGEST_INTEGER = 2**31
 
 def obstacle(problem: Problem) -> str | None:
     """One kernel of low rank over single planes."""
-    reason = jit.obstacle(problem)
+    reason = jit.obstacle_of_planes(problem)
     if reason is not None:
         return reason
-    if not problem.single:
-        return "works on one kernel over single planes, without stride or dilation"
     if problem.rank is None:
         return "pays only if the kernel has a low rank, which nobody has looked for"
     if problem.rank > MAX_RANK:
@@ -63,12 +61,12 @@ def seconds(problem: Problem, machine: Machine) -> float:
     rows, columns = problem.output_size
     tile_rows, tile_columns = _tile(problem.dtype)
     filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
-    speed = machine.flops * (1 if problem.dtype == "float32" else 0.5)
+    speed = jit.speed(machine, problem.dtype)
     down = -(-rows // tile_rows) * tile_rows * problem.padded_size[1] * (problem.kernel_height + OF_A_PASS)
     along = 2 * filled * (problem.kernel_width + OF_A_PASS)
     arithmetic = 2 * problem.batch * (problem.rank or 1) * (down + along) / speed
     memory = jit.memory_seconds(problem, machine)
-    threads = min(machine.threads, max(1, int(arithmetic / jit.WORTH_A_THREAD)))
+    threads = jit.threads(machine, arithmetic)
     return machine.compiling + CALL + (max(arithmetic, memory) + jit.page_seconds(problem)) / threads
 
 
@@ -84,20 +82,16 @@ def seconds_to_reject(problem: Problem, rank: int) -> float:
 
 def plan(problem: Problem, machine: Machine) -> Solve:
     """How to do it; the weight may come as Factors, if somebody has found them."""
-    shape, dtype = (problem.batch, 1, *problem.output_size), np.dtype(problem.dtype)
+    dtype = np.dtype(problem.dtype)
     fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_filler, problem, machine))
 
-    def solve(images: Array, weight: Array | Factors, bias: Array | None) -> Array:
+    def fill_whole(pixels: Plane, output: Plane, weight: Array | Factors) -> None:
         factors = weight if isinstance(weight, Factors) else find_factors(weight, MAX_RANK)
         if factors is None:
             raise ValueError(f"not a kernel of rank {MAX_RANK} or less")
-        output = np.empty(shape, dtype)
-        fill(images, output, factors.columns.astype(dtype), factors.rows.astype(dtype))
-        if bias is not None:
-            output += as_numpy(bias)
-        return output
+        fill(pixels, output, factors.columns.astype(dtype), factors.rows.astype(dtype))
 
-    return solve
+    return jit.solution(problem, fill_whole)
 
 
 def prepare() -> None:
@@ -202,7 +196,7 @@ def _tile(dtype: Dtype) -> tuple[int, int]:
 
 
 @jit.compiled
-def _cross() -> Pipeline:
+def _cross() -> Recipe:
     """A matrix (h, w) -> column (h), row (w), the matrix less their product (h, w), the largest numbers of both (2).
 
     Row and column cross in the largest number, by which the column is divided. Sizes are compared as bit patterns:
@@ -241,11 +235,11 @@ def _cross() -> Pipeline:
         func.vectorize(x, lanes, tail).update().vectorize(x, lanes, tail)
     less.vectorize(x, lanes, tail)
     pipeline = hl.Pipeline([column, row, less, sizes])
-    return pipeline.compile_to_callable([matrix])  # type: ignore[no-any-return]
+    return pipeline, [matrix]
 
 
 @jit.compiled
-def _passes(dtype: Dtype) -> Pipeline:
+def _passes(dtype: Dtype) -> Recipe:
     """(N, 1, H, W), columns (r, h), rows (r, w), rows of tiles a task -> (N, 1, oh, ow), at least one tile.
 
     A typical value is subtracted from every pixel and its share of the output added in the end, which keeps the sums
@@ -285,4 +279,4 @@ def _passes(dtype: Dtype) -> Pipeline:
     block, within = hl.RVar("block"), hl.RVar("within")
     update = sums.update().split(low.x, block, within, ROWS_OF_TAPS).reorder(x, y, within, block)
     update.vectorize(x, lanes).unroll(x).unroll(y).unroll(within)
-    return output.compile_to_callable([images, column, row, per_task])  # type: ignore[no-any-return]
+    return output, [images, column, row, per_task]

@@ -8,13 +8,13 @@ the number of threads: every output value is summed in the same order.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from core.arrays import Array, Solve, as_numpy
 from core.engines import jit
-from core.engines.jit import Fill, Pipeline, Plane
+from core.engines.jit import Fill, Plane, Recipe
 from core.engines.precision import centre, sum_of_taps
 from core.machine import Machine
 from core.shapes import Dtype, Pair, Problem, extent
@@ -46,7 +46,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     """A call, and the larger of arithmetic and memory; where the output does not fill its tiles, these count whole."""
     rows, columns = problem.output_size
     planes = problem.batch * problem.filters
-    speed = machine.flops * (1 if problem.dtype == "float32" else 0.5)
+    speed = jit.speed(machine, problem.dtype)
     calls = 3 if problem.bordered else 1
     if _too_small(problem):
         row = extent(-(-columns // jit.lanes(problem.dtype)), jit.lanes(problem.dtype))
@@ -60,7 +60,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
     arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
     memory = jit.memory_seconds(problem, machine)
-    threads = min(machine.threads, max(1, int(arithmetic / jit.WORTH_A_THREAD)))
+    threads = jit.threads(machine, arithmetic)
     return machine.compiling + calls * CALL + (max(arithmetic, memory) + jit.page_seconds(problem)) / threads
 
 
@@ -79,15 +79,7 @@ def plan(problem: Problem, machine: Machine) -> Solve:
 
         return solve_layer
     fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_plane, problem, machine))
-
-    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
-        output = np.empty(shape, dtype)
-        fill(images, output, weight)
-        if bias is not None:
-            output += as_numpy(bias)
-        return output
-
-    return solve
+    return jit.solution(problem, fill)
 
 
 def prepare() -> None:
@@ -150,7 +142,7 @@ def _layer(problem: Problem, machine: Machine, size: Pair) -> Fill:
 
 
 @jit.compiled
-def _tiles(dtype: Dtype) -> Pipeline:
+def _tiles(dtype: Dtype) -> Recipe:
     """(N, 1, H, W), (1, 1, h, w), rows of tiles a task -> (N, 1, oh, ow), at least one tile; kernels of few rows."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
     images, kernel, tap, (x, y, c, n), total, output = _plane_sum(number)
@@ -160,11 +152,11 @@ def _tiles(dtype: Dtype) -> Pipeline:
     for known in (3, 5):
         _taps_in_fours(total.update().specialize(height == known), tap, x, y, lanes, known)
     _taps_in_fours(total.update(), tap, x, y, lanes, ROWS_OF_TAPS)
-    return output.compile_to_callable([images, kernel, tasks])  # type: ignore[no-any-return]
+    return output, [images, kernel, tasks]
 
 
 @jit.compiled
-def _tall_tiles(dtype: Dtype) -> Pipeline:
+def _tall_tiles(dtype: Dtype) -> Recipe:
     """The same for kernels of many rows.
 
     A typical value is subtracted from every pixel and its share added in the end, and sums over four rows of taps are
@@ -179,11 +171,11 @@ def _tall_tiles(dtype: Dtype) -> Pipeline:
     total.update().reorder(x, y, block).vectorize(x, lanes).unroll(x).unroll(y)
     part.compute_at(total, block).vectorize(x, lanes).unroll(x).unroll(y)
     part.update().reorder(x, y, within, tap.x).vectorize(x, lanes).unroll(x).unroll(y).unroll(within)
-    return output.compile_to_callable([images, kernel, tasks])  # type: ignore[no-any-return]
+    return output, [images, kernel, tasks]
 
 
 @jit.compiled
-def _rows(dtype: Dtype) -> Pipeline:
+def _rows(dtype: Dtype) -> Recipe:
     """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow), at least one vector wide and any number of rows high."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
     images, kernel, tap, (x, *_), total, output = _plane_sum(number)
@@ -191,11 +183,11 @@ def _rows(dtype: Dtype) -> Pipeline:
     output.split(x, column, lane, lanes, hl.TailStrategy.ShiftInwards).vectorize(lane)
     total.compute_at(output, column).vectorize(x, lanes)
     total.update().reorder(x, tap.x, tap.y).vectorize(x, lanes)
-    return output.compile_to_callable([images, kernel])  # type: ignore[no-any-return]
+    return output, [images, kernel]
 
 
 @jit.compiled
-def _values(dtype: Dtype) -> Pipeline:
+def _values(dtype: Dtype) -> Recipe:
     """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow) of any size: the vectors run along the kernel's rows."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
@@ -215,11 +207,11 @@ def _values(dtype: Dtype) -> Pipeline:
     partial_sums.update().vectorize(lane)
     output.update(0).reorder(rest.x, rest.y, x, y, c, n)
     output.update(1).reorder(every.x, x, y, c, n)
-    return output.compile_to_callable([images, kernel])  # type: ignore[no-any-return]
+    return output, [images, kernel]
 
 
 @jit.compiled
-def _depthwise(dtype: Dtype) -> Pipeline:
+def _depthwise(dtype: Dtype) -> Recipe:
     """(N, C, H, W), (O, 1, h, w), (O), filters a channel, rows of tiles a task -> (N, O, oh, ow), at least one tile."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
@@ -238,66 +230,72 @@ def _depthwise(dtype: Dtype) -> Pipeline:
         if known == 3:
             stage.unroll(tap.x, known)
     _taps_in_fours(total.update(), tap, x, y, lanes, ROWS_OF_TAPS)
-    return output.compile_to_callable([images, kernel, bias, together, tasks])  # type: ignore[no-any-return]
+    return output, [images, kernel, bias, together, tasks]
 
 
 @jit.compiled
-def _filters(dtype: Dtype) -> Pipeline:
+def _filters(dtype: Dtype) -> Recipe:
     """(N, C, H, W), (O, C/groups, h, w), (O), dilations, filters a group, rows a task -> (N, O, oh, ow)."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, weight, bias = (
-        hl.ImageParam(number, 4, "images"),
-        hl.ImageParam(number, 4, "weight"),
-        hl.ImageParam(number, 1),
-    )
-    down, across, together = (hl.Param(hl.Int(32), name) for name in ("down", "across", "together"))
-    x, y, o, n = hl.Var("x"), hl.Var("y"), hl.Var("o"), hl.Var("n")
-    tap = hl.RDom([hl.Range(0, weight.dim(axis).extent()) for axis in range(3)], "tap")
-    total, output = hl.Func("total"), hl.Func("output")
-    total[x, y, o, n] = bias[o]
-    channel = o // together * weight.dim(2).extent() + tap.z
-    pixel = images[x + tap.x * across, y + tap.y * down, channel, n]
-    total[x, y, o, n] += pixel * weight[tap.x, tap.y, tap.z, o]
-    output[x, y, o, n] = total[x, y, o, n]
-    tasks = _in_tiles(output, x, y, lanes, o, n)
-    total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
+    hl, lanes = jit.halide(), jit.lanes(dtype)
+    down, across = hl.Param(hl.Int(32), "down"), hl.Param(hl.Int(32), "across")
+    layer = _layer_sum(dtype, (1, 1), (down, across))
     for known in (3, 5, ROWS_OF_TAPS):
-        undilated = (down == 1) & (weight.dim(1).extent() == known) if known != ROWS_OF_TAPS else down == 1
-        _taps_in_fours(total.update().specialize(undilated), tap, x, y, lanes, known, tap.z)
-    total.update().reorder(x, y, tap.x, tap.y, tap.z).vectorize(x, lanes).unroll(x).unroll(y)
-    return output.compile_to_callable(  # type: ignore[no-any-return]
-        [images, weight, bias, down, across, together, tasks]
-    )
+        undilated = (down == 1) & (layer.height == known) if known != ROWS_OF_TAPS else down == 1
+        stage = layer.total.update().specialize(undilated)
+        _taps_in_fours(stage, layer.tap, layer.x, layer.y, lanes, known, layer.tap.z)
+    _taps_in_turn(layer, layer.total.update(), lanes)
+    return layer.output, [*layer.arrays, down, across, layer.together, layer.tasks]
 
 
 @jit.compiled
-def _strided(dtype: Dtype) -> Pipeline:
+def _strided(dtype: Dtype) -> Recipe:
     """As _filters, with strides before the dilations."""
+    hl, lanes = jit.halide(), jit.lanes(dtype)
+    names = ("step_down", "step_across", "down", "across")
+    step_down, step_across, down, across = (hl.Param(hl.Int(32), name) for name in names)
+    layer = _layer_sum(dtype, (step_down, step_across), (down, across))
+    for step in (1, 2):
+        _taps_in_turn(layer, layer.total.update().specialize(step_across == step), lanes)
+    _taps_in_turn(layer, layer.total.update(), lanes)
+    return layer.output, [*layer.arrays, step_down, step_across, down, across, layer.together, layer.tasks]
+
+
+class _Layer(NamedTuple):
+    """The formula for several channels and filters: its inputs, its Funcs and what they run over."""
+
+    arrays: list[Any]
+    together: Any
+    tasks: Any
+    tap: Any
+    x: Any
+    y: Any
+    height: Any
+    total: Any
+    output: Any
+
+
+def _layer_sum(dtype: Dtype, steps: tuple[Any, Any], spacing: tuple[Any, Any]) -> _Layer:
+    """Strides and dilations (down, across) as numbers or parameters; the output is scheduled in tiles."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, weight, bias = (
-        hl.ImageParam(number, 4, "images"),
-        hl.ImageParam(number, 4, "weight"),
-        hl.ImageParam(number, 1),
-    )
-    names = ("step_down", "step_across", "down", "across", "together")
-    step_down, step_across, down, across, together = (hl.Param(hl.Int(32), name) for name in names)
+    images, weight = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "weight")
+    bias, together = hl.ImageParam(number, 1), hl.Param(hl.Int(32), "together")
     x, y, o, n = hl.Var("x"), hl.Var("y"), hl.Var("o"), hl.Var("n")
     tap = hl.RDom([hl.Range(0, weight.dim(axis).extent()) for axis in range(3)], "tap")
     total, output = hl.Func("total"), hl.Func("output")
     total[x, y, o, n] = bias[o]
     channel = o // together * weight.dim(2).extent() + tap.z
-    pixel = images[x * step_across + tap.x * across, y * step_down + tap.y * down, channel, n]
+    pixel = images[x * steps[1] + tap.x * spacing[1], y * steps[0] + tap.y * spacing[0], channel, n]
     total[x, y, o, n] += pixel * weight[tap.x, tap.y, tap.z, o]
     output[x, y, o, n] = total[x, y, o, n]
     tasks = _in_tiles(output, x, y, lanes, o, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
-    for step in (1, 2):
-        known = total.update().specialize(step_across == step)
-        known.reorder(x, y, tap.x, tap.y, tap.z).vectorize(x, lanes).unroll(x).unroll(y)
-    total.update().reorder(x, y, tap.x, tap.y, tap.z).vectorize(x, lanes).unroll(x).unroll(y)
-    return output.compile_to_callable(  # type: ignore[no-any-return]
-        [images, weight, bias, step_down, step_across, down, across, together, tasks]
-    )
+    return _Layer([images, weight, bias], together, tasks, tap, x, y, weight.dim(1).extent(), total, output)
+
+
+def _taps_in_turn(layer: _Layer, update: Any, lanes: int) -> None:
+    """Schedule a sum over taps one by one."""
+    tap = layer.tap
+    update.reorder(layer.x, layer.y, tap.x, tap.y, tap.z).vectorize(layer.x, lanes).unroll(layer.x).unroll(layer.y)
 
 
 def _plane_sum(number: Any, *, centred: bool = False) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], Any, Any]:
