@@ -15,9 +15,9 @@ from starlette.responses import RedirectResponse
 
 from core import CoreError, Machine, usable_cores
 from service.compute import ComputePool
-from service.errors import add_error_handlers
 from service.log import configure_logging
 from service.openapi import describe
+from service.problems import add_error_handlers
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
 from service.routes import conv2d, correlate, health, info, kernels, train_kernel

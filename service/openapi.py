@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.codecs import json
-from service.errors import MEDIA_TYPE, ProblemDetails
+from service.problems import MEDIA_TYPE, ProblemDetails
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 

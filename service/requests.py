@@ -12,9 +12,9 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from service.codecs import REQUEST_DECODERS
-from service.errors import BodyTooLarge, InvalidRequest, NotParseable, UnsupportedMediaType
+from service.errors import BodyTooLarge, FieldError, InvalidRequest, NotParseable, UnsupportedMediaType
 from service.request_log import Timing
-from service.validation import FieldError, field_errors
+from service.validation import field_errors
 
 INLINE_BYTES = 16_384
 """A body up to this size is parsed on the event loop: in less time than a thread takes to be woken."""

@@ -2,23 +2,14 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from service.errors import FieldError
 
 MAX_HINTS = 20
 """Fields that are compared with the known ones; more would only cost time."""
 
 SECTIONS = ("body", "query", "path", "header")
-
-
-@dataclass(frozen=True, slots=True)
-class FieldError:
-    """One entry of a problem's `errors`."""
-
-    field: str
-    message: str
-    got: object = None
-    limit: object = None
 
 
 def field_errors(errors: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> list[FieldError]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from service.errors import ProblemDetails
+from service.problems import ProblemDetails
 
 
 def problem_of(response: httpx.Response, status: int) -> dict[str, Any]:

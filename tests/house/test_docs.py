@@ -5,7 +5,7 @@ from pathlib import Path
 
 from service.__main__ import setting_text
 from service.app import create_app
-from service.errors import ERRORS
+from service.problems import ERRORS
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ import re
 import core
 import core.errors
 import service.errors
-from service.errors import ERRORS, LIMIT_SETTINGS, ServiceError
+from service.errors import ServiceError
+from service.problems import ERRORS, LIMIT_SETTINGS
 from service.settings import PREFIX, Settings
 
 

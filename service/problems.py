@@ -1,0 +1,200 @@
+"""From every error to its answer: one table, one shape (RFC 9457, application/problem+json), never over 8 KiB."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, cast
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from core import (
+    CoreError,
+    DeviceUnavailable,
+    InvalidArgument,
+    InvalidNumbers,
+    InvalidOption,
+    InvalidShape,
+    MethodUnavailable,
+    TooLarge,
+    UnknownKernel,
+)
+from service.errors import (
+    BodyTooLarge,
+    Busy,
+    DeadlinePassed,
+    FieldError,
+    InvalidRequest,
+    NotAcceptable,
+    NotParseable,
+    NotReady,
+    ServiceError,
+    UnsupportedMediaType,
+)
+from service.request_log import trace_headers
+from service.validation import field_errors
+
+MEDIA_TYPE = "application/problem+json"
+MAX_BYTES = 8000
+MAX_ERRORS = 20
+MAX_TEXT = 300
+
+LIMIT_SETTINGS = {
+    "memory": "CORR2D_MAX_COMPUTE_MB",
+    "compute": "CORR2D_MAX_COMPUTE_GFLOP",
+    "time": "CORR2D_REQUEST_TIMEOUT_S",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """An error's HTTP status, the last part of its `type` URN, and its title."""
+
+    status: HTTPStatus
+    name: str
+    title: str
+
+
+ERRORS: Mapping[type[Exception], Kind] = {
+    CoreError: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "unacceptable", "The request cannot be computed"),
+    InvalidArgument: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-argument", "An argument is not acceptable"),
+    InvalidShape: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-shape", "The shapes do not fit together"),
+    InvalidOption: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-option", "An option is outside its allowed values"),
+    InvalidNumbers: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-numbers", "Values are not plain real numbers"),
+    UnknownKernel: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown-kernel", "There is no kernel of that name"),
+    DeviceUnavailable: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "device-unavailable", "The device is not there"),
+    MethodUnavailable: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "method-unavailable", "No engine works by that method"),
+    TooLarge: Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too-large", "The computation is over a limit"),
+    ServiceError: Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "failed", "The request failed"),
+    NotParseable: Kind(HTTPStatus.BAD_REQUEST, "not-parseable", "The body cannot be parsed"),
+    InvalidRequest: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", "The request is not acceptable"),
+    UnsupportedMediaType: Kind(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The body's format is not served"
+    ),
+    NotAcceptable: Kind(HTTPStatus.NOT_ACCEPTABLE, "not-acceptable", "No format that is served satisfies Accept"),
+    BodyTooLarge: Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body-too-large", "The body is over the limit"),
+    NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "The service is not ready"),
+    Busy: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "busy", "The service is busy"),
+    DeadlinePassed: Kind(HTTPStatus.GATEWAY_TIMEOUT, "deadline-passed", "The request ran out of time"),
+}
+
+
+class ProblemEntry(BaseModel):
+    """One thing that is wrong."""
+
+    field: str = Field(description="what is at fault: a field, or a place in an array such as `input[2]`")
+    message: str
+    got: str | None = Field(None, description="what was sent")
+    limit: str | None = Field(None, description="what is allowed")
+
+
+class ProblemDetails(BaseModel):
+    """What every error looks like (RFC 9457)."""
+
+    type: str = Field(description="`urn:corr2d:error:` and the kind of error")
+    title: str
+    status: int
+    detail: str = Field(description="what came, what is allowed, how to change it")
+    request_id: str
+    errors: list[ProblemEntry] = []
+    errors_omitted: int | None = Field(None, description="how many more errors there were")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer everything that goes wrong in one shape."""
+    app.add_exception_handler(CoreError, _core_error)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _query_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPStatus.INTERNAL_SERVER_ERROR, _bug)
+
+
+def problem_response(
+    request: Request,
+    kind: Kind,
+    detail: str,
+    errors: Sequence[FieldError] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The answer to an error, cut to fit into MAX_BYTES."""
+    shown = [_entry(error) for error in errors[:MAX_ERRORS]]
+    while True:
+        body: dict[str, Any] = {
+            "type": f"urn:corr2d:error:{kind.name}",
+            "title": kind.title,
+            "status": kind.status,
+            "detail": _short(detail, 1000),
+            "request_id": request.state.request_id,
+            "errors": shown,
+        }
+        if len(shown) < len(errors):
+            body["errors_omitted"] = len(errors) - len(shown)
+        encoded = orjson.dumps(body)
+        if len(encoded) <= MAX_BYTES or not shown:
+            return Response(encoded, kind.status, headers, MEDIA_TYPE)
+        shown.pop()
+
+
+def _core_error(request: Request, error: Exception) -> Response:
+    """Starlette looks a handler up by class, so the error is of the class it was registered for; likewise below."""
+    error = cast("CoreError", error)
+    detail, field = error.message, error.field
+    if isinstance(error, TooLarge):
+        detail += f"; the operator can change that by {LIMIT_SETTINGS[error.quantity]}"
+        field = "(estimate)"
+    errors = [FieldError(field, error.message, error.got, error.limit)] if field else []
+    return problem_response(request, ERRORS[type(error)], detail, errors)
+
+
+def _service_error(request: Request, error: Exception) -> Response:
+    error = cast("ServiceError", error)
+    return problem_response(request, ERRORS[type(error)], error.detail, error.errors, error.headers)
+
+
+def _query_error(request: Request, error: Exception) -> Response:
+    errors = field_errors(cast("RequestValidationError", error).errors())
+    return problem_response(request, ERRORS[InvalidRequest], errors[0].message, errors)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """What the router refuses: 404 and 405."""
+    error = cast("HTTPException", error)
+    status = HTTPStatus(error.status_code)
+    kind = Kind(status, status.phrase.lower().replace(" ", "-"), status.phrase)
+    paths = ", ".join(sorted(request.app.openapi()["paths"]))
+    detail = {
+        HTTPStatus.NOT_FOUND: f"there is nothing at {_short(request.url.path)}; there are: {paths}",
+        HTTPStatus.METHOD_NOT_ALLOWED: (
+            f"{request.method} is not served at {_short(request.url.path)}; "
+            f"it takes {(error.headers or {}).get('Allow', 'another method')}"
+        ),
+    }.get(status, str(error.detail))
+    return problem_response(request, kind, detail, headers=error.headers)
+
+
+def _bug(request: Request, error: Exception) -> Response:
+    """A fault of ours: its trace goes to the log, under the request id that the client gets."""
+    del error
+    kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal error")
+    detail = "a fault of the service; its log has the details under this request_id"
+    # Starlette answers these outside of all middleware, so the headers of every response are put on here.
+    return problem_response(request, kind, detail, headers=trace_headers(request.scope))
+
+
+def _entry(error: FieldError) -> dict[str, str]:
+    entry = {"field": _short(error.field), "message": _short(error.message)}
+    if error.got is not None:
+        entry["got"] = _short(str(error.got))
+    if error.limit is not None:
+        entry["limit"] = _short(str(error.limit))
+    return entry
+
+
+def _short(text: str, length: int = MAX_TEXT) -> str:
+    """Cut to length, and writable as UTF-8 whatever came in."""
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return text.encode("utf-8", "replace").decode()
