@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test check format bench gpu constraints pictures clean
+.PHONY: help serve test check format bench wire fuzz gpu constraints pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +30,13 @@ format: .venv/dev.stamp  ## put the code into its standard form
 
 bench: .venv/bench.stamp  ## measure the engines against their peers (20 minutes)
 	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --picture docs/images/engines.png
+
+wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
+	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png
+
+fuzz: .venv/fuzz.stamp  ## a minute of coverage-guided fuzzing of every decoder (FUZZ_SECONDS=60)
+	for format in json npy npz safetensors png jpeg gzip deflate zstd; do \
+		$(BIN)/python tests/fuzz/decoders.py $$format --seconds $(FUZZ_SECONDS) || exit 1; done
 
 gpu: .venv/dev.stamp  ## check and time the engines on a GPU, where there is one
 	$(BIN)/python benchmarks/gpu.py
@@ -61,4 +69,8 @@ clean:  ## remove what the targets made
 
 .venv/bench.stamp: pyproject.toml constraints.txt .venv/dev.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+.venv/fuzz.stamp: pyproject.toml constraints.txt .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
 	@touch $@

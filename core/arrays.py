@@ -34,6 +34,9 @@ AnyArray = TypeVar("AnyArray", Tensor, NDArray[Any], Array)
 
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 
+CONVERTIBLE = frozenset("bBhHiIlLqQefd")
+"""numpy's codes for the numbers that it converts itself, without the detour by torch that takes as long as a call."""
+
 LARGEST_ITEM = 8
 """Bytes of float64; numpy has wider types, which torch does not know."""
 
@@ -52,6 +55,11 @@ def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -
         and device is CPU
     ):
         return value
+    if type(value) is np.ndarray and value.dtype.char in CONVERTIBLE and value.size and device is CPU:
+        if value.dtype.char != "d":
+            return value.astype(NUMPY_DTYPES[dtype], order="C")
+        with np.errstate(over="ignore"):
+            return value.astype(NUMPY_DTYPES[dtype], order="C")
     tensor = as_tensor(field, value, DTYPES[dtype], device)
     if device.type != "cpu":
         return tensor

@@ -6,16 +6,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import core
-from service.codecs import png
+from service.codecs import FILE_READERS, FILE_WRITERS
 
 IMAGES = Path(__file__).parent / "images"
 
 
 def main() -> None:
     """Write edges.png and loss.png beside camera.png."""
-    camera = png.decode((IMAGES / "camera.png").read_bytes())
+    camera = FILE_READERS[".png"]((IMAGES / "camera.png").read_bytes())
     edges = core.correlate(camera, "sobel_x", mode="same", boundary="symmetric").output
-    (IMAGES / "edges.png").write_bytes(png.encode(edges.numpy()))
+    (IMAGES / "edges.png").write_bytes(b"".join(FILE_WRITERS[".png"](edges.numpy())))
 
     target = core.correlate(camera, "sobel_x").output
     fit = core.fit_kernel(camera, target, loss="mean", learning_rate=4.5e-6, steps=300, seed=0)

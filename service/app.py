@@ -1,6 +1,7 @@
 """The application: everything is built here, from settings, and nothing before."""
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -10,11 +11,12 @@ import anyio.to_thread
 import structlog
 import torch
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.responses import RedirectResponse
 
 from core import CoreError, Machine, usable_cores
-from service.compute import ComputePool
+from service.compute import Compute, ComputePool
 from service.log import configure_logging
 from service.openapi import describe
 from service.problems import add_error_handlers
@@ -32,6 +34,8 @@ learned from examples. Errors are `application/problem+json` and say what came, 
 COMPUTATIONS = 2
 """Computations at a time, each with all threads: a second one lets the small pass the large."""
 
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The service with these settings. Call it once a process: the threads that torch may use belong to the process."""
@@ -44,18 +48,24 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url="/docs",
         redoc_url=None,
         redirect_slashes=False,
+        # Asking for each request whether anybody listens takes longer than decoding a small one.
+        telemetry=None if any(name.startswith("OTEL_") for name in os.environ) else NO_TELEMETRY,
         swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
     app.state.settings = settings
-    app.state.machine = Machine(max(1, threads // settings.workers))
+    machine = Machine(max(1, threads // settings.workers))
     app.state.pool = ComputePool(threads=COMPUTATIONS, queue=settings.queue, timeout_s=settings.request_timeout_s)
-    app.state.codec_threads = anyio.CapacityLimiter(app.state.machine.threads)
+    app.state.compute = Compute(settings, app.state.pool, machine)
+    app.state.max_body = int(settings.max_body_mb * 1e6)
+    app.state.codec_threads = anyio.CapacityLimiter(machine.threads)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
     app.add_middleware(RequestLog)
     add_error_handlers(app)
-    for resource in (correlate, conv2d, train_kernel, kernels, info, health):
-        app.include_router(resource.router)
+    for resource in (health, info, kernels, train_kernel, conv2d, correlate):
+        # Their routes, not include_router: FastAPI looks an included router's routes up anew for every request. And
+        # before those of /docs, for they are tried in turn.
+        app.router.routes[:0] = resource.router.routes
     app.add_api_route("/", _front_door, include_in_schema=False)
     describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest)
     return app
@@ -72,7 +82,7 @@ def create_worker_app() -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    torch.set_num_threads(app.state.machine.threads)
+    torch.set_num_threads(app.state.compute.machine.threads)
     warming = asyncio.create_task(_become_ready(app))
     yield
     warming.cancel()
@@ -89,12 +99,16 @@ async def _become_ready(app: FastAPI) -> None:
     log = structlog.get_logger("corr2d")
     try:
         # Beside the pool, and without its deadline: the first computation on a GPU may take its time.
-        device, machine = await anyio.to_thread.run_sync(warm_up, app.state.settings.device, app.state.machine)
+        device, machine = await anyio.to_thread.run_sync(warm_up, app.state.settings.device, app.state.compute.machine)
     except (CoreError, RuntimeError) as error:
         app.state.readiness.failed(f"the warm-up failed: {error}")
         log.warning("warm-up failed", reason=str(error))
     else:
-        app.state.machine = machine
+        app.state.compute.machine = machine
+        if app.state.process_is_ours:
+            # What is loaded by now stays: to look through it for garbage again and again would hold up requests.
+            gc.collect()
+            gc.freeze()
         app.state.readiness.ready(device)
         log.info("ready", device=device, threads=machine.threads)
 

@@ -1,10 +1,9 @@
 """The array that pydantic validates: nested lists, or {"shape", "dtype", "data"} with flat numbers or base64.
 
-Lists are checked a level at a time by whole-list operations, never an element at a time, and become one numpy array;
-the place of a fault is looked for only once there is one.
+Codecs read what is large: their arrays come ready. Short lists are checked a level at a time by whole-list operations
+and become one numpy array; the place of a fault is looked for only once there is one.
 """
 
-import base64
 import binascii
 import math
 import reprlib
@@ -15,29 +14,47 @@ from itertools import chain
 from typing import Annotated, Any, NoReturn, cast
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
-DTYPES = ("float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
-FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
-MAX_DIMENSIONS = 32
-NUMBERS = {int, float}
+from service.codecs import json_arrays
+from service.codecs.json import FaultyArray
+from service.codecs.layout import DTYPES, MAX_DIMENSIONS
 
-KINDS = {bool: "a boolean", str: "a string", type(None): "null", dict: "an object", list: "a list"}
+FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
+NUMBERS = {int, float}
+INTEGERS = {int}
+
+KINDS = {
+    bool: "a boolean",
+    str: "a string",
+    type(None): "null",
+    dict: "an object",
+    list: "a list",
+    np.ndarray: "a list",
+    FaultyArray: "a list",
+    memoryview: "a string",
+}
 
 
 def parse_array(value: object) -> NDArray[Any]:
-    """One of the JSON forms as a numpy array: of the dtype it names, else int64 or float64 by its numbers.
+    """One of the JSON forms, or what a codec has made of one, as a numpy array.
 
-    Raises PydanticCustomError with the place of the first fault.
+    Of the dtype it names or came in, else int64 or float64 by its numbers. Raises PydanticCustomError with the place
+    of the first fault.
     """
+    if isinstance(value, np.ndarray):
+        return value
     if isinstance(value, list):
         return _from_nested(value)
-    if not isinstance(value, dict):
-        refuse(f"is {kind_of(value)}: it needs {FORMS}", got=kind_of(value), limit=FORMS)
-    return _from_object(value)
+    if isinstance(value, dict):
+        return _from_object(value)
+    if isinstance(value, FaultyArray):
+        return _refuse_faulty(value)
+    return refuse(f"is {kind_of(value)}: it needs {FORMS}", got=kind_of(value), limit=FORMS)
 
 
 def refuse(message: str, *, place: str = "", got: object = None, limit: object = None) -> NoReturn:
@@ -56,30 +73,55 @@ def first_place(faulty: NDArray[np.bool_]) -> str:
     return _index(int(faulty.argmax()), faulty.shape)
 
 
+def _refuse_faulty(faulty: FaultyArray) -> NoReturn:
+    place = "".join(f"[{index}]" for index in faulty.place)
+    match faulty.fault:
+        case json_arrays.RAGGED:
+            _refuse_ragged(place, faulty.got, faulty.expected)
+        case json_arrays.NOT_A_LIST:
+            _refuse_no_list(place, faulty.found, faulty.expected)
+        case json_arrays.TOO_DEEP:
+            _refuse_depth()
+        case _:
+            _refuse_no_number(place, faulty.found)
+
+
+def _refuse_ragged(place: str, got: int, expected: int) -> NoReturn:
+    if expected < 0:
+        refuse("is empty: every side must be at least 1", place=place, got="length 0", limit="every side at least 1")
+    refuse(
+        f"is ragged: its length is {got} where that of those before it is {expected}",
+        place=place,
+        got=f"length {got}",
+        limit=f"length {expected}",
+    )
+
+
+def _refuse_no_list(place: str, found: str, length: int) -> NoReturn:
+    beside = f"a list of {length}"
+    refuse(f"is {found} where {beside} stands beside it", place=place, got=found, limit=beside)
+
+
+def _refuse_no_number(place: str, found: str, more: str = "") -> NoReturn:
+    refuse(f"is {found} where a number belongs{more}", place=place, got=found, limit="a number")
+
+
+def _refuse_depth() -> NoReturn:
+    refuse(f"has more than {MAX_DIMENSIONS} dimensions", limit=f"{MAX_DIMENSIONS} dimensions")
+
+
 def _from_nested(rows: list[Any]) -> NDArray[Any]:
     shape = _leading_shape(rows)
     level: list[Any] = [rows]
     for depth, length in enumerate(shape):
         if set(map(type, level)) != {list}:
             at = next(at for at, node in enumerate(level) if type(node) is not list)
-            found = kind_of(level[at])
-            refuse(
-                f"is {found} where a list of {length} stands beside it",
-                place=_index(at, shape[:depth]),
-                got=found,
-                limit=f"a list of {length}",
-            )
+            _refuse_no_list(_index(at, shape[:depth]), kind_of(level[at]), length)
         if set(map(len, level)) != {length}:
             at = next(at for at, node in enumerate(level) if len(node) != length)
-            refuse(
-                f"is ragged: its length is {len(level[at])} where that of those before it is {length}",
-                place=_index(at, shape[:depth]),
-                got=f"length {len(level[at])}",
-                limit=f"length {length}",
-            )
+            _refuse_ragged(_index(at, shape[:depth]), len(level[at]), length)
         level = list(chain.from_iterable(level))
-    _require_numbers(level, shape)
-    return _numbers(level).reshape(shape)
+    return _numbers(level, shape).reshape(shape)
 
 
 def _leading_shape(rows: list[Any]) -> tuple[int, ...]:
@@ -95,28 +137,21 @@ def _leading_shape(rows: list[Any]) -> tuple[int, ...]:
                 limit="every side at least 1",
             )
         if len(shape) > MAX_DIMENSIONS:
-            refuse(f"has more than {MAX_DIMENSIONS} dimensions", limit=f"{MAX_DIMENSIONS} dimensions")
+            _refuse_depth()
         node = node[0]
     return tuple(shape)
 
 
-def _require_numbers(values: list[Any], shape: tuple[int, ...], *, within: str = "") -> None:
-    if set(map(type, values)) <= NUMBERS:
-        return
-    faults = [at for at, value in enumerate(values) if type(value) not in NUMBERS]
-    found = kind_of(values[faults[0]])
-    more = f" ({len(faults) - 1} more are not numbers either)" if len(faults) > 1 else ""
-    place = within + _index(faults[0], shape)
-    refuse(f"is {found} where a number belongs{more}", place=place, got=found, limit="a number")
-
-
-def _numbers(values: list[Any]) -> NDArray[Any]:
-    """int64 where all are integers that fit, float64 otherwise."""
-    if set(map(type, values)) == {int}:
-        try:
+def _numbers(values: list[Any], shape: tuple[int, ...], *, within: str = "") -> NDArray[Any]:
+    """int64 where all are integers that fit, float64 otherwise; refused with its place in `shape` what is no number."""
+    kinds = set(map(type, values))
+    if not kinds <= NUMBERS:
+        faults = [at for at, value in enumerate(values) if type(value) not in NUMBERS]
+        more = f" ({len(faults) - 1} more are not numbers either)" if len(faults) > 1 else ""
+        _refuse_no_number(within + _index(faults[0], shape), kind_of(values[faults[0]]), more)
+    if kinds == INTEGERS:
+        with suppress(OverflowError):
             return np.array(values, dtype=np.int64)
-        except OverflowError:
-            pass
     return np.array(values, dtype=np.float64)
 
 
@@ -130,9 +165,9 @@ def _from_object(described: dict[str, Any]) -> NDArray[Any]:
         refuse(f"is not one of {allowed}", place=".dtype", got=reprlib.repr(described["dtype"]), limit=allowed)
     dtype = np.dtype(described["dtype"])
     data = described["data"]
-    if isinstance(data, str):
+    if isinstance(data, str | memoryview):
         array = _from_base64(data, shape, dtype)
-    elif isinstance(data, list):
+    elif isinstance(data, list | np.ndarray | FaultyArray):
         array = _from_flat(data, shape, dtype)
     else:
         refuse(f"is {kind_of(data)}: it needs flat numbers or base64", place=".data", got=kind_of(data))
@@ -161,12 +196,12 @@ def _described_shape(shape: object) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _from_base64(text: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _from_base64(text: str | memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    expected = math.prod(shape) * dtype.itemsize
     try:
-        buffer = base64.b64decode(text, validate=True)
+        buffer = pybase64.b64decode_as_bytearray(text, validate=True)
     except (binascii.Error, ValueError) as error:
         refuse(f"is not base64: {error}", place=".data", limit="base64 (RFC 4648, with padding)")
-    expected = math.prod(shape) * dtype.itemsize
     if len(buffer) != expected:
         refuse(
             f"holds {len(buffer)} bytes: {list(shape)} of {dtype} are {expected}",
@@ -177,8 +212,14 @@ def _from_base64(text: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDA
     return np.frombuffer(buffer, dtype.newbyteorder("<")).reshape(shape)
 
 
-def _from_flat(values: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _from_flat(
+    values: list[Any] | NDArray[Any] | FaultyArray, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> NDArray[Any]:
     expected = math.prod(shape)
+    if isinstance(values, FaultyArray) or (isinstance(values, np.ndarray) and values.ndim > 1):
+        place = values.place if isinstance(values, FaultyArray) else (0,)
+        found = values.found if isinstance(values, FaultyArray) else "a list"
+        _refuse_no_number(".data" + "".join(f"[{index}]" for index in place), found)
     if len(values) != expected:
         refuse(
             f"holds {len(values)} numbers: shape {list(shape)} needs {expected}",
@@ -186,19 +227,25 @@ def _from_flat(values: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) 
             got=f"{len(values)} numbers",
             limit=f"{expected} numbers",
         )
-    _require_numbers(values, (expected,), within=".data")
+    numbers = _numbers(values, (expected,), within=".data") if isinstance(values, list) else values
     if dtype.kind in "iu":
         return _integers(values, dtype).reshape(shape)
     with np.errstate(over="ignore"):
-        return _numbers(values).astype(dtype).reshape(shape)
+        return numbers.astype(dtype).reshape(shape)
 
 
-def _integers(values: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Exact for every integer type: a detour by float64 would round above 2^53."""
+def _integers(values: list[Any] | NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Exact for every integer type in short lists; long ones were read as float64, the widest that core computes in."""
+    bounds = np.iinfo(dtype)
+    if isinstance(values, np.ndarray):
+        outside = (values != np.rint(values)) | (values < bounds.min) | (values > float(bounds.max))
+        if outside.any():
+            at = int(outside.argmax())
+            refuse(f"is no {dtype}", place=f".data[{at}]", got=values[at], limit=f"{bounds.min} to {bounds.max}")
+        return values
     if set(map(type, values)) == {int}:
         with suppress(OverflowError):
             return np.array(values, dtype)
-    bounds = np.iinfo(dtype)
     whole = [int(value) for value in values]
     for at, (value, integer) in enumerate(zip(values, whole, strict=True)):
         if value != integer or not bounds.min <= integer <= bounds.max:

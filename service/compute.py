@@ -5,16 +5,22 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Annotated, Any, TypeVar
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, TypeVar
 
-from fastapi import Depends, Request
+import numpy as np
 
-from core import FitResult, Limits, Machine, Result, Step, exhaust
+from core import FitResult, Limits, Machine, Result, Step, TooLarge, exhaust, resolve_device
 from service.errors import Busy, DeadlinePassed
 from service.request_log import Timing
 from service.settings import Settings
+from service.threads import WORTH_A_THREAD
 
 Value = TypeVar("Value")
+
+FEW = 1 << 16
+"""Numbers; what has more is not even looked at on the event loop, for to convert them would already take too long."""
 
 
 class ComputePool:
@@ -72,36 +78,58 @@ class ComputePool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-class RequestCompute:
-    """core, for one request: its limits, its default device and its timing."""
+class Compute:
+    """core, as this service runs it: within its limits, on its device and machine, in its pool."""
 
-    def __init__(self, request: Request) -> None:
-        settings: Settings = request.app.state.settings
-        self._pool: ComputePool = request.app.state.pool
-        self._timing: Timing = request.state.timing
+    def __init__(self, settings: Settings, pool: ComputePool, machine: Machine) -> None:
+        self.machine = machine
+        self._pool = pool
         self._device = settings.device
-        self._machine: Machine = request.app.state.machine
         self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
+        self._at_once = replace(self._limits, seconds=min(WORTH_A_THREAD, settings.request_timeout_s))
 
-    async def __call__(self, verb: Callable[..., Result], **arguments: object) -> Result:
-        """Run core's correlate or conv2d within the service's limits, on its machine."""
-        return await self._pool.run(self._timing, lambda _: verb(**self._bounded(arguments), machine=self._machine))
+    async def __call__(self, timing: Timing, verb: Callable[..., Result], **arguments: Any) -> Result:
+        """Run core's correlate or conv2d.
 
-    async def steps(self, function: Callable[..., Generator[Step, None, FitResult]], **arguments: object) -> FitResult:
+        What is predicted to take less than a thread is worth is done at once: it waits behind nobody.
+        """
+        arguments["machine"] = self.machine
+        if arguments["device"] == "auto":
+            arguments["device"] = self._device
+        if _numbers(arguments) <= FEW and _is_cpu(arguments["device"]):
+            with timing.measure("compute"):
+                try:
+                    return verb(**arguments, limits=self._at_once)
+                except TooLarge:
+                    pass  # for the event loop; the pool says whether it is for the service
+        return await self._pool.run(timing, lambda _: verb(**arguments, limits=self._limits))
+
+    async def steps(
+        self, timing: Timing, function: Callable[..., Generator[Step, None, FitResult]], **arguments: Any
+    ) -> FitResult:
         """Run one of core's generators to its end, or to the step at which its deadline has passed."""
+        if arguments["device"] == "auto":
+            arguments["device"] = self._device
 
         def run(abandoned: threading.Event) -> FitResult:
             def stop_when_abandoned(_: Step) -> None:
                 if abandoned.is_set():
                     raise DeadlinePassed("abandoned")
 
-            return exhaust(function(**self._bounded(arguments)), stop_when_abandoned)
+            return exhaust(function(**arguments, limits=self._limits), stop_when_abandoned)
 
-        return await self._pool.run(self._timing, run)
-
-    def _bounded(self, arguments: dict[str, object]) -> dict[str, object]:
-        device = self._device if arguments["device"] == "auto" else arguments["device"]
-        return {**arguments, "device": device, "limits": self._limits}
+        return await self._pool.run(timing, run)
 
 
-Compute = Annotated[RequestCompute, Depends(RequestCompute)]
+def _numbers(arguments: dict[str, Any]) -> int:
+    numbers = 0
+    for argument in arguments.values():
+        if type(argument) is np.ndarray:
+            numbers += argument.size
+    return numbers
+
+
+@lru_cache(maxsize=64)
+def _is_cpu(device: str) -> bool:
+    """Whether requests for this device are computed by the processor; raises DeviceUnavailable."""
+    return resolve_device(device).type == "cpu"

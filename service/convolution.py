@@ -4,15 +4,21 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
+from fastapi import Request
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from core import Dtype, Method, Result
 from service.arrays import Array, first_place
-from service.compute import RequestCompute
-from service.requests import RequestModel
-from service.responses import Answerer
+from service.codecs.layout import largest_within
+from service.negotiation import header_fields
+from service.requests import RequestModel, answer_options, decoded, query_options
+from service.responses import Answerer, as_numpy
+
+LARGEST = float(np.finfo(np.float32).max)
+WITHIN_FLOAT32 = frozenset("bBhHiIlLqQef")
+"""numpy's codes for the numbers of which none is past the range of float32."""
 
 
 class ConvolutionRequest(RequestModel):
@@ -27,17 +33,18 @@ class ConvolutionRequest(RequestModel):
 
     @model_validator(mode="after")
     def _within_range(self) -> "ConvolutionRequest":
-        """JSON has no infinity: a value that float32 would make one of is refused, with its place."""
+        """A value that float32 would make an infinity of is refused, with its place."""
         if self.dtype == "float64":
             return self
-        largest = np.finfo(np.float32).max
         for name in self.ARRAYS:
             array = getattr(self, name)
-            if isinstance(array, np.ndarray) and (beyond := np.abs(array) > largest).any():
+            if not isinstance(array, np.ndarray) or array.dtype.char in WITHIN_FLOAT32:
+                continue
+            if not largest_within(array, LARGEST) and (beyond := np.isfinite(array) & (np.abs(array) > LARGEST)).any():
                 raise PydanticCustomError(
                     "corr2d",
                     'is past the range of float32: send "dtype": "float64" or smaller values',
-                    {"field": name + first_place(beyond), "limit": f"{largest:.7g}"},
+                    {"field": name + first_place(beyond), "limit": f"{LARGEST:.7g}"},
                 )
         return self
 
@@ -62,18 +69,19 @@ class ConvolutionAnswer(BaseModel):
     nonfinite: int | None = Field(None, description="how many numbers of the output are null; absent where none is")
 
 
-async def convolved(
-    verb: Callable[..., Result], request: ConvolutionRequest, compute: RequestCompute, answer: Answerer
-) -> Response:
-    """Call core's verb with the request, and answer with what comes out."""
-    arguments = request.arguments()
+async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest], request: Request) -> Response:
+    """Call core's verb with what the request asks, and answer with what comes out."""
+    headers, options = header_fields(request.scope), query_options(request)
+    answer = Answerer(request, headers, answer_options(options))
+    asked = await decoded(request, headers, options, model)
+    arguments = asked.arguments()
     explain = arguments.pop("explain")
-    result = await compute(verb, **arguments)
+    result = await request.app.state.compute(request.scope["state"]["timing"], verb, **arguments)
     explanation = {"explanation": _explanation(result)} if explain else {}
     return await answer(
-        output=result.output,
-        shape=list(result.output.shape),
-        dtype=request.dtype,
+        output=as_numpy(result.array),
+        shape=list(result.array.shape),
+        dtype=asked.dtype,
         device=result.device,
         engine=result.engine,
         **explanation,

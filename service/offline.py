@@ -18,6 +18,7 @@ from torch import Tensor
 
 import core
 from service.codecs import FILE_READERS, FILE_WRITERS, json
+from service.errors import ServiceError
 
 COMPILING = 1.0
 """Seconds that compiling an engine takes: a single convolution must be worth them."""
@@ -96,12 +97,12 @@ def train(input: Path, target: Path, output: Path | None, *, steps: int, **optio
     typer.echo(f"loss {sparkline([*result.loss_history, result.final_loss])} (log scale)")
     kernel = result.kernel.cpu().numpy()
     if output is None:
-        typer.echo(json.encode(kernel.round(6)))
+        typer.echo(json.dumps(kernel.round(6)))
     else:
         write_array(output, kernel)
         typer.echo(f"kernel {kernel.shape} -> {output}")
     if result.bias is not None:
-        typer.echo(f"bias {json.encode(result.bias.cpu().numpy().round(6)).decode()}")
+        typer.echo(f"bias {json.dumps(result.bias.cpu().numpy().round(6)).decode()}")
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -113,7 +114,7 @@ def read_array(path: Path) -> NDArray[Any]:
         )
     try:
         return reader(path.read_bytes())
-    except ValueError as error:
+    except (ServiceError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -125,8 +126,8 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
             f"{path}: cannot write {path.suffix or 'a file without a suffix'}; {', '.join(FILE_WRITERS)} can be"
         )
     try:
-        path.write_bytes(writer(array))
-    except ValueError as error:
+        path.write_bytes(b"".join(writer(array)))
+    except (ServiceError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -149,7 +150,7 @@ def _deliver(result: core.Result, output: Path | None, source: str, start: float
     array = _array(result.output)
     milliseconds = 1000 * (time.perf_counter() - start)
     if output is None:
-        typer.echo(json.encode(array))
+        typer.echo(json.dumps(array))
         return
     write_array(output, array)
     typer.echo(f"{source} -> {output} {array.shape}, engine {result.engine} on {result.device}, {milliseconds:.1f} ms")

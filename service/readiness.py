@@ -3,6 +3,7 @@
 import torch
 
 from core import Machine, correlate, measure_machine, prepare, resolve_device
+from service.codecs import json
 from service.errors import NotReady
 
 QUESTION = [[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]]
@@ -41,4 +42,5 @@ def warm_up(device: str, machine: Machine) -> tuple[str, Machine]:
     if not torch.equal(output, torch.tensor(ANSWER, dtype=output.dtype)):
         raise RuntimeError(f"device {device} computes {output.tolist()} where {ANSWER} is right")
     prepare()
+    json.decode(b'{"input": [[1, 2], [3, 4]]}'.rjust(2 * json.TINY))
     return str(resolve_device(device)), measure_machine(machine)

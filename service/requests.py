@@ -1,23 +1,31 @@
-"""From a request's body to a validated model: read within the limit, decode by media type, validate."""
+"""From a request to a validated model: body and query, read within the limits, decoded by media type, validated."""
 
-from collections.abc import Awaitable, Callable
-from email.message import Message
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qsl
 
-import anyio.to_thread
+import orjson
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, WithJsonSchema
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from service.codecs import REQUEST_DECODERS
-from service.errors import BodyTooLarge, FieldError, InvalidRequest, NotParseable, UnsupportedMediaType
+from service import threads
+from service.codecs import Buffer, Format
+from service.codecs.content_coding import decode as without_coding
+from service.codecs.options import AnswerOptions
+from service.errors import BodyTooLarge, FieldError, InvalidRequest, NotParseable
+from service.negotiation import Headers, body_coding, body_format
 from service.request_log import Timing
 from service.validation import field_errors
 
-INLINE_BYTES = 16_384
-"""A body up to this size is parsed on the event loop: in less time than a thread takes to be woken."""
+MAX_OPTIONS = 100
+
+SECONDS_TO_DECOMPRESS = 10e-9
+"""A byte of a compressed body, together with what it becomes."""
+
+OTHER_TOOLS_METADATA = "format"
+"""What safetensors' own libraries write into the metadata of a file: {"format": "pt"}."""
 
 _INTEGER = {"type": "integer", "minimum": 1}
 _SIDE = {"type": "integer", "minimum": 0}
@@ -44,7 +52,7 @@ Padding = Annotated[
 
 
 class RequestModel(BaseModel):
-    """What all request bodies share: strict types, no unknown fields, names that are core's own arguments."""
+    """What all requests share: strict types, no unknown fields, names that are core's own arguments."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
@@ -53,62 +61,97 @@ class RequestModel(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
-Model = TypeVar("Model", bound=RequestModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def decoded(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
-    """A dependency that gives a route its request's body as a `model`.
+async def decoded(request: Request, headers: Headers, options: Mapping[str, Any], model: type[Model]) -> Model:
+    """The request's body, and the options of its query string, as a `model`.
 
     Raises UnsupportedMediaType, BodyTooLarge, NotParseable and InvalidRequest.
     """
-
-    async def decode(request: Request) -> Model:
-        decoder = _decoder(request.headers)
-        body = await _read(request)
-        timing: Timing = request.state.timing
-        with timing.measure("parse"):
-            if len(body) <= INLINE_BYTES:
-                return _parse(model, decoder, body)
-            parse = partial(_parse, model, decoder, body)
-            return await anyio.to_thread.run_sync(parse, limiter=request.app.state.codec_threads)
-
-    return decode
+    state = request.scope["app"].state
+    served, coding = body_format(headers), body_coding(headers)
+    limit: int = state.max_body
+    body = await _read(request, headers, limit)
+    seconds = len(body) * (served.seconds_to_decode + (SECONDS_TO_DECOMPRESS if coding else 0))
+    work = partial(_decoded, model, served, coding, body, limit, options)
+    timing: Timing = request.scope["state"]["timing"]
+    with timing.measure("parse"):
+        return await threads.run(seconds, work, state.codec_threads)
 
 
-def _decoder(headers: Headers) -> Callable[[bytes], Any]:
-    served = ", ".join(REQUEST_DECODERS)
-    content_type = Message()
-    content_type["Content-Type"] = headers.get("content-type", "")
-    decoder = REQUEST_DECODERS.get(content_type.get_content_type())
-    if decoder is None:
-        sent = f'Content-Type "{headers["content-type"][:100]}"' if "content-type" in headers else "no Content-Type"
-        raise UnsupportedMediaType(
-            f"the request has {sent}; served is {served} (with curl: --json '{{...}}' instead of -d)",
-            headers={"Accept": served},
-        )
-    if headers.get("content-encoding", "identity") != "identity":
-        raise UnsupportedMediaType(
-            f'Content-Encoding "{headers["content-encoding"][:100]}" is not served: send the body as it is',
-            headers={"Accept-Encoding": "identity"},
-        )
-    return decoder
+def query_options(request: Request) -> dict[str, Any]:
+    """The query string by name: numbers, lists, true, false and null as in JSON, everything else as text.
 
-
-async def _read(request: Request) -> bytes:
-    """The body; refused before it is read where its declared length is over the limit, else as soon as it is."""
-    limit = int(request.app.state.settings.max_body_mb * 1e6)
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(f"{int(declared):,} bytes", limit)
-    body = bytearray()
+    Raises InvalidRequest for a name that comes twice.
+    """
+    query: bytes = request.scope["query_string"]
+    if not query:
+        return {}
     try:
-        async for chunk in request.stream():
-            if len(body) + len(chunk) > limit:
-                raise _too_large(f"more than {limit:,} bytes", limit)
-            body += chunk
-    except ClientDisconnect as error:
-        raise NotParseable("the connection was closed before the body was whole") from error
-    return bytes(body)
+        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_OPTIONS)
+    except ValueError as error:
+        raise InvalidRequest(f"the query string has more than {MAX_OPTIONS} options") from error
+    options = {name: option_value(text) for name, text in pairs}
+    if len(options) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InvalidRequest(
+            "an option comes more than once in the query string: send it once",
+            errors=[
+                FieldError(name, f'"{name}" comes {names.count(name)} times in the query string', None, "once")
+                for name in options
+                if names.count(name) > 1
+            ],
+        )
+    return options
+
+
+def option_value(text: str) -> Any:
+    """What an option's text says: `2` a number, `[1, 2]` a list, `reflect` itself."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
+
+
+def answer_options(options: dict[str, Any]) -> AnswerOptions:
+    """Those of the options that are about the answer's form, taken out of them. Raises InvalidRequest."""
+    taken = {name: options.pop(name) for name in ANSWER_OPTIONS if name in options}
+    return _validated(AnswerOptions, taken) if taken else NO_OPTIONS
+
+
+ANSWER_OPTIONS = frozenset(AnswerOptions.model_fields)
+NO_OPTIONS = AnswerOptions()
+
+
+async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
+    """The body; refused before it is read where its declared length is over the limit, else as soon as it is.
+
+    A body that comes in pieces is put together in one place, as large as it is declared to be.
+    """
+    length = headers.get(b"content-length", b"")
+    declared = int(length) if length.isdigit() else 0
+    if declared > limit:
+        raise _too_large(f"{declared:,} bytes", limit)
+    body: bytearray | None = None
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise NotParseable("the connection was closed before the body was whole") from ClientDisconnect()
+        chunk: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        if size + len(chunk) > limit:
+            raise _too_large(f"more than {limit:,} bytes", limit)
+        if body is None:
+            if not more:
+                return chunk
+            body = bytearray(declared)
+        body[size : size + len(chunk)] = chunk
+        size += len(chunk)
+        if not more:
+            del body[size:]
+            return body
 
 
 def _too_large(size: str, limit: int) -> BodyTooLarge:
@@ -120,13 +163,33 @@ def _too_large(size: str, limit: int) -> BodyTooLarge:
     )
 
 
-def _parse(model: type[Model], decoder: Callable[[bytes], Any], body: bytes) -> Model:
+def _decoded(
+    model: type[Model], served: Format, coding: str | None, body: Buffer, limit: int, options: Mapping[str, Any]
+) -> Model:
+    if coding is not None:
+        body = without_coding(coding, body, limit)
+    assert served.decode is not None  # noqa: S101 - body_format gives no other
+    return _validated(model, _together(served.decode(body, limit), options))
+
+
+def _together(fields: Any, options: Mapping[str, Any]) -> Any:
+    """The body's fields and the query's. Raises InvalidRequest for a name that is in both, or in the wrong one."""
+    if not isinstance(fields, dict):
+        return fields
+    misplaced = fields.keys() & ANSWER_OPTIONS
+    if both := misplaced.union(fields.keys() & options.keys()):
+        errors = []
+        for name in sorted(both):
+            where = "belongs in the query string" if name in misplaced else "comes in the body and in the query string"
+            advice = f"?{name}=..." if name in misplaced else "send it once"
+            errors.append(FieldError(name, f'"{name}" {where}: {advice}'))
+        raise InvalidRequest(errors[0].message, errors=errors)
+    return {**fields, **options} if options else fields
+
+
+def _validated(model: type[Model], fields: Any) -> Model:
     try:
-        value = decoder(body)
-    except ValueError as error:
-        raise NotParseable(str(error)) from error
-    try:
-        return model.model_validate(value)
+        return model.model_validate(fields)
     except ValidationError as error:
         errors = field_errors(error.errors(include_url=False), known=_names(model))
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -134,7 +197,7 @@ def _parse(model: type[Model], decoder: Callable[[bytes], Any], body: bytes) -> 
 
 
 def _names(model: type[BaseModel]) -> list[str]:
-    """The names that a body may use, aliases included."""
+    """The names that a request may use, aliases included."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         alias = field.validation_alias

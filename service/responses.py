@@ -1,77 +1,115 @@
-"""From a result to a response: arrays in the form that was asked for, non-finite numbers announced."""
+"""From a result to a response: in the format that Accept asks for, without copying what is large."""
 
-import base64
-from typing import Annotated, Any, Literal
+import json
+from functools import partial
+from http import HTTPStatus
+from typing import Any
 
-import anyio.to_thread
+import anyio
 import numpy as np
-from fastapi import Depends, Query, Request
+import orjson
+from fastapi import Request
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
-from service.codecs import json
+from service import threads
+from service.codecs import ENCODED, FORMATS, Parts
+from service.codecs import json as json_format
+from service.codecs.content_coding import encode as with_coding
+from service.codecs.options import AnswerOptions
+from service.negotiation import Headers, answer_coding, answer_format
 from service.request_log import Timing
 
-INLINE_VALUES = 4096
-"""A result of up to this many numbers is encoded on the event loop: in less time than a thread takes to be woken."""
+RESULT_HEADER = b"corr2d-result"
 
-ArrayForm = Literal["nested", "base64", "flat"]
+MAX_HEADER = 4000
+"""Bytes of the result header; clients and proxies take 8 kB of all headers together."""
+
+SECONDS_TO_COMPRESS = 100e-9
+"""A number of an answer, in the format it is in."""
+
+TOGETHER = 1 << 16
+"""Parts of an answer up to this size are sent as one: copying them takes less than another call of the socket."""
 
 
-class AnswerOptions(BaseModel):
-    """The query string of the computing endpoints."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    arrays: ArrayForm = Field(
-        "nested",
-        description='how arrays are written: nested lists, or {"shape", "dtype", "data"} with base64 or flat numbers',
-    )
+def as_numpy(array: NDArray[Any] | Tensor) -> NDArray[Any]:
+    """An array of any device in the memory that answers are sent from."""
+    return np.asarray(array.cpu()) if isinstance(array, Tensor) else array
 
 
 class Answerer:
-    """Answers one request with one result."""
+    """Answers one request with one result, in the format that it accepts. Made before anything is computed."""
 
-    def __init__(self, request: Request, options: Annotated[AnswerOptions, Query()]) -> None:
-        self._timing: Timing = request.state.timing
-        self._threads: anyio.CapacityLimiter = request.app.state.codec_threads
-        self._form = options.arrays
+    def __init__(
+        self, request: Request, headers: Headers, options: AnswerOptions, served: tuple[str, ...] = ENCODED
+    ) -> None:
+        """`served` are the media types that this endpoint answers in; raises NotAcceptable where none will do."""
+        self._media_type = answer_format(headers.get(b"accept"), served)
+        self._coding = answer_coding(headers.get(b"accept-encoding"))
+        self._options = options
+        self._timing: Timing = request.scope["state"]["timing"]
+        self._threads: anyio.CapacityLimiter = request.scope["app"].state.codec_threads
 
     async def __call__(self, **fields: Any) -> Response:
-        """The fields as JSON; tensors take the form asked for, enums and numbers go as they are."""
-        values = sum(
-            value.numel() if isinstance(value, Tensor) else len(value)
-            for value in fields.values()
-            if isinstance(value, Tensor | list)
+        """The fields, the array that was asked for first."""
+        numbers = 0
+        for value in fields.values():
+            if type(value) is np.ndarray:
+                numbers += value.size
+        seconds = numbers * (
+            FORMATS[self._media_type].seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0)
         )
         with self._timing.measure("encode"):
-            if values <= INLINE_VALUES:
-                body = encode_result(fields, self._form)
-            else:
-                body = await anyio.to_thread.run_sync(encode_result, fields, self._form, limiter=self._threads)
-        return Response(body, media_type=json.MEDIA_TYPE)
+            return await threads.run(seconds, partial(self._encoded, fields), self._threads)
+
+    def _encoded(self, fields: dict[str, Any]) -> Response:
+        encode = FORMATS[self._media_type].encode
+        assert encode is not None  # noqa: S101 - answer_format gives no other
+        parts = encode(fields, self._options)
+        headers = [(b"vary", b"accept, accept-encoding")]
+        if self._media_type != json_format.MEDIA_TYPE:
+            headers.append((RESULT_HEADER, _in_header(fields).encode()))
+        if self._coding is not None:
+            compressed = with_coding(self._coding, parts)
+            if compressed is not parts:
+                parts = compressed
+                headers.append((b"content-encoding", self._coding.encode()))
+        return PartsResponse(parts, self._media_type, headers)
 
 
-Answer = Annotated[Answerer, Depends(Answerer)]
+class PartsResponse(Response):
+    """A response whose body is sent part by part, as it lies in memory."""
+
+    def __init__(self, parts: Parts, media_type: str, headers: list[tuple[bytes, bytes]]) -> None:
+        # Not Response.__init__: it would join the parts, and takes longer over the header than they do.
+        size = sum(map(len, parts))
+        self.status_code = HTTPStatus.OK
+        self.background = None
+        self.body = b""
+        self.raw_headers = [
+            (b"content-type", media_type.encode()),
+            (b"content-length", b"%d" % size),
+            *headers,
+        ]
+        self._parts: Parts = [b"".join(parts)] if len(parts) > 1 and size <= TOGETHER else parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        del scope, receive
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        last = len(self._parts) - 1
+        for at, part in enumerate(self._parts):
+            await send({"type": "http.response.body", "body": part, "more_body": at < last})
 
 
-def encode_result(fields: dict[str, Any], form: ArrayForm) -> bytes:
-    """JSON of the fields; `nonfinite` counts the numbers that became null, and is absent where none did."""
-    arrays = {name: value.cpu().numpy() for name, value in fields.items() if isinstance(value, Tensor)}
-    answer = {**fields, **{name: _in_form(array, form) for name, array in arrays.items()}}
-    numbers = [value for value in fields.values() if isinstance(value, float | list)]
-    nonfinite = sum(int((~np.isfinite(value)).sum()) for value in [*arrays.values(), *numbers])
-    if nonfinite:
-        answer["nonfinite"] = nonfinite
-    return json.encode(answer)
-
-
-def _in_form(array: NDArray[Any], form: ArrayForm) -> object:
-    array = np.ascontiguousarray(array)
-    if form == "nested":
-        return array
-    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    data = base64.b64encode(little_endian.data).decode() if form == "base64" else array.ravel()
-    return {"shape": array.shape, "dtype": str(array.dtype), "data": data}
+def _in_header(fields: dict[str, Any]) -> str:
+    """What the body has no room for, as JSON in ASCII; a series that is too long for a header is left out."""
+    rest = {name: value for name, value in fields.items() if not isinstance(value, np.ndarray)}
+    written = {name: orjson.dumps(value) for name, value in rest.items()}
+    while sum(map(len, written.values())) > MAX_HEADER:
+        longest = max(written, key=lambda name: len(written[name]))
+        del rest[longest], written[longest]
+    text = orjson.dumps(rest).decode()
+    return text if text.isascii() else json.dumps(rest, separators=(",", ":"))

@@ -24,6 +24,8 @@ def run(settings: Settings, listener: socket.socket) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        # X-Forwarded-For is what anybody says: no client is known by it.
+        proxy_headers=False,
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
         # A worker that parses the largest body answers no question of its supervisor for seconds, and is well.
         timeout_worker_healthcheck=60,

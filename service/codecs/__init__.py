@@ -3,25 +3,90 @@
 To add one, write its file and its lines here.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs import json, npy, png
+from service.codecs import jpeg, json, npy, npz, png, safetensors
+from service.codecs.options import AnswerOptions
 
-REQUEST_DECODERS: Mapping[str, Callable[[bytes], Any]] = {
-    json.MEDIA_TYPE: json.decode,
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+Parts: TypeAlias = Sequence[bytes | memoryview]
+"""What is to be sent, one part after the other: an array's own memory is one, so that nothing is copied."""
+
+Fields: TypeAlias = Mapping[str, Any]
+"""An answer: arrays (numpy's), numbers, texts, lists and objects by name, the array that was asked for first."""
+
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What a media type is read and written by, and how long that takes.
+
+    decode: a body and the most bytes that it may decode to -> the request's fields by name; raises NotParseable,
+    InvalidRequest and BodyTooLarge. encode: an answer -> its parts; raises NotAcceptable where the format cannot hold
+    it. None: not served that way. Seconds are for a byte of the body and a number of the answer, on one core
+    (`make wire` prints them).
+    """
+
+    decode: Callable[[Buffer, int], Any] | None
+    encode: Callable[[Fields, AnswerOptions], Parts] | None
+    seconds_to_decode: float = 0.0
+    seconds_to_encode: float = 0.0
+
+
+def _input(decode: Callable[[Buffer, int], NDArray[Any]]) -> Callable[[Buffer, int], Fields]:
+    """A format of one array carries the input."""
+    return lambda body, limit: {"input": decode(body, limit)}
+
+
+def arrays_of(fields: Fields) -> dict[str, NDArray[Any]]:
+    """The arrays of an answer, lists of numbers (a loss history) among them."""
+    series = {
+        name: np.array(value, np.float64)
+        for name, value in fields.items()
+        if isinstance(value, list) and value and isinstance(value[0], float)
+    }
+    return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)} | series
+
+
+def _first_array(fields: Fields) -> NDArray[Any]:
+    return next(value for value in fields.values() if isinstance(value, np.ndarray))
+
+
+FORMATS: Mapping[str, Format] = {
+    json.MEDIA_TYPE: Format(lambda body, _: json.decode(body), json.encode, 1.2e-9, 25e-9),
+    npy.MEDIA_TYPE: Format(_input(npy.decode), lambda fields, _: npy.encode(_first_array(fields))),
+    npz.MEDIA_TYPE: Format(npz.decode, lambda fields, _: npz.encode(arrays_of(fields)), 1e-9, 1e-9),
+    safetensors.MEDIA_TYPE: Format(safetensors.decode, lambda fields, _: safetensors.encode(arrays_of(fields))),
+    png.MEDIA_TYPE: Format(
+        _input(png.decode),
+        lambda fields, options: png.encode(_first_array(fields), clip=options.png == "clip"),
+        20e-9,
+        20e-9,
+    ),
+    jpeg.MEDIA_TYPE: Format(_input(jpeg.decode), None, 40e-9),
 }
-"""What a request body may be: media type -> its decoder, which raises ValueError saying what is wrong."""
+"""What bodies may be and answers can be, the one that is preferred first."""
 
-FILE_READERS: Mapping[str, Callable[[bytes], NDArray[Any]]] = {
-    ".npy": npy.decode,
-    ".png": png.decode,
+DECODED = tuple(media_type for media_type, served in FORMATS.items() if served.decode)
+ENCODED = tuple(media_type for media_type, served in FORMATS.items() if served.encode)
+
+FILE_READERS: Mapping[str, Callable[[Buffer], NDArray[Any]]] = {
+    ".npy": partial(npy.decode, limit=UNLIMITED),
+    ".png": partial(png.decode, limit=UNLIMITED),
+    ".jpg": partial(jpeg.decode, limit=UNLIMITED),
+    ".jpeg": partial(jpeg.decode, limit=UNLIMITED),
 }
 """What the command line reads, by suffix."""
 
-FILE_WRITERS: Mapping[str, Callable[[NDArray[Any]], bytes]] = {
+FILE_WRITERS: Mapping[str, Callable[[NDArray[Any]], Parts]] = {
     ".npy": npy.encode,
     ".png": png.encode,
 }

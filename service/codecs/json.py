@@ -1,28 +1,360 @@
-"""JSON as RFC 8259 has it: UTF-8 without a mark, no NaN, no Infinity, no number past float64, no lone surrogate."""
+"""JSON as RFC 8259 has it: UTF-8 without a mark, no NaN, no Infinity, no number past float64, no name twice.
 
+Arrays are read by compiled code (service/codecs/json_arrays.py), everything else by orjson.
+"""
+
+import json
+import math
 import re
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
+import pybase64
+from numpy.typing import NDArray
+
+from service.codecs import json_arrays as scanner
+from service.codecs.layout import bytes_of, largest_within
+from service.codecs.options import AnswerOptions
+from service.errors import FieldError, InvalidRequest, NotParseable
 
 MEDIA_TYPE = "application/json"
 
+MAX_REMAINDER = 1_000_000
+"""Bytes that a body may have beside its arrays and long strings: they become Python objects, twenty times as large."""
+
+TINY = 1024
+"""Bytes; orjson alone is done with so few before the scanner has begun."""
+
+SMALL = 65_536
+"""A faulty body of up to this many bytes is shown to orjson for a better message."""
+
+SPANS = 64
+USUAL_SIDES = 4
+BASE64_FIELD = "data"
+NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 NOT_NUMBERS = re.compile(rb"NaN|-?Infinity")
+WHITE_SPACE = b" \t\n\r"
+CLOSING_BRACE = ord("}")
+
+LARGEST = sys.float_info.max
+
+NO_OPTIONS = AnswerOptions()
+
+TOKENS = secrets.randbelow(9 * 10**9) + 10**9
+"""Where an array was cut out, a number stands that nobody sends: this one and those after it, times 10^-300."""
+PART = 1 << 16
+"""Numbers that are written at a time: other threads can have their turn in between."""
 
 
-def decode(body: bytes) -> Any:
-    """The body's value. Raises ValueError saying what is wrong and where."""
-    if not body:
-        raise ValueError("the body is empty: send a JSON object")
+@dataclass(frozen=True, slots=True)
+class FaultyArray:
+    """A long list that was to be an array of numbers, and what is wrong with it.
+
+    `fault` is one of json_arrays' codes; `place` the index of what is at fault; `found` what is there; `got` and
+    `expected` are lengths (-1: not known).
+    """
+
+    fault: int
+    place: tuple[int, ...]
+    found: str
+    got: int
+    expected: int
+
+
+def decode(content: bytes | bytearray | memoryview) -> Any:
+    """The content's value: lists of numbers as float64 arrays, long strings named "data" as memoryviews of their bytes.
+
+    Short lists stay lists. A long list that is no array becomes a FaultyArray. Raises
+    NotParseable saying what is wrong and where, and InvalidRequest for a name that comes twice.
+    """
+    view = memoryview(content)
+    if not view:
+        raise NotParseable("the body is empty: send a JSON object")
+    if len(view) <= TINY:
+        return _decoded_whole(view)
+    view = view[: len(view) - _space_behind(view)]
+    if not view or view[-1] != CLOSING_BRACE:
+        return _other_than_an_object(view)
+    pieces: list[bytes | memoryview] = []
+    cut: dict[float, object] = {}
+    begin = 0
+    scan = Scan(view)
+    while True:
+        for span in scan.spans():
+            # Between spaces, so that no digit beside it becomes part of it.
+            token = b" %de-300 " % (TOKENS + len(cut))
+            cut[float(token)] = scan.value(span)
+            pieces += (view[begin : span[scanner.BEGIN]], token)
+            begin = span[scanner.END]
+        if scan.done:
+            break
+    pieces.append(view[begin:])
+    remainder = b"".join(pieces)
+    if len(remainder) > MAX_REMAINDER:
+        raise InvalidRequest(
+            f"the body has more than {MAX_REMAINDER:,} bytes that are neither arrays of numbers nor base64",
+            errors=[FieldError("(body)", "is not made of arrays", None, f"{MAX_REMAINDER:,} bytes beside arrays")],
+        )
     try:
-        return orjson.loads(body)
+        value = orjson.loads(remainder)
     except orjson.JSONDecodeError as error:
-        # orjson points at the I of -Infinity, and counts characters: in ASCII bodies those are bytes.
-        found = NOT_NUMBERS.search(body, max(0, error.pos - 1), error.pos + 9) if body.isascii() else None
-        hint = f" ({found[0].decode()} is no JSON number: numbers must be finite)" if found else ""
-        raise ValueError(f"the body is not JSON: {error}{hint}") from error
+        raise _refusal(view, error) from error
+    value, names = _restored(value, cut)
+    if names != scan.names:
+        _require_unique_names(remainder)
+    return value
 
 
-def encode(value: Any) -> bytes:
-    """The value, numpy arrays included, with non-finite numbers as null."""
+def encode(fields: Mapping[str, Any], options: AnswerOptions = NO_OPTIONS) -> list[bytes | memoryview]:
+    """The fields as one object, in parts: arrays in the form that is asked for, `nonfinite` numbers as null."""
+    nonfinite, in_parts = 0, options.arrays != "nested"
+    for value in fields.values():
+        if type(value) is np.ndarray:
+            nonfinite += _count_nonfinite(value)
+            in_parts |= value.size > PART
+        elif type(value) is float or type(value) is list:
+            nonfinite += _count_nonfinite(value)
+    answer = {**fields, "nonfinite": nonfinite} if nonfinite else fields
+    if not in_parts:
+        return [dumps(answer)]
+    return _parts({name: _in_form(value, options.arrays) for name, value in answer.items()})
+
+
+def _count_nonfinite(value: Any) -> int:
+    """How many numbers of an array, or of a list of numbers, are not finite."""
+    if isinstance(value, np.ndarray):
+        return 0 if largest_within(value, LARGEST) else int(value.size - np.isfinite(value).sum())
+    if isinstance(value, float):
+        return int(not math.isfinite(value))
+    return sum(map(_count_nonfinite, value)) if isinstance(value, list) else 0
+
+
+def _in_form(value: Any, form: str) -> Any:
+    if not isinstance(value, np.ndarray) or form == "nested":
+        return value
+    data = Base64(bytes_of(value)) if form == "base64" else value.ravel()
+    return {"shape": value.shape, "dtype": value.dtype.name, "data": data}
+
+
+@dataclass(frozen=True, slots=True)
+class Base64:
+    """Bytes that are written as a string of base64."""
+
+    content: memoryview
+
+
+def _parts(value: Any) -> list[bytes | memoryview]:
+    """JSON of the value, in parts where it is large: other threads can have their turn in between."""
+    if isinstance(value, Base64):
+        return [b'"', pybase64.b64encode(value.content), b'"']
+    if isinstance(value, np.ndarray):
+        return list(_nested(np.ascontiguousarray(value)))
+    if not isinstance(value, dict) or not any(map(_is_large, value.values())):
+        return [dumps(value)]
+    parts: list[bytes | memoryview] = []
+    for name, entry in value.items():
+        parts += (b"," if parts else b"{", dumps(name), b":", *_parts(entry))
+    return [*parts, b"}"]
+
+
+def _is_large(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_is_large, value.values()))
+    return isinstance(value, Base64) or (isinstance(value, np.ndarray) and value.size > PART)
+
+
+def _decoded_whole(view: memoryview) -> Any:
+    """The value of a small text, all of it by orjson."""
+    try:
+        value = orjson.loads(view)
+    except orjson.JSONDecodeError as error:
+        raise _refusal(view, error) from error
+    text = bytes(view)
+    colons = text.count(b":")
+    if (type(value) is not dict or len(value) != colons) and _restored(value, {})[1] != colons:
+        _require_unique_names(text)
+    return value
+
+
+def _space_behind(view: memoryview) -> int:
+    """How many bytes of white space the text ends in."""
+    count = 0
+    while count < len(view) and view[-1 - count] in WHITE_SPACE:
+        count += 1
+    return count
+
+
+def _other_than_an_object(view: memoryview) -> Any:
+    """A body that does not end as an object does: its model will say what it should be."""
+    if len(view) > SMALL:
+        raise NotParseable(f"the body is not a JSON object: it ends in {bytes(view[-20:])!r}, not in a brace")
+    return _decoded_whole(view)
+
+
+def dumps(value: Any) -> bytes:
+    """One value of any kind, numpy's arrays included."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _nested(array: NDArray[Any]) -> Iterator[bytes | memoryview]:
+    """The array as nested lists, some rows at a time."""
+    if array.size <= PART or not array.ndim:
+        yield dumps(array)
+        return
+    at_a_time = max(1, PART * len(array) // array.size)
+    for start in range(0, len(array), at_a_time):
+        yield b"," if start else b"["
+        if array.ndim > 1 and at_a_time == 1:
+            yield from _nested(array[start])
+        else:
+            yield memoryview(dumps(array[start : start + at_a_time]))[1:-1]
+    yield b"]"
+
+
+class Scan:
+    """The scanner on its way through one text."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._text = np.frombuffer(view, np.uint8)
+        self._text.flags.writeable = False
+        self._state = np.zeros(scanner.STATE_FIELDS, np.int64)
+        self._values = np.empty(len(view) // 2 + 1)
+        self._counts, self._sides = np.empty((2, scanner.MAX_DIMENSIONS), np.int64)
+        self._spans = np.empty((SPANS, scanner.SPAN_FIELDS), np.int64)
+        self.done = False
+
+    @property
+    def names(self) -> int:
+        """How many names stand in the text, as far as it is scanned and left to the JSON parser."""
+        return int(self._state[scanner.NAMES])
+
+    def spans(self) -> list[list[int]]:
+        """What is found next. Raises NotParseable."""
+        outcome = scanner.scan(self._text, self._state, self._values, self._counts, self._sides, self._spans)
+        found = int(self._state[scanner.SPANS])
+        self._state[scanner.SPANS] = 0
+        if outcome == scanner.DONE:
+            self.done = True
+        elif outcome == scanner.MALFORMED:
+            raise _malformed(self._view, int(self._state[scanner.AT]))
+        elif outcome == scanner.HARD:
+            self._read_number()
+        # Few arrays have more sides, and all columns would take longer than the rest of a small body.
+        spans: list[list[int]] = self._spans[:found, : scanner.FIRST_SIDE + USUAL_SIDES].tolist()
+        for at, span in enumerate(spans):
+            if span[scanner.SIDES] > USUAL_SIDES:
+                spans[at] = self._spans[at].tolist()
+        return spans
+
+    def value(self, span: list[int]) -> object:
+        """What stands in the text at a span."""
+        if span[scanner.KIND] == scanner.STRING:
+            return self._view[span[scanner.BEGIN] + 1 : span[scanner.END] - 1]
+        sides = tuple(span[scanner.FIRST_SIDE : scanner.FIRST_SIDE + span[scanner.SIDES]])
+        if span[scanner.KIND] == scanner.ARRAY:
+            return self._values[span[scanner.OFFSET] : span[scanner.OFFSET] + math.prod(sides)].reshape(sides)
+        found = KINDS.get(self._view[span[scanner.OFFSET]], "a number")
+        return FaultyArray(span[scanner.CODE], sides, found, span[scanner.GOT], span[scanner.EXPECTED])
+
+    def _read_number(self) -> None:
+        """Read the number that the scanner cannot round."""
+        at = int(self._state[scanner.AT])
+        found = NUMBER.match(self._view, at)
+        number = float(found[0]) if found else math.nan
+        if not found or not math.isfinite(number):
+            raise _malformed(self._view, at)
+        scanner.accept(self._state, self._values, self._counts, number, found.end())
+
+
+KINDS = {ord('"'): "a string", ord("{"): "an object", ord("["): "a list", ord("n"): "null"} | dict.fromkeys(
+    b"tf", "a boolean"
+)
+
+
+def _restored(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
+    """The parsed value with what was cut out put back, and how many names its objects have."""
+    names = 0
+    root = [value]
+    containers: list[Any] = [root]
+    while containers:
+        node = containers.pop()
+        if type(node) is dict:
+            names += len(node)
+        for key, entry in node.items() if type(node) is dict else enumerate(node):
+            if type(entry) is float:
+                found = cut.get(entry, entry)
+                node[key] = _text(found) if isinstance(found, memoryview) and key != BASE64_FIELD else found
+            elif type(entry) in CONTAINERS:
+                containers.append(entry)
+    return root[0], names
+
+
+CONTAINERS = {dict, list}
+
+
+def _text(string: memoryview) -> str:
+    try:
+        return str(string, "utf-8")
+    except UnicodeDecodeError as error:
+        raise NotParseable(f"the body is not JSON: a string in it is not UTF-8: {error.reason}") from error
+
+
+def _malformed(view: memoryview, at: int) -> NotParseable:
+    """What to say of a text that the scanner found to be no JSON at a place."""
+    if len(view) <= SMALL:
+        try:
+            orjson.loads(view)
+        except orjson.JSONDecodeError as error:
+            return _refusal(view, error)
+    before = bytes(view[:at])
+    line, column = before.count(b"\n") + 1, at - before.rfind(b"\n")
+    found = bytes(view[at : at + 20]).decode("utf-8", "replace")
+    open_lists = before.count(b"[") - before.count(b"]")
+    what = f"found {found!r}" if found else f"it ends with {open_lists} lists open"
+    if number := NUMBER.match(view, at):
+        what = f"the number {number[0][:20].decode()} is infinity in float64"
+    return NotParseable(f"the body is not JSON: {what}: line {line} column {column} (char {at}){_hint(view, at)}")
+
+
+def _refusal(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
+    # orjson counts characters: in ASCII bodies those are bytes.
+    content = bytes(view) if len(view) <= SMALL else b""
+    if len(view) > SMALL:
+        return NotParseable(f"the body is not JSON: {error.msg}, counted without its arrays")
+    try:
+        orjson.loads(content)
+    except orjson.JSONDecodeError as whole:
+        return NotParseable(f"the body is not JSON: {whole}{_hint(view, whole.pos) if content.isascii() else ''}")
+    return NotParseable(f"the body is not JSON: {error}")
+
+
+def _hint(view: memoryview, at: int) -> str:
+    """Orjson points at the I of -Infinity."""
+    found = NOT_NUMBERS.search(view, max(0, at - 1), at + 9)
+    return f" ({found[0].decode()} is no JSON number: numbers must be finite)" if found else ""
+
+
+def _require_unique_names(remainder: bytes) -> None:
+    """Raise InvalidRequest where one object has a name twice; called where there are fewer names than colons."""
+    repeated: Counter[str] = Counter()
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(name for name, _ in pairs)
+        repeated.update({name: count for name, count in counts.items() if count > 1})
+        return dict(pairs)
+
+    try:
+        json.loads(remainder, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise NotParseable("the body's objects and lists are nested too deep") from error
+    if repeated:
+        name, count = repeated.most_common(1)[0]
+        message = f'"{name}" comes more than once in one object: send it once'
+        raise InvalidRequest(message, errors=[FieldError(name, message, f"{count} times", "once")])

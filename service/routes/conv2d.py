@@ -1,20 +1,19 @@
 """POST /conv2d."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
 import core
 from service.arrays import Array
-from service.compute import Compute
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
 from service.openapi import COMPUTING_ERRORS, body, problems
-from service.requests import IntegerOrPair, Padding, decoded
-from service.responses import Answer
+from service.requests import IntegerOrPair, Padding
+from service.routes.array_route import ArrayRoute
 
-router = APIRouter(tags=["convolution"])
+router = APIRouter(tags=["convolution"], route_class=ArrayRoute)
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the lesson's edge kernel": {"input": [[1, 1, 0, 0, 0, 0, 1, 1]], "weight": [[-1, 1]]},
@@ -49,8 +48,6 @@ class Conv2dRequest(ConvolutionRequest):
     responses={200: {"model": ConvolutionAnswer}, **problems(*COMPUTING_ERRORS)},
     openapi_extra=body(Conv2dRequest, EXAMPLES),
 )
-async def conv2d(
-    request: Annotated[Conv2dRequest, Depends(decoded(Conv2dRequest))], compute: Compute, answer: Answer
-) -> Response:
+async def conv2d(request: Request) -> Response:
     """torch.nn.functional.conv2d: images under a bank of filters; the output has the input's rank."""
-    return await convolved(core.conv2d, request, compute, answer)
+    return await convolved(core.conv2d, Conv2dRequest, request)

@@ -1,20 +1,18 @@
 """POST /correlate."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from pydantic import AliasChoices, Field
 from starlette.responses import Response
 
 import core
 from service.arrays import Array, ArrayOrName
-from service.compute import Compute
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
 from service.openapi import COMPUTING_ERRORS, body, problems
-from service.requests import decoded
-from service.responses import Answer
+from service.routes.array_route import ArrayRoute
 
-router = APIRouter(tags=["convolution"])
+router = APIRouter(tags=["convolution"], route_class=ArrayRoute)
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the lesson": {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]},
@@ -48,8 +46,6 @@ class CorrelateRequest(ConvolutionRequest):
     responses={200: {"model": ConvolutionAnswer}, **problems(*COMPUTING_ERRORS)},
     openapi_extra=body(CorrelateRequest, EXAMPLES),
 )
-async def correlate(
-    request: Annotated[CorrelateRequest, Depends(decoded(CorrelateRequest))], compute: Compute, answer: Answer
-) -> Response:
+async def correlate(request: Request) -> Response:
     """Slide the kernel over every plane of the input and sum the products."""
-    return await convolved(core.correlate, request, compute, answer)
+    return await convolved(core.correlate, CorrelateRequest, request)

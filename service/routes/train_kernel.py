@@ -1,19 +1,24 @@
 """POST /train-kernel."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, Field
 from starlette.responses import Response
 
 import core
 from service.arrays import Array, ArrayOrNumber
-from service.compute import Compute
+from service.codecs import ENCODED, png
+from service.negotiation import header_fields
 from service.openapi import COMPUTING_ERRORS, body, problems
-from service.requests import IntegerOrPair, Padding, RequestModel, decoded
-from service.responses import Answer
+from service.requests import IntegerOrPair, Padding, RequestModel, answer_options, decoded, query_options
+from service.responses import Answerer, as_numpy
+from service.routes.array_route import ArrayRoute
 
-router = APIRouter(tags=["learning"])
+router = APIRouter(tags=["learning"], route_class=ArrayRoute)
+
+SERVED = tuple(media_type for media_type in ENCODED if media_type != png.MEDIA_TYPE)
+"""A learned kernel is no picture."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the lesson's edge kernel, learned": {
@@ -95,14 +100,16 @@ class TrainKernelAnswer(BaseModel):
     responses={200: {"model": TrainKernelAnswer}, **problems(*COMPUTING_ERRORS)},
     openapi_extra=body(TrainKernelRequest, EXAMPLES),
 )
-async def train_kernel(
-    request: Annotated[TrainKernelRequest, Depends(decoded(TrainKernelRequest))], compute: Compute, answer: Answer
-) -> Response:
+async def train_kernel(request: Request) -> Response:
     """Gradient descent on the squared difference between conv2d(input, kernel) and target."""
-    fit = await compute.steps(core.fit_kernel_steps, **request.arguments())
+    headers, options = header_fields(request.scope), query_options(request)
+    answer = Answerer(request, headers, answer_options(options), SERVED)
+    asked = await decoded(request, headers, options, TrainKernelRequest)
+    timing = request.scope["state"]["timing"]
+    fit = await request.app.state.compute.steps(timing, core.fit_kernel_steps, **asked.arguments())
     return await answer(
-        kernel=fit.kernel,
-        bias=fit.bias,
+        kernel=as_numpy(fit.kernel),
+        bias=None if fit.bias is None else as_numpy(fit.bias),
         kernel_shape=list(fit.kernel.shape),
         loss_history=fit.loss_history,
         final_loss=fit.final_loss,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pydantic_core import PydanticCustomError
 
-from service.arrays import DTYPES, parse_array
+from service.arrays import parse_array
+from service.codecs.layout import DTYPES
 
 ARRAYS = st.sampled_from(DTYPES).flatmap(
     lambda dtype: arrays(

@@ -74,11 +74,14 @@ def test_a_request_that_waits_past_its_deadline_is_504_and_the_next_is_served() 
             holder.start()
         for holder in holders:
             holder.join()
-        response = send("POST", "/correlate", content=BODY, headers=JSON)
+        # What is small does not wait behind them: it never was in the queue.
+        assert send("POST", "/correlate", content=BODY, headers=JSON).status_code == 200
+        learning = {"input": [[1, 2]], "target": [[1, 2]], "steps": 1}
+        response = send("POST", "/train-kernel", json=learning)
         assert "the wait for its turn included" in problem_of(response, 504)["detail"]
         assert float(response.headers["server-timing"].split("wait;dur=")[1].split(",")[0]) > 250
         release.set()
-        assert send("POST", "/correlate", content=BODY, headers=JSON).status_code == 200
+        assert send("POST", "/train-kernel", json=learning).status_code == 200
 
 
 def test_a_computation_that_would_pass_its_deadline_is_413(small: Send) -> None:
@@ -123,7 +126,7 @@ async def test_a_job_is_told_that_its_deadline_has_passed_and_frees_its_thread()
     timing = Timing()
     with pytest.raises(DeadlinePassed):
         await pool.run(timing, lambda abandoned: abandoned.wait(30))
-    assert timing.milliseconds["compute"] > 150
+    assert timing.compute > 150
     assert await pool.run(Timing(), lambda _: "served") == "served"
     assert not pool.busy
     pool.close()
@@ -153,8 +156,8 @@ async def test_waiting_and_computing_are_timed_apart() -> None:
     release.set()
     await running
     await waiting
-    assert timing.milliseconds["wait"] > 30
-    assert timing.milliseconds["compute"] >= 20
+    assert timing.wait > 30
+    assert timing.compute >= 20
     pool.close()
 
 

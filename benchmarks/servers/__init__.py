@@ -1,0 +1,78 @@
+"""The servers that benchmarks/wire.py measures, one line each; whoever needs an application has it in a file beside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from servers.dialects import (
+    JSON,
+    NPY,
+    Dialect,
+    Format,
+    base64_dialect,
+    echo_dialect,
+    nested,
+    nested_dialect,
+    npy,
+    npy_dialect,
+    png_dialect,
+    rows_dialect,
+    v2_dialect,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """How it is started, how it speaks each format that it knows, and what pip installs in an environment of its own.
+
+    Without a requirement it runs in the script's environment. In the command {bin} stands for the folder of its
+    environment's programs, {apps} for this folder, {port} for a free port.
+    """
+
+    name: str
+    command: str
+    dialects: Mapping[Format, Dialect]
+    requirement: str = ""
+
+
+SUBJECT = "corr2d"
+
+UVICORN = "{bin}/uvicorn --app-dir {apps} --port {port} --loop uvloop --http httptools --no-access-log "
+
+SERVERS = (
+    Server(
+        SUBJECT,
+        "{bin}/corr2d serve --port {port}",
+        {
+            "JSON": nested_dialect("/correlate"),
+            "base64": base64_dialect("/correlate"),
+            "npy": npy_dialect("/correlate"),
+            "PNG": png_dialect("/correlate"),
+        },
+    ),
+    Server("FastAPI def", UVICORN + "plain_app:app", {"JSON": nested_dialect("/def")}),
+    Server("FastAPI async def", UVICORN + "plain_app:app", {"JSON": nested_dialect("/async")}),
+    Server("FastAPI response model", UVICORN + "plain_app:app", {"JSON": nested_dialect("/model")}),
+    Server(
+        "echo",
+        UVICORN + "echo_app:app",
+        {"JSON": echo_dialect("/echo", nested, JSON), "npy": echo_dialect("/echo", npy, NPY)},
+    ),
+    Server(
+        "LitServe",
+        "{bin}/python {apps}/litserve_app.py {port}",
+        {"JSON": nested_dialect("/predict")},
+        "litserve==0.2.19",
+    ),
+    Server(
+        "BentoML",
+        "{bin}/bentoml serve --working-dir {apps} --host 127.0.0.1 --port {port} bentoml_app:Correlation",
+        {"JSON": rows_dialect("/correlate")},
+        "bentoml==1.4.39",
+    ),
+    Server(
+        "MLServer",
+        "{bin}/python {apps}/mlserver_app.py {port}",
+        {"JSON": v2_dialect("/v2/models/correlation/infer")},
+        "mlserver==1.7.1",
+    ),
+)

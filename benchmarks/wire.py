@@ -1,0 +1,489 @@
+"""How many requests per second corr2d answers over HTTP, beside what else one would serve a correlation with.
+
+    make wire                                        everything, in about 12 minutes
+    .venv/bin/python benchmarks/wire.py --help       fewer servers, sizes or formats; a Markdown file, a picture
+
+How to read the tables. A line is a server and the format that it speaks: JSON is nested lists in and out (MLServer:
+flat ones, in its own protocol), base64 is JSON with the numbers in base64, npy and PNG are a file in and a file out. A
+column is the image's size; kernels are 3 x 3. A number is the median of the rounds' requests per second, and in
+brackets the best. "FastAPI ..." is the plain application that everybody would write first
+(benchmarks/servers/plain_app.py), "echo" sends the same bytes back and computes nothing. The last table says what the
+service promises, and whether it holds here.
+
+How it is measured. The servers have one core and one thread to compute with, the load, wrk, has another core. They
+take turns of a few seconds, round after round, and whoever has no turn does nothing; before that, each must give the
+right numbers. corr2d logs every request, as it does by default; the others' access logs are off. LitServe, BentoML and
+MLServer are installed on the first run, each in an environment of its own in the user's cache folder (about 1 GB each;
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares them CUDA). Keep the machine idle meanwhile.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any, get_args
+
+from engines import cpu_model, digits, spread
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from servers import SERVERS, SUBJECT, Server
+from servers.dialects import Dialect, Format, Problem
+from servers.processes import APPS, Running, Unavailable, running
+
+FORMATS: Sequence[Format] = get_args(Format)
+SIDES = (3, 64, 256, 1024)
+SMALL, LARGE = 3, 1024
+"""What the promises call so."""
+
+CONNECTIONS, FEW_CONNECTIONS = 4, 2
+"""As many keep a server busy; the fewer where bodies are LARGE."""
+
+LEAST_ANSWERS = 3
+LONGEST_TURN = 10
+"""A turn is long enough for so many answers one after the other, and has at most so many seconds."""
+
+SMALL_REQUESTS = 300
+SMALL_SECONDS = 20.0
+"""So many small requests are timed while large ones come, in so many seconds at most."""
+
+VERSIONS = ("torch", "Halide", "numpy", "FastAPI", "Starlette", "uvicorn", "uvloop", "httptools", "pydantic", "orjson")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds of a turn at least, how many each server has, and where files may lie meanwhile."""
+
+    seconds: int
+    rounds: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is posted."""
+
+    format: Format
+    side: int
+
+    def __str__(self) -> str:
+        return f"{self.side} x {self.side} {self.format}"
+
+
+HEAVY = (Cell("npy", LARGE), Cell("JSON", LARGE))
+"""Requests whose memory is measured, and what they do to small ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A server about to be posted one body again and again, by so many connections for so many seconds."""
+
+    one: Running
+    dialect: Dialect
+    body: Path
+    connections: int
+    seconds: int
+
+    @property
+    def command(self) -> list[str]:
+        """Wrk's."""
+        options = [f"--connections={self.connections}", f"--duration={self.seconds}s", "--threads=1", "--timeout=600s"]
+        posted = [str(self.body), self.dialect.media_type, self.dialect.media_type]
+        return ["wrk", *options, f"--script={APPS / 'post.lua'}", self.one.origin + self.dialect.path, "--", *posted]
+
+    def rate(self, report: str) -> float:
+        """Requests per second, by what wrk printed; raises Unavailable where some failed or none was answered."""
+        begun, seconds, failed = map(float, report.strip().rpartition("\n")[2].split())
+        if failed:
+            raise Unavailable(f"{failed:.0f} of {begun:.0f} requests failed")
+        if begun <= self.connections:
+            raise Unavailable(f"no answer in {self.seconds} seconds")
+        return (begun - self.connections) / seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Delay:
+    """Milliseconds that small requests took, and how many large ones a second were answered meanwhile."""
+
+    median: float
+    percentile_99: float
+    large_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What was measured, and in `notes` what was not, and why.
+
+    `rates` are the rounds' requests per second by cell and server; `delays` those of small requests in JSON by what
+    else came, None being nothing; `memory` is bytes above idle for each byte of a body.
+    """
+
+    rates: dict[tuple[Cell, str], list[float]] = field(default_factory=dict)
+    delays: dict[Cell | None, Delay] = field(default_factory=dict)
+    memory: dict[Cell, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def median(self, cell: Cell, name: str) -> float | None:
+        """Requests per second; None where they were not measured."""
+        rates = self.rates.get((cell, name))
+        return statistics.median(rates) if rates else None
+
+    @contextlib.contextmanager
+    def or_note(self, what: str) -> Iterator[None]:
+        """What turns out to be Unavailable within is noted, and the rest goes on."""
+        try:
+            yield
+        except Unavailable as reason:
+            self.notes.append(f"{what}: {reason}")
+            progress(self.notes[-1])
+
+
+# Measuring.
+
+
+def measure_rates(cell: Cell, started: Sequence[Running], pace: Pace, results: Results) -> None:
+    """Let those who speak the format take turns: A B C A B C ..."""
+    turns: list[Turn] = []
+    for one in started:
+        if cell.format in one.server.dialects:
+            with results.or_note(f"{one.server.name}, {cell}"):
+                turns.append(checked_turn(one, cell, pace))
+    for _ in range(pace.rounds):
+        for turn in turns:
+            name = turn.one.server.name
+            with results.or_note(f"{name}, {cell}"):
+                results.rates.setdefault((cell, name), []).append(rate(turn))
+    for turn in turns:
+        name = turn.one.server.name
+        progress(f"{cell}, {name}: {entry(results.rates.get((cell, name)))}")
+
+
+def checked_turn(one: Running, cell: Cell, pace: Pace) -> Turn:
+    """A turn of a server that gave the right numbers, long enough for a few answers."""
+    dialect, problem = one.server.dialects[cell.format], Problem(cell.side)
+    body = dialect.write(problem)
+    one.check(dialect, body, problem)  # and compile what has to be
+    start = perf_counter()
+    one.answer(dialect, body)
+    for_a_few = math.ceil(LEAST_ANSWERS * (perf_counter() - start))
+    file = pace.folder / f"{one.server.name}, {cell}"
+    file.write_bytes(body)
+    connections = FEW_CONNECTIONS if cell.side >= LARGE else CONNECTIONS
+    return Turn(one, dialect, file, connections, max(pace.seconds, min(for_a_few, LONGEST_TURN)))
+
+
+def rate(turn: Turn) -> float:
+    """Requests per second in one turn."""
+    turn.one.answer(turn.dialect, turn.body.read_bytes())  # wakes it up, after the others' turns
+    done = subprocess.run(turn.command, capture_output=True, text=True, check=True)
+    turn.one.settle()
+    return turn.rate(done.stdout)
+
+
+def measure_subject(cells: Sequence[Cell], core: int, pace: Pace, results: Results) -> None:
+    """What large requests cost in memory, and what they do to small ones."""
+    subject = next(server for server in SERVERS if server.name == SUBJECT)
+    for cell in cells:
+        with results.or_note(f"memory of {cell}"), running(subject, core, pace.folder) as one:
+            results.memory[cell] = memory(one, cell)
+    with results.or_note(f"{SUBJECT} alone"), running(subject, core, pace.folder) as one:
+        for large in (None, *cells):
+            with results.or_note(f"{Cell('JSON', SMALL)} while {large or 'nothing'} comes"):
+                results.delays[large] = delay(one, large, pace)
+
+
+def memory(one: Running, cell: Cell) -> float:
+    """Bytes above idle for each byte of the body, for one request to a process that has seen small ones only."""
+    dialect = one.server.dialects[cell.format]
+    small, large = dialect.write(Problem(SMALL)), dialect.write(Problem(cell.side))
+    for _ in range(20):
+        one.answer(dialect, small)
+    one.settle()
+    one.forget_peak()
+    idle = one.resident()
+    one.answer(dialect, large)
+    return (one.peak() - idle) / len(large)
+
+
+def delay(one: Running, large: Cell | None, pace: Pace) -> Delay:
+    """What small requests take, one after the other, while another client sends large ones likewise, or nothing."""
+    large_rate = None
+    if large is None:
+        taken = small_times(one)
+    else:
+        turn = replace(checked_turn(one, large, pace), connections=1, seconds=3600)
+        with subprocess.Popen(turn.command, stdout=subprocess.PIPE, text=True) as wrk:
+            try:
+                sleep(1)
+                taken = small_times(one)
+                wrk.send_signal(signal.SIGINT)  # at which it reports
+                large_rate = turn.rate(wrk.communicate()[0])
+            finally:
+                wrk.kill()
+        one.settle()
+    return Delay(statistics.median(taken), sorted(taken)[math.ceil(0.99 * len(taken)) - 1], large_rate)
+
+
+def small_times(one: Running) -> list[float]:
+    """Milliseconds that each of many small requests took, or of as many as there is time for."""
+    dialect = one.server.dialects["JSON"]
+    body, taken, end = dialect.write(Problem(SMALL)), list[float](), perf_counter() + SMALL_SECONDS
+    while len(taken) < SMALL_REQUESTS and (start := perf_counter()) < end:
+        one.answer(dialect, body)
+        taken.append((perf_counter() - start) * 1e3)
+    return taken
+
+
+# Reporting.
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the service promises, and what was reached where it was measured."""
+
+    what: str
+    target: float
+    reached: float | None
+    unit: str = ""
+    at_most: bool = False
+
+    def line(self) -> str:
+        """One line of the table."""
+        target = f"at {'most' if self.at_most else 'least'} {digits(self.target)}{self.unit}"
+        if self.reached is None:
+            return f"| {self.what} | {target} | - | not measured |"
+        holds = self.reached <= self.target if self.at_most else self.reached >= self.target
+        return f"| {self.what} | {target} | {digits(self.reached)}{self.unit} | {'yes' if holds else '**no**'} |"
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """All that the service promises."""
+    ratios: Sequence[tuple[Cell, str, float]] = (
+        (Cell("JSON", SMALL), "FastAPI async def", 1.5),
+        (Cell("JSON", SMALL), "echo", 0.5),
+        (Cell("JSON", 64), "FastAPI async def", 20),
+        (Cell("JSON", LARGE), "FastAPI async def", 25),
+        (Cell("JSON", LARGE), "MLServer", 5),
+        (Cell("npy", LARGE), "echo", 0.5),
+    )
+    for cell, name, target in ratios:
+        ours, theirs = results.median(cell, SUBJECT), results.median(cell, name)
+        yield Claim(f"{cell}: requests by those of {name}", target, ours / theirs if ours and theirs else None)
+    for cell in HEAVY:
+        yield Claim(f"{cell}: memory above idle by the body's", 4, results.memory.get(cell), at_most=True)
+    for cell in HEAVY:
+        measured = results.delays.get(cell)
+        reached = measured.median if measured else None
+        yield Claim(f"{Cell('JSON', SMALL)} while {cell} comes: median", 20, reached, " ms", at_most=True)
+
+
+def report(results: Results, servers: Sequence[Server], cells: Sequence[Cell]) -> str:
+    """Everything, in Markdown."""
+    promised = [*heading("what", "target", "reached", "holds"), *(claim.line() for claim in claims(results))]
+    sections = {
+        "Requests per second": table_of_rates(results, servers, cells),
+        f"{Cell('JSON', SMALL)} while large requests come": table_of_delays(results.delays) if results.delays else "",
+        "What it must show": "\n".join(promised),
+        "What could not be measured": "\n".join(f"- {note}" for note in results.notes),
+    }
+    parts = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
+    return "\n\n".join([circumstances(servers), *parts]) + "\n"
+
+
+def table_of_rates(results: Results, servers: Sequence[Server], cells: Sequence[Cell]) -> str:
+    """A line for each format and server, a column for each size."""
+    sides = sorted({cell.side for cell in cells})
+    lines = heading("median (best)", *(f"{side} x {side}" for side in sides))
+    for format in dict.fromkeys(cell.format for cell in cells):
+        for server in servers:
+            if format in server.dialects:
+                entries = [entry(results.rates.get((Cell(format, side), server.name))) for side in sides]
+                lines.append(f"| {' | '.join([f'{format}, {server.name}', *entries])} |")
+    return "\n".join(lines)
+
+
+def entry(rates: Sequence[float] | None) -> str:
+    """What the rounds came to."""
+    return f"{digits(statistics.median(rates))} ({digits(max(rates))})" if rates else "-"
+
+
+def table_of_delays(delays: Mapping[Cell | None, Delay]) -> str:
+    """A line for each kind of large request."""
+    lines = heading("meanwhile", "a second", "median, ms", "99 of 100 within, ms")
+    for cell, delay in delays.items():
+        large_rate = "-" if delay.large_rate is None else digits(delay.large_rate)
+        lines.append(f"| {cell or 'nothing'} | {large_rate} | {digits(delay.median)} | {digits(delay.percentile_99)} |")
+    return "\n".join(lines)
+
+
+def heading(label: str, *columns: str) -> list[str]:
+    """A table's first two lines."""
+    return [f"| {' | '.join([label, *columns])} |", f"| --- {'| ---: ' * len(columns)}|"]
+
+
+def circumstances(servers: Sequence[Server]) -> str:
+    """When, on what and with what this was measured."""
+    versions = [f"Python {platform.python_version()}"]
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    versions += [server.requirement.replace(f"{server.name.lower()}==", f"{server.name} ") for server in servers]
+    wrk = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout
+    versions.append(" ".join(wrk.split()[:2]))
+    listed = ", ".join(filter(None, versions))
+    return f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {os.cpu_count()} cores; {listed}"
+
+
+def progress(line: str) -> None:
+    """For whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# The picture: requests per second against the image's size.
+
+PEER_COLOURS = ("#ff7f0e", "#d62728", "#8c564b", "#7f7f7f", "#9467bd", "#e377c2", "#2ca02c")
+SUBJECT_STYLES: Mapping[Format, Mapping[str, Any]] = {
+    "JSON": {"color": "#1f6feb", "linewidth": 3.5, "marker": "o", "markersize": 5, "zorder": 3},
+    "base64": {"color": "#0b7285", "linewidth": 1.5, "marker": "s", "markersize": 4, "linestyle": "--"},
+    "npy": {"color": "#3b3f8f", "linewidth": 1.5, "marker": "D", "markersize": 4, "linestyle": "--"},
+    "PNG": {"color": "#63a5f7", "linewidth": 1.5, "marker": "^", "markersize": 4, "linestyle": "--"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A server's requests per second by side, and its style in the picture."""
+
+    label: str
+    points: Mapping[int, float]
+    style: Mapping[str, Any]
+
+
+def lines_of(results: Results, servers: Sequence[Server], sides: Sequence[int]) -> list[Line]:
+    """The subject in every format, then its peers in JSON, where they were measured."""
+
+    def points(format: Format, name: str) -> dict[int, float]:
+        medians = {side: results.median(Cell(format, side), name) for side in sides}
+        return {side: median for side, median in medians.items() if median is not None}
+
+    ours = [Line(f"{SUBJECT}, {format}", points(format, SUBJECT), style) for format, style in SUBJECT_STYLES.items()]
+    peers = (server.name for server in servers if server.name != SUBJECT)
+    theirs = [
+        Line(name, points("JSON", name), {"color": colour, "linewidth": 1.5, "marker": "o", "markersize": 3.5})
+        for name, colour in zip(peers, itertools.cycle(PEER_COLOURS), strict=False)
+    ]
+    return [line for line in (*ours, *theirs) if line.points]
+
+
+def draw(lines: Sequence[Line], path: Path) -> None:
+    """One line for each; each is named at its right, in its colour."""
+    sides = sorted({side for line in lines for side in line.points})
+    figure = Figure(figsize=(9, 6), dpi=200, facecolor="white")
+    axes = figure.add_axes((0.1, 0.09, 0.66, 0.83))
+    for line in lines:
+        axes.loglog(list(line.points), list(line.points.values()), **line.style)
+    axes.set_title("JSON in and out (dashed: corr2d's other formats), served by one core")
+    axes.set_xlabel("rows and columns of the image; the kernel has 3 x 3")
+    axes.set_ylabel("requests per second")
+    axes.set_xticks(sides, [str(side) for side in sides])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_axisbelow(True)
+    axes.grid(color="#d0d7de", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    ends = {line.label: max(line.points.items()) for line in lines}
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = spread({label: float(to_share.transform(end)[1]) for label, end in ends.items()})
+    for line in lines:
+        colour = line.style["color"]
+        axes.annotate(
+            line.label,
+            ends[line.label],
+            (1.05, heights[line.label]),
+            textcoords="axes fraction",
+            color=colour,
+            verticalalignment="center",
+            weight="bold" if line.label.startswith(SUBJECT) else "normal",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2},
+            annotation_clip=False,
+        )
+    figure.savefig(path)
+
+
+# The command line.
+
+
+def parsed_arguments() -> argparse.Namespace:
+    """The command line, checked now rather than after ten minutes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    peers = [server.name for server in SERVERS if server.name != SUBJECT]
+    listed = ", ".join(peers)
+    parser.add_argument("--peers", nargs="*", choices=peers, default=peers, metavar="NAME", help=f"some of {listed}")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="(default: all)")
+    text = f"rows and columns of the images (default: {' '.join(map(str, SIDES))})"
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", default=SIDES, help=text)
+    parser.add_argument("--seconds", type=int, default=2, help="of one turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of turns (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as Markdown")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw requests per second, as .png or .svg")
+    arguments = parser.parse_args()
+    if min(arguments.sizes) < 3 or arguments.seconds < 1 or arguments.rounds < 1:
+        parser.error("--sizes from 3, --seconds and --rounds from 1")
+    for file in (arguments.output, arguments.picture):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"{file}: there is no folder {file.parent}")
+    if arguments.picture is not None and arguments.picture.suffix not in (".png", ".svg"):
+        parser.error(f"--picture {arguments.picture}: a name that ends in .png or .svg")
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
+        parser.error("this needs Linux and two cores, one for the servers and one for the load")
+    if missing := [program for program in ("wrk", "taskset") if shutil.which(program) is None]:
+        parser.error(f"{' and '.join(missing)} must be there: apt-get install wrk util-linux")
+    return arguments
+
+
+def main() -> None:
+    """Measure, and print, write and draw what was asked for."""
+    arguments = parsed_arguments()
+    servers = [server for server in SERVERS if server.name in (SUBJECT, *arguments.peers)]
+    cells = [Cell(format, side) for format in arguments.formats for side in sorted(set(arguments.sizes))]
+    core, load_core = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {load_core})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # after which servers are stopped
+    results = Results()
+    with tempfile.TemporaryDirectory() as folder:
+        pace = Pace(arguments.seconds, arguments.rounds, Path(folder))
+        with contextlib.ExitStack() as stack:
+            started: list[Running] = []
+            for server in servers:
+                with results.or_note(server.name):
+                    started.append(stack.enter_context(running(server, core, pace.folder)))
+            for cell in cells:
+                measure_rates(cell, started, pace, results)
+        if heavy := [cell for cell in HEAVY if cell in cells]:
+            measure_subject(heavy, core, pace, results)
+    text = report(results, servers, cells)
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        arguments.output.write_text(text, encoding="utf-8")
+    if arguments.picture is not None:
+        draw(lines_of(results, servers, arguments.sizes), arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Content codings (RFC 9110, 8.4): bodies that come compressed, and answers for those who ask for them so."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from backports import zstd
+
+from service.errors import BodyTooLarge, FieldError, NotParseable
+
+PIECE = 1 << 16
+"""Bytes that are given to a decompressor at a time: it copies what it has not used yet."""
+
+CHUNK = 1 << 20
+"""Bytes that are decompressed at a time, at most."""
+
+MAX_MEMBERS = 4096
+"""Compressed data that one body may have behind each other: tools that compress in parallel write many."""
+
+FASTEST = 1
+"""The level at which answers are compressed: what goes out at the speed of a network must not wait for its wrapping."""
+
+SAMPLE = 1 << 16
+WORTH = 0.8
+"""An answer is compressed where it shrinks at least to this share of itself, which a sample from its middle tells."""
+
+LEAST = 1400
+"""Bytes that go in one packet, compressed or not."""
+
+ZSTD_WINDOW = 27
+"""The largest window, as a power of two, that a zstd body may need: 128 MiB, what `zstd --long` writes."""
+
+Parts = Sequence[bytes | memoryview]
+
+
+class Decompressor(Protocol):
+    """What zstd's decompressor is, and Python's other newer ones."""
+
+    @property
+    def eof(self) -> bool:
+        """The compressed data has ended."""
+
+    @property
+    def needs_input(self) -> bool:
+        """There is nothing left to decompress of what came."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What came behind the end."""
+
+    def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
+        """At most so many bytes of what these, and those kept from before, are decompressed."""
+
+
+def decode(coding: str, content: bytes | bytearray | memoryview, limit: int) -> bytearray:
+    """The content as it was before that coding. Raises NotParseable, and BodyTooLarge once it is over the limit."""
+    memory = memoryview(content)
+    if not memory:
+        raise NotParseable(f"the body is empty, which {coding} data never is")
+    decoded = bytearray()
+    decompressor = DECOMPRESSORS[coding](memory)
+    data: bytes | memoryview = b""
+    at, members = 0, 1
+    try:
+        while True:
+            if not data and decompressor.needs_input:
+                data, at = memory[at : at + PIECE], at + PIECE
+            piece = decompressor.decompress(data, min(CHUNK, limit - len(decoded) + 1))
+            decoded += piece
+            if len(decoded) > limit:
+                raise _too_large(coding, limit)
+            if decompressor.eof:
+                data = decompressor.unused_data
+                if not data and at >= len(memory):
+                    return decoded
+                members += 1
+                if coding == "deflate" or members > MAX_MEMBERS:
+                    raise NotParseable(f"the body goes on behind {members - 1} ends of {coding} data")
+                decompressor = DECOMPRESSORS[coding](memory)
+            elif not piece and decompressor.needs_input and at >= len(memory):
+                raise NotParseable(f"the body ends before its {coding} data does")
+            else:
+                data = b""
+    except (zlib.error, zstd.ZstdError) as error:
+        raise NotParseable(f"the body is not {coding}: {error}") from error
+
+
+def encode(coding: str, parts: Parts) -> Parts:
+    """The parts in that coding, or as they are where they are not worth it."""
+    size = sum(map(len, parts))
+    if size < LEAST:
+        return parts
+    if size > SAMPLE:
+        largest = max(parts, key=len)
+        middle = len(largest) // 2
+        sample = [largest[middle : middle + SAMPLE]]
+        if not _is_worth(_compressed(coding, sample), sample):
+            return parts
+    compressed = _compressed(coding, parts)
+    return compressed if _is_worth(compressed, parts) else parts
+
+
+def _is_worth(compressed: Parts, parts: Parts) -> bool:
+    return sum(map(len, compressed)) <= WORTH * sum(map(len, parts))
+
+
+def _compressed(coding: str, parts: Parts) -> list[bytes]:
+    compressor: Any = zstd.ZstdCompressor(FASTEST) if coding == "zstd" else zlib.compressobj(FASTEST, wbits=GZIP)
+    return [*filter(None, map(compressor.compress, parts)), compressor.flush()]
+
+
+GZIP, ZLIB, RAW = 31, 15, -15
+"""zlib's numbers for a gzip file, for its own format, and for the same without head and check sum."""
+
+
+class _Inflater:
+    """zlib's decompressor, in the manner of the others."""
+
+    def __init__(self, bits: int) -> None:
+        self._decompressor = zlib.decompressobj(bits)
+        self._full = False
+
+    @property
+    def eof(self) -> bool:
+        return self._decompressor.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._full
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._decompressor.unused_data
+
+    def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
+        decoded = self._decompressor.decompress(self._decompressor.unconsumed_tail or data, max_length)
+        # With its last output zlib may have more of it than input, which only the next call tells.
+        self._full = len(decoded) == max_length
+        return decoded
+
+
+def _deflate(content: memoryview) -> Decompressor:
+    """RFC 9110 means zlib's format; some clients send the bare data, whose first byte is never that of a zlib head."""
+    has_head = len(content) > 1 and content[0] & 15 == 8 and (content[0] << 8 | content[1]) % 31 == 0
+    return _Inflater(ZLIB if has_head else RAW)
+
+
+DECOMPRESSORS: dict[str, Callable[[memoryview], Decompressor]] = {
+    "gzip": lambda _: _Inflater(GZIP),
+    "x-gzip": lambda _: _Inflater(GZIP),
+    "deflate": _deflate,
+    "zstd": lambda _: zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW}),
+}
+
+COMPRESSORS = ("zstd", "gzip")
+"""What answers can be compressed with, the faster one first."""
+
+
+def _too_large(coding: str, limit: int) -> BodyTooLarge:
+    message = (
+        f"the body is more than {limit:,} bytes without its {coding}; at most that many are allowed; "
+        "the operator can change that by CORR2D_MAX_BODY_MB"
+    )
+    return BodyTooLarge(
+        message, errors=[FieldError("(body)", message, f"more than {limit:,} bytes", f"{limit:,} bytes")]
+    )

@@ -1,0 +1,124 @@
+"""JPEG pictures: grey as (H, W), colour as (3, H, W), values 0..255.
+
+CMYK becomes RGB. The orientation that a camera noted is not applied, nor is a colour profile. What follows the picture
+is ignored, since telephones append films and depth maps to it. Data that break off before a marker are filled up in
+grey, as every reader of JPEG does; a file that ends early is refused.
+"""
+
+import re
+import struct
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+from PIL.JpegImagePlugin import JpegImageFile
+
+from service.codecs.pixels import COLOURS, pixels, require_pixels
+from service.codecs.signatures import mismatch
+from service.errors import FieldError, InvalidRequest, NotParseable
+
+MEDIA_TYPE = "image/jpeg"
+
+SIGNATURE = b"\xff\xd8\xff"
+START, END, SCAN = 0xD8, 0xD9, 0xDA
+
+FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+"""Baseline, extended and progressive, by Huffman's code or by arithmetic: what libjpeg reads."""
+
+OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC8, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)
+"""Lossless and hierarchical."""
+
+PIXELS = (*FRAMES, 0xC4, 0xCC, 0xDB, 0xDD, SCAN, 0xE0, 0xEE)
+"""The segments that make up the picture: frames, tables, scans, and those of JFIF and Adobe, which say what the
+components are. All others are left out."""
+
+FRAME = struct.Struct(">BHHB")
+LENGTH = struct.Struct(">H")
+
+FILL = re.compile(rb"\xff+")
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""Ends a scan: not a 255 of its data, nor one of the restarts in them."""
+
+MAX_SEGMENTS = 4096
+MAX_SCANS = 64
+"""Progressive pictures have some ten. Each costs a pass over all pixels, however few bytes it has itself."""
+
+
+class Frame(NamedTuple):
+    """The header of a frame, as it stands in the file."""
+
+    bits: int
+    height: int
+    width: int
+    components: int
+
+
+def decode(content: bytes | bytearray | memoryview, limit: int) -> NDArray[Any]:
+    """The picture. Raises NotParseable, BodyTooLarge, and InvalidRequest for one of 12 bits."""
+    memory = memoryview(content)
+    if bytes(memory[: len(SIGNATURE)]) != SIGNATURE:
+        raise mismatch(memory, "a JPEG picture")
+    frame, picture = _looked_through(memory)
+    if frame.bits != 8:
+        message = f"input is a JPEG picture of {frame.bits} bits: those of 8 are read; convert it, or send a PNG"
+        raise InvalidRequest(message, errors=[FieldError("input", message, f"{frame.bits} bits", "8 bits")])
+    grey = frame.components == 1
+    require_pixels(frame.height, frame.width, 1 if grey else COLOURS, limit)
+    return pixels(JpegImageFile, picture, "L" if grey else "RGB")
+
+
+def _looked_through(memory: memoryview) -> tuple[Frame, bytes]:
+    """The frame's header, and the picture with nothing but what makes up its pixels."""
+    parts: list[bytes | memoryview] = [bytes([0xFF, START])]
+    frames: list[Frame] = []
+    scans = 0
+    at = 2
+    for _ in range(MAX_SEGMENTS):
+        marker, start, end = _segment(memory, at)
+        if marker == END:
+            break
+        at = end
+        if marker in OTHER_FRAMES:
+            raise NotParseable("the JPEG picture is lossless or hierarchical: baseline and progressive ones are read")
+        if marker in FRAMES:
+            frames.append(_frame(memory[start + 2 : end]))
+        if marker == SCAN:
+            scans += 1
+            found = MARKER.search(memory, end)
+            at = found.start() if found else len(memory)
+        if marker in PIXELS:
+            parts += [bytes([0xFF, marker]), memory[start:at]]
+    else:
+        raise NotParseable(f"the JPEG picture has more than {MAX_SEGMENTS:,} segments")
+    if len(frames) != 1 or scans == 0:
+        raise NotParseable(
+            f"the JPEG picture has {len(frames)} frames and {scans} scans: it needs one frame, and scans"
+        )
+    if scans > MAX_SCANS:
+        raise NotParseable(f"the JPEG picture has {scans:,} scans: at most {MAX_SCANS} are read")
+    return frames[0], b"".join([*parts, bytes([0xFF, END])])
+
+
+def _segment(memory: memoryview, at: int) -> tuple[int, int, int]:
+    """The marker there, and where its segment, which begins with its own length, begins and ends."""
+    # Any number of 255s may stand before a marker.
+    fill = FILL.match(memory, at)
+    if fill is None and at < len(memory):
+        raise NotParseable(f"the JPEG picture is damaged: no segment begins at its byte {at:,}")
+    start = fill.end() + 1 if fill else len(memory) + 1
+    marker = memory[start - 1] if start <= len(memory) else None
+    if marker == END:
+        return marker, start, start
+    length = LENGTH.unpack_from(memory, start)[0] if start + LENGTH.size <= len(memory) else 0
+    if marker is None or length < LENGTH.size or start + length > len(memory):
+        raise NotParseable(f"the JPEG picture is cut off or damaged at its byte {at:,} of {len(memory):,}")
+    return marker, start, start + length
+
+
+def _frame(said: memoryview) -> Frame:
+    frame = Frame(*FRAME.unpack_from(said)) if len(said) >= FRAME.size else Frame(0, 0, 0, 0)
+    if not (frame.height and frame.width and frame.components in (1, 3, 4)):
+        raise NotParseable(
+            f"the JPEG picture is {frame.width} x {frame.height} pixels of {frame.components} components: "
+            "sides of at least 1 and 1, 3 or 4 components are read"
+        )
+    return frame

@@ -1,0 +1,109 @@
+"""What a header says of an array: held against what the service takes, then laid over the bytes that follow it.
+
+A shape is a claim until its bytes are there. Sizes are Python integers, which do not overflow, and nothing is
+allocated for them before they are held against a limit.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import BodyTooLarge, FieldError, InvalidRequest
+
+DTYPES = ("float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+
+MAX_DIMENSIONS = 32
+"""numpy itself goes to 64, with more it raises."""
+
+MAX_NAME = 60
+
+MANY = 10**18
+"""Sizes beyond are not written out: they may have hundreds of digits."""
+
+
+def require_dtype(name: str, field: str, *, came: str) -> np.dtype[Any]:
+    """The dtype of that name. Raises InvalidRequest, which shows what `came`, for a name that is not in DTYPES."""
+    if name not in DTYPES:
+        allowed = ", ".join(DTYPES)
+        message = f"{field} has the dtype {came}: it must be one of {allowed}; convert it before it is sent"
+        raise InvalidRequest(message, errors=[FieldError(field, message, came, allowed)])
+    return np.dtype(name)
+
+
+def require_shape(shape: tuple[int, ...], field: str) -> None:
+    """Raises InvalidRequest for a single number, an empty array, and for too many dimensions."""
+    got = str(shape)
+    if not shape:
+        allowed = "at least 1 dimension"
+        message = f"{field} has the shape (), a single number: it needs {allowed}; send it as an array of shape (1, 1)"
+    elif len(shape) > MAX_DIMENSIONS:
+        got, allowed = f"{len(shape)} dimensions", f"{MAX_DIMENSIONS} dimensions"
+        message = f"{field} has {got}: at most {allowed} are taken; send fewer, sides of 1 left out"
+    elif 0 in shape:
+        allowed = "every side at least 1"
+        message = f"{field} has the shape {short(got)} and so no values: it needs {allowed}"
+    else:
+        return
+    raise InvalidRequest(message, errors=[FieldError(field, message, got, allowed)])
+
+
+def require_room(size: int, limit: int, what: str, field: str) -> None:
+    """Raises BodyTooLarge where what is to be decoded has more bytes than the limit allows."""
+    if size > limit:
+        got = f"{size:,} bytes" if size < MANY else f"more than {MANY:,} bytes"
+        allowed = f"at most {limit:,} are allowed; the operator can change that by CORR2D_MAX_BODY_MB"
+        message = f"{what} would be {got} when decoded: {allowed}"
+        raise BodyTooLarge(message, errors=[FieldError(field, message, got, f"{limit:,} bytes")])
+
+
+def laid_over(
+    memory: memoryview, dtype: np.dtype[Any], shape: Sequence[int], *, fortran_order: bool = False
+) -> NDArray[Any]:
+    """The bytes as an array, row-major, aligned and in this machine's byte order: a view of them where they are that.
+
+    Otherwise one copy, for unaligned numbers are undefined behaviour to compiled code.
+    """
+    array = np.frombuffer(memory, dtype).reshape(shape, order="F" if fortran_order else "C")
+    return np.require(array, dtype.newbyteorder("="), ["C", "A"])
+
+
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """The array's numbers, row-major and little-endian: its own memory where they are that, else one copy."""
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8).data
+
+
+def short(name: str) -> str:
+    """A name that came in, cut to the length that a message has room for."""
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
+
+
+def shown(name: str) -> str:
+    """A name that came in, as a message quotes it."""
+    return repr(short(name))
+
+
+FEW = 64
+"""Numbers that Python adds up before numpy has begun."""
+
+SMALL = 4096
+"""Numbers; the sum of so few squares takes less than two passes, and no thread."""
+
+
+def largest_within(array: NDArray[Any], bound: float) -> bool:
+    """Whether no number of the array is beyond the bound; NaN is not within.
+
+    Two sums are tried first that only many large numbers together bring beyond it.
+    """
+    if array.size <= FEW:
+        if sum(map(abs, array.ravel().tolist())) <= bound:
+            return True
+    elif array.size <= SMALL and array.dtype.kind == "f" and array.flags.c_contiguous:
+        flat = array.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if float(flat.dot(flat)) <= min(bound * bound, sys.float_info.max):
+                return True
+    return -bound <= float(array.min()) and float(array.max()) <= bound

@@ -1,0 +1,229 @@
+"""numpy's .npz files: zip archives of .npy files, one for each array.
+
+Read without zipfile, which makes an object of every entry before it can be asked how many there are (a body of 64 MB
+has room for a million) and copies what it reads. The archives that are read are those that need no guessing: the
+directory lies directly before the end record, the end record at the very end, and both headers of a member agree.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from service.codecs import npy
+from service.codecs.inflate import inflated
+from service.codecs.layout import require_room, short, shown
+from service.codecs.signatures import mismatch
+from service.errors import NotAcceptable, NotParseable
+
+MEDIA_TYPE = "application/x-npz"
+
+MAX_MEMBERS = 64
+SUFFIX = ".npy"
+ALIGNMENT = 64
+"""Where a .npy file lies in the archive, so that its numbers, 64 or 128 bytes on, can be used where they are."""
+
+MAX_ARCHIVE = 2**32 - 2**20
+"""Zip's own limit without its extension to 64 bits, which no body needs, less room for a directory."""
+
+LOCAL = struct.Struct("<4s5H3I2H")
+CENTRAL = struct.Struct("<4s6H3I5H2I")
+END = struct.Struct("<4s4H2IH")
+LOCAL_SIGNATURE, CENTRAL_SIGNATURE, END_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+
+STORED, DEFLATED = 0, 8
+DEFLATE_OPTIONS, SIZES_FOLLOW, UTF8 = 6, 8, 2048
+IN_64_BITS = 2**32 - 1
+"""Stands for a size that the header has elsewhere; numpy writes it into every local header."""
+
+VERSION = 20
+JANUARY_1980 = 33
+"""The first day that a zip archive can name: equal arrays give equal bytes."""
+
+PADDING = struct.Struct("<3H")
+PADDING_ID = 0xD935
+"""The extra field by which Android's zipalign pads too; readers skip it."""
+
+MAX_RATIO = 1032
+"""Deflate makes at most this many bytes of one: 258 of two bits."""
+
+
+class Member(NamedTuple):
+    """An entry of the directory."""
+
+    name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    offset: int
+
+    @property
+    def file(self) -> str:
+        """Its name, for messages."""
+        return shown(self.name.decode("utf-8", "replace"))
+
+
+def decode(content: bytes | bytearray | memoryview, limit: int) -> dict[str, NDArray[Any]]:
+    """The arrays by name; those of stored members are views of the content where npy.decode can make them that.
+
+    The limit is on all of the members together, their .npy headers included.
+    """
+    memory = memoryview(content)
+    members, end = _directory(memory)
+    require_room(sum(member.size for member in members.values()), limit, "what the archive holds", "(body)")
+    arrays = {}
+    for name, (member, packed) in zip(members, _packed(memory[:end], list(members.values())), strict=True):
+        file = _stored(member, packed) if member.method == STORED else _inflated(member, packed)
+        if zlib.crc32(file) != member.crc:
+            raise NotParseable(f"{member.file} in the archive is damaged: its CRC is not what the archive says")
+        arrays[name] = npy.decode(file, limit, field=short(name), source=f"{member.file} in the archive")
+    return arrays
+
+
+def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
+    """The parts of an archive of stored members; the arrays' own memory is among them where npy.encode can send it."""
+    parts: list[bytes | memoryview] = []
+    directory = bytearray()
+    offset = 0
+    for name, array in arrays.items():
+        file = npy.encode(array)
+        size, crc = 0, 0
+        for part in file:
+            size, crc = size + len(part), zlib.crc32(part, crc)
+        encoded = f"{name}{SUFFIX}".encode()
+        common = (VERSION, UTF8, STORED, 0, JANUARY_1980, crc, size, size, len(encoded))
+        padding = -(offset + LOCAL.size + len(encoded) + PADDING.size) % ALIGNMENT
+        extra = PADDING.pack(PADDING_ID, 2 + padding, ALIGNMENT) + bytes(padding)
+        if offset + size > MAX_ARCHIVE:
+            raise NotAcceptable("the arrays are over the 4 GB that an .npz holds; ask for application/x-safetensors")
+        parts += [LOCAL.pack(LOCAL_SIGNATURE, *common, len(extra)) + encoded + extra, *file]
+        directory += CENTRAL.pack(CENTRAL_SIGNATURE, VERSION, *common, 0, 0, 0, 0, 0, offset) + encoded
+        offset += LOCAL.size + len(encoded) + len(extra) + size
+    count = len(arrays)
+    return [*parts, bytes(directory) + END.pack(END_SIGNATURE, 0, 0, count, count, len(directory), offset, 0)]
+
+
+def _directory(memory: memoryview) -> tuple[dict[str, Member], int]:
+    """The members by the names of their arrays, and where the directory begins."""
+    if memory[:4] not in (LOCAL_SIGNATURE, END_SIGNATURE):
+        raise mismatch(memory, "an .npz file")
+    end = len(memory) - END.size
+    record = END.unpack_from(memory, end) if end >= 0 else (b"",)
+    if record[0] != END_SIGNATURE:
+        raise NotParseable(
+            "the archive does not end as a zip archive does: it was cut off, or bytes or a comment follow its end"
+        )
+    _, disk, first_disk, here, count, size, start, comment = record
+    if disk or first_disk or here != count or start + size != end or comment:
+        raise NotParseable(
+            "the archive's end does not fit its directory: it must be one file of up to 4 GB, with nothing before it"
+        )
+    if count > MAX_MEMBERS:
+        raise NotParseable(f"the archive has {count} entries: at most {MAX_MEMBERS} are read")
+    members: dict[str, Member] = {}
+    at = start
+    for _ in range(count):
+        member, at = _entry(memory[:end], at)
+        name = _array_name(member)
+        if name in members:
+            raise NotParseable(f"the archive has two entries {member.file}: send each array once")
+        members[name] = member
+    if at != end:
+        raise NotParseable(f"the archive's directory has {end - at} bytes more than its {count} entries")
+    return members, start
+
+
+def _entry(memory: memoryview, at: int) -> tuple[Member, int]:
+    """The directory's entry there, and where it ends."""
+    name_at = at + CENTRAL.size
+    record = CENTRAL.unpack_from(memory, at) if name_at <= len(memory) else (b"",)
+    if record[0] != CENTRAL_SIGNATURE:
+        raise NotParseable("the archive's directory is damaged: it has fewer entries than it says")
+    flags, method, crc, packed, size, name, extra, comment = *record[3:5], *record[7:13]
+    end = name_at + name + extra + comment
+    if end > len(memory):
+        raise NotParseable("the archive's directory is damaged: an entry is longer than the directory")
+    member = Member(bytes(memory[name_at : name_at + name]), flags, method, crc, packed, size, record[-1])
+    return member, end
+
+
+def _array_name(member: Member) -> str:
+    try:
+        name = member.name.decode("utf-8" if member.flags & UTF8 else "ascii")
+    except UnicodeDecodeError:
+        name = ""
+    plain = name.isprintable() and not any(part in name for part in ("/", "\\", ".."))
+    if not (plain and name.endswith(SUFFIX) and len(name) > len(SUFFIX)):
+        raise NotParseable(
+            f"the archive has an entry {member.file}: only plain names such as input.npy are read, without a folder"
+        )
+    if member.flags & ~(DEFLATE_OPTIONS | SIZES_FOLLOW | UTF8):
+        raise NotParseable(f"{member.file} in the archive is encrypted, or a patch: send it as it is")
+    if member.method not in (STORED, DEFLATED):
+        raise NotParseable(
+            f"{member.file} in the archive is compressed by method {member.method}: "
+            "stored (0) and deflated (8) members are read, as numpy.savez and numpy.savez_compressed write them"
+        )
+    return name.removesuffix(SUFFIX)
+
+
+def _packed(memory: memoryview, members: list[Member]) -> Iterator[tuple[Member, memoryview]]:
+    """Each member with its bytes in the archive; overlapping ones are refused before the first is given."""
+    places = [_place(memory, member) for member in members]
+    taken = sorted((member.offset, end) for member, (_, end) in zip(members, places, strict=True))
+    for (_, end), (offset, _) in pairwise(taken):
+        if offset < end:
+            raise NotParseable("the archive has entries that overlap")
+    for member, (start, end) in zip(members, places, strict=True):
+        yield member, memory[start:end]
+
+
+def _place(memory: memoryview, member: Member) -> tuple[int, int]:
+    """Where a member's bytes begin and end, by its local header, which must agree with the directory."""
+    name_at = member.offset + LOCAL.size
+    record = LOCAL.unpack_from(memory, member.offset) if name_at <= len(memory) else (b"",)
+    if record[0] != LOCAL_SIGNATURE:
+        raise NotParseable(f"{member.file} in the archive is not where the directory says")
+    flags, method, crc, packed, size, name, extra = *record[2:4], *record[6:]
+    start = name_at + name + extra
+    later = bool(flags & SIZES_FOLLOW)
+    agrees = (
+        method == member.method
+        and memory[name_at : name_at + name] == member.name
+        and (later or crc == member.crc)
+        and (later or packed in (member.packed, IN_64_BITS))
+        and (later or size in (member.size, IN_64_BITS))
+    )
+    if not agrees:
+        raise NotParseable(f"{member.file} in the archive has a header that contradicts the directory")
+    if start + member.packed > len(memory):
+        raise NotParseable(f"{member.file} in the archive is cut off: {member.packed:,} bytes were to come")
+    return start, start + member.packed
+
+
+def _stored(member: Member, packed: memoryview) -> memoryview:
+    if len(packed) != member.size:
+        raise NotParseable(f"{member.file} in the archive is stored with {len(packed):,} bytes for {member.size:,}")
+    return packed
+
+
+def _inflated(member: Member, packed: memoryview) -> bytearray:
+    """The member's bytes; never more than it declares, and nothing is allocated for what deflate cannot hold."""
+    if member.size > MAX_RATIO * len(packed):
+        raise NotParseable(
+            f"{member.file} in the archive cannot be {member.size:,} bytes: {len(packed):,} deflated ones hold fewer"
+        )
+    file = bytearray(member.size)
+    filled = 0
+    try:
+        for piece in inflated([packed], -zlib.MAX_WBITS, member.size):
+            file[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    except zlib.error as error:
+        raise NotParseable(f"{member.file} in the archive is damaged: {error}") from error
+    return file

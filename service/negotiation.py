@@ -1,0 +1,97 @@
+"""Which format a body is in, and which one and which coding its answer is to be in (RFC 9110, 8.3, 8.4 and 12.5)."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TypeAlias
+
+import mimeparse
+from starlette.types import Scope
+
+from service.codecs import DECODED, FORMATS, Format
+from service.codecs.content_coding import COMPRESSORS, DECOMPRESSORS
+from service.errors import NotAcceptable, UnsupportedMediaType
+
+CODINGS = ", ".join(name for name in DECOMPRESSORS if not name.startswith("x-"))
+
+
+Headers: TypeAlias = Mapping[bytes, bytes]
+
+
+def header_fields(scope: Scope) -> Headers:
+    """The header by lower-case name; fields that come more than once are one list (RFC 9110, 5.3)."""
+    lines: list[tuple[bytes, bytes]] = scope["headers"]
+    fields = dict(lines)
+    if len(fields) < len(lines):
+        for name in fields:
+            fields[name] = b", ".join(value for other, value in lines if other == name)
+    return fields
+
+
+def _text(headers: Headers, name: bytes) -> str | None:
+    value = headers.get(name)
+    return None if value is None else value.decode("latin-1")
+
+
+def body_format(headers: Headers) -> Format:
+    """The format of a body. Raises UnsupportedMediaType naming those there are."""
+    sent = _text(headers, b"content-type")
+    served = FORMATS.get(sent or "") or FORMATS.get((sent or "").partition(";")[0].strip().lower())
+    if served is None or served.decode is None:
+        came = "no Content-Type" if sent is None else f'Content-Type "{sent[:100]}"'
+        raise UnsupportedMediaType(
+            f"the request has {came}; served are {', '.join(DECODED)} (with curl: --json '{{...}}' instead of -d, or "
+            "-H 'Content-Type: image/png' --data-binary @picture.png)",
+            headers={"Accept": ", ".join(DECODED)},
+        )
+    return served
+
+
+def body_coding(headers: Headers) -> str | None:
+    """The content coding of a body, None where it has none. Raises UnsupportedMediaType naming those there are."""
+    sent = _text(headers, b"content-encoding")
+    coding = (sent or "").strip().lower()
+    if coding in ("", "identity"):
+        return None
+    if coding not in DECOMPRESSORS:
+        raise UnsupportedMediaType(
+            f'Content-Encoding "{coding[:100]}" is not served: send the body as it is, or as one of {CODINGS}',
+            headers={"Accept-Encoding": CODINGS},
+        )
+    return coding
+
+
+@lru_cache(maxsize=256)
+def answer_format(accept: bytes | None, served: tuple[str, ...]) -> str:
+    """The media type among those served that Accept likes best, the first of them where it likes several alike.
+
+    Raises NotAcceptable where it likes none.
+    """
+    liked = (accept or b"").decode("latin-1").strip()
+    if not liked:
+        return served[0]
+    try:
+        # mimeparse wants what is preferred further back.
+        best = mimeparse.best_match(served[::-1], liked.lower())
+    except mimeparse.MimeTypeParseException:
+        best = ""
+    if not best:
+        raise NotAcceptable(
+            f'Accept "{liked[:200]}" is satisfied by none of the formats that this endpoint answers in: '
+            f"{', '.join(served)}"
+        )
+    return str(best)
+
+
+@lru_cache(maxsize=256)
+def answer_coding(accept_encoding: bytes | None) -> str | None:
+    """The coding that an answer may be in, the fastest of those that are liked best; None for no coding."""
+    if not accept_encoding:
+        return None
+    qualities: dict[str, float] = {}
+    for member in accept_encoding.decode("latin-1").lower().split(","):
+        name, _, parameter = member.partition(";")
+        weight = parameter.strip().removeprefix("q=") or "1"
+        qualities[name.strip()] = float(weight) if weight.replace(".", "", 1).isdecimal() else 0.0
+    offered = [(qualities.get(coding, qualities.get("*", 0.0)), coding) for coding in COMPRESSORS]
+    quality, coding = max(offered, key=lambda offer: offer[0])
+    return coding if quality > 0 and quality >= qualities.get("identity", 0.0) else None

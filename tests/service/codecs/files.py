@@ -1,0 +1,70 @@
+"""A valid file of every kind, and what must be true of whatever a decoder returns."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from service.codecs import jpeg, npy, npz, png, safetensors
+from service.codecs.layout import DTYPES
+
+INPUT = np.arange(6, dtype=np.float32).reshape(2, 3)
+KERNEL = np.ones((3, 1, 2), np.int8)
+
+
+def compressed() -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, input=INPUT, kernel=KERNEL)
+    return buffer.getvalue()
+
+
+def picture(mode: str, suffix: str, **options: bool) -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 9, 4), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+def interlaced() -> bytes:
+    """Two by two pixels in the three passes that have any, by hand: Pillow does not write it."""
+    chunks = (
+        (b"IHDR", struct.pack(">2I5B", 2, 2, 8, 0, 0, 0, 1)),
+        (b"IDAT", zlib.compress(bytes([0, 1, 0, 2, 0, 3, 4]))),
+        (b"IEND", b""),
+    )
+    packed = [
+        struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said)) for kind, said in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+FILES: Mapping[str, tuple[Callable[[bytes, int], object], bytes]] = {
+    "npy": (npy.decode, b"".join(npy.encode(INPUT))),
+    "npz": (npz.decode, b"".join(npz.encode({"input": INPUT, "kernel": KERNEL}))),
+    "compressed npz": (npz.decode, compressed()),
+    "safetensors": (safetensors.decode, b"".join(safetensors.encode({"input": INPUT, "kernel": KERNEL}))),
+    "png": (png.decode, b"".join(png.encode(INPUT))),
+    "png with a palette": (png.decode, picture("P", "png")),
+    "png with alpha": (png.decode, picture("RGBA", "png")),
+    "interlaced png": (png.decode, interlaced()),
+    "jpeg": (jpeg.decode, picture("L", "jpeg")),
+    "jpeg in colour": (jpeg.decode, picture("RGB", "jpeg", progressive=True)),
+    "jpeg of four colours": (jpeg.decode, picture("CMYK", "jpeg")),
+}
+
+
+def assert_sound(decoded: Any, limit: int) -> None:
+    """Arrays that compiled code can take as they are, within the limit; options beside them are strings."""
+    values = decoded.values() if isinstance(decoded, dict) else [decoded]
+    arrays = [value for value in values if not isinstance(value, str)]
+    assert sum(array.nbytes for array in arrays) <= limit
+    for array in arrays:
+        assert array.dtype.name in DTYPES
+        assert array.dtype.isnative
+        assert array.flags.c_contiguous
+        assert array.flags.aligned
+        assert array.size > 0

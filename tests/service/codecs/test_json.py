@@ -1,0 +1,225 @@
+"""The JSON reader against orjson and Python's float, the writer against orjson."""
+
+import json as standard
+import struct
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from service.codecs import json, json_arrays
+from service.codecs.json import FaultyArray
+from service.codecs.options import AnswerOptions
+from service.errors import InvalidRequest, NotParseable
+from tests.service.codecs.reading import assert_read_as_by_orjson
+
+SPACE = st.text(" \t\n\r", max_size=2)
+
+NUMBERS = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.integers().map(str),
+    st.from_regex(r"-?(0|[1-9][0-9]{0,25})(\.[0-9]{1,25})?([eE][+-]?[0-9]{1,3})?", fullmatch=True),
+)
+
+
+def an_input(array: str) -> str:
+    return f'{{"input": {array}}}'
+
+
+def scanned(text: str) -> Any:
+    return json.decode(text.encode().rjust(json.TINY + 1))
+
+
+@given(data=st.data(), shape=array_shapes(max_dims=4, max_side=5), space=SPACE)
+def test_any_number_that_json_can_spell_is_read_as_by_pythons_float(
+    data: st.DataObject, shape: tuple[int, ...], space: str
+) -> None:
+    numbers = data.draw(arrays(object, (1, *shape), elements=NUMBERS))
+    expected = np.array([float(number) for number in numbers.ravel()]).reshape(numbers.shape)
+    text = standard.dumps(numbers.tolist()).replace('"', space)
+    if np.isfinite(expected).all():
+        got = scanned(an_input(text))["input"]
+        assert got.tobytes() == expected.tobytes()
+        assert got.shape == expected.shape
+    else:
+        with pytest.raises(NotParseable, match="infinity"):
+            scanned(an_input(text))
+
+
+@given(bits=st.lists(st.integers(0, 2**64 - 1), min_size=100, max_size=100))
+@example(bits=[1] * 100)
+@example(bits=[0x7FEFFFFFFFFFFFFF] * 100)
+@example(bits=[0x000FFFFFFFFFFFFF] * 100)
+@example(bits=[0x8000000000000000] * 100)
+def test_every_float64_comes_back_bit_for_bit(bits: list[int]) -> None:
+    values = [struct.unpack("<d", struct.pack("<Q", pattern))[0] for pattern in bits]
+    finite = [value for value in values if np.isfinite(value)]
+    if len(finite) > json_arrays.SHORT_LIST:
+        got = scanned(an_input(standard.dumps(finite)))["input"]
+        assert got.tobytes() == np.array(finite).tobytes()
+
+
+@pytest.mark.parametrize("digits", ["9007199254740993", "18014398509481986", "0.5000000000000000277555756156289135"])
+def test_halfway_numbers_round_to_even(digits: str) -> None:
+    for spelt in (digits, digits + "." + "0" * 30 if "." not in digits else digits, f"-{digits}"):
+        text = an_input(f"[[{', '.join([spelt] * 100)}]]")
+        assert set(scanned(text)["input"].ravel().tolist()) == {float(spelt)}
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=200)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.text(max_size=8), inner, max_size=4),
+        arrays(
+            "float64", array_shapes(max_dims=3, max_side=9), elements={"allow_nan": False, "allow_infinity": False}
+        ).map(lambda array: array.tolist()),
+    ),
+    max_leaves=12,
+)
+
+
+@given(value=st.dictionaries(st.text(max_size=8), JSON, max_size=5), indent=st.sampled_from([None, 2]))
+def test_any_object_is_read_as_by_orjson(value: dict[str, Any], indent: int | None) -> None:
+    assert_read_as_by_orjson(standard.dumps(value, indent=indent, ensure_ascii=False).encode())
+
+
+@given(data=st.data())
+def test_damage_is_refused_where_orjson_refuses_it(data: st.DataObject) -> None:
+    text = bytearray(
+        b'{"input": [[1, 2.5e1, -3], [4, 5, 0.25]], "kernel": [[1]], "data": "' + b"A" * 140 + b'", "x": 1}'
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text[at : at + data.draw(st.integers(0, 2))] = data.draw(
+            st.sampled_from([b"", *map(bytes, zip(b'[]{}",:-.eE0x N\xff'))])
+        )
+    assert_read_as_by_orjson(bytes(text))
+
+
+@pytest.mark.parametrize("text", ['{"a": 3[[1, 2]]}', '{"a": [[1, 2]]3}', '{"a": -[[1, 2]]}', '{[[1, 2]]: 1}'])
+def test_nothing_grows_together_with_what_stands_for_an_array(text: str) -> None:
+    with pytest.raises(NotParseable):
+        scanned(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[01]",
+        "[1.]",
+        "[.5]",
+        "[+1]",
+        "[1e]",
+        "[-]",
+        "[1,]",
+        "[,1]",
+        "[1 2]",
+        "[[1][2]]",
+        "[1.5.5]",
+        "[0x10]",
+        "[--1]",
+        "[1e+]",
+    ],
+)
+def test_what_is_nearly_a_number_is_none(text: str) -> None:
+    for array in (text, f"[{', '.join([text] * 200)}]"):
+        with pytest.raises(NotParseable):
+            scanned(an_input(array))
+
+
+def long(*rows: str) -> str:
+    return an_input(f"[{', '.join([*rows, *['[1, 2, 3]'] * 1000])}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (long("[1, 2, 3]", "[1, 2]"), FaultyArray(json_arrays.RAGGED, (1,), "a number", 2, 3)),
+        (long("[1, 2, 3]", "[]"), FaultyArray(json_arrays.RAGGED, (1,), "a number", 0, 3)),
+        (long("[1, 2, 3]", "[1, true, 3]"), FaultyArray(json_arrays.NOT_A_NUMBER, (1, 1), "a boolean", 1, 3)),
+        (long("[1, 2, 3]", '["1", 2, 3]'), FaultyArray(json_arrays.NOT_A_NUMBER, (1, 0), "a string", 0, 3)),
+        (long("[1, 2, 3]", "[1, null, 3]"), FaultyArray(json_arrays.NOT_A_NUMBER, (1, 1), "null", 1, 3)),
+        (long("[1, 2, 3]", "[[1], 2, 3]"), FaultyArray(json_arrays.A_LIST, (1, 0), "a list", 0, 3)),
+        (long("[1, 2, 3]", "4"), FaultyArray(json_arrays.NOT_A_LIST, (1,), "a number", 1, 3)),
+    ],
+)
+def test_a_long_list_that_is_no_array_is_one_fault_with_its_place(text: str, fault: FaultyArray) -> None:
+    assert scanned(text)["input"] == fault
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"mode": 1, "mode": 2}',
+        '{"a": {"x": [1, {"b": 1, "b": 2}]}}',
+        '{"a": [[1, 2]], "a": [[3, 4]]}',
+        '{"": 1, "": 1}',
+    ],
+)
+def test_27_a_name_that_comes_twice_is_refused(text: str) -> None:
+    for padded in (text.encode(), text.encode().rjust(json.TINY + 1)):
+        with pytest.raises(InvalidRequest, match="more than once"):
+            json.decode(padded)
+
+
+def test_colons_in_strings_and_in_lists_left_alone_are_no_names() -> None:
+    text = f'{{"a:b": ":", "c": [1, {{"d": 2}}], "e": "{":" * 300}"}}'
+    assert scanned(text) == orjson.loads(text)
+    assert json.decode(text.encode()) == orjson.loads(text)
+
+
+def test_more_spans_than_fit_at_once() -> None:
+    pairs = [{"input": [[number, 1]] * 40, "target": [[number]] * 50} for number in range(3 * json.SPANS)]
+    read = scanned(standard.dumps({"pairs": pairs}))["pairs"]
+    assert len(read) == len(pairs)
+    for pair, expected in zip(read, pairs, strict=True):
+        np.testing.assert_array_equal(pair["input"], expected["input"])
+        np.testing.assert_array_equal(pair["target"], expected["target"])
+
+
+def test_arrays_of_up_to_32_dimensions() -> None:
+    for dimensions in (5, 31, 32):
+        text = "[" * dimensions + ", ".join("1" * 100) + "]" * dimensions
+        assert scanned(an_input(text))["input"].shape == (*[1] * (dimensions - 1), 100)
+    assert scanned(an_input(f"[{text}]"))["input"].fault == json_arrays.TOO_DEEP
+
+
+def test_what_is_no_array_must_be_small() -> None:
+    with pytest.raises(InvalidRequest, match="neither arrays"):
+        scanned(an_input(f"[{', '.join(['{}'] * 600_000)}]"))
+
+
+@given(
+    array=st.sampled_from(["float32", "float64"]).flatmap(
+        lambda dtype: arrays(dtype, array_shapes(max_dims=4, max_side=6))
+    )
+)
+def test_arrays_are_written_as_by_orjson_and_nulls_are_counted(array: np.ndarray[Any, Any]) -> None:
+    written = standard.loads(b"".join(json.encode({"output": array, "shape": list(array.shape)})))
+    assert written["output"] == orjson.loads(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
+    assert written.get("nonfinite", 0) == (~np.isfinite(array)).sum()
+
+
+@pytest.mark.parametrize(
+    "shape", [(300, 301), (3, 200, 250), (1, 1, 700, 300), (90_000,), (90_000, 1), (1, 90_000), (2, 1, 1, 90_000)]
+)
+def test_large_arrays_are_written_in_parts_that_make_the_same(shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    fields = {"output": array, "engine": "none", "explanation": {"a": 1}, "other": array[..., :1].copy()}
+    parts = json.encode(fields)
+    assert len(parts) > 1
+    assert max(map(len, parts)) < 30 * json.PART
+    assert b"".join(parts) == orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+@pytest.mark.parametrize("form", ["base64", "flat"])
+def test_forms_name_shape_and_dtype(form: str) -> None:
+    array = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
+    written = standard.loads(b"".join(json.encode({"output": array}, AnswerOptions(arrays=form))))["output"]
+    assert (written["shape"], written["dtype"]) == ([100, 1000], "float32")
+    assert len(written["data"]) in (100_000, (4 * array.size + 2) // 3 * 4)

@@ -1,0 +1,304 @@
+"""Files in numpy's .npy format, against numpy's own reader and writer."""
+
+import io
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.codecs.layout import DTYPES
+from service.codecs.npy import MAX_HEADER, decode, encode
+from service.errors import BodyTooLarge, InvalidRequest, NotParseable, ServiceError
+from tests.service.codecs.drawn import (
+    ANY_ARRAYS,
+    ARRAYS,
+    LIMIT,
+    Array,
+    assert_same,
+    fault,
+    mutations,
+    of,
+    peak,
+    refused,
+)
+
+Content = Callable[[bytes], bytes | bytearray | memoryview]
+
+
+def saved(array: Array, version: tuple[int, int] | None = None) -> bytes:
+    """The file that numpy writes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version)
+    return buffer.getvalue()
+
+
+def file(header: str | bytes, data: bytes = b"", version: int = 1) -> bytes:
+    text = header.encode("latin-1") if isinstance(header, str) else header
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + data
+
+
+def described(descr: str, shape: str, *, fortran_order: str = "False") -> str:
+    return f"{{'descr': {descr}, 'fortran_order': {fortran_order}, 'shape': {shape}, }}\n"
+
+
+@given(array=ANY_ARRAYS, version=st.sampled_from([(1, 0), (2, 0), (3, 0)]))
+def test_what_numpy_saves_arrives_bit_for_bit(array: Array, version: tuple[int, int]) -> None:
+    assert_same(decode(saved(array, version), LIMIT), array)
+
+
+@given(array=ANY_ARRAYS)
+def test_numpy_loads_what_is_encoded(array: Array) -> None:
+    parts = encode(array)
+    assert_same(np.load(io.BytesIO(b"".join(parts))), array)
+    assert parts[0] == saved(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")))[: len(parts[0])]
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda content: memoryview(bytearray(content))])
+@given(array=ARRAYS)
+def test_decoding_copies_nothing_and_can_be_written_to_where_the_content_can(kind: Content, array: Array) -> None:
+    content = kind(saved(array))
+    decoded = decode(content, LIMIT)
+    assert np.shares_memory(decoded, np.frombuffer(content, np.uint8))
+    assert decoded.flags.writeable == (not memoryview(content).readonly)
+
+
+@given(array=ARRAYS)
+def test_encoding_copies_nothing(array: Array) -> None:
+    _, numbers = encode(array)
+    assert np.shares_memory(np.frombuffer(numbers, np.uint8), array)
+
+
+def test_numbers_at_an_odd_place_are_moved_to_an_even_one() -> None:
+    array = np.arange(6.0).reshape(2, 3)
+    assert_same(decode(memoryview(b"!" + saved(array))[1:], LIMIT), array)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'shape': (2, 3), 'fortran_order': False, 'descr': '<i2'}",
+        '{"descr":"<i2","fortran_order":False,"shape":(2,3)}',
+        "  { 'descr' :\t'<i2' , 'fortran_order' : False , 'shape' : ( 2 , 3 , ) , }  \n",
+    ],
+)
+def test_headers_of_other_writers_are_read(header: str) -> None:
+    assert decode(file(header, bytes(range(12))), LIMIT).tolist() == [[256, 770, 1284], [1798, 2312, 2826]]
+
+
+@given(array=of("<f4"))
+def test_the_limit_is_the_arrays_own_size(array: Array) -> None:
+    assert decode(saved(array), array.nbytes).shape == array.shape
+    assert isinstance(refused(decode, saved(array), limit=array.nbytes - 1), BodyTooLarge)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the body is empty: it must be a .npy file"),
+        (b"1 2 3", "the body is not a .npy file: its first bytes are b'1 2 3'"),
+        (b"\x93NUMPY\x04\x00" + bytes(200), "whose version is 4.0: versions 1.0, 2.0 and 3.0 are read"),
+        (b"\x93NUMPY\x01\x01" + bytes(200), "whose version is 1.1"),
+        (b"\x93NUMPY\x01", "whose version is 1:"),
+        (b"\x93NUMPY", "whose version is cut off"),
+    ],
+)
+def test_what_is_no_npy_file_is_named(content: bytes, message: str) -> None:
+    error = refused(decode, content)
+    assert isinstance(error, NotParseable)
+    assert message in error.detail
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "{}",
+        "{'descr': '<f4', 'shape': (3, 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), 'shape': (3, 4)}",
+        "{'descr': '<f4', 'shape': (3, 4), 'shape': (3, 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'form': (3, 4)}",
+        "{'descr': '<f4', 'fortran_order': 0, 'shape': (3, 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': [3, 4]}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': 12}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (12)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3.0, 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 0x4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4)} 1",
+        "{'descr': False, 'fortran_order': '<f4', 'shape': (3, 4)}",
+        "{'descr\": '<f4', 'fortran_order': False, 'shape': (3, 4)}",
+        "__import__('os').abort()",
+        "(" * 10_000,
+        "-" * 10_000 + "1",
+        " " * 16_000,
+        "{" + " " * 16_000,
+        "{'descr': '<f4'" + " " * 16_000,
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1, " * 5000 + "x)}",
+        b"\xff" * 1000,
+    ],
+)
+def test_a_header_that_numpy_would_not_write_is_refused_and_never_evaluated(header: str | bytes) -> None:
+    for version in (1, 2, 3):
+        error = refused(decode, file(header, bytes(48), version))
+        assert isinstance(error, NotParseable)
+        assert "has a .npy header that is not like" in error.detail
+
+
+@pytest.mark.parametrize("array", [np.array([{}]), np.array([[None]]), np.array([["a", 1]], dtype=object)])
+def test_37_objects_are_never_unpickled(array: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = saved(array)
+    monkeypatch.setattr("pickle.load", lambda *_, **__: pytest.fail("unpickled"))
+    monkeypatch.setattr("pickle.loads", lambda *_, **__: pytest.fail("unpickled"))
+    error = refused(decode, content)
+    assert isinstance(error, InvalidRequest)
+    assert fault(error).field == "input"
+    assert fault(error).got == "'|O' (Python objects, which are never unpickled)"
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(LIMIT, BodyTooLarge), (10**12, NotParseable)])
+def test_38_a_shape_without_data_allocates_nothing(limit: int, kind: type[Exception]) -> None:
+    content = file(described("'<f4'", "(50000, 50000)"))
+    assert peak(lambda: refused(decode, content, limit=limit)) < 100_000
+    error = refused(decode, content, limit=limit)
+    assert isinstance(error, kind)
+    assert "(50000, 50000) of float32" in error.detail
+    assert "10,000,000,000" in error.detail
+
+
+def test_38_the_limit_says_who_can_change_it() -> None:
+    error = refused(decode, file(described("'<f4'", "(50000, 50000)")))
+    assert error.detail == (
+        "input (50000, 50000) of float32 would be 10,000,000,000 bytes when decoded: at most 1,000,000 are allowed; "
+        "the operator can change that by CORR2D_MAX_BODY_MB"
+    )
+    assert (fault(error).got, fault(error).limit) == ("10,000,000,000 bytes", "1,000,000 bytes")
+
+
+@pytest.mark.parametrize(
+    "shape", ["(4294967296, 4294967296)", "(2305843009213693952, 2)", "(9999999999999999999, 9999999999999999999, 8)"]
+)
+@pytest.mark.parametrize("data", [b"", bytes(16)])
+def test_39_products_that_overflow_are_too_large(shape: str, data: bytes) -> None:
+    assert isinstance(refused(decode, file(described("'<f8'", shape), data), limit=2**62), BodyTooLarge)
+
+
+@pytest.mark.parametrize("shape", ["(-1, 4)", "(3, -4)", "(True, 3)", "(None,)", f"(1{'0' * 4400}, 1)", "(01, 2)"])
+def test_40_negative_and_boolean_sides_are_no_shape(shape: str) -> None:
+    assert isinstance(refused(decode, file(described("'<f4'", shape), bytes(48))), NotParseable)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (f"({'1, ' * 65})", "input has 65 dimensions: at most 32 dimensions are taken"),
+        (f"({'1, ' * 33})", "input has 33 dimensions"),
+        (f"({'1, ' * 5000})", "input has 5000 dimensions"),
+        ("(0, 4611686018427387904)", "input has the shape (0, 4611686018427387904) and so no values"),
+        ("(3, 0)", "every side at least 1"),
+        ("()", "a single number"),
+        ("( )", "a single number"),
+    ],
+)
+def test_40_too_many_dimensions_no_values_and_single_numbers_are_not_taken(shape: str, message: str) -> None:
+    error = refused(decode, file(described("'<f4'", shape), bytes(4)))
+    assert isinstance(error, InvalidRequest)
+    assert message in error.detail
+    assert fault(error).field == "input"
+
+
+def test_40_32_dimensions_are_taken() -> None:
+    array = np.zeros((1,) * 32, np.float32)
+    assert_same(decode(saved(array), LIMIT), array)
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER + 1, 60_000, 2**31, 2**32 - 1])
+def test_41_a_long_header_is_refused_by_its_length(length: int) -> None:
+    content = b"\x93NUMPY\x02\x00" + struct.pack("<I", length) + b"{" * min(length, 60_000)
+    assert peak(lambda: refused(decode, content)) < 100_000
+    error = refused(decode, content)
+    assert isinstance(error, NotParseable)
+    assert f"has a .npy header of {length:,} bytes: at most 16,384 are read" in error.detail
+
+
+def test_41_a_padded_header_is_read_up_to_the_cap() -> None:
+    text = described("'<f4'", "(2, 3)")
+    assert decode(file(text.ljust(MAX_HEADER), bytes(24), version=2), LIMIT).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (b"PK\x03\x04" + bytes(30), "it begins like a zip archive, such as an .npz file; send it as application/x-npz"),
+        (b'{"input": [[1]]}', "it begins like JSON; send it as application/json"),
+        (b"\x89PNG\r\n\x1a\n", "it begins like a PNG picture; send it as image/png"),
+        (b"GIF89a", "it begins like a GIF picture; convert it, that is not served"),
+    ],
+)
+def test_42_another_format_is_named(content: bytes, advice: str) -> None:
+    assert refused(decode, content).detail == f"the body is not a .npy file: {advice}"
+
+
+@given(array=ANY_ARRAYS, more=st.binary(min_size=1, max_size=9))
+def test_43_trailing_bytes_are_refused(array: Array, more: bytes) -> None:
+    error = refused(decode, saved(array) + more)
+    assert isinstance(error, NotParseable)
+    assert f"{array.nbytes + len(more):,} bytes behind its .npy header" in error.detail
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_44_every_byte_order_and_layout_is_converted(dtype: str, order: Any, layout: Any) -> None:
+    array = np.arange(24).reshape(2, 3, 4).astype(np.dtype(dtype).newbyteorder(order), order=layout)
+    decoded = decode(saved(array), LIMIT)
+    assert_same(decoded, array)
+    assert decoded.ravel().tolist() == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "came"),
+    [
+        ("?", "'|b1' (booleans)"),
+        ("c8", "'<c8' (complex numbers)"),
+        (">c16", "'>c16' (complex numbers)"),
+        ("S3", "'|S3' (byte strings)"),
+        ("U3", "'<U3' (text)"),
+        ("V3", "'|V3' (structures or raw bytes)"),
+        ("M8[s]", "'<M8[s]' (dates)"),
+        ("m8[ns]", "'<m8[ns]' (durations)"),
+        ("f4,i2", "of a structure with named fields"),
+        ([("x", "f4", (2, 2))], "of a structure with named fields"),
+    ],
+)
+def test_44_dtypes_that_are_not_taken_are_named(dtype: Any, came: str) -> None:
+    error = refused(decode, saved(np.zeros((2, 3), dtype)))
+    assert isinstance(error, InvalidRequest)
+    assert fault(error).got == came
+    assert fault(error).limit == ", ".join(DTYPES)
+
+
+@pytest.mark.parametrize("descr", ["<f16", "<f3", "f4", "=f4", "|f4", "!f4", "<f4,<f4", "", "float32", "<" * 99])
+def test_44_dtypes_that_differ_between_machines_are_not_taken(descr: str) -> None:
+    error = refused(decode, file(described(f"'{descr}'", "(2, 3)"), bytes(24)))
+    assert isinstance(error, InvalidRequest)
+    assert "it must be one of float16, float32" in error.detail
+
+
+@given(array=ANY_ARRAYS, data=st.data())
+def test_a_file_cut_off_anywhere_is_refused(array: Array, data: st.DataObject) -> None:
+    content = saved(array)
+    assert isinstance(refused(decode, content[: data.draw(st.integers(0, len(content) - 1))]), NotParseable)
+
+
+@given(array=ANY_ARRAYS, data=st.data())
+def test_whatever_is_accepted_numpy_reads_the_same(array: Array, data: st.DataObject) -> None:
+    content = data.draw(mutations(saved(array)))
+    try:
+        decoded = decode(content, LIMIT)
+    except ServiceError:
+        return
+    assert_same(decoded, np.load(io.BytesIO(content)))
