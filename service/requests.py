@@ -1,5 +1,6 @@
 """From a request to a validated model: body and query, read within the limits, decoded by media type, validated."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -20,9 +21,6 @@ from service.request_log import Timing
 from service.validation import field_errors
 
 MAX_OPTIONS = 100
-
-SECONDS_TO_DECOMPRESS = 10e-9
-"""A byte of a compressed body, together with what it becomes."""
 
 OTHER_TOOLS_METADATA = "format"
 """What safetensors' own libraries write into the metadata of a file: {"format": "pt"}."""
@@ -73,7 +71,8 @@ async def decoded(request: Request, headers: Headers, options: Mapping[str, Any]
     served, coding = body_format(headers), body_coding(headers)
     limit: int = state.max_body
     body = await _read(request, headers, limit)
-    seconds = len(body) * (served.seconds_to_decode + (SECONDS_TO_DECOMPRESS if coding else 0))
+    # What a compressed body becomes is not told by its size.
+    seconds = math.inf if coding or not body else len(body) * served.seconds_to_decode
     work = partial(_decoded, model, served, coding, body, limit, options)
     timing: Timing = request.scope["state"]["timing"]
     with timing.measure("parse"):

@@ -8,11 +8,11 @@ import anyio.to_thread
 
 Value = TypeVar("Value")
 
-WORTH_A_THREAD = 3e-4
-"""Seconds of work that are done on the event loop rather than in a thread.
+WORTH_A_THREAD = 1.5e-4
+"""Seconds of work that the event loop does itself.
 
-Handing work to a thread and back takes 0.1 to 0.2 ms beside everything else that wants Python's lock (`make wire`
-prints it), so less than twice that is cheaper done at once; and nobody else waits longer for it than that.
+To hand work to a thread and back takes half as long where nothing else runs (`benchmarks/formats.py` prints it) and
+more where something does. So less is cheaper done at once, and nobody else waits longer for it than that.
 """
 
 

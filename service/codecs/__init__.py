@@ -3,6 +3,7 @@
 To add one, write its file and its lines here.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,8 @@ class Format:
     decode: a body and the most bytes that it may decode to -> the request's fields by name; raises NotParseable,
     InvalidRequest and BodyTooLarge. encode: an answer -> its parts; raises NotAcceptable where the format cannot hold
     it. None: not served that way. Seconds are for a byte of the body and a number of the answer, on one core
-    (`make wire` prints them).
+    (`benchmarks/formats.py` prints them); infinite where a small body may become a large array, so that nothing can be
+    told from its size.
     """
 
     decode: Callable[[Buffer, int], Any] | None
@@ -63,15 +65,15 @@ def _first_array(fields: Fields) -> NDArray[Any]:
 FORMATS: Mapping[str, Format] = {
     json.MEDIA_TYPE: Format(lambda body, _: json.decode(body), json.encode, 1.2e-9, 25e-9),
     npy.MEDIA_TYPE: Format(_input(npy.decode), lambda fields, _: npy.encode(_first_array(fields))),
-    npz.MEDIA_TYPE: Format(npz.decode, lambda fields, _: npz.encode(arrays_of(fields)), 1e-9, 1e-9),
+    npz.MEDIA_TYPE: Format(npz.decode, lambda fields, _: npz.encode(arrays_of(fields)), math.inf, 1.5e-9),
     safetensors.MEDIA_TYPE: Format(safetensors.decode, lambda fields, _: safetensors.encode(arrays_of(fields))),
     png.MEDIA_TYPE: Format(
         _input(png.decode),
         lambda fields, options: png.encode(_first_array(fields), clip=options.png == "clip"),
-        20e-9,
-        20e-9,
+        math.inf,
+        12e-9,
     ),
-    jpeg.MEDIA_TYPE: Format(_input(jpeg.decode), None, 40e-9),
+    jpeg.MEDIA_TYPE: Format(_input(jpeg.decode), None, math.inf),
 }
 """What bodies may be and answers can be, the one that is preferred first."""
 

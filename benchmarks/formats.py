@@ -1,0 +1,78 @@
+"""What the constants in service/codecs/__init__.py and service/threads.py stand for, measured on this machine.
+
+`python benchmarks/formats.py` prints, for every format, nanoseconds for a byte of a body and for a number of an answer,
+and how long work takes to a thread and back. The image is a photograph, neither flat nor noise.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import anyio
+import numpy as np
+
+from service import threads
+from service.codecs import FORMATS, Format, json, png
+from service.codecs.options import AnswerOptions
+
+SIDE = 1024
+REPETITIONS = 9
+ROUND_TRIPS = 2000
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
+
+
+def best(work: Callable[[], object]) -> float:
+    """Seconds, the least of several runs."""
+    times = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure(served: Format) -> tuple[float, float]:
+    """Nanoseconds for a byte of a body, and for a number of an answer; NaN where the format does not go that way."""
+    picture = png.decode(PICTURE.read_bytes(), limit=1 << 30).astype(np.float32)
+    image = np.tile(picture, (SIDE // picture.shape[0], SIDE // picture.shape[1])) + np.float32(1 / 3)
+    fields = {"output": image}
+    decoding = encoding = math.nan
+    body = b""
+    if served.encode is not None:
+        encoding = best(partial(served.encode, fields, AnswerOptions())) / image.size
+        body = b"".join(served.encode(fields, AnswerOptions()))
+        if served is FORMATS[json.MEDIA_TYPE]:
+            body = body.replace(b"output", b"input")
+    if served.decode is not None and body:
+        decoding = best(partial(served.decode, bytearray(body), 1 << 30)) / len(body)
+    return 1e9 * decoding, 1e9 * encoding
+
+
+async def round_trip() -> float:
+    """Seconds for work that is none, to a thread and back: the median of many."""
+    limiter = anyio.CapacityLimiter(2)
+    times = []
+    for _ in range(ROUND_TRIPS):
+        start = time.perf_counter()
+        await threads.run(math.inf, lambda: None, limiter)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    """Print a table and two lines."""
+    print("| format | ns a byte, decoded | in the table | ns a number, encoded | in the table |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for media_type, served in FORMATS.items():
+        decoding, encoding = measure(served)
+        tabled = 1e9 * served.seconds_to_decode, 1e9 * served.seconds_to_encode
+        print(f"| {media_type} | {decoding:.2f} | {tabled[0]:.2f} | {encoding:.2f} | {tabled[1]:.2f} |")
+    hop = 1e6 * asyncio.run(round_trip())
+    print(f"to a thread and back: {hop:.0f} us; worth a thread: {1e6 * threads.WORTH_A_THREAD:.0f} us")
+
+
+if __name__ == "__main__":
+    main()
