@@ -23,6 +23,7 @@ from service.problems import add_error_handlers
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
 from service.routes import conv2d, correlate, health, info, kernels, train_kernel
+from service.routes.array_route import ShortWay
 from service.settings import Settings, load_settings
 from service.version import VERSION
 
@@ -60,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.codec_threads = anyio.CapacityLimiter(machine.threads)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
+    app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
     app.add_middleware(RequestLog)
     add_error_handlers(app)
     for resource in (health, info, kernels, train_kernel, conv2d, correlate):

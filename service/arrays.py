@@ -27,6 +27,7 @@ from service.codecs.layout import DTYPES, MAX_DIMENSIONS
 FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
 NUMBERS = {int, float}
 INTEGERS = {int}
+LISTS = {list}
 
 KINDS = {
     bool: "a boolean",
@@ -112,9 +113,9 @@ def _refuse_depth() -> NoReturn:
 
 def _from_nested(rows: list[Any]) -> NDArray[Any]:
     shape = _leading_shape(rows)
-    level: list[Any] = [rows]
-    for depth, length in enumerate(shape):
-        if set(map(type, level)) != {list}:
+    level = rows
+    for depth, length in enumerate(shape[1:], start=1):
+        if set(map(type, level)) != LISTS:
             at = next(at for at, node in enumerate(level) if type(node) is not list)
             _refuse_no_list(_index(at, shape[:depth]), kind_of(level[at]), length)
         if set(map(len, level)) != {length}:

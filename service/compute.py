@@ -13,7 +13,7 @@ import numpy as np
 
 from core import FitResult, Limits, Machine, Result, Step, TooLarge, exhaust, resolve_device
 from service.errors import Busy, DeadlinePassed
-from service.request_log import Timing
+from service.request_log import Timing, milliseconds_since
 from service.settings import Settings
 from service.threads import WORTH_A_THREAD
 
@@ -49,9 +49,11 @@ class ComputePool:
 
         def timed() -> Value:
             started.append(time.perf_counter())
-            timing.add("wait", started[0] - submitted)
-            with timing.measure("compute"):
+            timing.wait += 1000 * (started[0] - submitted)
+            try:
                 return job(abandoned)
+            finally:
+                timing.compute += milliseconds_since(started[0])
 
         future = self._executor.submit(timed)
         self._unfinished.add(future)
@@ -60,7 +62,10 @@ class ComputePool:
             return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
         except TimeoutError as error:
             # The thread adds its share only when it ends, which is after the answer.
-            timing.add("compute" if started else "wait", time.perf_counter() - (started or [submitted])[0])
+            if started:
+                timing.compute += milliseconds_since(started[0])
+            else:
+                timing.wait += milliseconds_since(submitted)
             raise DeadlinePassed(
                 f"not done after {self._timeout_s:g} s, the wait for its turn included; "
                 "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
@@ -97,11 +102,13 @@ class Compute:
         if arguments["device"] == "auto":
             arguments["device"] = self._device
         if _numbers(arguments) <= FEW and _is_cpu(arguments["device"]):
-            with timing.measure("compute"):
-                try:
-                    return verb(**arguments, limits=self._at_once)
-                except TooLarge:
-                    pass  # for the event loop; the pool says whether it is for the service
+            start = time.perf_counter()
+            try:
+                return verb(**arguments, limits=self._at_once)
+            except TooLarge:
+                pass  # for the event loop; the pool says whether it is for the service
+            finally:
+                timing.compute += milliseconds_since(start)
         return await self._pool.run(timing, lambda _: verb(**arguments, limits=self._limits))
 
     async def steps(

@@ -17,7 +17,7 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     elif sys.stderr.isatty():
         rendered = [structlog.dev.ConsoleRenderer(pad_event_to=0, sort_keys=False)]
     else:
-        rendered = [structlog.processors.format_exc_info, _plain]
+        rendered = [_plain]
     structlog.configure(
         processors=[_stamped, *rendered],
         # Not by way of the standard library's logging: that takes longer than the rest of a small request.
@@ -47,17 +47,23 @@ def _stamped(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
 
 def _json(logger: WrappedLogger, method: str, event: EventDict) -> str:
     del logger, method
-    return orjson.dumps(event, default=str).decode()
+    rounded = {name: round(value, 3) if type(value) is float else value for name, value in event.items()}
+    return orjson.dumps(rounded, default=str).decode()
 
 
 def _plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
     """`2026-11-23T15:46:46.150270+00:00 [info] request method=POST path=/correlate ...`."""
-    del logger, method
-    trace = event.pop("exception", None)
+    trace = (
+        structlog.processors.format_exc_info(logger, method, event).pop("exception", "") if "exc_info" in event else ""
+    )
     line = f"{event.pop('timestamp')} [{event.pop('level')}] {event.pop('event')}"
     for name, value in event.items():
-        line += f" {name}={_word(value) if type(value) is str else value}"
-    return line if trace is None else f"{line}\n{trace}"
+        # One line a request: what it costs, every small request pays.
+        if type(value) is float:
+            line += f" {name}={value:.3f}"
+        else:
+            line += f" {name}={_word(value) if type(value) is str else value}"
+    return f"{line}\n{trace}" if trace else line
 
 
 def _word(text: str) -> str:

@@ -113,6 +113,11 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPStatus.INTERNAL_SERVER_ERROR, _bug)
 
 
+def response_to(request: Request, error: CoreError | ServiceError) -> Response:
+    """The answer to an error of the table."""
+    return _core_error(request, error) if isinstance(error, CoreError) else _service_error(request, error)
+
+
 def problem_response(
     request: Request,
     kind: Kind,

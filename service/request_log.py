@@ -3,14 +3,11 @@
 import re
 import secrets
 import time
-from typing import Literal
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-Phase = Literal["parse", "wait", "compute", "encode"]
 
 
 class Timing:
@@ -21,14 +18,6 @@ class Timing:
     def __init__(self) -> None:
         self.parse = self.wait = self.compute = self.encode = 0.0
 
-    def measure(self, phase: Phase) -> "Measurement":
-        """A context that adds the time it lasts to a phase."""
-        return Measurement(self, phase)
-
-    def add(self, phase: Phase, seconds: float) -> None:
-        """Add seconds to a phase."""
-        setattr(self, phase, getattr(self, phase) + 1000 * seconds)
-
     def header(self) -> str:
         """The Server-Timing header (W3C)."""
         return (
@@ -37,20 +26,9 @@ class Timing:
         )
 
 
-class Measurement:
-    """The time of a block, added to one phase of a request."""
-
-    __slots__ = ("_phase", "_start", "_timing")
-
-    def __init__(self, timing: Timing, phase: Phase) -> None:
-        self._timing = timing
-        self._phase: Phase = phase
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._timing.add(self._phase, time.perf_counter() - self._start)
+def milliseconds_since(start: float) -> float:
+    """From a reading of time.perf_counter until now."""
+    return 1000 * (time.perf_counter() - start)
 
 
 def trace_headers(scope: Scope) -> dict[str, str]:
@@ -99,11 +77,11 @@ class RequestLog:
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
-                ms=round(1000 * (time.perf_counter() - start), 3),
-                parse_ms=round(timing.parse, 3),
-                wait_ms=round(timing.wait, 3),
-                compute_ms=round(timing.compute, 3),
-                encode_ms=round(timing.encode, 3),
+                ms=milliseconds_since(start),
+                parse_ms=timing.parse,
+                wait_ms=timing.wait,
+                compute_ms=timing.compute,
+                encode_ms=timing.encode,
                 bytes_out=size,
                 client=client[0] if client else None,
                 request_id=request_id,

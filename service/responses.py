@@ -1,6 +1,7 @@
 """From a result to a response: in the format that Accept asks for, without copying what is large."""
 
 import json
+import time
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +21,7 @@ from service.codecs import json as json_format
 from service.codecs.content_coding import encode as with_coding
 from service.codecs.options import AnswerOptions
 from service.negotiation import Headers, answer_coding, answer_format
-from service.request_log import Timing
+from service.request_log import Timing, milliseconds_since
 
 RESULT_HEADER = b"corr2d-result"
 
@@ -61,8 +62,11 @@ class Answerer:
         seconds = numbers * (
             FORMATS[self._media_type].seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0)
         )
-        with self._timing.measure("encode"):
+        start = time.perf_counter()
+        try:
             return await threads.run(seconds, partial(self._encoded, fields), self._threads)
+        finally:
+            self._timing.encode += milliseconds_since(start)
 
     def _encoded(self, fields: dict[str, Any]) -> Response:
         encode = FORMATS[self._media_type].encode

@@ -118,7 +118,7 @@ def encode(fields: Mapping[str, Any], options: AnswerOptions = NO_OPTIONS) -> li
         if type(value) is np.ndarray:
             nonfinite += _count_nonfinite(value)
             in_parts |= value.size > PART
-        elif type(value) is float or type(value) is list:
+        elif type(value) is float or (type(value) is list and value and type(value[0]) is float):
             nonfinite += _count_nonfinite(value)
     answer = {**fields, "nonfinite": nonfinite} if nonfinite else fields
     if not in_parts:

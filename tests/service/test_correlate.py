@@ -1,12 +1,16 @@
 import base64
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import scipy.ndimage
 from PIL import Image
 
 import core
+from service.app import create_app
+from service.settings import Settings
+from tests.problem import problem_of
 from tests.serving import Send
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
@@ -111,3 +115,12 @@ def test_a_method_is_an_engine_of_that_family(send: Send) -> None:
     for method in ("direct", "fft", "separable"):
         engine = send("POST", "/correlate", json={**request, "method": method}).json()["engine"]
         assert method == core.ENGINES[engine].METHOD
+
+
+@pytest.mark.anyio
+async def test_under_a_path_of_its_own_the_answers_are_the_same() -> None:
+    transport = httpx.ASGITransport(create_app(Settings(device="cpu")), root_path="/convolution")
+    async with httpx.AsyncClient(transport=transport, base_url="http://corr2d/convolution") as client:
+        assert (await client.post("/correlate", json=LESSON)).json()["output"] == [[19, 25], [37, 43]]
+        refused = problem_of(await client.post("/correlate", json={"input": [[1]]}), 422)
+        assert refused["errors"][0]["field"] == "kernel"
