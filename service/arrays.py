@@ -287,7 +287,8 @@ class _ArrayForms:
             "anyOf": [
                 *([name] if self.or_name else []),
                 *([number] if self.or_number else []),
-                {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "number"}, {"type": "array"}]}},
+                # Of "a number or a list", which is what they are, generators make classes that take no lists.
+                {"type": "array", "minItems": 1, "items": {}, "examples": [[[0.0, 1.0], [2.0, 3.0]]]},
                 {
                     "type": "object",
                     "required": ["shape", "dtype", "data"],

@@ -26,9 +26,9 @@ class ConvolutionRequest(RequestModel):
 
     ARRAYS: ClassVar[tuple[str, ...]] = ()
 
-    method: Method = "auto"
-    device: str = "auto"
-    dtype: Dtype = "float32"
+    method: Method = Field("auto", description="the family of algorithms; auto takes what should be fastest")
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
+    dtype: Dtype = Field("float32", description="what to compute in")
     explain: bool = Field(default=False, description="say in the answer what the choice among engines was made by")
 
     @model_validator(mode="after")

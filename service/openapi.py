@@ -1,35 +1,71 @@
-"""What /openapi.json says beyond what FastAPI reads off the routes: errors, and the bodies that we decode ourselves."""
+"""What /openapi.json says beyond what FastAPI reads off the routes.
 
-from collections.abc import Mapping
+That is all that our own code reads and writes: bodies, options, answers and errors. It is made from what serves them,
+the table of formats and the fields of the models: a new format or field needs nothing here.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args, get_origin
+from urllib.parse import quote
 
+import numpy as np
+import orjson
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.codecs import json
+from service.codecs import DECODED, ENCODED, json, npz, safetensors
+from service.codecs.content_coding import COMPRESSORS
+from service.codecs.options import AnswerOptions
+from service.negotiation import CODINGS
 from service.problems import MEDIA_TYPE, ProblemDetails
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 
-COMPUTING_ERRORS = (400, 413, 415, 422, 503, 504)
+COMPUTING_ERRORS = (400, 406, 413, 415, 422, 503, 504)
+
+INPUT = "input"
+"""What a format of one array carries; every other field may come in the query string."""
+
+ARRAYS_BY_NAME = (npz.MEDIA_TYPE, safetensors.MEDIA_TYPE)
+
+BINARY = {"type": "string", "format": "binary"}
 
 
-def body(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """`openapi_extra` of a route that takes a `model`; examples by their summary."""
-    content = {
-        "schema": {"$ref": REF_TEMPLATE.format(model=model.__name__)},
-        "examples": {summary: {"value": value} for summary, value in examples.items()},
+def computing(
+    asked: type[BaseModel],
+    answered: type[BaseModel],
+    examples: Mapping[str, Mapping[str, Any]],
+    *,
+    path: str,
+    served: Sequence[str] = ENCODED,
+) -> dict[str, Any]:
+    """What a route's decorator is told of an endpoint that computes; examples by their summary.
+
+    The first example is shown in all formats.
+    """
+    return {
+        "responses": {200: _answer(answered, served), **problems(*COMPUTING_ERRORS)},
+        "openapi_extra": {
+            # What generated clients call it.
+            "operationId": path.strip("/").replace("-", "_"),
+            "parameters": list(_parameters(asked)),
+            "requestBody": _body(asked, examples, path),
+        },
     }
-    return {"requestBody": {"required": True, "content": {json.MEDIA_TYPE: content}}}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: problem details for each status."""
     schema = {"$ref": REF_TEMPLATE.format(model=ProblemDetails.__name__)}
     return {
-        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "headers": {**TRACE_HEADERS, **ADVICE_HEADERS.get(status, {})},
+            "content": {MEDIA_TYPE: {"schema": schema}},
+        }
         for status in statuses
     }
 
@@ -40,12 +76,134 @@ def describe(app: FastAPI, *models: type[BaseModel]) -> None:
 
     def with_models() -> dict[str, Any]:
         if app.openapi_schema is None:
-            described: list[type[BaseModel]] = [*models, ProblemDetails]
-            _, definitions = models_json_schema(
-                [(model, "validation") for model in described], ref_template=REF_TEMPLATE
-            )
             schemas = from_routes().setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(definitions["$defs"])
+            schemas.update(_definitions(*models, ProblemDetails))
         return from_routes()
 
     app.openapi = with_models  # type: ignore[method-assign]  # FastAPI's own way to extend the description
+
+
+def _definitions(*models: type[BaseModel]) -> dict[str, Any]:
+    _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF_TEMPLATE)
+    schemas: dict[str, Any] = definitions["$defs"]
+    return schemas
+
+
+def _text(description: str, **more: Any) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": "string", **more}}
+
+
+TRACE_HEADERS = {
+    "X-Request-ID": _text("the request's own, or one that was made for it"),
+    "Server-Timing": _text("milliseconds of parse, wait, compute and encode"),
+}
+
+ADVICE_HEADERS = {
+    415: {
+        "Accept": _text("the media types that are served, where that of the body is not"),
+        "Accept-Encoding": _text("the content codings that are served, where that of the body is not"),
+    },
+    503: {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}},
+}
+
+ANSWER_HEADERS = {
+    **TRACE_HEADERS,
+    "Content-Encoding": _text("where Accept-Encoding asks for it and it is worth it", enum=list(COMPRESSORS)),
+    "Corr2d-Result": _text(
+        "what a binary answer has no room for: the other fields of the JSON answer", contentMediaType=json.MEDIA_TYPE
+    ),
+}
+
+
+def _answer(model: type[BaseModel], served: Sequence[str]) -> dict[str, Any]:
+    arrays = _arrays(model)
+    content: dict[str, Any] = {}
+    for media_type in served:
+        if media_type == json.MEDIA_TYPE:
+            # FastAPI fills it in from the model.
+            content[media_type] = {}
+        else:
+            carried = "the arrays by name" if media_type in ARRAYS_BY_NAME else f"`{arrays[0]}` alone"
+            content[media_type] = {"schema": {**BINARY, "description": carried}}
+    return {"model": model, "description": "The result", "headers": ANSWER_HEADERS, "content": content}
+
+
+def _parameters(model: type[BaseModel]) -> Iterator[dict[str, Any]]:
+    """The query string's options, and the headers that are read.
+
+    Defaults are told in words: Swagger UI and some generated clients send the default of a schema, and an option that
+    comes in the body as well is refused.
+    """
+    arrays = _arrays(model)
+    for name, schema in _definitions(model)[model.__name__]["properties"].items():
+        if name != INPUT and not _has_models(model.model_fields[name].annotation):
+            yield _option(name, schema, is_array=name in arrays)
+    for name, schema in AnswerOptions.model_json_schema()["properties"].items():
+        yield _option(name, schema)
+    yield {"name": "X-Request-ID", "in": "header", **_text("up to 128 visible ASCII characters, sent back")}
+    yield {"name": "Content-Encoding", "in": "header", **_text("of the body", enum=CODINGS.split(", "))}
+
+
+def _option(name: str, schema: Mapping[str, Any], *, is_array: bool = False) -> dict[str, Any]:
+    said = {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
+    kinds = [kind for kind in said.pop("anyOf", ()) if kind != {"type": "null"}]
+    if len(kinds) == 1 and not is_array:
+        said.update(kinds[0])
+    elif kinds:
+        # A list in a query string would be written in many ways by as many clients. Here it is a text; not one with a
+        # contentMediaType, for which Swagger UI asks for a file.
+        said = {"type": "string", "contentSchema": {"anyOf": kinds, **said}}
+    words = [schema["description"]] if "description" in schema else []
+    if kinds and "contentSchema" in said:
+        words.append("in the query string as JSON where it is a number or a list")
+    if schema.get("default") is not None:
+        words.append(f"default: `{_in_query(schema['default'])}`")
+    described = {"description": "; ".join(words)} if words else {}
+    return {"name": name, "in": "query", **described, "schema": said}
+
+
+def _body(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]], path: str) -> dict[str, Any]:
+    arrays = _arrays(model)
+    first = next(iter(examples.values()))
+    content: dict[str, Any] = {}
+    for media_type in DECODED:
+        if media_type == json.MEDIA_TYPE:
+            content[media_type] = {
+                "schema": {"$ref": REF_TEMPLATE.format(model=model.__name__)},
+                "examples": {summary: {"value": value} for summary, value in examples.items()},
+            }
+            continue
+        carried = arrays if media_type in ARRAYS_BY_NAME else [INPUT]
+        named = ", ".join(f"`{name}`" for name in carried)
+        options = {name: value for name, value in first.items() if name not in carried}
+        content[media_type] = {
+            "schema": {**BINARY, "description": f"{named}: `{_command(media_type, path, options)}`"},
+        }
+    return {"required": True, "content": content}
+
+
+def _command(media_type: str, path: str, options: Mapping[str, Any]) -> str:
+    """How curl sends a body of that type."""
+    file = f"{INPUT}.{media_type.rpartition('/')[2].removeprefix('x-')}"
+    query = "&".join(f"{name}={quote(_in_query(value), safe='[],')}" for name, value in options.items())
+    address = shlex.quote(f"localhost:8000{path}" + (f"?{query}" if query else ""))
+    return f"curl -g --data-binary @{file} -H 'Content-Type: {media_type}' {address}"
+
+
+def _in_query(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def _arrays(model: type[BaseModel]) -> list[str]:
+    """The fields that are arrays, in their order."""
+    return [name for name, field in model.model_fields.items() if _has_array(field.annotation)]
+
+
+def _has_array(annotation: Any) -> bool:
+    return get_origin(annotation) is np.ndarray or any(map(_has_array, get_args(annotation)))
+
+
+def _has_models(annotation: Any) -> bool:
+    if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
+        return True
+    return any(map(_has_models, get_args(annotation)))

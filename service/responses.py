@@ -111,6 +111,8 @@ class PartsResponse(Response):
 def _in_header(fields: dict[str, Any]) -> str:
     """What the body has no room for, as JSON in ASCII; a series that is too long for a header is left out."""
     rest = {name: value for name, value in fields.items() if not isinstance(value, np.ndarray)}
+    if nonfinite := json_format.count_nonfinite(fields):
+        rest["nonfinite"] = nonfinite
     written = {name: orjson.dumps(value) for name, value in rest.items()}
     while sum(map(len, written.values())) > MAX_HEADER:
         longest = max(written, key=lambda name: len(written[name]))

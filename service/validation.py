@@ -20,7 +20,7 @@ def field_errors(errors: Sequence[Mapping[str, Any]], known: Sequence[str] = ())
         if len(by_field) == MAX_HINTS:
             known = ()
         context = error.get("ctx") or {}
-        field = context.get("field") or _path(error["loc"]) + context.get("place", "")
+        field = context.get("field") or (_path(error["loc"]) + context.get("place", "")).removeprefix(".")
         by_field.setdefault(field or "(body)", _field_error(error, field or "(body)", context, known))
     return list(by_field.values())
 

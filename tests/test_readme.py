@@ -1,4 +1,4 @@
-"""Every command in the README is run, in order, and must give the answer that stands below it."""
+"""Every command in the README and in docs is run, in order, and must give the answer that stands below it."""
 
 import doctest
 import json
@@ -13,7 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings
@@ -29,8 +31,8 @@ class Block:
     text: str
 
 
-def blocks() -> list[Block]:
-    fences = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(page: str = "README.md") -> list[Block]:
+    fences = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     return [Block(*fence) for fence in fences]
 
 
@@ -67,9 +69,10 @@ def run(block: Block, address: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_every_command_gives_the_answer_below_it(address: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_every_command_gives_the_answer_below_it(address: str, tmp_path: Path, page: str) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    everything = [*blocks(), Block("", "")]
+    everything = [*blocks(page), Block("", "")]
     checked = 0
     for block, below in pairwise(everything):
         if block.language not in RUNNERS or block.text.startswith("make "):
@@ -83,7 +86,7 @@ def test_every_command_gives_the_answer_below_it(address: str, tmp_path: Path) -
             assert below.language == "text", f"no answer below {block.text}"
             assert doctest.OutputChecker().check_output(below.text, output, doctest.ELLIPSIS), output
         checked += 1
-    assert checked >= 10
+    assert checked >= 5
 
 
 def test_the_two_commands_are_there() -> None:
@@ -96,6 +99,9 @@ def test_the_two_commands_are_there() -> None:
 
 def test_the_pictures_are_what_the_commands_draw(tmp_path: Path, address: str) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    (draw,) = [block for block in blocks() if "-o edges.png" in block.text]
-    run(draw, address, tmp_path)
-    assert (tmp_path / "edges.png").read_bytes() == (ROOT / "docs" / "images" / "edges.png").read_bytes()
+    by_command, over_http = [block for block in blocks() if "-o edges.png" in block.text]
+    for draw in (by_command, over_http):
+        run(draw, address, tmp_path)
+        drawn, shown = (np.asarray(Image.open(folder / "edges.png")) for folder in (tmp_path, ROOT / "docs" / "images"))
+        np.testing.assert_array_equal(drawn, shown)
+        (tmp_path / "edges.png").unlink()

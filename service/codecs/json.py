@@ -113,26 +113,26 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
 
 def encode(fields: Mapping[str, Any], options: AnswerOptions = NO_OPTIONS) -> list[bytes | memoryview]:
     """The fields as one object, in parts: arrays in the form that is asked for, `nonfinite` numbers as null."""
-    nonfinite, in_parts = 0, options.arrays != "nested"
-    for value in fields.values():
-        if type(value) is np.ndarray:
-            nonfinite += _count_nonfinite(value)
-            in_parts |= value.size > PART
-        elif type(value) is float or (type(value) is list and value and type(value[0]) is float):
-            nonfinite += _count_nonfinite(value)
+    nonfinite = count_nonfinite(fields)
+    in_parts = options.arrays != "nested" or any(map(_is_large, fields.values()))
     answer = {**fields, "nonfinite": nonfinite} if nonfinite else fields
     if not in_parts:
         return [dumps(answer)]
     return _parts({name: _in_form(value, options.arrays) for name, value in answer.items()})
 
 
-def _count_nonfinite(value: Any) -> int:
-    """How many numbers of an array, or of a list of numbers, are not finite."""
-    if isinstance(value, np.ndarray):
-        return 0 if largest_within(value, LARGEST) else int(value.size - np.isfinite(value).sum())
-    if isinstance(value, float):
-        return int(not math.isfinite(value))
-    return sum(map(_count_nonfinite, value)) if isinstance(value, list) else 0
+def count_nonfinite(fields: Mapping[str, Any]) -> int:
+    """How many numbers of an answer, its arrays and lists of numbers included, are not finite."""
+    count = 0
+    for value in fields.values():
+        if type(value) is np.ndarray:
+            if not largest_within(value, LARGEST):
+                count += value.size - int(np.isfinite(value).sum())
+        elif type(value) is float:
+            count += not math.isfinite(value)
+        elif type(value) is list and value and type(value[0]) is float:
+            count += sum(not math.isfinite(number) for number in value)
+    return count
 
 
 def _in_form(value: Any, form: str) -> Any:
@@ -164,9 +164,11 @@ def _parts(value: Any) -> list[bytes | memoryview]:
 
 
 def _is_large(value: Any) -> bool:
-    if isinstance(value, dict):
+    if type(value) is np.ndarray:
+        return value.size > PART
+    if type(value) is dict:
         return any(map(_is_large, value.values()))
-    return isinstance(value, Base64) or (isinstance(value, np.ndarray) and value.size > PART)
+    return type(value) is Base64
 
 
 def _decoded_whole(view: memoryview) -> Any:

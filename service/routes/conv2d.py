@@ -9,7 +9,7 @@ from starlette.responses import Response
 import core
 from service.arrays import Array
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
-from service.openapi import COMPUTING_ERRORS, body, problems
+from service.openapi import computing
 from service.requests import IntegerOrPair, Padding
 from service.routes.array_route import ArrayRoute
 
@@ -35,18 +35,19 @@ class Conv2dRequest(ConvolutionRequest):
     input: Array = Field(description="(N, C, H, W), (C, H, W) or (H, W)")
     weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one channel in and one out")
     bias: Array | None = Field(None, description="(O)")
-    stride: IntegerOrPair = 1
-    padding: Padding = 0
-    dilation: IntegerOrPair = 1
-    groups: int = 1
-    padding_mode: core.PaddingMode = "zeros"
+    stride: IntegerOrPair = Field(1, description="how far the kernel moves at a time: an integer, or [rows, columns]")
+    padding: Padding = Field(
+        0, description='added on each side: an integer, [rows, columns], [top, bottom, left, right], "same" or "valid"'
+    )
+    dilation: IntegerOrPair = Field(1, description="the distance between taps: an integer, or [rows, columns]")
+    groups: int = Field(1, description="how many parts the channels fall into, each with filters of its own")
+    padding_mode: core.PaddingMode = Field("zeros", description="what the padding holds")
 
 
 @router.post(
     "/conv2d",
     summary="A Conv2d layer's output",
-    responses={200: {"model": ConvolutionAnswer}, **problems(*COMPUTING_ERRORS)},
-    openapi_extra=body(Conv2dRequest, EXAMPLES),
+    **computing(Conv2dRequest, ConvolutionAnswer, EXAMPLES, path="/conv2d"),
 )
 async def conv2d(request: Request) -> Response:
     """torch.nn.functional.conv2d: images under a bank of filters; the output has the input's rank."""

@@ -9,7 +9,7 @@ from starlette.responses import Response
 import core
 from service.arrays import Array, ArrayOrName
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
-from service.openapi import COMPUTING_ERRORS, body, problems
+from service.openapi import computing
 from service.routes.array_route import ArrayRoute
 
 router = APIRouter(tags=["convolution"], route_class=ArrayRoute)
@@ -43,8 +43,7 @@ class CorrelateRequest(ConvolutionRequest):
 @router.post(
     "/correlate",
     summary="2-D cross-correlation with one kernel",
-    responses={200: {"model": ConvolutionAnswer}, **problems(*COMPUTING_ERRORS)},
-    openapi_extra=body(CorrelateRequest, EXAMPLES),
+    **computing(CorrelateRequest, ConvolutionAnswer, EXAMPLES, path="/correlate"),
 )
 async def correlate(request: Request) -> Response:
     """Slide the kernel over every plane of the input and sum the products."""

@@ -1,16 +1,20 @@
 """POST /train-kernel."""
 
-from typing import Any
+import sys
+from typing import Any, Self
 
+import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 import core
-from service.arrays import Array, ArrayOrNumber
+from service.arrays import Array, ArrayOrNumber, first_place
 from service.codecs import ENCODED, png
+from service.codecs.layout import largest_within
 from service.negotiation import header_fields
-from service.openapi import COMPUTING_ERRORS, body, problems
+from service.openapi import computing
 from service.requests import IntegerOrPair, Padding, RequestModel, answer_options, decoded, query_options
 from service.responses import Answerer, as_numpy
 from service.routes.array_route import ArrayRoute
@@ -29,19 +33,37 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 MAX_PAIRS = 1000
+LARGEST = sys.float_info.max
 
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
 
 
-class TrainingPair(RequestModel):
+class FiniteArrays(RequestModel):
+    """Arrays to learn from. Binary formats can hold NaN and infinity, of which nothing can be learned."""
+
+    @model_validator(mode="after")
+    def _finite(self) -> Self:
+        for name in type(self).model_fields:
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray) and not largest_within(array, LARGEST):
+                faulty = ~np.isfinite(array)
+                raise PydanticCustomError(
+                    "corr2d",
+                    "holds {count} values that are NaN or infinite: a kernel is learned from finite numbers",
+                    {"count": int(faulty.sum()), "place": f".{name}{first_place(faulty)}", "limit": "finite numbers"},
+                )
+        return self
+
+
+class TrainingPair(FiniteArrays):
     """An image and what the kernel is to make of it."""
 
     input: Array = Field(validation_alias=INPUT, description="also `X`")
     target: Array = Field(validation_alias=TARGET, description="also `Y`")
 
 
-class TrainKernelRequest(RequestModel):
+class TrainKernelRequest(FiniteArrays):
     """Examples of what a kernel does, and how to search for it."""
 
     input: Array | None = Field(None, validation_alias=INPUT, description="(H, W), (C, H, W) or (N, C, H, W); also `X`")
@@ -58,16 +80,18 @@ class TrainKernelRequest(RequestModel):
     bias: bool = Field(default=False, description="learn a bias as well")
     initial_kernel: Array | None = Field(None, description="drawn from the seed where it is not given")
     initial_bias: ArrayOrNumber | None = Field(None, description="(O), or one number for all")
-    solver: core.Solver = "sgd"
-    learning_rate: float = 0.03
-    steps: int = 10
-    loss: core.Loss = "sum"
-    seed: int | None = None
-    stride: IntegerOrPair = 1
-    padding: Padding = 0
-    dilation: IntegerOrPair = 1
-    groups: int = 1
-    device: str = "auto"
+    solver: core.Solver = Field("sgd", description="how the kernel is searched for")
+    learning_rate: float = Field(0.03, description="how far each step goes against the gradient")
+    steps: int = Field(10, description="how many")
+    loss: core.Loss = Field("sum", description="of the squared differences: their sum, or their mean")
+    seed: int | None = Field(None, description="what initial values are drawn from; drawn itself where it is not given")
+    stride: IntegerOrPair = Field(1, description="how far the kernel moves at a time: an integer, or [rows, columns]")
+    padding: Padding = Field(
+        0, description='added on each side: an integer, [rows, columns], [top, bottom, left, right], "same" or "valid"'
+    )
+    dilation: IntegerOrPair = Field(1, description="the distance between taps: an integer, or [rows, columns]")
+    groups: int = Field(1, description="how many parts the channels fall into, each with filters of its own")
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
 
     def arguments(self) -> dict[str, object]:
         """Core takes pairs as tuples."""
@@ -97,8 +121,7 @@ class TrainKernelAnswer(BaseModel):
 @router.post(
     "/train-kernel",
     summary="A kernel learned from examples",
-    responses={200: {"model": TrainKernelAnswer}, **problems(*COMPUTING_ERRORS)},
-    openapi_extra=body(TrainKernelRequest, EXAMPLES),
+    **computing(TrainKernelRequest, TrainKernelAnswer, EXAMPLES, path="/train-kernel", served=SERVED),
 )
 async def train_kernel(request: Request) -> Response:
     """Gradient descent on the squared difference between conv2d(input, kernel) and target."""

@@ -1,20 +1,25 @@
-"""The tables of the README against the code."""
+"""The tables of the README and of docs against the code."""
 
 import re
 from pathlib import Path
 
 from service.__main__ import setting_text
 from service.app import create_app
+from service.codecs import DECODED, ENCODED, FORMATS
+from service.codecs.content_coding import COMPRESSORS
+from service.codecs.layout import DTYPES
+from service.negotiation import CODINGS
 from service.problems import ERRORS
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+FORMATS_PAGE = (ROOT / "docs" / "formats.md").read_text()
 
 
-def rows(heading: str) -> list[list[str]]:
+def rows(heading: str, page: str = README) -> list[list[str]]:
     """The cells of the table under a heading, its head left out."""
-    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    section = page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
 
@@ -47,6 +52,20 @@ def test_the_table_of_errors_is_complete() -> None:
     }
     from_the_router = {(404, "not-found"), (405, "method-not-allowed"), (500, "internal")}
     assert listed == {(kind.status, kind.name) for kind in ERRORS.values()} | from_the_router
+
+
+def test_the_tables_of_formats_are_complete() -> None:
+    listed = rows("What carries what", FORMATS_PAGE)
+    assert [media_type.strip("`") for media_type, _, _ in listed] == list(FORMATS)
+    for media_type, body, answer in listed:
+        assert (body != "none") == (media_type.strip("`") in DECODED)
+        assert (answer != "none") == (media_type.strip("`") in ENCODED)
+    assert dict(rows("Numbers", FORMATS_PAGE))["dtypes"] == ", ".join(f"`{dtype}`" for dtype in DTYPES)
+
+
+def test_the_content_codings_are_listed() -> None:
+    section = FORMATS_PAGE.split("\n## Compressed\n", 1)[1].split("\n## ", 1)[0]
+    assert set(re.findall("[a-z]+", " ".join(re.findall("`([^`]+)`", section)))) >= {*CODINGS.split(", "), *COMPRESSORS}
 
 
 def test_the_layout_names_what_is_there() -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import core
+from service.codecs import npz
 from tests import reference
+from tests.problem import first_error
 from tests.serving import Send
 
 LESSON = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6}
@@ -103,3 +105,12 @@ def test_each_way_to_end_has_its_sentence(send: Send, change: dict[str, Any], st
     nulls = [number for number in [*answer["loss_history"], answer["final_loss"]] if number is None]
     assert answer.get("nonfinite", 0) == len(nulls)
     assert all(math.isfinite(number) for number in answer["loss_history"] if number is not None)
+
+
+def test_nothing_is_learned_from_what_is_not_finite(send: Send) -> None:
+    image, target = np.ones((3, 4)), np.ones((3, 3))
+    image[1, 2] = np.nan
+    body = b"".join(npz.encode({"input": image, "target": target}))
+    error = first_error(send("POST", "/train-kernel", content=body, headers={"Content-Type": npz.MEDIA_TYPE}), 422)
+    assert error["field"] == "input[1][2]"
+    assert "holds 1 values that are NaN or infinite" in error["message"]

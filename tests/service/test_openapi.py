@@ -1,0 +1,180 @@
+"""The description at /openapi.json: valid, complete, true, and good enough to make a client from."""
+
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from openapi_schema_validator import OAS31Validator
+from openapi_spec_validator import validate
+from PIL import Image
+from pydantic import BaseModel
+
+from service.codecs import DECODED, ENCODED, FORMATS
+from service.codecs.options import AnswerOptions
+from service.routes import conv2d, correlate, train_kernel
+from tests.serving import Send
+
+ROOT = Path(__file__).parents[2]
+
+MODELS: dict[str, type[BaseModel]] = {
+    "/correlate": correlate.CorrelateRequest,
+    "/conv2d": conv2d.Conv2dRequest,
+    "/train-kernel": train_kernel.TrainKernelRequest,
+}
+EXAMPLES = {
+    "/correlate": correlate.EXAMPLES,
+    "/conv2d": conv2d.EXAMPLES,
+    "/train-kernel": train_kernel.EXAMPLES,
+}
+SERVED = {"/correlate": ENCODED, "/conv2d": ENCODED, "/train-kernel": train_kernel.SERVED}
+
+EVERYWHERE = {"content-type", "content-length", "vary", "date", "server"}
+"""Headers that HTTP itself explains."""
+
+endpoints = pytest.mark.parametrize("path", MODELS)
+
+GENERATOR = Path(sys.executable).parent / "openapi-python-client"
+
+CALL = """
+import json, sys
+from client import Client
+from client.api.convolution import correlate
+from client.models import CorrelateRequest
+
+asked = CorrelateRequest.from_dict(json.loads(sys.argv[2]))
+answer = correlate.sync(client=Client(base_url=sys.argv[1]), body=asked)
+print(json.dumps({"shape": answer.shape, "output": answer.output}))
+"""
+
+
+@pytest.fixture(scope="module")
+def description(sent_in_process: Send) -> dict[str, Any]:
+    described: dict[str, Any] = sent_in_process("GET", "/openapi.json").json()
+    return described
+
+
+def operation(description: dict[str, Any], path: str) -> dict[str, Any]:
+    described: dict[str, Any] = description["paths"][path]["post"]
+    return described
+
+
+def example_of(path: str) -> dict[str, Any]:
+    example: dict[str, Any] = next(iter(EXAMPLES[path].values()))
+    return example
+
+
+def body_of(media_type: str, example: dict[str, Any]) -> bytes:
+    """The example's arrays, or its input alone, in that format."""
+    arrays = {name: np.array(value, np.float32) for name, value in example.items() if isinstance(value, list)}
+    encode = FORMATS[media_type].encode
+    if encode is not None:
+        return b"".join(encode(arrays, AnswerOptions()))
+    file = io.BytesIO()
+    Image.fromarray(arrays["input"].astype(np.uint8)).save(file, media_type.rpartition("/")[2])
+    return file.getvalue()
+
+
+def test_the_description_is_valid(description: dict[str, Any]) -> None:
+    assert description["openapi"].startswith("3.1")
+    validate(description)
+
+
+@endpoints
+def test_every_format_is_described(description: dict[str, Any], path: str) -> None:
+    described = operation(description, path)
+    assert tuple(described["requestBody"]["content"]) == DECODED
+    assert tuple(described["responses"]["200"]["content"]) == SERVED[path]
+
+
+@endpoints
+def test_every_option_is_described_and_no_client_sends_one_unasked(description: dict[str, Any], path: str) -> None:
+    parameters = operation(description, path)["parameters"]
+    names = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
+    fields = [name for name in MODELS[path].model_fields if name not in ("input", "pairs")]
+    assert names == [*fields, *AnswerOptions.model_fields]
+    for parameter in parameters:
+        assert not parameter.get("required")
+        assert not {"default", "example", "examples"} & (parameter.keys() | parameter["schema"].keys())
+
+
+@endpoints
+@pytest.mark.parametrize("media_type", [media_type for media_type in DECODED if media_type != "application/json"])
+def test_every_binary_format_has_a_command_that_works(
+    send: Send, description: dict[str, Any], path: str, media_type: str
+) -> None:
+    said = operation(description, path)["requestBody"]["content"][media_type]["schema"]["description"]
+    command = re.findall("`(curl .*)`", said)[0]
+    *_, content_type, address = shlex.split(command)
+    assert content_type == f"Content-Type: {media_type}"
+    response = send(
+        "POST",
+        address.removeprefix("localhost:8000"),
+        headers=dict([content_type.split(": ")]),
+        content=body_of(media_type, example_of(path)),
+    )
+    assert response.status_code == 200, response.text
+
+
+@endpoints
+@pytest.mark.parametrize("media_type", ENCODED)
+def test_answers_have_the_formats_and_headers_that_are_described(
+    send: Send, description: dict[str, Any], path: str, media_type: str
+) -> None:
+    response = send("POST", path, json=example_of(path), headers={"Accept": media_type, "X-Request-ID": "mine"})
+    described = operation(description, path)["responses"][str(response.status_code)]
+    assert response.headers["Content-Type"] in described["content"]
+    assert response.headers["X-Request-ID"] == "mine"
+    assert (response.status_code == 406) == (media_type not in SERVED[path])
+    if response.status_code == 200 and media_type != "application/json":
+        assert json.loads(response.headers["Corr2d-Result"])
+        assert described["content"][media_type]["schema"]["format"] == "binary"
+    named = {name.lower() for name in described["headers"]}
+    assert response.headers.keys() - EVERYWHERE <= named
+
+
+@endpoints
+@pytest.mark.parametrize("arrays", ["nested", "base64", "flat"])
+def test_answers_are_what_their_schema_says(send: Send, description: dict[str, Any], path: str, arrays: str) -> None:
+    schema = operation(description, path)["responses"]["200"]["content"]["application/json"]["schema"]
+    validator = OAS31Validator({**schema, "components": description["components"]})
+    for example in EXAMPLES[path].values():
+        validator.validate(send("POST", path, json=example, params={"arrays": arrays}).json())
+
+
+@pytest.mark.parametrize("headers", [{"Content-Type": "text/plain"}, {"Content-Encoding": "br"}])
+def test_a_refusal_of_a_format_has_the_headers_that_are_described(
+    send: Send, description: dict[str, Any], headers: dict[str, str]
+) -> None:
+    response = send("POST", "/correlate", content=b"{}", headers={"Content-Type": "application/json", **headers})
+    described = operation(description, "/correlate")["responses"]["415"]["headers"]
+    assert response.status_code == 415
+    assert response.headers.keys() - EVERYWHERE < {name.lower() for name in described}
+
+
+def test_a_generated_client_computes_the_lesson(description: dict[str, Any], address: str, tmp_path: Path) -> None:
+    # Media types that it does not know, it is told to read as bytes.
+    binary = {media_type: "application/octet-stream" for media_type in FORMATS if media_type != "application/json"}
+    (tmp_path / "openapi.json").write_text(json.dumps(description))
+    (tmp_path / "config.yml").write_text(json.dumps({"post_hooks": [], "content_type_overrides": binary}))
+    generate = [str(GENERATOR), "generate", "--path", "openapi.json", "--config", "config.yml", "--meta", "none"]
+    generated = subprocess.run(
+        [*generate, "--output-path", "client", "--fail-on-warning"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert generated.returncode == 0, generated.stdout + generated.stderr
+    arguments = [address, json.dumps(example_of("/correlate"))]
+    called = subprocess.run(
+        [sys.executable, "-c", CALL, *arguments], cwd=tmp_path, text=True, capture_output=True, check=False
+    )
+    assert called.returncode == 0, called.stderr
+    assert json.loads(called.stdout) == {"shape": [2, 2], "output": [[19, 25], [37, 43]]}
