@@ -1,5 +1,6 @@
 """Which format a body is in, and which one and which coding its answer is to be in (RFC 9110, 8.3, 8.4 and 12.5)."""
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TypeAlias
@@ -10,6 +11,9 @@ from starlette.types import Scope
 from service.codecs import DECODED, FORMATS, Format
 from service.codecs.content_coding import COMPRESSORS, DECOMPRESSORS
 from service.errors import NotAcceptable, UnsupportedMediaType
+
+ONE_MEDIA_TYPE = re.compile(r'\s*([^\s;,"]+)\s*(?:;(?:[^",]|"(?:[^"\\]|\\.)*")*)?')
+"""A media type with its parameters; two of them are none (RFC 9110, 8.3)."""
 
 CODINGS = ", ".join(name for name in DECOMPRESSORS if not name.startswith("x-"))
 
@@ -35,7 +39,8 @@ def _text(headers: Headers, name: bytes) -> str | None:
 def body_format(headers: Headers) -> Format:
     """The format of a body. Raises UnsupportedMediaType naming those there are."""
     sent = _text(headers, b"content-type")
-    served = FORMATS.get(sent or "") or FORMATS.get((sent or "").partition(";")[0].strip().lower())
+    found = None if sent in FORMATS else ONE_MEDIA_TYPE.fullmatch(sent or "")
+    served = FORMATS.get(found[1].lower() if found else sent or "")
     if served is None or served.decode is None:
         came = "no Content-Type" if sent is None else f'Content-Type "{sent[:100]}"'
         raise UnsupportedMediaType(
@@ -91,7 +96,7 @@ def answer_coding(accept_encoding: bytes | None) -> str | None:
     for member in accept_encoding.decode("latin-1").lower().split(","):
         name, _, parameter = member.partition(";")
         weight = parameter.strip().removeprefix("q=") or "1"
-        qualities[name.strip()] = float(weight) if weight.replace(".", "", 1).isdecimal() else 0.0
+        qualities[name.strip().removeprefix("x-")] = float(weight) if weight.replace(".", "", 1).isdecimal() else 0.0
     offered = [(qualities.get(coding, qualities.get("*", 0.0)), coding) for coding in COMPRESSORS]
     quality, coding = max(offered, key=lambda offer: offer[0])
     return coding if quality > 0 and quality >= qualities.get("identity", 0.0) else None

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
-import orjson
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, WithJsonSchema
 from starlette.requests import ClientDisconnect
@@ -15,16 +14,13 @@ from starlette.requests import ClientDisconnect
 from service import threads
 from service.codecs import Buffer, Format
 from service.codecs.content_coding import decode as without_coding
-from service.codecs.options import AnswerOptions
+from service.codecs.options import AnswerOptions, option_value
 from service.errors import BodyTooLarge, FieldError, InvalidRequest, NotParseable
 from service.negotiation import Headers, body_coding, body_format
 from service.request_log import Timing, milliseconds_since
 from service.validation import field_errors
 
 MAX_OPTIONS = 100
-
-OTHER_TOOLS_METADATA = "format"
-"""What safetensors' own libraries write into the metadata of a file: {"format": "pt"}."""
 
 _INTEGER = {"type": "integer", "minimum": 1}
 _SIDE = {"type": "integer", "minimum": 0}
@@ -109,14 +105,6 @@ def query_options(request: Request) -> dict[str, Any]:
     return options
 
 
-def option_value(text: str) -> Any:
-    """What an option's text says: `2` a number, `[1, 2]` a list, `reflect` itself."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return text
-
-
 def answer_options(options: dict[str, Any]) -> AnswerOptions:
     """Those of the options that are about the answer's form, taken out of them. Raises InvalidRequest."""
     taken = {name: options.pop(name) for name in ANSWER_OPTIONS if name in options}
@@ -130,30 +118,27 @@ NO_OPTIONS = AnswerOptions()
 async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
     """The body; refused before it is read where its declared length is over the limit, else as soon as it is.
 
-    A body that comes in pieces is put together in one place, as large as it is declared to be.
+    A body that comes in pieces is put together in one place, which grows with it: its declared length is a claim.
     """
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
     body: bytearray | None = None
-    size = 0
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise NotParseable("the connection was closed before the body was whole") from ClientDisconnect()
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
-        if size + len(chunk) > limit:
+        if len(body or b"") + len(chunk) > limit:
             raise _too_large(f"more than {limit:,} bytes", limit)
         if body is None:
             if not more:
                 return chunk
-            body = bytearray(declared)
-        body[size : size + len(chunk)] = chunk
-        size += len(chunk)
+            body = bytearray()
+        body += chunk
         if not more:
-            del body[size:]
             return body
 
 

@@ -1,7 +1,8 @@
-"""How an answer is to be written: the part of a query string that is not about the computation."""
+"""Options that come as text, and those among them that are about how an answer is to be written."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -18,3 +19,11 @@ class AnswerOptions(BaseModel):
         "scale",
         description="values in PNG: scaled from their own minimum and maximum to 0..255, or clipped to 0..255",
     )
+
+
+def option_value(text: str) -> Any:
+    """What an option's text says: `2` a number, `[1, 2]` a list, `reflect` itself."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text

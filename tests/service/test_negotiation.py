@@ -1,0 +1,576 @@
+"""What headers and the query string ask for: formats, codings and options."""
+
+import gzip
+import http.client
+import io
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote, quote_plus, urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.numpy
+from backports import zstd
+
+import core
+from service.codecs import DECODED, ENCODED
+from service.codecs.options import AnswerOptions
+from service.requests import MAX_OPTIONS, RequestModel
+from service.routes.conv2d import Conv2dRequest
+from service.routes.correlate import CorrelateRequest
+from service.routes.train_kernel import SERVED, TrainKernelRequest
+from tests.problem import first_error, problem_of
+from tests.serving import Send
+
+JSON = "application/json"
+NPY = "application/x-npy"
+NPZ = "application/x-npz"
+SAFETENSORS = "application/x-safetensors"
+PNG = "image/png"
+
+BODY = b'{"input": [[1, 2], [3, 4]], "kernel": [[1]]}'
+ARRAYS = {
+    "/correlate": {"input": [[1, 2], [3, 4]], "kernel": [[1]]},
+    "/conv2d": {"input": [[1, 2], [3, 4]], "weight": [[1]]},
+    "/train-kernel": {"input": [[1, 2], [3, 4]], "target": [[1, 2], [3, 4]]},
+}
+
+Headers = dict[str, str]
+Lines = list[tuple[str, str]]
+
+
+def post(send: Send, headers: Headers | Lines, path: str = "/correlate", body: bytes = BODY) -> httpx.Response:
+    """A JSON body unless the header says otherwise."""
+    lines = list(headers.items()) if isinstance(headers, dict) else headers
+    if not any(name.lower() == "content-type" for name, _ in lines):
+        lines = [("Content-Type", JSON), *lines]
+    return send("POST", path, content=body, headers=[(name, value.encode("latin-1")) for name, value in lines])
+
+
+def asked(send: Send, query: str, path: str = "/correlate", **changes: object) -> httpx.Response:
+    """A JSON body of that endpoint's arrays, changed (None: left out), and a query string as it stands."""
+    fields = {name: value for name, value in {**ARRAYS[path], **changes}.items() if value is not None}
+    return send("POST", f"{path}?{query}", json=fields)
+
+
+ACCEPTS = {
+    "": JSON,
+    "*/*": JSON,
+    "*": JSON,
+    "application/*": JSON,
+    "image/*": PNG,
+    "application/json": JSON,
+    "application/x-npy": NPY,
+    "application/x-npz": NPZ,
+    "application/x-safetensors": SAFETENSORS,
+    "image/png": PNG,
+    "IMAGE/PNG": PNG,
+    "Application/X-NPY;Q=0.5": NPY,
+    "application/json; charset=utf-8": JSON,
+    "application/json;q=0.5, image/png": PNG,
+    "application/json;q=0.5, image/png;q=0.6": PNG,
+    "application/json;q=0.6, image/png;q=0.5": JSON,
+    "application/json;q=0.1, application/x-npy;q=0.2, application/x-npz;q=0.3": NPZ,
+    "application/x-npz;q=0.001": NPZ,
+    "application/x-npy, application/json": JSON,
+    "application/x-npz, application/x-npy": NPY,
+    "*/*, image/png": PNG,
+    "image/png, */*": PNG,
+    "image/png, */*;q=0.1": PNG,
+    "*/*;q=0.1, application/*;q=0.2": JSON,
+    "application/json;q=0.1, */*;q=0.5": NPY,
+    "application/json;q=0, */*": NPY,
+    "application/*;q=0, */*": PNG,
+    "application/*;q=0, application/x-npz;q=0.1": NPZ,
+    "text/html, application/xhtml+xml, application/xml;q=0.9, image/avif, image/webp, image/apng, */*;q=0.8": JSON,
+    "image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5": PNG,
+    "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2": JSON,
+    "application/x-nonsense, application/x-npy;q=0.1": NPY,
+    "application/json, application/problem+json": JSON,
+    "  image/png  ": PNG,
+    ", image/png,, ": PNG,
+    "image/png;q=1.000": PNG,
+    "image/png;level=9;q=0.5, application/json;q=0.4": PNG,
+}
+"""Accept, and what an answer to it is in (RFC 9110, 12.5.1): of several liked alike, the first that is served."""
+
+
+@pytest.mark.parametrize(("accept", "expected"), ACCEPTS.items(), ids=map(repr, ACCEPTS))
+def test_accept_chooses_the_format_of_the_answer(sent_in_process: Send, accept: str, expected: str) -> None:
+    response = post(sent_in_process, {"Accept": accept})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == expected
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/html",
+        "image/gif",
+        "image/jpeg",
+        "text/*",
+        "application/problem+json",
+        "application/json;q=0",
+        "*/*;q=0",
+        "*/*;q=0.0",
+        "application/*;q=0, image/*;q=0",
+        "application/*;q=0",
+        "json",
+        "image/png/png",
+        ";",
+        "/",
+        "\xff\xfe",
+        "application/x-npyz",
+        "x" * 5000,
+    ],
+)
+def test_19_accept_that_nothing_satisfies_is_406_and_names_what_is_served(sent_in_process: Send, accept: str) -> None:
+    problem = problem_of(post(sent_in_process, {"Accept": accept}), 406)
+    assert all(media_type in problem["detail"] for media_type in ENCODED)
+    assert accept[:50] in problem["detail"]
+
+
+def test_19_a_header_of_several_lines_is_one_list(send: Send) -> None:
+    assert post(send, [("Accept", "text/html"), ("Accept", "image/png")]).headers["content-type"] == PNG
+    lines = [("Accept", "application/json;q=0.1"), ("Accept", "application/x-npy;q=0.3, image/png;q=0.2")]
+    assert post(send, lines).headers["content-type"] == NPY
+    problem_of(post(send, [("Accept", "text/html"), ("Accept", "image/gif")]), 406)
+
+
+def over_the_wire(address: str, lines: Lines, body: bytes = BODY) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """A request with these header fields and none that a client adds by itself."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
+    connection.putrequest("POST", "/correlate", skip_accept_encoding=True)
+    for name, value in [("Content-Length", str(len(body))), *lines]:
+        connection.putheader(name, value)
+    connection.endheaders(body)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, response.headers, content
+
+
+def test_without_accept_the_answer_is_json_and_not_compressed(address: str) -> None:
+    zeros = json.dumps({"input": [[0] * 100] * 100, "kernel": "identity"}).encode()
+    status, headers, content = over_the_wire(address, [("Content-Type", JSON)], zeros)
+    assert (status, headers["content-type"], headers["content-encoding"]) == (200, JSON, None)
+    assert json.loads(content)["shape"] == [100, 100]
+
+
+def test_without_a_content_type_nothing_is_guessed(address: str) -> None:
+    status, headers, content = over_the_wire(address, [])
+    assert (status, headers["content-type"]) == (415, "application/problem+json")
+    assert b"no Content-Type" in content
+
+
+def answer_to_a_header(address: str, request: str) -> bytes:
+    """What comes back where no byte of the body is ever sent."""
+    url = urlsplit(address)
+    with socket.create_connection((url.hostname, url.port), timeout=5) as connection:
+        connection.sendall(request.replace("\n", "\r\n").encode())
+        received = b""
+        while b"}" not in received:
+            received += connection.recv(65536)
+        return received
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        ("Accept: image/gif", b"406"),
+        ("Content-Type: text/plain", b"415"),
+        ("Content-Encoding: br", b"415"),
+        ("Content-Length: 10000000000", b"413"),
+    ],
+)
+def test_11_19_what_the_header_alone_refuses_is_answered_before_the_body_comes(
+    address: str, field: str, status: bytes
+) -> None:
+    fields = {"Content-Type": JSON, "Content-Length": "60000000"} | dict([field.split(": ")])
+    lines = "\n".join(f"{name}: {value}" for name, value in fields.items())
+    received = answer_to_a_header(address, f"POST /correlate HTTP/1.1\nHost: corr2d\n{lines}\n\n")
+    assert received.startswith(b"HTTP/1.1 " + status)
+    assert b"application/problem+json" in received
+
+
+@pytest.mark.parametrize("query", ["mode=same&mode=full", "&".join(["a=1"] * 200), "png=maybe"])
+def test_what_the_query_string_alone_refuses_is_answered_before_the_body_comes(address: str, query: str) -> None:
+    header = f"POST /correlate?{query} HTTP/1.1\nHost: corr2d\nContent-Type: {JSON}\nContent-Length: 60000000\n\n"
+    assert answer_to_a_header(address, header).startswith(b"HTTP/1.1 422")
+
+
+def test_19_a_learned_kernel_is_no_picture(send: Send) -> None:
+    body = json.dumps({"input": [[1, 2]], "target": [[1, 2]], "seed": 1}).encode()
+    for accept in ("image/png", "image/*"):
+        detail = problem_of(post(send, {"Accept": accept}, "/train-kernel", body), 406)["detail"]
+        assert all(media_type in detail for media_type in SERVED)
+        assert detail.endswith(", ".join(SERVED))
+    for accept, expected in (("*/*", JSON), ("image/png, application/*;q=0.1", JSON), (NPZ, NPZ)):
+        response = post(send, {"Accept": accept}, "/train-kernel", body)
+        assert response.headers["content-type"] == expected
+
+
+def test_19_an_output_that_is_no_picture_is_406_with_advice(send: Send, rng: np.random.Generator) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, input=rng.normal(size=(2, 3, 9, 8)), weight=rng.normal(size=(6, 3, 1, 1)))
+    headers = {"Content-Type": NPZ, "Accept": PNG}
+    detail = problem_of(post(send, headers, "/conv2d?dtype=float64", buffer.getvalue()), 406)["detail"]
+    assert "(2, 6, 9, 8)" in detail
+    assert "application/x-npy" in detail
+
+
+@pytest.mark.parametrize("accept", ["image/png", "text/html", "application/x-npy", "application/json;q=0"])
+def test_errors_are_problem_details_whatever_accept_says(send: Send, accept: str) -> None:
+    problem_of(send("GET", "/nope", headers={"Accept": accept}), 404)
+    problem_of(send("GET", "/correlate", headers={"Accept": accept}), 405)
+    response = post(send, {"Accept": accept}, body=b"{")
+    problem_of(response, 406 if accept.startswith(("text", "application/json")) else 400)
+
+
+@pytest.mark.parametrize("accept", [JSON, NPY, PNG])
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+def test_every_answer_says_what_it_was_chosen_by(send: Send, accept: str, coding: str) -> None:
+    vary = post(send, {"Accept": accept, "Accept-Encoding": coding}).headers["vary"]
+    assert {name.strip().lower() for name in vary.split(",")} == {"accept", "accept-encoding"}
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json; charset=utf-8",
+        "application/json;charset=UTF-8",
+        "Application/JSON",
+        "APPLICATION/JSON ; charset=utf-8",
+        "application/json;",
+        'application/json; profile="a, b"',
+    ],
+)
+def test_18_media_types_have_parameters_and_no_case(send: Send, content_type: str) -> None:
+    assert post(send, {"Content-Type": content_type}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/x-numpy", "application/*", "*/*", "application/json, image/png", "application/jsonx", "x" * 3000],
+)
+def test_18_an_unknown_media_type_is_415_and_names_what_is_served(send: Send, content_type: str) -> None:
+    response = post(send, {"Content-Type": content_type})
+    detail = problem_of(response, 415)["detail"]
+    assert all(media_type in detail for media_type in DECODED)
+    assert response.headers["accept"] == ", ".join(DECODED)
+
+
+@pytest.mark.parametrize("parameter", ["", "; charset=utf-8"])
+def test_18_two_content_types_are_none(send: Send, parameter: str) -> None:
+    problem_of(post(send, [("Content-Type", JSON + parameter), ("Content-Type", "image/png")]), 415)
+    problem_of(post(send, [("Content-Type", "image/png" + parameter), ("Content-Type", JSON)]), 415)
+
+
+ZEROS = json.dumps({"input": [[0] * 60] * 60, "kernel": "identity"}).encode()
+
+CODINGS = {
+    "": None,
+    "identity": None,
+    "gzip": "gzip",
+    "GZIP": "gzip",
+    "x-gzip": "gzip",
+    "zstd": "zstd",
+    "gzip, zstd": "zstd",
+    "gzip, deflate, br, zstd": "zstd",
+    "gzip;q=1.0, zstd;q=0.5": "gzip",
+    "gzip; q=0.5 , zstd; q=0.1": "gzip",
+    "zstd;q=0, gzip": "gzip",
+    "*": "zstd",
+    "*;q=0.5, zstd;q=0": "gzip",
+    "*;q=0": None,
+    "gzip;q=0": None,
+    "gzip;q=0, *;q=0": None,
+    "br": None,
+    "deflate": None,
+    "identity, gzip;q=0.5": None,
+    "identity;q=0.5, gzip": "gzip",
+    "identity;q=0, gzip": "gzip",
+    "gzip;q=nonsense": None,
+    ",,;;=": None,
+    "gzip,": "gzip",
+    "\xff": None,
+}
+
+
+@pytest.mark.parametrize(("accept", "expected"), CODINGS.items(), ids=map(repr, CODINGS))
+def test_accept_encoding_chooses_the_coding_of_the_answer(
+    sent_in_process: Send, accept: str, expected: str | None
+) -> None:
+    response = post(sent_in_process, {"Accept-Encoding": accept}, body=ZEROS)
+    assert response.status_code == 200
+    assert response.headers.get("content-encoding") in ([expected, "x-gzip"] if accept == "x-gzip" else [expected])
+
+
+@pytest.mark.parametrize("accept", [JSON, NPY, NPZ, SAFETENSORS])
+@pytest.mark.parametrize(("coding", "unpack"), [("gzip", gzip.decompress), ("zstd", zstd.decompress)])
+def test_a_compressed_answer_is_the_same_answer(
+    address: str, accept: str, coding: str, unpack: Callable[[bytes], bytes]
+) -> None:
+    lines = [("Content-Type", JSON), ("Accept", accept)]
+    _, plain, content = over_the_wire(address, lines, ZEROS)
+    assert plain["content-encoding"] is None
+    _, headers, compressed = over_the_wire(address, [*lines, ("Accept-Encoding", coding)], ZEROS)
+    assert headers["content-encoding"] == coding
+    assert headers["content-type"] == accept
+    assert int(headers["content-length"]) == len(compressed) <= 0.8 * len(content)
+    assert unpack(compressed) == content
+    assert headers["corr2d-result"] == plain["corr2d-result"]
+
+
+def test_what_is_small_or_does_not_shrink_is_sent_as_it_is(send: Send, rng: np.random.Generator) -> None:
+    headers = {"Accept": NPY, "Accept-Encoding": "gzip, zstd"}
+    assert "content-encoding" not in post(send, headers).headers
+    noise = {"input": rng.normal(size=(100, 100)).tolist(), "kernel": "identity", "dtype": "float64"}
+    response = post(send, headers, body=json.dumps(noise).encode())
+    assert "content-encoding" not in response.headers
+    assert len(response.content) == 128 + 80_000
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, verb: str) -> dict[str, Any]:
+    """What core's verb will be called with."""
+    arguments: dict[str, Any] = {}
+
+    def record(**passed: Any) -> None:
+        arguments.update(passed)
+        raise core.InvalidOption("seen")  # instead of computing
+
+    monkeypatch.setattr(core, verb, record)
+    return arguments
+
+
+SENT: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]]]]] = {
+    "/correlate": (
+        CorrelateRequest,
+        "correlate",
+        {
+            "input": [("[[1, 2.5]]", [[1, 2.5]]), ('{"shape": [1, 2], "dtype": "int8", "data": [3, 4]}', [[3, 4]])],
+            "kernel": [("[[1,0,-1]]", [[1, 0, -1]]), ("gaussian(2.0)", "gaussian(2.0)"), ("sobel_x", "sobel_x")],
+            "mode": [("same", "same"), ('"full"', "full")],
+            "boundary": [("reflect", "reflect")],
+            "fill_value": [("2", 2.0), ("-0.5", -0.5), ("1e3", 1000.0)],
+            "operation": [("convolve", "convolve")],
+            "method": [("fft", "fft")],
+            "device": [("cpu", "cpu")],
+            "dtype": [("float64", "float64")],
+            "explain": [("true", None), ("false", None)],
+        },
+    ),
+    "/conv2d": (
+        Conv2dRequest,
+        "conv2d",
+        {
+            "input": [("[[1, 2]]", [[1, 2]])],
+            "weight": [("[[1,0,-1]]", [[1, 0, -1]]), ("[[[[1]]]]", [[[[1]]]])],
+            "bias": [("[1.5]", [1.5]), ("null", None)],
+            "stride": [("2", 2), ("[2,1]", [2, 1])],
+            "padding": [("1", 1), ("same", "same"), ("[1, 2, 3, 4]", [1, 2, 3, 4])],
+            "dilation": [("2", 2), ("[2,1]", [2, 1])],
+            "groups": [("2", 2)],
+            "padding_mode": [("reflect", "reflect")],
+            "method": [("direct", "direct")],
+            "device": [("cpu", "cpu")],
+            "dtype": [("float64", "float64")],
+            "explain": [("true", None)],
+        },
+    ),
+    "/train-kernel": (
+        TrainKernelRequest,
+        "fit_kernel_steps",
+        {
+            "input": [("[[1, 2]]", [[1, 2]])],
+            "target": [("[[1, 2]]", [[1, 2]])],
+            "pairs": [('[{"input": [[1]], "target": [[2]]}]', [([[1]], [[2]])])],
+            "kernel_size": [("3", 3), ("[3,2]", [3, 2])],
+            "bias": [("true", True), ("false", False)],
+            "initial_kernel": [("[[1,0,-1]]", [[1, 0, -1]])],
+            "initial_bias": [("0.5", 0.5), ("[1,2]", [1, 2])],
+            "solver": [("sgd", "sgd")],
+            "learning_rate": [("0.01", 0.01), ("1", 1.0)],
+            "steps": [("25", 25)],
+            "loss": [("mean", "mean")],
+            "seed": [("7", 7), ("null", None)],
+            "stride": [("2", 2), ("[2,1]", [2, 1])],
+            "padding": [("1", 1), ("same", "same")],
+            "dilation": [("[1,2]", [1, 2])],
+            "groups": [("2", 2)],
+            "device": [("cpu", "cpu")],
+        },
+    ),
+}
+"""For each endpoint: its model, core's verb, and for each field what stands in a query string and what core gets."""
+
+
+@pytest.mark.parametrize("path", SENT)
+def test_every_field_is_among_the_options_below(path: str) -> None:
+    model, _, options = SENT[path]
+    assert set(options) == set(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "text", "expected"),
+    [
+        (path, name, *sent)
+        for path, (_, _, options) in SENT.items()
+        for name, texts in options.items()
+        for sent in texts
+    ],
+)
+@pytest.mark.parametrize("escape", [quote, quote_plus])
+def test_every_option_of_the_query_string_reaches_core(
+    sent_in_process: Send,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    name: str,
+    text: str,
+    expected: object,
+    escape: Callable[[str], str],
+) -> None:
+    arguments = recorded(monkeypatch, SENT[path][1])
+    response = asked(sent_in_process, f"{name}={escape(text)}", path, **{name: None})
+    assert response.status_code == 422
+    assert response.json()["detail"] == "seen"
+    if name == "explain":
+        assert "explain" not in arguments
+        return
+    got = arguments[name]
+    if name == "pairs":
+        got = [tuple(array.tolist() for array in pair) for pair in got]
+    got = got.tolist() if isinstance(got, np.ndarray) else got
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+def files() -> dict[str, bytes]:
+    """The same array in the formats that have room for arrays only."""
+    archive, ones = io.BytesIO(), np.ones((3, 3))
+    np.savez(archive, input=ones)
+    single = io.BytesIO()
+    np.save(single, ones)
+    return {NPY: single.getvalue(), NPZ: archive.getvalue(), SAFETENSORS: safetensors.numpy.save({"input": ones})}
+
+
+@pytest.mark.parametrize(("content_type", "content"), files().items())
+def test_options_of_a_binary_body_are_held_to_the_same_rules(send: Send, content_type: str, content: bytes) -> None:
+    def error(query: str, path: str = "/conv2d") -> dict[str, Any]:
+        response = send("POST", f"{path}?{query}", content=content, headers={"Content-Type": content_type})
+        return first_error(response, 422)
+
+    assert error("weight=[[1]]&stride=0")["field"] == "stride"
+    assert error("weight=[[1]]&padding=full")["field"] == "padding"
+    assert error("weight=[[1]]&dtype=int8")["field"] == "dtype"
+    assert error("weight=[[1],[2,3]]")["field"] == "weight[1]"
+    assert error("weight=[[1,%22x%22]]")["field"] == "weight[0][1]"
+    assert error("weight=sobel_x")["field"] == "weight"
+    assert error("kernel=sobel_z", "/correlate")["field"] == "kernel"
+    assert 'did you mean "stride"?' in error("weight=[[1]]&strid=2")["message"]
+    assert error("weight=[[1e39]]")["field"] == "weight[0][0]"
+    assert error("")["field"] == "weight"
+
+
+def test_an_option_that_comes_twice_is_refused(send: Send) -> None:
+    error = first_error(asked(send, "mode=same&mode=full"), 422)
+    assert (error["field"], error["limit"]) == ("mode", "once")
+    assert "2 times" in error["message"]
+    assert first_error(asked(send, "arrays=flat&arrays=flat"), 422)["field"] == "arrays"
+    problem = problem_of(asked(send, "mode=same&mode=same&mode=same&dtype=float64&dtype=float32"), 422)
+    assert {error["field"] for error in problem["errors"]} == {"mode", "dtype"}
+
+
+def test_an_unknown_option_is_refused_and_near_misses_named(send: Send) -> None:
+    error = first_error(asked(send, "bondary=reflect"), 422)
+    assert error["field"] == "bondary"
+    assert 'did you mean "boundary"?' in error["message"]
+    assert 'did you mean "padding_mode"?' in first_error(asked(send, "paddingmode=zeros", "/conv2d"), 422)["message"]
+    assert first_error(asked(send, "MODE=same"), 422)["field"] == "MODE"
+
+
+@pytest.mark.parametrize(("query", "field"), [("kernel=identity", "kernel"), ("mode=same", "mode")])
+def test_an_option_in_the_body_and_in_the_query_string_is_refused(send: Send, query: str, field: str) -> None:
+    error = first_error(asked(send, query, mode="same"), 422)
+    assert error["field"] == field
+    assert "in the body and in the query string" in error["message"]
+
+
+def test_an_option_under_both_of_its_names_is_refused(send: Send) -> None:
+    assert "both of its names" in first_error(asked(send, "K=identity"), 422)["message"]
+    assert "both of its names" in first_error(asked(send, "X=[[1]]&kernel=identity", kernel=None), 422)["message"]
+
+
+@pytest.mark.parametrize("name", AnswerOptions.model_fields)
+@pytest.mark.parametrize("path", ARRAYS)
+def test_options_about_the_answer_belong_in_the_query_string(send: Send, path: str, name: str) -> None:
+    error = first_error(asked(send, "", path, **{name: "flat"}), 422)
+    assert error["field"] == name
+    assert error["message"] == f'"{name}" belongs in the query string: ?{name}=...'
+
+
+@pytest.mark.parametrize("value", ["maybe", "", "CLIP", "1", "true", "null", "[]", "{}", "clip%20", "clip%00"])
+@pytest.mark.parametrize("name", AnswerOptions.model_fields)
+def test_options_about_the_answer_have_few_values(send: Send, name: str, value: str) -> None:
+    error = first_error(asked(send, f"{name}={value}"), 422)
+    assert error["field"] == name
+    assert ("'scale' or 'clip'" if name == "png" else "'nested', 'base64' or 'flat'") in error["limit"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["mode=%", "mode=%2", "mode=%zz", "mode=%ff%fe", "mode=%u0041", "mode=same%00", "mode=%ED%A0%80", "mode=same%ff"],
+)
+def test_bad_percent_encodings_are_no_value(send: Send, query: str) -> None:
+    assert first_error(asked(send, query), 422)["field"] == "mode"
+
+
+@pytest.mark.parametrize("query", ["%ff=1", "%00=1", "=1", "=", "%", "%ED%A0%80=1", "mo%64es=1", "a" * 5000])
+def test_names_that_no_option_has_are_refused(send: Send, query: str) -> None:
+    assert "unknown field" in first_error(asked(send, query), 422)["message"]
+
+
+@pytest.mark.parametrize("query", ["", "&", "&&&&", "mode=same&", "&mode=same", "mo%64e=s%61me"])
+def test_what_says_nothing_else_changes_nothing_else(send: Send, query: str) -> None:
+    assert asked(send, query).json()["output"] == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("query", ["mode=\xff", "\xff=1", "mode=s\u00e4me"])
+def test_bytes_that_are_not_ascii_are_no_value(address: str, query: str) -> None:
+    url = urlsplit(address)
+    with socket.create_connection((url.hostname, url.port), timeout=5) as connection:
+        head = f"POST /correlate?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nContent-Length: {len(BODY)}\r\n"
+        connection.sendall(head.encode("latin-1") + b"Connection: close\r\n\r\n" + BODY)
+        received = connection.makefile("rb").read()
+    assert received[9:12] in (b"422", b"400")
+
+
+@pytest.mark.parametrize("name", ["mode", "fill_value", "dtype", "device", "explain", "kernel"])
+@pytest.mark.parametrize("given", ["{}", "{}="])
+def test_an_option_without_a_value_is_refused(send: Send, name: str, given: str) -> None:
+    body = {"input": [[1]]} if name == "kernel" else ARRAYS["/correlate"]
+    assert first_error(send("POST", f"/correlate?{given.format(name)}", json=body), 422)["field"] == name
+
+
+@pytest.mark.parametrize("query", ["fill_value=NaN", "fill_value=Infinity", "fill_value=1e999", "fill_value=0x10"])
+def test_23_24_a_query_string_has_no_more_numbers_than_json(send: Send, query: str) -> None:
+    assert first_error(asked(send, f"mode=same&boundary=constant&{query}"), 422)["field"] == "fill_value"
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["[[1,NaN]]", "[[1e999]]", "[" * 5000, "[" * 2000 + "]" * 2000, "[[" + "1" * 5000 + "]]", '{"shape":[1]}', "[1,]"],
+)
+def test_kernels_of_the_query_string_that_are_none(send: Send, kernel: str) -> None:
+    assert first_error(asked(send, "kernel=" + quote(kernel), kernel=None), 422)["field"].startswith("kernel")
+
+
+def test_a_hundred_options_are_read_and_more_are_not(send: Send) -> None:
+    many = problem_of(asked(send, "&".join(f"option_{number}=1" for number in range(MAX_OPTIONS))), 422)
+    assert many["errors_omitted"] == MAX_OPTIONS - len(many["errors"])
+    for count in (MAX_OPTIONS + 1, 2 * MAX_OPTIONS, 5000):
+        query = "&".join(f"a{number}=1" for number in range(count))
+        assert f"more than {MAX_OPTIONS} options" in problem_of(asked(send, query), 422)["detail"]
