@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Request
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from starlette.requests import ClientDisconnect
 
 from service import threads
@@ -42,8 +42,15 @@ Padding = Annotated[
             ]
         }
     ),
+    Field(description='added on each side: an integer, [rows, columns], [top, bottom, left, right], "same" or "valid"'),
 ]
 """An integer, [rows, columns], [top, bottom, left, right], "valid" or "same". core checks it."""
+
+Stride = Annotated[
+    IntegerOrPair, Field(description="how far the kernel moves at once: an integer, or [rows, columns]")
+]
+Dilation = Annotated[IntegerOrPair, Field(description="the distance between taps: an integer, or [rows, columns]")]
+Groups = Annotated[int, Field(description="how many parts the channels fall into, each with filters of its own")]
 
 
 class RequestModel(BaseModel):

@@ -10,7 +10,7 @@ import core
 from service.arrays import Array
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
 from service.openapi import computing
-from service.requests import IntegerOrPair, Padding
+from service.requests import Dilation, Groups, Padding, Stride
 from service.routes.array_route import ArrayRoute
 
 router = APIRouter(tags=["convolution"], route_class=ArrayRoute)
@@ -35,12 +35,10 @@ class Conv2dRequest(ConvolutionRequest):
     input: Array = Field(description="(N, C, H, W), (C, H, W) or (H, W)")
     weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one channel in and one out")
     bias: Array | None = Field(None, description="(O)")
-    stride: IntegerOrPair = Field(1, description="how far the kernel moves at a time: an integer, or [rows, columns]")
-    padding: Padding = Field(
-        0, description='added on each side: an integer, [rows, columns], [top, bottom, left, right], "same" or "valid"'
-    )
-    dilation: IntegerOrPair = Field(1, description="the distance between taps: an integer, or [rows, columns]")
-    groups: int = Field(1, description="how many parts the channels fall into, each with filters of its own")
+    stride: Stride = 1
+    padding: Padding = 0
+    dilation: Dilation = 1
+    groups: Groups = 1
     padding_mode: core.PaddingMode = Field("zeros", description="what the padding holds")
 
 

@@ -15,7 +15,17 @@ from service.codecs import ENCODED, png
 from service.codecs.layout import largest_within
 from service.negotiation import header_fields
 from service.openapi import computing
-from service.requests import IntegerOrPair, Padding, RequestModel, answer_options, decoded, query_options
+from service.requests import (
+    Dilation,
+    Groups,
+    IntegerOrPair,
+    Padding,
+    RequestModel,
+    Stride,
+    answer_options,
+    decoded,
+    query_options,
+)
 from service.responses import Answerer, as_numpy
 from service.routes.array_route import ArrayRoute
 
@@ -85,12 +95,10 @@ class TrainKernelRequest(FiniteArrays):
     steps: int = Field(10, description="how many")
     loss: core.Loss = Field("sum", description="of the squared differences: their sum, or their mean")
     seed: int | None = Field(None, description="what initial values are drawn from; drawn itself where it is not given")
-    stride: IntegerOrPair = Field(1, description="how far the kernel moves at a time: an integer, or [rows, columns]")
-    padding: Padding = Field(
-        0, description='added on each side: an integer, [rows, columns], [top, bottom, left, right], "same" or "valid"'
-    )
-    dilation: IntegerOrPair = Field(1, description="the distance between taps: an integer, or [rows, columns]")
-    groups: int = Field(1, description="how many parts the channels fall into, each with filters of its own")
+    stride: Stride = 1
+    padding: Padding = 0
+    dilation: Dilation = 1
+    groups: Groups = 1
     device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
 
     def arguments(self) -> dict[str, object]:
