@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from datetime import UTC, datetime
+import time
+from functools import lru_cache
 from typing import Literal
 
 import orjson
@@ -40,9 +41,15 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
 def _stamped(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """The event with its time and level in front."""
     del logger
-    event["timestamp"] = datetime.now(UTC).isoformat()
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    event["timestamp"] = f"{_second(seconds)}.{nanoseconds // 1000:06}Z"
     event["level"] = method
     return event
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _json(logger: WrappedLogger, method: str, event: EventDict) -> str:
@@ -52,7 +59,7 @@ def _json(logger: WrappedLogger, method: str, event: EventDict) -> str:
 
 
 def _plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
-    """`2026-11-23T15:46:46.150270+00:00 [info] request method=POST path=/correlate ...`."""
+    """`2026-11-23T15:46:46.150270Z [info] request method=POST path=/correlate ...`."""
     trace = (
         structlog.processors.format_exc_info(logger, method, event).pop("exception", "") if "exc_info" in event else ""
     )

@@ -46,9 +46,7 @@ Padding = Annotated[
 ]
 """An integer, [rows, columns], [top, bottom, left, right], "valid" or "same". core checks it."""
 
-Stride = Annotated[
-    IntegerOrPair, Field(description="how far the kernel moves at once: an integer, or [rows, columns]")
-]
+Stride = Annotated[IntegerOrPair, Field(description="how far the kernel moves at once: an integer, or [rows, columns]")]
 Dilation = Annotated[IntegerOrPair, Field(description="the distance between taps: an integer, or [rows, columns]")]
 Groups = Annotated[int, Field(description="how many parts the channels fall into, each with filters of its own")]
 

@@ -7,6 +7,7 @@ import socket
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from service.protocol import Protocol
 from service.settings import PREFIX, Settings
 
 
@@ -21,6 +22,7 @@ def run(settings: Settings, listener: socket.socket) -> None:
         "service.app:create_worker_app",
         factory=True,
         workers=settings.workers,
+        http=Protocol,
         log_config=None,
         access_log=False,
         server_header=False,

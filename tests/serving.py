@@ -12,6 +12,8 @@ import uvicorn
 from anyio.from_thread import start_blocking_portal
 from fastapi import FastAPI
 
+from service.protocol import Protocol
+
 Send = Callable[..., httpx.Response]
 
 
@@ -37,7 +39,7 @@ def in_process(app: FastAPI) -> Iterator[Send]:
 def listening(app: FastAPI) -> Iterator[str]:
     """The address of a real uvicorn on a real port with the application behind it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http=Protocol))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

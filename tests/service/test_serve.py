@@ -1,5 +1,6 @@
 """`corr2d serve` as its own process: start, refusal to start, workers, stop."""
 
+import asyncio
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.protocol import HeadWithBody
 from tests.serving import talking_to
 
 CORR2D = Path(sys.executable).with_name("corr2d")
@@ -141,3 +143,30 @@ def test_a_client_that_leaves_does_no_harm(address: str) -> None:
         head = "POST /correlate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
         connection.sendall(head.encode() + b'{"input": [[')
     assert httpx.post(f"{address}/correlate", json=LESSON).status_code == 200
+
+
+def test_the_head_of_an_answer_leaves_with_its_body_or_at_once_where_none_follows() -> None:
+    sent: list[bytes] = []
+
+    class Transport(asyncio.Transport):
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            sent.append(bytes(data))
+
+        def close(self) -> None:
+            sent.append(b"closed")
+
+    async def talk() -> None:
+        transport = HeadWithBody(Transport(), asyncio.get_running_loop())
+        transport.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        assert not sent
+        transport.write(memoryview(b"body"))
+        transport.write(b"more")
+        assert sent == [b"HTTP/1.1 200 OK\r\n\r\nbody", b"more"]
+        transport.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await asyncio.sleep(0)
+        assert sent[2:] == [b"HTTP/1.1 200 OK\r\n\r\n"]
+        transport.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        transport.close()
+        assert sent[3:] == [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"closed"]
+
+    asyncio.run(talk())
