@@ -39,7 +39,6 @@ USUAL_SIDES = 4
 BASE64_FIELD = "data"
 NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 NOT_NUMBERS = re.compile(rb"NaN|-?Infinity")
-WHITE_SPACE = b" \t\n\r"
 CLOSING_BRACE = ord("}")
 
 LARGEST = sys.float_info.max
@@ -48,6 +47,7 @@ NO_OPTIONS = AnswerOptions()
 
 TOKENS = secrets.randbelow(9 * 10**9) + 10**9
 """Where an array was cut out, a number stands that nobody sends: this one and those after it, times 10^-300."""
+
 PART = 1 << 16
 """Numbers that are written at a time: other threads can have their turn in between."""
 
@@ -70,15 +70,17 @@ class FaultyArray:
 def decode(content: bytes | bytearray | memoryview) -> Any:
     """The content's value: lists of numbers as float64 arrays, long strings named "data" as memoryviews of their bytes.
 
-    Short lists stay lists. A long list that is no array becomes a FaultyArray. Raises
-    NotParseable saying what is wrong and where, and InvalidRequest for a name that comes twice.
+    Short lists stay lists. A long list that is no array becomes a FaultyArray. Raises NotParseable saying what is wrong
+    and where, and InvalidRequest for a name that comes twice.
     """
     view = memoryview(content)
     if not view:
         raise NotParseable("the body is empty: send a JSON object")
     if len(view) <= TINY:
         return _decoded_whole(view)
-    view = view[: len(view) - _space_behind(view)]
+    text = np.frombuffer(view, np.uint8)
+    text.flags.writeable = False
+    view = view[: len(view) - scanner.space_behind(text)]
     if not view or view[-1] != CLOSING_BRACE:
         return _other_than_an_object(view)
     pieces: list[bytes | memoryview] = []
@@ -182,14 +184,6 @@ def _decoded_whole(view: memoryview) -> Any:
     if (type(value) is not dict or len(value) != colons) and _restored(value, {})[1] != colons:
         _require_unique_names(text)
     return value
-
-
-def _space_behind(view: memoryview) -> int:
-    """How many bytes of white space the text ends in."""
-    count = 0
-    while count < len(view) and view[-1 - count] in WHITE_SPACE:
-        count += 1
-    return count
 
 
 def _other_than_an_object(view: memoryview) -> Any:

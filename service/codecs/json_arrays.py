@@ -6,8 +6,8 @@ Compiled by Numba, so that other threads run meanwhile; twice as fast as simdjso
 go of Python's lock.
 
 Digits are read eight at a time (Lemire, "Quickly parsing eight digits", 2018) and rounded to the nearest float64, ties
-to even, as in Lemire, "Number parsing at a gigabyte per second" (2021). What that cannot tell (subnormal numbers, more
-than 19 digits) is left to Python's float.
+to even, as in Lemire, "Number parsing at a gigabyte per second" (2021). What that cannot tell, a number of more than 19
+digits that may lie halfway between two float64s, is left to Python's float.
 """
 
 from typing import Final
@@ -94,11 +94,11 @@ SPACES = U64(0x2020202020202020)
 
 @compiled
 def _rounded(digits, power):
-    """Digits * 10^power as the nearest float64, or NaN where 128 bits of the power do not tell (Lemire 2021, 5)."""
-    if digits == 0:
+    """digits * 10^power as the nearest float64 (Lemire 2021, sections 5 to 8)."""
+    if digits == 0 or power < SMALLEST_POWER:
         return 0.0
-    if power < SMALLEST_POWER or power > LARGEST_POWER:
-        return np.nan
+    if power > LARGEST_POWER:
+        return np.inf
     shift = leading_zeros(digits)
     digits <<= shift
     high = high_half(digits, HIGH[power - SMALLEST_POWER])
@@ -113,8 +113,13 @@ def _rounded(digits, power):
     mantissa = high >> dropped
     # 217706 / 2^16 is log2(10): the power of two below 10^power.
     exponent = (217706 * power >> 16) + 63 + np.int64(top) - np.int64(shift) + 1023
-    if exponent <= 0 or exponent >= 2046:
-        return np.nan
+    if exponent <= 0:
+        # Subnormal: as many bits fewer.
+        if exponent < -62:
+            return 0.0
+        mantissa >>= U64(1 - exponent)
+        mantissa = (mantissa + (mantissa & ONE)) >> ONE
+        return float_of(mantissa)
     # Exactly between two float64s: to the even one. Only these powers can be.
     if low <= ONE and -4 <= power <= 23 and mantissa & U64(3) == ONE and mantissa << dropped == high:
         mantissa &= ~ONE
@@ -122,7 +127,26 @@ def _rounded(digits, power):
     if mantissa >= U64(2**53):
         mantissa >>= ONE
         exponent += 1
+    if exponent >= 2047:
+        return np.inf
     return float_of((mantissa & U64(2**52 - 1)) | (U64(exponent) << U64(52)))
+
+
+@compiled
+def _of_many_digits(text, at, power):
+    """The number whose first digit is at `at`, of more digits than fit: NaN where those that do not could matter."""
+    digits = U64(0)
+    taken = dropped = 0
+    while text[at] == 46 or 48 <= text[at] <= 57:
+        if text[at] != 46:
+            if taken < SIGNIFICANT_DIGITS:
+                digits = digits * U64(10) + U64(text[at] - 48)
+                taken += np.int64(digits > 0)
+            else:
+                dropped += 1
+        at += 1
+    least = _rounded(digits, power + dropped)
+    return least if least == _rounded(digits + ONE, power + dropped) else np.nan
 
 
 @compiled_in_place
@@ -211,7 +235,8 @@ def _number(text, at):
             return -1, 0.0
         power += -exponent if downwards else exponent
     if count > SIGNIFICANT_DIGITS and count - _leading(text, first) > SIGNIFICANT_DIGITS:
-        return at, np.nan
+        value = _of_many_digits(text, first, power)
+        return at, -value if negative else value
     if digits <= EXACT and -22 <= power <= 22:
         value = np.float64(digits) / TENS[-power] if power < 0 else np.float64(digits) * TENS[power]
     else:
@@ -241,6 +266,15 @@ def _string_end(text, at):
             at += 1
         at += 1
     return -1, escapes
+
+
+@compiled
+def space_behind(text):
+    """How many bytes of white space a text ends in."""
+    at = len(text) - 1
+    while at >= 0 and (text[at] == 32 or text[at] == 10 or text[at] == 13 or text[at] == 9):
+        at -= 1
+    return len(text) - 1 - at
 
 
 @compiled
@@ -316,8 +350,8 @@ def _array(text, state, values, counts, sides):
                 end, value = _number(text, at)
                 if end < 0:
                     break
-                if np.isnan(value):
-                    outcome = HARD
+                if not np.isfinite(value):
+                    outcome = HARD if np.isnan(value) else MALFORMED
                     break
                 values[filled] = value
                 filled += 1

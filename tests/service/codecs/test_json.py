@@ -50,6 +50,15 @@ def test_any_number_that_json_can_spell_is_read_as_by_pythons_float(
             scanned(an_input(text))
 
 
+def test_forty_thousand_numbers_of_up_to_forty_digits_over_the_whole_range(rng: np.random.Generator) -> None:
+    digits = ["".join(map(str, rng.integers(0, 10, size))).lstrip("0") or "0" for size in rng.integers(1, 41, 40_000)]
+    powers = rng.integers(-400, 300, 40_000)
+    texts = [f"{number}e{power}" for number, power in zip(digits, powers, strict=True)]
+    texts = [text for text in texts if np.isfinite(float(text))]
+    got = scanned(an_input(f"[{', '.join(texts)}]"))["input"]
+    assert got.tobytes() == np.array(list(map(float, texts))).tobytes()
+
+
 @given(bits=st.lists(st.integers(0, 2**64 - 1), min_size=100, max_size=100))
 @example(bits=[1] * 100)
 @example(bits=[0x7FEFFFFFFFFFFFFF] * 100)
