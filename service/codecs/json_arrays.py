@@ -94,7 +94,7 @@ SPACES = U64(0x2020202020202020)
 
 @compiled
 def _rounded(digits, power):
-    """digits * 10^power as the nearest float64 (Lemire 2021, sections 5 to 8)."""
+    """The float64 nearest to digits * 10^power (Lemire 2021, sections 5 to 8)."""
     if digits == 0 or power < SMALLEST_POWER:
         return 0.0
     if power > LARGEST_POWER:
