@@ -36,6 +36,7 @@ import cv2
 import numpy as np
 import scipy
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from peers import CONTENDERS, SUBJECT, Call, Cell, Kind, peers_of, reference, relative_error, task_for
@@ -480,6 +481,16 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
     return [line for line in (chosen, *engines, *peers) if len(line.points) >= min(2, len(rows))]
 
 
+def plain_axes(axes: Axes) -> None:
+    """Numbers as they are said, a faint grid, and no box around it."""
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_axisbelow(True)
+    axes.grid(color="#d0d7de", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """One line for core, each of its engines when forced, and each peer; each is named at the right, in its colour."""
     lines, cell = lines_of(rows), rows[0].cell
@@ -494,12 +505,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("milliseconds, the best of many calls")
     crowded = {after for before, after in itertools.pairwise(kernels) if after < CROWDED * before}
     axes.set_xticks(kernels, ["" if kernel in crowded else str(kernel) for kernel in kernels])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_axisbelow(True)
-    axes.grid(color="#d0d7de", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
     ends = {line.name: (max(line.points), line.points[max(line.points)] * 1e3) for line in lines}
     to_share = axes.transData + axes.transAxes.inverted()

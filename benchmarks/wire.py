@@ -37,9 +37,8 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, get_args
 
-from engines import cpu_model, digits, spread
+from engines import cpu_model, digits, plain_axes, spread
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from servers import SERVERS, SUBJECT, Server
 from servers.dialects import Dialect, Format, Problem
 from servers.processes import APPS, Running, Unavailable, running
@@ -399,12 +398,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     axes.set_xlabel("rows and columns of the image; the kernel has 3 x 3")
     axes.set_ylabel("requests per second")
     axes.set_xticks(sides, [str(side) for side in sides])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_axisbelow(True)
-    axes.grid(color="#d0d7de", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
     ends = {line.label: max(line.points.items()) for line in lines}
     to_share = axes.transData + axes.transAxes.inverted()

@@ -23,11 +23,9 @@ Headers: TypeAlias = Mapping[bytes, bytes]
 
 def header_fields(scope: Scope) -> Headers:
     """The header by lower-case name; fields that come more than once are one list (RFC 9110, 5.3)."""
-    lines: list[tuple[bytes, bytes]] = scope["headers"]
-    fields = dict(lines)
-    if len(fields) < len(lines):
-        for name in fields:
-            fields[name] = b", ".join(value for other, value in lines if other == name)
+    fields: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
 

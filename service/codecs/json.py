@@ -106,7 +106,7 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
     try:
         value = orjson.loads(remainder)
     except orjson.JSONDecodeError as error:
-        raise _refusal(view, error) from error
+        raise _refused_beside_arrays(view, error) from error
     value, names = _restored(value, cut)
     if names != scan.names:
         _require_unique_names(remainder)
@@ -178,7 +178,7 @@ def _decoded_whole(view: memoryview) -> Any:
     try:
         value = orjson.loads(view)
     except orjson.JSONDecodeError as error:
-        raise _refusal(view, error) from error
+        raise _refused_by_orjson(view, error) from error
     text = bytes(view)
     colons = text.count(b":")
     if (type(value) is not dict or len(value) != colons) and _restored(value, {})[1] != colons:
@@ -308,7 +308,7 @@ def _malformed(view: memoryview, at: int) -> NotParseable:
         try:
             orjson.loads(view)
         except orjson.JSONDecodeError as error:
-            return _refusal(view, error)
+            return _refused_by_orjson(view, error)
     before = bytes(view[:at])
     line, column = before.count(b"\n") + 1, at - before.rfind(b"\n")
     found = bytes(view[at : at + 20]).decode("utf-8", "replace")
@@ -319,16 +319,20 @@ def _malformed(view: memoryview, at: int) -> NotParseable:
     return NotParseable(f"the body is not JSON: {what}: line {line} column {column} (char {at}){_hint(view, at)}")
 
 
-def _refusal(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
+def _refused_by_orjson(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
     # orjson counts characters: in ASCII bodies those are bytes.
-    content = bytes(view) if len(view) <= SMALL else b""
-    if len(view) > SMALL:
-        return NotParseable(f"the body is not JSON: {error.msg}, counted without its arrays")
-    try:
-        orjson.loads(content)
-    except orjson.JSONDecodeError as whole:
-        return NotParseable(f"the body is not JSON: {whole}{_hint(view, whole.pos) if content.isascii() else ''}")
-    return NotParseable(f"the body is not JSON: {error}")
+    hint = _hint(view, error.pos) if bytes(view).isascii() else ""
+    return NotParseable(f"the body is not JSON: {error}{hint}")
+
+
+def _refused_beside_arrays(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
+    """Of a small text orjson sees the whole: its places are counted in that, not in what is left without arrays."""
+    if len(view) <= SMALL:
+        try:
+            orjson.loads(view)
+        except orjson.JSONDecodeError as whole:
+            return _refused_by_orjson(view, whole)
+    return NotParseable(f"the body is not JSON: {error.msg}, counted without its arrays")
 
 
 def _hint(view: memoryview, at: int) -> str:
