@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test check format bench wire fuzz gpu constraints pictures clean
+.PHONY: help serve test check format bench learning wire fuzz gpu constraints pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ format: .venv/dev.stamp  ## put the code into its standard form
 
 bench: .venv/bench.stamp  ## measure the engines against their peers (20 minutes)
 	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --picture docs/images/engines.png
+
+learning: .venv/bench.stamp  ## measure learning beside autograd and least squares on the explicit matrix (10 minutes)
+	$(BIN)/python benchmarks/learning.py --output benchmarks/learning.md --picture docs/images/learning.png
 
 wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
 	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png

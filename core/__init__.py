@@ -22,9 +22,10 @@ from core.errors import (
     UnknownKernel,
 )
 from core.explain import Candidate, explain
-from core.fit import Solver, exhaust, fit_kernel, fit_kernel_steps
-from core.fit.descent import Loss
-from core.fit.result import FitResult, Status, Step
+from core.fit import exhaust, fit_kernel, fit_kernel_steps
+from core.fit.losses import Loss
+from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
+from core.fit.rules import Solver
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits
 from core.machine import Machine, measure_machine
@@ -40,6 +41,7 @@ __all__ = [
     "DeviceUnavailable",
     "Dtype",
     "FitResult",
+    "Forecast",
     "InvalidArgument",
     "InvalidNumbers",
     "InvalidOption",
@@ -52,7 +54,10 @@ __all__ = [
     "Mode",
     "Operation",
     "PaddingMode",
+    "Prediction",
     "Problem",
+    "Progress",
+    "Reading",
     "Result",
     "Solver",
     "Status",

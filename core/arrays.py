@@ -85,8 +85,16 @@ def as_torch(array: Array) -> Tensor:
 def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The value as a tensor, sharing its memory where dtype and device already agree.
 
-    Integers are converted as torch converts them. Raises InvalidNumbers for anything but real numbers and
-    InvalidShape for ragged sequences and for arrays that hold nothing.
+    Integers are converted as torch converts them. Raises what `as_numbers` raises.
+    """
+    return as_numbers(field, value).to(device=device, dtype=dtype)
+
+
+def as_numbers(field: str, value: ArrayLike) -> Tensor:
+    """The value as a tensor of its own dtype, sharing its memory.
+
+    Raises InvalidNumbers for anything but real numbers and InvalidShape for ragged sequences and for arrays that hold
+    nothing.
     """
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(_plain_array(field, value))
     if tensor.is_complex() or tensor.dtype == torch.bool:
@@ -98,7 +106,7 @@ def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.de
             got=sized(tensor.shape),
             limit="every side at least 1",
         )
-    return tensor.to(device=device, dtype=dtype)
+    return tensor
 
 
 def _plain_array(field: str, value: NDArray[np.generic] | Numbers) -> NDArray[np.generic]:

@@ -21,21 +21,23 @@ class Limits:
 
     def check(
         self,
-        *problems: Problem,
-        passes: int = 1,
+        problem: Problem,
         method: Method = "auto",
         machine: Machine | None = None,
         engines: tuple[str, ...] = ALL,
     ) -> None:
-        """Raise TooLarge where the estimate for `passes` runs of all the problems is above a limit."""
-        estimate = _estimate(problems, passes)
-        if estimate.megabytes > self.megabytes:
-            raise _too_large("memory", "needs", f"{estimate.megabytes:,.0f} MB", f"{self.megabytes:,.0f} MB")
-        if estimate.gflop > self.gflop:
-            raise _too_large("compute", "needs", f"{estimate.gflop:,.0f} Gflop", f"{self.gflop:,.0f} Gflop")
-        if math.isinf(self.seconds):
-            return
-        seconds = _seconds(problems, passes, method, machine or this_machine(), engines)
+        """Raise TooLarge where the estimate for the problem is above a limit."""
+        estimate = _estimate(problem)
+        endless = math.isinf(self.seconds)
+        seconds = 0.0 if endless else outlook(problem, method, machine or this_machine(), engines)[0].seconds
+        self.require(estimate.megabytes, estimate.gflop, seconds)
+
+    def require(self, megabytes: float, gflop: float, seconds: float) -> None:
+        """Raise TooLarge where an estimate is above a limit."""
+        if megabytes > self.megabytes:
+            raise _too_large("memory", "needs", f"{megabytes:,.0f} MB", f"{self.megabytes:,.0f} MB")
+        if gflop > self.gflop:
+            raise _too_large("compute", "needs", f"{gflop:,.0f} Gflop", f"{self.gflop:,.0f} Gflop")
         if seconds > self.seconds:
             raise _too_large("time", "would take", f"{seconds:,.3g} s", f"{self.seconds:,.3g} s")
 
@@ -46,16 +48,8 @@ class _Estimate(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _estimate(problems: tuple[Problem, ...], passes: int) -> _Estimate:
-    megabytes = sum(problem.bytes for problem in problems) / 1e6
-    return _Estimate(megabytes, passes * sum(problem.operations for problem in problems) / 1e9)
-
-
-@lru_cache(maxsize=4096)
-def _seconds(
-    problems: tuple[Problem, ...], passes: int, method: Method, machine: Machine, engines: tuple[str, ...]
-) -> float:
-    return passes * sum(outlook(problem, method, machine, engines)[0].seconds for problem in problems)
+def _estimate(problem: Problem) -> _Estimate:
+    return _Estimate(problem.bytes / 1e6, problem.operations / 1e9)
 
 
 def _too_large(quantity: Quantity, verb: str, estimate: str, limit: str) -> TooLarge:

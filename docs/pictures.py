@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-
 import core
+from service import loss_curve
 from service.codecs import FILE_READERS, FILE_WRITERS
 
 IMAGES = Path(__file__).parent / "images"
@@ -19,15 +17,7 @@ def main() -> None:
 
     target = core.correlate(camera, "sobel_x").output
     fit = core.fit_kernel(camera, target, loss="mean", learning_rate=4.5e-6, steps=300, seed=0)
-    history = np.array([*fit.loss_history, fit.final_loss])
-
-    figure = Figure(figsize=(6, 2.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.semilogy(history, color="#1f6feb")
-    axes.set(xlabel="step", ylabel="mean squared error", xlim=(0, len(history) - 1))
-    axes.grid(color="#d0d7de", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(IMAGES / "loss.png", dpi=120)
+    (IMAGES / "loss.png").write_bytes(loss_curve.png({name: getattr(fit, name) for name in loss_curve.FIELDS}))
 
 
 if __name__ == "__main__":

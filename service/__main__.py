@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,6 +21,8 @@ from rich.table import Table
 
 from service.settings import PREFIX, Settings, SettingsError, load_settings
 from service.version import VERSION
+
+Number = TypeVar("Number", int, float)
 
 EXIT_REFUSED = 1
 EXIT_SETTINGS = 3
@@ -47,7 +49,10 @@ Dtype = Annotated[str, typer.Option(help="float32 or float64")]
 Method = Annotated[str, typer.Option(help="auto, direct, fft or separable")]
 Stride = Annotated[str, typer.Option(help="an integer, or rows,columns")]
 Dilation = Annotated[str, typer.Option(help="an integer, or rows,columns")]
-Padding = Annotated[str, typer.Option(help="an integer, rows,columns, top,bottom,left,right, valid or same")]
+PADDINGS = "an integer, rows,columns, top,bottom,left,right, valid or same"
+Padding = Annotated[str, typer.Option(help=PADDINGS)]
+PaddingMode = Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")]
+ArrayFile = Annotated[Path | None, typer.Option(help="to begin with; unset: random", exists=True, dir_okay=False)]
 
 
 def setting_text(value: object) -> str:
@@ -153,7 +158,7 @@ def conv2d(
     padding: Padding = "0",
     dilation: Dilation = "1",
     groups: int = 1,
-    padding_mode: Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")] = "zeros",
+    padding_mode: PaddingMode = "zeros",
     method: Method = "auto",
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -189,7 +194,7 @@ def explain(
     padding: Padding = "0",
     dilation: Dilation = "1",
     groups: int = 1,
-    padding_mode: Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")] = "zeros",
+    padding_mode: PaddingMode = "zeros",
     rank: Annotated[int | None, typer.Option(help="take a kernel of that rank", min=1)] = None,
     method: Method = "auto",
     device: Device = "auto",
@@ -224,41 +229,76 @@ def train(
     input: Input,
     target: Annotated[Path, typer.Argument(help="what the kernel is to make of it", exists=True, dir_okay=False)],
     output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the loss, step by step: .svg or .png")] = None,
     kernel_size: Annotated[
         str | None, typer.Option(help="an integer, or rows,columns; unset: from the sizes of the files")
     ] = None,
     bias: Annotated[bool, typer.Option("--bias", help="learn a bias as well")] = False,
-    solver: Annotated[str, typer.Option(help="sgd: full-batch gradient descent")] = "sgd",
-    learning_rate: Annotated[float, typer.Option(help="a diverging one is reported, with one to try")] = 0.03,
+    initial_kernel: ArrayFile = None,
+    initial_bias: ArrayFile = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="what each of the target's values counts", exists=True, dir_okay=False)
+    ] = None,
+    solver: Annotated[
+        str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (least squares)")
+    ] = "sgd",
+    learning_rate: Annotated[str, typer.Option(help="a number, or auto: from the curvature")] = "0.03",
     steps: Annotated[int, typer.Option(help="updates of the kernel")] = 10,
-    loss: Annotated[str, typer.Option(help="sum of squares, or their mean")] = "sum",
-    seed: Annotated[int | None, typer.Option(help="of the random start; unset: a fresh one")] = None,
+    loss: Annotated[str, typer.Option(help="of the differences: sum (of squares), mean, huber or l1")] = "sum",
+    tolerance: Annotated[float | None, typer.Option(help="end early, at this share of the first gradient")] = None,
+    ridge: Annotated[float, typer.Option(help="times the kernel's squares is added to the loss")] = 0.0,
+    momentum: Annotated[float | None, typer.Option(help="of momentum and nesterov; unset: 0.9")] = None,
+    betas: Annotated[str | None, typer.Option(help="of adam; unset: 0.9,0.999")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images a step; unset: all")] = None,
+    refuse_divergence: Annotated[
+        bool, typer.Option("--refuse-divergence", help="stop where it is known beforehand")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="of what is drawn at random; unset: a fresh one")] = None,
     stride: Stride = "1",
-    padding: Padding = "0",
+    padding: Annotated[
+        str | None,
+        typer.Option(help=f"{PADDINGS}; unset: 0, and of a target as large as the input only the inside is used"),
+    ] = None,
+    padding_mode: PaddingMode = "zeros",
     dilation: Dilation = "1",
     groups: int = 1,
     device: Device = "auto",
 ) -> None:
-    """Learn the kernel that leads from one file to another, by gradient descent.
+    """Learn the kernel that leads from one file to another.
 
-    corr2d train photo.png edges.npy --loss mean --learning-rate 4e-6 --steps 200 -o kernel.npy
+    corr2d train before.png after.png --kernel-size 7 --solver exact -o kernel.npy
+
+    corr2d train before.png after.png --kernel-size 7 --loss mean --learning-rate auto --steps 300 --plot loss.svg
     """
     from service import offline
 
     with _refusals():
         offline.train(
-            input,
-            target,
+            {
+                "input": input,
+                "target": target,
+                "weights": weights,
+                "initial_kernel": initial_kernel,
+                "initial_bias": initial_bias,
+            },
             output,
+            plot=plot,
             kernel_size=None if kernel_size is None else _integers(kernel_size),
             bias=bias,
             solver=solver,
-            learning_rate=learning_rate,
+            learning_rate=_numbers(learning_rate),
             steps=steps,
             loss=loss,
+            tolerance=tolerance,
+            ridge=ridge,
+            momentum=momentum,
+            betas=None if betas is None else _numbers(betas),
+            batch_size=batch_size,
+            refuse_divergence=refuse_divergence,
             seed=seed,
             stride=_integers(stride),
-            padding=_integers(padding),
+            padding=None if padding is None else _integers(padding),
+            padding_mode=padding_mode,
             dilation=_integers(dilation),
             groups=groups,
             device=device,
@@ -355,8 +395,17 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _integers(text: str) -> int | list[int] | str:
     """An option such as 2 or 1,2 as integers; any other word is left to core to judge."""
+    return _parsed(text, int)
+
+
+def _numbers(text: str) -> float | list[float] | str:
+    """An option such as 0.03 or 0.9,0.999, likewise."""
+    return _parsed(text, float)
+
+
+def _parsed(text: str, parse: Callable[[str], Number]) -> Number | list[Number] | str:
     try:
-        numbers = [int(word) for word in text.split(",")]
+        numbers = [parse(word) for word in text.split(",")]
     except ValueError:
         return text
     return numbers[0] if len(numbers) == 1 else numbers

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from core import FitResult, Limits, Machine, Result, Step, TooLarge, exhaust, resolve_device
+from core import FitResult, Limits, Machine, Progress, Result, TooLarge, exhaust, resolve_device
 from service.errors import Busy, DeadlinePassed
 from service.request_log import Timing, milliseconds_since
 from service.settings import Settings
@@ -33,7 +33,7 @@ class ComputePool:
         self._timeout_s = timeout_s
 
     async def run(self, timing: Timing, job: Callable[[threading.Event], Value]) -> Value:
-        """Run job(abandoned) in a thread; `abandoned` is set once its deadline has passed.
+        """Run job(abandoned) in a thread; `abandoned` is set once its deadline has passed or the caller is cancelled.
 
         A job that waits when its deadline passes is dropped; one that runs ends when it looks at `abandoned`.
         Raises Busy and DeadlinePassed.
@@ -112,18 +112,28 @@ class Compute:
         return await self._pool.run(timing, lambda _: verb(**arguments, limits=self._limits))
 
     async def steps(
-        self, timing: Timing, function: Callable[..., Generator[Step, None, FitResult]], **arguments: Any
+        self,
+        timing: Timing,
+        function: Callable[..., Generator[Progress, None, FitResult]],
+        each: Callable[[Progress], None] | None = None,
+        **arguments: Any,
     ) -> FitResult:
-        """Run one of core's generators to its end, or to the step at which its deadline has passed."""
+        """Run one of core's generators to its end, or to the step at which its deadline passes or nobody waits for it.
+
+        `each` is called with all that it yields, in the thread that computes.
+        """
+        arguments["machine"] = self.machine
         if arguments["device"] == "auto":
             arguments["device"] = self._device
 
         def run(abandoned: threading.Event) -> FitResult:
-            def stop_when_abandoned(_: Step) -> None:
+            def report(progress: Progress) -> None:
                 if abandoned.is_set():
                     raise DeadlinePassed("abandoned")
+                if each is not None:
+                    each(progress)
 
-            return exhaust(function(**arguments, limits=self._limits), stop_when_abandoned)
+            return exhaust(function(**arguments, limits=self._limits), report)
 
         return await self._pool.run(timing, run)
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from core import Dtype, Method, Result
 from service.arrays import Array, first_place
 from service.codecs.layout import largest_within
+from service.codecs.options import OutputOptions
 from service.negotiation import header_fields
 from service.requests import RequestModel, answer_options, decoded, query_options
 from service.responses import Answerer, as_numpy
@@ -72,7 +73,7 @@ class ConvolutionAnswer(BaseModel):
 async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest], request: Request) -> Response:
     """Call core's verb with what the request asks, and answer with what comes out."""
     headers, options = header_fields(request.scope), query_options(request)
-    answer = Answerer(request, headers, answer_options(options))
+    answer = Answerer(request, headers, answer_options(options, OutputOptions))
     asked = await decoded(request, headers, options, model)
     arguments = asked.arguments()
     explain = arguments.pop("explain")

@@ -8,6 +8,7 @@ ServiceError
 ├── BodyTooLarge           a body over the limit, as it came or decoded
 ├── NotReady               before the warm-up, or after it failed
 ├── Busy                   no room left in the queue
+├── ClientLeft             nobody waits for the answer any more
 └── DeadlinePassed         not done in time
 """
 
@@ -63,6 +64,10 @@ class NotReady(ServiceError):
 
 class Busy(ServiceError):
     """No room left in the queue."""
+
+
+class ClientLeft(ServiceError):
+    """Nobody waits for the answer any more."""
 
 
 class DeadlinePassed(ServiceError):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 import core
+from service import loss_curve
 from service.codecs import FILE_READERS, FILE_WRITERS, json
 from service.errors import ServiceError
 
@@ -25,6 +26,12 @@ COMPILING = 1.0
 
 BARS = "▁▂▃▄▅▆▇█"
 PLOT_WIDTH = 60
+
+BETWEEN_DRAWINGS = 0.05
+"""Seconds; a step may take microseconds, which drawing each would multiply."""
+
+PICTURES: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {".svg": loss_curve.svg, ".png": loss_curve.png}
+"""What draws a loss history, by the file's suffix."""
 
 
 def correlate(input: Path, kernel: str, output: Path | None, **options: Any) -> None:
@@ -86,13 +93,42 @@ def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1000 * seconds:.3g}"
 
 
-def train(input: Path, target: Path, output: Path | None, *, steps: int, **options: Any) -> None:
-    """Learn the kernel that leads from one file to the other, with a progress bar, and write or print it."""
-    fit = core.fit_kernel_steps(read_array(input), read_array(target), steps=steps, **options)
-    columns = (TextColumn("learning"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.6g}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("learning", total=steps, loss=math.nan)
-        result = core.exhaust(fit, lambda step: progress.update(task, completed=step.number, loss=step.loss))
+def train(
+    files: Mapping[str, Path | None],
+    output: Path | None,
+    *,
+    plot: Path | None,
+    padding: int | Sequence[int] | str | None,
+    **options: Any,
+) -> None:
+    """Learn the kernel that leads from one file to another, with a progress bar, and write or print it.
+
+    files: those of fit_kernel's arguments that are arrays, `input` and `target` at least. Where no padding is given and
+    the target is as large as the input, the kernel is learned from the pixels that it can make from the input alone.
+    """
+    # Before anything is learned that could not be kept.
+    for path, written in ((output, FILE_WRITERS), (plot, PICTURES)):
+        if path is not None:
+            _require_place(path, written)
+    arrays: dict[str, Any] = {name: read_array(path) for name, path in files.items() if path is not None}
+    size = arrays["target"].shape[-2:]
+    inside = _inside(arrays, **options) if padding is None and arrays["input"].shape[-2:] == size else None
+    if inside is not None:
+        rows, columns = (part.stop - part.start for part in inside)
+        typer.echo(
+            f"learning from the inner {rows} x {columns} of {size[0]} x {size[1]} pixels: "
+            f"nobody knows what lies outside {files['input']} (--padding same takes zeros)"
+        )
+        for name in ("target", "weights"):
+            if name in arrays and arrays[name].shape[-2:] == size:
+                arrays[name] = arrays[name][(..., *inside)]
+    fit = core.fit_kernel_steps(**arrays, padding=0 if padding is None else padding, **options)
+    result = watched(
+        fit,
+        steps=None if options["solver"] == "exact" else options["steps"],
+        # The refusal itself says it.
+        foretell=not options["refuse_divergence"],
+    )
     typer.echo(result.message)
     typer.echo(f"loss {sparkline([*result.loss_history, result.final_loss])} (log scale)")
     kernel = result.kernel.cpu().numpy()
@@ -103,6 +139,90 @@ def train(input: Path, target: Path, output: Path | None, *, steps: int, **optio
         typer.echo(f"kernel {kernel.shape} -> {output}")
     if result.bias is not None:
         typer.echo(f"bias {json.dumps(result.bias.cpu().numpy().round(6)).decode()}")
+    if known := _known(result):
+        typer.echo(known)
+    if plot is not None:
+        plot.write_bytes(PICTURES[plot.suffix.lower()]({name: getattr(result, name) for name in loss_curve.FIELDS}))
+        typer.echo(f"loss, step by step -> {plot}")
+
+
+def _inside(
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    kernel_size: object,
+    stride: object,
+    dilation: object,
+    padding_mode: str,
+    **_: object,
+) -> tuple[slice, slice] | None:
+    """The rows and columns of a target as large as its input that the kernel can make without a border.
+
+    They lie as in correlate's mode "same". None where that is all of them, or for core to refuse.
+    """
+    size = arrays["input"].shape[-2:]
+    taps, apart = _pair(kernel_size), _pair(dilation)
+    if taps is None and "initial_kernel" in arrays:
+        taps = _pair(arrays["initial_kernel"].shape[-2:])
+    if taps is None or apart is None or len(size) != 2 or _pair(stride) != (1, 1) or padding_mode != "zeros":
+        return None
+    spans = [step * (count - 1) + 1 for count, step in zip(taps, apart, strict=True)]
+    if spans == [1, 1] or not all(1 <= span <= pixels for span, pixels in zip(spans, size, strict=True)):
+        return None
+    rows, columns = (slice((span - 1) // 2, pixels - span // 2) for span, pixels in zip(spans, size, strict=True))
+    return rows, columns
+
+
+def _pair(option: object) -> tuple[int, int] | None:
+    """An option for rows and columns; None where it is nothing that core will take."""
+    match option:
+        case int():
+            return option, option
+        case [int() as rows, int() as columns]:
+            return rows, columns
+    return None
+
+
+def watched(
+    fit: Generator[core.Progress, None, core.FitResult], *, steps: int | None, foretell: bool
+) -> core.FitResult:
+    """Run a fit of so many steps, None where that is not known, to its end; behind a progress bar on a terminal.
+
+    foretell: say before the first step that the descent will diverge.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None, loss="")
+        drawn = -math.inf
+
+        def show(progress: core.Progress) -> None:
+            nonlocal drawn
+            if isinstance(progress, core.Forecast):
+                if foretell and progress.prediction == "diverges":
+                    console.print(progress.message, markup=False, highlight=False, soft_wrap=True)
+                bar.reset(task, description="learning", total=steps)
+            elif time.monotonic() >= drawn + BETWEEN_DRAWINGS:
+                if isinstance(progress, core.Reading):
+                    bar.update(task, completed=progress.done, total=progress.of)
+                else:
+                    bar.update(task, completed=progress.number, loss=f"loss {progress.loss:.6g}")
+                drawn = time.monotonic()
+
+        result = core.exhaust(fit, show)
+        bar.update(task, completed=result.steps, total=steps or result.steps, loss=f"loss {result.final_loss:.6g}")
+    return result
+
+
+def _known(result: core.FitResult) -> str:
+    """What is known of the best kernel, in one line."""
+    said = []
+    if result.best_possible_loss is not None:
+        said.append(f"smallest possible loss {result.best_possible_loss:.6g}")
+    if result.rank is not None:
+        said.append(f"rank {result.rank} of {result.unknowns}")
+    if result.condition_number is not None:
+        said.append(f"condition number {result.condition_number:.4g}")
+    return ", ".join(said)
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -120,15 +240,21 @@ def read_array(path: Path) -> NDArray[Any]:
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
     """Write the array in the format of the suffix. Raises ValueError where that format cannot hold it."""
-    writer = FILE_WRITERS.get(path.suffix.lower())
-    if writer is None:
-        raise ValueError(
-            f"{path}: cannot write {path.suffix or 'a file without a suffix'}; {', '.join(FILE_WRITERS)} can be"
-        )
+    _require_place(path, FILE_WRITERS)
     try:
-        path.write_bytes(b"".join(writer(array)))
+        path.write_bytes(b"".join(FILE_WRITERS[path.suffix.lower()](array)))
     except (ServiceError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _require_place(path: Path, written: Mapping[str, object]) -> None:
+    """Raise ValueError for a suffix that is not written, FileNotFoundError for a folder that is not there."""
+    if path.suffix.lower() not in written:
+        raise ValueError(
+            f"{path}: cannot write {path.suffix or 'a file without a suffix'}; {', '.join(written)} can be"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: No such file or directory: {path.parent}")
 
 
 def sparkline(values: Sequence[float]) -> str:

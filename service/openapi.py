@@ -5,7 +5,7 @@ the table of formats and the fields of the models: a new format or field needs n
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, get_args, get_origin
 from urllib.parse import quote
@@ -16,11 +16,11 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.codecs import DECODED, ENCODED, json, npz, safetensors
+from service.codecs import DECODED, ENCODED, FORMATS, Format, json
 from service.codecs.content_coding import COMPRESSORS
-from service.codecs.options import AnswerOptions
 from service.negotiation import CODINGS
 from service.problems import MEDIA_TYPE, ProblemDetails
+from service.requests import RequestModel
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 
@@ -29,18 +29,16 @@ COMPUTING_ERRORS = (400, 406, 413, 415, 422, 503, 504)
 INPUT = "input"
 """What a format of one array carries; every other field may come in the query string."""
 
-ARRAYS_BY_NAME = (npz.MEDIA_TYPE, safetensors.MEDIA_TYPE)
-
 BINARY = {"type": "string", "format": "binary"}
 
 
 def computing(
-    asked: type[BaseModel],
+    asked: type[RequestModel],
     answered: type[BaseModel],
     examples: Mapping[str, Mapping[str, Any]],
     *,
     path: str,
-    served: Sequence[str] = ENCODED,
+    served: Mapping[str, Format] = ENCODED,
 ) -> dict[str, Any]:
     """What a route's decorator is told of an endpoint that computes; examples by their summary.
 
@@ -115,20 +113,16 @@ ANSWER_HEADERS = {
 }
 
 
-def _answer(model: type[BaseModel], served: Sequence[str]) -> dict[str, Any]:
-    arrays = _arrays(model)
+def _answer(model: type[BaseModel], served: Mapping[str, Format]) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    for media_type in served:
-        if media_type == json.MEDIA_TYPE:
-            # FastAPI fills it in from the model.
-            content[media_type] = {}
-        else:
-            carried = "the arrays by name" if media_type in ARRAYS_BY_NAME else f"`{arrays[0]}` alone"
-            content[media_type] = {"schema": {**BINARY, "description": carried}}
+    for media_type, form in served.items():
+        # FastAPI fills in JSON's from the model.
+        is_json = media_type == json.MEDIA_TYPE
+        content[media_type] = {} if is_json else {"schema": {**BINARY, "description": form.carries}}
     return {"model": model, "description": "The result", "headers": ANSWER_HEADERS, "content": content}
 
 
-def _parameters(model: type[BaseModel]) -> Iterator[dict[str, Any]]:
+def _parameters(model: type[RequestModel]) -> Iterator[dict[str, Any]]:
     """The query string's options, and the headers that are read.
 
     Defaults are told in words: Swagger UI and some generated clients send the default of a schema, and an option that
@@ -138,7 +132,7 @@ def _parameters(model: type[BaseModel]) -> Iterator[dict[str, Any]]:
     for name, schema in _definitions(model)[model.__name__]["properties"].items():
         if name != INPUT and not _has_models(model.model_fields[name].annotation):
             yield _option(name, schema, is_array=name in arrays)
-    for name, schema in AnswerOptions.model_json_schema()["properties"].items():
+    for name, schema in model.ANSWER.model_json_schema()["properties"].items():
         yield _option(name, schema)
     yield {"name": "X-Request-ID", "in": "header", **_text("up to 128 visible ASCII characters, sent back")}
     yield {"name": "Content-Encoding", "in": "header", **_text("of the body", enum=CODINGS.split(", "))}
@@ -173,7 +167,7 @@ def _body(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]], pat
                 "examples": {summary: {"value": value} for summary, value in examples.items()},
             }
             continue
-        carried = arrays if media_type in ARRAYS_BY_NAME else [INPUT]
+        carried = arrays if FORMATS[media_type].by_name else [INPUT]
         named = ", ".join(f"`{name}`" for name in carried)
         options = {name: value for name, value in first.items() if name not in carried}
         content[media_type] = {

@@ -26,6 +26,7 @@ from core import (
 from service.errors import (
     BodyTooLarge,
     Busy,
+    ClientLeft,
     DeadlinePassed,
     FieldError,
     InvalidRequest,
@@ -54,7 +55,7 @@ LIMIT_SETTINGS = {
 class Kind:
     """An error's HTTP status, the last part of its `type` URN, and its title."""
 
-    status: HTTPStatus
+    status: int
     name: str
     title: str
 
@@ -79,6 +80,8 @@ ERRORS: Mapping[type[Exception], Kind] = {
     BodyTooLarge: Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body-too-large", "The body is over the limit"),
     NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "The service is not ready"),
     Busy: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "busy", "The service is busy"),
+    # Nobody reads it but the log; the number is nginx's.
+    ClientLeft: Kind(499, "client-left", "The client left"),
     DeadlinePassed: Kind(HTTPStatus.GATEWAY_TIMEOUT, "deadline-passed", "The request ran out of time"),
 }
 

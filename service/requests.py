@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Request
@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from service import threads
 from service.codecs import Buffer, Format
 from service.codecs.content_coding import decode as without_coding
-from service.codecs.options import AnswerOptions, option_value
+from service.codecs.options import AnswerOptions, OutputOptions, option_value
 from service.errors import BodyTooLarge, FieldError, InvalidRequest, NotParseable
 from service.negotiation import Headers, body_coding, body_format
 from service.request_log import Timing, milliseconds_since
@@ -56,12 +56,17 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
+    ANSWER: ClassVar[type[AnswerOptions]] = OutputOptions
+    """What a request may say about the answer's form, in the query string."""
+
     def arguments(self) -> dict[str, object]:
         """The fields as keyword arguments of a core function."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=RequestModel)
+Validated = TypeVar("Validated", bound=BaseModel)
+Answer = TypeVar("Answer", bound=AnswerOptions)
 
 
 async def decoded(request: Request, headers: Headers, options: Mapping[str, Any], model: type[Model]) -> Model:
@@ -110,14 +115,10 @@ def query_options(request: Request) -> dict[str, Any]:
     return options
 
 
-def answer_options(options: dict[str, Any]) -> AnswerOptions:
+def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
     """Those of the options that are about the answer's form, taken out of them. Raises InvalidRequest."""
-    taken = {name: options.pop(name) for name in ANSWER_OPTIONS if name in options}
-    return _validated(AnswerOptions, taken) if taken else NO_OPTIONS
-
-
-ANSWER_OPTIONS = frozenset(AnswerOptions.model_fields)
-NO_OPTIONS = AnswerOptions()
+    taken = {name: options.pop(name) for name in model.model_fields if name in options}
+    return _validated(model, taken)
 
 
 async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
@@ -162,14 +163,14 @@ def _decoded(
     if coding is not None:
         body = without_coding(coding, body, limit)
     assert served.decode is not None  # noqa: S101 - body_format gives no other
-    return _validated(model, _together(served.decode(body, limit), options))
+    return _validated(model, _together(served.decode(body, limit), options, model.ANSWER.model_fields.keys()))
 
 
-def _together(fields: Any, options: Mapping[str, Any]) -> Any:
+def _together(fields: Any, options: Mapping[str, Any], about_answer: KeysView[str]) -> Any:
     """The body's fields and the query's. Raises InvalidRequest for a name that is in both, or in the wrong one."""
     if not isinstance(fields, dict):
         return fields
-    misplaced = fields.keys() & ANSWER_OPTIONS
+    misplaced = fields.keys() & about_answer
     if both := misplaced.union(fields.keys() & options.keys()):
         errors = []
         for name in sorted(both):
@@ -180,7 +181,7 @@ def _together(fields: Any, options: Mapping[str, Any]) -> Any:
     return {**fields, **options} if options else fields
 
 
-def _validated(model: type[Model], fields: Any) -> Model:
+def _validated(model: type[Validated], fields: Any) -> Validated:
     try:
         return model.model_validate(fields)
     except ValidationError as error:

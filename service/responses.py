@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -16,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from service import threads
-from service.codecs import ENCODED, FORMATS, Parts
+from service.codecs import ENCODED, Format, Parts
 from service.codecs import json as json_format
 from service.codecs.content_coding import encode as with_coding
 from service.codecs.options import AnswerOptions
@@ -44,10 +45,15 @@ class Answerer:
     """Answers one request with one result, in the format that it accepts. Made before anything is computed."""
 
     def __init__(
-        self, request: Request, headers: Headers, options: AnswerOptions, served: tuple[str, ...] = ENCODED
+        self,
+        request: Request,
+        headers: Headers,
+        options: AnswerOptions,
+        served: Mapping[str, Format] = ENCODED,
     ) -> None:
-        """`served` are the media types that this endpoint answers in; raises NotAcceptable where none will do."""
-        self._media_type = answer_format(headers.get(b"accept"), served)
+        """`served` are the formats that this endpoint answers in; raises NotAcceptable where none will do."""
+        self.media_type = answer_format(headers.get(b"accept"), tuple(served))
+        self._format = served[self.media_type]
         self._coding = answer_coding(headers.get(b"accept-encoding"))
         self._options = options
         self._timing: Timing = request.scope["state"]["timing"]
@@ -59,9 +65,7 @@ class Answerer:
         for value in fields.values():
             if type(value) is np.ndarray:
                 numbers += value.size
-        seconds = numbers * (
-            FORMATS[self._media_type].seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0)
-        )
+        seconds = numbers * (self._format.seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0))
         start = time.perf_counter()
         try:
             return await threads.run(seconds, partial(self._encoded, fields), self._threads)
@@ -69,18 +73,17 @@ class Answerer:
             self._timing.encode += milliseconds_since(start)
 
     def _encoded(self, fields: dict[str, Any]) -> Response:
-        encode = FORMATS[self._media_type].encode
-        assert encode is not None  # noqa: S101 - answer_format gives no other
-        parts = encode(fields, self._options)
+        assert self._format.encode is not None  # noqa: S101 - answer_format gives no other
+        parts = self._format.encode(fields, self._options)
         headers = [(b"vary", b"accept, accept-encoding")]
-        if self._media_type != json_format.MEDIA_TYPE:
+        if self.media_type != json_format.MEDIA_TYPE:
             headers.append((RESULT_HEADER, _in_header(fields).encode()))
         if self._coding is not None:
             compressed = with_coding(self._coding, parts)
             if compressed is not parts:
                 parts = compressed
                 headers.append((b"content-encoding", self._coding.encode()))
-        return PartsResponse(parts, self._media_type, headers)
+        return PartsResponse(parts, self.media_type, headers)
 
 
 class PartsResponse(Response):

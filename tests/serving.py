@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -12,9 +12,20 @@ import uvicorn
 from anyio.from_thread import start_blocking_portal
 from fastapi import FastAPI
 
+import core
+from service.app import create_app
 from service.protocol import Protocol
+from service.settings import Settings
 
 Send = Callable[..., httpx.Response]
+Serve = Callable[[FastAPI], AbstractContextManager[Send]]
+
+
+def without_limits(timeout_s: float = 60) -> FastAPI:
+    """An application that takes on what it predicts to be too much, and has that much time for it."""
+    app = create_app(Settings(device="cpu", request_timeout_s=timeout_s))
+    app.state.compute._limits = core.Limits()  # noqa: SLF001 - no setting allows it
+    return app
 
 
 @contextmanager

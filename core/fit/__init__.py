@@ -1,81 +1,104 @@
-"""Learning a kernel from examples of its input and output, by full-batch gradient descent."""
+"""Learning a kernel from examples of its input and output: linear least squares, solved or descended."""
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Literal, ParamSpec
-
-import torch
+from typing import ParamSpec
 
 from core.arrays import ArrayLike
-from core.device import resolve_device
+from core.device import CPU, resolve_device
 from core.errors import InvalidArgument, InvalidOption
-from core.fit.descent import Descent, Loss, descend
-from core.fit.problem import Examples, Layer, Pairing, load_examples
-from core.fit.result import FitResult, Status, Step
-from core.fit.start import Start, settled_seed, starting_point
+from core.fit.fitting import Fitting
+from core.fit.layout import Layout
+from core.fit.losses import Loss
+from core.fit.options import Auto, Options
+from core.fit.problem import Layer, Pairing, load_examples
+from core.fit.result import FitResult, Progress
+from core.fit.rules import Solver
+from core.fit.start import settled_seed, starting_point
+from core.fit.way import choose_way
 from core.limits import Limits
-from core.shapes import is_real, one_of, positive, shown
-
-Solver = Literal["sgd"]
+from core.machine import Machine, this_machine
+from core.shapes import PaddingMode, one_of
 
 Arguments = ParamSpec("Arguments")
 
-MAX_STEPS = 1_000_000
-"""Steps that one fit may take; each leaves a number in the loss history."""
-
-PASSES_PER_STEP = 3
-"""A step convolves forward once and, for the gradient, does about twice that work backward."""
+ExamplePair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike | None]
+"""An input, its target and, perhaps, the weights of the target's values."""
 
 
 def fit_kernel_steps(
     input: ArrayLike | None = None,
     target: ArrayLike | None = None,
     *,
-    pairs: Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
+    weights: ArrayLike | None = None,
+    pairs: Sequence[ExamplePair] | None = None,
     kernel_size: int | Sequence[int] | None = None,
     bias: bool = False,
     initial_kernel: ArrayLike | None = None,
     initial_bias: ArrayLike | None = None,
     solver: Solver = "sgd",
-    learning_rate: float = 0.03,
+    learning_rate: float | Auto = 0.03,
     steps: int = 10,
     loss: Loss = "sum",
+    tolerance: float | None = None,
+    ridge: float = 0.0,
+    momentum: float | None = None,
+    betas: Sequence[float] | None = None,
+    batch_size: int | None = None,
+    refuse_divergence: bool = False,
     seed: int | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    padding_mode: PaddingMode = "zeros",
     device: str = "auto",
     limits: Limits | None = None,
-) -> Generator[Step, None, FitResult]:
-    """Find the kernel (and bias) that brings conv2d(input; kernel, bias) nearest to target, in the sum of squares.
+    machine: Machine | None = None,
+) -> Generator[Progress, None, FitResult]:
+    """Find the kernel (and bias) that brings conv2d(input; kernel, bias) nearest to target.
 
     input and target are (H, W), (C, H, W) or (N, C, H, W); `pairs` takes several of different sizes instead. The
-    kernel's size follows from the shapes where stride is 1 and padding 0. Everything is computed in float64 where the
-    device has it. `loss` "mean" divides by the number of target values, and so the gradient too.
+    kernel's size follows from the shapes where stride is 1 and padding 0. `weights` (like target, or one plane for all)
+    say what each of the target's values counts; 0 leaves it out.
 
-    Raises InvalidArgument and its kind, DeviceUnavailable and, where `limits` are given, TooLarge. A descent that
-    diverges is no error: its status says so, and its kernel is the last finite one.
+    `loss` is the sum of the squared differences, their mean, or the mean of what torch.nn.HuberLoss or L1Loss makes of
+    them; `ridge` times the sum of the kernel's squares is added to it. `solver` "exact" gives the best kernel itself
+    (of least norm where several are best); the others descend as torch.optim defines them: "sgd" (all examples at
+    once, or `batch_size` images at a time in an order drawn from the seed), "momentum" and "nesterov" (`momentum`
+    0.9), "adam" (`betas` 0.9, 0.999). `learning_rate` "auto" is the rate that leaves the smallest loss after these
+    steps. `tolerance` ends the descent where the gradient is shorter than that share of its first length, or a step
+    lowers the loss by less than that share of it.
 
-    This form checks the arguments at once, then yields a Step for each update and returns the FitResult; close the
-    generator to stop early. `fit_kernel` runs it to its end.
+    Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
+    no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
+    InvalidOption of the forecast.
+
+    Raises InvalidArgument and its kind, DeviceUnavailable and, where `limits` are given, TooLarge.
+
+    This form checks the arguments at once, then yields Readings of the examples, a Forecast, and a Step for each
+    update, and returns the FitResult; close the generator to stop early. `fit_kernel` runs it to its end.
+    Source: for the whole idea, Golub and Van Loan, Matrix Computations, 5.3; for the descents, torch.optim.
     """
-    one_of("solver", solver, Solver)
-    one_of("loss", loss, Loss)
-    positive("steps", steps, MAX_STEPS)
-    if not is_real(learning_rate) or not 0 < learning_rate < math.inf:
-        raise InvalidOption(
-            f"learning_rate {shown(learning_rate)} is not a number above 0",
-            field="learning_rate",
-            got=shown(learning_rate),
-            limit="above 0",
-        )
-    torch_device = resolve_device(device)
-    dtype = torch.float32 if torch_device.type == "mps" else torch.float64
-    layer = Layer(stride, padding, dilation, groups)
-    examples = load_examples(_pairings(input, target, pairs), dtype, torch_device)
+    options = Options(
+        solver,
+        loss,
+        learning_rate,
+        steps,
+        tolerance,
+        ridge,
+        momentum,
+        betas,
+        batch_size,
+        refuse_divergence,
+    )
+    one_of("padding_mode", padding_mode, PaddingMode)
+    wanted = resolve_device(device)
+    torch_device = CPU if wanted.type == "mps" else wanted
+    machine = machine or this_machine()
+    layer = Layer(stride, padding, dilation, groups, padding_mode)
+    examples = load_examples(_pairings(input, target, weights, pairs))
     start = starting_point(
         examples,
         layer,
@@ -84,29 +107,52 @@ def fit_kernel_steps(
         bias=bias,
         initial_bias=initial_bias,
     )
+    single = list(examples.pairs)
+    if batch_size is not None:
+        single = [image for example in examples.pairs for image in example.apart()]
+        if batch_size > len(single):
+            raise InvalidOption(
+                f"batch_size {batch_size} is above the number of images, {len(single)}",
+                field="batch_size",
+                got=batch_size,
+                limit=len(single),
+            )
     kernel_name = "kernel_size" if initial_kernel is None else "initial_kernel"
-    problems = [layer.problem(pair.images, start.kernel_shape, kernel_name=kernel_name) for pair in examples.pairs]
-    for pair, problem in zip(examples.pairs, problems, strict=True):
-        pair.require_reachable(problem)
-    if limits is not None:
-        limits.check(*problems, passes=PASSES_PER_STEP * steps, engines=("tensor",))
-    seed = settled_seed(seed)
-    kernel, offsets = start.weights(seed)
-    descent = descend(
-        examples,
+    problems = [
+        layer.problem(example.images, start.kernel_shape, device=torch_device.type, kernel_name=kernel_name)
+        for example in single
+    ]
+    for example, problem in zip(single, problems, strict=True):
+        example.require_reachable(problem)
+    layout = Layout(start.kernel_shape, problems[0].groups, bias, examples.filters_weighted_apart)
+    way = choose_way(
         problems,
-        kernel,
-        offsets,
-        learning_rate=learning_rate,
+        [example.weights is not None for example in single],
+        layout,
+        machine,
+        square=options.criterion.square,
+        exact=solver == "exact",
         steps=steps,
-        loss=loss,
+        terms=len(single) if batch_size is not None else 1,
     )
-    reported_seed = None if start.complete else seed
-    return _reported(descent, examples, start, solver, learning_rate, reported_seed)
+    if limits is not None:
+        limits.require(way.megabytes, way.gflop, way.seconds)
+    return Fitting(
+        options=options,
+        examples=single,
+        problems=problems,
+        layout=layout,
+        start=start,
+        seed=settled_seed(seed),
+        single_planes=examples.single_planes,
+        method=way.method,
+        device=torch_device,
+        machine=machine,
+    ).steps()
 
 
 def run_to_end(
-    steps: Callable[Arguments, Generator[Step, None, FitResult]],
+    steps: Callable[Arguments, Generator[Progress, None, FitResult]],
 ) -> Callable[Arguments, FitResult]:
     """The same function without the steps between: it returns what the generator returns."""
 
@@ -119,13 +165,13 @@ def run_to_end(
     return run
 
 
-def exhaust(steps: Generator[Step, None, FitResult], each: Callable[[Step], object] | None = None) -> FitResult:
-    """Run a fit to its end, calling `each` with every Step; what that raises ends the fit."""
+def exhaust(steps: Generator[Progress, None, FitResult], each: Callable[[Progress], object] | None = None) -> FitResult:
+    """Run a fit to its end, calling `each` with all that it yields; what that raises ends the fit."""
     while True:
         try:
-            step = next(steps)
+            progress = next(steps)
             if each is not None:
-                each(step)
+                each(progress)
         except StopIteration as finished:
             result: FitResult = finished.value
             return result
@@ -135,62 +181,19 @@ fit_kernel = run_to_end(fit_kernel_steps)
 
 
 def _pairings(
-    input: ArrayLike | None, target: ArrayLike | None, pairs: Sequence[tuple[ArrayLike, ArrayLike]] | None
+    input: ArrayLike | None,
+    target: ArrayLike | None,
+    weights: ArrayLike | None,
+    pairs: Sequence[ExamplePair] | None,
 ) -> list[Pairing]:
-    if pairs is not None and input is None and target is None:
+    if pairs is not None and input is None and target is None and weights is None:
         return [
-            Pairing(one, other, f"pairs[{index}].input", f"pairs[{index}].target")
-            for index, (one, other) in enumerate(pairs)
+            Pairing(pair[0], pair[1], pair[2] if len(pair) > 2 else None, f"pairs[{index}].")
+            for index, pair in enumerate(pairs)
         ]
     if pairs is None and input is not None and target is not None:
-        return [Pairing(input, target)]
+        return [Pairing(input, target, weights)]
     raise InvalidArgument(
-        "give either input and target, or pairs",
+        "give either input and target (and weights), or pairs of them",
         field="pairs" if pairs is not None else "target" if input is not None else "input",
     )
-
-
-def _reported(
-    steps: Generator[Step, None, Descent],
-    examples: Examples,
-    start: Start,
-    solver: Solver,
-    learning_rate: float,
-    seed: int | None,
-) -> Generator[Step, None, FitResult]:
-    descent = yield from steps
-    return FitResult(
-        kernel=descent.kernel[0, 0] if examples.single_planes else descent.kernel,
-        bias=descent.bias,
-        loss_history=descent.loss_history,
-        final_loss=descent.final_loss,
-        steps=len(descent.loss_history),
-        status=descent.status,
-        message=_message(descent, learning_rate),
-        learning_rate=learning_rate,
-        unknowns=start.unknowns,
-        solver=solver,
-        device=str(descent.kernel.device),
-        seed=seed,
-    )
-
-
-def _message(descent: Descent, learning_rate: float) -> str:
-    """One sentence on what happened and, where it went wrong, what to change."""
-    first, last, steps = descent.loss_history[0], descent.final_loss, len(descent.loss_history)
-    times = f"{steps} step{'' if steps == 1 else 's'}"
-    if not math.isfinite(first):
-        return "diverged: the loss is not finite from the start, the values are too large to square: scale them down"
-    if descent.status is Status.COMPLETED and last == first:
-        return f"the loss stayed at {first:.6g} for {times}: its gradient is zero here, or the rate too small to see"
-    if descent.status is Status.COMPLETED:
-        return f"the loss fell from {first:.6g} to {last:.6g} in {times}"
-    least = min(descent.loss_history)
-    reached = "past every finite number" if descent.overflowed else f"to {last:.6g}"
-    stable = descent.largest_stable_rate
-    remedy = (
-        "try a much smaller one"
-        if stable is None
-        else f"the largest that converges is about {stable:.3g}; try {0.8 * stable:.2g}"
-    )
-    return f"diverged: learning_rate {learning_rate:g} took the loss from {least:.6g} {reached} in {times}; {remedy}"

@@ -1,29 +1,22 @@
-"""Full-batch gradient descent by autograd, as a generator of steps.
+"""Descending a loss by a rule, as a generator of steps.
 
 Step i computes the loss and its gradient at the current kernel, records that loss, then updates: the order of the
 lesson's loop, so its history is this one's.
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from core.engines import tensor
-from core.fit.problem import Examples
+from core.fit.layout import Unknowns
+from core.fit.objective import Objective
 from core.fit.result import Status, Step
-from core.shapes import Problem
-
-Loss = Literal["sum", "mean"]
+from core.fit.rules import Update
 
 HOPELESS_GROWTH = 1e6
 """A loss this many times its start (or the targets' own size, where it started near zero) never comes back."""
-
-POWER_ITERATIONS = 30
-"""Each about the cost of a step; the error left falls with the square of the two largest curvatures' ratio."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,106 +24,60 @@ class Descent:
     """Where a descent ended: the last finite kernel and bias, their loss, and the whole history before it.
 
     `overflowed` says that the next update left the finite numbers, so that it was not made.
-    `largest_stable_rate` is 2 / the largest curvature of the loss, found by power iteration where the descent diverged
-    (None elsewhere, and where even the gradient is not finite).
     """
 
-    kernel: Tensor
-    bias: Tensor | None
+    unknowns: Unknowns
     loss_history: list[float]
     final_loss: float
     status: Status
-    overflowed: bool
-    largest_stable_rate: float | None
+    overflowed: bool = False
 
 
 def descend(
-    examples: Examples,
-    problems: list[Problem],
-    kernel: Tensor,
-    bias: Tensor | None,
+    objectives: Iterator[Objective],
+    update: Update,
+    start: Unknowns,
     *,
-    learning_rate: float,
     steps: int,
-    loss: Loss,
+    tolerance: float | None,
+    scale: float,
+    falls: bool,
+    doomed: bool = False,
 ) -> Generator[Step, None, Descent]:
-    """Yield a Step for each update and return the Descent. Close the generator to stop early."""
-    loss_of = _loss_function(examples, problems, loss)
-    weights = [kernel.detach().clone()] + ([] if bias is None else [bias.detach().clone()])
-    scale = _target_scale(examples, loss)
+    """Yield a Step for each update and return the Descent. Close the generator to stop early.
+
+    `objectives` gives one for each step and one more for the end. `scale` is the loss of a kernel of zeros. `falls`:
+    at a rate that converges the loss never rises, so that one that does has diverged. `doomed`: the rate is known not
+    to converge, so that a loss above its start has diverged.
+
+    With a tolerance the descent ends where the gradient is shorter than that share of its first length or, where the
+    loss only falls, where a step lowers it by less than that share of it.
+    """
     history: list[float] = []
-    value, gradients = _differentiate(loss_of, weights)
+    with np.errstate(over="ignore", invalid="ignore"):
+        unknowns, (value, gradient) = start, next(objectives)(start)
+    enough = None if tolerance is None else tolerance * float(np.linalg.norm(gradient))
     status, overflowed = Status.COMPLETED, False
     for number in range(1, steps + 1):
         history.append(value)
         yield Step(number, value)
-        updated = [weight - learning_rate * gradient for weight, gradient in zip(weights, gradients, strict=True)]
-        new_value, new_gradients = _differentiate(loss_of, updated)
-        if not math.isfinite(new_value) or not all(torch.isfinite(weight).all() for weight in updated):
+        with np.errstate(over="ignore", invalid="ignore"):
+            updated = update(unknowns, gradient)
+            new_value, new_gradient = next(objectives)(updated)
+        if not math.isfinite(new_value) or not np.isfinite(updated).all():
             status, overflowed = Status.DIVERGED, True
             break
-        weights, value, gradients = updated, new_value, new_gradients
+        settled = falls and tolerance is not None and 0 <= value - new_value <= tolerance * new_value
+        unknowns, value, gradient = updated, new_value, new_gradient
         if value > HOPELESS_GROWTH * max(history[0], scale):
             status = Status.DIVERGED
             break
-    # At a rate that converges the loss never rises, but for rounding once it cannot fall any further.
-    if value > min(history) * (1 + 1e-6) + 1e-12 * scale:
+        if enough is not None and (settled or float(np.linalg.norm(gradient)) <= enough):
+            status = Status.CONVERGED
+            break
+    # It may rise a little by rounding, once it cannot fall any further.
+    if falls and value > min(history) * (1 + 1e-6) + 1e-12 * max(history[0], scale):
         status = Status.DIVERGED
-    return Descent(
-        kernel=weights[0],
-        bias=None if bias is None else weights[1],
-        loss_history=history,
-        final_loss=value,
-        status=status,
-        overflowed=overflowed,
-        largest_stable_rate=_largest_stable_rate(loss_of, weights) if status is Status.DIVERGED else None,
-    )
-
-
-def _loss_function(examples: Examples, problems: list[Problem], loss: Loss) -> Callable[[list[Tensor]], Tensor]:
-    def loss_of(weights: list[Tensor]) -> Tensor:
-        kernel, bias = weights[0], weights[1] if len(weights) > 1 else None
-        squares = [
-            (tensor.convolve(problem, example.images, kernel, bias) - example.targets).square().sum()
-            for example, problem in zip(examples.pairs, problems, strict=True)
-        ]
-        total = torch.stack(squares).sum()
-        return total / examples.target_values if loss == "mean" else total
-
-    return loss_of
-
-
-def _differentiate(loss_of: Callable[[list[Tensor]], Tensor], weights: list[Tensor]) -> tuple[float, list[Tensor]]:
-    leaves = [weight.detach().requires_grad_() for weight in weights]
-    with torch.enable_grad():
-        value = loss_of(leaves)
-        gradients = torch.autograd.grad(value, leaves)
-    return value.item(), list(gradients)
-
-
-def _target_scale(examples: Examples, loss: Loss) -> float:
-    """The loss of a kernel of zeros."""
-    total = sum(pair.targets.square().sum().item() for pair in examples.pairs)
-    return total / examples.target_values if loss == "mean" else total
-
-
-def _norm(gradients: list[Tensor]) -> float:
-    return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
-
-
-def _largest_stable_rate(loss_of: Callable[[list[Tensor]], Tensor], weights: list[Tensor]) -> float | None:
-    """2 / the largest eigenvalue of the Hessian, which of a quadratic loss is grad(v) - grad(0) for every v."""
-    origin = _differentiate(loss_of, [torch.zeros_like(weight) for weight in weights])[1]
-    # A random direction has a part along the steepest one; a gradient need not have.
-    generator = torch.Generator().manual_seed(0)
-    direction = [torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight) for weight in weights]
-    curvature = 0.0
-    for _ in range(POWER_ITERATIONS):
-        length = _norm(direction)
-        if not (0 < length < math.inf):
-            return None
-        unit = [part / length for part in direction]
-        gradients = _differentiate(loss_of, unit)[1]
-        direction = [one - other for one, other in zip(gradients, origin, strict=True)]
-        curvature = _norm(direction)
-    return 2 / curvature if 0 < curvature < math.inf else None
+    if doomed and value > history[0]:
+        status = Status.DIVERGED
+    return Descent(unknowns, history, value, status, overflowed)

@@ -1,25 +1,29 @@
 """What is to be fitted: pairs of images and targets, and the convolution that is to lead from one to the other."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from core.arrays import ArrayLike, as_tensor
+from core.arrays import ArrayLike, as_numbers
 from core.conv2d import as_images, conv2d_problem
-from core.errors import InvalidArgument, InvalidShape
-from core.shapes import Pair, Problem, conv2d_padding, positive_pair, sized
+from core.errors import InvalidArgument, InvalidNumbers, InvalidShape
+from core.shapes import PaddingMode, Pair, Problem, conv2d_padding, positive_pair, sized
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """An input and its target as they came, with the names that messages call them by."""
+    """An input, its target and the weights of the target's values as they came, with their names for messages."""
 
     input: ArrayLike
     target: ArrayLike
-    input_name: str = "input"
-    target_name: str = "target"
+    weights: ArrayLike | None = None
+    where: str = ""
+
+    def name(self, field: str) -> str:
+        """What messages call one of the three."""
+        return f"{self.where}{field}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,9 @@ class Layer:
     padding: int | Sequence[int] | str = 0
     dilation: int | Sequence[int] = 1
     groups: int = 1
+    padding_mode: PaddingMode = "zeros"
 
-    def problem(self, images: Tensor, kernel_shape: Sequence[int], *, kernel_name: str) -> Problem:
+    def problem(self, images: Tensor, kernel_shape: Sequence[int], *, device: str, kernel_name: str) -> Problem:
         """The convolution of these images (N, C, H, W) by a kernel of this shape (O, C/groups, h, w), checked."""
         return conv2d_problem(
             images.shape,
@@ -41,19 +46,20 @@ class Layer:
             self.padding,
             self.dilation,
             self.groups,
-            "zeros",
-            dtype="float64" if images.element_size() == 8 else "float32",
-            device=images.device.type,
+            self.padding_mode,
+            dtype="float64",
+            device=device,
             weight_name=kernel_name,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One pair as tensors: images (N, C, H, W) and targets (N, O, oh, ow)."""
+    """One pair, in the dtype that it came in: images (N, C, H, W), targets and, perhaps, weights (N, O, oh, ow)."""
 
     images: Tensor
     targets: Tensor
+    weights: Tensor | None
     pairing: Pairing
 
     def require_reachable(self, problem: Problem) -> None:
@@ -61,14 +67,43 @@ class Example:
         size = self.targets.shape[-2], self.targets.shape[-1]
         if problem.output_size != size:
             raise InvalidShape(
-                f"{self.pairing.target_name} is {sized(size)} in rows and columns: a kernel "
+                f"{self.pairing.name('target')} is {sized(size)} in rows and columns: a kernel "
                 f"{sized((problem.kernel_height, problem.kernel_width))} makes {sized(problem.output_size)} "
-                f"out of {self.pairing.input_name} {sized((problem.height, problem.width))} "
+                f"out of {self.pairing.name('input')} {sized((problem.height, problem.width))} "
                 "with this stride, padding and dilation",
-                field=self.pairing.target_name,
+                field=self.pairing.name("target"),
                 got=sized(size),
                 limit=sized(problem.output_size),
             )
+
+    def require_finite(self) -> None:
+        """Raise InvalidNumbers for NaN and infinity: nothing can be learned from them."""
+        for field, array in (("input", self.images), ("target", self.targets)):
+            faulty = int((~torch.isfinite(array)).sum())
+            if faulty:
+                raise InvalidNumbers(
+                    f"{self.pairing.name(field)} holds {faulty} values that are NaN or infinite: "
+                    "a kernel is learned from finite numbers",
+                    field=self.pairing.name(field),
+                    got=faulty,
+                    limit="finite numbers",
+                )
+
+    def on(self, device: torch.device) -> "Example":
+        """The same in float64 there."""
+
+        def moved(array: Tensor) -> Tensor:
+            return array.to(device=device, dtype=torch.float64).contiguous()
+
+        weights = None if self.weights is None else moved(self.weights)
+        return replace(self, images=moved(self.images), targets=moved(self.targets), weights=weights)
+
+    def apart(self) -> "Iterator[Example]":
+        """One example for each image."""
+        for at in range(len(self.images)):
+            some = slice(at, at + 1)
+            weights = None if self.weights is None else self.weights[some]
+            yield replace(self, images=self.images[some], targets=self.targets[some], weights=weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +124,16 @@ class Examples:
         return self.pairs[0].targets.shape[1]
 
     @property
-    def target_values(self) -> int:
-        """How many numbers the kernel is to reproduce."""
-        return sum(pair.targets.numel() for pair in self.pairs)
+    def filters_weighted_apart(self) -> bool:
+        """Some pixel weighs more for one filter than for another."""
+        return any(
+            pair.weights is not None and bool((pair.weights.double() != pair.weights[:, :1].double()).any())
+            for pair in self.pairs
+            if self.filters > 1
+        )
 
 
-def load_examples(pairings: Sequence[Pairing], dtype: torch.dtype, device: torch.device) -> Examples:
+def load_examples(pairings: Sequence[Pairing]) -> Examples:
     """The pairs as tensors; each may have its own size, all share their numbers of channels.
 
     Raises InvalidArgument, InvalidShape and InvalidNumbers, naming the array at fault.
@@ -104,17 +143,25 @@ def load_examples(pairings: Sequence[Pairing], dtype: torch.dtype, device: torch
     pairs: list[Example] = []
     single_planes = True
     for pairing in pairings:
-        inputs = as_tensor(pairing.input_name, pairing.input, dtype, device)
-        targets = as_tensor(pairing.target_name, pairing.target, dtype, device)
+        inputs = as_numbers(pairing.name("input"), pairing.input).detach()
+        targets = as_numbers(pairing.name("target"), pairing.target).detach()
         single_planes = single_planes and inputs.ndim == targets.ndim == 2
-        images, planes = as_images(pairing.input_name, inputs), as_images(pairing.target_name, targets)
-        _require_same("images", pairing.target_name, planes.shape[0], pairing.input_name, images.shape[0])
-        pairs.append(Example(images, planes, pairing))
+        images, planes = as_images(pairing.name("input"), inputs), as_images(pairing.name("target"), targets)
+        _require_same("images", pairing.name("target"), planes.shape[0], pairing.name("input"), images.shape[0])
+        pairs.append(Example(images, planes, _weights(pairing, planes), pairing))
     first = pairs[0]
     for pair in pairs[1:]:
-        names = pair.pairing.input_name, pair.pairing.target_name
-        _require_same("channels", names[0], pair.images.shape[1], first.pairing.input_name, first.images.shape[1])
-        _require_same("channels", names[1], pair.targets.shape[1], first.pairing.target_name, first.targets.shape[1])
+        for field in ("input", "target"):
+            arrays = [example.images if field == "input" else example.targets for example in (pair, first)]
+            channels, expected = (array.shape[1] for array in arrays)
+            _require_same("channels", pair.pairing.name(field), channels, first.pairing.name(field), expected)
+    if all(pair.weights is not None and not pair.weights.double().any() for pair in pairs):
+        raise InvalidNumbers(
+            "weights are zero everywhere: nothing is left to learn from",
+            field="weights",
+            got=0,
+            limit="some weight above 0",
+        )
     return Examples(tuple(pairs), single_planes)
 
 
@@ -136,14 +183,44 @@ def inferred_kernel_size(example: Example, layer: Layer) -> Pair:
     missing = images[2] - targets[2], images[3] - targets[3]
     if min(missing) < 0 or missing[0] % dilation[0] or missing[1] % dilation[1]:
         raise InvalidShape(
-            f"no kernel makes {example.pairing.target_name} {sized(targets[2:])} "
-            f"out of {example.pairing.input_name} {sized(images[2:])} with stride 1, padding 0 "
+            f"no kernel makes {example.pairing.name('target')} {sized(targets[2:])} "
+            f"out of {example.pairing.name('input')} {sized(images[2:])} with stride 1, padding 0 "
             f"and dilation {sized(dilation)}: give kernel_size and padding",
-            field=example.pairing.target_name,
+            field=example.pairing.name("target"),
             got=sized(targets[2:]),
             limit=f"at most {sized(images[2:])}",
         )
     return missing[0] // dilation[0] + 1, missing[1] // dilation[1] + 1
+
+
+def _weights(pairing: Pairing, targets: Tensor) -> Tensor | None:
+    """The weights with the target's shape (N, O, oh, ow); one image or plane of them stands for all."""
+    if pairing.weights is None:
+        return None
+    name = pairing.name("weights")
+    weights = as_images(name, as_numbers(name, pairing.weights).detach())
+    if any(size not in (1, whole) for size, whole in zip(weights.shape[:2], targets.shape[:2], strict=True)) or (
+        weights.shape[2:] != targets.shape[2:]
+    ):
+        raise InvalidShape(
+            f"{name} {sized(weights.shape)} does not fit {pairing.name('target')} {sized(targets.shape)}: "
+            "one weight for each of its values, or one plane for all images and filters",
+            field=name,
+            got=sized(weights.shape),
+            limit=sized(targets.shape),
+        )
+    # Not every dtype can be compared.
+    numbers = weights.double()
+    faulty = int((~((numbers >= 0) & torch.isfinite(numbers))).sum())
+    if faulty:
+        raise InvalidNumbers(
+            f"{name} holds {faulty} values that are negative, NaN or infinite: a weight is a number from 0 on, "
+            "0 leaves its pixel out",
+            field=name,
+            got=faulty,
+            limit="finite numbers from 0 on",
+        )
+    return weights.expand(targets.shape)
 
 
 def _require_same(what: str, name: str, count: int, other: str, expected: int) -> None:

@@ -1,19 +1,53 @@
-"""What learning reports: a Step each time round, a FitResult at the end."""
+"""What learning reports: how far the examples are read, a Forecast, a Step each time round, a FitResult at the end."""
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal, TypeAlias
 
 from torch import Tensor
+
+Prediction = Literal["converges", "diverges"]
 
 
 class Status(StrEnum):
     """How a fit ended."""
 
+    CONVERGED = "converged"
+    """The kernel is the best one, or nearer to it than the tolerance asks for."""
+
     COMPLETED = "completed"
     """All steps are done."""
 
     DIVERGED = "diverged"
-    """The loss is not finite, or grew instead of falling; the kernel is the last finite one."""
+    """The loss is not finite, or grew past any use; the kernel is the last finite one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Examples read so far, before the first step."""
+
+    done: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What is known before the first step; None where it is not, or not defined.
+
+    learning_rate is the one that will be used ("auto" settled). Eigenvalues are those of the loss's Hessian: the
+    steepest and the flattest curvature. `rank` of the `unknowns` are determined by the examples.
+    """
+
+    learning_rate: float | None
+    prediction: Prediction | None
+    largest_stable_learning_rate: float | None
+    largest_eigenvalue: float | None
+    smallest_eigenvalue: float | None
+    condition_number: float | None
+    rank: int | None
+    unknowns: int
+    best_possible_loss: float | None
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,24 +58,42 @@ class Step:
     loss: float
 
 
+Progress: TypeAlias = Reading | Forecast | Step
+
+
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """A learned kernel and what can be said about it.
+    """A learned kernel and what can be said about it; None where that is not defined or would take too long.
 
     kernel (h, w) where every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;
-    both float64 on the fit's device (float32 where that device has nothing wider). loss_history[i] is the loss before
-    update i + 1, final_loss the loss of the kernel that is returned.
+    both float64, on the fit's device where that has float64. loss_history[i] is the loss before update i + 1,
+    final_loss the loss of the kernel that is returned, all of them with the ridge's share. excess_loss is how much of
+    final_loss is above best_possible_loss. standard_errors (like kernel) and bias_standard_errors (like bias) are those
+    of the best kernel, for noise that is alike and independent in all of a filter's target values. r_squared is the
+    share of the target's variance about its mean that the returned kernel explains. `method` says how it was computed.
     """
 
     kernel: Tensor
     bias: Tensor | None
     loss_history: list[float]
     final_loss: float
+    best_possible_loss: float | None
+    excess_loss: float | None
     steps: int
     status: Status
     message: str
-    learning_rate: float
-    unknowns: int
     solver: str
+    method: str
+    learning_rate: float | None
+    prediction: Prediction | None
+    largest_stable_learning_rate: float | None
+    largest_eigenvalue: float | None
+    smallest_eigenvalue: float | None
+    condition_number: float | None
+    rank: int | None
+    unknowns: int
+    standard_errors: Tensor | None
+    bias_standard_errors: Tensor | None
+    r_squared: float | None
     device: str
     seed: int | None

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from core.arrays import ArrayLike, as_tensor
 from core.conv2d import as_filters
-from core.errors import InvalidOption, InvalidShape
+from core.device import CPU
+from core.errors import InvalidNumbers, InvalidOption, InvalidShape
 from core.fit.problem import Examples, Layer, inferred_kernel_size
 from core.shapes import Pair, is_integer, positive, positive_pair, shown, sized
 
@@ -27,13 +28,6 @@ class Start:
     bias: bool
     given_kernel: Tensor | None
     given_bias: Tensor | None
-    like: Tensor
-
-    @property
-    def unknowns(self) -> int:
-        """How many numbers are to be learned."""
-        filters, depth, h, w = self.kernel_shape
-        return filters * depth * h * w + (filters if self.bias else 0)
 
     @property
     def complete(self) -> bool:
@@ -52,7 +46,7 @@ class Start:
         def draw(*shape: int) -> Tensor:
             unit = torch.rand(shape, generator=generator, dtype=torch.float64)
             scaled: Tensor = (2 * unit - 1) * bound
-            return scaled.to(self.like)
+            return scaled
 
         kernel = draw(*self.kernel_shape) if self.given_kernel is None else self.given_kernel
         if not self.bias:
@@ -70,13 +64,10 @@ def starting_point(
     initial_bias: ArrayLike | None,
 ) -> Start:
     """Settle the kernel's shape and take what is given. Raises InvalidShape and InvalidOption."""
-    like = examples.pairs[0].images
     positive("groups", layer.groups)
     given_kernel = None
     if initial_kernel is not None:
-        given_kernel = as_filters(
-            "initial_kernel", as_tensor("initial_kernel", initial_kernel, like.dtype, like.device)
-        )
+        given_kernel = as_filters("initial_kernel", _finite("initial_kernel", initial_kernel))
         size = _initial_size(given_kernel, kernel_size, examples.filters)
     elif kernel_size is not None:
         size = positive_pair("kernel_size", kernel_size)
@@ -86,10 +77,10 @@ def starting_point(
 
     given_bias = None
     if initial_bias is not None:
-        given_bias = as_tensor("initial_bias", initial_bias, like.dtype, like.device)
+        given_bias = _finite("initial_bias", initial_bias)
         _require_bias(given_bias, bias, examples.filters)
         given_bias = given_bias.expand(examples.filters)
-    return Start((examples.filters, depth, *size), bias, given_kernel, given_bias, like)
+    return Start((examples.filters, depth, *size), bias, given_kernel, given_bias)
 
 
 def settled_seed(seed: int | None) -> int:
@@ -103,7 +94,18 @@ def settled_seed(seed: int | None) -> int:
             got=shown(seed),
             limit=f"0 to {MAX_SEED}",
         )
-    return seed
+    return int(seed)
+
+
+def _finite(field: str, value: ArrayLike) -> Tensor:
+    numbers = as_tensor(field, value, torch.float64, CPU).detach()
+    if not torch.isfinite(numbers).all():
+        raise InvalidNumbers(
+            f"{field} holds values that are NaN or infinite: a descent starts from finite numbers",
+            field=field,
+            limit="finite numbers",
+        )
+    return numbers
 
 
 def _initial_size(kernel: Tensor, kernel_size: int | Sequence[int] | None, filters: int) -> Pair:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs import jpeg, json, npy, npz, png, safetensors
-from service.codecs.options import AnswerOptions, option_value
+from service.codecs.options import AnswerOptions, OutputOptions, option_value
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -34,13 +34,15 @@ class Format:
     InvalidRequest and BodyTooLarge. encode: an answer -> its parts; raises NotAcceptable where the format cannot hold
     it. None: not served that way. Seconds are for a byte of the body and a number of the answer, on one core
     (`benchmarks/formats.py` prints them); infinite where a small body may become a large array, so that nothing can be
-    told from its size.
+    told from its size. `carries` says what there is of an answer in it. `by_name`: so are the arrays of a body.
     """
 
     decode: Callable[[Buffer, int], Any] | None
     encode: Callable[[Fields, AnswerOptions], Parts] | None
     seconds_to_decode: float = 0.0
     seconds_to_encode: float = 0.0
+    carries: str = "the first array alone"
+    by_name: bool = False
 
 
 def _input(decode: Callable[[Buffer, int], NDArray[Any]]) -> Callable[[Buffer, int], Fields]:
@@ -64,9 +66,9 @@ def _tensors_and_options(body: Buffer, limit: int) -> Fields:
 def arrays_of(fields: Fields) -> dict[str, NDArray[Any]]:
     """The arrays of an answer, lists of numbers (a loss history) among them."""
     series = {
-        name: np.array(value, np.float64)
+        name: np.array(value)
         for name, value in fields.items()
-        if isinstance(value, list) and value and isinstance(value[0], float)
+        if isinstance(value, list) and value and isinstance(value[0], (float, int))
     }
     return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)} | series
 
@@ -75,19 +77,31 @@ def _first_array(fields: Fields) -> NDArray[Any]:
     return next(value for value in fields.values() if isinstance(value, np.ndarray))
 
 
+def _picture(fields: Fields, options: AnswerOptions) -> Parts:
+    return png.encode(_first_array(fields), clip=isinstance(options, OutputOptions) and options.png == "clip")
+
+
+ARRAYS = "the arrays by name"
+
 REORDERED = 1e-9
 """Seconds for a byte of an array that has to be copied, as one in column order has; most are taken as they lie."""
 
 FORMATS: Mapping[str, Format] = {
-    json.MEDIA_TYPE: Format(lambda body, _: json.decode(body), json.encode, 1.2e-9, 25e-9),
+    json.MEDIA_TYPE: Format(lambda body, _: json.decode(body), json.encode, 1.2e-9, 25e-9, "everything", by_name=True),
     npy.MEDIA_TYPE: Format(_input(npy.decode), lambda fields, _: npy.encode(_first_array(fields)), REORDERED),
-    npz.MEDIA_TYPE: Format(npz.decode, lambda fields, _: npz.encode(arrays_of(fields)), math.inf, 1.5e-9),
+    npz.MEDIA_TYPE: Format(
+        npz.decode, lambda fields, _: npz.encode(arrays_of(fields)), math.inf, 1.5e-9, ARRAYS, by_name=True
+    ),
     safetensors.MEDIA_TYPE: Format(
-        _tensors_and_options, lambda fields, _: safetensors.encode(arrays_of(fields)), REORDERED
+        _tensors_and_options,
+        lambda fields, _: safetensors.encode(arrays_of(fields)),
+        REORDERED,
+        carries=ARRAYS,
+        by_name=True,
     ),
     png.MEDIA_TYPE: Format(
         _input(png.decode),
-        lambda fields, options: png.encode(_first_array(fields), clip=options.png == "clip"),
+        _picture,
         math.inf,
         12e-9,
     ),
@@ -96,7 +110,7 @@ FORMATS: Mapping[str, Format] = {
 """What bodies may be and answers can be, the one that is preferred first."""
 
 DECODED = tuple(media_type for media_type, served in FORMATS.items() if served.decode)
-ENCODED = tuple(media_type for media_type, served in FORMATS.items() if served.encode)
+ENCODED: Mapping[str, Format] = {media_type: served for media_type, served in FORMATS.items() if served.encode}
 
 FILE_READERS: Mapping[str, Callable[[Buffer], NDArray[Any]]] = {
     ".npy": partial(npy.decode, limit=UNLIMITED),

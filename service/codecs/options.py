@@ -15,9 +15,23 @@ class AnswerOptions(BaseModel):
         "nested",
         description='arrays in JSON: nested lists, or {"shape", "dtype", "data"} with base64 or flat numbers',
     )
+
+
+class OutputOptions(AnswerOptions):
+    """The same where the answer is an array that may be a picture."""
+
     png: Literal["scale", "clip"] = Field(
         "scale",
         description="values in PNG: scaled from their own minimum and maximum to 0..255, or clipped to 0..255",
+    )
+
+
+class FitOptions(AnswerOptions):
+    """The same where it is a learned kernel."""
+
+    history: Literal["full", "thin"] = Field(
+        "full",
+        description="the loss history: every step, or at most 1000 of them, named in loss_history_steps",
     )
 
 

@@ -1,20 +1,24 @@
 """POST /train-kernel."""
 
 import sys
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import AliasChoices, BaseModel, Field, model_validator
+from pydantic import AliasChoices, BaseModel, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 import core
+from service import loss_curve
 from service.arrays import Array, ArrayOrNumber, first_place
-from service.codecs import ENCODED, png
+from service.codecs import ENCODED, Fields, Format, png
 from service.codecs.layout import largest_within
+from service.codecs.options import FitOptions
 from service.negotiation import header_fields
 from service.openapi import computing
+from service.progress import EVENT_STREAM, NDJSON, ProgressStream, unless_left
 from service.requests import (
     Dilation,
     Groups,
@@ -31,8 +35,22 @@ from service.routes.array_route import ArrayRoute
 
 router = APIRouter(tags=["learning"], route_class=ArrayRoute)
 
-SERVED = tuple(media_type for media_type in ENCODED if media_type != png.MEDIA_TYPE)
-"""A learned kernel is no picture."""
+SVG = "image/svg+xml"
+
+CURVE = "the loss, step by step, as a picture"
+EVENTS = "events `reading`, `forecast` and `step` as they happen, then `result` with the whole answer, or `error`"
+
+SECONDS_TO_DRAW = 1.0
+"""A number; long enough for a thread whatever the history's length."""
+
+SERVED: Mapping[str, Format] = {
+    **{media_type: served for media_type, served in ENCODED.items() if media_type != png.MEDIA_TYPE},
+    SVG: Format(None, lambda fields, _: [loss_curve.svg(fields)], 0, SECONDS_TO_DRAW, carries=CURVE),
+    png.MEDIA_TYPE: Format(None, lambda fields, _: [loss_curve.png(fields)], 0, SECONDS_TO_DRAW, carries=CURVE),
+    EVENT_STREAM: Format(None, None, carries=EVENTS),
+    NDJSON: Format(None, None, carries=EVENTS + ", one a line"),
+}
+"""A picture is that of the loss; a stream tells of the steps as they happen."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the lesson's edge kernel, learned": {
@@ -43,7 +61,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 MAX_PAIRS = 1000
+MAX_HISTORY = 1000
 LARGEST = sys.float_info.max
+
+WEIGHTS = "what each value of the target counts, or one plane for all; 0 leaves it out"
+
+Rate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
+"""core checks it: the rule and its message stand there."""
 
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
@@ -71,13 +95,17 @@ class TrainingPair(FiniteArrays):
 
     input: Array = Field(validation_alias=INPUT, description="also `X`")
     target: Array = Field(validation_alias=TARGET, description="also `Y`")
+    weights: Array | None = Field(None, description=WEIGHTS)
 
 
 class TrainKernelRequest(FiniteArrays):
     """Examples of what a kernel does, and how to search for it."""
 
+    ANSWER: ClassVar = FitOptions
+
     input: Array | None = Field(None, validation_alias=INPUT, description="(H, W), (C, H, W) or (N, C, H, W); also `X`")
     target: Array | None = Field(None, validation_alias=TARGET, description="likewise; also `Y`")
+    weights: Array | None = Field(None, description=WEIGHTS)
     pairs: list[TrainingPair] | None = Field(
         None,
         max_length=MAX_PAIRS,
@@ -90,39 +118,75 @@ class TrainKernelRequest(FiniteArrays):
     bias: bool = Field(default=False, description="learn a bias as well")
     initial_kernel: Array | None = Field(None, description="drawn from the seed where it is not given")
     initial_bias: ArrayOrNumber | None = Field(None, description="(O), or one number for all")
-    solver: core.Solver = Field("sgd", description="how the kernel is searched for")
-    learning_rate: float = Field(0.03, description="how far each step goes against the gradient")
+    solver: core.Solver = Field(
+        "sgd", description="exact: the best kernel itself; the others descend, as torch.optim defines them"
+    )
+    learning_rate: Rate = Field(
+        0.03, description="how far each step goes against the gradient; auto takes it from the curvature"
+    )
     steps: int = Field(10, description="how many")
-    loss: core.Loss = Field("sum", description="of the squared differences: their sum, or their mean")
-    seed: int | None = Field(None, description="what initial values are drawn from; drawn itself where it is not given")
+    loss: core.Loss = Field(
+        "sum", description="of the squared differences: their sum, or mean; or the mean of their Huber or absolute loss"
+    )
+    tolerance: float | None = Field(
+        None, description="end early, where gradient or loss change by less than that share of them"
+    )
+    ridge: float = Field(0.0, description="added to the loss, times the sum of the kernel's squares")
+    momentum: float | None = Field(None, description="of solver momentum or nesterov; 0.9 where it is not given")
+    betas: list[float] | None = Field(
+        None, min_length=2, max_length=2, description="of solver adam; 0.9 and 0.999 where they are not given"
+    )
+    batch_size: int | None = Field(None, description="images a step, for solver sgd; all where it is not given")
+    refuse_divergence: bool = Field(
+        default=False, description="answer with an error where the loss is bound to grow, instead of letting it"
+    )
+    seed: int | None = Field(
+        None, description="what initial values and batches are drawn from; drawn itself where it is not given"
+    )
     stride: Stride = 1
     padding: Padding = 0
     dilation: Dilation = 1
     groups: Groups = 1
+    padding_mode: core.PaddingMode = Field("zeros", description="what the padding holds")
     device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
 
     def arguments(self) -> dict[str, object]:
         """Core takes pairs as tuples."""
-        pairs = None if self.pairs is None else [(pair.input, pair.target) for pair in self.pairs]
+        pairs = None if self.pairs is None else [(pair.input, pair.target, pair.weights) for pair in self.pairs]
         return {**super().arguments(), "pairs": pairs}
 
 
 class TrainKernelAnswer(BaseModel):
-    """The learned kernel and what can be said about it."""
+    """The learned kernel and what can be said about it; null where that is not defined, or would take too long."""
 
     kernel: Array = Field(description="(h, w) where all arrays were (H, W), (O, C/groups, h, w) otherwise")
     bias: Array | None
     kernel_shape: list[int]
     loss_history: list[float | None] = Field(description="the loss before each update")
+    loss_history_steps: list[int] | None = Field(
+        None, description="the steps of loss_history, counted from 1; only with ?history=thin"
+    )
     final_loss: float | None = Field(description="the loss of the kernel that is returned")
+    best_possible_loss: float | None = Field(description="the smallest loss that any kernel has")
+    excess_loss: float | None = Field(description="how much of final_loss is above that")
     steps: int
     status: core.Status
     message: str
-    learning_rate: float
-    unknowns: int
     solver: core.Solver
+    method: str = Field(description="how it was computed: by normal equations, or by convolutions in every step")
+    learning_rate: float | None = Field(description="the one that was used; null for solver exact")
+    prediction: core.Prediction | None = Field(description="what that rate was to lead to, before the first step")
+    largest_stable_learning_rate: float | None = Field(description="from which on the loss is bound to grow")
+    largest_eigenvalue: float | None = Field(description="of the loss's Hessian")
+    smallest_eigenvalue: float | None = Field(description="likewise; 0 where the examples leave something open")
+    condition_number: float | None = Field(description="the largest divided by the smallest")
+    rank: int | None = Field(description="how many combinations of the unknowns the examples determine")
+    unknowns: int
+    standard_errors: Array | None = Field(description="of the best kernel, in the kernel's shape")
+    bias_standard_errors: Array | None
+    r_squared: float | None = Field(description="the share of the target's variance that this kernel explains")
     device: str
-    seed: int | None = Field(description="what the initial values were drawn from; null where nothing was drawn")
+    seed: int | None = Field(description="what was drawn from; null where nothing was drawn")
     nonfinite: int | None = Field(None, description="how many numbers here are null for not being finite")
 
 
@@ -132,24 +196,45 @@ class TrainKernelAnswer(BaseModel):
     **computing(TrainKernelRequest, TrainKernelAnswer, EXAMPLES, path="/train-kernel", served=SERVED),
 )
 async def train_kernel(request: Request) -> Response:
-    """Gradient descent on the squared difference between conv2d(input, kernel) and target."""
+    """The kernel that brings conv2d(input, kernel) nearest to target, by least squares or by descending to it."""
     headers, options = header_fields(request.scope), query_options(request)
-    answer = Answerer(request, headers, answer_options(options), SERVED)
+    form = answer_options(options, FitOptions)
+    answer = Answerer(request, headers, form, SERVED)
     asked = await decoded(request, headers, options, TrainKernelRequest)
-    timing = request.scope["state"]["timing"]
-    fit = await request.app.state.compute.steps(timing, core.fit_kernel_steps, **asked.arguments())
-    return await answer(
-        kernel=as_numpy(fit.kernel),
-        bias=None if fit.bias is None else as_numpy(fit.bias),
-        kernel_shape=list(fit.kernel.shape),
-        loss_history=fit.loss_history,
-        final_loss=fit.final_loss,
-        steps=fit.steps,
-        status=fit.status,
-        message=fit.message,
-        learning_rate=fit.learning_rate,
-        unknowns=fit.unknowns,
-        solver=fit.solver,
-        device=fit.device,
-        seed=fit.seed,
-    )
+    timing, compute = request.scope["state"]["timing"], request.app.state.compute
+
+    async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
+        fit = await compute.steps(timing, core.fit_kernel_steps, report, **asked.arguments())
+        return _fields(fit, thin=form.history == "thin")
+
+    if SERVED[answer.media_type].encode is None:
+        stream = ProgressStream(request, answer.media_type, form)
+        await stream.begin(fitted)
+        return stream
+    return await answer(**await unless_left(request, fitted()))
+
+
+def _fields(fit: core.FitResult, *, thin: bool) -> Fields:
+    """The answer's, arrays as numpy's, in its order."""
+    fields: dict[str, Any] = {name: getattr(fit, name, None) for name in TrainKernelAnswer.model_fields}
+    for name in ("kernel", "bias", "standard_errors", "bias_standard_errors"):
+        fields[name] = None if fields[name] is None else as_numpy(fields[name])
+    # No list: as series of numbers, those become arrays in binary formats.
+    fields["kernel_shape"] = tuple(fit.kernel.shape)
+    del fields["nonfinite"]
+    if thin:
+        steps = _thinned(len(fit.loss_history))
+        fields["loss_history"] = [fit.loss_history[step - 1] for step in steps]
+        fields["loss_history_steps"] = steps
+    else:
+        del fields["loss_history_steps"]
+    return fields
+
+
+def _thinned(steps: int) -> list[int]:
+    """At most MAX_HISTORY of the steps from 1 on: half of them dense at the start, where most happens, half even."""
+    if steps <= MAX_HISTORY:
+        return list(range(1, steps + 1))
+    chosen = np.concatenate([np.geomspace(1, steps, MAX_HISTORY // 2), np.linspace(1, steps, MAX_HISTORY // 2)])
+    thinned: list[int] = np.unique(chosen.round().astype(int)).tolist()
+    return thinned

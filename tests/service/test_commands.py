@@ -2,20 +2,26 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rich.progress
 import scipy.ndimage
 import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 import core
+from service import offline
 from service.__main__ import app
 from service.offline import sparkline
 from service.settings import Settings
@@ -107,10 +113,260 @@ def test_the_lesson_is_learned_from_files(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(output), [[-1, 1]], atol=1e-6)
     assert "the loss fell from" in result.stdout
     assert f"loss {'█'}" in result.stdout
-    assert "100/100" in result.stderr
     printed = corr2d("train", *files, "--seed", 1, "--bias", "--learning-rate", 0.005, "--kernel-size", "1,2")
     assert "bias [" in printed.stdout
     assert "diverged" in corr2d("train", *files, "--seed", 1, "--bias").stdout
+
+
+def picture(path: Path, array: object) -> Path:
+    """Saved as it is, without scaling."""
+    Image.fromarray(np.clip(np.rint(np.asarray(array)), 0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+def test_a_blur_is_learned_from_the_picture_before_and_after(tmp_path: Path) -> None:
+    # Blurred by scipy, with a border that is none of ours.
+    before = np.asarray(Image.open(CAMERA)).astype(np.float64)
+    after = picture(tmp_path / "after.png", scipy.ndimage.correlate(before, np.full((3, 3), 1 / 9), mode="mirror"))
+    kernel, plot = tmp_path / "kernel.npy", tmp_path / "loss.svg"
+    result = corr2d(
+        *("train", CAMERA, after, "--kernel-size", 5, "--solver", "exact", "--plot", plot, "-o", kernel),
+    )
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(np.load(kernel), np.pad(np.full((3, 3), 1 / 9), 1), atol=2e-3)
+    first, message, sparks, written, known, drawn = result.stdout.splitlines()
+    assert first.startswith("learning from the inner 508 x 508 of 512 x 512 pixels: nobody knows what lies outside")
+    assert message.startswith("the best kernel there is: loss ")
+    assert sparks == "loss █▁ (log scale)"
+    assert written == f"kernel (5, 5) -> {kernel}"
+    assert re.fullmatch(r"smallest possible loss [\d.]+, rank 25 of 25, condition number [\d.e+]+", known)
+    assert drawn == f"loss, step by step -> {plot}"
+    assert message[:60] in plot.read_text()
+    assert not result.stderr
+
+
+def test_edges_are_learned_from_pictures_as_the_command_writes_them(tmp_path: Path) -> None:
+    edges, kernel, plot = tmp_path / "edges.png", tmp_path / "kernel.npy", tmp_path / "loss.PNG"
+    corr2d("correlate", CAMERA, "-k", "sobel_x", "--mode", "same", "--boundary", "symmetric", "-o", edges)
+    result = corr2d(
+        *("train", CAMERA, edges, "--kernel-size", 3, "--bias", "--solver", "exact", "--plot", plot, "-o", kernel),
+    )
+    assert result.exit_code == 0, result.output
+    learned = np.load(kernel)
+    # The picture's values are scaled and rounded; what is left is the kernel's direction.
+    sobel = core.named_kernel("sobel_x")
+    np.testing.assert_allclose(learned / np.abs(learned).max() * 2, sobel, atol=0.01)
+    assert "bias [" in result.stdout
+    assert np.asarray(Image.open(plot)).shape[:2] == (540, 960)
+
+
+@pytest.mark.parametrize("dilation", ["1", "2,1", "1,3"])
+@pytest.mark.parametrize("size", [(3, 3), (2, 4), (5, 1), (4, 3)])
+def test_the_inside_of_a_picture_lies_as_mode_same_does(
+    tmp_path: Path, rng: np.random.Generator, size: tuple[int, int], dilation: str
+) -> None:
+    apart = [int(step) for step in dilation.split(",")] * (2 if "," not in dilation else 1)
+    image, kernel = rng.normal(size=(20, 23)), rng.normal(size=size)
+    spread = np.zeros([step * (count - 1) + 1 for step, count in zip(apart, size, strict=True)])
+    spread[:: apart[0], :: apart[1]] = kernel
+    after = core.correlate(image, spread, mode="same", boundary="circular", dtype="float64").output
+    output = tmp_path / "k.npy"
+    result = corr2d(
+        *("train", saved(tmp_path / "x.npy", image), saved(tmp_path / "y.npy", after), "-o", output),
+        *("--kernel-size", ",".join(map(str, size)), "--dilation", dilation, "--solver", "exact"),
+    )
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(np.load(output), kernel, atol=1e-9)
+    rows, columns = (whole - side + 1 for whole, side in zip(image.shape, spread.shape, strict=True))
+    assert f"learning from the inner {rows} x {columns} of 20 x 23 pixels" in result.stdout
+
+
+def test_an_initial_kernel_has_an_inside_too_and_weights_are_cut_alike(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    image, kernel = rng.normal(size=(12, 11)), rng.normal(size=(3, 3))
+    after = scipy.ndimage.correlate(image, kernel, mode="wrap")
+    weights = np.ones((12, 11))
+    after[6, 5], weights[6, 5] = 1e6, 0
+    files = [saved(tmp_path / f"{name}.npy", array) for name, array in (("x", image), ("y", after), ("w", weights))]
+    start, output = saved(tmp_path / "start.npy", np.zeros((3, 3))), tmp_path / "k.npy"
+    result = corr2d(
+        *("train", *files[:2], "--weights", files[2], "--initial-kernel", start, "--solver", "exact", "-o", output),
+    )
+    assert "learning from the inner 10 x 9 of 12 x 11 pixels" in result.stdout
+    np.testing.assert_allclose(np.load(output), kernel, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        (("--padding", "same"), (12, 11)),
+        (("--padding", "1", "--padding-mode", "circular"), (12, 11)),
+        (("--kernel-size", "1"), (12, 11)),
+        ((), (10, 9)),
+        (("--stride", "2", "--padding", "1"), (6, 6)),
+    ],
+)
+def test_whoever_says_what_lies_outside_is_taken_at_their_word(
+    tmp_path: Path, rng: np.random.Generator, options: tuple[str, ...], target: tuple[int, int]
+) -> None:
+    files = (saved(tmp_path / f"{name}.npy", rng.normal(size=size)) for name, size in (("x", (12, 11)), ("y", target)))
+    result = corr2d("train", *files, *(() if "--kernel-size" in options else ("--kernel-size", 3)), *options)
+    assert result.exit_code == 0, result.output
+    assert "inner" not in result.stdout
+
+
+def test_three_colours_are_learned_from_grey(tmp_path: Path, rng: np.random.Generator) -> None:
+    grey = rng.integers(0, 256, size=(16, 17)).astype(np.uint8)
+    colour = np.stack([grey, 255 - grey, grey // 2], 2)
+    files = picture(tmp_path / "grey.png", grey), picture(tmp_path / "colour.png", colour)
+    output = tmp_path / "k.npy"
+    result = corr2d("train", *files, "--kernel-size", 3, "--bias", "--solver", "exact", "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "learning from the inner 14 x 15 of 16 x 17 pixels" in result.stdout
+    assert np.load(output).shape == (3, 1, 3, 3)
+    np.testing.assert_allclose(np.load(output)[:, 0, 1, 1], [1, -1, 0.5], atol=0.01)
+
+
+WEIGHTS = np.arange(4 * 2 * 6 * 7).reshape(4, 2, 6, 7) % 3
+START = np.full((2, 2, 3, 3), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("flags", "arguments"),
+    [
+        ("--solver exact", {"solver": "exact"}),
+        ("--solver momentum --momentum 0.5", {"solver": "momentum", "momentum": 0.5}),
+        ("--solver nesterov", {"solver": "nesterov"}),
+        ("--solver adam --betas 0.5,0.9", {"solver": "adam", "betas": (0.5, 0.9)}),
+        ("--learning-rate auto", {"learning_rate": "auto"}),
+        ("--learning-rate 2e-4", {"learning_rate": 2e-4}),
+        ("--steps 3", {"steps": 3}),
+        ("--loss mean", {"loss": "mean"}),
+        ("--loss huber", {"loss": "huber"}),
+        ("--tolerance 0.7", {"tolerance": 0.7}),
+        ("--ridge 25", {"ridge": 25}),
+        ("--batch-size 2", {"batch_size": 2}),
+        ("--seed 5", {"seed": 5}),
+        ("--bias", {"bias": True}),
+        ("--bias --initial-bias {bias}", {"bias": True, "initial_bias": [1.0, -1.0]}),
+        ("--initial-kernel {start}", {"initial_kernel": START}),
+        ("--weights {weights}", {"weights": WEIGHTS}),
+        ("--kernel-size 1,3 --padding 0,0,1,0", {"kernel_size": (1, 3), "padding": (0, 0, 1, 0)}),
+        ("--stride 2,1 --kernel-size 2,3", {"stride": (2, 1), "kernel_size": (2, 3)}),
+        ("--padding 1 --kernel-size 3", {"padding": 1, "kernel_size": 3}),
+        (
+            "--padding same --padding-mode circular --kernel-size 3",
+            {"padding": "same", "padding_mode": "circular", "kernel_size": 3},
+        ),
+        ("--dilation 2 --kernel-size 3", {"dilation": 2, "kernel_size": 3}),
+        ("--groups 2", {"groups": 2}),
+    ],
+)
+def test_every_option_of_a_fit_is_a_flag(
+    tmp_path: Path, rng: np.random.Generator, flags: str, arguments: dict[str, Any]
+) -> None:
+    layer = {name: arguments[name] for name in ("stride", "padding", "padding_mode", "dilation") if name in arguments}
+    size = np.broadcast_to(arguments.get("kernel_size", 3), 2)
+    x = rng.normal(size=(4, 2, 8, 9))
+    y = rng.normal(size=core.conv2d(x, np.zeros((2, 2, *size)), **layer).output.shape)
+    files = {
+        "bias": saved(tmp_path / "bias.npy", [1.0, -1.0]),
+        "start": saved(tmp_path / "start.npy", START),
+        "weights": saved(tmp_path / "weights.npy", WEIGHTS),
+    }
+    output = tmp_path / "k.npy"
+    result = corr2d(
+        *("train", saved(tmp_path / "x.npy", x), saved(tmp_path / "y.npy", y), "-o", output),
+        *("--learning-rate", "1e-3", "--seed", 1, *flags.format(**files).split()),
+    )
+    assert result.exit_code == 0, result.output
+    wanted = core.fit_kernel(x, y, **{"learning_rate": 1e-3, "seed": 1, **arguments})
+    np.testing.assert_allclose(np.load(output), wanted.kernel, rtol=1e-9)
+    assert wanted.message in result.stdout
+    if not layer:
+        plain = core.fit_kernel(x, y, learning_rate=1e-3, seed=1).kernel
+        assert plain.shape != wanted.kernel.shape or (plain - wanted.kernel).abs().max() > 1e-4
+
+
+def test_a_divergence_is_foretold_and_can_be_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    files = [saved(tmp_path / f"{name}.npy", rng.normal(size=(9, 9))) for name in "xy"]
+    output = tmp_path / "k.npy"
+    told = corr2d("train", *files, "--kernel-size", 3, "--learning-rate", 10, "-o", output)
+    assert told.exit_code == 0
+    assert told.stderr.startswith("learning_rate 10 is above ")
+    assert output.exists()
+    output.unlink()
+    refused = corr2d("train", *files, "--kernel-size", 3, "--learning-rate", 10, "--refuse-divergence", "-o", output)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("corr2d: learning_rate 10 is above ")
+    assert len(refused.stderr.splitlines()) == 1
+    assert not output.exists()
+
+
+def test_what_could_not_be_written_is_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    x = saved(tmp_path / "x.npy", np.ones((9, 9)))
+    for option, name, message in (
+        ("--plot", "loss.gif", "loss.gif: cannot write .gif; .svg, .png can be"),
+        ("--plot", "loss", "loss: cannot write a file without a suffix; .svg, .png can be"),
+        ("--plot", "none/loss.svg", "No such file or directory"),
+        ("-o", "kernel.jpg", "kernel.jpg: cannot write .jpg; .npy, .png can be"),
+        ("-o", "none/kernel.npy", "No such file or directory"),
+    ):
+        result = corr2d("train", x, x, "--kernel-size", 3, option, tmp_path / name)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert not result.stdout
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
+    files = saved(tmp_path / "x.npy", np.eye(9)), saved(tmp_path / "y.npy", np.eye(9)[1:-1, 1:-1])
+    terminal = {"COLUMNS": "200", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}
+    for solver, shown in (("sgd", "100/100"), ("exact", "1/1")):
+        command = ["train", *map(str, files), "--steps", "100", "--solver", solver, "--learning-rate", "auto"]
+        result = CliRunner().invoke(app, command, env=terminal)
+        assert "reading" in result.stderr
+        assert "learning" in result.stderr
+        assert re.search(rf"{shown}\S* loss \d", result.stderr)
+        assert "reading" not in result.stdout
+
+
+def test_the_bar_is_drawn_now_and_then_however_short_a_step_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, drawn = 50_000, 0
+
+    def fit() -> Generator[core.Progress, None, core.FitResult]:
+        yield core.Reading(0, 3)
+        for number in range(1, steps + 1):
+            yield core.Step(number, 1.0)
+        return core.fit_kernel([[1.0]], [[1.0]], solver="exact")
+
+    def counted(bar: rich.progress.Progress, *arguments: Any, **fields: Any) -> None:
+        nonlocal drawn
+        drawn += 1
+        update(bar, *arguments, **fields)
+
+    update = rich.progress.Progress.update
+    monkeypatch.setattr(rich.progress.Progress, "update", counted)
+    start = time.monotonic()
+    offline.watched(fit(), steps=steps, foretell=True)
+    assert 2 <= drawn <= 3 + (time.monotonic() - start) / offline.BETWEEN_DRAWINGS
+
+
+def test_ctrl_c_ends_a_training_without_a_trace(tmp_path: Path, rng: np.random.Generator) -> None:
+    files = [str(saved(tmp_path / f"{name}.npy", rng.normal(size=(9, 9)))) for name in "xy"]
+    command = [sys.executable, "-m", "service", "train", *files, "--kernel-size", "3", "--learning-rate", "1e-9"]
+    with subprocess.Popen(
+        [*command, "--steps", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as training:
+        assert training.stdout is not None
+        assert training.stdout.readline().startswith("learning from the inner 7 x 7")
+        time.sleep(0.5)
+        training.send_signal(signal.SIGINT)
+        out, err = training.communicate(timeout=30)
+    assert training.returncode == 130
+    assert "Traceback" not in err
+    assert not out
 
 
 def test_kernels_lists_every_name_and_prints_the_numbers_of_one() -> None:
@@ -173,6 +429,31 @@ def test_serve_has_a_flag_for_every_setting() -> None:
         (["conv2d", "{x}", "{x}", "--stride", "0"], "stride 0 is neither"),
         (["conv2d", "{x}", "{x}", "--padding", "full"], "padding 'full' is none of"),
         (["train", "{x}", "{x}", "--steps", "0"], "steps 0"),
+        (["train", "{x}", "{x}", "--steps", "1000001"], "steps 1000001 is not an integer from 1 to 1000000"),
+        (
+            ["train", "{x}", "{x}", "--learning-rate", "fast"],
+            "learning_rate 'fast' is not a number above 0, or \"auto\"",
+        ),
+        (["train", "{x}", "{x}", "--learning-rate", "nan"], "learning_rate nan is not a number above 0"),
+        (["train", "{x}", "{x}", "--solver", "newton"], 'solver "newton" is not one of: exact, sgd'),
+        (["train", "{x}", "{x}", "--solver", "adam", "--betas", "0.9"], "betas 0.9 is not two numbers"),
+        (["train", "{x}", "{x}", "--solver", "adam", "--betas", "0.9,high"], "betas '0.9,high' is not two numbers"),
+        (["train", "{x}", "{x}", "--betas", "0.9,0.99"], 'betas means nothing to solver "sgd"'),
+        (["train", "{x}", "{x}", "--momentum", "0.9"], 'momentum means nothing to solver "sgd"'),
+        (["train", "{x}", "{x}", "--tolerance", "1"], "tolerance 1.0 is not a number above 0 to below 1"),
+        (["train", "{x}", "{x}", "--ridge", "-1"], "ridge -1.0 is not a number from 0 on"),
+        (["train", "{x}", "{x}", "--batch-size", "2"], "batch_size 2 is above the number of images, 1"),
+        (["train", "{x}", "{x}", "--kernel-size", "7"], "is larger than the input"),
+        (["train", "{x}", "{x}", "--kernel-size", "wide"], "kernel_size 'wide' is neither"),
+        (["train", "{x}", "{x}", "--kernel-size", "0"], "kernel_size 0 is neither"),
+        (["train", "{x}", "{x}", "--kernel-size", "3", "--dilation", "0"], "dilation 0 is neither"),
+        (
+            ["train", "{x}", "{x}", "--kernel-size", "3", "--padding-mode", "reflect"],
+            "makes (1, 2) out of input (3, 4)",
+        ),
+        (["train", "{x}", "{x}", "--weights", "{deep}"], "weights (1, 2, 3, 4) does not fit target (1, 1, 3, 4)"),
+        (["train", "{x}", "{x}", "--device", "cuda:99"], "cuda:99"),
+        (["train", "{x}", "{nan}"], "target holds 12 values that are NaN or infinite"),
         (["kernels", "sobel_z"], "is not a named kernel"),
     ],
 )

@@ -368,14 +368,15 @@ def test_a_learned_kernel_comes_in_every_format(send: Send, bias: str) -> None:
     plain = learned(JSON).json()
     kernel = np.load(io.BytesIO(learned(NPY).content))
     np.testing.assert_array_equal(kernel, np.array(plain["kernel"], kernel.dtype))
-    names = {"kernel", "loss_history"} | ({"bias"} if bias == "true" else set())
+    names = {"kernel", "loss_history", "standard_errors"}
+    names |= {"bias", "bias_standard_errors"} if bias == "true" else set()
     for named in (np.load(io.BytesIO(learned(NPZ).content)), safetensors.numpy.load(learned(SAFETENSORS).content)):
         assert set(named) == names
         for name in names:
             np.testing.assert_array_equal(named[name], np.array(plain[name], named[name].dtype))
         assert named["loss_history"].shape == (5,)
     said = json.loads(learned(NPZ).headers["corr2d-result"])
-    without = {name: value for name, value in plain.items() if name not in ("kernel", "bias", "loss_history")}
+    without = {name: value for name, value in plain.items() if name not in names}
     assert {name: said[name] for name in without} == without
 
 

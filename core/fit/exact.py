@@ -1,0 +1,131 @@
+"""The best kernel itself: least squares by the normal equations, or by conjugate gradients where they are too many."""
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.fit.descent import Descent
+from core.fit.layout import Unknowns
+from core.fit.objective import Images, Objective
+from core.fit.result import Status, Step
+from core.fit.spectrum import Inverse
+
+MOST_CORRECTIONS = 3
+"""Each takes what rounding left of the error to the share of it that the condition number leaves."""
+
+SETTLED = 1e-3
+"""Of the loss: a correction that promises less changes nothing that is worth another look at the images."""
+
+LANCZOS_STEPS = 30
+LANCZOS_TOLERANCE = 1e-5
+
+CG_TOLERANCE = 1e-12
+"""Of the gradient at a kernel of zeros."""
+
+MOST_ITERATIONS = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Minimum:
+    """Where a quadratic loss is least, and the point beside it where it was looked at, with what was seen there.
+
+    parts: each term's losses by filter and gradient at `seen`. loss is that of the objective at `at`.
+    """
+
+    at: Unknowns
+    loss: float
+    seen: Unknowns
+    losses: Sequence[NDArray[np.float64]]
+    gradients: Sequence[Unknowns]
+
+
+def minimum(objective: Objective, terms: Sequence[Images], inverse: Inverse, first: Unknowns) -> Minimum:
+    """Improve on the solution of the normal equations by looking at the images.
+
+    The equations square the condition number, and lose the digits of a loss near zero; residuals do neither
+    (iterative refinement: Bjorck, Numerical Methods for Least Squares Problems, 2.9).
+    """
+    at = first
+    for correction in range(1, MOST_CORRECTIONS + 1):
+        evaluations = [term.by_filter(at) for term in terms]
+        loss, gradient = objective.total([(float(part.losses.sum()), part.gradient) for part in evaluations], at)
+        step = -inverse.solve(gradient)
+        gain = -0.5 * float(np.vdot(gradient, step))
+        if gain <= SETTLED * loss or correction == MOST_CORRECTIONS:
+            break
+        at = at + step
+    losses, gradients = [part.losses for part in evaluations], [part.gradient for part in evaluations]
+    if not gain < loss:
+        return Minimum(at, loss, at, losses, gradients)
+    return Minimum(at + step, loss - gain, at, losses, gradients)
+
+
+def steepest_curvature(objective: Objective, shape: tuple[int, ...]) -> float:
+    """The largest eigenvalue of the Hessian, by Lanczos's method with a random start and full orthogonalisation.
+
+    Infinite where it is past every finite number.
+    """
+    # A random direction has a part along the steepest one; a gradient need not have.
+    vector = np.random.default_rng(0).standard_normal(shape)
+    vector /= np.linalg.norm(vector)
+    basis: list[Unknowns] = []
+    diagonal: list[float] = []
+    beside: list[float] = []
+    largest = 0.0
+    for _ in range(min(LANCZOS_STEPS, vector.size)):
+        basis.append(vector)
+        image = objective.hessian_product(vector)
+        diagonal.append(float(np.vdot(vector, image)))
+        for other in basis:
+            image = image - np.vdot(other, image) * other
+        if not np.isfinite(diagonal[-1]):
+            return np.inf
+        values = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+        before, largest = largest, float(values[-1])
+        length = float(np.linalg.norm(image))
+        if not (length > 0 and np.isfinite(length)) or abs(largest - before) <= LANCZOS_TOLERANCE * largest:
+            break
+        beside.append(length)
+        vector = image / length
+    return largest
+
+
+def conjugate_gradients(
+    objective: Objective, start: Unknowns, tolerance: float | None
+) -> Generator[Step, None, Descent]:
+    """The best kernel from `start` on, every filter for itself.
+
+    Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems (1952).
+    """
+
+    def dot(one: Unknowns, other: Unknowns) -> NDArray[np.float64]:
+        products: NDArray[np.float64] = np.einsum("bpc,bpc->bc", one, other)[:, None]
+        return products
+
+    def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.divide(one, other, out=np.zeros_like(one), where=other > 0)
+
+    loss, gradient = objective(start)
+    unknowns, residual = start, -gradient
+    direction, size = residual, dot(residual, residual)
+    enough = (tolerance or CG_TOLERANCE) ** 2 * size
+    history: list[float] = []
+    if not math.isfinite(loss):
+        return Descent(start, [loss], loss, Status.DIVERGED, overflowed=True)
+    for number in range(1, MOST_ITERATIONS + 1):
+        history.append(loss)
+        yield Step(number, loss)
+        image = objective.hessian_product(direction)
+        # A filter that is done waits for the others: going on, it would only collect rounding.
+        length = np.where(size > enough, ratio(size, dot(direction, image)), 0)
+        unknowns = unknowns + length * direction
+        loss -= 0.5 * float((length * size).sum())
+        residual = residual - length * image
+        before, size = size, dot(residual, residual)
+        if (size <= enough).all():
+            return Descent(unknowns, history, objective(unknowns)[0], Status.CONVERGED)
+        direction = np.where(size > enough, residual + ratio(size, before) * direction, 0)
+    return Descent(unknowns, history, objective(unknowns)[0], Status.COMPLETED)

@@ -1,0 +1,124 @@
+"""The options of a fit, checked before anything is read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from core.errors import InvalidOption
+from core.fit.losses import LOSSES, Criterion, Loss
+from core.fit.rules import Adam, GradientDescent, Momentum, Nesterov, Rule, Solver
+from core.shapes import is_real, one_of, positive, shown
+
+Auto = Literal["auto"]
+
+MAX_STEPS = 1_000_000
+"""Steps that one fit may take; each leaves a number in the loss history."""
+
+DEFAULT_MOMENTUM = 0.9
+DEFAULT_BETAS = (0.9, 0.999)
+
+OF_SOLVERS = {"momentum": ("momentum", "nesterov"), "betas": ("adam",), "batch_size": ("sgd",)}
+"""Options that mean something to some solvers only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the kernel is searched for."""
+
+    solver: Solver
+    loss: Loss
+    learning_rate: float | Auto
+    steps: int
+    tolerance: float | None
+    ridge: float
+    momentum: float | None
+    betas: Sequence[float] | None
+    batch_size: int | None
+    refuse_divergence: bool
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for what makes no sense."""
+        one_of("solver", self.solver, Solver)
+        one_of("loss", self.loss, Loss)
+        positive("steps", self.steps, MAX_STEPS)
+        for option, solvers in OF_SOLVERS.items():
+            if getattr(self, option) is not None and self.solver not in solvers:
+                named = " and ".join(f'"{solver}"' for solver in solvers)
+                raise InvalidOption(
+                    f'{option} means nothing to solver "{self.solver}": leave it out, or take solver {named}',
+                    field=option,
+                    got=shown(getattr(self, option)),
+                    limit=f"solver {named}",
+                )
+        self._require_rate()
+        self._require_numbers()
+        if self.solver == "exact" and not self.criterion.square:
+            raise InvalidOption(
+                f'solver "exact" solves least squares, loss "{self.loss}" is none: take loss "sum" or "mean", '
+                f"or solver {', '.join(name for name in get_args(Solver) if name != 'exact')}",
+                field="loss",
+                got=self.loss,
+                limit="sum, mean",
+            )
+
+    def _require_numbers(self) -> None:
+        if self.tolerance is not None:
+            _within("tolerance", self.tolerance, above=0, below=1)
+        if not is_real(self.ridge) or not 0 <= self.ridge < math.inf:
+            raise _out_of_range("ridge", self.ridge, "from 0 on")
+        if self.momentum is not None:
+            _within("momentum", self.momentum, least=0, below=1)
+        if self.betas is not None:
+            if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+                raise _out_of_range("betas", self.betas, "each from 0 to below 1", what="two numbers")
+            for beta in self.betas:
+                _within("betas", beta, least=0, below=1)
+        if self.batch_size is not None:
+            positive("batch_size", self.batch_size)
+
+    @property
+    def criterion(self) -> Criterion:
+        """What is made small."""
+        return LOSSES[self.loss]
+
+    @property
+    def rule(self) -> Rule | None:
+        """How a descent moves; None where there is none to be made."""
+        momentum = DEFAULT_MOMENTUM if self.momentum is None else self.momentum
+        match self.solver:
+            case "sgd":
+                return GradientDescent()
+            case "momentum":
+                return Momentum(momentum)
+            case "nesterov":
+                return Nesterov(momentum)
+            case "adam":
+                first, second = self.betas or DEFAULT_BETAS
+                return Adam((first, second))
+            case "exact":
+                return None
+
+    def _require_rate(self) -> None:
+        if self.learning_rate == "auto":
+            if self.solver == "adam" or not self.criterion.square:
+                raise InvalidOption(
+                    'learning_rate "auto" follows from the curvature of a sum of squares, under solver exact, sgd, '
+                    f'momentum or nesterov; solver "{self.solver}" with loss "{self.loss}" needs a number',
+                    field="learning_rate",
+                    got="auto",
+                    limit="a number above 0",
+                )
+        elif not is_real(self.learning_rate) or not 0 < self.learning_rate < math.inf:
+            raise _out_of_range("learning_rate", self.learning_rate, 'above 0, or "auto"')
+
+
+def _within(field: str, value: float, *, below: float, above: float | None = None, least: float = 0) -> None:
+    enough = is_real(value) and (value > above if above is not None else value >= least)
+    if not enough or not value < below:
+        limit = f"above {above:g}" if above is not None else f"from {least:g}"
+        raise _out_of_range(field, value, f"{limit} to below {below:g}")
+
+
+def _out_of_range(field: str, value: object, limit: str, what: str = "a number") -> InvalidOption:
+    return InvalidOption(f"{field} {shown(value)} is not {what} {limit}", field=field, got=shown(value), limit=limit)

@@ -1,0 +1,206 @@
+"""The rules by which a descent moves, as torch.optim defines them, and what theory says of them on a quadratic loss."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.fit.layout import Unknowns
+
+Solver = Literal["exact", "sgd", "momentum", "nesterov", "adam"]
+
+Update: TypeAlias = Callable[[Unknowns, Unknowns], Unknowns]
+"""Where the kernel is and the gradient there -> where it goes. It remembers what its rule remembers."""
+
+ZOOMS = 4
+"""Each narrows the rates that are tried to about a tenth."""
+
+LEAST_STAKE = 1e-4
+"""Of the largest share of the loss: what every direction is taken to have. A rate for less would stand on the edge."""
+
+ADAM_EPSILON = 1e-8
+"""torch.optim.Adam's."""
+
+
+class Mode(NamedTuple):
+    """How an update moves an error along one eigenvector of the Hessian: (error, memory) times a matrix of 2 x 2.
+
+    Each entry may be an array, of many rates and curvatures at once. Error and memory are 1 at the start.
+    """
+
+    error_to_error: NDArray[np.float64]
+    memory_to_error: NDArray[np.float64] | float
+    error_to_memory: NDArray[np.float64] | float
+    memory_to_memory: NDArray[np.float64] | float = 0.0
+
+    def then(self, other: "Mode") -> "Mode":
+        """One after the other: the product of the matrices."""
+        a, b, c, d = self
+        e, f, g, h = other
+        return Mode(e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d)
+
+    def error_after(self, steps: int) -> NDArray[np.float64]:
+        """What is left of an error of 1."""
+        power, factor = Mode(np.ones_like(self.error_to_error), 0.0, 0.0, 1.0), self
+        while steps:
+            if steps % 2:
+                power = power.then(factor)
+            steps //= 2
+            factor = factor.then(factor)
+        return power.error_to_error + power.memory_to_error
+
+
+class Rule(Protocol):
+    """One way to descend."""
+
+    def update(self, learning_rate: float) -> Update:
+        """A descent's update, from its start."""
+
+    def largest_stable_rate(self, curvature: float) -> float | None:
+        """The rate from which on the loss grows without bound in a direction of that curvature (of the Hessian)."""
+
+    def mode(self, stiffness: NDArray[np.float64]) -> Mode | None:
+        """An update along an eigenvector; stiffness is the rate times the curvature there."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradientDescent:
+    """x <- x - rate * gradient: torch.optim.SGD."""
+
+    def update(self, learning_rate: float) -> Update:
+        """Remembers nothing."""
+        return lambda unknowns, gradient: unknowns - learning_rate * gradient
+
+    def largest_stable_rate(self, curvature: float) -> float:
+        """A step multiplies the error by 1 - rate * curvature."""
+        return 2 / curvature
+
+    def mode(self, stiffness: NDArray[np.float64]) -> Mode:
+        """Of the error alone."""
+        return Mode(1 - stiffness, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum:
+    """Polyak's heavy ball: velocity <- momentum * velocity + gradient, x <- x - rate * velocity."""
+
+    momentum: float
+
+    def update(self, learning_rate: float) -> Update:
+        """Remembers the velocity."""
+        velocity: Unknowns | None = None
+
+        def move(unknowns: Unknowns, gradient: Unknowns) -> Unknowns:
+            nonlocal velocity
+            velocity = gradient if velocity is None else self.momentum * velocity + gradient
+            return unknowns - learning_rate * velocity
+
+        return move
+
+    def largest_stable_rate(self, curvature: float) -> float:
+        """Both roots of z^2 - (1 + momentum - rate * curvature) z + momentum lie inside the unit circle."""
+        return 2 * (1 + self.momentum) / curvature
+
+    def mode(self, stiffness: NDArray[np.float64]) -> Mode:
+        """Memory is the error before."""
+        return Mode(1 + self.momentum - stiffness, -self.momentum, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Nesterov:
+    """The same velocity, looked ahead with: x <- x - rate * (gradient + momentum * velocity)."""
+
+    momentum: float
+
+    def update(self, learning_rate: float) -> Update:
+        """Remembers the velocity."""
+        velocity: Unknowns | None = None
+
+        def move(unknowns: Unknowns, gradient: Unknowns) -> Unknowns:
+            nonlocal velocity
+            velocity = gradient if velocity is None else self.momentum * velocity + gradient
+            return unknowns - learning_rate * (gradient + self.momentum * velocity)
+
+        return move
+
+    def largest_stable_rate(self, curvature: float) -> float:
+        """With q = 1 - rate * curvature, the roots of z^2 - (1 + momentum) q z + momentum q lie inside the circle."""
+        return (2 + 2 * self.momentum) / (1 + 2 * self.momentum) / curvature
+
+    def mode(self, stiffness: NDArray[np.float64]) -> Mode:
+        """Memory is the error before, times q."""
+        q = 1 - stiffness
+        return Mode((1 + self.momentum) * q, -self.momentum, q)
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """torch.optim.Adam: steps of about the rate's size, whatever the gradient's."""
+
+    betas: tuple[float, float]
+
+    def update(self, learning_rate: float) -> Update:
+        """Remembers the gradient's running mean and mean square, and the number of steps."""
+        mean: Unknowns | float = 0.0
+        square: Unknowns | float = 0.0
+        steps = 0
+        first, second = self.betas
+
+        def move(unknowns: Unknowns, gradient: Unknowns) -> Unknowns:
+            nonlocal mean, square, steps
+            steps += 1
+            mean = first * mean + (1 - first) * gradient
+            square = second * square + (1 - second) * gradient * gradient
+            spread = np.sqrt(square) / math.sqrt(1 - second**steps) + ADAM_EPSILON
+            return unknowns - learning_rate / (1 - first**steps) * mean / spread
+
+        return move
+
+    def largest_stable_rate(self, curvature: float) -> None:
+        """None is known: the steps do not grow with the gradient."""
+
+    def mode(self, stiffness: NDArray[np.float64]) -> None:
+        """None: its directions do not come apart."""
+
+
+def best_rate(
+    rule: Rule, curvatures: NDArray[np.float64], errors: NDArray[np.float64], steps: int, largest: float
+) -> float | None:
+    """The rate below `largest` that leaves the smallest loss after so many steps; None where it is not to be told.
+
+    errors: those at the start along the eigenvectors, of these curvatures. With more and more steps the rate of
+    gradient descent tends to 2 / (steepest + flattest), which shrinks the slowest errors fastest; after few steps that
+    one has left the steepest error almost as it was.
+    """
+    curved = curvatures > 0
+    curvatures, errors = curvatures[curved], errors[curved]
+    stakes = curvatures * np.square(errors)
+    stakes = np.maximum(stakes, LEAST_STAKE * stakes.max(initial=0))
+    if not stakes.any() or rule.mode(curvatures) is None:
+        return None
+    # Dense towards both ends: many steps of a flat valley want the last thousandth below the largest rate.
+    ends = np.geomspace(1e-6, 1e-2, 60, endpoint=False)
+    rates = largest * np.concatenate([ends, np.linspace(1e-2, 1 - 1e-2, 300), 1 - ends[::-1]])
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(ZOOMS):
+            left = _losses(rule, curvatures, stakes, rates, steps)
+            while left.min() == 0 and steps > 1:
+                # Beyond all digits: what is best after fewer steps is best after these.
+                steps //= 2
+                left = _losses(rule, curvatures, stakes, rates, steps)
+            best = int(left.argmin())
+            rates = np.linspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 20)
+    return float(rates[int(_losses(rule, curvatures, stakes, rates, steps).argmin())])
+
+
+def _losses(
+    rule: Rule, curvatures: NDArray[np.float64], stakes: NDArray[np.float64], rates: NDArray[np.float64], steps: int
+) -> NDArray[np.float64]:
+    """The loss, but for a factor of 2, that each of the rates leaves."""
+    mode = rule.mode(rates[:, None] * curvatures)
+    assert mode is not None  # noqa: S101 - looked at before
+    losses = np.square(mode.error_after(steps)) @ stakes
+    return np.where(np.isfinite(losses), losses, np.inf)

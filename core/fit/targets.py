@@ -1,0 +1,61 @@
+"""What is to be explained: sums over the target's values, by their weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.fit.problem import Example
+
+NO_SPREAD = 1e-24
+"""Of the sum of squares: what is left of a constant's spread by rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Sums over all examples.
+
+    weight: of the weights, 1 each where there are none. squares: of the values. spread: of the values about each
+    filter's mean. counted: the values of each filter that count at all, (O).
+    """
+
+    weight: float
+    squares: float
+    spread: float
+    counted: NDArray[np.float64]
+
+    def loss_of_zeros(self, *, mean: bool) -> float:
+        """What a kernel of zeros leaves."""
+        return self.squares / self.weight if mean else self.squares
+
+    def explained(self, left: float) -> float | None:
+        """R squared of a kernel that leaves such a sum of squares; None where there is nothing to explain."""
+        if not (np.isfinite(left) and self.spread > NO_SPREAD * self.squares):
+            return None
+        return 1 - left / self.spread
+
+
+def sum_up(examples: Sequence[Example], device: torch.device) -> Targets:
+    """Two passes over the targets, as a sum of squares about a mean needs them."""
+    filters = examples[0].targets.shape[1]
+    weight, counted, sums = (torch.zeros(filters, dtype=torch.float64, device=device) for _ in range(3))
+    for values, weights in _weighted(examples, device):
+        weight += weights.sum((0, 2, 3))
+        counted += (weights > 0).sum((0, 2, 3))
+        sums += (values * weights).sum((0, 2, 3))
+    mean = torch.where(weight > 0, sums / weight, 0).reshape(-1, 1, 1)
+    squares, spread = 0.0, 0.0
+    for values, weights in _weighted(examples, device):
+        squares += float((values.square() * weights).sum())
+        spread += float(((values - mean).square() * weights).sum())
+    return Targets(float(weight.sum()), squares, spread, counted.cpu().numpy())
+
+
+def _weighted(examples: Sequence[Example], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for example in examples:
+        values = example.targets.to(device, torch.float64)
+        weights = values.new_ones(()) if example.weights is None else example.weights.to(values)
+        yield values, weights.expand(values.shape)

@@ -1,0 +1,286 @@
+"""The loss of a fit, step by step, as a picture.
+
+At step 0 stands the loss that the fit began with, at step x that of the kernel after x updates; the final loss is the
+last point. So loss_history[i], the loss before update i + 1, stands at step i.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# matplotlib takes half a second to load: who wants no picture does not wait for it.
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIELDS = (
+    "loss_history",
+    "final_loss",
+    "best_possible_loss",
+    "steps",
+    "status",
+    "message",
+    "solver",
+    "learning_rate",
+)
+"""What a picture is drawn from, by the names that a FitResult and an answer have for it."""
+
+SIZE = 8.0, 4.5
+"""Inches."""
+
+DPI = 120
+
+STRETCHES = 500
+"""Of a long history, each shown by its first, smallest and largest loss: a picture has few more columns than that."""
+
+MARKED = 40
+"""Points up to which each has a mark of its own."""
+
+LINE_LENGTH, LINES = 115, 5
+"""Of the message."""
+
+MARGIN = 0.07
+"""Of the axis, above and below the curve."""
+
+FLAT = 1e-9
+"""Decades; what differs by less is drawn as a level line."""
+
+FEW_DECADES = 3
+"""Up to here an axis has ticks at 1, 2 and 5; a longer one at powers of ten."""
+
+MOST_TICKS = 7
+ROUND = 1, 2, 5, 10
+"""What ticks may be multiples of."""
+
+SMALLEST_TICK, LARGEST_TICK = -300.0, 300.0
+"""Exponents of ten: near the ends of float64 ticks cannot be counted out."""
+
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+INK, PALE, BLUE, GREEN, RED = "#1f2328", "#d0d7de", "#1f6feb", "#1a7f37", "#cf222e"
+
+STYLE = {
+    "svg.fonttype": "none",
+    # What ids are made from: drawn at random for each picture otherwise.
+    "svg.hashsalt": "corr2d",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": PALE,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+_drawing = Lock()
+"""matplotlib draws one picture at a time."""
+
+
+def svg(fields: Mapping[str, Any]) -> bytes:
+    """The picture as SVG, its texts as text, of FIELDS and, where the history is thinned, loss_history_steps."""
+    return _drawn(fields, "svg", {"Date": None, "Creator": None, "Title": _heading(fields)})
+
+
+def png(fields: Mapping[str, Any]) -> bytes:
+    """The picture as PNG, likewise."""
+    return _drawn(fields, "png", {"Software": None, "Title": _heading(fields)})
+
+
+def _heading(fields: Mapping[str, Any]) -> str:
+    rate, steps = fields["learning_rate"], fields["steps"]
+    how = fields["solver"] if rate is None else f"{fields['solver']}, learning rate {rate:.4g}"
+    return f"{how}: {fields['status']} after {steps:,} step{'' if steps == 1 else 's'}"
+
+
+def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dict[str, str | None]) -> bytes:
+    with _drawing:
+        import matplotlib as mpl
+
+        # Whatever a matplotlibrc says, wherever it lies.
+        style: dict[Any, Any] = dict(mpl.rcParamsDefault) | STYLE
+        with mpl.rc_context({name: value for name, value in style.items() if not name.startswith("backend")}):
+            picture = BytesIO()
+            _figure(fields).savefig(picture, format=form, dpi=DPI, metadata=metadata)
+            return picture.getvalue()
+
+
+def _figure(fields: Mapping[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure = Figure(figsize=SIZE, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.07))
+    figure.suptitle(_heading(fields), x=0.015, ha="left", fontsize=12.5, weight="bold", parse_math=False)
+    axes = figure.add_subplot()
+    message = textwrap.fill(fields["message"], LINE_LENGTH, max_lines=LINES, placeholder=" ...")
+    axes.set_title(message, loc="left", fontsize=8.5, parse_math=False)
+    axes.set(xlabel="step", ylabel="loss", xlim=(0, max(1, fields["steps"])))
+    axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True, steps=ROUND))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    key = _draw(axes, fields)
+    figure.legend(handles=key, loc="outside lower left", ncols=2, frameon=False, fontsize=9.5)
+    return figure
+
+
+def _draw(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
+    """The curve, its end and the smallest possible loss; what the legend is to name."""
+    from matplotlib.lines import Line2D
+
+    curve, best = _curve(fields), fields.get("best_possible_loss")
+    if best is not None and not math.isfinite(best):
+        best = None
+    scale = _scale(curve, best)
+    axes.set_ylim(scale.low, scale.high)
+    axes.set_yticks(list(scale.ticks), list(scale.ticks.values()))
+    heights = scale.heights(curve.losses)
+    mark = "o" if len(heights) <= MARKED else ""
+    (line,) = axes.plot(curve.steps, heights, mark + "-", color=BLUE, linewidth=1.6, markersize=3.5, clip_on=False)
+    line.set_gid("loss-history")
+    key: list[Artist] = []
+    if math.isfinite(curve.final):
+        colour = RED if fields["status"] == "diverged" else BLUE
+        (end,) = axes.plot(curve.steps[-1:], heights[-1:], "o", color=colour, markersize=7, clip_on=False)
+        end.set(gid="final-loss", label=f"final loss {curve.final:.6g}")
+        key.append(end)
+    if best is not None:
+        name = f"smallest possible loss {best:.6g}"
+        if scale.shows(best):
+            least = axes.axhline(scale.height(best), color=GREEN, linestyle="--", linewidth=1.3, label=name)
+            least.set_gid("smallest-possible-loss")
+            key.append(least)
+        else:
+            key.append(Line2D([], [], color=GREEN, linestyle="", marker="v", label=f"{name}, below this picture"))
+    if curve.not_finite:
+        name = f"{curve.not_finite:,} of {curve.total:,} losses not finite"
+        gaps = curve.steps[np.isnan(curve.losses)]
+        top = axes.get_xaxis_transform()
+        (crosses,) = axes.plot(gaps, np.full(len(gaps), 0.97), "x", color=RED, transform=top, clip_on=False)
+        crosses.set(gid="not-finite", label=name if math.isfinite(curve.final) else f"{name}, the final one too")
+        key.append(crosses)
+    return key
+
+
+class Curve(NamedTuple):
+    """The points to be drawn, with NaN for a loss that is not finite, as `not_finite` of the `total` are."""
+
+    steps: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    not_finite: int
+    total: int
+
+    @property
+    def final(self) -> float:
+        """The last loss."""
+        return float(self.losses[-1])
+
+
+def _curve(fields: Mapping[str, Any]) -> Curve:
+    losses = np.array(fields["loss_history"], np.float64)
+    losses[~np.isfinite(losses)] = np.nan
+    numbers: Sequence[int] | None = fields.get("loss_history_steps")
+    steps = np.arange(len(losses)) if numbers is None else np.array(numbers, np.int64) - 1
+    final = fields["final_loss"]
+    # A descent that came upon numbers that are not finite did not make its last update: nothing is behind it.
+    if not (fields["status"] == "diverged" and len(losses) and losses[-1] == final):
+        ends = np.array([final], np.float64)
+        losses = np.append(losses, np.where(np.isfinite(ends), ends, np.nan))
+        steps = np.append(steps, fields["steps"])
+    kept = _kept(losses)
+    return Curve(steps[kept], losses[kept], int(np.isnan(losses).sum()), len(losses))
+
+
+def _kept(losses: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The places of the losses that make the picture: of each stretch its first, its extremes and its first gap."""
+    count = len(losses)
+    length = -(-count // STRETCHES)
+    if length <= 4:
+        return np.arange(count)
+    padded = np.append(losses, np.full(STRETCHES * length - count, np.nan)).reshape(STRETCHES, length)
+    gaps = np.isnan(padded)
+    places = [
+        np.zeros(STRETCHES, np.int64),
+        np.where(gaps, np.inf, padded).argmin(1),
+        np.where(gaps, -np.inf, padded).argmax(1),
+        gaps.argmax(1),
+    ]
+    kept = np.unique(np.append(np.stack(places) + length * np.arange(STRETCHES), count - 1))
+    return kept[kept < count]
+
+
+class Scale(NamedTuple):
+    """A log scale, in exponents of ten: its ends, its ticks, and where zero stands, which has no place on such a scale.
+
+    Made here because matplotlib's own overflows at the ends of float64, where a loss that diverges may well be.
+    """
+
+    low: float
+    high: float
+    ticks: Mapping[float, str]
+    zero: float | None
+
+    def heights(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Where losses stand."""
+        places = np.where(np.isnan(losses) | (self.zero is None), np.nan, self.zero or 0)
+        return np.log10(losses, out=places, where=losses > 0)
+
+    def height(self, loss: float) -> float:
+        """Where one stands."""
+        return float(self.heights(np.array([loss]))[0])
+
+    def shows(self, loss: float) -> bool:
+        """It stands on the part of the scale that is drawn."""
+        return self.low <= self.height(loss) <= self.high
+
+
+def _scale(curve: Curve, best: float | None) -> Scale:
+    exponents = np.log10(curve.losses[curve.losses > 0])
+    has_zero = bool((curve.losses <= 0).any())
+    if not exponents.size:
+        return Scale(-MARGIN, 1, {0: "0"}, 0) if has_zero else Scale(0, 1, {}, None)
+    low, high = float(exponents.min()), float(exponents.max())
+    if best is not None and best > 0:
+        least = math.log10(best)
+        # The curve has half of the picture at least.
+        if low - least <= max(1, high - low):
+            low, high = min(low, least), max(high, least)
+    margin = MARGIN * (high - low) if high - low > FLAT else 0.3
+    ticks = _ticks(low - margin, high + margin)
+    if not has_zero:
+        return Scale(low - margin, high + margin, ticks, None)
+    zero = low - max(0.3, 0.15 * (high - low))
+    ticks = {exponent: name for exponent, name in ticks.items() if exponent >= low}
+    return Scale(zero - MARGIN * (high - zero), high + margin, {zero: "0", **ticks}, zero)
+
+
+def _ticks(low: float, high: float) -> dict[float, str]:
+    """Round numbers between two exponents of ten, each at its own."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = max(low, SMALLEST_TICK), min(high, LARGEST_TICK)
+    if high - low > FEW_DECADES:
+        locator = MaxNLocator(MOST_TICKS, steps=ROUND, integer=True)
+        exponents = (round(exponent) for exponent in locator.tick_values(low, high) if low <= exponent <= high)
+        return {exponent: f"10{str(exponent).translate(RAISED)}" for exponent in exponents}
+    least, most = 10 ** min(low, LARGEST_TICK), 10 ** max(high, SMALLEST_TICK)
+    if least >= most:
+        return {}
+    if high - low > 1:
+        decades = range(math.floor(low), math.ceil(high))
+        numbers = [float(f"{first}e{decade}") for decade in decades for first in (1, 2, 5)]
+    else:
+        numbers = list(MaxNLocator(MOST_TICKS, steps=ROUND).tick_values(least, most))
+    # As many digits as it takes to tell them apart.
+    digits = max(6, 2 - math.floor(math.log10(1 - least / most)))
+    return {math.log10(number): f"{number:.{digits}g}" for number in numbers if least <= number <= most}

@@ -1,0 +1,150 @@
+"""Long work and those who wait for it: told how far it is, and noticed when they leave."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from core import CoreError, Forecast, Progress
+from service.codecs import Fields, json
+from service.codecs.options import AnswerOptions
+from service.errors import ClientLeft, ServiceError
+from service.problems import response_to
+
+Value = TypeVar("Value")
+
+EVENT_STREAM = "text/event-stream"
+NDJSON = "application/x-ndjson"
+
+BETWEEN_EVENTS = 0.05
+"""Seconds: steps come by the thousand, and nobody reads more than twenty a second."""
+
+BETWEEN_SIGNS_OF_LIFE = 15.0
+"""Seconds of silence after which proxies begin to think of closing a connection."""
+
+Work = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, Fields]]
+"""What is given a function to report to, from any thread, and becomes the whole answer."""
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, Value]) -> Value:
+    """The work's value; cancels it and raises ClientLeft as soon as the client closes the connection."""
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeft("the client closed the connection before its answer was ready")
+        return task.result()
+    finally:
+        task.cancel()
+        left.cancel()
+
+
+def as_event(name: str, content: bytes) -> bytes:
+    """A JSON object as an event of an event stream."""
+    return format_sse_event(event=name, data_str=content.decode())
+
+
+def as_line(name: str, content: bytes) -> bytes:
+    """A JSON object as a line of NDJSON, with the event's name as its first member."""
+    members = content[1:]
+    return b'{"event":"%s"%s%s\n' % (name.encode(), b"" if members == b"}" else b",", members)
+
+
+WRITERS: Mapping[str, Callable[[str, bytes], bytes]] = {EVENT_STREAM: as_event, NDJSON: as_line}
+"""How an event is written: its name, and its content as a JSON object."""
+
+
+class ProgressStream(Response):
+    """Work that tells how far it is: events `reading`, `forecast` and `step`, then `result` or `error`.
+
+    It begins when there is something to tell; what goes wrong before is a problem like any other.
+    """
+
+    def __init__(self, request: Request, media_type: str, options: AnswerOptions) -> None:
+        # Not Response.__init__: there is no body yet.
+        self.status_code = HTTPStatus.OK
+        self.background = None
+        self.body = b""
+        self.raw_headers = [
+            (b"content-type", media_type.encode()),
+            (b"cache-control", b"no-store"),
+            # Proxies that buffer would keep the events until the last.
+            (b"x-accel-buffering", b"no"),
+            (b"vary", b"accept, accept-encoding"),
+        ]
+        self._request = request
+        self._write = WRITERS[media_type]
+        self._silence = KEEPALIVE_COMMENT if media_type == EVENT_STREAM else b"\n"
+        self._options = options
+        self._events: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._told = time.perf_counter()
+        self._task: asyncio.Task[Fields] | None = None
+
+    async def begin(self, work: Work) -> None:
+        """Start the work and wait until it has something to tell. Raises what it raises before that."""
+        self._task = asyncio.create_task(work(self._report))
+        self._task.add_done_callback(lambda _: self._events.put_nowait(None))
+        try:
+            first = await unless_left(self._request, self._events.get())
+        except BaseException:
+            self._task.cancel()
+            raise
+        if first is None:
+            self._task.result()
+        self._first = first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events as they come; the work ends when the client leaves."""
+        del scope
+        assert self._task is not None  # noqa: S101 - `begin` comes first
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        left = asyncio.ensure_future(_left(receive))
+        left.add_done_callback(lambda _: self._events.put_nowait(None))
+        try:
+            event = self._first
+            while event is not None:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                event = await self._next()
+            if self._task.done():
+                await send({"type": "http.response.body", "body": self._last(self._task), "more_body": False})
+        finally:
+            self._task.cancel()
+            left.cancel()
+
+    async def _next(self) -> bytes | None:
+        try:
+            return await asyncio.wait_for(self._events.get(), BETWEEN_SIGNS_OF_LIFE)
+        except TimeoutError:
+            return self._silence
+
+    def _last(self, task: "asyncio.Task[Fields]") -> bytes:
+        """The result, or what kept it from being one."""
+        try:
+            fields = task.result()
+        except (CoreError, ServiceError) as error:
+            return self._write("error", bytes(response_to(self._request, error).body))
+        return self._write("result", b"".join(json.encode(fields, self._options)))
+
+    def _report(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        if not isinstance(progress, Forecast) and now - self._told < BETWEEN_EVENTS:
+            return
+        self._told = now
+        event = self._write(type(progress).__name__.lower(), orjson.dumps(asdict(progress)))
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Wait until the client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

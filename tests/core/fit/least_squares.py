@@ -1,0 +1,78 @@
+"""Learning a kernel as the textbook has it: a matrix with a row for every window, and numpy's lstsq on it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.core.fit.layers import Lesson
+from tests.reference import Floats
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best kernel of least norm and what is known of it.
+
+    loss: the weighted sum of squares, without the ridge's share. singular_values: of every filter's matrix.
+    kernel_errors, bias_errors and r_squared are NaN where they are not defined.
+    """
+
+    kernel: Floats
+    bias: Floats | None
+    loss: float
+    rank: int
+    singular_values: list[Floats]
+    kernel_errors: Floats
+    bias_errors: Floats | None
+    r_squared: float
+
+    @property
+    def clear(self) -> bool:
+        """Every singular value is either noise or far above it, so that nobody's rounding decides about the rank."""
+        shares = [values / values.max() for values in self.singular_values if values.max() > 0]
+        return all(bool(((share < 1e-13) | (share > 1e-3)).all()) for share in shares)
+
+
+def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
+    """Filter by filter. `ridge` times the squares of the kernel is added to the sum of squares."""
+    layer = lesson.layer
+    taps = int(np.prod(layer.kernel_shape[1:]))
+    columns, errors, values = [], [], []
+    loss, spread, squares, rank = 0.0, 0.0, 0.0, 0
+    for filter_ in range(layer.filters):
+        group = filter_ // (layer.filters // layer.groups)
+        matrix = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
+        if layer.bias:
+            matrix = np.hstack([matrix, np.ones((len(matrix), 1))])
+        target = np.concatenate([y[:, filter_].ravel() for _, y, _ in lesson.pairs])
+        weights = np.concatenate(
+            [(np.ones_like(y) if w is None else w)[:, filter_].ravel() for _, y, w in lesson.pairs]
+        )
+        root = np.sqrt(weights)
+        rows, right = matrix * root[:, None], target * root
+        rank += int(np.linalg.matrix_rank(rows))
+        values.append(np.linalg.svd(rows, compute_uv=False))
+        pulled = np.sqrt(ridge) * np.eye(taps, matrix.shape[1])
+        solution = np.linalg.lstsq(np.vstack([rows, pulled]), np.append(right, np.zeros(taps)))[0]
+        left = float(np.sum((rows @ solution - right) ** 2))
+        loss += left
+        squares += float(weights @ target**2)
+        if weights.any():
+            spread += float(weights @ (target - np.average(target, weights=weights)) ** 2)
+        freedom = int(np.count_nonzero(weights)) - matrix.shape[1]
+        variance = left / freedom if freedom > 0 else np.nan
+        normal = rows.T @ rows
+        determined = np.linalg.matrix_rank(rows) == len(normal)
+        diagonal = np.diag(np.linalg.inv(normal)) if determined else np.full(len(normal), np.nan)
+        columns.append(solution)
+        errors.append(np.sqrt(variance * diagonal))
+    together, errors_together = np.stack(columns), np.stack(errors)
+    return Best(
+        kernel=together[:, :taps].reshape(layer.kernel_shape),
+        bias=together[:, taps] if layer.bias else None,
+        loss=loss,
+        rank=rank,
+        singular_values=values,
+        kernel_errors=errors_together[:, :taps].reshape(layer.kernel_shape),
+        bias_errors=errors_together[:, taps] if layer.bias else None,
+        r_squared=1 - loss / spread if spread > 1e-20 * squares else np.nan,
+    )

@@ -1,0 +1,278 @@
+"""The exact solver, and all that it says of its kernel, against numpy.linalg.lstsq on the matrix of all windows."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import assume, given
+from PIL import Image
+
+from core import FitResult, Status, fit_kernel
+from core.fit import way
+from tests.core.fit.layers import Layer, Lesson, lessons
+from tests.core.fit.least_squares import least_squares
+from tests.core.fit.lesson import lesson_pair
+from tests.reference import Floats, valid_by_windows
+
+CAMERA = Path(__file__).parents[3] / "docs" / "images" / "camera.png"
+
+
+def learned(lesson: Lesson, **options: Any) -> FitResult:
+    return fit_kernel(pairs=lesson.pairs, **{"solver": "exact", **lesson.layer.options, **options})
+
+
+def assert_close(found: torch.Tensor | None, expected: Floats | None, tolerance: float) -> None:
+    if expected is None:
+        assert found is None
+        return
+    assert found is not None
+    np.testing.assert_allclose(found.numpy(), expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max()))
+
+
+@given(lesson=lessons(noises=(0.0, 0.1, 1.0)))
+def test_the_best_kernel_is_that_of_lstsq_of_least_norm_where_several_are_best(lesson: Lesson) -> None:
+    best = least_squares(lesson)
+    assume(best.clear)
+    fit = learned(lesson)
+    assert fit.method == "normal equations"
+    assert fit.status is Status.CONVERGED
+    assert_close(fit.kernel, best.kernel, 1e-8)
+    assert_close(fit.bias, best.bias, 1e-8)
+    assert fit.final_loss == pytest.approx(best.loss, rel=1e-9, abs=1e-24 * fit.loss_history[0])
+    assert fit.best_possible_loss == fit.final_loss
+    assert fit.excess_loss == 0
+    assert fit.rank == best.rank
+    assert fit.unknowns == lesson.layer.filters * (best.kernel[0].size + lesson.layer.bias)
+
+
+@given(lesson=lessons(largest=9))
+def test_what_is_said_of_the_best_kernel_is_what_the_textbook_says(lesson: Lesson) -> None:
+    best = least_squares(lesson)
+    assume(best.clear)
+    fit = learned(lesson)
+    determined = fit.rank == fit.unknowns
+    if determined:
+        values = np.concatenate(best.singular_values)
+        assert fit.largest_eigenvalue == pytest.approx(2 * values.max() ** 2, rel=1e-9)
+        assert fit.smallest_eigenvalue == pytest.approx(2 * values.min() ** 2, rel=1e-6)
+        assert fit.condition_number == pytest.approx((values.max() / values.min()) ** 2, rel=1e-6)
+        assert "rank" not in fit.message
+    else:
+        assert fit.smallest_eigenvalue == 0
+        assert fit.condition_number is None
+        assert "these examples leave" in fit.message or "rank 0" in fit.message
+        assert fit.message.endswith("this is the solution of least norm")
+    if determined and np.isfinite(best.kernel_errors).all():
+        assert_close(fit.standard_errors, best.kernel_errors, 1e-6)
+        assert_close(fit.bias_standard_errors, best.bias_errors, 1e-6)
+    else:
+        assert fit.standard_errors is None
+        assert fit.bias_standard_errors is None
+    if np.isfinite(best.r_squared):
+        assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-9, abs=1e-9)
+
+
+@given(lesson=lessons(largest=9))
+def test_the_mean_has_the_kernel_and_errors_of_the_sum_and_a_share_of_its_loss(lesson: Lesson) -> None:
+    best = least_squares(lesson)
+    assume(best.clear)
+    whole, mean = learned(lesson), learned(lesson, loss="mean")
+    assert_close(mean.kernel, whole.kernel.numpy(), 1e-9)
+    assert mean.final_loss == pytest.approx(whole.final_loss / lesson.weight, rel=1e-9, abs=1e-24)
+    assert mean.loss_history == pytest.approx([loss / lesson.weight for loss in whole.loss_history], rel=1e-12)
+    assert mean.largest_eigenvalue == pytest.approx((whole.largest_eigenvalue or 0) / lesson.weight, rel=1e-9)
+    assert mean.rank == whole.rank
+    assert mean.r_squared == (None if whole.r_squared is None else pytest.approx(whole.r_squared, rel=1e-9, abs=1e-9))
+    assert_close(mean.standard_errors, None if whole.standard_errors is None else whole.standard_errors.numpy(), 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sum", "mean"])
+@pytest.mark.parametrize("ridge", [1e-3, 2.5])
+@given(lesson=lessons())
+def test_a_ridge_adds_rows_to_the_matrix_and_none_for_the_bias(lesson: Lesson, ridge: float, loss: str) -> None:
+    share = 1 if loss == "sum" else lesson.weight
+    best = least_squares(lesson, ridge * share)
+    assume(best.clear)
+    fit = learned(lesson, ridge=ridge, loss=loss)
+    # Where a filter's weights are all zero, nothing holds its bias but the wish for the least norm.
+    assert_close(fit.kernel, best.kernel, 1e-7)
+    assert_close(fit.bias, best.bias, 1e-7)
+    penalty = ridge * float(np.sum(best.kernel**2))
+    assert fit.final_loss == pytest.approx(best.loss / share + penalty, rel=1e-9)
+    assert fit.rank == best.rank
+    assert fit.standard_errors is None
+    if np.isfinite(best.r_squared):
+        assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-7, abs=1e-7)
+
+
+def test_a_channel_that_repeats_another_shares_the_kernel_with_it(rng: np.random.Generator) -> None:
+    image = rng.normal(size=(20, 20))
+    kernel = rng.normal(size=(3, 3))
+    fit = fit_kernel(np.stack([image, image]), valid_by_windows(image, kernel), solver="exact")
+    np.testing.assert_allclose(fit.kernel.numpy(), np.stack([kernel, kernel])[None] / 2, atol=1e-12)
+    assert (fit.rank, fit.unknowns) == (9, 18)
+    assert "rank 9 of 18: these examples leave 9 combinations of the kernel's entries open" in fit.message
+
+
+def test_a_kernel_of_225_entries_comes_back_out_of_a_photograph_and_its_response(rng: np.random.Generator) -> None:
+    photograph = np.asarray(Image.open(CAMERA), np.float64)
+    kernel = rng.normal(size=(15, 15))
+    fit = fit_kernel(photograph, valid_by_windows(photograph, kernel), solver="exact")
+    np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-6)
+    assert fit.method == "normal equations"
+    assert fit.rank == 225
+    assert fit.r_squared == pytest.approx(1)
+
+
+def test_a_channel_a_billion_times_fainter_is_learned_as_lstsq_learns_it(rng: np.random.Generator) -> None:
+    channels = rng.normal(size=(2, 8, 8)) * np.array([1e5, 1e-4])[:, None, None]
+    target = 1e-5 * channels[0] + 1e4 * channels[1]
+    fit = fit_kernel(channels, target, solver="exact")
+    np.testing.assert_allclose(fit.kernel.numpy().ravel(), [1e-5, 1e4], rtol=1e-6)
+    assert fit.rank == 2
+
+
+def test_a_bias_is_learned_beside_numbers_of_a_billion(rng: np.random.Generator) -> None:
+    image = 1e9 * rng.normal(size=(8, 8))
+    fit = fit_kernel(image, 2 * image + 500, kernel_size=1, bias=True, solver="exact")
+    assert fit.bias is not None
+    assert fit.bias.item() == pytest.approx(500, rel=1e-3)
+    assert fit.rank == 2
+
+
+@given(lesson=lessons())
+def test_conjugate_gradients_find_the_same_kernel_where_the_equations_are_too_many(lesson: Lesson) -> None:
+    best = least_squares(lesson)
+    assume(best.clear and best.kernel[0].size + lesson.layer.bias > 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(way, "MOST_UNKNOWNS", 3)
+        fit = learned(lesson)
+    assert fit.method == "convolutions"
+    assert fit.status is Status.CONVERGED
+    assert_close(fit.kernel, best.kernel, 1e-6)
+    assert_close(fit.bias, best.bias, 1e-6)
+    assert fit.final_loss == pytest.approx(best.loss, rel=1e-6, abs=1e-9 * fit.loss_history[0])
+    assert fit.steps == len(fit.loss_history)
+    assert fit.loss_history[0] == pytest.approx(learned(lesson).loss_history[0], rel=1e-12)
+    assert (fit.rank, fit.condition_number, fit.standard_errors) == (None, None, None)
+
+
+@pytest.mark.parametrize("seed", range(10, 16))
+def test_a_filter_that_conjugate_gradients_are_done_with_waits_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    image, targets, weights = (
+        rng.normal(size=(7, 7)),
+        rng.normal(size=(2, 3, 3)),
+        rng.normal(size=(2, 3, 3)).clip(min=0),
+    )
+    best = fit_kernel(image, targets, weights=weights, solver="exact")
+    monkeypatch.setattr(way, "MOST_UNKNOWNS", 3)
+    fit = fit_kernel(image, targets, weights=weights, solver="exact")
+    assert fit.status is Status.CONVERGED
+    assert fit.steps < 100
+    torch.testing.assert_close(fit.kernel, best.kernel, rtol=1e-6, atol=1e-6)
+
+
+@given(lesson=lessons(plain=True))
+def test_conjugate_gradients_keep_to_a_ridge(lesson: Lesson) -> None:
+    best = least_squares(lesson, 0.5)
+    assume(best.kernel[0].size + lesson.layer.bias > 3 and best.clear)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(way, "MOST_UNKNOWNS", 3)
+        fit = learned(lesson, ridge=0.5)
+    assert_close(fit.kernel, best.kernel, 1e-6)
+
+
+@pytest.mark.parametrize("unknowns", [1, 4096])
+@pytest.mark.parametrize("seed", range(5))
+def test_where_nothing_is_left_the_loss_is_still_what_the_kernel_leaves_on_the_images(
+    monkeypatch: pytest.MonkeyPatch, unknowns: int, seed: int
+) -> None:
+    monkeypatch.setattr(way, "MOST_UNKNOWNS", unknowns)
+    rng = np.random.default_rng(seed)
+    layer = Layer((3, 2), channels=2, filters=2, bias=True)
+    images, kernel, bias = rng.normal(size=(2, 2, 20, 20)), rng.normal(size=layer.kernel_shape), rng.normal(size=2)
+    lesson = Lesson(layer, [(images, layer.output(images, kernel, bias), None)])
+    fit = learned(lesson)
+    assert_close(fit.kernel, kernel, 1e-9)
+    assert fit.bias is not None
+    assert fit.final_loss >= 0
+    # Two ways to round it: a few units in the last place of every target, squared.
+    left = lesson.squares(fit.kernel.numpy(), fit.bias.numpy())
+    assert fit.final_loss == pytest.approx(left, rel=1e-6, abs=1e-26 * fit.loss_history[0])
+    assert fit.r_squared is not None
+    assert fit.r_squared <= 1
+
+
+@pytest.mark.parametrize("unknowns", [1, 4096])
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+def test_nothing_is_learned_from_nothing_and_nothing_needed_for_it(
+    monkeypatch: pytest.MonkeyPatch, unknowns: int, ridge: float
+) -> None:
+    monkeypatch.setattr(way, "MOST_UNKNOWNS", unknowns)
+    image, edges = lesson_pair()
+    for pair in ((0 * image, edges), (image, 0 * edges), (0 * image, 0 * edges)):
+        fit = fit_kernel(*pair, solver="exact", ridge=ridge)
+        assert fit.kernel.tolist() == [[0, 0]]
+        assert fit.status is Status.CONVERGED
+        assert fit.final_loss == edges.square().sum() * bool(pair[1].any())
+
+
+@pytest.mark.parametrize("loss", ["sum", "mean"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_truth_lies_within_the_errors_as_often_as_it_should(loss: Any, bias: bool) -> None:
+    rng = np.random.default_rng(12)
+    runs, image, kernel = 1000, 3 + rng.normal(size=(12, 12)), rng.normal(size=(3, 3))
+    truth = valid_by_windows(image, kernel) + 5 * bias
+    # A filter is a run: all see the same image, each has noise of its own, of its own variance.
+    noise = rng.normal(size=(runs, *truth.shape)) * np.linspace(0.5, 2, runs)[:, None, None]
+    fit = fit_kernel(image, truth + noise, solver="exact", loss=loss, bias=bias)
+    assert fit.standard_errors is not None
+    student = scipy.stats.t(truth.size - kernel.size - bias)
+    for share in (0.95, 0.5):
+        reach = student.ppf((1 + share) / 2) * fit.standard_errors.numpy()[:, 0]
+        covered = np.abs(fit.kernel.numpy()[:, 0] - kernel) <= reach
+        assert covered.mean() == pytest.approx(share, abs=0.015)
+    if bias:
+        assert fit.bias is not None
+        assert fit.bias_standard_errors is not None
+        reach = student.ppf(0.975) * fit.bias_standard_errors.numpy()
+        assert (np.abs(fit.bias.numpy() - 5) <= reach).mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_errors_are_those_of_the_best_kernel_wherever_a_descent_has_come_to(rng: np.random.Generator) -> None:
+    image, target = rng.normal(size=(12, 12)), rng.normal(size=(10, 10))
+    best, far = (fit_kernel(image, target, solver=solver, learning_rate=1e-4) for solver in ("exact", "sgd"))
+    assert best.standard_errors is not None
+    assert far.standard_errors is not None
+    assert torch.equal(best.standard_errors, far.standard_errors)
+    assert not torch.equal(best.kernel, far.kernel)
+
+
+def test_as_many_unknowns_as_values_leave_no_errors_to_estimate(rng: np.random.Generator) -> None:
+    fit = fit_kernel(rng.normal(size=(5, 5)), rng.normal(size=(3, 3)), solver="exact")
+    assert (fit.rank, fit.unknowns) == (9, 9)
+    assert fit.standard_errors is None
+    assert fit.final_loss == pytest.approx(0, abs=1e-12)
+
+
+def test_a_constant_target_has_no_variance_to_explain(rng: np.random.Generator) -> None:
+    fit = fit_kernel(rng.normal(size=(9, 9)), np.full((7, 7), 0.1), solver="exact")
+    assert fit.r_squared is None
+    assert "R squared" not in fit.message
+    assert fit_kernel(rng.normal(size=(9, 9)), np.full((7, 7), 0.1), solver="exact", bias=True).r_squared is None
+
+
+def test_the_message_says_what_the_best_kernel_is_worth() -> None:
+    image, edges = lesson_pair()
+    fit = fit_kernel(image, edges, solver="exact")
+    assert fit.message == f"the best kernel there is: loss {fit.final_loss:.6g}, R squared 1"
+    assert torch.allclose(fit.kernel, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
+    assert fit.kernel.shape == (1, 2)
+    assert fit.loss_history == [12]
+    assert (fit.steps, fit.learning_rate, fit.prediction, fit.seed) == (1, None, None, None)

@@ -1,0 +1,176 @@
+"""What a fit tells while it runs, and how it is ended early."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core import Forecast, Progress, Reading, Status, Step, exhaust, fit_kernel, fit_kernel_steps
+from core.fit import way, windows
+from tests.core.fit.lesson import lesson_pair
+
+
+def pairs(count: int = 3) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    rng = np.random.default_rng(4)
+    return [(rng.normal(size=(9 + index, 9)), rng.normal(size=(7 + index, 7))) for index in range(count)]
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "exact"}, {"batch_size": 1}, {"solver": "adam"}, {"bias": True}])
+def test_first_the_examples_are_read_then_comes_a_forecast_then_the_steps(options: dict[str, Any]) -> None:
+    events = list(fit_kernel_steps(pairs=pairs(), learning_rate=1e-3, **options))
+    kinds = [kind for kind, _ in itertools.groupby(type(event) for event in events)]
+    assert kinds == [Reading, Forecast, Step]
+    readings = [event for event in events if isinstance(event, Reading)]
+    assert all(reading.of == 3 for reading in readings)
+    assert [reading.done for reading in readings] == sorted(reading.done for reading in readings)
+    assert readings[0].done == 0
+    assert readings[-1].done == 3
+    assert sum(isinstance(event, Forecast) for event in events) == 1
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [step.number for step in steps] == list(range(1, len(steps) + 1))
+
+
+def test_a_large_example_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "CHUNK_BYTES", 1000)
+    events = list(fit_kernel_steps(pairs=pairs(2)))
+    assert events.count(Reading(0, 2)) > 2
+    assert events.count(Reading(1, 2)) > 2
+    assert events.count(Reading(2, 2)) == 1
+
+
+def test_without_equations_there_is_nothing_to_read() -> None:
+    events = list(fit_kernel_steps(pairs=pairs(), loss="huber"))
+    assert [type(event) for event in events] == [Forecast] + 10 * [Step]
+
+
+def test_the_forecast_is_what_the_result_repeats() -> None:
+    seen: list[Progress] = []
+    fit = exhaust(fit_kernel_steps(*lesson_pair(), learning_rate="auto", seed=1), seen.append)
+    forecast = next(event for event in seen if isinstance(event, Forecast))
+    for name in (
+        "learning_rate",
+        "prediction",
+        "largest_stable_learning_rate",
+        "largest_eigenvalue",
+        "smallest_eigenvalue",
+        "condition_number",
+        "rank",
+        "unknowns",
+        "best_possible_loss",
+    ):
+        assert getattr(forecast, name) == getattr(fit, name)
+    assert [event.loss for event in seen if isinstance(event, Step)] == fit.loss_history
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "l1"}, {"batch_size": 1}, {"solver": "adam"}])
+def test_steps_come_one_by_one_and_can_be_stopped(options: dict[str, Any]) -> None:
+    steps = fit_kernel_steps(*lesson_pair(), seed=1, steps=1_000_000, **options)
+    first = list(itertools.islice((event for event in steps if isinstance(event, Step)), 3))
+    steps.close()
+    assert next(steps, None) is None
+    assert [step.number for step in first] == [1, 2, 3]
+    assert [step.loss for step in first] == fit_kernel(*lesson_pair(), seed=1, steps=3, **options).loss_history
+
+
+def test_reading_can_be_stopped_too() -> None:
+    steps = fit_kernel_steps(pairs=pairs())
+    assert next(steps) == Reading(0, 3)
+    steps.close()
+    assert next(steps, None) is None
+
+
+def test_whoever_listens_may_end_the_fit() -> None:
+    class EnoughError(Exception):
+        pass
+
+    def listen(event: Progress) -> None:
+        if event == Reading(1, 3):
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        exhaust(fit_kernel_steps(pairs=pairs()), listen)
+
+
+def gradient(kernel: torch.Tensor, loss: str) -> float:
+    """Its length on the lesson's pair, by autograd."""
+    image, edges = (tensor.double() for tensor in lesson_pair())
+    weight = kernel.clone().requires_grad_()
+    output = torch.nn.functional.conv2d(image[None, None], weight[None, None])[0, 0]
+    criterion = {"sum": torch.nn.MSELoss(reduction="sum"), "huber": torch.nn.HuberLoss()}[loss]
+    criterion(output, edges).backward()
+    assert weight.grad is not None
+    return float(weight.grad.norm())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "sgd"},
+        {"solver": "momentum", "momentum": 0.5},
+        {"solver": "nesterov", "momentum": 0.5, "learning_rate": 0.02},
+        {"solver": "adam", "learning_rate": 0.05},
+        {"solver": "sgd", "loss": "huber", "learning_rate": 1.0},
+    ],
+)
+@pytest.mark.parametrize("tolerance", [0.1, 1e-6])
+def test_a_tolerance_ends_a_descent_where_the_gradient_is_that_share_of_its_first(
+    options: dict[str, Any], tolerance: float
+) -> None:
+    start = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    arguments: dict[str, Any] = {"initial_kernel": start, "steps": 5000, **options}
+    fit = fit_kernel(*lesson_pair(), tolerance=tolerance, **arguments)
+    assert fit.status is Status.CONVERGED
+    assert fit.steps < 5000
+    loss = options.get("loss", "sum")
+    enough = tolerance * gradient(start, loss)
+    assert gradient(fit.kernel, loss) <= enough
+    if fit.steps > 1:
+        before = fit_kernel(*lesson_pair(), **{**arguments, "steps": fit.steps - 1})
+        assert gradient(before.kernel, loss) > enough
+        assert before.loss_history == fit.loss_history[:-1]
+    assert fit.final_loss < fit.loss_history[0]
+
+
+def test_a_tolerance_ends_a_descent_where_the_loss_hardly_falls(rng: np.random.Generator) -> None:
+    image, target = rng.normal(size=(20, 20)), rng.normal(size=(18, 18))
+    # So slow that the gradient stays as long as it was.
+    fit = fit_kernel(image, target, learning_rate=1e-9, tolerance=1e-3, steps=5000, seed=1)
+    assert fit.status is Status.CONVERGED
+    assert fit.steps == 1
+    assert fit_kernel(image, target, learning_rate=1e-9, tolerance=1e-3, steps=50, seed=1, solver="adam").steps == 50
+
+
+def test_without_a_tolerance_all_steps_are_done() -> None:
+    fit = fit_kernel(*lesson_pair(), seed=1, steps=2000)
+    assert (fit.steps, fit.status) == (2000, Status.COMPLETED)
+
+
+def test_a_tolerance_ends_no_descent_that_diverges() -> None:
+    fit = fit_kernel(*lesson_pair(), seed=1, steps=2000, learning_rate=0.04, tolerance=1e-3)
+    assert fit.status is Status.DIVERGED
+
+
+def test_a_tolerance_ends_conjugate_gradients_too(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    monkeypatch.setattr(way, "MOST_UNKNOWNS", 3)
+    image, target = rng.normal(size=(40, 40)), rng.normal(size=(36, 36))
+    rough, fine = (fit_kernel(image, target, solver="exact", tolerance=tolerance) for tolerance in (0.1, None))
+    assert rough.method == fine.method == "convolutions"
+    assert rough.status is fine.status is Status.CONVERGED
+    assert 1 <= rough.steps < fine.steps
+    assert rough.final_loss > fine.final_loss
+    assert all(np.diff(fine.loss_history) <= 0)
+
+
+def test_as_many_conjugate_gradients_as_there_may_be_are_said_not_to_be_enough(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    monkeypatch.setattr(way, "MOST_UNKNOWNS", 3)
+    monkeypatch.setattr("core.fit.exact.MOST_ITERATIONS", 2)
+    image, target = rng.normal(size=(40, 40)), rng.normal(size=(36, 36))
+    fit = fit_kernel(image, target, solver="exact")
+    assert (fit.status, fit.steps, fit.best_possible_loss) == (Status.COMPLETED, 2, None)
+    assert fit.message == (
+        f"the loss is {fit.final_loss:.6g} after 2 conjugate gradients and could fall further: raise tolerance"
+    )
