@@ -187,6 +187,14 @@ def _pairings(
     pairs: Sequence[ExamplePair] | None,
 ) -> list[Pairing]:
     if pairs is not None and input is None and target is None and weights is None:
+        for index, pair in enumerate(pairs):
+            if not 2 <= len(pair) <= 3:
+                raise InvalidArgument(
+                    f"pairs[{index}] has {len(pair)} arrays: an input, its target and, perhaps, weights",
+                    field=f"pairs[{index}]",
+                    got=len(pair),
+                    limit="2 or 3",
+                )
         return [
             Pairing(pair[0], pair[1], pair[2] if len(pair) > 2 else None, f"pairs[{index}].")
             for index, pair in enumerate(pairs)

@@ -20,7 +20,7 @@ SETTLED = 1e-3
 """Of the loss: a correction that promises less changes nothing that is worth another look at the images."""
 
 LANCZOS_STEPS = 30
-LANCZOS_TOLERANCE = 1e-5
+LANCZOS_TOLERANCE = 1e-4
 
 CG_TOLERANCE = 1e-12
 """Of the gradient at a kernel of zeros."""
@@ -83,10 +83,11 @@ def steepest_curvature(objective: Objective, shape: tuple[int, ...]) -> float:
             image = image - np.vdot(other, image) * other
         if not np.isfinite(diagonal[-1]):
             return np.inf
-        values = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
-        before, largest = largest, float(values[-1])
+        values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+        largest = float(values[-1])
         length = float(np.linalg.norm(image))
-        if not (length > 0 and np.isfinite(length)) or abs(largest - before) <= LANCZOS_TOLERANCE * largest:
+        # The second is how far the found pair is from an eigenvector, and so its value from an eigenvalue.
+        if not np.isfinite(length) or length * abs(float(vectors[-1, -1])) <= LANCZOS_TOLERANCE * largest:
             break
         beside.append(length)
         vector = image / length

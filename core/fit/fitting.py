@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from core.fit.losses import LOSSES
 from core.fit.objective import Images, Objective
 from core.fit.options import Options
 from core.fit.problem import Example
-from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
+from core.fit.result import FitResult, Forecast, Known, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import GradientDescent, Rule, best_rate
 from core.fit.sentences import (
     TOO_LARGE_TO_SQUARE,
@@ -62,7 +62,7 @@ class Fitting:
         if analysis is None:
             for example in self.examples:
                 example.require_finite()
-            if self.method == "normal equations" or not math.isfinite(targets.squares):
+            if self.method == "normal equations" or (options.criterion.square and not math.isfinite(targets.squares)):
                 return self._too_large(targets, terms)
         steepest = analysis.hessian.largest if analysis else self._steepest(images)
         if steepest is not None and not math.isfinite(steepest):
@@ -134,7 +134,9 @@ class Fitting:
         share = 1.0 if options.batch_size is None or options.criterion.mean else options.batch_size / len(self.examples)
         if steepest:
             stable = rule.largest_stable_rate(share * steepest)
-            best = self._best_rate(analysis, rule, steepest, share)
+            if options.learning_rate == "auto" or (stable is not None and options.learning_rate >= stable):
+                # To find it takes a while: it is looked for only where it is used or told.
+                best = self._best_rate(analysis, rule, steepest, share)
         rate: float | None = None
         if options.solver != "exact":
             # Where nothing is curved, nothing moves at any rate.
@@ -194,13 +196,14 @@ class Fitting:
         assert forecast.learning_rate is not None  # noqa: S101 - every rule has one
         whole = options.batch_size is None
         batches = itertools.repeat(objective) if whole else self._batches(objective)
+        zeros = np.zeros((self.layout.blocks, self.layout.size, self.layout.columns))
         descent = yield from descend(
             batches,
             rule.update(forecast.learning_rate),
             self.layout.packed(*self.start.weights(self.seed)),
             steps=options.steps,
             tolerance=options.tolerance,
-            scale=targets.loss_of_zeros(mean=objective.mean),
+            scale=targets.loss_of_zeros(mean=objective.mean) if options.criterion.square else objective(zeros)[0],
             falls=whole and options.solver == "sgd" and options.criterion.square,
             doomed=forecast.prediction == "diverges",
         )
@@ -260,26 +263,19 @@ class Fitting:
         else:
             message = descent_sentence(options, forecast, descent, excess, best_explained, best_rate)
         drawn = not exact and (not self.start.complete or options.batch_size is not None)
+        known = {field.name: getattr(forecast, field.name) for field in fields(Known)}
         return FitResult(
+            **{**known, "best_possible_loss": best},
             kernel=self._kernel(descent.unknowns),
             bias=self._offsets(descent.unknowns),
             loss_history=descent.loss_history,
             final_loss=descent.final_loss,
-            best_possible_loss=best,
             excess_loss=excess,
             steps=len(descent.loss_history),
             status=descent.status,
             message=message,
             solver=options.solver,
             method=self.method,
-            learning_rate=forecast.learning_rate,
-            prediction=forecast.prediction,
-            largest_stable_learning_rate=forecast.largest_stable_learning_rate,
-            largest_eigenvalue=forecast.largest_eigenvalue,
-            smallest_eigenvalue=forecast.smallest_eigenvalue,
-            condition_number=forecast.condition_number,
-            rank=forecast.rank,
-            unknowns=forecast.unknowns,
             standard_errors=None if errors is None else self._kernel(errors),
             bias_standard_errors=None if errors is None else self._offsets(errors),
             r_squared=explained,

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from core.errors import InvalidOption
 from core.fit.losses import LOSSES, Criterion, Loss
-from core.fit.rules import Adam, GradientDescent, Momentum, Nesterov, Rule, Solver
+from core.fit.rules import Adam, GradientDescent, Momentum, Rule, Solver
 from core.shapes import is_real, one_of, positive, shown
 
 Auto = Literal["auto"]
@@ -92,7 +92,7 @@ class Options:
             case "momentum":
                 return Momentum(momentum)
             case "nesterov":
-                return Nesterov(momentum)
+                return Momentum(momentum, nesterov=True)
             case "adam":
                 first, second = self.betas or DEFAULT_BETAS
                 return Adam((first, second))
@@ -100,7 +100,7 @@ class Options:
                 return None
 
     def _require_rate(self) -> None:
-        if self.learning_rate == "auto":
+        if isinstance(self.learning_rate, str) and self.learning_rate == "auto":
             if self.solver == "adam" or not self.criterion.square:
                 raise InvalidOption(
                     'learning_rate "auto" follows from the curvature of a sum of squares, under solver exact, sgd, '

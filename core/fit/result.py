@@ -30,12 +30,12 @@ class Reading:
     of: int
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What is known before the first step; None where it is not, or not defined.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the examples tell of a fit before its first step; None where it is not known, or not defined.
 
-    learning_rate is the one that will be used ("auto" settled). Eigenvalues are those of the loss's Hessian: the
-    steepest and the flattest curvature. `rank` of the `unknowns` are determined by the examples.
+    learning_rate is the one that is used ("auto" settled). Eigenvalues are those of the loss's Hessian: the steepest
+    and the flattest curvature. `rank` of the `unknowns` are determined by the examples.
     """
 
     learning_rate: float | None
@@ -47,6 +47,12 @@ class Forecast:
     rank: int | None
     unknowns: int
     best_possible_loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast(Known):
+    """What is known, and what follows from it, in a sentence."""
+
     message: str
 
 
@@ -61,8 +67,8 @@ class Step:
 Progress: TypeAlias = Reading | Forecast | Step
 
 
-@dataclass(frozen=True, slots=True)
-class FitResult:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult(Known):
     """A learned kernel and what can be said about it; None where that is not defined or would take too long.
 
     kernel (h, w) where every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;
@@ -77,21 +83,12 @@ class FitResult:
     bias: Tensor | None
     loss_history: list[float]
     final_loss: float
-    best_possible_loss: float | None
     excess_loss: float | None
     steps: int
     status: Status
     message: str
     solver: str
     method: str
-    learning_rate: float | None
-    prediction: Prediction | None
-    largest_stable_learning_rate: float | None
-    largest_eigenvalue: float | None
-    smallest_eigenvalue: float | None
-    condition_number: float | None
-    rank: int | None
-    unknowns: int
     standard_errors: Tensor | None
     bias_standard_errors: Tensor | None
     r_squared: float | None

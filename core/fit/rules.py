@@ -85,9 +85,14 @@ class GradientDescent:
 
 @dataclass(frozen=True, slots=True)
 class Momentum:
-    """Polyak's heavy ball: velocity <- momentum * velocity + gradient, x <- x - rate * velocity."""
+    """velocity <- momentum * velocity + gradient, then Polyak's or Nesterov's step.
+
+    Polyak's heavy ball: x <- x - rate * velocity. Nesterov's looks ahead: x <- x - rate * (gradient + momentum *
+    velocity).
+    """
 
     momentum: float
+    nesterov: bool = False
 
     def update(self, learning_rate: float) -> Update:
         """Remembers the velocity."""
@@ -96,44 +101,20 @@ class Momentum:
         def move(unknowns: Unknowns, gradient: Unknowns) -> Unknowns:
             nonlocal velocity
             velocity = gradient if velocity is None else self.momentum * velocity + gradient
-            return unknowns - learning_rate * velocity
+            return unknowns - learning_rate * (gradient + self.momentum * velocity if self.nesterov else velocity)
 
         return move
 
     def largest_stable_rate(self, curvature: float) -> float:
-        """Both roots of z^2 - (1 + momentum - rate * curvature) z + momentum lie inside the unit circle."""
-        return 2 * (1 + self.momentum) / curvature
+        """Up to it both eigenvalues of `mode` lie inside the unit circle."""
+        ahead = 1 + 2 * self.momentum if self.nesterov else 1
+        return 2 * (1 + self.momentum) / ahead / curvature
 
     def mode(self, stiffness: NDArray[np.float64]) -> Mode:
-        """Memory is the error before."""
+        """Memory is the error before; Nesterov's is that times 1 - stiffness, as all of its polynomial is."""
+        if self.nesterov:
+            return Mode((1 + self.momentum) * (1 - stiffness), -self.momentum, 1 - stiffness)
         return Mode(1 + self.momentum - stiffness, -self.momentum, 1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Nesterov:
-    """The same velocity, looked ahead with: x <- x - rate * (gradient + momentum * velocity)."""
-
-    momentum: float
-
-    def update(self, learning_rate: float) -> Update:
-        """Remembers the velocity."""
-        velocity: Unknowns | None = None
-
-        def move(unknowns: Unknowns, gradient: Unknowns) -> Unknowns:
-            nonlocal velocity
-            velocity = gradient if velocity is None else self.momentum * velocity + gradient
-            return unknowns - learning_rate * (gradient + self.momentum * velocity)
-
-        return move
-
-    def largest_stable_rate(self, curvature: float) -> float:
-        """With q = 1 - rate * curvature, the roots of z^2 - (1 + momentum) q z + momentum q lie inside the circle."""
-        return (2 + 2 * self.momentum) / (1 + 2 * self.momentum) / curvature
-
-    def mode(self, stiffness: NDArray[np.float64]) -> Mode:
-        """Memory is the error before, times q."""
-        q = 1 - stiffness
-        return Mode((1 + self.momentum) * q, -self.momentum, q)
 
 
 @dataclass(frozen=True, slots=True)

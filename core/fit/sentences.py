@@ -26,7 +26,10 @@ TOO_LARGE_TO_SQUARE = "the values are too large to square, the loss is not finit
 def rank_sentence(rank: int, unknowns: int) -> str:
     """What the examples cannot tell."""
     if rank == 0:
-        return f"rank 0 of {unknowns}: the input is zero wherever the kernel looks, nothing can be learned from it"
+        return (
+            f"rank 0 of {unknowns}: the input is zero wherever the kernel looks, nothing can be learned from it "
+            "(or it is too small to square)"
+        )
     missing = unknowns - rank
     combinations = f"{missing} combination{'' if missing == 1 else 's'} of the kernel's entries"
     return f"rank {rank} of {unknowns}: these examples leave {combinations} open, whatever the solver"
