@@ -44,7 +44,7 @@ class Options:
         positive("steps", self.steps, MAX_STEPS)
         for option, solvers in OF_SOLVERS.items():
             if getattr(self, option) is not None and self.solver not in solvers:
-                named = " and ".join(f'"{solver}"' for solver in solvers)
+                named = " or ".join(f'"{solver}"' for solver in solvers)
                 raise InvalidOption(
                     f'{option} means nothing to solver "{self.solver}": leave it out, or take solver {named}',
                     field=option,

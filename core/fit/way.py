@@ -17,6 +17,12 @@ Method = Literal["normal equations", "convolutions"]
 MOST_UNKNOWNS = 4096
 """Of one filter: more make equations that take longer to look through than anybody waits."""
 
+COPIES = 6
+"""Of the equations, while their eigenvalues are looked for."""
+
+MOST_ENTRIES = 8 * MOST_UNKNOWNS**2
+"""Of all copies, and of the equations that are kept apart for batches: a gigabyte."""
+
 WORTH_THE_TRUTH = 3.0
 """Seconds that eigenvalues, rank and standard errors may cost where passes over the images would be faster."""
 
@@ -60,7 +66,8 @@ def choose_way(
     batches). A pure function: the same fit goes the same way.
     """
     convolutions = _convolutions(problems, layout, machine, PASSES_TO_SOLVE if exact else steps + 1)
-    if not square or layout.size > MOST_UNKNOWNS:
+    entries = layout.blocks * layout.size**2 * (COPIES + terms)
+    if not square or layout.size > MOST_UNKNOWNS or entries > MOST_ENTRIES:
         return convolutions
     equations = _equations(problems, weighted, layout, machine, 0 if exact else steps, terms)
     return equations if equations.seconds <= max(convolutions.seconds, WORTH_THE_TRUTH) else convolutions
@@ -80,7 +87,7 @@ def _equations(
             seconds += windows.seconds(problem, machine)
             operations += windows.operations(problem)
     after = _convolutions(problems, layout, machine, PASSES_AFTER)
-    megabytes = after.megabytes + 8e-6 * entries * (6 + terms)
+    megabytes = after.megabytes + 8e-6 * entries * (COPIES + terms)
     return Way("normal equations", seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
 
 

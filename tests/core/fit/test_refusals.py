@@ -135,7 +135,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     *[
         (
             {"momentum": 0.9, "solver": solver},
-            f'momentum means nothing to solver "{solver}": leave it out, or take solver "momentum" and "nesterov"',
+            f'momentum means nothing to solver "{solver}": leave it out, or take solver "momentum" or "nesterov"',
         )
         for solver in ("sgd", "adam", "exact")
     ],
