@@ -1,9 +1,11 @@
 """Long work and those who wait for it: told how far it is, and noticed when they leave."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -13,7 +15,8 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from core import CoreError, Forecast, Progress
+from core import CoreError, Forecast, Progress, Reading
+from service import threads
 from service.codecs import Fields, json
 from service.codecs.options import AnswerOptions
 from service.errors import ClientLeft, ServiceError
@@ -69,7 +72,8 @@ class ProgressStream(Response):
     It begins when there is something to tell; what goes wrong before is a problem like any other.
     """
 
-    def __init__(self, request: Request, media_type: str, options: AnswerOptions) -> None:
+    def __init__(self, request: Request, media_type: str, options: AnswerOptions, *, from_forecast: bool) -> None:
+        """`from_forecast`: nothing is told before the forecast, for what it says may be a reason to refuse."""
         # Not Response.__init__: there is no body yet.
         self.status_code = HTTPStatus.OK
         self.background = None
@@ -85,6 +89,7 @@ class ProgressStream(Response):
         self._write = WRITERS[media_type]
         self._silence = KEEPALIVE_COMMENT if media_type == EVENT_STREAM else b"\n"
         self._options = options
+        self._from_forecast = from_forecast
         self._events: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._told = time.perf_counter()
@@ -116,7 +121,7 @@ class ProgressStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
                 event = await self._next()
             if self._task.done():
-                await send({"type": "http.response.body", "body": self._last(self._task), "more_body": False})
+                await send({"type": "http.response.body", "body": await self._last(self._task), "more_body": False})
         finally:
             self._task.cancel()
             left.cancel()
@@ -127,16 +132,23 @@ class ProgressStream(Response):
         except TimeoutError:
             return self._silence
 
-    def _last(self, task: "asyncio.Task[Fields]") -> bytes:
+    async def _last(self, task: "asyncio.Task[Fields]") -> bytes:
         """The result, or what kept it from being one."""
         try:
             fields = task.result()
         except (CoreError, ServiceError) as error:
             return self._write("error", bytes(response_to(self._request, error).body))
+        limiter = self._request.scope["app"].state.codec_threads
+        # A history of a million steps takes a while to write.
+        return await threads.run(math.inf, partial(self._result, fields), limiter)
+
+    def _result(self, fields: Fields) -> bytes:
         return self._write("result", b"".join(json.encode(fields, self._options)))
 
     def _report(self, progress: Progress) -> None:
         now = time.perf_counter()
+        if self._from_forecast and isinstance(progress, Reading):
+            return
         if not isinstance(progress, Forecast) and now - self._told < BETWEEN_EVENTS:
             return
         self._told = now

@@ -208,7 +208,7 @@ async def train_kernel(request: Request) -> Response:
         return _fields(fit, thin=form.history == "thin")
 
     if SERVED[answer.media_type].encode is None:
-        stream = ProgressStream(request, answer.media_type, form)
+        stream = ProgressStream(request, answer.media_type, form, from_forecast=asked.refuse_divergence)
         await stream.begin(fitted)
         return stream
     return await answer(**await unless_left(request, fitted()))

@@ -36,7 +36,8 @@ def test_a_stream_ends_with_the_answer_that_json_would_have_been(send: Send, med
     assert response.status_code == 200
     assert response.headers["Content-Type"] == media_type
     assert response.headers["Cache-Control"] == "no-store"
-    names, contents = zip(*events(response), strict=True)
+    # A busy machine has time to tell of its reading.
+    names, contents = zip(*(event for event in events(response) if event[0] != "reading"), strict=True)
     assert names[0] == "forecast"
     assert contents[0]["prediction"] == "converges"
     assert contents[0]["largest_stable_learning_rate"] == pytest.approx(1 / 30)
