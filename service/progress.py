@@ -87,7 +87,7 @@ class ProgressStream(Response):
         ]
         self._request = request
         self._write = WRITERS[media_type]
-        self._silence = KEEPALIVE_COMMENT if media_type == EVENT_STREAM else b"\n"
+        self._silence = KEEPALIVE_COMMENT if media_type == EVENT_STREAM else as_line("waiting", b"{}")
         self._options = options
         self._from_forecast = from_forecast
         self._events: asyncio.Queue[bytes | None] = asyncio.Queue()

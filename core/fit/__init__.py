@@ -134,6 +134,7 @@ def fit_kernel_steps(
         exact=solver == "exact",
         steps=steps,
         terms=len(single) if batch_size is not None else 1,
+        batch=batch_size or 1,
     )
     if limits is not None:
         limits.require(way.megabytes, way.gflop, way.seconds)

@@ -1,6 +1,6 @@
 """What the normal equations tell: the best kernel, how well it is determined, and how far another is from it."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,30 +48,32 @@ class Analysis:
         return errors
 
 
-def analyse(images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]) -> Analysis | None:
+def analyse(
+    images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]
+) -> Generator[None, None, Analysis | None]:
     """The same loss as `images`, of these terms, whose equations these are: of all together or of each.
 
-    None where a sum of squares on the way is too large for float64.
+    None where a sum of squares on the way is too large for float64. Yields between the parts of the work.
     """
     layout, total = images.layout, sum(equations[1:], equations[0])
-    hessian = 2 * images.scale * total.gram
-    if images.ridge:
-        entries = np.arange(layout.taps)
-        hessian[:, entries, entries] += 2 * images.ridge
-    if not np.isfinite(hessian).all():
-        return None
-    inverse = Inverse(hessian)
-    of_examples = Inverse(total.gram) if images.ridge else inverse
-    found = minimum(images, terms, inverse, inverse.solve(2 * images.scale * total.moments))
+    with np.errstate(over="ignore", invalid="ignore"):
+        hessian = 2 * images.scale * total.gram
+        if images.ridge:
+            entries = np.arange(layout.taps)
+            hessian[:, entries, entries] += 2 * images.ridge
+        if not np.isfinite(hessian).all():
+            return None
+        inverse = Inverse(hessian)
+    yield
+    with np.errstate(over="ignore", invalid="ignore"):
+        determined = Inverse(total.gram).determined if images.ridge else inverse.determined
+        found = minimum(images, terms, inverse, inverse.solve(2 * images.scale * total.moments))
     if not np.isfinite(found.loss):
         return None
-    return Analysis(
-        Spectrum.of(hessian),
-        inverse,
-        found,
-        int(of_examples.determined.sum()) * layout.columns,
-        replace(images, terms=_without_images(terms, found, equations)),
-    )
+    yield
+    spectrum = Spectrum(hessian)
+    without_images = replace(images, terms=_without_images(terms, found, equations))
+    return Analysis(spectrum, inverse, found, int(determined.sum()) * layout.columns, without_images)
 
 
 def _without_images(terms: Sequence[Images], found: Minimum, equations: Sequence[NormalEquations]) -> list[Quadratic]:

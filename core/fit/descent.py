@@ -23,11 +23,13 @@ HOPELESS_GROWTH = 1e6
 class Descent:
     """Where a descent ended: the last finite kernel and bias, their loss, and the whole history before it.
 
+    The losses at start and end are of all examples; those of the history of the batches that there were.
     `overflowed` says that the next update left the finite numbers, so that it was not made.
     """
 
     unknowns: Unknowns
     loss_history: list[float]
+    start_loss: float
     final_loss: float
     status: Status
     overflowed: bool = False
@@ -80,4 +82,4 @@ def descend(
         status = Status.DIVERGED
     if doomed and value > history[0]:
         status = Status.DIVERGED
-    return Descent(unknowns, history, value, status, overflowed)
+    return Descent(unknowns, history, history[0], value, status, overflowed)

@@ -63,10 +63,10 @@ def minimum(objective: Objective, terms: Sequence[Images], inverse: Inverse, fir
     return Minimum(at + step, loss - gain, at, losses, gradients)
 
 
-def steepest_curvature(objective: Objective, shape: tuple[int, ...]) -> float:
+def steepest_curvature(objective: Objective, shape: tuple[int, ...]) -> Generator[None, None, float]:
     """The largest eigenvalue of the Hessian, by Lanczos's method with a random start and full orthogonalisation.
 
-    Infinite where it is past every finite number.
+    Infinite where it is past every finite number. Yields between the passes over the images.
     """
     # A random direction has a part along the steepest one; a gradient need not have.
     vector = np.random.default_rng(0).standard_normal(shape)
@@ -77,8 +77,10 @@ def steepest_curvature(objective: Objective, shape: tuple[int, ...]) -> float:
     largest = 0.0
     for _ in range(min(LANCZOS_STEPS, vector.size)):
         basis.append(vector)
-        image = objective.hessian_product(vector)
-        diagonal.append(float(np.vdot(vector, image)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            image = objective.hessian_product(vector)
+            diagonal.append(float(np.vdot(vector, image)))
+        yield
         for other in basis:
             image = image - np.vdot(other, image) * other
         if not np.isfinite(diagonal[-1]):
@@ -115,7 +117,7 @@ def conjugate_gradients(
     enough = (tolerance or CG_TOLERANCE) ** 2 * size
     history: list[float] = []
     if not math.isfinite(loss):
-        return Descent(start, [loss], loss, Status.DIVERGED, overflowed=True)
+        return Descent(start, [loss], loss, loss, Status.DIVERGED, overflowed=True)
     for number in range(1, MOST_ITERATIONS + 1):
         history.append(loss)
         yield Step(number, loss)
@@ -127,6 +129,6 @@ def conjugate_gradients(
         residual = residual - length * image
         before, size = size, dot(residual, residual)
         if (size <= enough).all():
-            return Descent(unknowns, history, objective(unknowns)[0], Status.CONVERGED)
+            return Descent(unknowns, history, history[0], objective(unknowns)[0], Status.CONVERGED)
         direction = np.where(size > enough, residual + ratio(size, before) * direction, 0)
-    return Descent(unknowns, history, objective(unknowns)[0], Status.COMPLETED)
+    return Descent(unknowns, history, history[0], objective(unknowns)[0], Status.COMPLETED)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,11 +28,14 @@ from core.fit.sentences import (
     exact_sentence,
     forecast_sentence,
 )
+from core.fit.spectrum import above_noise
 from core.fit.start import Start
 from core.fit.targets import Targets, sum_up
 from core.fit.way import Method
 from core.machine import Machine
 from core.shapes import Problem
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +57,7 @@ class Fitting:
         """Read the examples, foretell, solve or descend, and report."""
         options, targets, terms = self.options, sum_up(self.examples, self.device), self._terms()
         images = Objective(terms, self.layout, options.criterion.mean, options.ridge)
-        analysis = None
-        if self.method == "normal equations":
-            equations = yield from self._read()
-            if math.isfinite(targets.squares):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    analysis = analyse(images, terms, equations)
-        if analysis is None:
-            for example in self.examples:
-                example.require_finite()
-            if self.method == "normal equations" or (options.criterion.square and not math.isfinite(targets.squares)):
-                return self._too_large(targets, terms)
-        steepest = analysis.hessian.largest if analysis else self._steepest(images)
+        analysis, steepest = yield from self._looked_through(images, terms, targets)
         if steepest is not None and not math.isfinite(steepest):
             return self._too_large(targets, terms)
         forecast, best_rate = self._forecast(analysis, steepest)
@@ -79,6 +72,28 @@ class Fitting:
         else:
             descent = yield from self._descended(analysis.objective if analysis else images, forecast, targets)
         return self._report(descent, targets, terms, analysis, forecast, best_rate)
+
+    def _looked_through(
+        self, images: Objective, terms: Sequence[Images], targets: Targets
+    ) -> Generator[Reading, None, tuple[Analysis | None, float | None]]:
+        """What the equations tell, and the steepest curvature: infinite where squares are past every number.
+
+        None where there are no equations, and for a loss that has no constant curvature.
+        """
+        square, finite = self.options.criterion.square, math.isfinite(targets.squares)
+        if self.method == "normal equations" and finite:
+            equations = yield from self._read()
+            analysis = yield from self._telling(analyse(images, terms, equations), len(self.examples))
+            if analysis is not None:
+                return analysis, analysis.hessian.largest
+        for example in self.examples:
+            example.require_finite()
+        if not square:
+            return None, None
+        if self.method == "normal equations" or not finite:
+            return None, math.inf
+        shape = self.layout.blocks, self.layout.size, self.layout.columns
+        return None, (yield from self._telling(steepest_curvature(images, shape), len(self.examples)))
 
     def _terms(self) -> list[Images]:
         """The loss, example by example, from the images."""
@@ -101,7 +116,7 @@ class Fitting:
         count = len(self.examples)
         for done, (example, problem) in enumerate(zip(self.examples, self.problems, strict=True)):
             parts = normal_equations(example.on(self.device), problem, self.layout, self.machine)
-            built = yield from self._reading(parts, Reading(done, count))
+            built = yield from self._telling(parts, done)
             if self.options.batch_size is None and equations:
                 equations[0] = equations[0] + built
             else:
@@ -109,18 +124,15 @@ class Fitting:
         yield Reading(count, count)
         return equations
 
-    @staticmethod
-    def _reading(
-        parts: Generator[None, None, NormalEquations], reading: Reading
-    ) -> Generator[Reading, None, NormalEquations]:
-        """Say after each part how far the examples are read, so that whoever listens may end it there."""
+    def _telling(self, parts: Generator[None, None, Value], done: int) -> Generator[Reading, None, Value]:
+        """Say after each part how many examples are read, so that whoever listens may end it there."""
         while True:
             try:
                 next(parts)
             except StopIteration as finished:
-                built: NormalEquations = finished.value
-                return built
-            yield reading
+                value: Value = finished.value
+                return value
+            yield Reading(done, len(self.examples))
 
     def _forecast(self, analysis: Analysis | None, steepest: float | None) -> tuple[Forecast, float | None]:
         """What is known beforehand, and the rate that "auto" would take."""
@@ -144,6 +156,8 @@ class Fitting:
         prediction: Prediction | None = None
         if rate is not None and stable is not None:
             prediction = "diverges" if rate >= stable else "converges"
+        if prediction == "converges" and not self._sure(analysis, rate):
+            prediction = None
         forecast = Forecast(
             learning_rate=rate,
             prediction=prediction,
@@ -167,19 +181,34 @@ class Fitting:
         if analysis is not None and self.options.solver != "exact":
             away = self.layout.packed(*self.start.weights(self.seed)) - analysis.minimum.at
             errors = np.sqrt(np.square(analysis.hessian.along(away)).sum(2))
-            curvatures = np.where(analysis.hessian.determined, analysis.hessian.values, 0)
+            curvatures = np.where(above_noise(analysis.hessian.values), analysis.hessian.values, 0)
             best = best_rate(rule, curvatures.ravel(), errors.ravel(), self.options.steps, largest)
         # That one never lets the loss rise.
         best = 1 / steepest if best is None else best
-        # Some batches are steeper than the average.
-        return best / share / (1 if self.options.batch_size is None else 2)
+        if self.options.batch_size is None:
+            return best
+        steepest_batch = self._steepest_batch(analysis)
+        return best / share / 2 if steepest_batch is None else min(best / share, 1 / steepest_batch)
 
-    def _steepest(self, images: Objective) -> float | None:
-        """The steepest curvature by passes over the images; None where the loss has no constant one."""
-        if not self.options.criterion.square:
+    def _steepest_batch(self, analysis: Analysis | None) -> float | None:
+        """A curvature that no batch exceeds; None where the images' own are not known."""
+        options = self.options
+        if analysis is None or options.batch_size is None:
             return None
-        with np.errstate(over="ignore", invalid="ignore"):
-            return steepest_curvature(images, (self.layout.blocks, self.layout.size, self.layout.columns))
+        curvatures = [
+            (analysis.objective.steepness(term) / (term.weight if options.criterion.mean else 1.0))
+            for term in analysis.objective.terms
+            if term.weight
+        ]
+        together = 1 if options.criterion.mean else options.batch_size
+        return max(curvatures) * together + 2 * options.ridge
+
+    def _sure(self, analysis: Analysis | None, rate: float | None) -> bool:
+        """Whether a rate below the average batch's limit is below that of every batch."""
+        if self.options.batch_size is None:
+            return True
+        steepest_batch = self._steepest_batch(analysis)
+        return bool(steepest_batch and rate and rate < 2 / steepest_batch)
 
     def _solved(self, analysis: Analysis | None, images: Objective, targets: Targets) -> Generator[Step, None, Descent]:
         """From a kernel of zeros to the best one, in one step or by conjugate gradients."""
@@ -188,7 +217,7 @@ class Fitting:
             return (yield from conjugate_gradients(images, zeros, self.options.tolerance))
         loss = targets.loss_of_zeros(mean=images.mean)
         yield Step(1, loss)
-        return Descent(analysis.minimum.at, [loss], analysis.minimum.loss, Status.CONVERGED)
+        return Descent(analysis.minimum.at, [loss], loss, analysis.minimum.loss, Status.CONVERGED)
 
     def _descended(self, objective: Objective, forecast: Forecast, targets: Targets) -> Generator[Step, None, Descent]:
         options, rule = self.options, self.options.rule
@@ -205,11 +234,13 @@ class Fitting:
             tolerance=options.tolerance,
             scale=targets.loss_of_zeros(mean=objective.mean) if options.criterion.square else objective(zeros)[0],
             falls=whole and options.solver == "sgd" and options.criterion.square,
-            doomed=forecast.prediction == "diverges",
+            doomed=whole and forecast.prediction == "diverges",
         )
         if whole:
             return descent
-        return replace(descent, final_loss=objective(descent.unknowns)[0])
+        # A history of batches says nothing of all images together.
+        start = objective(self.layout.packed(*self.start.weights(self.seed)))[0]
+        return replace(descent, start_loss=start, final_loss=objective(descent.unknowns)[0])
 
     def _batches(self, objective: Objective) -> Iterator[Objective]:
         """Batches without end; every epoch goes through all images in a new order."""
@@ -223,7 +254,7 @@ class Fitting:
     def _too_large(self, targets: Targets, terms: Sequence[Images]) -> FitResult:
         """What is left to say where not even the sums of squares are finite; the kernel is the one to start from."""
         start = self.layout.packed(*self.start.weights(self.seed))
-        descent = Descent(start, [math.inf], math.inf, Status.DIVERGED, overflowed=True)
+        descent = Descent(start, [math.inf], math.inf, math.inf, Status.DIVERGED, overflowed=True)
         rate = self.options.learning_rate
         forecast = Forecast(
             learning_rate=None if rate == "auto" or self.options.rule is None else rate,
@@ -256,7 +287,7 @@ class Fitting:
         elif exact and descent.status is Status.CONVERGED:
             best, excess = descent.final_loss, 0.0
         explained = self._explained(descent.unknowns, descent.final_loss, terms, targets)
-        if not math.isfinite(descent.loss_history[0]):
+        if not math.isfinite(descent.start_loss):
             message = f"diverged: {TOO_LARGE_TO_SQUARE}"
         elif exact:
             message = exact_sentence(forecast, descent, explained)

@@ -171,6 +171,12 @@ class Objective:
         pulled[:, : self.layout.taps] = 2 * self.ridge * unknowns[:, : self.layout.taps]
         return gradient + pulled
 
+    @staticmethod
+    def steepness(term: Term) -> float:
+        """A curvature that a term by the equations does not exceed: the largest sum of a row's sizes (Gershgorin)."""
+        assert isinstance(term, Quadratic)  # noqa: S101 - asked of such only
+        return 2 * float(np.abs(term.gram).sum(2).max())
+
     def of(self, chosen: Sequence[int]) -> "Objective":
         """The same of some of the terms."""
         return Objective([self.terms[index] for index in chosen], self.layout, self.mean, self.ridge)

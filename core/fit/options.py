@@ -51,6 +51,13 @@ class Options:
                     got=shown(getattr(self, option)),
                     limit=f"solver {named}",
                 )
+        if self.batch_size is not None and self.tolerance is not None:
+            raise InvalidOption(
+                "tolerance means nothing beside batch_size: a batch's gradient says nothing of all images",
+                field="tolerance",
+                got=shown(self.tolerance),
+                limit="no batch_size",
+            )
         self._require_rate()
         self._require_numbers()
         if self.solver == "exact" and not self.criterion.square:

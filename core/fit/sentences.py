@@ -49,11 +49,14 @@ def forecast_sentence(
 ) -> str:
     """What is known before the first step."""
     said = []
-    if rate is not None and stable is not None:
+    if options.solver == "exact":
+        said.append("no step is needed: the best kernel follows from the examples at once")
+    elif rate is not None and stable is not None:
         if rate >= stable:
             said.append(divergence_sentence(options, rate, stable, best))
         else:
-            said.append(f"learning_rate {rate:.4g} is below {stable:.4g}, so the loss will fall")
+            average = "" if options.batch_size is None else " for an average batch"
+            said.append(f"learning_rate {rate:.4g} is below {stable:.4g}, so the loss will fall{average}")
     if rank is not None and rank < unknowns:
         said.append(rank_sentence(rank, unknowns))
     return "; ".join(said) or "nothing is known of this descent beforehand"
@@ -81,7 +84,7 @@ def descent_sentence(
     best_rate: float | None,
 ) -> str:
     """How the descent went and, where it went wrong or not far enough, what to change."""
-    first, last, steps = descent.loss_history[0], descent.final_loss, len(descent.loss_history)
+    first, last, steps = descent.start_loss, descent.final_loss, len(descent.loss_history)
     times = f"{steps} step{'' if steps == 1 else 's'}"
     if descent.status is Status.DIVERGED:
         said = [_diverged(options, forecast, descent, best_rate, times)]
@@ -98,7 +101,8 @@ def descent_sentence(
 
 
 def _diverged(options: Options, forecast: Forecast, descent: Descent, best_rate: float | None, times: str) -> str:
-    least, last = min(descent.loss_history), descent.final_loss
+    whole = options.batch_size is None
+    least, last = min(descent.loss_history) if whole else descent.start_loss, descent.final_loss
     reached = "past every finite number" if descent.overflowed else f"to {last:.6g}"
     went = f"the loss went from {least:.6g} {reached} in {times}"
     rate, stable = forecast.learning_rate, forecast.largest_stable_learning_rate

@@ -26,7 +26,7 @@ MOST_ENTRIES = 8 * MOST_UNKNOWNS**2
 WORTH_THE_TRUTH = 3.0
 """Seconds that eigenvalues, rank and standard errors may cost where passes over the images would be faster."""
 
-EIGENVALUES = 1.5e-10
+EIGENVALUES = 2.5e-10
 PRODUCT = 2.5e-10
 STEP = 2e-5
 """Seconds for the cube of the unknowns, for an entry of the equations in a step, and for a step; measured."""
@@ -59,17 +59,18 @@ def choose_way(
     exact: bool,
     steps: int,
     terms: int,
+    batch: int,
 ) -> Way:
     """The normal equations, where the loss is a sum of squares and they are not much dearer than what they save.
 
-    problems: one for each example, with whether it is `weighted`. terms: how many equations are kept apart (for
-    batches). A pure function: the same fit goes the same way.
+    problems: one for each example, with whether it is `weighted`. terms: how many equations are kept apart, for
+    batches of `batch`. A pure function: the same fit goes the same way.
     """
     convolutions = _convolutions(problems, layout, machine, PASSES_TO_SOLVE if exact else steps + 1)
     entries = layout.blocks * layout.size**2 * (COPIES + terms)
     if not square or layout.size > MOST_UNKNOWNS or entries > MOST_ENTRIES:
         return convolutions
-    equations = _equations(problems, weighted, layout, machine, 0 if exact else steps, terms)
+    equations = _equations(problems, weighted, layout, machine, 0 if exact else steps * batch + terms, terms)
     return equations if equations.seconds <= max(convolutions.seconds, WORTH_THE_TRUTH) else convolutions
 
 

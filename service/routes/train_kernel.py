@@ -162,7 +162,9 @@ class TrainKernelAnswer(BaseModel):
     kernel: Array = Field(description="(h, w) where all arrays were (H, W), (O, C/groups, h, w) otherwise")
     bias: Array | None
     kernel_shape: list[int]
-    loss_history: list[float | None] = Field(description="the loss before each update")
+    loss_history: list[float | None] = Field(
+        description="the loss before each update, of its batch where there are batches"
+    )
     loss_history_steps: list[int] | None = Field(
         None, description="the steps of loss_history, counted from 1; only with ?history=thin"
     )

@@ -59,7 +59,8 @@ def test_the_lessons_names_and_pairs_are_taken(send: Send) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"solver": "sgd", "batch_size": 1, "tolerance": 1e-9},
+        {"solver": "sgd", "batch_size": 1},
+        {"solver": "sgd", "tolerance": 1e-9},
         {"solver": "momentum", "momentum": 0.5},
         {"solver": "nesterov", "momentum": 0.5},
         {"solver": "adam", "betas": [0.8, 0.9]},

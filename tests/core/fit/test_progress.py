@@ -37,7 +37,7 @@ def test_a_large_example_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     events = list(fit_kernel_steps(pairs=pairs(2)))
     assert events.count(Reading(0, 2)) > 2
     assert events.count(Reading(1, 2)) > 2
-    assert events.count(Reading(2, 2)) == 1
+    assert events.count(Reading(2, 2)) >= 1
 
 
 def test_without_equations_there_is_nothing_to_read() -> None:
