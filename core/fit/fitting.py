@@ -73,6 +73,11 @@ class Fitting:
             descent = yield from self._descended(analysis.objective if analysis else images, forecast, targets)
         return self._report(descent, targets, terms, analysis, forecast, best_rate)
 
+    @property
+    def _beginning(self) -> Unknowns:
+        """Where a descent starts."""
+        return self.layout.packed(*self.start.weights(self.seed))
+
     def _looked_through(
         self, images: Objective, terms: Sequence[Images], targets: Targets
     ) -> Generator[Reading, None, tuple[Analysis | None, float | None]]:
@@ -92,8 +97,8 @@ class Fitting:
             return None, None
         if self.method == "normal equations" or not finite:
             return None, math.inf
-        shape = self.layout.blocks, self.layout.size, self.layout.columns
-        return None, (yield from self._telling(steepest_curvature(images, shape), len(self.examples)))
+        curvature = steepest_curvature(images, self.layout.zeros.shape)
+        return None, (yield from self._telling(curvature, len(self.examples)))
 
     def _terms(self) -> list[Images]:
         """The loss, example by example, from the images."""
@@ -156,8 +161,10 @@ class Fitting:
         prediction: Prediction | None = None
         if rate is not None and stable is not None:
             prediction = "diverges" if rate >= stable else "converges"
-        if prediction == "converges" and not self._sure(analysis, rate):
-            prediction = None
+        if prediction == "converges" and options.batch_size is not None:
+            steepest_batch = self._steepest_batch(analysis)
+            if not (steepest_batch and rate and rate < 2 / steepest_batch):
+                prediction = None
         forecast = Forecast(
             learning_rate=rate,
             prediction=prediction,
@@ -179,7 +186,7 @@ class Fitting:
             return None
         best = None
         if analysis is not None and self.options.solver != "exact":
-            away = self.layout.packed(*self.start.weights(self.seed)) - analysis.minimum.at
+            away = self._beginning - analysis.minimum.at
             errors = np.sqrt(np.square(analysis.hessian.along(away)).sum(2))
             curvatures = np.where(above_noise(analysis.hessian.values), analysis.hessian.values, 0)
             best = best_rate(rule, curvatures.ravel(), errors.ravel(), self.options.steps, largest)
@@ -203,18 +210,10 @@ class Fitting:
         together = 1 if options.criterion.mean else options.batch_size
         return max(curvatures) * together + 2 * options.ridge
 
-    def _sure(self, analysis: Analysis | None, rate: float | None) -> bool:
-        """Whether a rate below the average batch's limit is below that of every batch."""
-        if self.options.batch_size is None:
-            return True
-        steepest_batch = self._steepest_batch(analysis)
-        return bool(steepest_batch and rate and rate < 2 / steepest_batch)
-
     def _solved(self, analysis: Analysis | None, images: Objective, targets: Targets) -> Generator[Step, None, Descent]:
         """From a kernel of zeros to the best one, in one step or by conjugate gradients."""
         if analysis is None:
-            zeros = np.zeros((self.layout.blocks, self.layout.size, self.layout.columns))
-            return (yield from conjugate_gradients(images, zeros, self.options.tolerance))
+            return (yield from conjugate_gradients(images, self.layout.zeros, self.options.tolerance))
         loss = targets.loss_of_zeros(mean=images.mean)
         yield Step(1, loss)
         return Descent(analysis.minimum.at, [loss], loss, analysis.minimum.loss, Status.CONVERGED)
@@ -223,24 +222,24 @@ class Fitting:
         options, rule = self.options, self.options.rule
         assert rule is not None  # noqa: S101 - "exact" is not descended
         assert forecast.learning_rate is not None  # noqa: S101 - every rule has one
-        whole = options.batch_size is None
+        whole, square = options.batch_size is None, options.criterion.square
         batches = itertools.repeat(objective) if whole else self._batches(objective)
-        zeros = np.zeros((self.layout.blocks, self.layout.size, self.layout.columns))
         descent = yield from descend(
             batches,
             rule.update(forecast.learning_rate),
-            self.layout.packed(*self.start.weights(self.seed)),
+            self._beginning,
             steps=options.steps,
             tolerance=options.tolerance,
-            scale=targets.loss_of_zeros(mean=objective.mean) if options.criterion.square else objective(zeros)[0],
-            falls=whole and options.solver == "sgd" and options.criterion.square,
+            scale=targets.loss_of_zeros(mean=objective.mean)
+            if options.criterion.square
+            else objective(self.layout.zeros)[0],
+            falls=whole and options.solver == "sgd" and square,
             doomed=whole and forecast.prediction == "diverges",
         )
         if whole:
             return descent
         # A history of batches says nothing of all images together.
-        start = objective(self.layout.packed(*self.start.weights(self.seed)))[0]
-        return replace(descent, start_loss=start, final_loss=objective(descent.unknowns)[0])
+        return replace(descent, start_loss=objective(self._beginning)[0], final_loss=objective(descent.unknowns)[0])
 
     def _batches(self, objective: Objective) -> Iterator[Objective]:
         """Batches without end; every epoch goes through all images in a new order."""
@@ -253,19 +252,11 @@ class Fitting:
 
     def _too_large(self, targets: Targets, terms: Sequence[Images]) -> FitResult:
         """What is left to say where not even the sums of squares are finite; the kernel is the one to start from."""
-        start = self.layout.packed(*self.start.weights(self.seed))
-        descent = Descent(start, [math.inf], math.inf, math.inf, Status.DIVERGED, overflowed=True)
+        descent = Descent(self._beginning, [math.inf], math.inf, math.inf, Status.DIVERGED, overflowed=True)
         rate = self.options.learning_rate
         forecast = Forecast(
             learning_rate=None if rate == "auto" or self.options.rule is None else rate,
-            prediction=None,
-            largest_stable_learning_rate=None,
-            largest_eigenvalue=None,
-            smallest_eigenvalue=None,
-            condition_number=None,
-            rank=None,
             unknowns=self.layout.unknowns,
-            best_possible_loss=None,
             message=TOO_LARGE_TO_SQUARE,
         )
         return self._report(descent, targets, terms, None, forecast, None)

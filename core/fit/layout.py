@@ -52,6 +52,11 @@ class Layout:
         """All of them."""
         return self.kernel_shape[0] * self.size
 
+    @property
+    def zeros(self) -> Unknowns:
+        """A kernel and bias of zeros."""
+        return np.zeros((self.blocks, self.size, self.columns))
+
     def channels_of(self, block: int) -> slice:
         """The input's channels that a block's filters see."""
         depth, group = self.kernel_shape[1], block * self.groups // self.blocks

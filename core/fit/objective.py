@@ -83,9 +83,8 @@ class Images:
         bias = None if offsets is None else as_array("bias", offsets, "float64", self.device)
         images = as_numpy(example.images) if self.device.type == "cpu" else example.images
         shape = tuple(example.targets.shape)
-        return solve(
-            self.problem, images, kernel, bias, shape, machine=self.machine, engines=WITHOUT_ROUNDING
-        ).output  # fmt: skip
+        result = solve(self.problem, images, kernel, bias, shape, machine=self.machine, engines=WITHOUT_ROUNDING)
+        return result.output
 
     def _back(self, example: Example, slopes: Tensor) -> Unknowns:
         return adjoint(example, _weighted(slopes, example), self.problem, self.layout, self.machine)

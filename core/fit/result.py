@@ -38,15 +38,15 @@ class Known:
     and the flattest curvature. `rank` of the `unknowns` are determined by the examples.
     """
 
-    learning_rate: float | None
-    prediction: Prediction | None
-    largest_stable_learning_rate: float | None
-    largest_eigenvalue: float | None
-    smallest_eigenvalue: float | None
-    condition_number: float | None
-    rank: int | None
+    learning_rate: float | None = None
+    prediction: Prediction | None = None
+    largest_stable_learning_rate: float | None = None
+    largest_eigenvalue: float | None = None
+    smallest_eigenvalue: float | None = None
+    condition_number: float | None = None
+    rank: int | None = None
     unknowns: int
-    best_possible_loss: float | None
+    best_possible_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
