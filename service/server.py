@@ -5,6 +5,7 @@ import os
 import socket
 
 import uvicorn
+from pydantic import SecretStr
 from uvicorn.supervisors import Multiprocess
 
 from service.protocol import Protocol
@@ -17,7 +18,8 @@ def run(settings: Settings, listener: socket.socket) -> None:
     Worker processes read their settings from the environment, so that is where the flags are put.
     """
     for name, value in settings.model_dump(exclude_none=True).items():
-        os.environ[PREFIX + name.upper()] = str(value)
+        text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        os.environ[PREFIX + name.upper()] = text
     config = uvicorn.Config(
         "service.app:create_worker_app",
         factory=True,
