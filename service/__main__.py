@@ -57,7 +57,9 @@ ArrayFile = Annotated[Path | None, typer.Option(help="to begin with; unset: rand
 
 def setting_text(value: object) -> str:
     """A setting's value as help texts and the README show it."""
-    return "unset" if value is None else str(value)
+    if value is None:
+        return "unset"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flags_of_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -109,7 +111,8 @@ def serve(**flags: object) -> None:
     except CoreError as error:
         _stop(f"{PREFIX}DEVICE {error}", EXIT_SETTINGS)
     typer.echo(f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:")
-    typer.echo(f"  {TRY_IT % address}")
+    key = "" if settings.api_keys is None and settings.api_keys_file is None else " -H 'X-API-Key: ...'"
+    typer.echo(f"  {TRY_IT % address}{key}")
     sys.stdout.flush()
     run(settings, listener)
 

@@ -13,18 +13,19 @@ import torch
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
-from starlette.responses import RedirectResponse
 
 from core import CoreError, Machine, usable_cores, usable_memory
 from service.admission import SHARE_OF_A_COMPUTATION
 from service.compute import Compute
+from service.doors import BrowserHeaders, CrossOrigin, Locked
+from service.keys import KeyRing
 from service.log import configure_logging
 from service.openapi import describe
 from service.pool import ComputePool
 from service.problems import add_error_handlers, refused
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
-from service.routes import conv2d, correlate, health, info, kernels, train_kernel
+from service.routes import conv2d, correlate, health, info, kernels, pages, train_kernel
 from service.routes.array_route import ShortWay
 from service.settings import Settings
 from service.version import VERSION
@@ -56,12 +57,12 @@ def create_app(settings: Settings) -> FastAPI:
         version=VERSION,
         description=DESCRIPTION,
         lifespan=_lifespan,
-        docs_url="/docs",
+        # Ours is in service/routes/pages.py.
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         # Asking for each request whether anybody listens takes longer than decoding a small one.
         telemetry=None if any(name.startswith("OTEL_") for name in os.environ) else NO_TELEMETRY,
-        swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
     settings, memory = _within_memory(settings)
     app.state.settings = settings
@@ -78,15 +79,23 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.max_body = int(settings.max_body_mb * 1e6)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
+    # Each outside of those above it.
+    app.add_middleware(BrowserHeaders)
     app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
+    locked = settings.api_keys is not None or settings.api_keys_file is not None
+    if locked:
+        listed = settings.api_keys.get_secret_value() if settings.api_keys else None
+        app.add_middleware(Locked, keys=KeyRing(listed, settings.api_keys_file))
+    if settings.origins:
+        app.add_middleware(CrossOrigin, origins=settings.origins, credentials=settings.cors_credentials)
     app.add_middleware(RequestLog, refused=refused)
     add_error_handlers(app)
     for resource in (health, info, kernels, train_kernel, conv2d, correlate):
         # Their routes, not include_router: FastAPI looks an included router's routes up anew for every request. And
         # before those of /docs, for they are tried in turn.
         app.router.routes[:0] = resource.router.routes
-    app.add_api_route("/", _front_door, include_in_schema=False)
-    describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest)
+    app.router.routes += pages.router.routes
+    describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest, locked=locked)
     return app
 
 
@@ -146,8 +155,3 @@ async def _become_ready(app: FastAPI) -> None:
             gc.freeze()
         app.state.readiness.ready(device)
         log.info("ready", device=device, threads=machine.threads)
-
-
-async def _front_door() -> RedirectResponse:
-    """Whoever opens the address in a browser wants to see what there is."""
-    return RedirectResponse("/docs")

@@ -18,6 +18,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.codecs import DECODED, ENCODED, FORMATS, Format, json
 from service.codecs.content_coding import COMPRESSORS
+from service.doors import is_open
 from service.negotiation import CODINGS
 from service.problems import MEDIA_TYPE, ProblemDetails
 from service.requests import RequestModel
@@ -68,17 +69,34 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def describe(app: FastAPI, *models: type[BaseModel]) -> None:
-    """Put the bodies' schemas, and that of problem details, among the components of the app's description."""
+def describe(app: FastAPI, *models: type[BaseModel], locked: bool) -> None:
+    """Put the bodies' schemas, and that of problem details, among the components of the app's description.
+
+    `locked`: what is not open needs an API key.
+    """
     from_routes = app.openapi
 
     def with_models() -> dict[str, Any]:
         if app.openapi_schema is None:
             schemas = from_routes().setdefault("components", {}).setdefault("schemas", {})
             schemas.update(_definitions(*models, ProblemDetails))
+            if locked:
+                _lock(from_routes())
         return from_routes()
 
     app.openapi = with_models  # type: ignore[method-assign]  # FastAPI's own way to extend the description
+
+
+def _lock(description: dict[str, Any]) -> None:
+    """Say of every operation whether it needs a key, and how it is refused without."""
+    description["components"]["securitySchemes"] = SECURITY_SCHEMES
+    description["security"] = [{name: []} for name in SECURITY_SCHEMES]
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            if is_open(path):
+                operation["security"] = []
+            else:
+                operation["responses"].update({str(status): said for status, said in problems(401).items()})
 
 
 def _definitions(*models: type[BaseModel]) -> dict[str, Any]:
@@ -96,7 +114,14 @@ TRACE_HEADERS = {
     "Server-Timing": _text("milliseconds of parse, wait, compute and encode"),
 }
 
+SECURITY_SCHEMES = {
+    "Bearer": {"type": "http", "scheme": "bearer"},
+    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+"""Either will do."""
+
 ADVICE_HEADERS = {
+    401: {"WWW-Authenticate": _text("what an API key is sent as")},
     415: {
         "Accept": _text("the media types that are served, where that of the body is not"),
         "Accept-Encoding": _text("the content codings that are served, where that of the body is not"),
@@ -115,11 +140,13 @@ ANSWER_HEADERS = {
 
 def _answer(model: type[BaseModel], served: Mapping[str, Format]) -> dict[str, Any]:
     content: dict[str, Any] = {}
+    headers = dict(ANSWER_HEADERS)
     for media_type, form in served.items():
+        headers.update({name.decode().title(): _text(f"where the answer is {media_type}") for name, _ in form.headers})
         # FastAPI fills in JSON's from the model.
         is_json = media_type == json.MEDIA_TYPE
         content[media_type] = {} if is_json else {"schema": {**BINARY, "description": form.carries}}
-    return {"model": model, "description": "The result", "headers": ANSWER_HEADERS, "content": content}
+    return {"model": model, "description": "The result", "headers": headers, "content": content}
 
 
 def _parameters(model: type[RequestModel]) -> Iterator[dict[str, Any]]:

@@ -37,6 +37,7 @@ from service.errors import (
     NotReady,
     ServiceError,
     TooSlow,
+    Unauthorized,
     UnsupportedMediaType,
     UriTooLong,
 )
@@ -77,6 +78,7 @@ ERRORS: Mapping[type[Exception], Kind] = {
     ServiceError: Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "failed", "The request failed"),
     NotParseable: Kind(HTTPStatus.BAD_REQUEST, "not-parseable", "The body cannot be parsed"),
     InvalidRequest: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", "The request is not acceptable"),
+    Unauthorized: Kind(HTTPStatus.UNAUTHORIZED, "unauthorized", "An API key is needed"),
     UnsupportedMediaType: Kind(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The body's format is not served"
     ),
@@ -199,13 +201,17 @@ def _http_error(request: Request, error: Exception) -> Response:
     return problem_response(request, kind, detail, headers=error.headers)
 
 
-def _bug(request: Request, error: Exception) -> Response:
-    """A fault of ours: its trace goes to the log, under the request id that the client gets."""
-    del error
+def fault_response(request: Request, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a fault of ours: its trace goes to the log, under the request id that the client gets."""
     kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal error")
     detail = "a fault of the service; its log has the details under this request_id"
-    # Starlette answers these outside of all middleware, so the headers of every response are put on here.
-    return problem_response(request, kind, detail, headers=trace_headers(request.scope))
+    return problem_response(request, kind, detail, headers=headers)
+
+
+def _bug(request: Request, error: Exception) -> Response:
+    """Starlette answers these outside of all middleware, so the headers of every response are put on here."""
+    del error
+    return fault_response(request, trace_headers(request.scope))
 
 
 def _entry(error: FieldError) -> dict[str, str]:

@@ -44,9 +44,17 @@ EVENTS = "events `reading`, `forecast` and `step` as they happen, then `result` 
 SECONDS_TO_DRAW = 1.0
 """A number; long enough for a thread whatever the history's length."""
 
+DOCUMENT_HEADERS = [
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"),
+    (b"x-content-type-options", b"nosniff"),
+]
+"""An SVG is a document that a browser may open: it shows itself and does nothing."""
+
 SERVED: Mapping[str, Format] = {
     **{media_type: served for media_type, served in ENCODED.items() if media_type != png.MEDIA_TYPE},
-    SVG: Format(None, lambda fields, _: [loss_curve.svg(fields)], 0, SECONDS_TO_DRAW, carries=CURVE),
+    SVG: Format(
+        None, lambda fields, _: [loss_curve.svg(fields)], 0, SECONDS_TO_DRAW, carries=CURVE, headers=DOCUMENT_HEADERS
+    ),
     png.MEDIA_TYPE: Format(None, lambda fields, _: [loss_curve.png(fields)], 0, SECONDS_TO_DRAW, carries=CURVE),
     EVENT_STREAM: Format(None, None, carries=EVENTS),
     NDJSON: Format(None, None, carries=EVENTS + ", one a line"),
