@@ -15,16 +15,17 @@ from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.responses import RedirectResponse
 
-from core import CoreError, Machine, usable_cores
+from core import ENGINES, CoreError, Machine, usable_cores
 from service.compute import Compute, ComputePool
 from service.log import configure_logging
+from service.metrics import Metrics, Table
 from service.openapi import describe
-from service.problems import add_error_handlers
+from service.problems import REASONS, add_error_handlers
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
-from service.routes import conv2d, correlate, health, info, kernels, train_kernel
+from service.routes import conv2d, correlate, health, info, kernels, metrics, train_kernel
 from service.routes.array_route import ShortWay
-from service.settings import Settings, load_settings
+from service.settings import Settings
 from service.version import VERSION
 
 DESCRIPTION = """\
@@ -38,9 +39,13 @@ COMPUTATIONS = 2
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The service with these settings. Call it once a process: the threads that torch may use belong to the process."""
+def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
+    """The service with these settings, counting in that table, or in one of its own.
+
+    Call it once a process: the threads that torch may use belong to the process.
+    """
     threads = settings.threads or usable_cores()
+    traced = any(name.startswith("OTEL_") for name in os.environ)
     app = FastAPIOffline(
         title="corr2d",
         version=VERSION,
@@ -50,10 +55,12 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         # Asking for each request whether anybody listens takes longer than decoding a small one.
-        telemetry=None if any(name.startswith("OTEL_") for name in os.environ) else NO_TELEMETRY,
+        telemetry=None if traced else NO_TELEMETRY,
         swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
     app.state.settings = settings
+    app.state.metrics = Metrics(table, engines=ENGINES, reasons=REASONS)
+    app.state.metrics.queue_limit.set(settings.queue)
     machine = Machine(max(1, threads // settings.workers))
     app.state.pool = ComputePool(threads=COMPUTATIONS, queue=settings.queue, timeout_s=settings.request_timeout_s)
     app.state.compute = Compute(settings, app.state.pool, machine)
@@ -61,10 +68,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.codec_threads = anyio.CapacityLimiter(machine.threads)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
-    app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
-    app.add_middleware(RequestLog)
+    if not traced:
+        # Spans are named by the route that FastAPI finds.
+        app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
+    app.add_middleware(RequestLog, metrics=app.state.metrics)
     add_error_handlers(app)
-    for resource in (health, info, kernels, train_kernel, conv2d, correlate):
+    for resource in (health, metrics, info, kernels, train_kernel, conv2d, correlate):
         # Their routes, not include_router: FastAPI looks an included router's routes up anew for every request. And
         # before those of /docs, for they are tried in turn.
         app.router.routes[:0] = resource.router.routes
@@ -73,11 +82,10 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def create_worker_app() -> FastAPI:
-    """The service as a worker process makes it, from the environment that `corr2d serve` hands down."""
-    settings = load_settings()
+def create_worker_app(settings: Settings, table: Table) -> FastAPI:
+    """The service as a process makes it that has nothing else to do."""
     configure_logging(settings.log_format)
-    app = create_app(settings)
+    app = create_app(settings, table)
     app.state.process_is_ours = True
     return app
 
@@ -89,6 +97,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     warming.cancel()
     app.state.readiness.failed("the service is going down")
+    app.state.metrics.ready.set(0)
     app.state.pool.close()
     if app.state.process_is_ours and app.state.pool.busy:
         # A computation past its deadline cannot be interrupted, and Python would wait for its thread before it ends.
@@ -112,6 +121,7 @@ async def _become_ready(app: FastAPI) -> None:
             gc.collect()
             gc.freeze()
         app.state.readiness.ready(device)
+        app.state.metrics.ready.set(1)
         log.info("ready", device=device, threads=machine.threads)
 
 

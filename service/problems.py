@@ -36,7 +36,7 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaType,
 )
-from service.request_log import trace_headers
+from service.request_log import INTERNAL, trace_headers
 from service.validation import field_errors
 
 MEDIA_TYPE = "application/problem+json"
@@ -86,6 +86,10 @@ ERRORS: Mapping[type[Exception], Kind] = {
 }
 
 
+REASONS = (*(kind.name for kind in ERRORS.values()), "not-found", "method-not-allowed", INTERNAL)
+"""The names of all problems there are, those of the router among them."""
+
+
 class ProblemEntry(BaseModel):
     """One thing that is wrong."""
 
@@ -128,7 +132,8 @@ def problem_response(
     errors: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The answer to an error, cut to fit into MAX_BYTES."""
+    """The answer to an error, cut to fit into MAX_BYTES; the request's state says from then on why it was refused."""
+    request.state.refused = kind.name
     shown = [_entry(error) for error in errors[:MAX_ERRORS]]
     while True:
         body: dict[str, Any] = {
@@ -187,7 +192,7 @@ def _http_error(request: Request, error: Exception) -> Response:
 def _bug(request: Request, error: Exception) -> Response:
     """A fault of ours: its trace goes to the log, under the request id that the client gets."""
     del error
-    kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal error")
+    kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, INTERNAL, "Internal error")
     detail = "a fault of the service; its log has the details under this request_id"
     # Starlette answers these outside of all middleware, so the headers of every response are put on here.
     return problem_response(request, kind, detail, headers=trace_headers(request.scope))

@@ -8,9 +8,14 @@ import time
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.metrics import Metrics
+
 PROCESS = secrets.token_hex(8)
 NUMBERS = itertools.count()
 """Ids are numbered within a process of a random name: to draw each of them takes longer than to log it."""
+
+INTERNAL = "internal"
+"""The name of the problem that is a fault of ours."""
 
 ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -42,10 +47,14 @@ def trace_headers(scope: Scope) -> dict[str, str]:
 
 
 class RequestLog:
-    """ASGI middleware: puts `request_id` and `timing` into the request's state, adds headers, writes the line."""
+    """ASGI middleware: puts `request_id` and `timing` into the request's state, adds headers, writes the line, counts.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Whoever refuses a request puts the name of its problem into that state as `refused`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._log = structlog.get_logger("corr2d")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,7 +65,9 @@ class RequestLog:
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = sent if ACCEPTABLE_ID.fullmatch(sent) else f"{PROCESS}{next(NUMBERS):016x}"
         timing = Timing()
-        scope.setdefault("state", {}).update(request_id=request_id, timing=timing)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, timing=timing, refused=None)
+        self._metrics.begin()
         status, size, start = 500, 0, time.perf_counter()
 
         async def send_traced(message: Message) -> None:
@@ -75,14 +86,19 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, send_traced)
+        except Exception:
+            state["refused"] = INTERNAL
+            raise
         finally:
+            elapsed = milliseconds_since(start)
+            self._metrics.end(scope["path"], status, timing, elapsed / 1000, size, state["refused"])
             client = scope.get("client")
             self._log.info(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
-                ms=milliseconds_since(start),
+                ms=elapsed,
                 parse_ms=timing.parse,
                 wait_ms=timing.wait,
                 compute_ms=timing.compute,

@@ -16,6 +16,7 @@ from service.codecs import Buffer, Format
 from service.codecs.content_coding import decode as without_coding
 from service.codecs.options import AnswerOptions, OutputOptions, option_value
 from service.errors import BodyTooLarge, FieldError, InvalidRequest, NotParseable
+from service.metrics import Metrics
 from service.negotiation import Headers, body_coding, body_format
 from service.request_log import Timing, milliseconds_since
 from service.validation import field_errors
@@ -128,6 +129,7 @@ async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
     """
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
+    metrics: Metrics = request.scope["app"].state.metrics
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
     body: bytearray | None = None
@@ -137,6 +139,7 @@ async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
             raise NotParseable("the connection was closed before the body was whole") from ClientDisconnect()
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
+        metrics.received(len(chunk))
         if len(body or b"") + len(chunk) > limit:
             raise _too_large(f"more than {limit:,} bytes", limit)
         if body is None:

@@ -1,25 +1,22 @@
 """uvicorn around the application: one process, or several on one listening socket."""
 
 import math
-import os
 import socket
+from functools import partial
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
+from service.metrics import Table
 from service.protocol import Protocol
-from service.settings import PREFIX, Settings
+from service.settings import Settings
 
 
 def run(settings: Settings, listener: socket.socket) -> None:
-    """Answer on the listening socket until SIGINT or SIGTERM, then finish what was begun.
-
-    Worker processes read their settings from the environment, so that is where the flags are put.
-    """
-    for name, value in settings.model_dump(exclude_none=True).items():
-        os.environ[PREFIX + name.upper()] = str(value)
+    """Answer on the listening socket until SIGINT or SIGTERM, then finish what was begun."""
     config = uvicorn.Config(
-        "service.app:create_worker_app",
+        partial(_application, settings, Table(settings.workers)),
         factory=True,
         workers=settings.workers,
         http=Protocol,
@@ -37,3 +34,10 @@ def run(settings: Settings, listener: socket.socket) -> None:
         server.run(sockets=[listener])
     else:
         Multiprocess(config, sockets=[listener]).run()
+
+
+def _application(settings: Settings, table: Table) -> ASGIApp:
+    """Made in each worker; whoever only supervises them need not load torch, which is imported here."""
+    from service.app import create_worker_app
+
+    return create_worker_app(settings, table)

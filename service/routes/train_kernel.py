@@ -203,10 +203,11 @@ async def train_kernel(request: Request) -> Response:
     form = answer_options(options, FitOptions)
     answer = Answerer(request, headers, form, SERVED)
     asked = await decoded(request, headers, options, TrainKernelRequest)
-    timing, compute = request.scope["state"]["timing"], request.app.state.compute
+    timing, state = request.scope["state"]["timing"], request.app.state
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
-        fit = await compute.steps(timing, core.fit_kernel_steps, report, **asked.arguments())
+        fit = await state.compute.steps(timing, core.fit_kernel_steps, report, **asked.arguments())
+        state.metrics.engine(fit.method)
         return _fields(fit, thin=form.history == "thin")
 
     if SERVED[answer.media_type].encode is None:
