@@ -279,7 +279,7 @@ def test_a_worker_that_was_killed_while_it_claimed_a_row_keeps_nobody_waiting(mo
 
 
 def all_tell(address: str, expected: dict[Series, float]) -> None:
-    """Ten connections, which different workers may take, are told this, the first of them in time for a worker to start where much else runs.
+    """Ten connections, which different workers may take, are told this once a worker has had the time to start.
 
     Until then counts may not fall, whatever dies.
     """
