@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test check format bench learning wire fuzz gpu constraints pictures clean
+.PHONY: help serve test check format bench learning wire fuzz gpu monitoring constraints pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ fuzz: .venv/fuzz.stamp  ## a minute of coverage-guided fuzzing of every decoder 
 
 gpu: .venv/dev.stamp  ## check and time the engines on a GPU, where there is one
 	$(BIN)/python benchmarks/gpu.py
+
+monitoring: .venv/dev.stamp  ## check alerts and dashboard with promtool, where it is installed (apt-get install prometheus)
+	$(BIN)/pytest -q -rs -p no:randomly tests/house/test_monitoring.py
 
 pictures: .venv/bench.stamp  ## draw the pictures of the README again
 	$(BIN)/python docs/pictures.py

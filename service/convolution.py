@@ -77,7 +77,9 @@ async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest]
     asked = await decoded(request, headers, options, model)
     arguments = asked.arguments()
     explain = arguments.pop("explain")
-    result = await request.app.state.compute(request, verb, **arguments)
+    state = request.scope["app"].state
+    result = await state.compute(request, verb, **arguments)
+    state.metrics.engine(result.engine)
     explanation = {"explanation": _explanation(result)} if explain else {}
     return await answer(
         output=as_numpy(result.array),

@@ -41,7 +41,7 @@ from service.errors import (
     UnsupportedMediaType,
     UriTooLong,
 )
-from service.request_log import trace_headers
+from service.request_log import INTERNAL, trace_headers
 from service.validation import field_errors
 
 MEDIA_TYPE = "application/problem+json"
@@ -97,6 +97,10 @@ ERRORS: Mapping[type[Exception], Kind] = {
 }
 
 
+REASONS = (*(kind.name for kind in ERRORS.values()), "not-found", "method-not-allowed", INTERNAL)
+"""The names of all problems there are, those of the router among them."""
+
+
 class ProblemEntry(BaseModel):
     """One thing that is wrong."""
 
@@ -132,9 +136,9 @@ def response_to(request: Request, error: CoreError | ServiceError) -> Response:
     return _core_error(request, error) if isinstance(error, CoreError) else _service_error(request, error)
 
 
-async def refused(scope: Scope, receive: Receive, send: Send) -> None:
+async def answer_given_up(scope: Scope, receive: Receive, send: Send) -> None:
     """ASGI application: the answer to a request whose state holds the refusal already."""
-    error: ServiceError = scope["state"]["refusal"]
+    error: ServiceError = scope["state"]["given_up"]
     await _service_error(Request(scope), error)(scope, receive, send)
 
 
@@ -145,7 +149,8 @@ def problem_response(
     errors: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The answer to an error, cut to fit into MAX_BYTES."""
+    """The answer to an error, cut to fit into MAX_BYTES; the request's state says from then on why it was refused."""
+    request.state.refused = kind.name
     shown = [_entry(error) for error in errors[:MAX_ERRORS]]
     while True:
         body: dict[str, Any] = {
@@ -203,7 +208,7 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 def fault_response(request: Request, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to a fault of ours: its trace goes to the log, under the request id that the client gets."""
-    kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal error")
+    kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, INTERNAL, "Internal error")
     detail = "a fault of the service; its log has the details under this request_id"
     return problem_response(request, kind, detail, headers=headers)
 

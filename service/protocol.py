@@ -302,7 +302,7 @@ class Protocol(HttpToolsProtocol):
         self._refused = True
         if self._in_body:
             # The application has the request already: its body ends here, and this is why.
-            self.cycle.scope["state"]["refusal"] = error
+            self.cycle.scope["state"]["given_up"] = error
             self.cycle.keep_alive = False
             self.cycle.more_body = False
             self.cycle.message_event.set()
@@ -313,7 +313,7 @@ class Protocol(HttpToolsProtocol):
         path = self.url.partition(b"?")[0][:SHOWN]
         scope = cast("dict[str, Any]", self.scope)
         scope.update(method="-", path=path.decode("latin-1"), raw_path=path, query_string=b"")
-        scope["state"]["refusal"] = error
+        scope["state"]["given_up"] = error
         previous = self.cycle
         self.cycle = RequestResponseCycle(
             scope=self.scope,

@@ -212,10 +212,11 @@ async def train_kernel(request: Request) -> Response:
     form = answer_options(options, FitOptions)
     answer = Answerer(request, headers, form, SERVED)
     asked = await decoded(request, headers, options, TrainKernelRequest)
-    compute = request.app.state.compute
+    state = request.app.state
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
-        fit = await compute.steps(request, core.fit_kernel_steps, report, **asked.arguments())
+        fit = await state.compute.steps(request, core.fit_kernel_steps, report, **asked.arguments())
+        state.metrics.engine(fit.method)
         return _fields(fit, thin=form.history == "thin")
 
     if SERVED[answer.media_type].encode is None:
