@@ -98,6 +98,8 @@ def describe(app: FastAPI, *models: type[BaseModel]) -> None:
             described = from_routes()
             schemas = described.setdefault("components", {}).setdefault("schemas", {})
             schemas.update(_definitions(*models, ProblemDetails))
+            for model in models:
+                _require_no_options(schemas[model.__name__])
             for operations in described["paths"].values():
                 for operation in operations.values():
                     for status, problem in problems(*CONNECTION_ERRORS).items():
@@ -111,6 +113,14 @@ def _definitions(*models: type[BaseModel]) -> dict[str, Any]:
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF_TEMPLATE)
     schemas: dict[str, Any] = definitions["$defs"]
     return schemas
+
+
+def _require_no_options(body: dict[str, Any]) -> None:
+    """A body lacks what stands in the query string."""
+    for name in set(body.get("required", ())) - {INPUT}:
+        body["required"].remove(name)
+        described = body["properties"][name]
+        described["description"] += "; required, here or in the query string"
 
 
 def _text(description: str, **more: Any) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def _parameters(model: type[RequestModel]) -> Iterator[dict[str, Any]]:
     for name, schema in model.ANSWER.model_json_schema()["properties"].items():
         yield _option(name, schema)
     yield {"name": "X-Request-ID", "in": "header", **_text("up to 128 visible ASCII characters, sent back")}
-    yield {"name": "Content-Encoding", "in": "header", **_text("of the body", enum=CODINGS.split(", "))}
+    yield {"name": "Content-Encoding", "in": "header", **_text("of the body", enum=[*CODINGS.split(", "), "identity"])}
 
 
 def _option(name: str, schema: Mapping[str, Any], *, is_array: bool = False) -> dict[str, Any]:
