@@ -37,7 +37,7 @@ learning: .venv/bench.stamp  ## measure learning beside autograd and least squar
 wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
 	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png
 
-fuzz: .venv/fuzz.stamp  ## requests made of the description by the thousand; FUZZ_SECONDS=60 of guided fuzzing for every decoder
+fuzz: .venv/fuzz.stamp  ## thousands of requests made of the description, then a minute on every decoder (FUZZ_SECONDS=60)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_description_holds.py
 	for format in json npy npz safetensors png jpeg gzip deflate zstd; do \
 		$(BIN)/python tests/fuzz/decoders.py $$format --seconds $(FUZZ_SECONDS) || exit 1; done
