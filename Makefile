@@ -37,7 +37,8 @@ learning: .venv/bench.stamp  ## measure learning beside autograd and least squar
 wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
 	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png
 
-fuzz: .venv/fuzz.stamp  ## a minute of coverage-guided fuzzing of every decoder (FUZZ_SECONDS=60)
+fuzz: .venv/fuzz.stamp  ## thousands of requests made of the description, then a minute on every decoder (FUZZ_SECONDS=60)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_description_holds.py
 	for format in json npy npz safetensors png jpeg gzip deflate zstd; do \
 		$(BIN)/python tests/fuzz/decoders.py $$format --seconds $(FUZZ_SECONDS) || exit 1; done
 

@@ -50,7 +50,21 @@ Padding = Annotated[
 
 Stride = Annotated[IntegerOrPair, Field(description="how far the kernel moves at once: an integer, or [rows, columns]")]
 Dilation = Annotated[IntegerOrPair, Field(description="the distance between taps: an integer, or [rows, columns]")]
-Groups = Annotated[int, Field(description="how many parts the channels fall into, each with filters of its own")]
+Groups = Annotated[
+    int,
+    Field(
+        description="how many parts the channels fall into, each with filters of its own",
+        json_schema_extra={"minimum": 1},
+    ),
+]
+Device = Annotated[
+    str,
+    Field(
+        description="where to compute: auto, cpu, cuda, cuda:1, mps",
+        # core says which of them are there.
+        json_schema_extra={"pattern": "^(auto|cpu|mps|cuda(:[0-9]+)?)$"},
+    ),
+]
 
 
 class RequestModel(BaseModel):

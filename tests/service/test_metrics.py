@@ -103,7 +103,8 @@ def test_known_traffic_gives_exactly_known_numbers(serve: Serve) -> None:
     assert after[series("corr2d_phase_seconds_sum", phase="compute")] == pytest.approx(said / 1000, abs=1e-5)
 
     kinds = {name for name, _ in after}
-    assert kinds - {"corr2d_resident_memory_bytes", "corr2d_connections"} == {
+    now = {"resident_memory_bytes", "connections", "computations", "memory_used_bytes", "memory_limit_bytes"}
+    assert kinds - {f"corr2d_{name}" for name in now} == {
         f"corr2d_{name}_seconds_{part}" for name in ("request", "phase") for part in ("bucket", "count", "sum")
     }
 
