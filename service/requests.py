@@ -160,11 +160,13 @@ async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
     """
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
-    metrics: Metrics = request.scope["app"].state.metrics
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
-    admission: Admission = request.scope["app"].state.pool.admission
-    admission.require_hope(declared)
+    state = request.scope["app"].state
+    metrics: Metrics = state.metrics
+    if declared > UNCOUNTED:
+        admission: Admission = state.pool.admission
+        admission.require_hope(declared)
     body: bytearray | None = None
     while True:
         message = await request.receive()
