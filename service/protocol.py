@@ -373,6 +373,7 @@ class Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """The server goes down: end the connection once what it owes is answered."""
         if self.cycle is None or self.cycle.response_complete:
+            # One that lingers is soon over by itself.
             if not self.transport.lingers:
                 self.transport.close()
         else:
