@@ -1,16 +1,17 @@
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from service.app import create_app
 from service.settings import Settings
-from tests.hazards.requests import ROWS
-from tests.hazards.watched import Watched, watched_service
+from tests.hazards.watched import Watched, watched_service, works
 from tests.serving import Send, listening, talking_to
 
 IN_A_HURRY = {
-    f"CORR2D_{wait}_TIMEOUT_S": seconds for wait, seconds in dict(IDLE="1", HEADER="1", BODY="2", SEND="2").items()
+    "CORR2D_IDLE_TIMEOUT_S": "1",
+    "CORR2D_HEADER_TIMEOUT_S": "1",
+    "CORR2D_BODY_TIMEOUT_S": "2",
+    "CORR2D_SEND_TIMEOUT_S": "2",
 }
 """Waits that are short, so that the tests of slow clients are not slow themselves."""
 
@@ -46,9 +47,3 @@ def the_next_request_works(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for address in addresses:
         works(address)
-
-
-def works(address: str) -> None:
-    """A new client is served."""
-    answer = httpx.post(f"{address}/correlate", json={"input": ROWS, "kernel": [[1]]}, timeout=60)
-    assert answer.json()["output"] == ROWS

@@ -2,12 +2,12 @@
 
 import gzip
 import json
+import re
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,14 @@ import numpy as np
 import pytest
 from backports import zstd
 
-from service.app import create_app
-from service.settings import Settings
-from tests.hazards.conftest import works
 from tests.hazards.cost import grown
 from tests.hazards.files import npz, png, saved
+from tests.hazards.fits import ENDLESS, fit_of, under_way
 from tests.hazards.raw import PATIENCE, Connection, head
 from tests.hazards.requests import MEGABYTE, NPY, NPZ, PAIR, PNG, ROWS, conv2d, correlate, post, train
-from tests.hazards.watched import Watched, watched_service
+from tests.hazards.watched import Watched, watched_service, works
 from tests.problem import first_error, problem_of
-from tests.serving import Send, listening, on_a_port, without_limits
+from tests.serving import Send, on_a_port, without_limits
 
 
 def test_47_a_kernel_larger_than_the_input(send: Send) -> None:
@@ -89,13 +87,6 @@ def test_48_groups_and_biases_that_do_not_fit(send: Send) -> None:
     assert (error["field"], error["got"], error["limit"]) == ("bias", "(2)", "(1)")
 
 
-def loss_by_l1(side: int, steps: int) -> dict[str, Any]:
-    """A fit that has to go over a square image at each step: at 300 a side, some ten milliseconds each."""
-    image = {"shape": [side, side], "dtype": "uint8", "data": [1] * side**2}
-    target = {"shape": [side - 2, side - 2], "dtype": "uint8", "data": [0] * (side - 2) ** 2}
-    return {"input": image, "target": target, "loss": "l1", "learning_rate": 1e-9, "steps": steps}
-
-
 def test_49_a_tiny_request_with_a_huge_cost_is_refused_on_its_estimate(send: Send) -> None:
     def refused(fields: dict[str, Any], path: str, limit: str, setting: str) -> None:
         problem = problem_of(send("POST", path, json=fields), 413)
@@ -103,14 +94,14 @@ def test_49_a_tiny_request_with_a_huge_cost_is_refused_on_its_estimate(send: Sen
         assert setting in problem["detail"]
         (error,) = problem["errors"]
         assert error["limit"] == limit
-        assert float(error["got"].split(" ")[0].replace(",", "")) > float(limit.split(" ")[0].replace(",", ""))
+        got, most = (float(text.partition(" ")[0].replace(",", "")) for text in (error["got"], limit))
+        assert got > most
 
-    layer, steps = {"input": ROWS, "weight": [[1]]}, {"steps": 1_000_000, "loss": "l1", "learning_rate": 1e-9}
-    fit = {"input": [[1] * 100] * 100, "target": [[1] * 98] * 98, **steps}
+    layer = {"input": ROWS, "weight": [[1]]}
     for fields, path, limit, setting in (
         ({**layer, "padding": 10**9}, "/conv2d", "2,000 MB", "CORR2D_MAX_COMPUTE_MB"),
         ({**layer, "padding": 30_000}, "/conv2d", "2,000 MB", "CORR2D_MAX_COMPUTE_MB"),
-        (fit, "/train-kernel", "200 Gflop", "CORR2D_MAX_COMPUTE_GFLOP"),
+        (fit_of(32, 10**6), "/train-kernel", "60 s", "CORR2D_REQUEST_TIMEOUT_S"),
     ):
         assert grown(lambda asked=(fields, path, limit, setting): refused(*asked)) < MEGABYTE  # type: ignore[misc]
 
@@ -121,53 +112,52 @@ def test_49_a_large_one_is_refused_before_it_begins(send: Send) -> None:
     assert "CORR2D_MAX_COMPUTE_GFLOP" in problem["detail"]
 
 
-@contextmanager
-def under_way(address: str, fields: dict[str, Any], paths: str = "/train-kernel") -> Iterator[Iterator[str]]:
-    """The lines of a fit that is told as it happens, once the first of them has come: it runs."""
-    headers = {"Accept": "application/x-ndjson"}
-    with httpx.stream("POST", f"{address}{paths}", json=fields, headers=headers, timeout=120) as response:
-        lines = response.iter_lines()
-        assert "step" in json.loads(next(lines))
-        yield lines
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a service that has memory for one fit at 1000 a side, but not for two."""
+    settings = {
+        "MEMORY_MB": "160",
+        "MAX_COMPUTE_MB": "120",
+        "QUEUE_TIMEOUT_S": "30",
+        "REQUEST_TIMEOUT_S": "300",
+        "THREADS": "1",
+    }
+    variables = {f"CORR2D_{name}": value for name, value in settings.items()}
+    with watched_service(tmp_path_factory.mktemp("narrow") / "log", **variables) as watched:
+        yield watched.address
 
 
-ROOM_FOR_ONE = Settings(device="cpu", memory_mb=160, max_compute_mb=120, queue_timeout_s=100, request_timeout_s=100)
-"""A fit at 1000 a side takes 96 MB."""
+def learned(address: str, side: int, steps: int) -> httpx.Response:
+    """The answer to a fit."""
+    return httpx.post(f"{address}/train-kernel", json=fit_of(side, steps), timeout=300)
 
 
-def test_50_what_fits_alone_but_not_now_waits_its_turn() -> None:
-    with listening(create_app(ROOM_FOR_ONE)) as address:
-        works(address)
-        with under_way(address, loss_by_l1(1000, 30)) as lines, ThreadPoolExecutor(1) as client:
-            second = client.submit(httpx.post, f"{address}/train-kernel", json=loss_by_l1(1000, 2), timeout=120)
-            *_, last = lines
-            assert json.loads(last)["steps"] == 30
-            answer = second.result()
-        assert answer.status_code == 200, answer.text
-        assert float(answer.headers["server-timing"].split("wait;dur=")[1].split(",")[0]) > 50
-        works(address)
+def test_50_what_fits_alone_but_not_now_waits_its_turn(narrow: str) -> None:
+    with under_way(narrow, fit_of(1000, 8)) as events, ThreadPoolExecutor(1) as client:
+        second = client.submit(learned, narrow, 1000, 2)
+        *_, last = events
+        assert last["steps"] == 8
+        answer = second.result()
+    assert answer.status_code == 200, answer.text
+    waited = re.search(r"wait;dur=([\d.]+)", answer.headers["server-timing"])
+    assert waited
+    assert float(waited[1]) > 50
+    works(narrow)
 
 
-def test_50_what_waits_in_vain_is_503_and_told_when_to_come_again() -> None:
-    with listening(create_app(ROOM_FOR_ONE.model_copy(update={"queue_timeout_s": 0.5}))) as address:
-        works(address)
-        with under_way(address, loss_by_l1(1000, 200)):
-            response = httpx.post(f"{address}/train-kernel", json=loss_by_l1(1000, 2), timeout=120)
-            assert problem_of(response, 503)["type"] == "urn:corr2d:error:busy"
-            assert int(response.headers["retry-after"]) >= 1
-            works(address)
-        # Whoever streamed it has left: its memory is free again, and the next one is computed.
-        deadline = time.monotonic() + PATIENCE
-        while httpx.post(f"{address}/train-kernel", json=loss_by_l1(1000, 1), timeout=120).status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+def test_50_what_would_wait_too_long_is_503_and_told_when_to_come_again(narrow: str) -> None:
+    with under_way(narrow, fit_of(1000, 1500)):
+        response = learned(narrow, 1000, 2)
+        assert problem_of(response, 503)["type"] == "urn:corr2d:error:busy"
+        assert int(response.headers["retry-after"]) >= 1
+        works(narrow)
+    # Its client has left: its memory is free again.
+    assert learned(narrow, 1000, 1).status_code == 200
 
 
-def test_50_what_would_never_fit_is_413() -> None:
-    with listening(create_app(ROOM_FOR_ONE)) as address:
-        works(address)
-        response = httpx.post(f"{address}/train-kernel", json=loss_by_l1(1300, 2), timeout=120)
-        assert first_error(response, 413)["limit"] == "120 MB"
+def test_50_what_would_never_fit_is_413(narrow: str) -> None:
+    assert first_error(learned(narrow, 1300, 2), 413)["limit"] == "120 MB"
+    works(narrow)
 
 
 CLIENTS = 60
@@ -182,7 +172,7 @@ def test_51_more_than_it_can_carry_is_refused_quickly_and_what_is_accepted_is_fi
             client.get("/livez")
             together.wait(PATIENCE)
             start = time.monotonic()
-            return client.post("/train-kernel", json=loss_by_l1(100, 300)), time.monotonic() - start
+            return client.post("/train-kernel", json=fit_of(32, 200)), time.monotonic() - start
 
     with watched_service(tmp_path / "log", **limits) as watched, ThreadPoolExecutor(CLIENTS) as clients:
         answers = [clients.submit(asked, watched.address) for _ in range(CLIENTS)]
@@ -193,10 +183,7 @@ def test_51_more_than_it_can_carry_is_refused_quickly_and_what_is_accepted_is_fi
                 assert client.get("/livez").status_code == 200
                 slowest = max(slowest, time.monotonic() - start)
                 time.sleep(0.02)
-        accepted = [response for response, _ in (answer.result() for answer in answers) if response.status_code == 200]
-        refusals = [
-            (response, s) for response, s in (answer.result() for answer in answers) if response.status_code != 200
-        ]
+        results = [answer.result() for answer in answers]
         works(watched.address)
     # `make overload` measures; here a machine may be as busy as it likes.
     accepted = [response for response, _ in results if response.status_code == 200]
@@ -204,7 +191,7 @@ def test_51_more_than_it_can_carry_is_refused_quickly_and_what_is_accepted_is_fi
     assert len(accepted) >= 4
     assert len(refusals) > CLIENTS // 2
     for response in accepted:
-        assert len(response.json()["loss_history"]) == 300
+        assert len(response.json()["loss_history"]) == 200
     for response, _ in refusals:
         assert problem_of(response, 503)["type"] == "urn:corr2d:error:busy"
         assert int(response.headers["retry-after"]) >= 1
@@ -252,31 +239,27 @@ def test_52_a_body_that_takes_long_to_decode_delays_nobody(address: str, body: s
     assert min(slowest_livez(address, *asked) for _ in range(3)) < 0.1
 
 
-def test_52_long_computations_delay_no_short_ones(send: Send, address: str) -> None:
-    def asked() -> None:
-        with httpx.stream("POST", f"{address}/train-kernel", json=loss_by_l1(300, 1500), timeout=120) as response:
-            ended.append(response.status_code)
-
-    ended: list[int] = []
-    with under_way(address, loss_by_l1(300, 1500)) as lines:
-        other = threading.Thread(target=asked)
-        other.start()
+def test_52_long_computations_delay_no_short_ones(watched: Watched) -> None:
+    endless = fit_of(32, ENDLESS)
+    with (
+        under_way(watched.address, endless) as first,
+        under_way(watched.address, endless) as second,
+        httpx.Client(base_url=watched.address, timeout=PATIENCE) as client,
+    ):
         for _ in range(3):
-            assert send("GET", "/livez").status_code == 200
-            assert correlate(send).json()["output"] == ROWS
-            assert first_error(correlate(send, input=[[1] * 300] * 299 + [[1]]), 422)["field"] == "input[299]"
-            # One that is computed in the pool, behind two that are long.
-            assert train(send, steps=50).status_code == 200
-        assert not ended
-        assert '"kernel"' not in next(lines)
-        # The long one that nobody streams ends at its deadline at the latest; that nobody waits for it ends it now.
-        other.join(0)
-    other.join()
+            assert client.get("/livez").status_code == 200
+            assert correlate(client.request).json()["output"] == ROWS
+            ragged = correlate(client.request, input=[[1] * 300] * 299 + [[1]])
+            assert first_error(ragged, 422)["field"] == "input[299]"
+            # One that is computed in the pool, where the two are.
+            assert train(client.request, steps=50).status_code == 200
+        for events in (first, second):
+            assert next(events)["event"] == "step"
 
 
 def test_53_who_leaves_is_not_computed_for_and_is_counted(watched: Watched) -> None:
-    body = json.dumps(loss_by_l1(300, 1500)).encode()
-    ids = [f"left-{number}" for number in range(6)]
+    body = json.dumps(fit_of(32, ENDLESS // 2)).encode()
+    ids = [f"left-{number}" for number in range(4)]
     fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     connections = [Connection(watched.address) for _ in ids]
     for connection, request_id in zip(connections, ids, strict=True):
@@ -294,7 +277,7 @@ def test_53_who_leaves_is_not_computed_for_and_is_counted(watched: Watched) -> N
 
 def test_54_past_its_deadline_it_is_504_and_the_thread_is_free_again() -> None:
     with on_a_port(without_limits(timeout_s=0.5)) as send:
-        response = send("POST", "/train-kernel", json=loss_by_l1(300, 100_000))
+        response = send("POST", "/train-kernel", json=fit_of(32, ENDLESS))
         assert problem_of(response, 504)["type"] == "urn:corr2d:error:deadline-passed"
         assert "CORR2D_REQUEST_TIMEOUT_S" in response.text
         for _ in range(4):

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.hazards.raw import PATIENCE
+from tests.hazards.requests import ROWS
 from tests.serving import serving, talking_to
 
 
@@ -59,3 +61,9 @@ def watched_service(log: Path, *flags: str, **variables: str) -> Iterator[Watche
         with talking_to(address):
             pass
         yield Watched(address, process, log)
+
+
+def works(address: str) -> None:
+    """A new client is served."""
+    answer = httpx.post(f"{address}/correlate", json={"input": ROWS, "kernel": [[1]]}, timeout=60)
+    assert answer.json()["output"] == ROWS
