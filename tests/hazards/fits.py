@@ -12,7 +12,7 @@ ENDLESS = 100_000
 
 
 def fit_of(side: int, steps: int) -> dict[str, Any]:
-    """One of a square image. At 32 a side a step takes half a millisecond, in one thread; at 1000 it needs 96 MB."""
+    """One of a square image. At 32 a side a step takes half a millisecond; at 1000 a side it needs 96 MB."""
     image = {"shape": [side, side], "dtype": "uint8", "data": [1] * side**2}
     target = {"shape": [side - 2, side - 2], "dtype": "uint8", "data": [0] * (side - 2) ** 2}
     return {"input": image, "target": target, "loss": "l1", "learning_rate": 1e-9, "steps": steps}

@@ -161,6 +161,18 @@ def test_06_ten_thousand_headers_are_431(watched: Watched, count: int) -> None:
     problem_of(exchange(watched.address, head(LIVEZ, *(f"X-{number}: 1" for number in range(count)))), 431)
 
 
+def test_06_nothing_of_them_stays(watched: Watched) -> None:
+    content = head(LIVEZ, *(f"X-{number}: 1" for number in range(10_000)))
+
+    def refused(times: int) -> int:
+        for _ in range(times):
+            problem_of(exchange(watched.address, content), 431)
+        return watched.resident()
+
+    before = refused(10)
+    assert refused(30) - before < 10 * MEGABYTE
+
+
 def test_06_what_clients_send_is_far_from_that(watched: Watched) -> None:
     fields = [f"X-{number}: {'x' * 500}" for number in range(60)]
     with Connection(watched.address) as connection:

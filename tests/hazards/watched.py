@@ -29,6 +29,11 @@ class Watched:
         """The bytes of memory that it holds."""
         return resident(self.process.pid)
 
+    def measured(self, metric: str) -> float:
+        """A number of /metrics, by its name and labels as they stand there."""
+        lines = httpx.get(f"{self.address}/metrics", timeout=PATIENCE).text.splitlines()
+        return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{metric} "))
+
     def lines(self) -> list[dict[str, Any]]:
         """What it has logged, but for a line that is half written."""
         return [json.loads(line) for line in self.log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
