@@ -3,7 +3,8 @@
 import select
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -113,6 +114,13 @@ class Connection:
             self._line()
         self._line()
         return body
+
+
+@contextmanager
+def many(address: str, count: int) -> Iterator[list[Connection]]:
+    """So many connections at a time."""
+    with ExitStack() as open_ones:
+        yield [open_ones.enter_context(Connection(address)) for _ in range(count)]
 
 
 def exchange(address: str, content: bytes) -> httpx.Response:

@@ -19,7 +19,7 @@ from backports import zstd
 from tests.hazards.cost import grown
 from tests.hazards.files import npz, png, saved
 from tests.hazards.fits import ENDLESS, fit_of, under_way
-from tests.hazards.raw import PATIENCE, Connection, head
+from tests.hazards.raw import PATIENCE, Connection, head, many
 from tests.hazards.requests import MEGABYTE, NPY, NPZ, PAIR, PNG, ROWS, conv2d, correlate, post, train
 from tests.hazards.watched import Watched, watched_service, works
 from tests.problem import first_error, problem_of
@@ -260,15 +260,13 @@ def test_53_who_leaves_is_not_computed_for_and_is_counted(watched: Watched) -> N
     body = json.dumps(fit_of(32, ENDLESS // 2)).encode()
     ids = [f"left-{number}" for number in range(4)]
     fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-    connections = [Connection(watched.address) for _ in ids]
-    for connection, request_id in zip(connections, ids, strict=True):
-        connection.send(head("POST /train-kernel HTTP/1.1", *fields, f"X-Request-ID: {request_id}") + body)
     deadline = time.monotonic() + PATIENCE
-    while (watched.measured("corr2d_computations"), watched.measured("corr2d_queue_depth")) != (2, 2):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    for connection in connections:
-        connection.close()
+    with many(watched.address, len(ids)) as connections:
+        for connection, request_id in zip(connections, ids, strict=True):
+            connection.send(head("POST /train-kernel HTTP/1.1", *fields, f"X-Request-ID: {request_id}") + body)
+        while (watched.measured("corr2d_computations"), watched.measured("corr2d_queue_depth")) != (2, 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     lines = [watched.line(request_id) for request_id in ids]
     assert {line["status"] for line in lines} == {499}
     assert watched.measured(LEFT) == counted + 4

@@ -20,7 +20,7 @@ from service.routes.train_kernel import SERVED
 from service.settings import Settings
 from tests.hazards.cost import grown
 from tests.hazards.files import CODERS, by_every_coding, npz, picture, saved
-from tests.hazards.raw import Connection, exchange, head, upload_head
+from tests.hazards.raw import Connection, exchange, head, many, upload_head
 from tests.hazards.requests import IMAGE, JSON, MEGABYTE, NPY, NPZ, PNG, SAFETENSORS, post, upload
 from tests.hazards.watched import Watched
 from tests.problem import detail_of, first_error, problem_of
@@ -79,27 +79,25 @@ def test_02_a_head_that_does_not_come_to_its_end_is_408(watched: Watched, beginn
 
 
 def test_02_others_are_served_meanwhile(watched: Watched) -> None:
-    slow = [Connection(watched.address) for _ in range(50)]
-    for connection in slow:
-        connection.send(b"GET /livez HTTP/1.1\r\nX-Slow: ")
-    assert httpx.get(f"{watched.address}/livez", timeout=30).status_code == 200
-    for connection in slow:
-        problem_of(connection.answer(), 408)
-        connection.close()
+    with many(watched.address, 50) as slow:
+        for connection in slow:
+            connection.send(b"GET /livez HTTP/1.1\r\nX-Slow: ")
+        assert httpx.get(f"{watched.address}/livez", timeout=30).status_code == 200
+        for connection in slow:
+            problem_of(connection.answer(), 408)
 
 
 def test_03_a_body_that_stalls_is_408(watched: Watched) -> None:
     lengths = ("Content-Length: 60000000", "Transfer-Encoding: chunked")
     stalled = [upload_head(length) + begun for length in lengths for begun in (b"", b"5\r\n[[1, ")]
-    connections = [Connection(watched.address) for _ in stalled]
-    for connection, sent in zip(connections, stalled, strict=True):
-        connection.send(sent)
-    for connection in connections:
-        response = connection.answer()
-        assert problem_of(response, 408)["type"] == "urn:corr2d:error:too-slow"
-        assert "CORR2D_BODY_TIMEOUT_S" in response.text
-        assert connection.closed()
-        connection.close()
+    with many(watched.address, len(stalled)) as connections:
+        for connection, sent in zip(connections, stalled, strict=True):
+            connection.send(sent)
+        for connection in connections:
+            response = connection.answer()
+            assert problem_of(response, 408)["type"] == "urn:corr2d:error:too-slow"
+            assert "CORR2D_BODY_TIMEOUT_S" in response.text
+            assert connection.closed()
 
 
 def test_03_a_body_that_trickles_is_408(watched: Watched) -> None:

@@ -17,7 +17,7 @@ import pytest
 from service.app import create_app
 from service.settings import Settings
 from tests.hazards.fits import ENDLESS, fit_of, under_way
-from tests.hazards.raw import PATIENCE, Connection, head
+from tests.hazards.raw import PATIENCE, Connection, head, many
 from tests.hazards.requests import MEGABYTE, ROWS
 from tests.hazards.walled import DISK, FULL_DISK, READ_ONLY, report_from_within, require_walls
 from tests.hazards.watched import resident, watched_service, works
@@ -58,8 +58,8 @@ def test_58_at_sigterm_readiness_fails_first_what_runs_is_finished_and_the_exit_
 def test_58_who_is_in_the_queue_is_answered_too(tmp_path: Path) -> None:
     body = json.dumps(fit_of(32, 2000)).encode()
     asked = head("POST /train-kernel HTTP/1.1", "Content-Type: application/json", f"Content-Length: {len(body)}") + body
-    with watched_service(tmp_path / "log", CORR2D_DRAIN_S="0.2", CORR2D_QUEUE_TIMEOUT_S="60") as watched:
-        connections = [Connection(watched.address) for _ in range(5)]
+    patient = {"CORR2D_DRAIN_S": "0.2", "CORR2D_QUEUE_TIMEOUT_S": "60"}
+    with watched_service(tmp_path / "log", **patient) as watched, many(watched.address, 5) as connections:
         for connection in connections:
             connection.send(asked)
         deadline = time.monotonic() + PATIENCE
@@ -71,7 +71,6 @@ def test_58_who_is_in_the_queue_is_answered_too(tmp_path: Path) -> None:
             answer = connection.answer()
             assert answer.status_code == 200
             assert len(answer.json()["loss_history"]) == 2000
-            connection.close()
         assert watched.process.wait(PATIENCE) == 0
 
 
