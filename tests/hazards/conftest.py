@@ -12,6 +12,8 @@ IN_A_HURRY = {
     "CORR2D_HEADER_TIMEOUT_S": "1",
     "CORR2D_BODY_TIMEOUT_S": "2",
     "CORR2D_SEND_TIMEOUT_S": "2",
+    # But a queue in which all may wait.
+    "CORR2D_QUEUE_TIMEOUT_S": "600",
 }
 """Waits that are short, so that the tests of slow clients are not slow themselves."""
 
