@@ -5,6 +5,8 @@ last point. So loss_history[i], the loss before update i + 1, stands at step i.
 """
 
 import math
+import os
+import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -120,7 +122,7 @@ def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dic
 
 
 def _find_a_folder() -> None:
-    """matplotlib wants to keep a list of fonts, and does not load where it can write nowhere."""
+    """Where it can write nowhere, matplotlib does not load: it wants to keep a list of fonts."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
