@@ -81,7 +81,7 @@ class HeadWithBody:
             self._transport.writelines([head, data])
         elif data[: len(STATUS_LINE)] == STATUS_LINE:
             self._head = cast("bytes", data)
-            if self._is_early() and data[: len(CONTINUE)] != CONTINUE and CLOSE not in self._head:
+            if data[: len(CONTINUE)] != CONTINUE and self._is_early() and CLOSE not in self._head:
                 # What comes next on the connection may be the rest, or never come: nobody is to count on it.
                 self._head = self._head[:-2] + CLOSE + b"\r\n"
             self._loop.call_soon(self.flush)

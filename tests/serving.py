@@ -103,6 +103,17 @@ def serving(log: Path, *flags: str, **variables: str) -> Iterator[tuple["subproc
             process.kill()
 
 
+def refusal_to_serve(*flags: str, **variables: str) -> str:
+    """The one line with which it refuses to start."""
+    command = [str(CORR2D), "serve", *flags]
+    environment = {**os.environ, **variables}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert process.returncode == 3, process.stderr
+    lines: list[str] = process.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
 def wait_until_ready(send: Send) -> None:
     deadline = time.monotonic() + 30
     while True:

@@ -1,7 +1,6 @@
 """Hazards 58 to 65: stopping, keys and settings, and what a container or a long run may bring."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from tests.hazards.requests import MEGABYTE, ROWS
 from tests.hazards.walled import DISK, FULL_DISK, READ_ONLY, report_from_within, require_walls
 from tests.hazards.watched import resident, watched_service, works
 from tests.problem import detail_of, problem_of
-from tests.serving import CORR2D, on_a_port, wait_until_ready
+from tests.serving import CORR2D, on_a_port, refusal_to_serve, wait_until_ready
 from tests.soaking import CONTROL, SERVICE, served
 from tests.traffic import traffic
 
@@ -141,19 +140,8 @@ def test_60_keys_may_be_in_a_file(tmp_path: Path) -> None:
         assert send("POST", "/correlate", json=SMALL, headers=headers).json()["output"] == ROWS
 
 
-def refused(*flags: str, **variables: str) -> str:
-    """The one line with which it refuses to start."""
-    command = [str(CORR2D), "serve", *flags]
-    environment = {**os.environ, **variables}
-    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
-    assert process.returncode == 3, process.stderr
-    lines: list[str] = process.stderr.splitlines()
-    assert len(lines) == 1
-    return lines[0]
-
-
 def test_61_any_origin_with_credentials_is_refused_at_the_start() -> None:
-    line = refused(CORR2D_CORS_ORIGINS="*", CORR2D_CORS_CREDENTIALS="true")
+    line = refusal_to_serve(CORR2D_CORS_ORIGINS="*", CORR2D_CORS_CREDENTIALS="true")
     assert "CORS" in line
     assert "*" in line
 
@@ -161,18 +149,18 @@ def test_61_any_origin_with_credentials_is_refused_at_the_start() -> None:
 def test_62_a_port_in_use_is_one_line_and_exit_3() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert refused("--port", port) == (
+        assert refusal_to_serve("--port", port) == (
             f"corr2d: cannot listen on 127.0.0.1 port {port}: address already in use; "
             "CORR2D_HOST and CORR2D_PORT (--host, --port) choose others"
         )
 
 
 def test_62_bad_settings_are_one_line_and_exit_3() -> None:
-    assert "CORR2D_WORKERS 'many': input should be a valid integer" in refused(CORR2D_WORKERS="many")
-    assert "--queue '-1'" in refused("--queue", "-1")
-    assert "did you mean CORR2D_DEVICE?" in refused(CORR2D_DEVISE="cpu")
-    assert 'device "cuda:99" is not on this machine' in refused("--port", "0", "--device", "cuda:99")
-    assert "cannot listen on no.such.host.invalid" in refused("--host", "no.such.host.invalid")
+    assert "CORR2D_WORKERS 'many': input should be a valid integer" in refusal_to_serve(CORR2D_WORKERS="many")
+    assert "--queue '-1'" in refusal_to_serve("--queue", "-1")
+    assert "did you mean CORR2D_DEVICE?" in refusal_to_serve(CORR2D_DEVISE="cpu")
+    assert 'device "cuda:99" is not on this machine' in refusal_to_serve("--port", "0", "--device", "cuda:99")
+    assert "cannot listen on no.such.host.invalid" in refusal_to_serve("--host", "no.such.host.invalid")
 
 
 def test_63_a_read_only_root_another_user_and_no_network(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from service.app import create_app
 from service.metrics import Metrics, Table
 from service.request_log import Timing
 from service.settings import Settings
-from tests.service.test_serve import serving
-from tests.serving import Send, Serve, in_process, on_a_port, talking_to, without_limits
+from tests.serving import Send, Serve, in_process, on_a_port, serving, talking_to, without_limits
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 LAYER = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
