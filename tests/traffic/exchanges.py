@@ -20,8 +20,6 @@ PATIENCE = 20.0
 AT_ONCE = struct.pack("ii", 1, 0)
 """SO_LINGER's: the connection is reset, what is under way is lost."""
 
-BUSY = 503
-
 
 class Exchange(Protocol):
     """One thing that happens between a client and the service."""
