@@ -37,7 +37,7 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Memory after so many requests while none runs, by /proc/PID/smaps_rollup: resident bytes, and those of no file."""
+    """Memory after so many requests while none runs, by /proc/PID/smaps_rollup: all resident, and all of no file."""
 
     requests: int
     resident: int
