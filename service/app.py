@@ -19,18 +19,21 @@ from core import CoreError, Machine, usable_cores
 from service.compute import Compute, ComputePool
 from service.log import configure_logging
 from service.openapi import describe
-from service.problems import add_error_handlers
+from service.problems import add_error_handlers, refused
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
 from service.routes import conv2d, correlate, health, info, kernels, train_kernel
 from service.routes.array_route import ShortWay
-from service.settings import Settings, load_settings
+from service.settings import Settings
 from service.version import VERSION
 
 DESCRIPTION = """\
 Convolution as a service: post arrays, get back their 2-D cross-correlation, a Conv2d layer's output, or a kernel
 learned from examples. Errors are `application/problem+json` and say what came, what is allowed and how to change it.
 """
+
+EXIT_BROKEN = 4
+"""A process whose warm-up came out wrong would compute wrongly, or not at all: it ends with this code."""
 
 COMPUTATIONS = 2
 """Computations at a time, each with all threads: a second one lets the small pass the large."""
@@ -62,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
     app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, refused=refused)
     add_error_handlers(app)
     for resource in (health, info, kernels, train_kernel, conv2d, correlate):
         # Their routes, not include_router: FastAPI looks an included router's routes up anew for every request. And
@@ -73,9 +76,8 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def create_worker_app() -> FastAPI:
-    """The service as a worker process makes it, from the environment that `corr2d serve` hands down."""
-    settings = load_settings()
+def create_worker_app(settings: Settings) -> FastAPI:
+    """The service as the only application of a process."""
     configure_logging(settings.log_format)
     app = create_app(settings)
     app.state.process_is_ours = True
@@ -104,7 +106,10 @@ async def _become_ready(app: FastAPI) -> None:
         device, machine = await anyio.to_thread.run_sync(warm_up, app.state.settings.device, app.state.compute.machine)
     except (CoreError, RuntimeError) as error:
         app.state.readiness.failed(f"the warm-up failed: {error}")
-        log.warning("warm-up failed", reason=str(error))
+        log.error("warm-up failed", reason=str(error))  # noqa: TRY400 - the reason is all there is to say
+        if app.state.process_is_ours:
+            logging.shutdown()
+            os._exit(EXIT_BROKEN)
     else:
         app.state.compute.machine = machine
         if app.state.process_is_ours:

@@ -6,6 +6,9 @@ ServiceError
 ├── UnsupportedMediaType   a body in a format or a content coding that is not served
 ├── NotAcceptable          nothing that is served satisfies Accept
 ├── BodyTooLarge           a body over the limit, as it came or decoded
+├── HeaderTooLarge         a head over the limit
+├── UriTooLong             a target over the limit
+├── TooSlow                a head or a body that does not come
 ├── NotReady               before the warm-up, or after it failed
 ├── Busy                   no room left in the queue
 ├── ClientLeft             nobody waits for the answer any more
@@ -56,6 +59,18 @@ class NotAcceptable(ServiceError):
 
 class BodyTooLarge(ServiceError):
     """A body over the limit, as it came or decoded."""
+
+
+class HeaderTooLarge(ServiceError):
+    """A head over the limit."""
+
+
+class UriTooLong(ServiceError):
+    """A target over the limit."""
+
+
+class TooSlow(ServiceError):
+    """A head or a body that does not come."""
 
 
 class NotReady(ServiceError):

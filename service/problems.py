@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from core import (
     CoreError,
@@ -29,12 +30,15 @@ from service.errors import (
     ClientLeft,
     DeadlinePassed,
     FieldError,
+    HeaderTooLarge,
     InvalidRequest,
     NotAcceptable,
     NotParseable,
     NotReady,
     ServiceError,
+    TooSlow,
     UnsupportedMediaType,
+    UriTooLong,
 )
 from service.request_log import trace_headers
 from service.validation import field_errors
@@ -78,6 +82,11 @@ ERRORS: Mapping[type[Exception], Kind] = {
     ),
     NotAcceptable: Kind(HTTPStatus.NOT_ACCEPTABLE, "not-acceptable", "No format that is served satisfies Accept"),
     BodyTooLarge: Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body-too-large", "The body is over the limit"),
+    HeaderTooLarge: Kind(
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header-too-large", "The head of the request is over the limit"
+    ),
+    UriTooLong: Kind(HTTPStatus.REQUEST_URI_TOO_LONG, "uri-too-long", "The target of the request is over the limit"),
+    TooSlow: Kind(HTTPStatus.REQUEST_TIMEOUT, "too-slow", "The request did not come in time"),
     NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "The service is not ready"),
     Busy: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "busy", "The service is busy"),
     # Nobody reads it but the log; the number is nginx's.
@@ -124,6 +133,12 @@ def response_to(request: Request, error: CoreError | ServiceError) -> Response:
     """
     error.__traceback__ = None
     return _core_error(request, error) if isinstance(error, CoreError) else _service_error(request, error)
+
+
+async def refused(scope: Scope, receive: Receive, send: Send) -> None:
+    """ASGI application: the answer to a request whose state holds the refusal already."""
+    error: ServiceError = scope["state"]["refusal"]
+    await _service_error(Request(scope), error)(scope, receive, send)
 
 
 def problem_response(

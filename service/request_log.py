@@ -44,8 +44,10 @@ def trace_headers(scope: Scope) -> dict[str, str]:
 class RequestLog:
     """ASGI middleware: puts `request_id` and `timing` into the request's state, adds headers, writes the line."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, refused: ASGIApp) -> None:
+        """`refused` answers what the server has given up before the application saw it: see service/protocol.py."""
         self._app = app
+        self._refused = refused
         self._log = structlog.get_logger("corr2d")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,7 +58,9 @@ class RequestLog:
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = sent if ACCEPTABLE_ID.fullmatch(sent) else f"{PROCESS}{next(NUMBERS):016x}"
         timing = Timing()
-        scope.setdefault("state", {}).update(request_id=request_id, timing=timing)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, timing=timing)
+        app = self._refused if "refusal" in state else self._app
         status, size, start = 500, 0, time.perf_counter()
 
         async def send_traced(message: Message) -> None:
@@ -74,7 +78,7 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_traced)
+            await app(scope, receive, send_traced)
         finally:
             client = scope.get("client")
             self._log.info(

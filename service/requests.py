@@ -135,6 +135,9 @@ async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise NotParseable("the connection was closed before the body was whole") from ClientDisconnect()
+        # The server has given the rest of it up.
+        if refusal := request.scope["state"].get("refusal"):
+            raise refusal
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
         if len(body or b"") + len(chunk) > limit:

@@ -37,6 +37,23 @@ class Settings(BaseSettings):
         60, gt=0, le=86_400, description="time for a computation, its wait included, in seconds"
     )
     queue: int = Field(64, ge=0, le=100_000, description="computations that may wait for their turn")
+    connections: int = Field(1000, ge=1, le=1_000_000, description="connections at a time, of each worker")
+    idle_timeout_s: float = Field(
+        8, gt=0, le=86_400, description="time after which a connection without a request is closed, in seconds"
+    )
+    header_timeout_s: float = Field(8, gt=0, le=86_400, description="time for the head of a request, in seconds")
+    body_timeout_s: float = Field(
+        10, gt=0, le=86_400, description="time in which at least 16 kB of a body must come, in seconds"
+    )
+    send_timeout_s: float = Field(
+        20, gt=0, le=86_400, description="time in which a client must take at least 16 kB of its answer, in seconds"
+    )
+    drain_s: float = Field(
+        2,
+        ge=0,
+        le=3600,
+        description="time from SIGTERM, when /readyz fails, until the port closes, in seconds",
+    )
     log_format: Literal["console", "json"] = Field(
         "console", description="one line a request: console for people, json for machines"
     )

@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import httpx
-import uvicorn
 from anyio.from_thread import start_blocking_portal
 from fastapi import FastAPI
 
 import core
 from service.app import create_app
-from service.protocol import Protocol
+from service.server import Server, configuration
 from service.settings import Settings
 
 Send = Callable[..., httpx.Response]
@@ -50,7 +49,7 @@ def in_process(app: FastAPI) -> Iterator[Send]:
 def listening(app: FastAPI) -> Iterator[str]:
     """The address of a real uvicorn on a real port with the application behind it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http=Protocol))
+        server = Server(configuration(app, app.state.settings), drain_s=0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
