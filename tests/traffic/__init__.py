@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.traffic.bad import BAD
 from tests.traffic.exchanges import Exchange
-from tests.traffic.good import NEXT, good
+from tests.traffic.good import NEXT, drawn
 
 __all__ = ["Exchange", "traffic"]
 
@@ -19,6 +19,6 @@ def traffic(seed: int) -> Iterator[Exchange]:
     rng = np.random.default_rng(seed)
     while True:
         for place in rng.permutation(len(BAD)):
-            yield good(rng)
+            yield drawn(rng)
             yield BAD[place]
             yield NEXT

@@ -219,7 +219,7 @@ def no_http() -> Iterator[Exchange]:
     """5 to 16."""
     get, declared = b"GET /livez HTTP/1.1\r\nHost: corr2d\r\n", "Content-Length: 10000000000"
     many = b"".join(b"X-%d: 1\r\n" % number for number in range(10_000))
-    chunks, small = b"1\r\n \r\n" * 30_000, b"GET /livez HTTP/1.1\r\nHost: corr2d\r\n\r\n"
+    chunks, small = b"1\r\n \r\n" * 300_000, b"GET /livez HTTP/1.1\r\nHost: corr2d\r\n\r\n"
     yield Malformed("5 a header of 1 MB", get + b"X: " + b"x" * 1_000_000 + b"\r\n\r\n", (400, 431), may_be_cut=True)
     yield Malformed("6 ten thousand headers", get + many + b"\r\n", (400, 431), may_be_cut=True)
     yield Malformed("7 a URL of 200 kB", b"GET /" + b"x" * 200_000 + b" HTTP/1.1\r\n\r\n", (400, 414), may_be_cut=True)

@@ -41,7 +41,7 @@ BOUNDARIES = ("zeros", "replicate", "reflect", "symmetric", "circular")
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 
 
-def good(rng: np.random.Generator) -> Request:
+def drawn(rng: np.random.Generator) -> Request:
     """Any of them: most often a correlation, as in life."""
     kind: Callable[[np.random.Generator], Request] = rng.choice(
         [correlate, conv2d, train_kernel, something_read],  # type: ignore[arg-type]
