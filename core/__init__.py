@@ -8,10 +8,11 @@ tensor([[19., 25.],
 
 from core.conv2d import conv2d, conv2d_problem
 from core.correlate import correlate
-from core.device import available_devices, describe_devices, resolve_device, usable_cores
+from core.device import available_devices, describe_devices, resolve_device, usable_cores, usable_memory
 from core.engines import ENGINES, Choice, Method, Result, choose, prepare
 from core.errors import (
     CoreError,
+    Cost,
     DeviceUnavailable,
     InvalidArgument,
     InvalidNumbers,
@@ -27,7 +28,7 @@ from core.fit.losses import Loss
 from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import Solver
 from core.kernels import KERNELS, named_kernel
-from core.limits import Limits
+from core.limits import Limits, cost_of
 from core.machine import Machine, measure_machine
 from core.shapes import Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
@@ -38,6 +39,7 @@ __all__ = [
     "Candidate",
     "Choice",
     "CoreError",
+    "Cost",
     "DeviceUnavailable",
     "Dtype",
     "FitResult",
@@ -69,6 +71,7 @@ __all__ = [
     "conv2d",
     "conv2d_problem",
     "correlate",
+    "cost_of",
     "describe_devices",
     "exhaust",
     "explain",
@@ -79,4 +82,5 @@ __all__ = [
     "prepare",
     "resolve_device",
     "usable_cores",
+    "usable_memory",
 ]

@@ -67,6 +67,16 @@ def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -
     return array if array.strides[-1:] == (array.itemsize,) else np.ascontiguousarray(array)
 
 
+def as_shaped(field: str, value: ArrayLike) -> Array:
+    """The value itself where it is an array already, whose shape can be looked at before anything is copied.
+
+    Raises what `as_numbers` raises for what is none yet, and for an array that holds nothing.
+    """
+    if isinstance(value, np.ndarray | Tensor) and 0 not in value.shape:
+        return value
+    return as_numbers(field, value)
+
+
 def as_numpy(array: Array) -> NDArray[Any]:
     """A view of an array on the CPU as numpy's."""
     if isinstance(array, np.ndarray):

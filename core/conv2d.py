@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from core.arrays import AnyArray, ArrayLike, as_array
+from core.arrays import AnyArray, ArrayLike, as_array, as_shaped
 from core.device import device_for
 from core.engines import ALL, Method, Result, solve
 from core.errors import InvalidShape
@@ -50,7 +50,7 @@ def conv2d(
     """
     one_of("padding_mode", padding_mode, PaddingMode)
     resolved = device_for(device, dtype)
-    planes = as_array("input", input, dtype, resolved)
+    planes = as_shaped("input", input)
     images = as_images("input", planes)
     filters = as_filters("weight", as_array("weight", weight, dtype, resolved))
     offsets = None if bias is None else as_array("bias", bias, dtype, resolved)
@@ -70,7 +70,8 @@ def conv2d(
     if limits is not None:
         limits.check(problem, method=method, machine=machine, engines=engines)
     shape = _matching_rank((problem.batch, problem.filters, *problem.output_size), planes.ndim)
-    return solve(problem, images, filters, offsets, shape, method, machine, engines)
+    batch = as_array("input", images, dtype, resolved)
+    return solve(problem, batch, filters, offsets, shape, method, machine, engines)
 
 
 def conv2d_problem(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from core.arrays import DTYPES, ArrayLike, as_array
+from core.arrays import DTYPES, ArrayLike, as_array, as_shaped
 from core.device import CPU, device_for
 from core.engines import ALL, Method, Result, solve
 from core.errors import InvalidOption, InvalidShape
@@ -45,15 +45,15 @@ def correlate(
     `limits` are given, TooLarge.
     """
     resolved = device_for(device, dtype)
-    images = as_array("input", input, dtype, resolved)
+    images = as_shaped("input", input)
     taps = as_array("kernel", named_kernel(kernel) if isinstance(kernel, str) else kernel, dtype, resolved)
     kind = "cpu" if resolved is CPU else resolved.type
-    case = _case(images.shape, taps.shape, mode, boundary, fill_value, operation, dtype, kind)
+    case = _case(tuple(images.shape), taps.shape, mode, boundary, fill_value, operation, dtype, kind)
     if limits is not None:
         limits.check(case.problem, method=method, machine=machine, engines=engines)
     if operation == "convolve":
         taps = taps[::-1, ::-1].copy() if isinstance(taps, np.ndarray) else taps.flip(0, 1)
-    planes, weight = images.reshape(case.planes), taps[None, None]
+    planes, weight = as_array("input", images, dtype, resolved).reshape(case.planes), taps[None, None]
     return solve(case.problem, planes, weight, None, case.output, method, machine, engines)
 
 

@@ -10,6 +10,8 @@ import torch
 from core.errors import DeviceUnavailable, InvalidOption
 from core.shapes import Dtype, one_of
 
+UNKNOWN_MEMORY = 4 << 30
+
 CGROUP = Path("/sys/fs/cgroup")
 
 CPU = torch.device("cpu")
@@ -90,3 +92,21 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
         except (OSError, ValueError):
             continue
     return cores
+
+
+def usable_memory(cgroup: Path = CGROUP) -> int:
+    """The bytes of memory that this process may use: the machine's, further bounded by a container's limit.
+
+    That stands in `memory.max` (cgroup v2) or `memory/memory.limit_in_bytes` (v1), where "max" or a number beyond every
+    machine mean none. 4 GB where the system does not say.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        memory = UNKNOWN_MEMORY
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            return min(memory, int((cgroup / name).read_text()))
+        except (OSError, ValueError):
+            continue
+    return memory

@@ -11,10 +11,18 @@ CoreError
 └── TooLarge                              above the limits that the caller set
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Quantity = Literal["memory", "compute", "time"]
 """What a limit is on."""
+
+
+class Cost(NamedTuple):
+    """What a call is expected to take: memory in megabytes (10^6 bytes), Gflop (10^9 operations), seconds."""
+
+    megabytes: float
+    gflop: float
+    seconds: float
 
 
 class CoreError(Exception):
@@ -60,8 +68,9 @@ class MethodUnavailable(CoreError):
 
 
 class TooLarge(CoreError):
-    """An estimate above the limits that the caller set; nothing has been allocated."""
+    """An estimate above the limits that the caller set; nothing has been allocated. `cost` is the whole estimate."""
 
-    def __init__(self, message: str, *, quantity: Quantity, got: str, limit: str) -> None:
+    def __init__(self, message: str, *, quantity: Quantity, got: str, limit: str, cost: Cost) -> None:
         super().__init__(message, got=got, limit=limit)
         self.quantity = quantity
+        self.cost = cost

@@ -1,12 +1,13 @@
 """What one call may cost, held against an estimate before anything large is allocated."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.engines import ALL, Method, outlook
-from core.errors import Quantity, TooLarge
+from core.errors import Cost, Quantity, TooLarge
 from core.machine import Machine, this_machine
 from core.shapes import Problem
 
@@ -28,18 +29,35 @@ class Limits:
     ) -> None:
         """Raise TooLarge where the estimate for the problem is above a limit."""
         estimate = _estimate(problem)
-        endless = math.isinf(self.seconds)
-        seconds = 0.0 if endless else outlook(problem, method, machine or this_machine(), engines)[0].seconds
-        self.require(estimate.megabytes, estimate.gflop, seconds)
+        seconds = 0.0
+        if not math.isinf(self.seconds):
+            seconds = outlook(problem, method, machine or this_machine(), engines)[0].seconds
+        self.require(Cost(estimate.megabytes, estimate.gflop, seconds))
 
-    def require(self, megabytes: float, gflop: float, seconds: float) -> None:
-        """Raise TooLarge where an estimate is above a limit."""
-        if megabytes > self.megabytes:
-            raise _too_large("memory", "needs", f"{megabytes:,.0f} MB", f"{self.megabytes:,.0f} MB")
-        if gflop > self.gflop:
-            raise _too_large("compute", "needs", f"{gflop:,.0f} Gflop", f"{self.gflop:,.0f} Gflop")
-        if seconds > self.seconds:
-            raise _too_large("time", "would take", f"{seconds:,.3g} s", f"{self.seconds:,.3g} s")
+    def require(self, cost: Cost) -> None:
+        """Raise TooLarge where the cost is above a limit."""
+        if cost.megabytes > self.megabytes:
+            raise _too_large("memory", "needs", f"{cost.megabytes:,.0f} MB", f"{self.megabytes:,.0f} MB", cost)
+        if cost.gflop > self.gflop:
+            raise _too_large("compute", "needs", f"{cost.gflop:,.0f} Gflop", f"{self.gflop:,.0f} Gflop", cost)
+        if cost.seconds > self.seconds:
+            raise _too_large("time", "would take", f"{cost.seconds:,.3g} s", f"{self.seconds:,.3g} s", cost)
+
+
+NOTHING = Limits(0, 0, 0)
+
+
+def cost_of(verb: Callable[..., object], **arguments: Any) -> Cost:
+    """What a call of correlate, conv2d or fit_kernel_steps with these arguments would cost; it is not made.
+
+    Nothing is read but the shapes of arrays, except by fit_kernel_steps. Raises what the call itself would raise for
+    its arguments.
+    """
+    try:
+        verb(**arguments, limits=NOTHING)
+    except TooLarge as refused:
+        return refused.cost
+    raise AssertionError("whatever is computed costs something")
 
 
 class _Estimate(NamedTuple):
@@ -52,7 +70,7 @@ def _estimate(problem: Problem) -> _Estimate:
     return _Estimate(problem.bytes / 1e6, problem.operations / 1e9)
 
 
-def _too_large(quantity: Quantity, verb: str, estimate: str, limit: str) -> TooLarge:
+def _too_large(quantity: Quantity, verb: str, estimate: str, limit: str, cost: Cost) -> TooLarge:
     of_memory = " of memory" if quantity == "memory" else ""
     message = f"this {verb} about {estimate}{of_memory}; at most {limit} are allowed"
-    return TooLarge(message, quantity=quantity, got=estimate, limit=limit)
+    return TooLarge(message, quantity=quantity, got=estimate, limit=limit, cost=cost)

@@ -15,10 +15,12 @@ from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.responses import RedirectResponse
 
-from core import CoreError, Machine, usable_cores
-from service.compute import Compute, ComputePool
+from core import CoreError, Machine, usable_cores, usable_memory
+from service.admission import SHARE_OF_A_COMPUTATION
+from service.compute import Compute
 from service.log import configure_logging
 from service.openapi import describe
+from service.pool import ComputePool
 from service.problems import add_error_handlers, refused
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
@@ -35,8 +37,13 @@ learned from examples. Errors are `application/problem+json` and say what came, 
 EXIT_BROKEN = 4
 """A process whose warm-up came out wrong would compute wrongly, or not at all: it ends with this code."""
 
-COMPUTATIONS = 2
-"""Computations at a time, each with all threads: a second one lets the small pass the large."""
+LANES = 2
+"""Computations at a time, each with all threads, beside one more that is short."""
+
+SHARE_OF_MEMORY = 0.6
+"""Of what the machine or the container has: for requests. The rest is for Python, torch and compiled code."""
+
+LARGEST_COMPUTATION_MB = 2000
 
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
@@ -56,12 +63,19 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry=None if any(name.startswith("OTEL_") for name in os.environ) else NO_TELEMETRY,
         swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
     )
+    settings, memory = _within_memory(settings)
     app.state.settings = settings
     machine = Machine(max(1, threads // settings.workers))
-    app.state.pool = ComputePool(threads=COMPUTATIONS, queue=settings.queue, timeout_s=settings.request_timeout_s)
-    app.state.compute = Compute(settings, app.state.pool, machine)
-    app.state.max_body = int(settings.max_body_mb * 1e6)
+    app.state.pool = ComputePool(
+        lanes=LANES,
+        queue=settings.queue,
+        memory=memory,
+        queue_timeout_s=settings.queue_timeout_s,
+        timeout_s=settings.request_timeout_s,
+    )
     app.state.codec_threads = anyio.CapacityLimiter(machine.threads)
+    app.state.compute = Compute(settings, app.state.pool, machine, app.state.codec_threads)
+    app.state.max_body = int(settings.max_body_mb * 1e6)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
     app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
@@ -74,6 +88,20 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_api_route("/", _front_door, include_in_schema=False)
     describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest)
     return app
+
+
+def _within_memory(settings: Settings) -> tuple[Settings, int]:
+    """The settings with those of memory settled, and the bytes that the requests of one worker may take."""
+    megabytes = settings.memory_mb
+    if megabytes is None:
+        megabytes = max(
+            SHARE_OF_MEMORY * usable_memory() / 1e6,
+            settings.workers * (settings.max_compute_mb or 0) / SHARE_OF_A_COMPUTATION,
+        )
+    each = megabytes / settings.workers
+    largest = settings.max_compute_mb or min(LARGEST_COMPUTATION_MB, SHARE_OF_A_COMPUTATION * each)
+    settled = {"memory_mb": round(megabytes, 3), "max_compute_mb": round(largest, 3)}
+    return settings.model_copy(update=settled), int(1e6 * each)
 
 
 def create_worker_app(settings: Settings) -> FastAPI:

@@ -1,130 +1,81 @@
-"""Where computations run: threads of their own, never the event loop, with a bounded queue and a deadline."""
+"""core, as this service runs it: what is small at once, the rest in its pool."""
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from typing import Any
 
+import anyio
+import anyio.to_thread
 import numpy as np
+from fastapi import Request
 
-from core import FitResult, Limits, Machine, Progress, Result, TooLarge, exhaust, resolve_device
-from service.errors import Busy, DeadlinePassed
+from core import Cost, FitResult, Limits, Machine, Progress, Result, TooLarge, cost_of, exhaust, resolve_device
+from service.admission import share_of
+from service.errors import DeadlinePassed
+from service.pool import ComputePool
+from service.presence import unless_left
 from service.request_log import Timing, milliseconds_since
 from service.settings import Settings
 from service.threads import WORTH_A_THREAD
-
-Value = TypeVar("Value")
 
 FEW = 1 << 16
 """Numbers; what has more is not even looked at on the event loop, for to convert them would already take too long."""
 
 
-class ComputePool:
-    """At most `threads` computations at a time; `queue` more may wait, the rest are refused at once."""
-
-    def __init__(self, *, threads: int, queue: int, timeout_s: float) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="compute")
-        self._places = threads + queue
-        self._unfinished: set[Future[Any]] = set()
-        self._timeout_s = timeout_s
-
-    async def run(self, timing: Timing, job: Callable[[threading.Event], Value]) -> Value:
-        """Run job(abandoned) in a thread; `abandoned` is set once its deadline has passed or the caller is cancelled.
-
-        A job that waits when its deadline passes is dropped; one that runs ends when it looks at `abandoned`.
-        Raises Busy and DeadlinePassed.
-        """
-        if len(self._unfinished) >= self._places:
-            raise Busy(
-                f"{self._places} computations are running or waiting, as many as there may be: try again soon",
-                headers={"Retry-After": "1"},
-            )
-        abandoned = threading.Event()
-        submitted = time.perf_counter()
-        started: list[float] = []
-
-        def timed() -> Value:
-            started.append(time.perf_counter())
-            timing.wait += 1000 * (started[0] - submitted)
-            try:
-                return job(abandoned)
-            finally:
-                timing.compute += milliseconds_since(started[0])
-
-        future = self._executor.submit(timed)
-        self._unfinished.add(future)
-        future.add_done_callback(self._unfinished.discard)
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
-        except TimeoutError as error:
-            # The thread adds its share only when it ends, which is after the answer.
-            if started:
-                timing.compute += milliseconds_since(started[0])
-            else:
-                timing.wait += milliseconds_since(submitted)
-            raise DeadlinePassed(
-                f"not done after {self._timeout_s:g} s, the wait for its turn included; "
-                "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
-            ) from error
-        finally:
-            abandoned.set()
-
-    @property
-    def busy(self) -> bool:
-        """Computations run or wait, whether anybody still wants them or not."""
-        return bool(self._unfinished)
-
-    def close(self) -> None:
-        """Drop what waits; what runs is left to end."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-
 class Compute:
-    """core, as this service runs it: within its limits, on its device and machine, in its pool."""
+    """Within its limits, on its device and machine."""
 
-    def __init__(self, settings: Settings, pool: ComputePool, machine: Machine) -> None:
+    def __init__(self, settings: Settings, pool: ComputePool, machine: Machine, threads: anyio.CapacityLimiter) -> None:
         self.machine = machine
         self._pool = pool
+        self._threads = threads
         self._device = settings.device
+        assert settings.max_compute_mb is not None  # noqa: S101 - app.py has settled it
         self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
         self._at_once = replace(self._limits, seconds=min(WORTH_A_THREAD, settings.request_timeout_s))
 
-    async def __call__(self, timing: Timing, verb: Callable[..., Result], **arguments: Any) -> Result:
-        """Run core's correlate or conv2d.
+    async def __call__(self, request: Request, verb: Callable[..., Result], **arguments: Any) -> Result:
+        """Run core's correlate or conv2d for this request.
 
-        What is predicted to take less than a thread is worth is done at once: it waits behind nobody.
+        What is predicted to take less than a thread is worth is done at once: it waits behind nobody. The rest is
+        dropped when the client leaves.
         """
-        arguments["machine"] = self.machine
-        if arguments["device"] == "auto":
-            arguments["device"] = self._device
+        timing: Timing = request.scope["state"]["timing"]
+        self._place(arguments)
         if _numbers(arguments) <= FEW and _is_cpu(arguments["device"]):
             start = time.perf_counter()
             try:
                 return verb(**arguments, limits=self._at_once)
-            except TooLarge:
-                pass  # for the event loop; the pool says whether it is for the service
+            except TooLarge as refused:
+                cost = refused.cost
             finally:
                 timing.compute += milliseconds_since(start)
-        return await self._pool.run(timing, lambda _: verb(**arguments, limits=self._limits))
+        else:
+            cost = cost_of(verb, **arguments)
+        self._limits.require(cost)
+        share_of(request.scope).enter()
+        return await unless_left(request.receive, self._pool.run(timing, cost, lambda _: verb(**arguments)))
 
     async def steps(
         self,
-        timing: Timing,
+        request: Request,
         function: Callable[..., Generator[Progress, None, FitResult]],
         each: Callable[[Progress], None] | None = None,
         **arguments: Any,
     ) -> FitResult:
-        """Run one of core's generators to its end, or to the step at which its deadline passes or nobody waits for it.
+        """Run one of core's generators to its end, or to the step at which its deadline passes or it is cancelled.
 
         `each` is called with all that it yields, in the thread that computes.
         """
-        arguments["machine"] = self.machine
-        if arguments["device"] == "auto":
-            arguments["device"] = self._device
+        self._place(arguments)
+        estimate: Callable[[], Cost] = partial(cost_of, function, **arguments)
+        few = _numbers(arguments) <= FEW
+        # Examples are looked at before they can be estimated.
+        cost = estimate() if few else await anyio.to_thread.run_sync(estimate, limiter=self._threads)
+        self._limits.require(cost)
 
         def run(abandoned: threading.Event) -> FitResult:
             def report(progress: Progress) -> None:
@@ -133,9 +84,15 @@ class Compute:
                 if each is not None:
                     each(progress)
 
-            return exhaust(function(**arguments, limits=self._limits), report)
+            return exhaust(function(**arguments), report)
 
-        return await self._pool.run(timing, run)
+        share_of(request.scope).enter()
+        return await self._pool.run(request.scope["state"]["timing"], cost, run)
+
+    def _place(self, arguments: dict[str, Any]) -> None:
+        arguments["machine"] = self.machine
+        if arguments["device"] == "auto":
+            arguments["device"] = self._device
 
 
 def _numbers(arguments: dict[str, Any]) -> int:

@@ -77,7 +77,7 @@ async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest]
     asked = await decoded(request, headers, options, model)
     arguments = asked.arguments()
     explain = arguments.pop("explain")
-    result = await request.app.state.compute(request.scope["state"]["timing"], verb, **arguments)
+    result = await request.app.state.compute(request, verb, **arguments)
     explanation = {"explanation": _explanation(result)} if explain else {}
     return await answer(
         output=as_numpy(result.array),

@@ -1,13 +1,13 @@
-"""Long work and those who wait for it: told how far it is, and noticed when they leave."""
+"""Long work that tells those who wait for it how far it is."""
 
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from functools import partial
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import Request
@@ -19,10 +19,9 @@ from core import CoreError, Forecast, Progress, Reading
 from service import threads
 from service.codecs import Fields, json
 from service.codecs.options import AnswerOptions
-from service.errors import ClientLeft, ServiceError
+from service.errors import ServiceError
+from service.presence import left_by, unless_left
 from service.problems import response_to
-
-Value = TypeVar("Value")
 
 EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
@@ -35,20 +34,6 @@ BETWEEN_SIGNS_OF_LIFE = 15.0
 
 Work = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, Fields]]
 """What is given a function to report to, from any thread, and becomes the whole answer."""
-
-
-async def unless_left(request: Request, work: Coroutine[Any, Any, Value]) -> Value:
-    """The work's value; cancels it and raises ClientLeft as soon as the client closes the connection."""
-    task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_left(request.receive))
-    try:
-        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientLeft("the client closed the connection before its answer was ready")
-        return task.result()
-    finally:
-        task.cancel()
-        left.cancel()
 
 
 def as_event(name: str, content: bytes) -> bytes:
@@ -100,7 +85,7 @@ class ProgressStream(Response):
         self._task = asyncio.create_task(work(self._report))
         self._task.add_done_callback(lambda _: self._events.put_nowait(None))
         try:
-            first = await unless_left(self._request, self._events.get())
+            first = await unless_left(self._request.receive, self._events.get())
         except BaseException:
             self._task.cancel()
             raise
@@ -113,7 +98,7 @@ class ProgressStream(Response):
         del scope
         assert self._task is not None  # noqa: S101 - `begin` comes first
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        left = asyncio.ensure_future(_left(receive))
+        left = asyncio.ensure_future(left_by(receive))
         left.add_done_callback(lambda _: self._events.put_nowait(None))
         try:
             event = self._first
@@ -154,9 +139,3 @@ class ProgressStream(Response):
         self._told = now
         event = self._write(type(progress).__name__.lower(), orjson.dumps(asdict(progress)))
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-
-async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Wait until the client closes the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

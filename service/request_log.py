@@ -80,6 +80,8 @@ class RequestLog:
         try:
             await app(scope, receive, send_traced)
         finally:
+            if (share := state.get("share")) is not None:
+                share.close()
             client = scope.get("client")
             self._log.info(
                 "request",

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
 from urllib.parse import parse_qsl
 
+import numpy as np
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
-from starlette.requests import ClientDisconnect
 
 from service import threads
+from service.admission import UNCOUNTED, Admission, share_of
 from service.codecs import Buffer, Format
 from service.codecs.content_coding import decode as without_coding
 from service.codecs.options import AnswerOptions, OutputOptions, option_value
-from service.errors import BodyTooLarge, FieldError, InvalidRequest, NotParseable
+from service.errors import BodyTooLarge, ClientLeft, FieldError, InvalidRequest
 from service.negotiation import Headers, body_coding, body_format
 from service.request_log import Timing, milliseconds_since
 from service.validation import field_errors
@@ -59,6 +60,17 @@ class RequestModel(BaseModel):
     ANSWER: ClassVar[type[AnswerOptions]] = OutputOptions
     """What a request may say about the answer's form, in the query string."""
 
+    def bytes_of_arrays(self) -> int:
+        """Memory of what was decoded. What is a view of the body counts again: that is on the safe side."""
+        size = 0
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                size += value.nbytes
+            elif isinstance(value, list):
+                size += sum(part.bytes_of_arrays() for part in value if isinstance(part, RequestModel))
+        return size
+
     def arguments(self) -> dict[str, object]:
         """The fields as keyword arguments of a core function."""
         return {name: getattr(self, name) for name in type(self).model_fields}
@@ -82,11 +94,16 @@ async def decoded(request: Request, headers: Headers, options: Mapping[str, Any]
     seconds = math.inf if coding or not body else len(body) * served.seconds_to_decode
     work = partial(_decoded, model, served, coding, body, limit, options)
     timing: Timing = request.scope["state"]["timing"]
+    if seconds >= threads.WORTH_A_THREAD:
+        share_of(request.scope).enter()
     start = time.perf_counter()
     try:
-        return await threads.run(seconds, work, state.codec_threads)
+        asked = await threads.run(seconds, work, state.codec_threads)
     finally:
         timing.parse += milliseconds_since(start)
+    if seconds >= threads.WORTH_A_THREAD:
+        share_of(request.scope).hold_body(len(body) + asked.bytes_of_arrays())
+    return asked
 
 
 def query_options(request: Request) -> dict[str, Any]:
@@ -130,18 +147,23 @@ async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
+    admission: Admission = request.scope["app"].state.pool.admission
+    admission.require_hope(declared)
     body: bytearray | None = None
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise NotParseable("the connection was closed before the body was whole") from ClientDisconnect()
+            raise ClientLeft("the client closed the connection before its body was whole")
         # The server has given the rest of it up.
         if refusal := request.scope["state"].get("refusal"):
             raise refusal
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body or b"") + len(chunk) > limit:
+        size = len(body or b"") + len(chunk)
+        if size > limit:
             raise _too_large(f"more than {limit:,} bytes", limit)
+        if size > UNCOUNTED:
+            share_of(request.scope).hold_body(size)
         if body is None:
             if not more:
                 return chunk

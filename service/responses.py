@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from service import threads
+from service.admission import UNCOUNTED, share_of
 from service.codecs import ENCODED, Format, Parts
 from service.codecs import json as json_format
 from service.codecs.content_coding import encode as with_coding
@@ -56,23 +57,32 @@ class Answerer:
         self._format = served[self.media_type]
         self._coding = answer_coding(headers.get(b"accept-encoding"))
         self._options = options
+        self._scope = request.scope
         self._timing: Timing = request.scope["state"]["timing"]
         self._threads: anyio.CapacityLimiter = request.scope["app"].state.codec_threads
 
-    async def __call__(self, **fields: Any) -> Response:
+    async def __call__(self, **fields: Any) -> "PartsResponse":
         """The fields, the array that was asked for first."""
-        numbers = 0
+        numbers = size = 0
         for value in fields.values():
             if type(value) is np.ndarray:
                 numbers += value.size
+                size += value.nbytes
+        if size > UNCOUNTED:
+            share_of(self._scope).hold_answer(size)
         seconds = numbers * (self._format.seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0))
         start = time.perf_counter()
         try:
-            return await threads.run(seconds, partial(self._encoded, fields), self._threads)
+            response = await threads.run(seconds, partial(self._encoded, fields), self._threads)
         finally:
             self._timing.encode += milliseconds_since(start)
+        if (share := self._scope["state"].get("share")) is not None:
+            # A reader who takes his time keeps nobody from computing, but he does keep the memory.
+            share.leave()
+            share.hold_answer(response.size)
+        return response
 
-    def _encoded(self, fields: dict[str, Any]) -> Response:
+    def _encoded(self, fields: dict[str, Any]) -> "PartsResponse":
         assert self._format.encode is not None  # noqa: S101 - answer_format gives no other
         parts = self._format.encode(fields, self._options)
         headers = [(b"vary", b"accept, accept-encoding")]
@@ -91,7 +101,7 @@ class PartsResponse(Response):
 
     def __init__(self, parts: Parts, media_type: str, headers: list[tuple[bytes, bytes]]) -> None:
         # Not Response.__init__: it would join the parts, and takes longer over the header than they do.
-        size = sum(map(len, parts))
+        self.size = size = sum(map(len, parts))
         self.status_code = HTTPStatus.OK
         self.background = None
         self.body = b""
@@ -106,9 +116,13 @@ class PartsResponse(Response):
         """Send it."""
         del scope, receive
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        last = len(self._parts) - 1
-        for at, part in enumerate(self._parts):
-            await send({"type": "http.response.body", "body": part, "more_body": at < last})
+        if self.size <= TOGETHER:
+            await send({"type": "http.response.body", "body": self._parts[0], "more_body": False})
+            return
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        # Which waits until nearly all of it has been taken: so long the memory is the request's.
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _in_header(fields: dict[str, Any]) -> str:

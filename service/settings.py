@@ -4,7 +4,7 @@ import difflib
 import os
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CORR2D_"
@@ -27,8 +27,17 @@ class Settings(BaseSettings):
         None, ge=1, le=1024, description="cores to compute with, shared by the workers; unset: all that may be used"
     )
     max_body_mb: float = Field(64, gt=0, le=100_000, description="largest request body, in MB (10^6 bytes)")
-    max_compute_mb: float = Field(
-        2000, gt=0, le=10_000_000, description="largest estimated memory of one computation, in MB"
+    memory_mb: float | None = Field(
+        None,
+        gt=0,
+        le=10_000_000,
+        description="memory that all requests at a time may take, shared by the workers, in MB; unset: 0.6 of all",
+    )
+    max_compute_mb: float | None = Field(
+        None,
+        gt=0,
+        le=10_000_000,
+        description="largest estimated memory of one computation, in MB; unset: 2000, or half of a worker's memory",
     )
     max_compute_gflop: float = Field(
         200, gt=0, le=1e9, description="largest estimated arithmetic of one computation, in Gflop (10^9 operations)"
@@ -37,6 +46,9 @@ class Settings(BaseSettings):
         60, gt=0, le=86_400, description="time for a computation, its wait included, in seconds"
     )
     queue: int = Field(64, ge=0, le=100_000, description="computations that may wait for their turn")
+    queue_timeout_s: float = Field(
+        10, gt=0, le=86_400, description="longest wait for a turn; who would wait longer is refused, in seconds"
+    )
     connections: int = Field(1000, ge=1, le=1_000_000, description="connections at a time, of each worker")
     idle_timeout_s: float = Field(
         8, gt=0, le=86_400, description="time after which a connection without a request is closed, in seconds"
@@ -58,6 +70,17 @@ class Settings(BaseSettings):
         "console", description="one line a request: console for people, json for machines"
     )
 
+    @model_validator(mode="after")
+    def _fits_into_memory(self) -> "Settings":
+        if self.memory_mb is not None and self.max_compute_mb is not None:
+            half = self.memory_mb / self.workers / 2
+            if self.max_compute_mb > half:
+                raise ValueError(
+                    f"{PREFIX}MAX_COMPUTE_MB {self.max_compute_mb:g} is above {half:g}, half of what a worker has of "
+                    f"{PREFIX}MEMORY_MB {self.memory_mb:g}"
+                )
+        return self
+
 
 def load_settings(**flags: object) -> Settings:
     """The settings in force: flags (None: not given) over environment over defaults.
@@ -70,6 +93,8 @@ def load_settings(**flags: object) -> Settings:
         return Settings.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise SettingsError(str(first["ctx"]["error"])) from error
         name = str(first["loc"][0])
         variable = PREFIX + name.upper()
         origin = f"--{name.replace('_', '-')}" if name in given else variable

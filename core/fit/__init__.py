@@ -7,7 +7,7 @@ from typing import ParamSpec
 
 from core.arrays import ArrayLike
 from core.device import CPU, resolve_device
-from core.errors import InvalidArgument, InvalidOption
+from core.errors import Cost, InvalidArgument, InvalidOption
 from core.fit.fitting import Fitting
 from core.fit.layout import Layout
 from core.fit.losses import Loss
@@ -137,7 +137,7 @@ def fit_kernel_steps(
         batch=batch_size or 1,
     )
     if limits is not None:
-        limits.require(way.megabytes, way.gflop, way.seconds)
+        limits.require(Cost(way.megabytes, way.gflop, way.seconds))
     return Fitting(
         options=options,
         examples=single,

@@ -18,7 +18,8 @@ from service.codecs.layout import largest_within
 from service.codecs.options import FitOptions
 from service.negotiation import header_fields
 from service.openapi import computing
-from service.progress import EVENT_STREAM, NDJSON, ProgressStream, unless_left
+from service.presence import unless_left
+from service.progress import EVENT_STREAM, NDJSON, ProgressStream
 from service.requests import (
     Dilation,
     Groups,
@@ -203,17 +204,17 @@ async def train_kernel(request: Request) -> Response:
     form = answer_options(options, FitOptions)
     answer = Answerer(request, headers, form, SERVED)
     asked = await decoded(request, headers, options, TrainKernelRequest)
-    timing, compute = request.scope["state"]["timing"], request.app.state.compute
+    compute = request.app.state.compute
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
-        fit = await compute.steps(timing, core.fit_kernel_steps, report, **asked.arguments())
+        fit = await compute.steps(request, core.fit_kernel_steps, report, **asked.arguments())
         return _fields(fit, thin=form.history == "thin")
 
     if SERVED[answer.media_type].encode is None:
         stream = ProgressStream(request, answer.media_type, form, from_forecast=asked.refuse_divergence)
         await stream.begin(fitted)
         return stream
-    return await answer(**await unless_left(request, fitted()))
+    return await answer(**await unless_left(request.receive, fitted()))
 
 
 def _fields(fit: core.FitResult, *, thin: bool) -> Fields:

@@ -351,3 +351,23 @@ def test_a_problem_over_the_limits_is_refused_before_anything_is_allocated() -> 
         correlate(np.ones((200, 200)), "box(15)", limits=limits)
     assert caught.value.quantity == "compute"
     assert correlate(np.ones((100, 100)), "box(3)", limits=limits).output.shape == (98, 98)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, np.float32])
+def test_what_a_call_would_cost_is_told_from_its_shapes(dtype: Any) -> None:
+    image = np.broadcast_to(np.zeros((), dtype), (50_000, 50_000))
+    cost = core.cost_of(correlate, input=image, kernel="box(3)")
+    assert cost.megabytes > 2 * 4 * 50_000**2 / 1e6
+    assert cost.gflop == pytest.approx(2 * 9 * 49_998**2 / 1e9)
+    assert cost.seconds > 1
+    with pytest.raises(core.InvalidShape):
+        core.cost_of(correlate, input=image[:2], kernel="box(3)")
+
+
+def test_what_a_layer_and_a_fit_would_cost() -> None:
+    image = np.zeros((64, 64))
+    assert core.cost_of(core.conv2d, input=image, weight=np.zeros((8, 1, 3, 3))).gflop > 0
+    few, many = (
+        core.cost_of(core.fit_kernel_steps, input=image, target=image[2:, 2:], steps=steps) for steps in (1, 10**6)
+    )
+    assert many.seconds > few.seconds + 1

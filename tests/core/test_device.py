@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import core
-from core.device import require_dtype, usable_cores
+from core.device import require_dtype, usable_cores, usable_memory
 
 
 def test_auto_takes_the_first_of_the_devices_that_are_there() -> None:
@@ -47,6 +47,7 @@ V1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
 
 def cgroup(folder: Path, files: dict[str, str]) -> Path:
     (folder / "cpu").mkdir()
+    (folder / "memory").mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder
@@ -76,3 +77,13 @@ def test_the_cores_are_those_that_the_container_may_use(
 def test_a_quota_between_two_cores_counts_as_the_larger(tmp_path: Path) -> None:
     without_quota = usable_cores(tmp_path / "none")
     assert usable_cores(cgroup(tmp_path, {"cpu.max": "150000 100000\n"})) == min(2, without_quota)
+
+
+@pytest.mark.parametrize("files", [{"memory.max": "1000000\n"}, {"memory/memory.limit_in_bytes": "1000000\n"}])
+def test_the_memory_of_a_container_is_what_its_limit_says(tmp_path: Path, files: dict[str, str]) -> None:
+    assert usable_memory(cgroup(tmp_path, files)) == 10**6
+
+
+@pytest.mark.parametrize("files", [{"memory.max": "max\n"}, {"memory/memory.limit_in_bytes": "9223372036854771712\n"}])
+def test_without_a_limit_it_is_the_machines(tmp_path: Path, files: dict[str, str]) -> None:
+    assert usable_memory(cgroup(tmp_path, files)) == usable_memory(tmp_path / "none") > 10**8

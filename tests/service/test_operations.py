@@ -78,7 +78,9 @@ def test_torch_computes_with_the_threads_that_are_set() -> None:
         app = create_app(Settings(threads=1))
         with in_process(app) as send:
             # torch's number belongs to the thread that asks: what counts is that of the threads that compute.
-            in_the_pool = asyncio.run(app.state.pool.run(Timing(), lambda _: torch.get_num_threads()))
+            in_the_pool = asyncio.run(
+                app.state.pool.run(Timing(), core.Cost(1, 1, 1), lambda _: torch.get_num_threads())
+            )
             assert send("GET", "/info").json()["threads"] == in_the_pool == 1
     finally:
         torch.set_num_threads(before)
@@ -88,7 +90,12 @@ def test_info_tells_versions_devices_engines_and_limits(send: Send) -> None:
     info = send("GET", "/info").json()
     assert info["engines"] == {name: engine.METHOD for name, engine in core.ENGINES.items()}
     assert [device["device"] for device in info["devices"]] == core.available_devices()
-    assert info["settings"] == Settings(device="cpu").model_dump()
+    memory = 0.6 * core.usable_memory() / 1e6
+    in_force = {
+        "memory_mb": pytest.approx(memory, abs=1),
+        "max_compute_mb": pytest.approx(min(2000, memory / 2), abs=1),
+    }
+    assert info["settings"] == {**Settings(device="cpu").model_dump(), **in_force}
     assert info["threads"] == torch.get_num_threads()
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])
 
