@@ -22,6 +22,7 @@ many small ones there may be. "Alone" is the same rate, on connections of the sa
 
 import argparse
 import asyncio
+import gc
 import io
 import math
 import os
@@ -45,6 +46,7 @@ import uvloop
 from engines import cpu_model, digits, plain_axes, spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from open_loop import LOST, Clients, Sent, Stream, keep_busy, offer
 from servers import SERVERS, SUBJECT
 from servers.processes import Running, running
@@ -422,6 +424,7 @@ def plot(axes: Axes, multiples: Sequence[float], lines: Sequence[Line]) -> None:
     axes.set_xlabel("large requests offered, in multiples of what can be done")
     axes.set_xticks(multiples, [f"{multiple:g}" for multiple in multiples])
     plain_axes(axes)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     to_share = axes.transData + axes.transAxes.inverted()
     heights = spread({line.label: float(to_share.transform(points[line.label][-1])[1]) for line in lines})
     for line in lines:
@@ -469,6 +472,9 @@ def main() -> None:
     core_of_server, core_of_load = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core_of_load})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # after which the server is stopped
+    # To look through all that is imported for garbage would hold up the load for a third of a second.
+    gc.freeze()
+    gc.disable()
     with (
         tempfile.TemporaryDirectory() as folder,
         running(server, core_of_server, Path(folder)) as one,

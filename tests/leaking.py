@@ -10,13 +10,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service.__main__
 import service.app
+from service.settings import Settings
 
 LEAK = "LEAK"
 """The environment's name for them: the command line is the service's own."""
 
 KEPT: list[bytes] = []
 
-sound = service.app.create_worker_app
+sound = service.app.create_app
 
 
 class Leak:
@@ -33,13 +34,13 @@ class Leak:
         await self._app(scope, receive, send)
 
 
-def leaking() -> FastAPI:
-    """The worker's application."""
-    app = sound()
+def leaking(settings: Settings) -> FastAPI:
+    """The application, and the leak around it."""
+    app = sound(settings)
     app.add_middleware(Leak, size=int(os.environ[LEAK]))
     return app
 
 
 if __name__ == "__main__":
-    service.app.create_worker_app = leaking
+    service.app.create_app = leaking
     service.__main__.app()
