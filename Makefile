@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test check format bench learning wire fuzz gpu constraints pictures clean
+.PHONY: help serve test check format bench learning wire fuzz gpu monitoring constraints pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,12 +37,16 @@ learning: .venv/bench.stamp  ## measure learning beside autograd and least squar
 wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
 	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png
 
-fuzz: .venv/fuzz.stamp  ## a minute of coverage-guided fuzzing of every decoder (FUZZ_SECONDS=60)
+fuzz: .venv/fuzz.stamp  ## thousands of requests made of the description, then a minute on every decoder (FUZZ_SECONDS=60)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_description_holds.py
 	for format in json npy npz safetensors png jpeg gzip deflate zstd; do \
 		$(BIN)/python tests/fuzz/decoders.py $$format --seconds $(FUZZ_SECONDS) || exit 1; done
 
 gpu: .venv/dev.stamp  ## check and time the engines on a GPU, where there is one
 	$(BIN)/python benchmarks/gpu.py
+
+monitoring: .venv/dev.stamp  ## check alerts and dashboard with promtool, where it is installed (apt-get install prometheus)
+	$(BIN)/pytest -q -rs -p no:randomly tests/house/test_monitoring.py
 
 pictures: .venv/bench.stamp  ## draw the pictures of the README again
 	$(BIN)/python docs/pictures.py

@@ -19,13 +19,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service import exit_codes
 from service.settings import PREFIX, Settings, SettingsError, load_settings
 from service.version import VERSION
 
 Number = TypeVar("Number", int, float)
-
-EXIT_REFUSED = 1
-EXIT_SETTINGS = 3
 
 TRY_IT = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
 
@@ -57,7 +55,9 @@ ArrayFile = Annotated[Path | None, typer.Option(help="to begin with; unset: rand
 
 def setting_text(value: object) -> str:
     """A setting's value as help texts and the README show it."""
-    return "unset" if value is None else str(value)
+    if value is None:
+        return "unset"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flags_of_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -107,9 +107,10 @@ def serve(**flags: object) -> None:
     try:
         resolve_device(settings.device)
     except CoreError as error:
-        _stop(f"{PREFIX}DEVICE {error}", EXIT_SETTINGS)
+        _stop(f"{PREFIX}DEVICE {error}", exit_codes.SETTINGS)
     typer.echo(f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:")
-    typer.echo(f"  {TRY_IT % address}")
+    key = "" if settings.api_keys is None and settings.api_keys_file is None else " -H 'X-API-Key: ...'"
+    typer.echo(f"  {TRY_IT % address}{key}")
     sys.stdout.flush()
     run(settings, listener)
 
@@ -350,16 +351,16 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (CoreError, ValueError, OSError) as error:
-        _stop(str(error), EXIT_REFUSED)
+        _stop(str(error), exit_codes.REFUSED)
     except MemoryError as error:
-        _stop(f"too large for this machine: {error}", EXIT_REFUSED)
+        _stop(f"too large for this machine: {error}", exit_codes.REFUSED)
 
 
 def _settings(flags: Mapping[str, object]) -> Settings:
     try:
         return load_settings(**flags)
     except SettingsError as error:
-        _stop(str(error), EXIT_SETTINGS)
+        _stop(str(error), exit_codes.SETTINGS)
 
 
 def _listener(settings: Settings) -> socket.socket:
@@ -372,7 +373,7 @@ def _listener(settings: Settings) -> socket.socket:
         _stop(
             f"cannot listen on {settings.host} port {settings.port}: {reason}; "
             f"{PREFIX}HOST and {PREFIX}PORT (--host, --port) choose others",
-            EXIT_SETTINGS,
+            exit_codes.SETTINGS,
         )
 
 

@@ -13,18 +13,21 @@ import torch
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
-from starlette.responses import RedirectResponse
 
-from core import CoreError, Machine, usable_cores, usable_memory
+from core import ENGINES, CoreError, Machine, usable_cores, usable_memory
+from service import exit_codes
 from service.admission import SHARE_OF_A_COMPUTATION
 from service.compute import Compute
+from service.doors import BrowserHeaders, CrossOrigin, Locked
+from service.keys import KeyRing
 from service.log import configure_logging
+from service.metrics import Metrics, Table
 from service.openapi import describe
 from service.pool import ComputePool
-from service.problems import add_error_handlers, refused
+from service.problems import REASONS, add_error_handlers, answer_given_up
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
-from service.routes import conv2d, correlate, health, info, kernels, train_kernel
+from service.routes import conv2d, correlate, health, info, kernels, metrics, pages, train_kernel
 from service.routes.array_route import ShortWay
 from service.settings import Settings
 from service.version import VERSION
@@ -33,9 +36,6 @@ DESCRIPTION = """\
 Convolution as a service: post arrays, get back their 2-D cross-correlation, a Conv2d layer's output, or a kernel
 learned from examples. Errors are `application/problem+json` and say what came, what is allowed and how to change it.
 """
-
-EXIT_BROKEN = 4
-"""A process whose warm-up came out wrong would compute wrongly, or not at all: it ends with this code."""
 
 LANES = 2
 """Computations at a time, each with all threads, beside one more that is short."""
@@ -48,23 +48,29 @@ LARGEST_COMPUTATION_MB = 2000
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The service with these settings. Call it once a process: the threads that torch may use belong to the process."""
+def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
+    """The service with these settings, counting in that table, or in one of its own.
+
+    Call it once a process: the threads that torch may use belong to the process.
+    """
     threads = settings.threads or usable_cores()
+    traced = any(name.startswith("OTEL_") for name in os.environ)
     app = FastAPIOffline(
         title="corr2d",
         version=VERSION,
         description=DESCRIPTION,
         lifespan=_lifespan,
-        docs_url="/docs",
+        # Ours is in service/routes/pages.py.
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         # Asking for each request whether anybody listens takes longer than decoding a small one.
-        telemetry=None if any(name.startswith("OTEL_") for name in os.environ) else NO_TELEMETRY,
-        swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True},
+        telemetry=None if traced else NO_TELEMETRY,
     )
     settings, memory = _within_memory(settings)
     app.state.settings = settings
+    app.state.metrics = Metrics(table, engines=ENGINES, reasons=REASONS)
+    app.state.metrics.queue_limit.set(settings.queue)
     machine = Machine(max(1, threads // settings.workers))
     app.state.pool = ComputePool(
         lanes=LANES,
@@ -78,15 +84,25 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.max_body = int(settings.max_body_mb * 1e6)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
-    app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
-    app.add_middleware(RequestLog, refused=refused)
+    # Each outside of those above it.
+    app.add_middleware(BrowserHeaders)
+    if not traced:
+        # Spans are named by the route that FastAPI finds.
+        app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
+    locked = settings.api_keys is not None or settings.api_keys_file is not None
+    if locked:
+        listed = settings.api_keys.get_secret_value() if settings.api_keys else None
+        app.add_middleware(Locked, keys=KeyRing(listed, settings.api_keys_file))
+    if settings.origins:
+        app.add_middleware(CrossOrigin, origins=settings.origins, credentials=settings.cors_credentials)
+    app.add_middleware(RequestLog, metrics=app.state.metrics, given_up=answer_given_up)
     add_error_handlers(app)
-    for resource in (health, info, kernels, train_kernel, conv2d, correlate):
+    for resource in (health, metrics, info, kernels, train_kernel, conv2d, correlate):
         # Their routes, not include_router: FastAPI looks an included router's routes up anew for every request. And
         # before those of /docs, for they are tried in turn.
         app.router.routes[:0] = resource.router.routes
-    app.add_api_route("/", _front_door, include_in_schema=False)
-    describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest)
+    app.router.routes += pages.router.routes
+    describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest, locked=locked)
     return app
 
 
@@ -104,10 +120,10 @@ def _within_memory(settings: Settings) -> tuple[Settings, int]:
     return settings.model_copy(update=settled), int(1e6 * each)
 
 
-def create_worker_app(settings: Settings) -> FastAPI:
+def create_worker_app(settings: Settings, table: Table) -> FastAPI:
     """The service as the only application of a process."""
     configure_logging(settings.log_format)
-    app = create_app(settings)
+    app = create_app(settings, table)
     app.state.process_is_ours = True
     return app
 
@@ -119,6 +135,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     warming.cancel()
     app.state.readiness.failed("the service is going down")
+    app.state.metrics.ready.set(0)
     app.state.pool.close()
     if app.state.process_is_ours and app.state.pool.busy:
         # A computation past its deadline cannot be interrupted, and Python would wait for its thread before it ends.
@@ -137,7 +154,7 @@ async def _become_ready(app: FastAPI) -> None:
         log.error("warm-up failed", reason=str(error))  # noqa: TRY400 - the reason is all there is to say
         if app.state.process_is_ours:
             logging.shutdown()
-            os._exit(EXIT_BROKEN)
+            os._exit(exit_codes.BROKEN)
     else:
         app.state.compute.machine = machine
         if app.state.process_is_ours:
@@ -145,9 +162,5 @@ async def _become_ready(app: FastAPI) -> None:
             gc.collect()
             gc.freeze()
         app.state.readiness.ready(device)
+        app.state.metrics.ready.set(1)
         log.info("ready", device=device, threads=machine.threads)
-
-
-async def _front_door() -> RedirectResponse:
-    """Whoever opens the address in a browser wants to see what there is."""
-    return RedirectResponse("/docs")

@@ -14,7 +14,7 @@ from service.arrays import Array, first_place
 from service.codecs.layout import largest_within
 from service.codecs.options import OutputOptions
 from service.negotiation import header_fields
-from service.requests import RequestModel, answer_options, decoded, query_options
+from service.requests import Device, RequestModel, answer_options, decoded, query_options
 from service.responses import Answerer, as_numpy
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -28,7 +28,7 @@ class ConvolutionRequest(RequestModel):
     ARRAYS: ClassVar[tuple[str, ...]] = ()
 
     method: Method = Field("auto", description="the family of algorithms; auto takes what should be fastest")
-    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
+    device: Device = "auto"
     dtype: Dtype = Field("float32", description="what to compute in")
     explain: bool = Field(default=False, description="say in the answer what the choice among engines was made by")
 
@@ -77,7 +77,9 @@ async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest]
     asked = await decoded(request, headers, options, model)
     arguments = asked.arguments()
     explain = arguments.pop("explain")
-    result = await request.app.state.compute(request, verb, **arguments)
+    state = request.scope["app"].state
+    result = await state.compute(request, verb, **arguments)
+    state.metrics.engine(result.engine)
     explanation = {"explanation": _explanation(result)} if explain else {}
     return await answer(
         output=as_numpy(result.array),

@@ -5,6 +5,7 @@ ServiceError
 ├── InvalidRequest         a body or a query that says something unacceptable
 ├── UnsupportedMediaType   a body in a format or a content coding that is not served
 ├── NotAcceptable          nothing that is served satisfies Accept
+├── Unauthorized           no API key, or none of the service's
 ├── BodyTooLarge           a body over the limit, as it came or decoded
 ├── HeaderTooLarge         a head over the limit
 ├── UriTooLong             a target over the limit
@@ -55,6 +56,10 @@ class UnsupportedMediaType(ServiceError):
 
 class NotAcceptable(ServiceError):
     """Nothing that is served satisfies Accept."""
+
+
+class Unauthorized(ServiceError):
+    """No API key, or none of the service's."""
 
 
 class BodyTooLarge(ServiceError):

@@ -10,13 +10,17 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+"""Without the local variables, which structlog shows unless told: there are bodies and API keys among them."""
+
 
 def configure_logging(log_format: Literal["console", "json"]) -> None:
     """Send structlog's lines and the standard library's (uvicorn's) to stderr in one format."""
     if log_format == "json":
-        rendered: list[Processor] = [structlog.processors.dict_tracebacks, _json]
+        rendered: list[Processor] = [structlog.processors.ExceptionRenderer(TRACEBACKS), _json]
     elif sys.stderr.isatty():
-        rendered = [structlog.dev.ConsoleRenderer(pad_event_to=0, sort_keys=False)]
+        plain = structlog.dev.plain_traceback
+        rendered = [structlog.dev.ConsoleRenderer(pad_event_to=0, sort_keys=False, exception_formatter=plain)]
     else:
         rendered = [_plain]
     structlog.configure(

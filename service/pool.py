@@ -116,6 +116,11 @@ class ComputePool:
         return bool(self._running or self._waiting)
 
     @property
+    def running(self) -> int:
+        """How many are computed."""
+        return len(self._running)
+
+    @property
     def depth(self) -> int:
         """How many computations wait."""
         return len(self._waiting)

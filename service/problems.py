@@ -37,10 +37,11 @@ from service.errors import (
     NotReady,
     ServiceError,
     TooSlow,
+    Unauthorized,
     UnsupportedMediaType,
     UriTooLong,
 )
-from service.request_log import trace_headers
+from service.request_log import INTERNAL, trace_headers
 from service.validation import field_errors
 
 MEDIA_TYPE = "application/problem+json"
@@ -77,6 +78,7 @@ ERRORS: Mapping[type[Exception], Kind] = {
     ServiceError: Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "failed", "The request failed"),
     NotParseable: Kind(HTTPStatus.BAD_REQUEST, "not-parseable", "The body cannot be parsed"),
     InvalidRequest: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", "The request is not acceptable"),
+    Unauthorized: Kind(HTTPStatus.UNAUTHORIZED, "unauthorized", "An API key is needed"),
     UnsupportedMediaType: Kind(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The body's format is not served"
     ),
@@ -93,6 +95,10 @@ ERRORS: Mapping[type[Exception], Kind] = {
     ClientLeft: Kind(499, "client-left", "The client left"),
     DeadlinePassed: Kind(HTTPStatus.GATEWAY_TIMEOUT, "deadline-passed", "The request ran out of time"),
 }
+
+
+REASONS = (*(kind.name for kind in ERRORS.values()), "not-found", "method-not-allowed", INTERNAL)
+"""The names of all problems there are, those of the router among them."""
 
 
 class ProblemEntry(BaseModel):
@@ -135,9 +141,9 @@ def response_to(request: Request, error: CoreError | ServiceError) -> Response:
     return _core_error(request, error) if isinstance(error, CoreError) else _service_error(request, error)
 
 
-async def refused(scope: Scope, receive: Receive, send: Send) -> None:
+async def answer_given_up(scope: Scope, receive: Receive, send: Send) -> None:
     """ASGI application: the answer to a request whose state holds the refusal already."""
-    error: ServiceError = scope["state"]["refusal"]
+    error: ServiceError = scope["state"]["given_up"]
     await _service_error(Request(scope), error)(scope, receive, send)
 
 
@@ -148,7 +154,8 @@ def problem_response(
     errors: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The answer to an error, cut to fit into MAX_BYTES."""
+    """The answer to an error, cut to fit into MAX_BYTES; the request's state says from then on why it was refused."""
+    request.state.refused = kind.name
     shown = [_entry(error) for error in errors[:MAX_ERRORS]]
     while True:
         body: dict[str, Any] = {
@@ -204,13 +211,17 @@ def _http_error(request: Request, error: Exception) -> Response:
     return problem_response(request, kind, detail, headers=error.headers)
 
 
-def _bug(request: Request, error: Exception) -> Response:
-    """A fault of ours: its trace goes to the log, under the request id that the client gets."""
-    del error
-    kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal error")
+def fault_response(request: Request, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a fault of ours: its trace goes to the log, under the request id that the client gets."""
+    kind = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, INTERNAL, "Internal error")
     detail = "a fault of the service; its log has the details under this request_id"
-    # Starlette answers these outside of all middleware, so the headers of every response are put on here.
-    return problem_response(request, kind, detail, headers=trace_headers(request.scope))
+    return problem_response(request, kind, detail, headers=headers)
+
+
+def _bug(request: Request, error: Exception) -> Response:
+    """Starlette answers these outside of all middleware, so the headers of every response are put on here."""
+    del error
+    return fault_response(request, trace_headers(request.scope))
 
 
 def _entry(error: FieldError) -> dict[str, str]:

@@ -31,7 +31,7 @@ SLICE = 1 << 14
 """Bytes of requests that are parsed at a time: what follows waits until those in it are answered."""
 
 MAX_DROPPED = 1 << 22
-"""Bytes of an unwanted body that are read so that its sender comes to see the answer."""
+"""Bytes of bodies that nobody wants that are read, so that their senders come to see the answer."""
 
 FRAMES_A_BODY = frozenset({b"content-length", b"transfer-encoding"})
 
@@ -216,7 +216,7 @@ class Protocol(HttpToolsProtocol):
         """A request begins."""
         super().on_message_begin()
         self._messages += 1
-        self._framing = 0
+        self._framing = self._dropped = 0
         self._in_head = True
 
     def on_headers_complete(self) -> None:
@@ -264,7 +264,10 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of a body."""
         self._framing = max(0, self._framing - 2 * len(body))
-        super().on_body(body)
+        if self.cycle.response_complete:
+            self._drop(len(body))
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is whole."""
@@ -279,7 +282,7 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
-        elif (self._in_body and not self._rest) or self._refused:
+        elif self._refused:
             self.transport.close()
         elif not self._rest:
             self.flow.resume_reading()
@@ -299,7 +302,7 @@ class Protocol(HttpToolsProtocol):
         self._refused = True
         if self._in_body:
             # The application has the request already: its body ends here, and this is why.
-            self.cycle.scope["state"]["refusal"] = error
+            self.cycle.scope["state"]["given_up"] = error
             self.cycle.keep_alive = False
             self.cycle.more_body = False
             self.cycle.message_event.set()
@@ -310,7 +313,7 @@ class Protocol(HttpToolsProtocol):
         path = self.url.partition(b"?")[0][:SHOWN]
         scope = cast("dict[str, Any]", self.scope)
         scope.update(method="-", path=path.decode("latin-1"), raw_path=path, query_string=b"")
-        scope["state"]["refusal"] = error
+        scope["state"]["given_up"] = error
         previous = self.cycle
         self.cycle = RequestResponseCycle(
             scope=self.scope,
@@ -332,6 +335,7 @@ class Protocol(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _drop(self, size: int) -> None:
+        """Read what nobody wants, but not for ever."""
         self._dropped += size
         if self._dropped > MAX_DROPPED:
             self.transport.abort()
@@ -345,10 +349,10 @@ class Protocol(HttpToolsProtocol):
             return Phase.SENDING, self.transport.sent - unsent
         if self._in_head:
             return Phase.HEAD, self._messages
-        if self.cycle is None or self.cycle.response_complete:
-            return Phase.IDLE, self._messages
         if self._in_body and not self._refused and not self.flow.read_paused:
             return Phase.BODY, self._received
+        if self.cycle is None or self.cycle.response_complete:
+            return Phase.IDLE, self._messages
         return Phase.WORKING, 0
 
     def expire(self, phase: Phase, seconds: float) -> None:
@@ -356,7 +360,7 @@ class Protocol(HttpToolsProtocol):
         match phase:
             case Phase.HEAD:
                 self._refuse(TooSlow(f"the head of the request was not whole after {seconds:g} s"))
-            case Phase.BODY:
+            case Phase.BODY if not self.cycle.response_complete:
                 self._refuse(TooSlow(f"too little of the body came in {seconds:g} s; the next try is as welcome"))
             case Phase.SENDING:
                 self.transport.abort()

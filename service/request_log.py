@@ -8,9 +8,14 @@ import time
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.metrics import Metrics
+
 PROCESS = secrets.token_hex(8)
 NUMBERS = itertools.count()
 """Ids are numbered within a process of a random name: to draw each of them takes longer than to log it."""
+
+INTERNAL = "internal"
+"""The name of the problem that is a fault of ours."""
 
 ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -42,12 +47,16 @@ def trace_headers(scope: Scope) -> dict[str, str]:
 
 
 class RequestLog:
-    """ASGI middleware: puts `request_id` and `timing` into the request's state, adds headers, writes the line."""
+    """ASGI middleware: puts `request_id` and `timing` into the request's state, adds headers, writes the line, counts.
 
-    def __init__(self, app: ASGIApp, refused: ASGIApp) -> None:
-        """`refused` answers what the server has given up before the application saw it: see service/protocol.py."""
+    Whoever refuses a request puts the name of its problem into that state as `refused`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, given_up: ASGIApp) -> None:
+        """`given_up` answers what the server gave up before the application saw it: see service/protocol.py."""
         self._app = app
-        self._refused = refused
+        self._given_up = given_up
+        self._metrics = metrics
         self._log = structlog.get_logger("corr2d")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,8 +68,9 @@ class RequestLog:
         request_id = sent if ACCEPTABLE_ID.fullmatch(sent) else f"{PROCESS}{next(NUMBERS):016x}"
         timing = Timing()
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, timing=timing)
-        app = self._refused if "refusal" in state else self._app
+        state.update(request_id=request_id, timing=timing, refused=None)
+        app = self._given_up if "given_up" in state else self._app
+        self._metrics.begin()
         status, size, start = 500, 0, time.perf_counter()
 
         async def send_traced(message: Message) -> None:
@@ -79,16 +89,21 @@ class RequestLog:
 
         try:
             await app(scope, receive, send_traced)
+        except Exception:
+            state["refused"] = INTERNAL
+            raise
         finally:
             if (share := state.get("share")) is not None:
                 share.close()
+            elapsed = milliseconds_since(start)
+            self._metrics.end(scope["path"], status, timing, elapsed / 1000, size, state["refused"])
             client = scope.get("client")
             self._log.info(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
-                ms=milliseconds_since(start),
+                ms=elapsed,
                 parse_ms=timing.parse,
                 wait_ms=timing.wait,
                 compute_ms=timing.compute,

@@ -17,6 +17,7 @@ from service.codecs import Buffer, Format
 from service.codecs.content_coding import decode as without_coding
 from service.codecs.options import AnswerOptions, OutputOptions, option_value
 from service.errors import BodyTooLarge, ClientLeft, FieldError, InvalidRequest
+from service.metrics import Metrics
 from service.negotiation import Headers, body_coding, body_format
 from service.request_log import Timing, milliseconds_since
 from service.validation import field_errors
@@ -49,7 +50,21 @@ Padding = Annotated[
 
 Stride = Annotated[IntegerOrPair, Field(description="how far the kernel moves at once: an integer, or [rows, columns]")]
 Dilation = Annotated[IntegerOrPair, Field(description="the distance between taps: an integer, or [rows, columns]")]
-Groups = Annotated[int, Field(description="how many parts the channels fall into, each with filters of its own")]
+Groups = Annotated[
+    int,
+    Field(
+        description="how many parts the channels fall into, each with filters of its own",
+        json_schema_extra={"minimum": 1},
+    ),
+]
+Device = Annotated[
+    str,
+    Field(
+        description="where to compute: auto, cpu, cuda, cuda:1, mps",
+        # core says which of them are there.
+        json_schema_extra={"pattern": "^(auto|cpu|mps|cuda(:[0-9]+)?)$"},
+    ),
+]
 
 
 class RequestModel(BaseModel):
@@ -145,6 +160,7 @@ async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
     """
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
+    metrics: Metrics = request.scope["app"].state.metrics
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
     admission: Admission = request.scope["app"].state.pool.admission
@@ -155,10 +171,11 @@ async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
         if message["type"] == "http.disconnect":
             raise ClientLeft("the client closed the connection before its body was whole")
         # The server has given the rest of it up.
-        if refusal := request.scope["state"].get("refusal"):
-            raise refusal
+        if given_up := request.scope["state"].get("given_up"):
+            raise given_up
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
+        metrics.received(len(chunk))
         size = len(body or b"") + len(chunk)
         if size > limit:
             raise _too_large(f"more than {limit:,} bytes", limit)

@@ -85,7 +85,7 @@ class Answerer:
     def _encoded(self, fields: dict[str, Any]) -> "PartsResponse":
         assert self._format.encode is not None  # noqa: S101 - answer_format gives no other
         parts = self._format.encode(fields, self._options)
-        headers = [(b"vary", b"accept, accept-encoding")]
+        headers = [(b"vary", b"accept, accept-encoding"), *self._format.headers]
         if self.media_type != json_format.MEDIA_TYPE:
             headers.append((RESULT_HEADER, _in_header(fields).encode()))
         if self._coding is not None:

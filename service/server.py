@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import structlog
 import uvicorn
@@ -19,10 +19,14 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.multiprocess import Process
 
-from service.app import EXIT_BROKEN, create_worker_app
+from service import exit_codes
 from service.connections import SPARE, ConnectionLimits, expire_overdue
+from service.metrics import Metrics, Table
 from service.protocol import Protocol, State
 from service.settings import Settings
+
+if TYPE_CHECKING:  # for whoever only supervises does not load torch
+    from service.pool import ComputePool
 
 FILES = 256
 """Files that the process has open beside its connections, at most."""
@@ -41,11 +45,18 @@ def run(settings: Settings, listener: socket.socket) -> None:
     """Answer on the listening socket until SIGINT or SIGTERM, then finish what was begun."""
     # Many a client is one of few that the system gives each process unless it asks for more.
     settings = settings.model_copy(update={"connections": _connections_within_files(settings.connections)})
-    config = configuration(partial(create_worker_app, settings), settings, factory=True)
+    config = configuration(partial(_application, settings, Table(settings.workers)), settings, factory=True)
     if settings.workers == 1:
         Server(config, settings.drain_s).run(sockets=[listener])
     else:
         Supervisor(config, listener, settings.drain_s).run()
+
+
+def _application(settings: Settings, table: Table) -> FastAPI:
+    """Made in each worker; whoever only supervises them need not load torch, which is imported here."""
+    from service.app import create_worker_app
+
+    return create_worker_app(settings, table)
 
 
 def configuration(app: FastAPI | Callable[[], FastAPI], settings: Settings, *, factory: bool = False) -> uvicorn.Config:
@@ -102,11 +113,17 @@ class Server(uvicorn.Server):
         self._closes_at = time.monotonic() + (self._drain_s if sig == signal.SIGTERM else 0)
         self.drain()
 
+    @property
+    def _app(self) -> FastAPI | None:
+        """The application, once it is made."""
+        return cast("FastAPI", self.config.loaded_app) if self.config.loaded else None
+
     def drain(self) -> None:
         """Say that it goes down."""
         self._state.draining = True
-        if isinstance(app := self.config.loaded_app if self.config.loaded else None, FastAPI):
+        if (app := self._app) is not None:
             app.state.readiness.failed("the service is going down")
+            app.state.metrics.ready.set(0)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: look at the connections, and whether it is time to go."""
@@ -115,9 +132,21 @@ class Server(uvicorn.Server):
             limits = _limits(self.config)
             self._looks_at = now + limits.between_looks
             expire_overdue(self.server_state.connections, limits, now)  # type: ignore[arg-type]  # they are Protocols
+        if (app := self._app) is not None:
+            self._set_gauges(app)
         if self._closes_at is not None and time.monotonic() >= self._closes_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _set_gauges(self, app: FastAPI) -> None:
+        """What is the case now, as /metrics tells it: no request pays for that."""
+        metrics: Metrics = app.state.metrics
+        pool: ComputePool = app.state.pool
+        metrics.connections.set(len(self.server_state.connections))
+        metrics.computations.set(pool.running)
+        metrics.queue_depth.set(pool.depth)
+        metrics.memory_used.set(pool.admission.used)
+        metrics.memory_limit.set(pool.admission.memory)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, finish what was begun, end."""
@@ -200,7 +229,7 @@ class Supervisor(Multiprocess):
             worker.kill()
             worker.join()
             self._log.warning("worker died", pid=worker.pid, exit_code=worker.exitcode)
-            if worker.exitcode in (STARTUP_FAILURE, EXIT_BROKEN):
+            if worker.exitcode in (STARTUP_FAILURE, exit_codes.BROKEN):
                 self._exit_code = worker.exitcode
                 self.should_exit.set()
             else:

@@ -2,12 +2,19 @@
 
 import difflib
 import os
-from typing import Literal
+import re
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.keys import keys_in_file, listed_keys
+
 PREFIX = "CORR2D_"
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+DEFAULT_PORT = re.compile(r"http://.*:80|https://.*:443")
 
 
 class SettingsError(Exception):
@@ -17,7 +24,7 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """One field a setting; its description is the flag's help, a line of `corr2d config` and a row of the README."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -69,9 +76,60 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="one line a request: console for people, json for machines"
     )
+    api_keys: SecretStr | None = Field(
+        None, description="keys that requests need one of, with commas between them; unset: everybody may"
+    )
+    api_keys_file: Path | None = Field(
+        None, description="a file with more of them, one a line, read again when it changes"
+    )
+    cors_origins: str | None = Field(
+        None, description="whose pages may call from a browser: origins with commas between them, or *; unset: nobody's"
+    )
+    cors_credentials: bool = Field(
+        default=False, description="whether those pages may send the cookies and logins of a proxy before the service"
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _are_keys(cls, keys: SecretStr | None) -> SecretStr | None:
+        if keys is not None:
+            listed_keys(keys.get_secret_value())
+        return keys
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _holds_keys(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            keys_in_file(path)
+        return path
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: str | None) -> str | None:
+        for origin in () if origins in (None, "*") else _listed(origins):
+            if not ORIGIN.fullmatch(origin) or DEFAULT_PORT.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin as browsers send it, such as https://example.org or "
+                    "http://localhost:3000: a scheme and a host in small letters, no default port, no path"
+                )
+        return origins
 
     @model_validator(mode="after")
-    def _fits_into_memory(self) -> "Settings":
+    def _credentials_have_origins(self) -> Self:
+        if self.cors_credentials and self.cors_origins in (None, "*"):
+            raise ValueError(
+                f"{PREFIX}CORS_CREDENTIALS needs origins by name, and {PREFIX}CORS_ORIGINS is "
+                f"{self.cors_origins or 'unset'}: with *, any page could act with the logins of whoever looks at it"
+            )
+        return self
+
+    @property
+    def origins(self) -> list[str]:
+        """Those of cors_origins, one by one."""
+        return [] if self.cors_origins is None else _listed(self.cors_origins)
+
+    @model_validator(mode="after")
+    def _fits_into_memory(self) -> Self:
         if self.memory_mb is not None and self.max_compute_mb is not None:
             half = self.memory_mb / self.workers / 2
             if self.max_compute_mb > half:
@@ -93,15 +151,20 @@ def load_settings(**flags: object) -> Settings:
         return Settings.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:
-            raise SettingsError(str(first["ctx"]["error"])) from error
+            raise SettingsError(message) from error
         name = str(first["loc"][0])
         variable = PREFIX + name.upper()
         origin = f"--{name.replace('_', '-')}" if name in given else variable
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise SettingsError(
-            f"{origin} {first['input']!r}: {message} ({Settings.model_fields[name].description})"
-        ) from error
+        message = message[0].lower() + message[1:]
+        field = Settings.model_fields[name]
+        value = "" if field.annotation == SecretStr | None else f" {first['input']!r}"
+        raise SettingsError(f"{origin}{value}: {message} ({field.description})") from error
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _refuse_unknown_variables() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from service.app import create_app
-from service.settings import Settings
+from service.settings import Settings, load_settings
 from tests.serving import listening, talking_to
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,19 @@ def address() -> Iterator[str]:
         yield address
 
 
+@pytest.fixture
+def servers() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def served(command: str) -> AbstractContextManager[str]:
+    """The address of a service with the flags of such a command."""
+    flags = re.findall(r"--([\w-]+) (\S+)", command)
+    settings = load_settings(device="cpu", **{name.replace("-", "_"): value for name, value in flags})
+    return listening(create_app(settings))
+
+
 def run(block: Block, address: str, folder: Path) -> str:
     script = block.text.replace("http://localhost:8000", address).replace("localhost:8000", address)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -70,12 +84,19 @@ def run(block: Block, address: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_every_command_gives_the_answer_below_it(address: str, tmp_path: Path, page: str) -> None:
+def test_every_command_gives_the_answer_below_it(
+    address: str, tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch, servers: ExitStack
+) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
     everything = [*blocks(page), Block("", "")]
     checked = 0
     for block, below in pairwise(everything):
         if block.language not in RUNNERS or block.text.startswith("make "):
+            continue
+        if block.text.startswith("corr2d serve"):
+            address = servers.enter_context(served(block.text))
+            servers.enter_context(talking_to(address))
             continue
         if block.language == "js" and shutil.which("node") is None:
             continue

@@ -35,6 +35,7 @@ class Format:
     it. None: not served that way. Seconds are for a byte of the body and a number of the answer, on one core
     (`benchmarks/formats.py` prints them); infinite where a small body may become a large array, so that nothing can be
     told from its size. `carries` says what there is of an answer in it. `by_name`: so are the arrays of a body.
+    `headers` go with an answer.
     """
 
     decode: Callable[[Buffer, int], Any] | None
@@ -43,6 +44,7 @@ class Format:
     seconds_to_encode: float = 0.0
     carries: str = "the first array alone"
     by_name: bool = False
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 def _input(decode: Callable[[Buffer, int], NDArray[Any]]) -> Callable[[Buffer, int], Fields]:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 import core
 from service.arrays import Array
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
-from service.openapi import computing
+from service.openapi import computing, link
 from service.requests import Dilation, Groups, Padding, Stride
 from service.routes.array_route import ArrayRoute
 
@@ -24,6 +24,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "stride": 2,
         "padding": "same",
     },
+}
+
+LINKS = {
+    "next-layer": link(
+        "/conv2d", "the output as another layer's input", requestBody={"input": "$response.body#/output"}
+    ),
 }
 
 
@@ -45,7 +51,7 @@ class Conv2dRequest(ConvolutionRequest):
 @router.post(
     "/conv2d",
     summary="A Conv2d layer's output",
-    **computing(Conv2dRequest, ConvolutionAnswer, EXAMPLES, path="/conv2d"),
+    **computing(Conv2dRequest, ConvolutionAnswer, EXAMPLES, path="/conv2d", links=LINKS),
 )
 async def conv2d(request: Request) -> Response:
     """torch.nn.functional.conv2d: images under a bank of filters; the output has the input's rank."""

@@ -9,7 +9,7 @@ from starlette.responses import Response
 import core
 from service.arrays import Array, ArrayOrName
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
-from service.openapi import computing
+from service.openapi import computing, link
 from service.routes.array_route import ArrayRoute
 
 router = APIRouter(tags=["convolution"], route_class=ArrayRoute)
@@ -22,6 +22,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "mode": "same",
         "boundary": "reflect",
     },
+}
+
+LINKS = {
+    "learn-it-back": link(
+        "/train-kernel",
+        "the kernel that makes of the input what came out",
+        requestBody={"input": "$request.body#/input", "target": "$response.body#/output"},
+    ),
 }
 
 
@@ -43,7 +51,7 @@ class CorrelateRequest(ConvolutionRequest):
 @router.post(
     "/correlate",
     summary="2-D cross-correlation with one kernel",
-    **computing(CorrelateRequest, ConvolutionAnswer, EXAMPLES, path="/correlate"),
+    **computing(CorrelateRequest, ConvolutionAnswer, EXAMPLES, path="/correlate", links=LINKS),
 )
 async def correlate(request: Request) -> Response:
     """Slide the kernel over every plane of the input and sum the products."""

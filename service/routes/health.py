@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from service.openapi import problems
+from service.openapi import problems, traced
 from service.readiness import Readiness
 
 router = APIRouter(tags=["operations"])
@@ -24,13 +24,13 @@ class Ready(BaseModel):
     device: str
 
 
-@router.get("/livez", summary="Does the process answer?")
+@router.get("/livez", summary="Does the process answer?", responses=traced())
 async def livez() -> Alive:
     """Always 200 while the process lives; looks at nothing else."""
     return Alive()
 
 
-@router.get("/readyz", summary="Can it compute?", responses=problems(503))
+@router.get("/readyz", summary="Can it compute?", responses={**traced(), **problems(503)})
 async def readyz(request: Request) -> Ready:
     """200 once a warm-up computation has come out right on the chosen device, 503 with the reason before."""
     readiness: Readiness = request.app.state.readiness

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from core import ENGINES, describe_devices
+from service.openapi import traced
 from service.version import VERSION
 
 router = APIRouter(tags=["operations"])
@@ -31,7 +32,7 @@ class Info(BaseModel):
     settings: dict[str, Any]
 
 
-@router.get("/info", summary="Version, devices, engines and every limit in force")
+@router.get("/info", summary="Version, devices, engines and every limit in force", responses=traced())
 async def info(request: Request) -> Info:
     """`engines` maps each engine to the `method` it works by."""
     return Info(

@@ -4,8 +4,18 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from core import KERNELS, named_kernel
+from service.openapi import link, traced
 
 router = APIRouter(tags=["convolution"])
+
+
+LINKS = {
+    "correlate": link(
+        "/correlate",
+        "a named kernel, here the first of them, laid on an image",
+        parameters={"kernel": "$response.body#/kernels/0/example"},
+    ),
+}
 
 
 class NamedKernel(BaseModel):
@@ -24,7 +34,7 @@ class NamedKernels(BaseModel):
     kernels: list[NamedKernel]
 
 
-@router.get("/kernels", summary="The named kernels")
+@router.get("/kernels", summary="The named kernels", responses=traced(LINKS))
 async def kernels() -> NamedKernels:
     """Every name that `kernel` of /correlate takes, with its arguments and the numbers of an example."""
     return NamedKernels(

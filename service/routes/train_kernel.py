@@ -17,10 +17,11 @@ from service.codecs import ENCODED, Fields, Format, png
 from service.codecs.layout import largest_within
 from service.codecs.options import FitOptions
 from service.negotiation import header_fields
-from service.openapi import computing
+from service.openapi import computing, link
 from service.presence import unless_left
 from service.progress import EVENT_STREAM, NDJSON, ProgressStream
 from service.requests import (
+    Device,
     Dilation,
     Groups,
     IntegerOrPair,
@@ -44,9 +45,17 @@ EVENTS = "events `reading`, `forecast` and `step` as they happen, then `result` 
 SECONDS_TO_DRAW = 1.0
 """A number; long enough for a thread whatever the history's length."""
 
+DOCUMENT_HEADERS = [
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"),
+    (b"x-content-type-options", b"nosniff"),
+]
+"""An SVG is a document that a browser may open: it shows itself and does nothing."""
+
 SERVED: Mapping[str, Format] = {
     **{media_type: served for media_type, served in ENCODED.items() if media_type != png.MEDIA_TYPE},
-    SVG: Format(None, lambda fields, _: [loss_curve.svg(fields)], 0, SECONDS_TO_DRAW, carries=CURVE),
+    SVG: Format(
+        None, lambda fields, _: [loss_curve.svg(fields)], 0, SECONDS_TO_DRAW, carries=CURVE, headers=DOCUMENT_HEADERS
+    ),
     png.MEDIA_TYPE: Format(None, lambda fields, _: [loss_curve.png(fields)], 0, SECONDS_TO_DRAW, carries=CURVE),
     EVENT_STREAM: Format(None, None, carries=EVENTS),
     NDJSON: Format(None, None, carries=EVENTS + ", one a line"),
@@ -61,11 +70,29 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 
+LINKS = {
+    "correlate": link(
+        "/correlate",
+        "the learned kernel laid on the image it was learned from",
+        requestBody={"input": "$request.body#/input", "kernel": "$response.body#/kernel"},
+    ),
+    "conv2d": link(
+        "/conv2d",
+        "the learned filters as the layer that they were learned for",
+        requestBody={"input": "$request.body#/input", "weight": "$response.body#/kernel"},
+    ),
+}
+
 MAX_PAIRS = 1000
 MAX_HISTORY = 1000
 LARGEST = sys.float_info.max
 
 WEIGHTS = "what each value of the target counts, or one plane for all; 0 leaves it out"
+
+Tolerance = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1})]
+Positive = Annotated[int, Field(json_schema_extra={"minimum": 1})]
+Seed = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": 2**63 - 1})]
+Share = Annotated[float, Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})]
 
 Rate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
 """core checks it: the rule and its message stand there."""
@@ -125,23 +152,27 @@ class TrainKernelRequest(FiniteArrays):
     learning_rate: Rate = Field(
         0.03, description="how far each step goes against the gradient; auto takes it from the curvature"
     )
-    steps: int = Field(10, description="how many")
+    steps: int = Field(10, description="how many", json_schema_extra={"minimum": 1, "maximum": 1_000_000})
     loss: core.Loss = Field(
         "sum", description="of the squared differences: their sum, or mean; or the mean of their Huber or absolute loss"
     )
-    tolerance: float | None = Field(
+    tolerance: Tolerance | None = Field(
         None, description="end early, where gradient or loss change by less than that share of them"
     )
-    ridge: float = Field(0.0, description="added to the loss, times the sum of the kernel's squares")
-    momentum: float | None = Field(None, description="of solver momentum or nesterov; 0.9 where it is not given")
-    betas: list[float] | None = Field(
+    ridge: float = Field(
+        0.0,
+        description="added to the loss, times the sum of the kernel's squares",
+        json_schema_extra={"minimum": 0},
+    )
+    momentum: Share | None = Field(None, description="of solver momentum or nesterov; 0.9 where it is not given")
+    betas: list[Share] | None = Field(
         None, min_length=2, max_length=2, description="of solver adam; 0.9 and 0.999 where they are not given"
     )
-    batch_size: int | None = Field(None, description="images a step, for solver sgd; all where it is not given")
+    batch_size: Positive | None = Field(None, description="images a step, for solver sgd; all where it is not given")
     refuse_divergence: bool = Field(
         default=False, description="answer with an error where the loss is bound to grow, instead of letting it"
     )
-    seed: int | None = Field(
+    seed: Seed | None = Field(
         None, description="what initial values and batches are drawn from; drawn itself where it is not given"
     )
     stride: Stride = 1
@@ -149,7 +180,7 @@ class TrainKernelRequest(FiniteArrays):
     dilation: Dilation = 1
     groups: Groups = 1
     padding_mode: core.PaddingMode = Field("zeros", description="what the padding holds")
-    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
+    device: Device = "auto"
 
     def arguments(self) -> dict[str, object]:
         """Core takes pairs as tuples."""
@@ -196,7 +227,7 @@ class TrainKernelAnswer(BaseModel):
 @router.post(
     "/train-kernel",
     summary="A kernel learned from examples",
-    **computing(TrainKernelRequest, TrainKernelAnswer, EXAMPLES, path="/train-kernel", served=SERVED),
+    **computing(TrainKernelRequest, TrainKernelAnswer, EXAMPLES, path="/train-kernel", served=SERVED, links=LINKS),
 )
 async def train_kernel(request: Request) -> Response:
     """The kernel that brings conv2d(input, kernel) nearest to target, by least squares or by descending to it."""
@@ -204,10 +235,11 @@ async def train_kernel(request: Request) -> Response:
     form = answer_options(options, FitOptions)
     answer = Answerer(request, headers, form, SERVED)
     asked = await decoded(request, headers, options, TrainKernelRequest)
-    compute = request.app.state.compute
+    state = request.app.state
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
-        fit = await compute.steps(request, core.fit_kernel_steps, report, **asked.arguments())
+        fit = await state.compute.steps(request, core.fit_kernel_steps, report, **asked.arguments())
+        state.metrics.engine(fit.method)
         return _fields(fit, thin=form.history == "thin")
 
     if SERVED[answer.media_type].encode is None:

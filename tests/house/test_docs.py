@@ -8,6 +8,7 @@ from service.app import create_app
 from service.codecs import DECODED, ENCODED, FORMATS
 from service.codecs.content_coding import COMPRESSORS
 from service.codecs.layout import DTYPES
+from service.exposition import Families
 from service.negotiation import CODINGS
 from service.problems import ERRORS
 from service.settings import PREFIX, Settings
@@ -15,6 +16,7 @@ from service.settings import PREFIX, Settings
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 FORMATS_PAGE = (ROOT / "docs" / "formats.md").read_text()
+MONITORING_PAGE = (ROOT / "docs" / "monitoring.md").read_text()
 
 
 def rows(heading: str, page: str = README) -> list[list[str]]:
@@ -83,4 +85,24 @@ def test_every_make_target_is_in_contributing() -> None:
 
 def test_the_routes_are_the_contracts() -> None:
     paths = create_app(Settings()).openapi()["paths"]
-    assert set(paths) == {"/correlate", "/conv2d", "/train-kernel", "/kernels", "/info", "/livez", "/readyz"}
+    beside = {"/kernels", "/info", "/livez", "/readyz", "/metrics"}
+    assert set(paths) == {"/correlate", "/conv2d", "/train-kernel"} | beside
+
+
+def test_the_tables_of_metrics_and_labels_are_complete() -> None:
+    families = list(Families(create_app(Settings()).state.metrics, "").collect())
+    suffix = {"counter": "_total", "info": "_info"}
+    labels: dict[str, dict[str, None]] = {}
+    listed = rows("What is counted", MONITORING_PAGE)
+    for family, row in zip(families, listed[: len(families)], strict=True):
+        names = list(dict.fromkeys(name for sample in family.samples for name in sample.labels if name != "le"))
+        written = ", ".join(f"`{name}`" for name in names) or "none"
+        assert row == [f"`{family.name}{suffix.get(family.type, '')}`", family.type, written, family.documentation]
+        for name in names if family.type != "info" else ():
+            values = dict.fromkeys(sample.labels[name] for sample in family.samples)
+            labels[name] = {**labels.get(name, {}), **values}
+    # Between the two are the head of the second and the line under it.
+    values_of = {name.strip("`"): values for name, values in listed[len(families) + 2 :]}
+    assert values_of.keys() == labels.keys()
+    for label in labels.keys() - {"reason"}:
+        assert values_of[label] == ", ".join(f"`{value}`" for value in labels[label])

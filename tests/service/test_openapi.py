@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 from PIL import Image
 
+from service.app import create_app
 from service.codecs import DECODED, ENCODED, FORMATS
 from service.codecs.options import AnswerOptions
+from service.openapi import CONNECTION_ERRORS, operation_id
 from service.requests import RequestModel
 from service.routes import conv2d, correlate, train_kernel
+from service.settings import Settings
 from tests.serving import Send
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +150,59 @@ def test_answers_are_what_their_schema_says(send: Send, description: dict[str, A
     validator = OAS31Validator({**schema, "components": description["components"]})
     for example in EXAMPLES[path].values():
         validator.validate(send("POST", path, json=example, params={"arrays": arrays}).json())
+
+
+def links(app_description: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(method, path, link) of every one."""
+    for path, operations in app_description["paths"].items():
+        for method, described in operations.items():
+            for link in described["responses"]["200"].get("links", {}).values():
+                yield method, path, link
+
+
+def evaluated(expression: str, request: Any, response: Any) -> Any:
+    """The part of a request or an answer that a link's expression names."""
+    source, _, pointer = expression.partition("#/")
+    value = {"$request.body": request, "$response.body": response}[source]
+    for key in pointer.split("/"):
+        value = value[int(key) if isinstance(value, list) else key]
+    return value
+
+
+LINKS = list(links(create_app(Settings()).openapi()))
+
+
+@pytest.mark.parametrize(("method", "path", "link"), LINKS, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_an_answer_is_linked_to_can_be_done_with_it(
+    send: Send, method: str, path: str, link: dict[str, Any]
+) -> None:
+    asked = example_of(path) if method == "post" else None
+    answer = send(method.upper(), path, json=asked).json()
+    body, query = (
+        {name: evaluated(expression, asked, answer) for name, expression in link.get(part, {}).items()}
+        for part in ("requestBody", "parameters")
+    )
+    to = next(to for to in MODELS if operation_id(to) == link["operationId"])
+    rest = {name: value for name, value in example_of(to).items() if name not in query}
+    response = send("POST", to, json={**rest, **body}, params=query)
+    assert response.status_code == 200, response.text
+
+
+def test_a_list_in_the_query_string_is_described_as_one_text(send: Send, description: dict[str, Any]) -> None:
+    parameters = {said["name"]: said for said in operation(description, "/train-kernel")["parameters"]}
+    assert parameters["betas"]["schema"]["type"] == "string"
+    query = {"solver": "adam", "betas": "[0.9, 0.99]", "tolerance": "null"}
+    assert parameters["tolerance"]["schema"]["type"] == ["number", "null"]
+    assert send("POST", "/train-kernel", json=example_of("/train-kernel"), params=query).status_code == 200
+
+
+def test_every_operation_names_what_a_connection_may_meet(description: dict[str, Any]) -> None:
+    for operations in description["paths"].values():
+        for described in operations.values():
+            assert {str(status) for status in CONNECTION_ERRORS} <= described["responses"].keys()
+            assert re.fullmatch(r"\w+", described["operationId"])
+            for link in described["responses"]["200"].get("links", {}):
+                assert re.fullmatch(r"[\w.-]+", link)
 
 
 @pytest.mark.parametrize("headers", [{"Content-Type": "text/plain"}, {"Content-Encoding": "br"}])

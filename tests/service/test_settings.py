@@ -26,7 +26,7 @@ def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pyte
         ("CORR2D_LOG_FORMAT", "xml", "'console' or 'json'"),
         ("CORR2D_HOST", "", "at least 1 character"),
         ("CORR2D_PROT", "8000", "CORR2D_PROT is not a setting; did you mean CORR2D_PORT?"),
-        ("CORR2D_API_KEYS", "secret", "CORR2D_API_KEYS is not a setting"),
+        ("CORR2D_API_KEY", "secret", "CORR2D_API_KEY is not a setting; did you mean CORR2D_API_KEYS?"),
     ],
 )
 def test_62_a_setting_that_makes_no_sense_is_said_in_one_line(

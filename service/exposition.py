@@ -1,0 +1,131 @@
+"""The table of numbers as Prometheus reads it: names, types, labels and what they mean."""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from service.errors import NotAcceptable
+from service.metrics import BOUNDS, BUCKETS, CELLS, FIRST_COUNTER, FIRST_GAUGE, GAUGES, PID, Metrics, Row
+from service.negotiation import answer_format
+
+SERVED = ("text/plain", "application/openmetrics-text")
+
+EDGES = [*map(floatToGoString, BOUNDS), "+Inf"]
+
+MEANINGS: Mapping[str, str] = {
+    "requests": "requests that were answered",
+    "request_seconds": "time from the head of a request to the end of its answer",
+    "phase_seconds": "time of requests in one phase, of those that had it: what is computed at once did not wait",
+    "refused": "requests that were not granted, by the last part of their problem's type",
+    "engine": "computations by the engine that was chosen, and fits by their method",
+    "received_bytes": "bytes of bodies that were read, as they came",
+    "sent_bytes": "bytes of the bodies of answers, as they went",
+    "worker_restarts": "workers that were started beyond the first ones",
+    "workers_ready": "workers that can compute: the warm-up came out right, and they are not going down",
+    "requests_in_progress": "requests whose answers have not been sent yet, the one for this among them",
+    "connections": "connections that are open",
+    "computations": "computations that run",
+    "queue_depth": "computations that wait for their turn",
+    "queue_limit": "computations that may wait for their turn",
+    "memory_used_bytes": "memory that requests hold, as it was estimated for them",
+    "memory_limit_bytes": "memory that all requests together may hold",
+    "workers": "worker processes that live",
+    "resident_memory_bytes": "memory of the worker processes, what they share counted for each of them",
+    "start_time_seconds": "when the service was started, since 1970",
+    "build": "what is running",
+}
+
+
+class Families(Collector):
+    """All that is known, as Prometheus' families: counts of all workers there were, states of those that live."""
+
+    def __init__(self, metrics: Metrics, version: str) -> None:
+        self._metrics = metrics
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after the other."""
+        metrics, table = self._metrics, self._metrics.table
+        counts = _added_up(table.rows())
+        living = table.living()
+        states = _added_up(living)
+
+        requests = _counter("requests", "route", "status")
+        for route, statuses in metrics.requests.items():
+            for status, at in statuses.items():
+                requests.add_metric([route, str(status)], counts[at])
+        yield requests
+        yield _histogram("request_seconds", "route", metrics.seconds, counts)
+        yield _histogram("phase_seconds", "phase", metrics.phase_ms, counts, unit=0.001)
+        for name, label, places in (("refused", "reason", metrics.refusals), ("engine", "engine", metrics.engines)):
+            counter = _counter(name, label)
+            for value, at in places.items():
+                counter.add_metric([value], counts[at])
+            yield counter
+        for name, at in (("received_bytes", metrics.received_bytes), ("sent_bytes", metrics.sent_bytes)):
+            yield _counter(name, value=counts[at])
+        yield _counter("worker_restarts", value=max(0, counts[metrics.starts] - table.workers))
+
+        for name, state in zip(GAUGES, states[FIRST_GAUGE:FIRST_COUNTER], strict=True):
+            yield _gauge(name, state)
+        yield _gauge("workers", len(living))
+        if resident := [size for row in living if (size := _resident(int(row[PID]))) is not None]:
+            yield _gauge("resident_memory_bytes", sum(resident))
+        yield _gauge("start_time_seconds", table.started)
+        yield InfoMetricFamily(
+            "corr2d_build", MEANINGS["build"], {"version": self._version, "python": platform.python_version()}
+        )
+
+
+def exposition(metrics: Metrics, version: str, accept: bytes | None) -> tuple[bytes, str]:
+    """The text and its media type: OpenMetrics for those who like that best, Prometheus' own text for all others."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Families(metrics, version))
+    try:
+        liked = answer_format(accept, SERVED)
+    except NotAcceptable:
+        liked = SERVED[0]
+    # Not what was sent: choose_encoder takes any version for one that it has, and fails at one that is no number.
+    encode, media_type = choose_encoder(liked)
+    return encode(registry), media_type
+
+
+def _added_up(rows: list[Row]) -> list[float]:
+    added: list[float] = np.array(rows, float).reshape(-1, CELLS).sum(axis=0).tolist()
+    return added
+
+
+def _counter(name: str, *labels: str, value: float | None = None) -> CounterMetricFamily:
+    return CounterMetricFamily(f"corr2d_{name}", MEANINGS[name], value, labels or None)
+
+
+def _gauge(name: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"corr2d_{name}", MEANINGS[name], value)
+
+
+def _histogram(
+    name: str, label: str, places: Mapping[str, int], counts: list[float], unit: float = 1.0
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"corr2d_{name}", MEANINGS[name], labels=[label])
+    for value, at in places.items():
+        buckets = accumulate(counts[at : at + BUCKETS])
+        family.add_metric([value], list(zip(EDGES, buckets, strict=True)), counts[at + BUCKETS] * unit)
+    return family
+
+
+def _resident(pid: int) -> int | None:
+    """Bytes of a process's memory; None where the system has no /proc, or the process has just gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

@@ -1,0 +1,220 @@
+"""Numbers that tell how the service fares: every worker counts in its own row of a table that all of them see.
+
+A row is plain numbers in shared memory, and everything that is counted has its place in it from the start: to count is
+one addition, and whichever worker is asked adds up the rows. `service/exposition.py` says what they mean.
+"""
+
+import multiprocessing
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+OTHER = "other"
+"""What stands for every route, status, reason and engine that is not listed: what is sent makes no new series."""
+
+ROUTES = ("/correlate", "/conv2d", "/train-kernel", "/kernels", "/info", "/livez", "/readyz", "/metrics", OTHER)
+STATUSES = (200, 307, 400, 401, 403, 404, 405, 406, 408, 413, 414, 415, 422, 431, 499, 500, 503, 504)
+PHASES = ("parse", "wait", "compute", "encode")
+METHODS_OF_FITS = ("normal equations", "convolutions")
+GAUGES = (
+    "workers_ready",
+    "requests_in_progress",
+    "connections",
+    "computations",
+    "queue_depth",
+    "queue_limit",
+    "memory_used_bytes",
+    "memory_limit_bytes",
+)
+
+BOUNDS = (
+    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+"""Seconds: from half of a small request to the default deadline."""
+
+BOUNDS_MS = tuple(1000 * bound for bound in BOUNDS)
+BUCKETS = len(BOUNDS) + 1
+"""The last one is for what is above all bounds; behind it stands the sum."""
+
+CELLS = 1024
+"""Of a row. More than are used, for what has its place in them is only known where core is loaded."""
+
+PID, BORN, FIRST_GAUGE = 0, 1, 2
+FIRST_COUNTER = FIRST_GAUGE + len(GAUGES)
+
+PATIENCE = 5.0
+"""Seconds until whoever holds the lock on the table, for a moment only, must have been killed in it."""
+
+Row: TypeAlias = "memoryview[float]"
+
+
+class Phases(Protocol):
+    """Milliseconds of one request, 0 for a phase that it did not have."""
+
+    parse: float
+    wait: float
+    compute: float
+    encode: float
+
+
+class Table:
+    """A row for each worker, and some to spare for those that start before another has ended.
+
+    One of several workers is shared memory without a name, which can be handed to processes while they are spawned. A
+    row outlives its worker: its counts go on in the worker that takes its place.
+    """
+
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
+        self.started = time.time()
+        spawning = multiprocessing.get_context("spawn")
+        self._rows = 1 if workers == 1 else 2 * workers
+        self._memory = bytearray(8 * CELLS) if workers == 1 else spawning.RawArray("d", self._rows * CELLS)
+        self._lock = None if workers == 1 else spawning.Lock()
+
+    def rows(self) -> list[Row]:
+        """All of them, each CELLS float64."""
+        cells = memoryview(self._memory).cast("B").cast("d")
+        return [cells[at : at + CELLS] for at in range(0, len(cells), CELLS)]
+
+    def living(self) -> list[Row]:
+        """Those whose workers live."""
+        return [row for row in self.rows() if _lives(row)]
+
+    def claim(self) -> Row:
+        """A row for this process. Should there be none left, one that nobody else sees: to count must not fail."""
+        with self._locked():
+            row = next((row for row in self.rows() if not _lives(row)), memoryview(bytearray(8 * CELLS)).cast("d"))
+            pid = os.getpid()
+            row[BORN] = _birth(pid) or 0.0
+            row[PID] = pid
+        for at in range(FIRST_GAUGE, FIRST_COUNTER):
+            row[at] = 0.0
+        return row
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self._lock is None:
+            yield
+            return
+        self._lock.acquire(timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+class Gauge:
+    """A number that goes up and down: this worker's share of it."""
+
+    __slots__ = ("_at", "_row")
+
+    def __init__(self, row: Row, at: int) -> None:
+        self._row = row
+        self._at = at
+
+    def set(self, number: float) -> None:
+        """From now on it is this."""
+        self._row[self._at] = number
+
+
+class Metrics:
+    """What one worker counts. To be called from its event loop only, for an addition is not atomic.
+
+    The mappings say where in a row a number stands, of histograms the first bucket.
+    """
+
+    def __init__(self, table: Table | None = None, *, engines: Iterable[str] = (), reasons: Iterable[str] = ()) -> None:
+        """Claim a row. `reasons` are what a request may be refused for, the names of problems."""
+        self.table = table or Table()
+        self._row = self.table.claim()
+        free = iter(range(FIRST_COUNTER, CELLS))
+
+        def place(cells: int = 1) -> int:
+            first, *_ = (next(free) for _ in range(cells))
+            return first
+
+        self.starts = place()
+        self.received_bytes = place()
+        self.sent_bytes = place()
+        self.requests = {route: {status: place() for status in (*STATUSES, OTHER)} for route in ROUTES}
+        self.seconds = {route: place(BUCKETS + 1) for route in ROUTES}
+        self.phase_ms = {phase: place(BUCKETS + 1) for phase in PHASES}
+        self.refusals = {reason: place() for reason in (*reasons, OTHER)}
+        self.engines = {engine: place() for engine in (*engines, *METHODS_OF_FITS, OTHER)}
+        self._routes: Mapping[str, tuple[dict[int | str, int], int]] = {
+            route: (self.requests[route], self.seconds[route]) for route in ROUTES
+        }
+        self._other = self._routes[OTHER]
+        self._parse, self._wait, self._compute, self._encode = self.phase_ms.values()
+
+        self.ready, self._begun, self.connections, self.computations, self.queue_depth, self.queue_limit, *memory = (
+            Gauge(self._row, at) for at in range(FIRST_GAUGE, FIRST_COUNTER)
+        )
+        self.memory_used, self.memory_limit = memory
+        self._row[self.starts] += 1
+
+    def begin(self) -> None:
+        """A request reached the application."""
+        self._row[IN_PROGRESS] += 1
+
+    def end(self, path: str, status: int, timing: Phases, seconds: float, sent: int, refused: str | None) -> None:
+        """A request left the application with an answer of `sent` bytes; `refused` is why, if it was."""
+        row = self._row
+        row[IN_PROGRESS] -= 1
+        statuses, first = self._routes.get(path, self._other)
+        row[statuses.get(status) or statuses[OTHER]] += 1
+        row[first + bisect_left(BOUNDS, seconds)] += 1
+        row[first + BUCKETS] += seconds
+        if (ms := timing.parse) > 0:
+            row[self._parse + bisect_left(BOUNDS_MS, ms)] += 1
+            row[self._parse + BUCKETS] += ms
+        if (ms := timing.wait) > 0:
+            row[self._wait + bisect_left(BOUNDS_MS, ms)] += 1
+            row[self._wait + BUCKETS] += ms
+        if (ms := timing.compute) > 0:
+            row[self._compute + bisect_left(BOUNDS_MS, ms)] += 1
+            row[self._compute + BUCKETS] += ms
+        if (ms := timing.encode) > 0:
+            row[self._encode + bisect_left(BOUNDS_MS, ms)] += 1
+            row[self._encode + BUCKETS] += ms
+        row[self.sent_bytes] += sent
+        if refused is not None:
+            row[self.refusals.get(refused) or self.refusals[OTHER]] += 1
+
+    def received(self, size: int) -> None:
+        """A piece of a body was read, that many bytes of it."""
+        self._row[self.received_bytes] += size
+
+    def engine(self, name: str) -> None:
+        """A computation was done by this engine, or a fit by this method."""
+        self._row[self.engines.get(name) or self.engines[OTHER]] += 1
+
+
+IN_PROGRESS = FIRST_GAUGE + GAUGES.index("requests_in_progress")
+
+
+def _lives(row: Row) -> bool:
+    """Whether the worker of the row does: its process is there, and no later one of the same number."""
+    return row[PID] != 0 and _birth(int(row[PID])) == row[BORN]
+
+
+def _birth(pid: int) -> float | None:
+    """When a process was started, in ticks of its system's clock; 0 where that cannot be told; None if it is gone."""
+    try:
+        # The name in front, in brackets, may hold anything. A zombie is gone: only its parent does not know yet.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
+        return None if state in "ZX" else float(fields[18])
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return None
+    return 0.0

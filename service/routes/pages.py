@@ -1,0 +1,47 @@
+"""The pages: the front door, and /docs, Swagger UI on the service's own files."""
+
+import re
+from base64 import b64encode
+from hashlib import sha256
+
+from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import HTMLResponse, RedirectResponse
+
+from service.doors import ASSETS
+
+router = APIRouter(include_in_schema=False)
+
+INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+
+PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
+
+
+@router.get("/")
+async def front_door() -> RedirectResponse:
+    """Whoever opens the address in a browser wants to see what there is."""
+    return RedirectResponse("/docs")
+
+
+@router.get("/docs")
+async def docs(request: Request) -> HTMLResponse:
+    """Swagger UI, which may load, run and call what is the service's own and nothing else."""
+    root = request.scope.get("root_path", "")
+    page = get_swagger_ui_html(
+        openapi_url=f"{root}{request.app.openapi_url}",
+        title=f"{request.app.title} - Swagger UI",
+        swagger_js_url=f"{root}{ASSETS}/swagger-ui-bundle.js",
+        swagger_css_url=f"{root}{ASSETS}/swagger-ui.css",
+        swagger_favicon_url=f"{root}{ASSETS}/favicon.png",
+        swagger_ui_parameters=PARAMETERS,
+    )
+    scripts = " ".join(f"'sha256-{_digest(script)}'" for script in INLINE_SCRIPT.findall(page.body))
+    page.headers["Content-Security-Policy"] = (
+        f"default-src 'none'; script-src 'self' {scripts}; style-src 'self'; img-src 'self' data: blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page
+
+
+def _digest(script: bytes) -> str:
+    return b64encode(sha256(script).digest()).decode()

@@ -1,0 +1,93 @@
+"""Traces, as a collector gets them from `corr2d serve` with the variables that docs/monitoring.md names."""
+
+import http.server
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from service.app import create_app
+from service.routes.array_route import ShortWay
+from service.settings import Settings
+from tests.service.test_serve import serving
+from tests.serving import talking_to
+
+LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
+LAYER = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
+FIT = {"input": [[0, 1, 2], [3, 4, 5]], "target": [[0, 1], [3, 4]], "steps": 3}
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+@contextmanager
+def collecting() -> Iterator[tuple[str, list[Span]]]:
+    """The address of a collector, and the spans that it has got."""
+    spans: list[Span] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/v1/traces":
+                told = ExportTraceServiceRequest.FromString(body)
+                scopes = [scope for resource in told.resource_spans for scope in resource.scope_spans]
+                spans.extend(span for scope in scopes for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", spans
+        finally:
+            server.shutdown()
+
+
+def test_a_collector_is_told_of_every_request_by_its_route(tmp_path: Path) -> None:
+    with collecting() as (collector, spans):
+        variables = {
+            "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector,
+            "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
+        }
+        with serving(tmp_path / "log", **variables) as (process, address):
+            with talking_to(address) as send:
+                caller = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+                assert send("POST", "/correlate", json=LESSON, headers=caller).json()["output"] == [[19, 25], [37, 43]]
+                assert send("POST", "/conv2d", json=LAYER).status_code == 200
+                assert send("POST", "/train-kernel", json=FIT).status_code == 200
+                assert send("POST", "/correlate", json={}).status_code == 422
+            # It sends what it has before it goes.
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+    told = {span.name: span for span in spans}
+    assert {"POST /correlate", "POST /conv2d", "POST /train-kernel", "GET /readyz"} <= told.keys()
+    (traced,) = [span for span in spans if span.trace_id.hex() == TRACE and span.kind == Span.SPAN_KIND_SERVER]
+    attributes = {attribute.key: attribute.value for attribute in traced.attributes}
+    assert traced.name == "POST /correlate"
+    assert attributes["http.route"].string_value == "/correlate"
+    assert attributes["http.response.status_code"].int_value == 200
+    statuses = [
+        attribute.value.int_value
+        for span in spans
+        for attribute in span.attributes
+        if span.name == "POST /correlate" and attribute.key == "http.response.status_code"
+    ]
+    assert sorted(statuses) == [200, 422]
+
+
+@pytest.mark.parametrize("variable", ["", "OTEL_EXPORTER_OTLP_ENDPOINT"])
+def test_only_where_it_is_asked_for_do_requests_take_the_long_way(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    added = [getattr(middleware.cls, "__name__", "") for middleware in create_app(Settings()).user_middleware]
+    assert (ShortWay.__name__ in added) is not bool(variable)
