@@ -40,11 +40,10 @@ class Admission:
 
     def require_hope(self, size: int) -> None:
         """Raise Busy where a body of that size is sure not to be served now: before anything of it is read."""
-        if size > UNCOUNTED:
-            if self.taken >= self.places:
-                raise self._full(CLOSE)
-            if self._bodies + size > SHARE_OF_BODIES * self.memory:
-                raise self._no_memory(size)
+        if self.taken >= self.places:
+            raise self._full(CLOSE)
+        if self._bodies + size > SHARE_OF_BODIES * self.memory:
+            raise self._no_memory(size)
 
     def take_for_body(self, size: int) -> None:
         """Take memory for a body; raises Busy where there is none now, BodyTooLarge where there never is."""

@@ -173,11 +173,14 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
-        self._received += len(data)
+        size = len(data)
+        self._received += size
         if self._refused or self.transport.lingers:
-            self._drop(len(data))
+            self._drop(size)
         elif self._rest:
             self._rest += data
+        elif size <= SLICE or self._in_body:
+            self._parse(data)
         else:
             self._feed(data)
 
@@ -370,6 +373,7 @@ class Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """The server goes down: end the connection once what it owes is answered."""
         if self.cycle is None or self.cycle.response_complete:
+            # One that lingers is soon over by itself.
             if not self.transport.lingers:
                 self.transport.close()
         else:

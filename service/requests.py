@@ -153,18 +153,24 @@ def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
     return _validated(model, taken)
 
 
+def _require_room(request: Request, headers: Headers, limit: int) -> None:
+    """Refuse a body by its declared length alone."""
+    length = headers.get(b"content-length", b"")
+    declared = int(length) if length.isdigit() else 0
+    if declared > limit:
+        raise _too_large(f"{declared:,} bytes", limit)
+    if declared > UNCOUNTED:
+        admission: Admission = request.scope["app"].state.pool.admission
+        admission.require_hope(declared)
+
+
 async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
     """The body; refused before it is read where its declared length is over the limit, else as soon as it is.
 
     A body that comes in pieces is put together in one place, which grows with it: its declared length is a claim.
     """
-    length = headers.get(b"content-length", b"")
-    declared = int(length) if length.isdigit() else 0
+    _require_room(request, headers, limit)
     metrics: Metrics = request.scope["app"].state.metrics
-    if declared > limit:
-        raise _too_large(f"{declared:,} bytes", limit)
-    admission: Admission = request.scope["app"].state.pool.admission
-    admission.require_hope(declared)
     body: bytearray | None = None
     while True:
         message = await request.receive()

@@ -37,6 +37,8 @@ HANGS_S = 60
 TO_ANSWER_S = 0.1
 """How long the supervisor waits for an answer before it looks at the next worker."""
 
+BETWEEN_TICKS_S = 0.1
+
 ARRIVES_S = 0.2
 """Time for what was sent before the port closed to arrive."""
 
@@ -127,16 +129,24 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: look at the connections, and whether it is time to go."""
-        now = asyncio.get_running_loop().time()
-        if now >= self._looks_at:
-            limits = _limits(self.config)
-            self._looks_at = now + limits.between_looks
-            expire_overdue(self.server_state.connections, limits, now)  # type: ignore[arg-type]  # they are Protocols
+        self._look()
         if (app := self._app) is not None:
             self._set_gauges(app)
         if self._closes_at is not None and time.monotonic() >= self._closes_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._looks_at:
+            limits = _limits(self.config)
+            self._looks_at = now + limits.between_looks
+            expire_overdue(self.server_state.connections, limits, now)  # type: ignore[arg-type]  # they are Protocols
+
+    async def _go_on_looking(self) -> None:
+        while True:
+            self._look()
+            await asyncio.sleep(BETWEEN_TICKS_S)
 
     def _set_gauges(self, app: FastAPI) -> None:
         """What is the case now, as /metrics tells it: no request pays for that."""
@@ -157,7 +167,10 @@ class Server(uvicorn.Server):
             server.close()
         # What has been sent by now arrives, and is answered.
         await asyncio.sleep(ARRIVES_S)
+        # Nobody is to keep it from going down by being slow.
+        looks = asyncio.create_task(self._go_on_looking())
         await super().shutdown(sockets)
+        looks.cancel()
 
     async def _take_those_that_wait(self, listener: socket.socket) -> None:
         """Accept what the system has connected and nobody has accepted yet: it would be reset with the listener."""

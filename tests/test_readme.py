@@ -107,7 +107,7 @@ def test_every_command_gives_the_answer_below_it(
             assert below.language == "text", f"no answer below {block.text}"
             assert doctest.OutputChecker().check_output(below.text, output, doctest.ELLIPSIS), output
         checked += 1
-    assert checked >= 5
+    assert checked >= 5 or page != "README.md"
 
 
 def test_the_two_commands_are_there() -> None:

@@ -266,7 +266,6 @@ def test_a_request_has_one_place_and_gives_it_back_once() -> None:
         third.enter()
     with pytest.raises(Busy):
         admission.require_hope(MEGABYTE)
-    admission.require_hope(100)
     one.leave()
     one.close()
     third.enter()
