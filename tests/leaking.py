@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service.__main__
 import service.app
+from service.metrics import Table
 from service.settings import Settings
 
 LEAK = "LEAK"
@@ -34,9 +35,9 @@ class Leak:
         await self._app(scope, receive, send)
 
 
-def leaking(settings: Settings) -> FastAPI:
+def leaking(settings: Settings, table: Table | None = None) -> FastAPI:
     """The application, and the leak around it."""
-    app = sound(settings)
+    app = sound(settings, table)
     app.add_middleware(Leak, size=int(os.environ[LEAK]))
     return app
 

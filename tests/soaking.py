@@ -82,10 +82,17 @@ def growth(samples: Sequence[Sample], since: int) -> Growth:
     return Growth(slope * (counts[-1] - counts[0]), by_ends)
 
 
-def soaked(address: str, pid: int, requests: int, seed: int, each: Callable[[Sample], object] = lambda _: None) -> Soak:
+def soaked(
+    address: str,
+    pid: int,
+    requests: int,
+    seed: int,
+    good_first: int = 0,
+    each: Callable[[Sample], object] = lambda _: None,
+) -> Soak:
     """Send the traffic, some clients at a time; slow clients come and hang on meanwhile. `each` sees every sample."""
     soak, slow = Soak(), deque[tuple[float, Slow]]()
-    exchanges, kinds = itertools.islice(traffic(seed), requests), itertools.cycle(SLOW)
+    exchanges, kinds = itertools.islice(traffic(seed, good_first), requests), itertools.cycle(SLOW)
     with (
         httpx.Client(base_url=address, timeout=TIMEOUT, trust_env=False) as client,
         ThreadPoolExecutor(CLIENTS) as pool,
