@@ -14,8 +14,9 @@ How it is measured. The traffic is that of tests/traffic: every third request is
 endpoints and formats, plain or compressed, of up to 256 x 256 pixels, and its answer is compared with one computed by
 other means; then comes one that is bad in one of the ways of the project's list of hazards, from NaN in JSON to bytes
 that are no HTTP and clients that leave in the middle, and then a small good one. What is refused has to be refused with
-the right status, as a problem of at most 8 KiB. Four clients send at a time; meanwhile slow ones hang on, which the
-service has to be rid of in its time. The same seed gives the same traffic to both.
+the right status, as a problem of at most 8 KiB. Bodies may have 8 MB: of a bomb of 64 the C library would keep tens of
+megabytes or not, which would hide a leak. Four clients send at a time; meanwhile slow ones hang on, which the service
+has to be rid of in its time. The same seed gives the same traffic to both.
 """
 
 import argparse
@@ -37,6 +38,10 @@ from wire import heading, progress
 from tests.soaking import BETWEEN_SAMPLES, CLIENTS, CONTROL, MIB, SERVICE, Growth, Sample, Soak, growth, served, soaked
 
 LIMIT = 5 * MIB
+
+FLAGS = ("--max-body-mb", "8")
+"""What a bomb becomes, then."""
+
 LEAST_SAMPLES = 10
 
 GOOD_FIRST = 1000
@@ -71,7 +76,7 @@ def seen_of(subject: Subject, requests: int, since: int, seed: int) -> Seen:
 
     with tempfile.TemporaryDirectory() as folder:
         start = perf_counter()
-        with served(subject.command, Path(folder) / "log", subject.leak) as (address, pid):
+        with served(subject.command, Path(folder) / "log", *FLAGS, leak=subject.leak) as (address, pid):
             soak = soaked(address, pid, requests, seed, GOOD_FIRST, each)
         return Seen(soak, growth(soak.samples, since), perf_counter() - start)
 

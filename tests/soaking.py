@@ -131,12 +131,12 @@ def measured(pid: int, requests: int) -> Sample:
 
 
 @contextmanager
-def served(command: Sequence[str], log: Path, leak: int = 0) -> Iterator[tuple[str, int]]:
+def served(command: Sequence[str], log: Path, *flags: str, leak: int = 0) -> Iterator[tuple[str, int]]:
     """The address and the process id of `corr2d serve`, or of what takes the same flags, once it is ready."""
     with (
         log.open("w", encoding="utf-8") as lines,
         subprocess.Popen(
-            [*command, "serve", "--port", "0"],
+            [*command, "serve", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=lines,
             text=True,

@@ -115,7 +115,8 @@ class Leaving:
     def take_place(self, client: httpx.Client) -> None:
         """Send and leave; that nobody is harmed, the next exchange shows."""
         with connected(client) as connection:
-            connection.sendall(self.sent)
+            with suppress(ConnectionError):
+                connection.sendall(self.sent)
             come = b""
             while self.until not in come:
                 piece = connection.recv(65536)
