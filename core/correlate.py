@@ -65,7 +65,7 @@ class _Case(NamedTuple):
     output: tuple[int, ...]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _case(
     input_shape: tuple[int, ...],
     kernel_shape: tuple[int, ...],

@@ -65,7 +65,7 @@ class _Estimate(NamedTuple):
     gflop: float
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _estimate(problem: Problem) -> _Estimate:
     return _Estimate(problem.bytes / 1e6, problem.operations / 1e9)
 

@@ -17,6 +17,7 @@ from fastapi_offline import FastAPIOffline
 from core import ENGINES, CoreError, Machine, usable_cores, usable_memory
 from service import exit_codes
 from service.admission import SHARE_OF_A_COMPUTATION
+from service.allocator import keep_little
 from service.compute import Compute
 from service.doors import BrowserHeaders, CrossOrigin, Locked
 from service.keys import KeyRing
@@ -122,6 +123,7 @@ def _within_memory(settings: Settings) -> tuple[Settings, int]:
 
 def create_worker_app(settings: Settings, table: Table) -> FastAPI:
     """The service as the only application of a process."""
+    keep_little()
     configure_logging(settings.log_format)
     app = create_app(settings, table)
     app.state.process_is_ours = True

@@ -132,7 +132,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def response_to(request: Request, error: CoreError | ServiceError) -> Response:
-    """The answer to an error of the table."""
+    """The answer to an error of the table, whose traceback is forgotten.
+
+    Its frames hold the body and what it was decoded to, and one of them a future that holds the error: a circle, which
+    lasts until the collector happens to come by.
+    """
+    error.__traceback__ = None
     return _core_error(request, error) if isinstance(error, CoreError) else _service_error(request, error)
 
 

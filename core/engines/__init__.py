@@ -102,7 +102,7 @@ class Result(NamedTuple):
         return self.choice.seconds
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def choose(
     problem: Problem,
     method: Method = "auto",
@@ -167,14 +167,14 @@ def solve(
     return Result(output.reshape(shape), choice, seconds)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _planned(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> tuple[Choice, int, Solve]:
     """The choice, up to which rank to look before it counts, and the chosen engine's plan."""
     choice, looks = outlook(problem, method, machine, engines)
     return choice, looks, ENGINES[choice.engine].plan(problem, machine)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def outlook(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> tuple[Choice, int]:
     """The choice for a kernel of unknown rank, and up to which rank to look at the kernel, which could change it.
 
@@ -198,6 +198,6 @@ def outlook(problem: Problem, method: Method, machine: Machine, engines: tuple[s
     return choice, max(worth, default=0)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _of_rank(problem: Problem, rank: int) -> Problem:
     return replace(problem, rank=rank)

@@ -140,7 +140,7 @@ def _fits(h: int, w: int, block: Block) -> bool:
     return h <= block.rows - 7 and w <= block.columns - 4 * PHASES
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _cheapest(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _Plan:
     plans = []
     # The formula was fitted to a machine of 1e11 float32 operations per second.

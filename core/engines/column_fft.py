@@ -97,7 +97,7 @@ class _Strips(NamedTuple):
     blocks_a_task: int
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _strips(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _Strips:
     length, vectors, seconds = _plan(rows, columns, h, w, dtype, machine)
     height = -(-rows // -(-rows // (length - h + 1)))
@@ -131,7 +131,7 @@ def _in_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> 
     return [Survey(*numbers) for numbers in surveyed.tolist()]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _plan(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> tuple[int, int, float]:
     """The length of transform and the vectors of a tile that cost least, and seconds of one thread for a strip."""
     plans = []

@@ -127,7 +127,7 @@ def _by_tiles(problem: Problem, images: Tensor, weight: Tensor, middle: float) -
     return output
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _tile_size(problem: Problem) -> Pair:
     """The sides of the tiles that cost least: on any machine the same, or results would depend on its threads."""
     machine = Machine(threads=1)

@@ -154,7 +154,7 @@ def _flat(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], len
     return _Source(flat, pitch, *table)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _table(
     channels: int, kernel: Pair, stride: Pair, dilation: Pair, of_channel: int, of_phase: int, pitch: int
 ) -> tuple[NDArray[np.int32], int]:
@@ -231,7 +231,7 @@ class _Way(NamedTuple):
     band: _Band | None
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _cheapest(shape: _Shape) -> _Way:
     ways = []
     for tile, speed in TILES.items():

@@ -1,0 +1,494 @@
+"""What becomes of corr2d when ten times as much is asked of it as it can do.
+
+    make overload                                     everything, in about 4 minutes
+    .venv/bin/python benchmarks/overload.py --help    other multiples, shorter levels, a Markdown file, a picture
+
+How to read the tables. "Large" requests are what the work is in: kernels learned with a Huber loss from pairs of
+64 x 64 to 128 x 128 pixels and a picture filtered, 5 to 50 ms each, which wait for their turn in the queue. "Small"
+ones are correlations of 3 x 3 by 2 x 2 in JSON, which are done at once. A line is a level of load: so many times the
+capacity in large requests, and always the same number of small ones. "A second" counts the requests answered with 200,
+and those refused with 503. Times are milliseconds: of what was answered with 200 from when the request was due, of
+refusals from their first byte sent to the last byte of the answer. /livez is asked every 20 ms by a process of its own.
+
+How it is measured. `corr2d serve` with its defaults and one worker has one core and one thread to compute with; the
+load has another core. The capacity is the most large requests a second that were answered in a closed loop, of 1, 2, 4
+and 8 clients who wait for their answers, with the small ones coming as always. The load of the levels is an open loop:
+requests come in a Poisson process, whoever has been answered or not, on as many connections as that takes, and a time
+counts from when a request was due. By how much the generator was late itself is in the table: times of its size are its
+own. The first seconds of a level do not count. "Lost" are requests without an answer. The small requests' rate is the
+same at all levels because the promise is about them: what a small one takes beside a crowd of large ones, and not how
+many small ones there may be. "Alone" is the same rate, on connections of the same kind, without large ones.
+"""
+
+import argparse
+import asyncio
+import gc
+import io
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import uvloop
+from engines import cpu_model, digits, plain_axes, spread
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from open_loop import LOST, Clients, Sent, Stream, keep_busy, offer
+from servers import SERVERS, SUBJECT
+from servers.processes import Running, running
+from wire import Claim, heading, progress
+
+import core
+
+MULTIPLES = (0.5, 1, 2, 4, 7, 10)
+"""Of the capacity."""
+
+SMALL_RATE = 300.0
+"""Small requests a second, always."""
+
+RAMP = (1, 2, 4, 8)
+"""Clients of the closed loop."""
+
+WARM_UP = 3.0
+"""Seconds of every level that do not count."""
+
+FITS = ((64, 60, 2), (96, 40, 1), (128, 30, 1))
+"""Rows and columns, steps, and how many of them are among the large requests."""
+
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
+
+SMALL = b'{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}'
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """One question to /livez: when it was due, by how much the asker was late, and when the answer was there after."""
+
+    due: float
+    late: float
+    taken: float
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What was sent and came back in one level, the first seconds left out; `multiple` of the capacity, 0 is alone."""
+
+    multiple: float
+    rate: float
+    seconds: float
+    begin: float
+    large: Sequence[Sent]
+    small: Sequence[Sent]
+    pulses: Sequence[Pulse]
+
+    def due(self, everything: Sequence[Sent]) -> list[Sent]:
+        """Those that count."""
+        return [sent for sent in everything if sent.due >= self.begin]
+
+    def a_second(self, everything: Sequence[Sent], status: int) -> float:
+        """Answers with that status in the time that counts, a second."""
+        end = self.begin + self.seconds
+        return sum(sent.status == status and self.begin <= sent.answered < end for sent in everything) / self.seconds
+
+    def latencies(self, everything: Sequence[Sent]) -> list[float]:
+        """Milliseconds of what was done."""
+        return [1e3 * sent.latency for sent in self.due(everything) if sent.status == HTTPStatus.OK]
+
+    @property
+    def refusals(self) -> list[float]:
+        """Milliseconds of what was refused."""
+        both = [*self.due(self.large), *self.due(self.small)]
+        return [1e3 * sent.taken for sent in both if sent.status == HTTPStatus.SERVICE_UNAVAILABLE]
+
+    @property
+    def alive(self) -> list[float]:
+        """Milliseconds of /livez."""
+        return [1e3 * pulse.taken for pulse in self.pulses if pulse.due >= self.begin]
+
+    @property
+    def late(self) -> list[float]:
+        """Milliseconds by which the generator and the asker of /livez were late."""
+        both = [*self.due(self.large), *self.due(self.small)]
+        own = [sent.fired - sent.due for sent in both]
+        return [1e3 * seconds for seconds in own + [pulse.late for pulse in self.pulses if pulse.due >= self.begin]]
+
+    @property
+    def lost(self) -> int:
+        """Requests without an answer, of all."""
+        return sum(sent.status == LOST for sent in (*self.large, *self.small))
+
+    @property
+    def unadvised(self) -> int:
+        """Refusals that do not say when to come back."""
+        both = (*self.large, *self.small)
+        return sum(sent.status == HTTPStatus.SERVICE_UNAVAILABLE and not sent.retry_after for sent in both)
+
+
+@dataclass(slots=True)
+class Results:
+    """Large requests a second by clients of the closed loop; small ones alone; the levels."""
+
+    ramp: dict[int, float] = field(default_factory=dict)
+    levels: list[Level] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> float:
+        """Large requests a second."""
+        return max(self.ramp.values())
+
+
+# Requests.
+
+
+def post(path: str, media_type: str, body: bytes, accept: str = "application/json") -> bytes:
+    """All bytes of a request."""
+    lines = [f"POST {path} HTTP/1.1", "Host: corr2d", f"Content-Type: {media_type}", f"Accept: {accept}"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+def large_requests() -> list[bytes]:
+    """Each as often as it is to come."""
+    rng, everything = np.random.default_rng(0), []
+    for side, steps, many in FITS:
+        for _ in range(many):
+            image = rng.normal(size=(side, side)).astype(np.float32)
+            target = core.correlate(image, rng.normal(size=(5, 5))).output.numpy()
+            file = io.BytesIO()
+            np.savez(file, input=image, target=target)
+            options = f"loss=huber&steps={steps}&learning_rate=0.01&seed=0"
+            everything.append(post(f"/train-kernel?{options}", "application/x-npz", file.getvalue()))
+    filtered = "/correlate?kernel=gaussian(4)&mode=same&boundary=reflect"
+    return [*everything, post(filtered, "image/png", PICTURE.read_bytes(), "image/png")]
+
+
+SMALL_REQUESTS = [post("/correlate", "application/json", SMALL)]
+
+
+async def check(clients: Clients, requests: Sequence[bytes]) -> None:
+    """Everything is answered with 200; compiles what has to be."""
+    for request in requests:
+        sent = Sent(monotonic(), monotonic())
+        clients.send(request, sent)
+        await clients.settle()
+        if sent.status != HTTPStatus.OK:
+            sys.exit(f"{request[:80]!r} is answered with {sent.status}")
+
+
+# Measuring.
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Who is asked, with what, and for how many seconds a level; ramps take half of that."""
+
+    host: str
+    port: int
+    large: Sequence[bytes]
+    seconds: float
+
+    async def ramp(self, results: Results) -> None:
+        """A closed loop of more and more clients, beside the small requests."""
+        for clients in RAMP:
+            seconds, start = WARM_UP + self.seconds / 2, monotonic()
+            large, small = Clients(self.host, self.port), Clients(self.host, self.port)
+            done, _ = await asyncio.gather(
+                keep_busy(large, self.large, clients, seconds, seed=clients),
+                offer(small, Stream(SMALL_REQUESTS, SMALL_RATE), seconds, seed=clients),
+            )
+            large.close()
+            small.close()
+            level = Level(0, 0, self.seconds / 2, start + WARM_UP, done, (), ())
+            results.ramp[clients] = level.a_second(done, HTTPStatus.OK)
+            progress(f"{clients} clients in a closed loop: {digits(results.ramp[clients])} large requests a second")
+
+    async def level(self, multiple: float, rate: float) -> Level:
+        """One level, as it is measured; without large requests where the rate is 0."""
+        seconds = WARM_UP + self.seconds
+        large, small = Clients(self.host, self.port), Clients(self.host, self.port)
+        begin = monotonic() + WARM_UP
+        asker = await asyncio.create_subprocess_exec(
+            sys.executable,
+            Path(__file__).with_name("pulse.py"),
+            self.host,
+            str(self.port),
+            str(seconds),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        streams = [offer(small, Stream(SMALL_REQUESTS, SMALL_RATE), seconds, seed=1)]
+        if rate:
+            streams.append(offer(large, Stream(self.large, rate), seconds, seed=2))
+        sent = await asyncio.gather(*streams)
+        printed, _ = await asker.communicate()
+        large.close()
+        small.close()
+        pulses = [Pulse(*map(float, line.split())) for line in printed.decode().splitlines()]
+        if not pulses:
+            sys.exit("/livez was not answered")
+        return Level(multiple, rate, self.seconds, begin, sent[1] if rate else (), sent[0], pulses)
+
+
+async def measure(one: Running, seconds: float, multiples: Sequence[float]) -> Results:
+    """All of it."""
+    host, _, port = one.origin.removeprefix("http://").rpartition(":")
+    load, results = Load(host, int(port), large_requests(), seconds), Results()
+    clients = Clients(host, int(port))
+    await check(clients, [*load.large, *SMALL_REQUESTS] * 2)
+    clients.close()
+    await load.ramp(results)
+    one.settle()
+    for multiple in (0, *multiples):
+        results.levels.append(await load.level(multiple, multiple * results.capacity))
+        one.settle()
+        progress(line_of(results.levels[-1]))
+    return results
+
+
+# Reporting.
+
+
+def percentile(times: Sequence[float], share: float) -> float:
+    """The time within which that share of them are; NaN of none."""
+    return sorted(times)[math.ceil(share * len(times)) - 1] if times else math.nan
+
+
+def pair(times: Sequence[float]) -> str:
+    """The median and the 99th percentile."""
+    return f"{digits(percentile(times, 0.5))}, {digits(percentile(times, 0.99))}" if times else "-"
+
+
+def name_of(level: Level) -> str:
+    """As tables say it."""
+    return f"{level.multiple:g} x ({digits(level.rate)} a second)" if level.multiple else "small ones alone"
+
+
+def line_of(level: Level) -> str:
+    """A row of Markdown."""
+    alive = f"{pair(level.alive)}, {digits(max(level.alive))}"
+    both = [*level.large, *level.small]
+    columns = [
+        name_of(level),
+        digits(level.a_second(level.large, HTTPStatus.OK)),
+        digits(level.a_second(level.small, HTTPStatus.OK)),
+        digits(level.a_second(both, HTTPStatus.SERVICE_UNAVAILABLE)),
+        pair(level.latencies(level.large)),
+        pair(level.latencies(level.small)),
+        pair(level.refusals),
+        alive,
+        f"{pair(level.late)}, {digits(max(level.late))}",
+        str(level.lost),
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """What the service promises, where it was worst."""
+    alone, *levels = results.levels
+
+    def worst(times_of: Callable[[Level], Sequence[float]], share: float) -> float | None:
+        times = [percentile(times, share) for level in levels if (times := times_of(level))]
+        return max(times, default=None)
+
+    small = worst(lambda level: level.latencies(level.small), 0.99)
+    unloaded = percentile(alone.latencies(alone.small), 0.99)
+    done = [level.a_second(level.large, HTTPStatus.OK) for level in levels]
+    peak = max(results.capacity, *done)
+    heaviest = levels[-1].multiple
+    yield Claim(f"large requests a second at {heaviest:g} x, by the most there were", 0.9, done[-1] / peak)
+    yield Claim("refusals: 99 of 100 within", 50, worst(lambda level: level.refusals, 0.99), " ms", at_most=True)
+    yield Claim("/livez: the slowest", 100, worst(lambda level: level.alive, 1), " ms", at_most=True)
+    yield Claim("/livez: 99 of 100 within", 100, worst(lambda level: level.alive, 0.99), " ms", at_most=True)
+    yield Claim("small requests: 99 of 100, by the same alone", 5, small / unloaded if small else None, at_most=True)
+    yield Claim("requests without an answer", 0, sum(level.lost for level in levels), at_most=True)
+    yield Claim("refusals that do not say Retry-After", 0, sum(level.unadvised for level in levels), at_most=True)
+
+
+def report(results: Results) -> str:
+    """All tables, and on what they were measured."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "uvicorn", "uvloop"))
+    circumstances = (
+        f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {os.cpu_count()} cores: one for the server, one for the load; "
+        f"Python {platform.python_version()}, {packages}"
+    )
+    ramp = heading("clients", "large requests a second")
+    ramp += [f"| {clients} | {digits(rate)} |" for clients, rate in results.ramp.items()]
+    levels = heading(
+        "offered",
+        "large done a second",
+        "small done a second",
+        "refused a second",
+        "large: median, 99 %",
+        "small: median, 99 %",
+        "refusals: median, 99 %",
+        "/livez: median, 99 %, most",
+        "generator late: median, 99 %, most",
+        "lost",
+    )
+    levels += map(line_of, results.levels)
+    counted = heading("offered", "large", "small")
+    for level in results.levels:
+        statuses = [
+            ", ".join(
+                f"{many} x {status or 'lost'}" for status, many in sorted(Counter(s.status for s in sent).items())
+            )
+            for sent in (level.large, level.small)
+        ]
+        counted.append(f"| {name_of(level)} | {statuses[0] or '-'} | {statuses[1]} |")
+    promised = heading("what", "target", "reached", "holds")
+    promised += [claim.line() for claim in claims(results)]
+    sections = {
+        "The capacity": ramp,
+        f"Offered more and more, beside {SMALL_RATE:g} small requests a second; times in ms": levels,
+        "Everything sent, by status": counted,
+        "What it must show": promised,
+    }
+    parts = [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items()]
+    return "\n\n".join([circumstances, *parts]) + "\n"
+
+
+# The picture.
+
+
+BLUE, LIGHT_BLUE, GREEN, RED, GREY = "#1f6feb", "#63a5f7", "#2ca02c", "#d62728", "#7f7f7f"
+
+DASHED: Mapping[str, Any] = {"linestyle": "--", "linewidth": 1.2}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A number for every level, and how it is drawn; what is none, or NaN, is not."""
+
+    label: str
+    values: Sequence[float]
+    style: Mapping[str, Any]
+
+
+def lines_of_rates(levels: Sequence[Level]) -> list[Line]:
+    """What is offered, done and refused a second."""
+    refused = [level.a_second([*level.large, *level.small], HTTPStatus.SERVICE_UNAVAILABLE) for level in levels]
+    return [
+        Line("large, offered", [level.rate for level in levels], {"color": GREY, **DASHED}),
+        Line("large, done", [level.a_second(level.large, HTTPStatus.OK) for level in levels], {"color": BLUE}),
+        Line("small, done", [level.a_second(level.small, HTTPStatus.OK) for level in levels], {"color": GREEN}),
+        Line("refused", refused, {"color": RED}),
+    ]
+
+
+def lines_of_times(levels: Sequence[Level]) -> list[Line]:
+    """How long all of that takes."""
+    kinds: Sequence[tuple[str, str, list[list[float]], str, float]] = (
+        ("large", BLUE, [level.latencies(level.large) for level in levels], "99 %", 0.99),
+        ("small", GREEN, [level.latencies(level.small) for level in levels], "99 %", 0.99),
+        ("refusals", RED, [level.refusals for level in levels], "99 %", 0.99),
+        ("/livez", LIGHT_BLUE, [level.alive for level in levels], "slowest", 1),
+    )
+    lines = []
+    for label, colour, times, most, share in kinds:
+        lines.append(Line(f"{label}, {most}", [percentile(each, share) for each in times], {"color": colour}))
+        middle = [percentile(each, 0.5) for each in times]
+        lines.append(Line(f"{label}, median", middle, {"color": colour, **DASHED}))
+    return lines
+
+
+def draw(results: Results, path: Path) -> None:
+    """Above what is done and refused a second, below how long it takes; each line is named at its right."""
+    levels = results.levels[1:]
+    figure = Figure(figsize=(9, 10), dpi=150, facecolor="white")
+    above, below = figure.add_axes((0.09, 0.55, 0.69, 0.41)), figure.add_axes((0.09, 0.06, 0.69, 0.41))
+    above.set_title("requests a second, one core for the server")
+    below.set_title("milliseconds until the answer is there")
+    for axes, lines in ((above, lines_of_rates(levels)), (below, lines_of_times(levels))):
+        plot(axes, [level.multiple for level in levels], lines)
+    figure.savefig(path)
+
+
+def plot(axes: Axes, multiples: Sequence[float], lines: Sequence[Line]) -> None:
+    """The lines, on logarithmic scales, and their names."""
+    points = {line.label: [(x, y) for x, y in zip(multiples, line.values, strict=True) if y > 0] for line in lines}
+    lines = [line for line in lines if points[line.label]]
+    for line in lines:
+        axes.loglog(*zip(*points[line.label], strict=True), **{"marker": "o", "markersize": 4, **line.style})
+    axes.set_xlabel("large requests offered, in multiples of what can be done")
+    axes.set_xticks(multiples, [f"{multiple:g}" for multiple in multiples])
+    plain_axes(axes)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = spread({line.label: float(to_share.transform(points[line.label][-1])[1]) for line in lines})
+    for line in lines:
+        colour = line.style["color"]
+        axes.annotate(
+            line.label,
+            points[line.label][-1],
+            (1.05, heights[line.label]),
+            textcoords="axes fraction",
+            color=colour,
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2},
+            annotation_clip=False,
+        )
+
+
+# The command line.
+
+
+def parsed_arguments() -> argparse.Namespace:
+    """The command line, checked now rather than after minutes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    text = f"of the capacity that are offered (default: {' '.join(map(str, MULTIPLES))})"
+    parser.add_argument("--multiples", nargs="+", type=float, metavar="X", default=MULTIPLES, help=text)
+    parser.add_argument("--seconds", type=float, default=15, help="of one level (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as Markdown")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it, as .png or .svg")
+    arguments = parser.parse_args()
+    if min(arguments.multiples) <= 0 or arguments.seconds < 1:
+        parser.error("--multiples above 0, --seconds from 1")
+    for file in (arguments.output, arguments.picture):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"{file}: there is no folder {file.parent}")
+    if arguments.picture is not None and arguments.picture.suffix not in (".png", ".svg"):
+        parser.error(f"--picture {arguments.picture}: a name that ends in .png or .svg")
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or shutil.which("taskset") is None:
+        parser.error("this needs Linux, two cores, one for the server and one for the load, and taskset of util-linux")
+    return arguments
+
+
+def main() -> None:
+    """Measure, and print, write and draw what was asked for."""
+    arguments = parsed_arguments()
+    server = next(server for server in SERVERS if server.name == SUBJECT)
+    core_of_server, core_of_load = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core_of_load})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # after which the server is stopped
+    # To look through all that is imported for garbage would hold up the load for a third of a second.
+    gc.freeze()
+    gc.disable()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(server, core_of_server, Path(folder)) as one,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        results = runner.run(measure(one, arguments.seconds, sorted(arguments.multiples)))
+    text = report(results)
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        arguments.output.write_text(text, encoding="utf-8")
+    if arguments.picture is not None:
+        draw(results, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

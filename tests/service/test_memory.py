@@ -1,0 +1,47 @@
+"""What a request leaves behind in memory."""
+
+import gc
+import gzip
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.problem import problem_of
+from tests.serving import Send
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Only what nobody refers to any more is given back, and at once."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/correlate", gzip.compress(bytes(64_000_001)), 413),
+        ("/correlate", gzip.compress(b'{"input": [[1]], "kernel": [[1], [2]]' + b" " * 2_000_000 + b"}"), 422),
+        ("/train-kernel", gzip.compress(b'{"input": [[1]], "target": [[1, 2]]' + b" " * 2_000_000 + b"}"), 422),
+    ],
+    ids=["in the codec's threads", "on the event loop", "in the pool"],
+)
+def test_a_refused_body_is_gone_with_its_answer(send: Send, path: str, body: bytes, status: int) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    problem_of(send("POST", path, content=body, headers=headers), status)
+    with without_collector():
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                problem_of(send("POST", path, content=body, headers=headers), status)
+            # So that the threads have ended what they did for the last one.
+            send("GET", "/livez")
+            assert tracemalloc.get_traced_memory()[0] < 1_000_000
+        finally:
+            tracemalloc.stop()

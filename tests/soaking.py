@@ -1,0 +1,158 @@
+"""A server under mixed traffic for thousands of requests, and what becomes of its memory."""
+
+import itertools
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from tests.leaking import LEAK
+from tests.serving import wait_until_ready
+from tests.traffic import Exchange, traffic
+from tests.traffic.slow import SLOW, Slow
+
+SERVICE = (str(Path(sys.executable).with_name("corr2d")),)
+CONTROL = (sys.executable, "-m", "tests.leaking")
+
+CLIENTS = 4
+"""At a time."""
+
+BETWEEN_SAMPLES = 100
+"""Requests."""
+
+MIB = 2**20
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Memory after so many requests while none runs, by /proc/PID/smaps_rollup: all resident, and all of no file."""
+
+    requests: int
+    resident: int
+    anonymous: int
+
+
+@dataclass(frozen=True, slots=True)
+class Soak:
+    """What was seen: memory, and how often which exchange was not right, with the first reason."""
+
+    samples: list[Sample] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def note(self, name: str, reason: BaseException) -> None:
+        """One that was not right."""
+        self.wrong[name] += 1
+        self.reasons.setdefault(name, f"{type(reason).__name__}: {reason}"[:400])
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Bytes of resident memory gained over a run, by a straight line through it and by the medians of its two ends."""
+
+    by_line: float
+    by_ends: float
+
+    def verdict(self, limit: float) -> str:
+        """Flat where both are within the limit, leaking where both are over it."""
+        over = [self.by_line > limit, self.by_ends > limit]
+        return "leaks" if all(over) else "unclear" if any(over) else "flat"
+
+
+def growth(samples: Sequence[Sample], since: int) -> Growth:
+    """From the sample after `since` requests to the last; the ends are a fifth of them each, at least one."""
+    later = [sample for sample in samples if sample.requests >= since]
+    counts, sizes = [sample.requests for sample in later], [sample.resident for sample in later]
+    slope = float(np.polyfit(counts, sizes, 1)[0])
+    end = max(1, len(later) // 5)
+    by_ends = statistics.median(sizes[-end:]) - statistics.median(sizes[:end])
+    return Growth(slope * (counts[-1] - counts[0]), by_ends)
+
+
+def soaked(
+    address: str,
+    pid: int,
+    requests: int,
+    seed: int,
+    good_first: int = 0,
+    each: Callable[[Sample], object] = lambda _: None,
+) -> Soak:
+    """Send the traffic, some clients at a time; slow clients come and hang on meanwhile. `each` sees every sample."""
+    soak, slow = Soak(), deque[tuple[float, Slow]]()
+    exchanges, kinds = itertools.islice(traffic(seed, good_first), requests), itertools.cycle(SLOW)
+    with (
+        httpx.Client(base_url=address, timeout=TIMEOUT, trust_env=False) as client,
+        ThreadPoolExecutor(CLIENTS) as pool,
+    ):
+
+        def take_place(exchange: Exchange) -> None:
+            try:
+                exchange.take_place(client)
+            except (AssertionError, OSError, ValueError, httpx.HTTPError) as reason:
+                soak.note(exchange.name, reason)
+
+        try:
+            while block := list(itertools.islice(exchanges, BETWEEN_SAMPLES)):
+                slow.append((time.monotonic(), Slow(next(kinds), client)))
+                list(pool.map(take_place, block))
+                soak.kinds.update(exchange.name for exchange in block)
+                soak.samples.append(measured(pid, sum(soak.kinds.values())))
+                each(soak.samples[-1])
+                while slow and time.monotonic() - slow[0][0] > slow[0][1].kind.seconds:
+                    one = slow.popleft()[1]
+                    try:
+                        one.check_closed()
+                    except AssertionError as reason:
+                        soak.note(one.kind.name, reason)
+        finally:
+            for _, one in slow:
+                one.leave()
+    return soak
+
+
+def measured(pid: int, requests: int) -> Sample:
+    """The process's memory now."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    kilobytes = {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", rollup, re.MULTILINE)}
+    return Sample(requests, 1024 * kilobytes["Rss"], 1024 * kilobytes["Anonymous"])
+
+
+@contextmanager
+def served(command: Sequence[str], log: Path, *flags: str, leak: int = 0) -> Iterator[tuple[str, int]]:
+    """The address and the process id of `corr2d serve`, or of what takes the same flags, once it is ready."""
+    with (
+        log.open("w", encoding="utf-8") as lines,
+        subprocess.Popen(
+            [*command, "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=lines,
+            text=True,
+            env={**os.environ, LEAK: str(leak)},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            address = re.search(r"listens on (http://[\w.:]+)", process.stdout.readline())
+            assert address, log.read_text(encoding="utf-8")
+            with httpx.Client(base_url=address[1], timeout=TIMEOUT, trust_env=False) as client:
+                wait_until_ready(client.request)
+            yield address[1], process.pid
+        finally:
+            process.terminate()
+            try:
+                process.wait(TIMEOUT)
+            finally:
+                process.kill()
