@@ -188,7 +188,7 @@ LEAK = 100_000
 def grown_by_rounds(command: Sequence[str], log: Path, leak: int) -> int:
     """The bytes of memory that a service gains by some rounds of good and bad requests, the same each time."""
     exchanges = list(islice(traffic(seed=64), A_ROUND))
-    with served(command, log, leak) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
+    with served(command, log, leak=leak) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
 
         def one_round() -> None:
             for exchange in exchanges:
