@@ -114,6 +114,12 @@ def refusal_to_serve(*flags: str, **variables: str) -> str:
     return lines[0]
 
 
+def workers_of(supervisor: int) -> list[int]:
+    """Its children that serve, as /proc names them; the other one looks after shared memory."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def wait_until_ready(send: Send) -> None:
     deadline = time.monotonic() + 30
     while True:

@@ -1,6 +1,7 @@
 """Hazards 58 to 65: stopping, keys and settings, and what a container or a long run may bring."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -16,12 +17,13 @@ import pytest
 from service.app import create_app
 from service.settings import Settings
 from tests.hazards.fits import ENDLESS, fit_of, under_way
+from tests.hazards.load import under_load
 from tests.hazards.raw import PATIENCE, Connection, head, many
 from tests.hazards.requests import MEGABYTE, ROWS
 from tests.hazards.walled import DISK, FULL_DISK, READ_ONLY, report_from_within, require_walls
 from tests.hazards.watched import resident, watched_service, works
 from tests.problem import detail_of, problem_of
-from tests.serving import CORR2D, on_a_port, refusal_to_serve, wait_until_ready
+from tests.serving import CORR2D, on_a_port, refusal_to_serve, wait_until_ready, workers_of
 from tests.soaking import CONTROL, SERVICE, served
 from tests.traffic import traffic
 
@@ -71,6 +73,38 @@ def test_58_who_is_in_the_queue_is_answered_too(tmp_path: Path) -> None:
             assert answer.status_code == 200
             assert len(answer.json()["loss_history"]) == 2000
         assert watched.process.wait(PATIENCE) == 0
+
+
+RUNS = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
+"""Ten by hand: `HYPOTHESIS_PROFILE=thorough .venv/bin/pytest tests/hazards -k under_load`."""
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_58_under_load_no_request_is_lost(tmp_path: Path, workers: str, run: int) -> None:
+    patient = {"CORR2D_DRAIN_S": "0.5", "CORR2D_QUEUE_TIMEOUT_S": "60"}
+    with watched_service(tmp_path / "log", "--workers", workers, **patient) as watched:
+        with under_load(watched.address) as account:
+            while account.answered < 100:
+                time.sleep(0.01)
+            watched.process.terminate()
+            assert watched.process.wait(PATIENCE) == 0
+        assert not account.lost
+
+
+def test_58_a_worker_that_is_killed_under_load_takes_only_its_own_requests_along(tmp_path: Path) -> None:
+    with watched_service(tmp_path / "log", "--workers", "2", CORR2D_QUEUE_TIMEOUT_S="60") as watched:
+        with under_load(watched.address) as account:
+            while account.answered < 100:
+                time.sleep(0.01)
+            workers = workers_of(watched.process.pid)
+            os.kill(workers[0], signal.SIGKILL)
+            answered, deadline = account.answered, time.monotonic() + PATIENCE
+            while account.answered < answered + 100 or len(set(workers_of(watched.process.pid)) - set(workers)) < 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert len(account.lost) <= 16
+        works(watched.address)
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
