@@ -94,12 +94,11 @@ class Server(uvicorn.Server):
     from somebody at a terminal, who does not wait for that. A second signal ends the process as it stands.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, drain_s: float, obeys: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, drain_s: float, supervisor: int | None = None) -> None:
+        """`supervisor`: the process whose worker this is. It says when to go, and nobody is left where it is gone."""
         super().__init__(config)
         self._state = self.server_state = State()
-        self._obeys = obeys
+        self._supervisor = supervisor
         self._drain_s = drain_s
         self._closes_at: float | None = None
         self._looks_at = 0.0
@@ -107,7 +106,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to go down; at once where that has begun already."""
         del frame
-        if sig not in self._obeys:
+        if sig == signal.SIGINT and self._supervisor is not None:
+            # A terminal sends it to all processes at once.
             return
         if self._captured_signals:
             os._exit(128 + sig)
@@ -130,6 +130,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: look at the connections, and whether it is time to go."""
         self._look()
+        if self._supervisor not in (None, os.getppid()) and not self._captured_signals:
+            self.handle_exit(signal.SIGTERM, None)
         if (app := self._app) is not None:
             self._set_gauges(app)
         if self._closes_at is not None and time.monotonic() >= self._closes_at:
@@ -191,8 +193,7 @@ class Worker(Process):
     def server(self) -> Server:
         """What runs in it; only there, for it cannot be handed over."""
         if self._server is None:
-            # A terminal sends SIGINT to all processes at once, but it is the supervisor who says when to go.
-            self._server = Server(self.config, drain_s=self.drain_s, obeys=(signal.SIGTERM,))
+            self._server = Server(self.config, self.drain_s, supervisor=os.getppid())
         return cast("Server", self._server)
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket, drain_s: float) -> None:

@@ -75,6 +75,24 @@ def test_58_who_is_in_the_queue_is_answered_too(tmp_path: Path) -> None:
         assert watched.process.wait(PATIENCE) == 0
 
 
+def test_58_workers_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
+    with watched_service(tmp_path / "log", "--workers", "2", CORR2D_DRAIN_S="0.1") as watched:
+        workers = workers_of(watched.process.pid)
+        watched.process.kill()
+        deadline = time.monotonic() + PATIENCE
+        while any(is_alive(worker) for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    """And is no zombie that waits to be buried."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 RUNS = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
 """Ten by hand: `HYPOTHESIS_PROFILE=thorough .venv/bin/pytest tests/hazards -k under_load`."""
 
