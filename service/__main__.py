@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
@@ -108,10 +108,11 @@ def serve(**flags: object) -> None:
         resolve_device(settings.device)
     except CoreError as error:
         _stop(f"{PREFIX}DEVICE {error}", exit_codes.SETTINGS)
-    typer.echo(f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:")
     key = "" if settings.api_keys is None and settings.api_keys_file is None else " -H 'X-API-Key: ...'"
-    typer.echo(f"  {TRY_IT % address}{key}")
-    sys.stdout.flush()
+    greeting = f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:\n"
+    # Not by way of a buffer: where nothing can be written, what lies in it would be an error again at the end.
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{greeting}  {TRY_IT % address}{key}\n".encode())
     run(settings, listener)
 
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 
-from core import ENGINES, CoreError, Machine, usable_cores, usable_memory
+from core import ENGINES, Machine, usable_cores, usable_memory
 from service import exit_codes
 from service.admission import SHARE_OF_A_COMPUTATION
 from service.allocator import keep_little
@@ -151,9 +151,10 @@ async def _become_ready(app: FastAPI) -> None:
     try:
         # Beside the pool, and without its deadline: the first computation on a GPU may take its time.
         device, machine = await anyio.to_thread.run_sync(warm_up, app.state.settings.device, app.state.compute.machine)
-    except (CoreError, RuntimeError) as error:
+    except Exception as error:
+        # Whatever it is, it must not go unseen: nobody waits for this task.
         app.state.readiness.failed(f"the warm-up failed: {error}")
-        log.error("warm-up failed", reason=str(error))  # noqa: TRY400 - the reason is all there is to say
+        log.exception("warm-up failed")
         if app.state.process_is_ours:
             logging.shutdown()
             os._exit(exit_codes.BROKEN)

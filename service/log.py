@@ -3,8 +3,9 @@
 import logging
 import sys
 import time
+from contextlib import suppress
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import orjson
 import structlog
@@ -26,7 +27,7 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     structlog.configure(
         processors=[_stamped, *rendered],
         # Not by way of the standard library's logging: that takes longer than the rest of a small request.
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", Unbreakable(sys.stderr))),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
@@ -40,6 +41,23 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+
+
+class Unbreakable:
+    """A file to which nothing is written when nothing can be: a full disk costs lines of the log, but no answers."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Write, if that is possible."""
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        """Hand over what was written, if that is possible."""
+        with suppress(OSError):
+            self._file.flush()
 
 
 def _stamped(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

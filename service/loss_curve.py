@@ -5,6 +5,8 @@ last point. So loss_history[i], the loss before update i + 1, stands at step i.
 """
 
 import math
+import os
+import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -87,6 +89,8 @@ STYLE = {
 _drawing = Lock()
 """matplotlib draws one picture at a time."""
 
+SHARED_MEMORY = "/dev/shm/matplotlib"  # noqa: S108 - beneath a read-only root there is nothing else
+
 
 def svg(fields: Mapping[str, Any]) -> bytes:
     """The picture as SVG, its texts as text, of FIELDS and, where the history is thinned, loss_history_steps."""
@@ -106,6 +110,7 @@ def _heading(fields: Mapping[str, Any]) -> str:
 
 def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dict[str, str | None]) -> bytes:
     with _drawing:
+        _find_a_folder()
         import matplotlib as mpl
 
         # Whatever a matplotlibrc says, wherever it lies.
@@ -114,6 +119,14 @@ def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dic
             picture = BytesIO()
             _figure(fields).savefig(picture, format=form, dpi=DPI, metadata=metadata)
             return picture.getvalue()
+
+
+def _find_a_folder() -> None:
+    """Where it can write nowhere, matplotlib does not load: it wants to keep a list of fonts."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        os.environ.setdefault("MPLCONFIGDIR", SHARED_MEMORY)
 
 
 def _figure(fields: Mapping[str, Any]) -> "Figure":

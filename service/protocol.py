@@ -18,6 +18,8 @@ from service.connections import SPARE, ConnectionLimits, Mark, Phase, longest_id
 from service.errors import Busy, HeaderTooLarge, NotParseable, ServiceError, TooSlow, UriTooLong
 
 STATUS_LINE = b"HTTP/1."
+CONTINUE = b"HTTP/1.1 100"
+CLOSE = b"connection: close\r\n"
 
 MAX_HEAD = 1 << 16
 MAX_TARGET = 1 << 14
@@ -55,12 +57,15 @@ class HeadWithBody:
     """
 
     def __init__(
-        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, is_owed: Callable[[], bool] = lambda: False
+        self,
+        transport: asyncio.Transport,
+        loop: asyncio.AbstractEventLoop,
+        is_early: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_owed`: there is more to come from the client, who would not see an answer if we closed upon it."""
+        """`is_early`: what is answered has not all come yet, and its sender would not see the answer if we closed."""
         self._transport = transport
         self._loop = loop
-        self._is_owed = is_owed
+        self._is_early = is_early
         self._head = b""
         self.sent = 0
         self.lingers = False
@@ -76,6 +81,9 @@ class HeadWithBody:
             self._transport.writelines([head, data])
         elif data[: len(STATUS_LINE)] == STATUS_LINE:
             self._head = cast("bytes", data)
+            if data[: len(CONTINUE)] != CONTINUE and self._is_early() and CLOSE not in self._head:
+                # What comes next on the connection may be the rest, or never come: nobody is to count on it.
+                self._head = self._head[:-2] + CLOSE + b"\r\n"
             self._loop.call_soon(self.flush)
         else:
             self._transport.write(data)
@@ -96,12 +104,16 @@ class HeadWithBody:
         To close a connection on which unread data lies resets it, and the client may never see what it was sent.
         """
         self.flush()
-        if self._is_owed() and not self.is_closing():
+        if self._is_early() and not self.is_closing():
             self.lingers = True
             self._transport.write_eof()
             self._transport.resume_reading()
         else:
             self._transport.close()
+
+    def forget(self) -> None:
+        """The connection is gone, and must not wait for the garbage collector to be seen off."""
+        self._is_early = lambda: False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -152,9 +164,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection; where there are too many, the one that has been idle longest has to go."""
-        super().connection_made(
-            cast("asyncio.Transport", HeadWithBody(transport, self.loop, lambda: self._in_body or self._refused))
-        )
+        super().connection_made(cast("asyncio.Transport", HeadWithBody(transport, self.loop, self._answers_early)))
         self.flow = Flow(cast("asyncio.Transport", self.transport))
         if len(self.connections) > self.limits.connections:
             others = (other for other in self.connections if other is not self)
@@ -167,9 +177,19 @@ class Protocol(HttpToolsProtocol):
                 self._over_limit = True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End a connection."""
+        """End a connection, and what refers to it in circles: each would stay until the garbage collector looks."""
         super().connection_lost(exc)
         self._rest = b""
+        self.transport.forget()
+        self.cycle = None  # type: ignore[assignment]  # as uvicorn has it before the first request
+        self.pipeline.clear()
+
+    def _answers_early(self) -> bool:
+        """What is being answered has not all come yet; it is the last request on its connection then."""
+        early = (self._refused or self._in_body) and not self.pipeline
+        if early and self.cycle is not None:
+            self.cycle.keep_alive = False
+        return early
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
@@ -219,7 +239,7 @@ class Protocol(HttpToolsProtocol):
         """A request begins."""
         super().on_message_begin()
         self._messages += 1
-        self._framing = self._dropped = 0
+        self._framing = 0
         self._in_head = True
 
     def on_headers_complete(self) -> None:
@@ -228,9 +248,9 @@ class Protocol(HttpToolsProtocol):
         if objection is not None:
             self._refuse(objection)
             raise Refused
+        super().on_headers_complete()
         self._in_head = False
         self._in_body = True
-        super().on_headers_complete()
         if self.server_state.draining:
             self.cycle.keep_alive = False
 
@@ -267,10 +287,7 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of a body."""
         self._framing = max(0, self._framing - 2 * len(body))
-        if self.cycle.response_complete:
-            self._drop(len(body))
-        else:
-            super().on_body(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is whole."""
@@ -364,9 +381,19 @@ class Protocol(HttpToolsProtocol):
         """End the connection: the phase has lasted that long."""
         match phase:
             case Phase.HEAD:
-                self._refuse(TooSlow(f"the head of the request was not whole after {seconds:g} s"))
-            case Phase.BODY if not self.cycle.response_complete:
-                self._refuse(TooSlow(f"too little of the body came in {seconds:g} s; the next try is as welcome"))
+                self._refuse(
+                    TooSlow(
+                        f"the head of the request was not whole after {seconds:g} s; "
+                        "the operator can change that by CORR2D_HEADER_TIMEOUT_S"
+                    )
+                )
+            case Phase.BODY:
+                self._refuse(
+                    TooSlow(
+                        f"less than 16 kB of the body came in {seconds:g} s; "
+                        "the operator can change that by CORR2D_BODY_TIMEOUT_S"
+                    )
+                )
             case Phase.SENDING:
                 self.transport.abort()
             case _:

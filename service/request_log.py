@@ -46,6 +46,15 @@ def trace_headers(scope: Scope) -> dict[str, str]:
     return {"X-Request-ID": scope["state"]["request_id"], "Server-Timing": scope["state"]["timing"].header()}
 
 
+def _sent_id(scope: Scope) -> str | None:
+    """The request's own id, if it has one that can stand in a header and a log."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            sent: str = value.decode("latin-1")
+            return sent if ACCEPTABLE_ID.fullmatch(sent) else None
+    return None
+
+
 class RequestLog:
     """ASGI middleware: puts `request_id` and `timing` into the request's state, adds headers, writes the line, counts.
 
@@ -64,8 +73,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        request_id = sent if ACCEPTABLE_ID.fullmatch(sent) else f"{PROCESS}{next(NUMBERS):016x}"
+        request_id = _sent_id(scope) or f"{PROCESS}{next(NUMBERS):016x}"
         timing = Timing()
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, timing=timing, refused=None)

@@ -1,10 +1,17 @@
 """What every error response has to look like, whatever went wrong."""
 
+import re
+import sys
 from typing import Any
 
 import httpx
 
+import core
+import service
 from service.problems import ProblemDetails
+
+OF_THE_HOUSE = ["Traceback", 'File "', "site-packages", sys.prefix, *core.__path__, *service.__path__]
+"""What no answer may show: a stack trace, or where the server's files lie."""
 
 
 def problem_of(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -12,8 +19,8 @@ def problem_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text[:1000]
     assert response.headers["content-type"] == "application/problem+json"
     assert len(response.content) <= 8192
-    assert "Traceback" not in response.text
-    assert "site-packages" not in response.text
+    assert not [words for words in OF_THE_HOUSE if words in response.text]
+    assert not re.search(r"\.py\b", response.text)
     problem: dict[str, Any] = response.json()
     ProblemDetails.model_validate(problem)
     assert problem["status"] == status
@@ -27,3 +34,9 @@ def first_error(response: httpx.Response, status: int) -> dict[str, Any]:
     """The first entry of its `errors`."""
     errors: list[dict[str, Any]] = problem_of(response, status)["errors"]
     return errors[0]
+
+
+def detail_of(response: httpx.Response, status: int) -> str:
+    """Its sentence."""
+    detail: str = problem_of(response, status)["detail"]
+    return detail

@@ -1,10 +1,15 @@
-"""The application under test: in this process, and behind a real server."""
+"""The application under test: in this process, behind a real server, and as the command that is installed."""
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +20,8 @@ import core
 from service.app import create_app
 from service.server import Server, configuration
 from service.settings import Settings
+
+CORR2D = Path(sys.executable).with_name("corr2d")
 
 Send = Callable[..., httpx.Response]
 Serve = Callable[[FastAPI], AbstractContextManager[Send]]
@@ -72,6 +79,45 @@ def talking_to(address: str) -> Iterator[Send]:
     with httpx.Client(base_url=address, timeout=60) as client:
         wait_until_ready(client.request)
         yield client.request
+
+
+@contextmanager
+def serving(log: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """The process and its address, as it prints it."""
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [CORR2D, "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **variables},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            address = re.search(r"listens on (http://[\w.:\[\]]+)", process.stdout.readline())
+            assert address, log.read_text()
+            yield process, address[1]
+        finally:
+            process.kill()
+
+
+def refusal_to_serve(*flags: str, **variables: str) -> str:
+    """The one line with which it refuses to start."""
+    command = [str(CORR2D), "serve", *flags]
+    environment = {**os.environ, **variables}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert process.returncode == 3, process.stderr
+    lines: list[str] = process.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def workers_of(supervisor: int) -> list[int]:
+    """Its children that serve, as /proc names them; the other one looks after shared memory."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def wait_until_ready(send: Send) -> None:

@@ -1,8 +1,10 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from tests.problem import first_error
 from tests.serving import Send
 
 
@@ -34,3 +36,12 @@ def test_same_and_four_sided_padding(send: Send) -> None:
     assert send("POST", "/conv2d", json={**body, "padding": "same"}).json()["output"] == [[3, 6, 9, 12, 15, 11]]
     assert send("POST", "/conv2d", json={**body, "padding": [0, 0, 2, 0]}).json()["output"] == [[1, 3, 6, 9, 12, 15]]
     assert send("POST", "/conv2d", json={**body, "padding": "valid"}).json()["output"] == [[6, 9, 12, 15]]
+
+
+@pytest.mark.parametrize("method", ["fft", "separable"])
+def test_a_method_that_no_engine_works_by_is_422_with_the_reason(send: Send, method: str) -> None:
+    body = {"input": [[1, 2, 3], [4, 5, 6]], "weight": [[1]], "method": method, "stride": 2}
+    error = first_error(send("POST", "/conv2d", json=body), 422)
+    assert error["field"] == "method"
+    assert "tensor works by direct" in error["message"]
+    assert "stride" in error["message"]

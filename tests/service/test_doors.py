@@ -24,8 +24,7 @@ from service.app import create_app
 from service.keys import BadKeys, KeyRing, keys_in_file
 from service.settings import Settings, SettingsError, load_settings
 from tests.problem import problem_of
-from tests.service.test_serve import CORR2D, refused, serving
-from tests.serving import Send, in_process, listening, talking_to
+from tests.serving import CORR2D, Send, in_process, listening, refusal_to_serve, serving, talking_to
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 ALICE, BOB, CAROL = "alices-key-0123456789", "bobs-key-0123456789/+=~", "carols-key-0123456789"
@@ -357,13 +356,13 @@ def test_origins_as_browsers_send_them_are_taken(origins: str) -> None:
 
 
 def test_61_any_origin_with_credentials_is_refused_at_start() -> None:
-    line = refused("--port", "0", CORR2D_CORS_ORIGINS="*", CORR2D_CORS_CREDENTIALS="true")
+    line = refusal_to_serve("--port", "0", CORR2D_CORS_ORIGINS="*", CORR2D_CORS_CREDENTIALS="true")
     assert "CORR2D_CORS_CREDENTIALS needs origins by name" in line
 
 
 def test_60_keys_that_are_none_are_refused_at_start_and_not_shown(tmp_path: Path) -> None:
-    assert "short" not in refused("--port", "0", "--api-keys", f"{ALICE},short").replace("16 to 256", "")
-    assert "no such file" in refused("--port", "0", "--api-keys-file", str(tmp_path / "none"))
+    assert "short" not in refusal_to_serve("--port", "0", "--api-keys", f"{ALICE},short").replace("16 to 256", "")
+    assert "no such file" in refusal_to_serve("--port", "0", "--api-keys-file", str(tmp_path / "none"))
 
 
 def test_60_no_secret_shows_in_the_settings() -> None:

@@ -18,8 +18,7 @@ from service.app import create_app
 from service.metrics import Metrics, Table
 from service.request_log import Timing
 from service.settings import Settings
-from tests.service.test_serve import serving
-from tests.serving import Send, Serve, in_process, on_a_port, talking_to, without_limits
+from tests.serving import Send, Serve, in_process, on_a_port, serving, talking_to, without_limits, workers_of
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 LAYER = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
@@ -318,9 +317,3 @@ def test_whichever_worker_answers_speaks_for_all_and_nothing_is_lost_with_one_th
         all_tell(address, expected(40, 1))
         correlate(10)
         all_tell(address, expected(50, 1))
-
-
-def workers_of(supervisor: int) -> list[int]:
-    """Its children that serve, as /proc names them; the other one looks after shared memory."""
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -16,12 +16,11 @@ import safetensors.numpy
 from backports import zstd
 
 import core
-from service.codecs import DECODED, ENCODED
 from service.codecs.options import OutputOptions
 from service.requests import MAX_OPTIONS, RequestModel
 from service.routes.conv2d import Conv2dRequest
 from service.routes.correlate import CorrelateRequest
-from service.routes.train_kernel import SERVED, TrainKernelRequest
+from service.routes.train_kernel import TrainKernelRequest
 from tests.problem import first_error, problem_of
 from tests.serving import Send
 
@@ -105,41 +104,6 @@ def test_accept_chooses_the_format_of_the_answer(sent_in_process: Send, accept: 
     assert response.headers["content-type"] == expected
 
 
-@pytest.mark.parametrize(
-    "accept",
-    [
-        "text/html",
-        "image/gif",
-        "image/jpeg",
-        "text/*",
-        "application/problem+json",
-        "application/json;q=0",
-        "*/*;q=0",
-        "*/*;q=0.0",
-        "application/*;q=0, image/*;q=0",
-        "application/*;q=0",
-        "json",
-        "image/png/png",
-        ";",
-        "/",
-        "\xff\xfe",
-        "application/x-npyz",
-        "x" * 5000,
-    ],
-)
-def test_19_accept_that_nothing_satisfies_is_406_and_names_what_is_served(sent_in_process: Send, accept: str) -> None:
-    problem = problem_of(post(sent_in_process, {"Accept": accept}), 406)
-    assert all(media_type in problem["detail"] for media_type in ENCODED)
-    assert accept[:50] in problem["detail"]
-
-
-def test_19_a_header_of_several_lines_is_one_list(send: Send) -> None:
-    assert post(send, [("Accept", "text/html"), ("Accept", "image/png")]).headers["content-type"] == PNG
-    lines = [("Accept", "application/json;q=0.1"), ("Accept", "application/x-npy;q=0.3, image/png;q=0.2")]
-    assert post(send, lines).headers["content-type"] == NPY
-    problem_of(post(send, [("Accept", "text/html"), ("Accept", "image/gif")]), 406)
-
-
 def over_the_wire(address: str, lines: Lines, body: bytes = BODY) -> tuple[int, http.client.HTTPMessage, bytes]:
     """A request with these header fields and none that a client adds by itself."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
@@ -177,49 +141,15 @@ def answer_to_a_header(address: str, request: str) -> bytes:
         return received
 
 
-@pytest.mark.parametrize(
-    ("field", "status"),
-    [
-        ("Accept: image/gif", b"406"),
-        ("Content-Type: text/plain", b"415"),
-        ("Content-Encoding: br", b"415"),
-        ("Content-Length: 10000000000", b"413"),
-    ],
-)
-def test_11_19_what_the_header_alone_refuses_is_answered_before_the_body_comes(
-    address: str, field: str, status: bytes
-) -> None:
-    fields = {"Content-Type": JSON, "Content-Length": "60000000"} | dict([field.split(": ")])
-    lines = "\n".join(f"{name}: {value}" for name, value in fields.items())
-    received = answer_to_a_header(address, f"POST /correlate HTTP/1.1\nHost: corr2d\n{lines}\n\n")
-    assert received.startswith(b"HTTP/1.1 " + status)
-    assert b"application/problem+json" in received
-
-
 @pytest.mark.parametrize("query", ["mode=same&mode=full", "&".join(["a=1"] * 200), "png=maybe"])
 def test_what_the_query_string_alone_refuses_is_answered_before_the_body_comes(address: str, query: str) -> None:
     header = f"POST /correlate?{query} HTTP/1.1\nHost: corr2d\nContent-Type: {JSON}\nContent-Length: 60000000\n\n"
     assert answer_to_a_header(address, header).startswith(b"HTTP/1.1 422")
 
 
-def test_19_what_a_learned_kernel_cannot_be(send: Send) -> None:
-    body = json.dumps({"input": [[1, 2]], "target": [[1, 2]], "seed": 1}).encode()
-    for accept in ("image/jpeg", "text/html", "video/*"):
-        detail = problem_of(post(send, {"Accept": accept}, "/train-kernel", body), 406)["detail"]
-        assert detail.endswith(", ".join(SERVED))
-    pictures = {"image/png": "image/png", "image/*": "image/svg+xml", "text/*": "text/event-stream"}
-    for accept, expected in {"*/*": JSON, "image/jpeg, application/*;q=0.1": JSON, NPZ: NPZ, **pictures}.items():
-        response = post(send, {"Accept": accept}, "/train-kernel", body)
-        assert response.headers["content-type"] == expected
-
-
-def test_19_an_output_that_is_no_picture_is_406_with_advice(send: Send, rng: np.random.Generator) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, input=rng.normal(size=(2, 3, 9, 8)), weight=rng.normal(size=(6, 3, 1, 1)))
-    headers = {"Content-Type": NPZ, "Accept": PNG}
-    detail = problem_of(post(send, headers, "/conv2d?dtype=float64", buffer.getvalue()), 406)["detail"]
-    assert "(2, 6, 9, 8)" in detail
-    assert "application/x-npy" in detail
+@pytest.mark.parametrize("path", ["/nope", "/correlate/", "/" + "x" * 5000, "/%ff%fe", "/..%2f..%2fetc/passwd"])
+def test_an_unknown_path_is_404_and_names_those_there_are(send: Send, path: str) -> None:
+    assert "/correlate" in problem_of(send("GET", path), 404)["detail"]
 
 
 @pytest.mark.parametrize("accept", ["image/png", "text/html", "application/x-npy", "application/json;q=0"])
@@ -248,25 +178,8 @@ def test_every_answer_says_what_it_was_chosen_by(send: Send, accept: str, coding
         'application/json; profile="a, b"',
     ],
 )
-def test_18_media_types_have_parameters_and_no_case(send: Send, content_type: str) -> None:
+def test_media_types_have_parameters_and_no_case(send: Send, content_type: str) -> None:
     assert post(send, {"Content-Type": content_type}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "content_type",
-    ["application/x-numpy", "application/*", "*/*", "application/json, image/png", "application/jsonx", "x" * 3000],
-)
-def test_18_an_unknown_media_type_is_415_and_names_what_is_served(send: Send, content_type: str) -> None:
-    response = post(send, {"Content-Type": content_type})
-    detail = problem_of(response, 415)["detail"]
-    assert all(media_type in detail for media_type in DECODED)
-    assert response.headers["accept"] == ", ".join(DECODED)
-
-
-@pytest.mark.parametrize("parameter", ["", "; charset=utf-8"])
-def test_18_two_content_types_are_none(send: Send, parameter: str) -> None:
-    problem_of(post(send, [("Content-Type", JSON + parameter), ("Content-Type", "image/png")]), 415)
-    problem_of(post(send, [("Content-Type", "image/png" + parameter), ("Content-Type", JSON)]), 415)
 
 
 ZEROS = json.dumps({"input": [[0] * 60] * 60, "kernel": "identity"}).encode()
@@ -564,11 +477,6 @@ def test_an_option_without_a_value_is_refused(send: Send, name: str, given: str)
     assert first_error(send("POST", f"/correlate?{given.format(name)}", json=body), 422)["field"] == name
 
 
-@pytest.mark.parametrize("query", ["fill_value=NaN", "fill_value=Infinity", "fill_value=1e999", "fill_value=0x10"])
-def test_23_24_a_query_string_has_no_more_numbers_than_json(send: Send, query: str) -> None:
-    assert first_error(asked(send, f"mode=same&boundary=constant&{query}"), 422)["field"] == "fill_value"
-
-
 @pytest.mark.parametrize(
     "kernel",
     ["[[1,NaN]]", "[[1e999]]", "[" * 5000, "[" * 2000 + "]" * 2000, "[[" + "1" * 5000 + "]]", '{"shape":[1]}', "[1,]"],
@@ -580,6 +488,6 @@ def test_kernels_of_the_query_string_that_are_none(send: Send, kernel: str) -> N
 def test_a_hundred_options_are_read_and_more_are_not(send: Send) -> None:
     many = problem_of(asked(send, "&".join(f"option_{number}=1" for number in range(MAX_OPTIONS))), 422)
     assert many["errors_omitted"] == MAX_OPTIONS - len(many["errors"])
-    for count in (MAX_OPTIONS + 1, 2 * MAX_OPTIONS, 5000):
+    for count in (MAX_OPTIONS + 1, 2 * MAX_OPTIONS, 1500):
         query = "&".join(f"a{number}=1" for number in range(count))
         assert f"more than {MAX_OPTIONS} options" in problem_of(asked(send, query), 422)["detail"]

@@ -2,46 +2,19 @@
 
 import asyncio
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
 from service.protocol import HeadWithBody
-from tests.serving import talking_to
+from tests.serving import CORR2D, serving, talking_to
 
-CORR2D = Path(sys.executable).with_name("corr2d")
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
-
-
-@contextmanager
-def serving(log: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """The process and its address, as it prints it."""
-    with (
-        log.open("w") as stderr,
-        subprocess.Popen(
-            [CORR2D, "serve", "--port", "0", *flags],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env={**os.environ, **variables},
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            address = re.search(r"listens on (http://[\w.:\[\]]+)", process.stdout.readline())
-            assert address, log.read_text()
-            yield process, address[1]
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -101,34 +74,6 @@ def test_ipv6_addresses_are_printed_as_urls_have_them(tmp_path: Path) -> None:
     with serving(tmp_path / "log", "--host", "::1") as (_, address), talking_to(address) as send:
         assert address.startswith("http://[::1]:")
         assert send("GET", "/livez").status_code == 200
-
-
-def refused(*flags: str, **variables: str) -> str:
-    """The one line with which it refuses to start."""
-    command = [str(CORR2D), "serve", *flags]
-    environment = {**os.environ, **variables}
-    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
-    assert process.returncode == 3, process.stderr
-    lines: list[str] = process.stderr.splitlines()
-    assert len(lines) == 1
-    return lines[0]
-
-
-def test_62_a_port_in_use_is_one_line_and_exit_3() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert refused("--port", port) == (
-            f"corr2d: cannot listen on 127.0.0.1 port {port}: address already in use; "
-            "CORR2D_HOST and CORR2D_PORT (--host, --port) choose others"
-        )
-
-
-def test_62_bad_settings_are_one_line_and_exit_3() -> None:
-    assert "CORR2D_WORKERS 'many': input should be a valid integer" in refused(CORR2D_WORKERS="many")
-    assert "--queue '-1'" in refused("--queue", "-1")
-    assert "did you mean CORR2D_DEVICE?" in refused(CORR2D_DEVISE="cpu")
-    assert 'device "cuda:99" is not on this machine' in refused("--port", "0", "--device", "cuda:99")
-    assert "cannot listen on no.such.host.invalid" in refused("--host", "no.such.host.invalid")
 
 
 def test_it_does_not_read_what_is_lying_about(tmp_path: Path) -> None:

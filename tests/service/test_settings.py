@@ -29,7 +29,7 @@ def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pyte
         ("CORR2D_API_KEY", "secret", "CORR2D_API_KEY is not a setting; did you mean CORR2D_API_KEYS?"),
     ],
 )
-def test_62_a_setting_that_makes_no_sense_is_said_in_one_line(
+def test_a_setting_that_makes_no_sense_is_said_in_one_line(
     variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)

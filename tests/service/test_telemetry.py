@@ -14,8 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from service.app import create_app
 from service.routes.array_route import ShortWay
 from service.settings import Settings
-from tests.service.test_serve import serving
-from tests.serving import talking_to
+from tests.serving import serving, talking_to
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 LAYER = {"input": [[1, 2], [3, 4]], "weight": [[1]]}

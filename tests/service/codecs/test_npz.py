@@ -108,7 +108,7 @@ def test_an_archive_without_arrays_has_none() -> None:
     assert decode(b"".join(encode({})), LIMIT) == decode(archive(), LIMIT) == {}
 
 
-def test_64_arrays_are_read_and_65_are_not() -> None:
+def test_an_archive_of_64_arrays_is_read_and_one_of_65_is_not() -> None:
     arrays = {f"a{index}": np.ones(1) for index in range(65)}
     error = refused(decode, b"".join(encode(arrays)))
     assert isinstance(error, NotParseable)

@@ -1,0 +1,70 @@
+"""Files as they should be, and the parts that they can be put together from as they should not."""
+
+import gzip
+import io
+import json
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from backports import zstd
+from PIL import Image
+
+CODERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstd.compress}
+
+by_every_coding = pytest.mark.parametrize(("coding", "compress"), CODERS.items(), ids=CODERS)
+
+
+def saved(array: np.ndarray[Any, Any], *, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def npy(shape: str, data: bytes = b"", *, descr: str = "'<f4'", fortran_order: str = "False") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': {fortran_order}, 'shape': {shape}, }}\n".encode("latin-1")
+    return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header + data
+
+
+def npz(**named: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **named)
+    return buffer.getvalue()
+
+
+def zipped(*members: tuple[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def tensor(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def chunk(kind: bytes, said: bytes = b"") -> bytes:
+    return struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said))
+
+
+def png(width: int, height: int, lines: bytes, depth: int = 8, colour: int = 0) -> bytes:
+    header = struct.pack(">2I5B", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND")
+
+
+def picture(mode: str = "L", form: str = "png") -> bytes:
+    pixels = np.random.default_rng(46).integers(0, 256, (12, 10, 4)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("RGBA" if mode in ("LA", "RGBA") else "RGB").convert(mode).save(buffer, form)
+    return buffer.getvalue()
