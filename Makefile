@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test check format bench learning wire fuzz gpu monitoring constraints pictures clean
+.PHONY: help serve test check format bench learning wire overload soak fuzz gpu monitoring constraints pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,12 @@ learning: .venv/bench.stamp  ## measure learning beside autograd and least squar
 
 wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
 	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png
+
+overload: .venv/bench.stamp  ## offer the service up to ten times what it can do (4 minutes)
+	$(BIN)/python benchmarks/overload.py --output benchmarks/overload.md --picture docs/images/overload.png
+
+soak: .venv/bench.stamp  ## twenty thousand good and bad requests, and what becomes of the memory (8 minutes)
+	$(BIN)/python benchmarks/soak.py --output benchmarks/soak.md --picture docs/images/soak.png
 
 fuzz: .venv/fuzz.stamp  ## thousands of requests made of the description, then a minute on every decoder (FUZZ_SECONDS=60)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_description_holds.py
