@@ -17,10 +17,6 @@ UNCOUNTED = 1 << 16
 SHARE_OF_BODIES = 3 / 8
 SHARE_OF_A_COMPUTATION = 1 / 2
 
-NO_HEADERS: Mapping[str, str] = {}
-CLOSE = {"Connection": "close"}
-"""For requests whose bodies are not read."""
-
 
 class Admission:
     """The memory and the places of one process, and how much of both is taken. Safe to use from any thread.
@@ -41,7 +37,7 @@ class Admission:
     def require_hope(self, size: int) -> None:
         """Raise Busy where a body of that size is sure not to be served now: before anything of it is read."""
         if self.taken >= self.places:
-            raise self._full(CLOSE)
+            raise self._full()
         if self._bodies + size > SHARE_OF_BODIES * self.memory:
             raise self._no_memory(size)
 
@@ -82,11 +78,11 @@ class Admission:
         with self._lock:
             self.taken -= 1
 
-    def _full(self, headers: Mapping[str, str] = NO_HEADERS) -> Busy:
+    def _full(self) -> Busy:
         return Busy(
             f"{self.places} requests are computed or wait, as many as may: try again later; "
             "the operator can change that by CORR2D_QUEUE",
-            headers={**self._advice(), **headers},
+            headers=self._advice(),
         )
 
     def _no_memory(self, size: int) -> ServiceError:
@@ -96,8 +92,8 @@ class Admission:
         )
         advice = "the operator can change that by CORR2D_MEMORY_MB"
         if size > most:
-            return BodyTooLarge(f"{detail}; {advice}", headers=CLOSE)
-        return Busy(f"{detail}: try again later; {advice}", headers={**self._advice(), **CLOSE})
+            return BodyTooLarge(f"{detail}; {advice}")
+        return Busy(f"{detail}: try again later; {advice}", headers=self._advice())
 
 
 class Share:

@@ -4,8 +4,10 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio.to_thread
 import structlog
@@ -31,6 +33,7 @@ from service.request_log import RequestLog
 from service.routes import conv2d, correlate, health, info, kernels, metrics, pages, train_kernel
 from service.routes.array_route import ShortWay
 from service.settings import Settings
+from service.threads import standing_back
 from service.version import VERSION
 
 DESCRIPTION = """\
@@ -39,7 +42,9 @@ learned from examples. Errors are `application/problem+json` and say what came, 
 """
 
 LANES = 2
-"""Computations at a time, each with all threads, beside one more that is short."""
+"""Computations at a time, each with all threads, where there are as many; beside them one more that is short."""
+
+SWITCH_S = 5e-4
 
 SHARE_OF_MEMORY = 0.6
 """Of what the machine or the container has: for requests. The rest is for Python, torch and compiled code."""
@@ -74,7 +79,7 @@ def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
     app.state.metrics.queue_limit.set(settings.queue)
     machine = Machine(max(1, threads // settings.workers))
     app.state.pool = ComputePool(
-        lanes=LANES,
+        lanes=min(LANES, machine.threads),
         queue=settings.queue,
         memory=memory,
         queue_timeout_s=settings.queue_timeout_s,
@@ -125,6 +130,8 @@ def create_worker_app(settings: Settings, table: Table) -> FastAPI:
     """The service as the only application of a process."""
     keep_little()
     configure_logging(settings.log_format)
+    # The event loop waits that long for Python's lock, for each thread that computes in Python.
+    sys.setswitchinterval(SWITCH_S)
     app = create_app(settings, table)
     app.state.process_is_ours = True
     return app
@@ -150,7 +157,8 @@ async def _become_ready(app: FastAPI) -> None:
     log = structlog.get_logger("corr2d")
     try:
         # Beside the pool, and without its deadline: the first computation on a GPU may take its time.
-        device, machine = await anyio.to_thread.run_sync(warm_up, app.state.settings.device, app.state.compute.machine)
+        warming = partial(warm_up, app.state.settings.device, app.state.compute.machine)
+        device, machine = await anyio.to_thread.run_sync(standing_back, warming)
     except Exception as error:
         # Whatever it is, it must not go unseen: nobody waits for this task.
         app.state.readiness.failed(f"the warm-up failed: {error}")

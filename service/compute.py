@@ -1,5 +1,6 @@
 """core, as this service runs it: what is small at once, the rest in its pool."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -8,18 +9,17 @@ from functools import lru_cache, partial
 from typing import Any
 
 import anyio
-import anyio.to_thread
 import numpy as np
 from fastapi import Request
 
 from core import Cost, FitResult, Limits, Machine, Progress, Result, TooLarge, cost_of, exhaust, resolve_device
+from service import threads
 from service.admission import share_of
 from service.errors import DeadlinePassed
 from service.pool import ComputePool
 from service.presence import unless_left
 from service.request_log import Timing, milliseconds_since
 from service.settings import Settings
-from service.threads import WORTH_A_THREAD
 
 FEW = 1 << 16
 """Numbers; what has more is not even looked at on the event loop, for to convert them would already take too long."""
@@ -28,14 +28,16 @@ FEW = 1 << 16
 class Compute:
     """Within its limits, on its device and machine."""
 
-    def __init__(self, settings: Settings, pool: ComputePool, machine: Machine, threads: anyio.CapacityLimiter) -> None:
+    def __init__(
+        self, settings: Settings, pool: ComputePool, machine: Machine, codec_threads: anyio.CapacityLimiter
+    ) -> None:
         self.machine = machine
         self._pool = pool
-        self._threads = threads
+        self._codec_threads = codec_threads
         self._device = settings.device
         assert settings.max_compute_mb is not None  # noqa: S101 - app.py has settled it
         self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
-        self._at_once = replace(self._limits, seconds=min(WORTH_A_THREAD, settings.request_timeout_s))
+        self._at_once = replace(self._limits, seconds=min(threads.WORTH_A_THREAD, settings.request_timeout_s))
 
     async def __call__(self, request: Request, verb: Callable[..., Result], **arguments: Any) -> Result:
         """Run core's correlate or conv2d for this request.
@@ -74,7 +76,7 @@ class Compute:
         estimate: Callable[[], Cost] = partial(cost_of, function, **arguments)
         few = _numbers(arguments) <= FEW
         # Examples are looked at before they can be estimated.
-        cost = estimate() if few else await anyio.to_thread.run_sync(estimate, limiter=self._threads)
+        cost = estimate() if few else await threads.run(math.inf, estimate, self._codec_threads)
         self._limits.require(cost)
 
         def run(abandoned: threading.Event) -> FitResult:

@@ -14,6 +14,7 @@ from core import Cost
 from service.admission import Admission
 from service.errors import Busy, DeadlinePassed
 from service.request_log import Timing, milliseconds_since
+from service.threads import stand_back
 
 Value = TypeVar("Value")
 
@@ -61,7 +62,7 @@ class Job:
 
 
 class ComputePool:
-    """At most `lanes` computations at a time, and one more that is short; `queue` more may wait.
+    """At most `lanes` computations at a time, and a short one more where all of those are long; `queue` more may wait.
 
     A computation begins when a lane is free, and the memory that it needs. A long one that waits for either is passed
     by no other long one, and short ones keep to their part of the memory meanwhile: so its turn comes. Safe to use
@@ -75,7 +76,7 @@ class ComputePool:
         self._queue = queue
         self._queue_timeout_s = queue_timeout_s
         self._timeout_s = timeout_s
-        self._executor = ThreadPoolExecutor(lanes + 1, thread_name_prefix="compute")
+        self._executor = ThreadPoolExecutor(lanes + 1, thread_name_prefix="compute", initializer=stand_back)
         self._lock = threading.Lock()
         self._waiting: list[Job] = []
         self._running: set[Job] = set()
@@ -196,10 +197,12 @@ class ComputePool:
         """A lane is free, and memory; `behind`: a long one whose turn comes earlier waits for one of them."""
         if len(self._running) > self._lanes:
             return False
+        long = sum(not other.is_short for other in self._running)
         if job.is_short:
+            if len(self._running) - long >= self._lanes:
+                return False
             others = any(not other.is_short for other in self._waiting)
             return self.admission.fits(job.bytes) and not (others and self._short_bytes + job.bytes > self._kept)
-        long = sum(not other.is_short for other in self._running)
         most = self.admission.memory - self._kept
         return not behind and long < self._lanes and self.admission.fits(job.bytes, most)
 

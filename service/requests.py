@@ -97,20 +97,24 @@ Validated = TypeVar("Validated", bound=BaseModel)
 Answer = TypeVar("Answer", bound=AnswerOptions)
 
 
-async def decoded(request: Request, headers: Headers, options: Mapping[str, Any], model: type[Model]) -> Model:
+async def decoded(
+    request: Request, headers: Headers, options: Mapping[str, Any], model: type[Model], *, waits: bool = False
+) -> Model:
     """The request's body, and the options of its query string, as a `model`.
 
-    Raises UnsupportedMediaType, BodyTooLarge, NotParseable and InvalidRequest.
+    `waits`: whatever is asked, it is not done at once; without a place it is not even looked at. Raises
+    UnsupportedMediaType, BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
     state = request.scope["app"].state
     served, coding = body_format(headers), body_coding(headers)
     limit: int = state.max_body
-    body = await _read(request, headers, limit)
+    _require_room(request, headers, limit, waits=waits)
+    body = await _read(request, limit)
     # What a compressed body becomes is not told by its size.
     seconds = math.inf if coding or not body else len(body) * served.seconds_to_decode
     work = partial(_decoded, model, served, coding, body, limit, options)
     timing: Timing = request.scope["state"]["timing"]
-    if seconds >= threads.WORTH_A_THREAD:
+    if waits or seconds >= threads.WORTH_A_THREAD:
         share_of(request.scope).enter()
     start = time.perf_counter()
     try:
@@ -154,23 +158,22 @@ def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
     return _validated(model, taken)
 
 
-def _require_room(request: Request, headers: Headers, limit: int) -> None:
-    """Refuse a body by its declared length alone."""
+def _require_room(request: Request, headers: Headers, limit: int, *, waits: bool) -> None:
+    """Refuse a body by its declared length alone; the server closes the connection where it has not come yet."""
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
-    if declared > UNCOUNTED:
+    if waits or declared > UNCOUNTED:
         admission: Admission = request.scope["app"].state.pool.admission
         admission.require_hope(declared)
 
 
-async def _read(request: Request, headers: Headers, limit: int) -> Buffer:
+async def _read(request: Request, limit: int) -> Buffer:
     """The body; refused before it is read where its declared length is over the limit, else as soon as it is.
 
     A body that comes in pieces is put together in one place, which grows with it: its declared length is a claim.
     """
-    _require_room(request, headers, limit)
     metrics: Metrics = request.scope["app"].state.metrics
     body: bytearray | None = None
     while True:

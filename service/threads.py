@@ -1,6 +1,10 @@
 """What is worth a thread, and what the event loop does itself."""
 
+import os
+import sys
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import anyio
@@ -15,9 +19,30 @@ To hand work to a thread and back takes half as long where nothing else runs (`b
 more where something does. So less is cheaper done at once, and nobody else waits longer for it than that.
 """
 
+NICE = 10
+"""How much threads that compute, decode and encode stand back, in the words of nice(1)."""
+
+_this_thread = threading.local()
+
+
+def stand_back() -> None:
+    """Let the event loop's thread go first where there are not enough cores: it has little to do, and all wait for it.
+
+    For the calling thread, and those that it starts: engines start some of their own. Only Linux knows such a thing.
+    """
+    if sys.platform == "linux" and not getattr(_this_thread, "stands_back", False):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        _this_thread.stands_back = True
+
+
+def standing_back(work: Callable[[], Value]) -> Value:
+    """The work's value, from a thread that stands back."""
+    stand_back()
+    return work()
+
 
 async def run(seconds: float, work: Callable[[], Value], limiter: anyio.CapacityLimiter) -> Value:
     """The work's value: done at once where it should take less than a thread is worth, else in one of the limiter's."""
     if seconds < WORTH_A_THREAD:
         return work()
-    return await anyio.to_thread.run_sync(work, limiter=limiter)
+    return await anyio.to_thread.run_sync(partial(standing_back, work), limiter=limiter)

@@ -234,7 +234,7 @@ async def train_kernel(request: Request) -> Response:
     headers, options = header_fields(request.scope), query_options(request)
     form = answer_options(options, FitOptions)
     answer = Answerer(request, headers, form, SERVED)
-    asked = await decoded(request, headers, options, TrainKernelRequest)
+    asked = await decoded(request, headers, options, TrainKernelRequest, waits=True)
     state = request.app.state
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
