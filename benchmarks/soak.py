@@ -7,8 +7,8 @@ How to read it. "Memory" is what is resident of the server's process, as /proc/P
 every 100 requests while none runs. "Growth" is from the 5000th request to the last, by a straight line of least squares
 through all of it, and by the medians of its first and its last fifth: flat is where both are at most 5 MiB, a leak
 where both are more. Before that, engines are compiled, and what is remembered of shapes fills up; by how much it has
-grown since the 2000th request stands beside it. The control is the same service, but of each request that comes to its application some bytes are
-kept. Anonymous memory is the part that no file stands behind: what is resident also grows by pages of libraries that
+grown since the 2000th request stands beside it. The control is the same service, but of each request that comes to its
+application some bytes are kept. Anonymous memory is the part that no file stands behind: what is resident also grows by pages of libraries that
 are touched for the first time.
 
 How it is measured. The traffic is that of tests/traffic: every third request is good, drawn at random among all

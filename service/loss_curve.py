@@ -4,6 +4,7 @@ At step 0 stands the loss that the fit began with, at step x that of the kernel 
 last point. So loss_history[i], the loss before update i + 1, stands at step i.
 """
 
+import gc
 import math
 import os
 import tempfile
@@ -118,7 +119,9 @@ def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dic
         with mpl.rc_context({name: value for name, value in style.items() if not name.startswith("backend")}):
             picture = BytesIO()
             _figure(fields).savefig(picture, format=form, dpi=DPI, metadata=metadata)
-            return picture.getvalue()
+        # A figure is thousands of objects that refer to each other in circles, and its canvas.
+        gc.collect()
+        return picture.getvalue()
 
 
 def _find_a_folder() -> None:

@@ -219,9 +219,12 @@ def fault_response(request: Request, headers: Mapping[str, str] | None = None) -
 
 
 def _bug(request: Request, error: Exception) -> Response:
-    """Starlette answers these outside of all middleware, so the headers of every response are put on here."""
+    """Starlette answers these outside of all middleware, so the headers of every response are put on here.
+
+    Then it raises them again, for uvicorn, which closes the connection.
+    """
     del error
-    return fault_response(request, trace_headers(request.scope))
+    return fault_response(request, {**trace_headers(request.scope), "Connection": "close"})
 
 
 def _entry(error: FieldError) -> dict[str, str]:

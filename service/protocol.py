@@ -330,8 +330,6 @@ class Protocol(HttpToolsProtocol):
         if not self._in_head:
             self.on_message_begin()
         self._in_head = False
-        # Thousands of fields would stay with the connection until the collector comes by.
-        del self.headers[MAX_FIELDS:]
         path = self.url.partition(b"?")[0][:SHOWN]
         scope = cast("dict[str, Any]", self.scope)
         scope.update(method="-", path=path.decode("latin-1"), raw_path=path, query_string=b"")
