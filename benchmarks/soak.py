@@ -6,18 +6,18 @@
 How to read it. "Memory" is what is resident of the server's process, as /proc/PID/smaps_rollup says (Rss), looked at
 every 100 requests while none runs. "Growth" is from the 5000th request to the last, by a straight line of least squares
 through all of it, and by the medians of its first and its last fifth: flat is where both are at most 5 MiB, a leak
-where both are more. Before that, engines are compiled, and what is remembered of shapes fills up; by how much it has
-grown since the 2000th request stands beside it. The control is the same service, but of each request that comes to its
-application some bytes are kept. Anonymous memory is the part that no file stands behind: what is resident also grows by pages of libraries that
-are touched for the first time.
+where both are more. Before that engines are compiled, and what is remembered of shapes fills up; how much it has grown
+since the 2000th request stands beside it. The control is the same service, but of each request that comes to its
+application some bytes are kept. Anonymous memory is the part that no file stands behind: what is resident also grows by
+pages of libraries that are touched for the first time.
 
 How it is measured. The traffic is that of tests/traffic: every third request is good, drawn at random among all
 endpoints and formats, plain or compressed, of up to 256 x 256 pixels, and its answer is compared with one computed by
 other means; then comes one that is bad in one of the ways of the project's list of hazards, from NaN in JSON to bytes
-that are no HTTP and clients that leave in the middle, and then a small good one. What is refused has to be refused with
-the right status, as a problem of at most 8 KiB. Bodies may have 8 MB: of a bomb of 64 the C library would keep tens of
-megabytes or not, which would hide a leak. Four clients send at a time; meanwhile slow ones hang on, which the service
-has to be rid of in its time. The same seed gives the same traffic to both.
+that are no HTTP and clients that leave in the middle, and then a small good one. The first twentieth is good. What is
+refused has to be refused with the right status, as a problem of at most 8 KiB. Bodies may have 2 MB: of a bomb that
+becomes 64 MB the C library keeps tens of megabytes or not, which would hide a leak. Four clients send at a time;
+meanwhile slow ones hang on, which the service has to be rid of in its time. The same seed gives both the same traffic.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tests.soaking import BETWEEN_SAMPLES, CLIENTS, CONTROL, MIB, SERVICE, Growt
 
 LIMIT = 5 * MIB
 
-FLAGS = ("--max-body-mb", "8")
+FLAGS = ("--max-body-mb", "2")
 """What a bomb becomes, then."""
 
 LEAST_SAMPLES = 10
