@@ -23,15 +23,25 @@ LOST = 0
 """The status of what was not answered."""
 
 
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A request's bytes, and the seconds that it takes a server that has nothing else to do."""
+
+    content: bytes
+    seconds: float = 0.0
+
+
 @dataclass(slots=True)
 class Sent:
     """One request; all times by time.monotonic.
 
-    `fired`: when the generator came to it; `sent`: when its first byte left, which may be once it is connected.
+    `seconds`: what it takes alone. `fired`: when the generator came to it; `sent`: when its first byte left, which may
+    be once it is connected.
     """
 
     due: float
     fired: float
+    seconds: float = 0.0
     sent: float = 0.0
     answered: float = 0.0
     status: int = LOST
@@ -174,7 +184,7 @@ class Clients:
 class Stream:
     """Requests of one kind: any of them, so many a second, at random times."""
 
-    requests: Sequence[bytes]
+    requests: Sequence[Posted]
     rate: float
 
 
@@ -186,14 +196,15 @@ async def offer(clients: Clients, stream: Stream, seconds: float, seed: int) -> 
     while (due := due + drawn.expovariate(stream.rate)) < start + seconds:
         if (wait := due - monotonic()) > 0:
             await asyncio.sleep(wait)
-        sent = Sent(due, monotonic())
+        posted = drawn.choice(stream.requests)
+        sent = Sent(due, monotonic(), posted.seconds)
         everything.append(sent)
-        clients.send(drawn.choice(stream.requests), sent)
+        clients.send(posted.content, sent)
     await clients.settle()
     return everything
 
 
-async def keep_busy(clients: Clients, requests: Sequence[bytes], count: int, seconds: float, seed: int) -> list[Sent]:
+async def keep_busy(clients: Clients, requests: Sequence[Posted], count: int, seconds: float, seed: int) -> list[Sent]:
     """So many clients, each of which sends its next request when the last one is answered."""
     drawn = random.Random(seed)  # noqa: S311 - likewise
     everything: list[Sent] = []
@@ -201,9 +212,10 @@ async def keep_busy(clients: Clients, requests: Sequence[bytes], count: int, sec
 
     def send() -> None:
         if (now := monotonic()) < end:
-            sent = Sent(now, now)
+            posted = drawn.choice(requests)
+            sent = Sent(now, now, posted.seconds)
             everything.append(sent)
-            clients.send(drawn.choice(requests), sent, send)
+            clients.send(posted.content, sent, send)
 
     for _ in range(count):
         send()
