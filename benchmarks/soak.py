@@ -32,7 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
-from engines import cpu_model, plain_axes
+from engines import cpu_model, plain_axes, spread
 from matplotlib.figure import Figure
 from wire import heading, progress
 
@@ -44,6 +44,9 @@ FLAGS = ("--max-body-mb", "2")
 """What a bomb becomes, then."""
 
 LEAST_SAMPLES = 10
+
+SHOWN_BELOW, LINES_APART = 15, 0.12
+"""Of the picture: MiB below where growth begins to count, and the share of its height between two labels."""
 
 GOOD_FIRST = 0.05
 """The share of the requests before the first bad one."""
@@ -140,21 +143,29 @@ def report(seen: Mapping[Subject, Seen], since: int, seed: int) -> str:
 
 
 def draw(seen: Mapping[Subject, Seen], since: int, path: Path) -> None:
-    """Memory over requests, each named at its end."""
+    """Memory over requests above what it is when growth begins to count, each named at its end."""
     figure = Figure(figsize=(9, 5), dpi=150, facecolor="white")
-    axes = figure.add_axes((0.08, 0.11, 0.68, 0.8))
+    axes = figure.add_axes((0.08, 0.11, 0.66, 0.8))
+    ends, colours = {}, {}
     for (subject, one), colour in zip(seen.items(), ("#1f6feb", "#d62728"), strict=False):
         samples = one.soak.samples
-        counts, sizes = [sample.requests for sample in samples], [sample.resident / MIB for sample in samples]
+        begin = next(sample.resident for sample in samples if sample.requests >= since)
+        counts, sizes = [sample.requests for sample in samples], [(each.resident - begin) / MIB for each in samples]
         axes.plot(counts, sizes, color=colour, linewidth=1.5)
         label = f"{subject.name}:\n{one.growth.by_line / MIB:+.1f} MiB, {one.growth.verdict(LIMIT)}"
-        end = counts[-1], sizes[-1]
-        axes.annotate(label, end, (8, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)
+        ends[label], colours[label] = (counts[-1], sizes[-1]), colour
+    axes.axhspan(0, LIMIT / MIB, color="#7f7f7f", alpha=0.15, linewidth=0)
     axes.axvline(since, color="#7f7f7f", linewidth=0.8, linestyle="--")
-    axes.set_title("resident memory under mixed good and bad requests, MiB")
-    axes.set_xlabel("requests; growth counts from the dashed line")
-    axes.set_ylim(bottom=0)
+    axes.set_title("resident memory, MiB above that at the dashed line")
+    axes.set_xlabel(f"good and bad requests; grey: {LIMIT / MIB:g} MiB of growth, which may be")
+    axes.set_ylim(bottom=-SHOWN_BELOW)
     plain_axes(axes)
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = spread({label: float(to_share.transform(end)[1]) for label, end in ends.items()})
+    if min(heights.values()) + LINES_APART > max(heights.values()):
+        heights[max(heights, key=heights.__getitem__)] = min(heights.values()) + LINES_APART
+    for label, height in heights.items():
+        axes.text(1.02, height, label, color=colours[label], verticalalignment="center", transform=axes.transAxes)
     figure.savefig(path)
 
 
