@@ -75,6 +75,9 @@ class HeadWithBody:
 
     def write(self, data: bytes | memoryview) -> None:
         """Send data behind the head that is kept, if there is one; a head is kept."""
+        if self._transport.is_closing():
+            # Cut off meanwhile; uvicorn finds out by itself.
+            return
         self.sent += len(data)
         if self._head:
             head, self._head = self._head, b""
@@ -90,8 +93,8 @@ class HeadWithBody:
 
     def flush(self) -> None:
         """Send the head that is kept: nothing follows it yet."""
-        if self._head:
-            head, self._head = self._head, b""
+        head, self._head = self._head, b""
+        if head and not self._transport.is_closing():
             self._transport.write(head)
 
     def is_closing(self) -> bool:

@@ -19,7 +19,7 @@ To hand work to a thread and back takes half as long where nothing else runs (`b
 more where something does. So less is cheaper done at once, and nobody else waits longer for it than that.
 """
 
-NICE = 10
+NICE = 5
 """How much threads that compute, decode and encode stand back, in the words of nice(1)."""
 
 _this_thread = threading.local()

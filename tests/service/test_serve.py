@@ -100,6 +100,9 @@ def test_the_head_of_an_answer_leaves_with_its_body_or_at_once_where_none_follow
         def close(self) -> None:
             sent.append(b"closed")
 
+        def is_closing(self) -> bool:
+            return b"closed" in sent
+
     async def talk() -> None:
         transport = HeadWithBody(Transport(), asyncio.get_running_loop())
         transport.write(b"HTTP/1.1 200 OK\r\n\r\n")
