@@ -15,7 +15,7 @@ serve: .venv/serve.stamp  ## start the service (settings: CORR2D_* or `corr2d se
 	@exec $(BIN)/corr2d serve
 
 test: .venv/dev.stamp  ## run the tests, with branch coverage
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 
 check: .venv/dev.stamp  ## lint, format, types, import rules, docs that match
 	$(BIN)/ruff check

@@ -39,7 +39,7 @@ EXAMPLES = {
 }
 SERVED = {"/correlate": ENCODED, "/conv2d": ENCODED, "/train-kernel": train_kernel.SERVED}
 
-EVERYWHERE = {"content-type", "content-length", "vary", "date", "server"}
+EVERYWHERE = {"connection", "content-type", "content-length", "vary", "date", "server"}
 """Headers that HTTP itself explains."""
 
 endpoints = pytest.mark.parametrize("path", MODELS)
