@@ -38,13 +38,13 @@ class Admission:
         """Raise Busy where a body of that size is sure not to be served now: before anything of it is read."""
         if self.taken >= self.places:
             raise self._full()
-        if self._bodies + size > SHARE_OF_BODIES * self.memory:
+        if not self._holds(size):
             raise self._no_memory(size)
 
     def take_for_body(self, size: int) -> None:
         """Take memory for a body; raises Busy where there is none now, BodyTooLarge where there never is."""
         with self._lock:
-            fits = size <= 0 or self._bodies + size <= SHARE_OF_BODIES * self.memory
+            fits = size <= 0 or self._holds(size)
             if fits:
                 self._bodies += size
                 self.used += size
@@ -77,6 +77,10 @@ class Admission:
         """Give a place back."""
         with self._lock:
             self.taken -= 1
+
+    def _holds(self, size: int) -> bool:
+        """Whether there is memory for so much more of bodies."""
+        return self._bodies + size <= SHARE_OF_BODIES * self.memory
 
     def _full(self) -> Busy:
         return Busy(

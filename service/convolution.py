@@ -14,7 +14,7 @@ from service.arrays import Array, first_place
 from service.codecs.layout import largest_within
 from service.codecs.options import OutputOptions
 from service.negotiation import header_fields
-from service.requests import Device, RequestModel, answer_options, decoded, query_options
+from service.requests import Device, RequestModel, answer_options, decoded, query_options, require_room
 from service.responses import Answerer, as_numpy
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -72,7 +72,9 @@ class ConvolutionAnswer(BaseModel):
 
 async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest], request: Request) -> Response:
     """Call core's verb with what the request asks, and answer with what comes out."""
-    headers, options = header_fields(request.scope), query_options(request)
+    headers = header_fields(request.scope)
+    require_room(request, headers)
+    options = query_options(request)
     answer = Answerer(request, headers, answer_options(options, OutputOptions))
     asked = await decoded(request, headers, options, model)
     arguments = asked.arguments()

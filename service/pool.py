@@ -70,7 +70,7 @@ class ComputePool:
     """
 
     def __init__(self, *, lanes: int, queue: int, memory: int, queue_timeout_s: float, timeout_s: float) -> None:
-        self.admission = Admission(memory, lanes + 1 + queue, self.advice)
+        self.admission = Admission(memory, lanes + queue, self.advice)
         self._lanes = lanes
         self._kept = KEPT_FOR_SHORT * memory
         self._queue = queue
@@ -99,7 +99,9 @@ class ComputePool:
                     raise self._refusal(f"its turn did not come within {self._queue_timeout_s:g} s")
                 await asyncio.wait({waits}, timeout=job.arrived + self._timeout_s - time.perf_counter())
             if not waits.done():
-                self._count_abandoned(job)
+                if job.started is not None:
+                    # The thread adds its share only where it is done in time.
+                    job.timing.compute += milliseconds_since(job.started)
                 raise DeadlinePassed(
                     f"not done after {self._timeout_s:g} s, the wait for its turn included; "
                     "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
@@ -142,23 +144,25 @@ class ComputePool:
 
     def _enqueue(self, job: Job) -> None:
         with self._lock:
-            long = sum(not other.is_short for other in self._waiting)
-            starts = self._may_start(job, behind=bool(long))
-            if starts:
-                reason = None
-            elif len(self._waiting) >= self._queue:
-                reason = f"{len(self._waiting)} computations wait, as many as may"
-            elif not job.is_short and long and long >= self._queue - self._queue // 4:
-                reason = f"{long} long computations wait, as many as may"
-            elif self._seconds_before(job) > self._queue_timeout_s:
-                reason = f"its turn would not come within {self._queue_timeout_s:g} s"
-            else:
-                reason = None
-            if reason is None:
+            objection = self._objection(job)
+            if objection is None:
                 bisect.insort(self._waiting, job, key=lambda waiting: waiting.turn)
-        if reason is not None:
-            raise self._refusal(reason)
+        if objection is not None:
+            raise self._refusal(objection)
         self._start_next()
+
+    def _objection(self, job: Job) -> str | None:
+        """Why it is not even to wait; None where it may, or may begin at once."""
+        long = sum(not other.is_short for other in self._waiting)
+        if self._may_start(job, behind=bool(long)):
+            return None
+        if len(self._waiting) >= self._queue:
+            return f"{len(self._waiting)} computations wait, as many as may"
+        if not job.is_short and long and long >= self._queue - self._queue // 4:
+            return f"{long} long computations wait, as many as may"
+        if self._seconds_before(job) > self._queue_timeout_s:
+            return f"its turn would not come within {self._queue_timeout_s:g} s"
+        return None
 
     def _refusal(self, reason: str) -> Busy:
         return Busy(
@@ -210,12 +214,17 @@ class ComputePool:
         if job.future.set_running_or_notify_cancel():
             job.started = time.perf_counter()
             self._running.add(job)
+            self._count_places()
             self._short_bytes += job.bytes * job.is_short
             self.admission.take(job.bytes)
             self._executor.submit(self._compute, job)
 
+    def _count_places(self) -> None:
+        """As many requests as could be computed or wait now are let in: one more would be decoded in vain."""
+        spare = any(not job.is_short for job in self._running)
+        self.admission.places = self._lanes + spare + self._queue
+
     def _compute(self, job: Job) -> None:
-        assert job.started is not None  # noqa: S101
         begun = time.perf_counter()
         job.timing.wait += 1000 * (begun - job.arrived)
         try:
@@ -232,6 +241,7 @@ class ComputePool:
             job.timing.compute += milliseconds_since(begun)
         with self._lock:
             self._running.discard(job)
+            self._count_places()
             self._short_bytes -= job.bytes * job.is_short
             self._predicted = MEMORY_OF_PACE * self._predicted + job.cost.seconds
             self._taken = MEMORY_OF_PACE * self._taken + time.perf_counter() - begun
@@ -248,8 +258,3 @@ class ComputePool:
         # It may have been the one that held up others.
         self._start_next()
         return True
-
-    def _count_abandoned(self, job: Job) -> None:
-        """The thread adds its share only where it is done in time."""
-        if job.started is not None:
-            job.timing.compute += milliseconds_since(job.started)

@@ -97,18 +97,34 @@ Validated = TypeVar("Validated", bound=BaseModel)
 Answer = TypeVar("Answer", bound=AnswerOptions)
 
 
+def require_room(request: Request, headers: Headers, *, waits: bool = False) -> None:
+    """Refuse a request by its head alone, before anything else is done about it: those are many when they are too many.
+
+    `waits`: whatever is asked, it is not done at once. The server closes the connection where much of the body has not
+    come yet. Raises BodyTooLarge and Busy.
+    """
+    state = request.scope["app"].state
+    limit: int = state.max_body
+    length = headers.get(b"content-length", b"")
+    declared = int(length) if length.isdigit() else 0
+    if declared > limit:
+        raise _too_large(f"{declared:,} bytes", limit)
+    if waits or declared > UNCOUNTED:
+        admission: Admission = state.pool.admission
+        admission.require_hope(declared)
+
+
 async def decoded(
     request: Request, headers: Headers, options: Mapping[str, Any], model: type[Model], *, waits: bool = False
 ) -> Model:
     """The request's body, and the options of its query string, as a `model`.
 
-    `waits`: whatever is asked, it is not done at once; without a place it is not even looked at. Raises
+    `waits`: whatever is asked, it is not done at once; without a place it is not even decoded. Raises
     UnsupportedMediaType, BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
     state = request.scope["app"].state
     served, coding = body_format(headers), body_coding(headers)
     limit: int = state.max_body
-    _require_room(request, headers, limit, waits=waits)
     body = await _read(request, limit)
     # What a compressed body becomes is not told by its size.
     seconds = math.inf if coding or not body else len(body) * served.seconds_to_decode
@@ -156,17 +172,6 @@ def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
     """Those of the options that are about the answer's form, taken out of them. Raises InvalidRequest."""
     taken = {name: options.pop(name) for name in model.__pydantic_fields__ if name in options}
     return _validated(model, taken)
-
-
-def _require_room(request: Request, headers: Headers, limit: int, *, waits: bool) -> None:
-    """Refuse a body by its declared length alone; the server closes the connection where it has not come yet."""
-    length = headers.get(b"content-length", b"")
-    declared = int(length) if length.isdigit() else 0
-    if declared > limit:
-        raise _too_large(f"{declared:,} bytes", limit)
-    if waits or declared > UNCOUNTED:
-        admission: Admission = request.scope["app"].state.pool.admission
-        admission.require_hope(declared)
 
 
 async def _read(request: Request, limit: int) -> Buffer:

@@ -31,6 +31,7 @@ from service.requests import (
     answer_options,
     decoded,
     query_options,
+    require_room,
 )
 from service.responses import Answerer, as_numpy
 from service.routes.array_route import ArrayRoute
@@ -231,7 +232,9 @@ class TrainKernelAnswer(BaseModel):
 )
 async def train_kernel(request: Request) -> Response:
     """The kernel that brings conv2d(input, kernel) nearest to target, by least squares or by descending to it."""
-    headers, options = header_fields(request.scope), query_options(request)
+    headers = header_fields(request.scope)
+    require_room(request, headers, waits=True)
+    options = query_options(request)
     form = answer_options(options, FitOptions)
     answer = Answerer(request, headers, form, SERVED)
     asked = await decoded(request, headers, options, TrainKernelRequest, waits=True)

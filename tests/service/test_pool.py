@@ -256,8 +256,21 @@ def test_bodies_take_their_part_of_the_memory_and_no_more() -> None:
     assert admission.used == 0
 
 
+async def test_as_many_are_let_in_as_can_be_computed_or_wait() -> None:
+    pool = pool_of(lanes=2, queue=3)
+    assert pool.admission.places == 5
+    async with held(pool, SHORT):
+        assert pool.admission.places == 5
+    pool = pool_of(lanes=2, queue=3)
+    async with held(pool, LONG, SHORT) as release:
+        # Beside a long one there is room for one short one more.
+        assert pool.admission.places == 6
+        release.set()
+    assert pool.admission.places == 5
+
+
 def test_a_request_has_one_place_and_gives_it_back_once() -> None:
-    admission = pool_of(lanes=1, queue=0).admission
+    admission = pool_of(lanes=1, queue=1).admission
     one, other, third = Share(admission), Share(admission), Share(admission)
     one.enter()
     one.enter()
