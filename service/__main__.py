@@ -108,7 +108,7 @@ def serve(**flags: object) -> None:
         resolve_device(settings.device)
     except CoreError as error:
         _stop(f"{PREFIX}DEVICE {error}", exit_codes.SETTINGS)
-    key = "" if settings.api_keys is None and settings.api_keys_file is None else " -H 'X-API-Key: ...'"
+    key = " -H 'X-API-Key: ...'" if settings.locked else ""
     greeting = f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:\n"
     # Not by way of a buffer: where nothing can be written, what lies in it would be an error again at the end.
     with suppress(OSError):

@@ -95,8 +95,7 @@ def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
     if not traced:
         # Spans are named by the route that FastAPI finds.
         app.add_middleware(ShortWay, routers=[correlate.router, conv2d.router, train_kernel.router])
-    locked = settings.api_keys is not None or settings.api_keys_file is not None
-    if locked:
+    if settings.locked:
         listed = settings.api_keys.get_secret_value() if settings.api_keys else None
         app.add_middleware(Locked, keys=KeyRing(listed, settings.api_keys_file))
     if settings.origins:
@@ -108,7 +107,8 @@ def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
         # before those of /docs, for they are tried in turn.
         app.router.routes[:0] = resource.router.routes
     app.router.routes += pages.router.routes
-    describe(app, correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest, locked=locked)
+    requests = correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest
+    describe(app, *requests, locked=settings.locked)
     return app
 
 

@@ -144,7 +144,7 @@ def response_to(request: Request, error: CoreError | ServiceError) -> Response:
 async def answer_given_up(scope: Scope, receive: Receive, send: Send) -> None:
     """ASGI application: the answer to a request whose state holds the refusal already."""
     error: ServiceError = scope["state"]["given_up"]
-    await _service_error(Request(scope), error)(scope, receive, send)
+    await response_to(Request(scope), error)(scope, receive, send)
 
 
 def problem_response(

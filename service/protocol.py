@@ -5,6 +5,7 @@ in the log.
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -35,6 +36,9 @@ SLICE = 1 << 14
 MAX_DROPPED = 1 << 22
 """Bytes of bodies that nobody wants that are read, so that their senders come to see the answer."""
 
+MAX_OWED = 1 << 18
+"""Bytes of a body that is answered already that are read for the sake of the connection: a new one costs more."""
+
 FRAMES_A_BODY = frozenset({b"content-length", b"transfer-encoding"})
 
 SHOWN = 200
@@ -50,6 +54,15 @@ class State(ServerState):
     """The server is going down: every answer is the last on its connection."""
 
 
+class Configuration(Config):
+    """uvicorn's, and what it has no name for: the limits on connections, and how long a server drains, in seconds."""
+
+    def __init__(self, app: Any, *, limits: ConnectionLimits, drain_s: float, **others: Any) -> None:
+        super().__init__(app, http=Protocol, **others)
+        self.limits = limits
+        self.drain_s = drain_s
+
+
 class HeadWithBody:
     """A transport that keeps the head of an answer until its body comes, or the event loop has done all else.
 
@@ -60,12 +73,14 @@ class HeadWithBody:
         self,
         transport: asyncio.Transport,
         loop: asyncio.AbstractEventLoop,
-        is_early: Callable[[], bool] = lambda: False,
+        is_owed: Callable[[], bool] = lambda: False,
+        is_last: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_early`: what is answered has not all come yet, and its sender would not see the answer if we closed."""
+        """`is_owed`: not all that is answered has come yet; `is_last`: nothing more on this connection is answered."""
         self._transport = transport
         self._loop = loop
-        self._is_early = is_early
+        self._is_owed = is_owed
+        self._is_last = is_last
         self._head = b""
         self.sent = 0
         self.lingers = False
@@ -84,8 +99,7 @@ class HeadWithBody:
             self._transport.writelines([head, data])
         elif data[: len(STATUS_LINE)] == STATUS_LINE:
             self._head = cast("bytes", data)
-            if data[: len(CONTINUE)] != CONTINUE and self._is_early() and CLOSE not in self._head:
-                # What comes next on the connection may be the rest, or never come: nobody is to count on it.
+            if data[: len(CONTINUE)] != CONTINUE and self._is_last() and CLOSE not in self._head:
                 self._head = self._head[:-2] + CLOSE + b"\r\n"
             self._loop.call_soon(self.flush)
         else:
@@ -107,7 +121,7 @@ class HeadWithBody:
         To close a connection on which unread data lies resets it, and the client may never see what it was sent.
         """
         self.flush()
-        if self._is_early() and not self.is_closing():
+        if self._is_owed() and not self.is_closing():
             self.lingers = True
             self._transport.write_eof()
             self._transport.resume_reading()
@@ -116,7 +130,7 @@ class HeadWithBody:
 
     def forget(self) -> None:
         """The connection is gone, and must not wait for the garbage collector to be seen off."""
-        self._is_early = lambda: False
+        self._is_owed = self._is_last = lambda: False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -146,20 +160,20 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(
         self,
-        config: Config,
+        config: Configuration,
         server_state: State,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
-        limits: ConnectionLimits | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.limits = limits or ConnectionLimits()
+        self.limits = config.limits
         self.mark = Mark(Phase.IDLE, 0, self.loop.time())
         self._messages = 0
         self._received = 0
         self._framing = 0
         self._in_head = False
         self._in_body = False
+        self._came = 0
         self._over_limit = False
         self._refused = False
         self._dropped = 0
@@ -167,7 +181,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection; where there are too many, the one that has been idle longest has to go."""
-        super().connection_made(cast("asyncio.Transport", HeadWithBody(transport, self.loop, self._answers_early)))
+        head_with_body = HeadWithBody(transport, self.loop, self._is_owed, self._is_last)
+        super().connection_made(cast("asyncio.Transport", head_with_body))
         self.flow = Flow(cast("asyncio.Transport", self.transport))
         if len(self.connections) > self.limits.connections:
             others = (other for other in self.connections if other is not self)
@@ -187,12 +202,21 @@ class Protocol(HttpToolsProtocol):
         self.cycle = None  # type: ignore[assignment]  # as uvicorn has it before the first request
         self.pipeline.clear()
 
-    def _answers_early(self) -> bool:
-        """What is being answered has not all come yet; it is the last request on its connection then."""
-        early = (self._refused or self._in_body) and not self.pipeline
-        if early and self.cycle is not None:
+    def _is_owed(self) -> bool:
+        """Not all of what is being answered has come yet."""
+        return (self._refused or self._in_body) and not self.pipeline
+
+    def _is_last(self) -> bool:
+        """What is being answered has not all come, and what comes next may be its rest, or never come."""
+        last = self._is_owed() and (self._refused or not self._reads_on())
+        if last and self.cycle is not None:
             self.cycle.keep_alive = False
-        return early
+        return last
+
+    def _reads_on(self) -> bool:
+        """What is left of the body is little, and sure to come: whoever asked whether to send it may not."""
+        asked = self.expect_100_continue and not self._came
+        return not asked and _length_of(self.headers) - self._came <= MAX_OWED
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
@@ -254,6 +278,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._in_head = False
         self._in_body = True
+        self._came = 0
         if self.server_state.draining:
             self.cycle.keep_alive = False
 
@@ -290,6 +315,7 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of a body."""
         self._framing = max(0, self._framing - 2 * len(body))
+        self._came += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -324,6 +350,9 @@ class Protocol(HttpToolsProtocol):
         """Let the application answer with that error, behind those that it still owes, and end the connection."""
         self._refused = True
         if self._in_body:
+            if self.cycle.response_complete:
+                self.transport.close()
+                return
             # The application has the request already: its body ends here, and this is why.
             self.cycle.scope["state"]["given_up"] = error
             self.cycle.keep_alive = False
@@ -408,3 +437,13 @@ class Protocol(HttpToolsProtocol):
                 self.transport.close()
         else:
             self.cycle.keep_alive = False
+
+
+def _length_of(headers: list[tuple[bytes, bytes]]) -> float:
+    """Bytes of the body that is to come; infinite where nobody said. The parser has checked what was said."""
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value)
+        if name == b"transfer-encoding":
+            return math.inf
+    return 0

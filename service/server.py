@@ -21,8 +21,9 @@ from uvicorn.supervisors.multiprocess import Process
 
 from service import exit_codes
 from service.connections import SPARE, ConnectionLimits, expire_overdue
+from service.listener import shut
 from service.metrics import Metrics, Table
-from service.protocol import Protocol, State
+from service.protocol import Configuration, State
 from service.settings import Settings
 
 if TYPE_CHECKING:  # for whoever only supervises does not load torch
@@ -39,19 +40,22 @@ TO_ANSWER_S = 0.1
 
 BETWEEN_TICKS_S = 0.1
 
+HANDSHAKE_S = 0.1
+"""Time for connections that are being made to be made."""
+
 ARRIVES_S = 0.2
 """Time for what was sent before the port closed to arrive."""
 
 
 def run(settings: Settings, listener: socket.socket) -> None:
     """Answer on the listening socket until SIGINT or SIGTERM, then finish what was begun."""
-    # Many a client is one of few that the system gives each process unless it asks for more.
+    # Every connection is an open file, of which a process has few unless it asks for more.
     settings = settings.model_copy(update={"connections": _connections_within_files(settings.connections)})
     config = configuration(partial(_application, settings, Table(settings.workers)), settings, factory=True)
     if settings.workers == 1:
-        Server(config, settings.drain_s).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     else:
-        Supervisor(config, listener, settings.drain_s).run()
+        Supervisor(config, listener).run()
 
 
 def _application(settings: Settings, table: Table) -> FastAPI:
@@ -61,8 +65,8 @@ def _application(settings: Settings, table: Table) -> FastAPI:
     return create_worker_app(settings, table)
 
 
-def configuration(app: FastAPI | Callable[[], FastAPI], settings: Settings, *, factory: bool = False) -> uvicorn.Config:
-    """uvicorn's, for an application or for what makes one; it can be handed to worker processes."""
+def configuration(app: FastAPI | Callable[[], FastAPI], settings: Settings, *, factory: bool = False) -> Configuration:
+    """For an application or for what makes one; it can be handed to worker processes."""
     limits = ConnectionLimits(
         connections=settings.connections,
         idle_s=settings.idle_timeout_s,
@@ -70,11 +74,12 @@ def configuration(app: FastAPI | Callable[[], FastAPI], settings: Settings, *, f
         body_s=settings.body_timeout_s,
         send_s=settings.send_timeout_s,
     )
-    return uvicorn.Config(
+    return Configuration(
         app,
+        limits=limits,
+        drain_s=settings.drain_s,
         factory=factory,
         workers=settings.workers,
-        http=partial(Protocol, limits=limits),  # type: ignore[arg-type]  # it is called as a class would be
         ws="none",
         log_config=None,
         access_log=False,
@@ -82,7 +87,6 @@ def configuration(app: FastAPI | Callable[[], FastAPI], settings: Settings, *, f
         # X-Forwarded-For is what anybody says: no client is known by it.
         proxy_headers=False,
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
-        timeout_worker_healthcheck=HANGS_S,
     )
 
 
@@ -94,12 +98,13 @@ class Server(uvicorn.Server):
     from somebody at a terminal, who does not wait for that. A second signal ends the process as it stands.
     """
 
-    def __init__(self, config: uvicorn.Config, drain_s: float, supervisor: int | None = None) -> None:
+    config: Configuration
+
+    def __init__(self, config: Configuration, supervisor: int | None = None) -> None:
         """`supervisor`: the process whose worker this is. It says when to go, and nobody is left where it is gone."""
         super().__init__(config)
         self._state = self.server_state = State()
         self._supervisor = supervisor
-        self._drain_s = drain_s
         self._closes_at: float | None = None
         self._looks_at = 0.0
 
@@ -112,7 +117,7 @@ class Server(uvicorn.Server):
         if self._captured_signals:
             os._exit(128 + sig)
         self._captured_signals.append(sig)
-        self._closes_at = time.monotonic() + (self._drain_s if sig == signal.SIGTERM else 0)
+        self._closes_at = time.monotonic() + (self.config.drain_s if sig == signal.SIGTERM else 0)
         self.drain()
 
     @property
@@ -141,7 +146,7 @@ class Server(uvicorn.Server):
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()
         if now >= self._looks_at:
-            limits = _limits(self.config)
+            limits = self.config.limits
             self._looks_at = now + limits.between_looks
             expire_overdue(self.server_state.connections, limits, now)  # type: ignore[arg-type]  # they are Protocols
 
@@ -163,6 +168,11 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, finish what was begun, end."""
         self.drain()
+        if self._supervisor is None:
+            # A supervisor does it for all of its workers, and only where all of them go.
+            for listener in sockets or []:
+                shut(listener)
+        await asyncio.sleep(HANDSHAKE_S)
         for listener in sockets or []:
             await self._take_those_that_wait(listener)
         for server in self.servers:
@@ -193,11 +203,10 @@ class Worker(Process):
     def server(self) -> Server:
         """What runs in it; only there, for it cannot be handed over."""
         if self._server is None:
-            self._server = Server(self.config, self.drain_s, supervisor=os.getppid())
+            self._server = Server(cast("Configuration", self.config), supervisor=os.getppid())
         return cast("Server", self._server)
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, drain_s: float) -> None:
-        self.drain_s = drain_s
+    def __init__(self, config: Configuration, listener: socket.socket) -> None:
         super().__init__(config, [listener])
         self.process.start()
         self.answered = time.monotonic()
@@ -217,12 +226,14 @@ class Supervisor(Multiprocess):
 
     processes: list[Worker]  # type: ignore[assignment]
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, drain_s: float) -> None:
+    config: Configuration
+
+    def __init__(self, config: Configuration, listener: socket.socket) -> None:
         super().__init__(config, [listener])
         self._listener = listener
-        self._drain_s = drain_s
         self._log = structlog.get_logger("corr2d")
         self._signalled = False
+        self._closes_at = 0.0
         self._exit_code = 0
 
     def run(self) -> None:
@@ -251,10 +262,13 @@ class Supervisor(Multiprocess):
 
     def join_all(self) -> None:
         """Wait until the workers have finished what they had; a signal meanwhile ends them as they stand."""
-        # As long as one process has it open, the system makes connections; the last worker accepts those.
-        self._listener.close()
         while any(worker.process.is_alive() for worker in self.processes):
             self.handle_signals()
+            if time.monotonic() >= self._closes_at:
+                # The workers close theirs a little later.
+                shut(self._listener)
+                self._listener.close()
+                self._closes_at = math.inf
             time.sleep(0.05)
 
     def handle_int(self) -> None:
@@ -276,16 +290,11 @@ class Supervisor(Multiprocess):
                 worker.process.kill()
             os._exit(128 + number)
         self._signalled = True
+        self._closes_at = time.monotonic() + self.config.drain_s
         self.should_exit.set()
 
     def _started(self) -> Worker:
-        return Worker(self.config, self._listener, self._drain_s)
-
-
-def _limits(config: uvicorn.Config) -> ConnectionLimits:
-    """Those that `configuration` put there."""
-    made = config.http_protocol_class
-    return made.keywords["limits"] if isinstance(made, partial) else ConnectionLimits()
+        return Worker(self.config, self._listener)
 
 
 def _connections_within_files(connections: int) -> int:

@@ -124,6 +124,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def locked(self) -> bool:
+        """Whether requests need a key."""
+        return self.api_keys is not None or self.api_keys_file is not None
+
+    @property
     def origins(self) -> list[str]:
         """Those of cors_origins, one by one."""
         return [] if self.cors_origins is None else _listed(self.cors_origins)

@@ -56,7 +56,7 @@ def in_process(app: FastAPI) -> Iterator[Send]:
 def listening(app: FastAPI) -> Iterator[str]:
     """The address of a real uvicorn on a real port with the application behind it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(configuration(app, app.state.settings), drain_s=0)
+        server = Server(configuration(app, app.state.settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -263,6 +263,31 @@ def test_11_12_19_what_the_header_alone_refuses_is_answered_without_a_100_and_be
     problem_of(exchange(watched.address, head("POST /correlate HTTP/1.1", *lines)), status)
 
 
+def test_11_a_small_body_that_is_refused_before_it_came_does_not_cost_the_connection(watched: Watched) -> None:
+    body = BODY.ljust(100_000)
+    with Connection(watched.address) as connection:
+        for _ in range(3):
+            connection.send(upload_head("Accept: image/gif", f"Content-Length: {len(body)}") + body[:10])
+            response = connection.answer()
+            problem_of(response, 406)
+            assert "connection" not in response.headers
+            connection.send(body[10:])
+        connection.send(upload_head(f"Content-Length: {len(BODY)}") + BODY)
+        assert connection.answer().json()["output"] == [[1, 2], [3, 4]]
+
+
+def test_11_nor_is_its_rest_waited_for_longer_than_any_body(watched: Watched) -> None:
+    with Connection(watched.address) as connection:
+        connection.send(upload_head("Accept: image/gif", "Content-Length: 100000") + BODY)
+        problem_of(connection.answer(), 406)
+        assert connection.closed()
+
+
+def test_12_who_asks_first_and_is_not_welcome_may_not_send_it(watched: Watched) -> None:
+    response = exchange(watched.address, upload_head("Accept: image/gif", "Content-Length: 10", "Expect: 100-continue"))
+    problem_of(response, 406)
+
+
 def test_12_who_asks_first_and_is_welcome_gets_a_100_and_then_the_answer(watched: Watched) -> None:
     with Connection(watched.address) as connection:
         for _ in range(3):

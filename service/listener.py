@@ -1,0 +1,39 @@
+"""The door of a listening socket, shut before the socket is: whoever knocks then is not let in and forgotten.
+
+A connection is made by the system, and waits until the process accepts it: those that wait when the socket is closed
+are reset. However quickly the last one is accepted, another may have come.
+"""
+
+import ctypes
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+SO_ATTACH_FILTER = 26
+"""Of Linux, socket(7); Python does not name it."""
+
+FLAGS_OFFSET, SYN, ACK = 13, 0x02, 0x10
+"""Where the flags of a TCP segment are, and those that ask for a connection (RFC 9293, 3.1)."""
+
+NO_NEW_CONNECTIONS = (
+    (0x30, 0, 0, FLAGS_OFFSET),  # load the byte there
+    (0x54, 0, 0, SYN | ACK),  # and
+    (0x15, 0, 1, SYN),  # unless it is SYN alone, skip the next one
+    (0x06, 0, 0, 0),  # drop it
+    (0x06, 0, 0, 0xFFFFFFFF),  # let all of it pass
+)
+"""Instructions of the kernel's packet filter: code, jump if true, jump if false, operand."""
+
+
+def shut(listener: socket.socket) -> None:
+    """Let the system make no more connections for this socket; those that it has begun to make come to their end.
+
+    Whoever asks for one is not answered, asks again, and finds the port closed or its next owner. Only Linux can do
+    that, and a sandbox may not let it: then what comes in the instant before the socket is closed is reset.
+    """
+    if sys.platform == "linux" and listener.family in (socket.AF_INET, socket.AF_INET6):
+        program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in NO_NEW_CONNECTIONS))
+        described = struct.pack("HP", len(NO_NEW_CONNECTIONS), ctypes.addressof(program))
+        with suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, described)
