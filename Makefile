@@ -37,7 +37,7 @@ learning: .venv/bench.stamp  ## measure learning beside autograd and least squar
 wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
 	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png
 
-overload: .venv/bench.stamp  ## offer the service up to ten times what it can do (4 minutes)
+overload: .venv/bench.stamp  ## offer the service up to ten times what it can do (7 minutes)
 	$(BIN)/python benchmarks/overload.py --output benchmarks/overload.md --picture docs/images/overload.png
 
 soak: .venv/bench.stamp  ## twenty thousand good and bad requests, and what becomes of the memory (8 minutes)

@@ -1,7 +1,7 @@
 """What becomes of corr2d when ten times as much is asked of it as it can do.
 
-    make overload                                     everything, in about 4 minutes
-    .venv/bin/python benchmarks/overload.py --help    other multiples, shorter levels, a Markdown file, a picture
+    make overload                                     everything, in about 7 minutes
+    .venv/bin/python benchmarks/overload.py --help    other multiples, more rounds, a Markdown file, a picture
 
 How to read the tables. "Large" requests are what the work is in: kernels learned with a Huber loss from pairs of
 64 x 64 to 128 x 128 pixels and a picture filtered, tens of milliseconds each, which wait for their turn in the queue.
@@ -13,13 +13,15 @@ was answered with 200 from when the request was due, of refusals from their firs
 answer. /livez is asked every 20 ms by a process of its own.
 
 How it is measured. `corr2d serve` with its defaults and one worker has one core and one thread to compute with; the
-load has another core. The capacity is the most large requests a second that were answered in a closed loop, of 1, 2, 4
-and 8 clients who wait for their answers, with the small ones coming as always. The load of the levels is an open loop:
+load has another core. The capacity is the most large requests a second that were answered in a closed loop, of 1 or 8
+clients who wait for their answers, with the small ones coming as always. The load of the levels is an open loop:
 requests come in a Poisson process, whoever has been answered or not, on as many connections as that takes, and a time
 counts from when a request was due. By how much the generator was late itself is in the table: times of its size are its
-own. The first seconds of a level do not count. "Lost" are requests without an answer. The small requests' rate is the
-same at all levels because the promise is about them: what a small one takes beside a crowd of large ones, and not how
-many small ones there may be. "Alone" is the same rate, on connections of the same kind, without large ones.
+own. The machine may be faster now and slower then, so all levels are measured in turn, in several rounds: rates and
+work are the medians of the rounds, times are of all rounds together. The first seconds of a level do not count. "Lost"
+are requests without an answer. The small requests' rate is the same at all levels because the promise is about them:
+what a small one takes beside a crowd of large ones, and not how many small ones there may be. "Alone" is the same rate,
+on connections of the same kind, without large ones.
 """
 
 import argparse
@@ -37,9 +39,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Any
 
@@ -56,17 +60,19 @@ from wire import Claim, heading, progress
 
 import core
 
+OK, REFUSED = HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE
+
 MULTIPLES = (0.5, 1, 2, 4, 7, 10)
 """Of the capacity."""
 
 SMALL_RATE = 300.0
 """Small requests a second, always."""
 
-RAMP = (1, 2, 4, 8)
+CLOSED = (1, 8)
 """Clients of the closed loop."""
 
-WARM_UP = 3.0
-"""Seconds of every level that do not count."""
+WARM_UP = 2.5
+"""Seconds of every level that do not count: the queue is full by then."""
 
 FITS = ((64, 60, 2), (96, 40, 1), (128, 30, 1))
 """Rows and columns, steps, and how many of them are among the large requests."""
@@ -89,79 +95,122 @@ class Pulse:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
-    """What was sent and came back in one level, the first seconds left out; `multiple` of the capacity, 0 is alone."""
+class Round:
+    """What was sent and came back in one go; what was due before `begin` does not count."""
 
-    multiple: float
-    rate: float
     seconds: float
     begin: float
     large: Sequence[Sent]
     small: Sequence[Sent]
     pulses: Sequence[Pulse]
 
-    def due(self, everything: Sequence[Sent]) -> list[Sent]:
-        """Those that count."""
-        return [sent for sent in everything if sent.due >= self.begin]
+    @property
+    def both(self) -> Sequence[Sent]:
+        """All requests."""
+        return (*self.large, *self.small)
 
-    def a_second(self, everything: Sequence[Sent], status: int) -> float:
-        """Answers with that status in the time that counts, a second."""
+    def due(self, everything: Sequence[Sent]) -> Iterator[Sent]:
+        """Those that count."""
+        return (sent for sent in everything if sent.due >= self.begin)
+
+    def answered(self, everything: Sequence[Sent], status: int) -> Iterator[Sent]:
+        """Those that were answered so in the time that counts."""
         end = self.begin + self.seconds
-        return sum(sent.status == status and self.begin <= sent.answered < end for sent in everything) / self.seconds
+        return (sent for sent in everything if sent.status == status and self.begin <= sent.answered < end)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of load in all rounds; `multiple` of the capacity, or 0. Rates are medians, times of all together."""
+
+    name: str
+    multiple: float = 0
+    rate: float = 0
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def large_done(self) -> float:
+        """Large requests answered with 200 a second."""
+        return median(count(one.answered(one.large, OK)) / one.seconds for one in self.rounds)
+
+    @property
+    def small_done(self) -> float:
+        """Small ones likewise."""
+        return median(count(one.answered(one.small, OK)) / one.seconds for one in self.rounds)
+
+    @property
+    def refused(self) -> float:
+        """Requests refused a second."""
+        return median(count(one.answered(one.both, REFUSED)) / one.seconds for one in self.rounds)
 
     @property
     def work(self) -> float:
-        """Milliseconds a second that what was done in that time takes alone."""
-        end = self.begin + self.seconds
-        done = (sent for sent in self.large if sent.status == HTTPStatus.OK and self.begin <= sent.answered < end)
-        return 1e3 * sum(sent.seconds for sent in done) / self.seconds
+        """Milliseconds a second that the large ones that were done take alone."""
+        done = (sum(sent.seconds for sent in one.answered(one.large, OK)) / one.seconds for one in self.rounds)
+        return 1e3 * median(done)
 
-    def latencies(self, everything: Sequence[Sent]) -> list[float]:
-        """Milliseconds of what was done."""
-        return [1e3 * sent.latency for sent in self.due(everything) if sent.status == HTTPStatus.OK]
+    @property
+    def large_times(self) -> list[float]:
+        """Milliseconds of the large ones that were done."""
+        return [1e3 * sent.latency for one in self.rounds for sent in one.due(one.large) if sent.status == OK]
+
+    @property
+    def small_times(self) -> list[float]:
+        """Of the small ones."""
+        return [1e3 * sent.latency for one in self.rounds for sent in one.due(one.small) if sent.status == OK]
 
     @property
     def refusals(self) -> list[float]:
-        """Milliseconds of what was refused."""
-        both = [*self.due(self.large), *self.due(self.small)]
-        return [1e3 * sent.taken for sent in both if sent.status == HTTPStatus.SERVICE_UNAVAILABLE]
+        """Of what was refused."""
+        return [1e3 * sent.taken for one in self.rounds for sent in one.due(one.both) if sent.status == REFUSED]
 
     @property
     def alive(self) -> list[float]:
-        """Milliseconds of /livez."""
-        return [1e3 * pulse.taken for pulse in self.pulses if pulse.due >= self.begin]
+        """Of /livez."""
+        return [1e3 * pulse.taken for one in self.rounds for pulse in one.pulses if pulse.due >= one.begin]
 
     @property
     def late(self) -> list[float]:
         """Milliseconds by which the generator and the asker of /livez were late."""
-        both = [*self.due(self.large), *self.due(self.small)]
-        own = [sent.fired - sent.due for sent in both]
-        return [1e3 * seconds for seconds in own + [pulse.late for pulse in self.pulses if pulse.due >= self.begin]]
+        own = [sent.fired - sent.due for one in self.rounds for sent in one.due(one.both)]
+        askers = [pulse.late for one in self.rounds for pulse in one.pulses if pulse.due >= one.begin]
+        return [1e3 * seconds for seconds in own + askers]
 
     @property
     def lost(self) -> int:
         """Requests without an answer, of all."""
-        return sum(sent.status == LOST for sent in (*self.large, *self.small))
+        return sum(sent.status == LOST for one in self.rounds for sent in one.both)
 
     @property
     def unadvised(self) -> int:
         """Refusals that do not say when to come back."""
-        both = (*self.large, *self.small)
-        return sum(sent.status == HTTPStatus.SERVICE_UNAVAILABLE and not sent.retry_after for sent in both)
+        refused = [sent for one in self.rounds for sent in one.both if sent.status == REFUSED]
+        return sum(not sent.retry_after for sent in refused)
+
+    def statuses(self, kind: str) -> str:
+        """How often each was answered; of all that was sent."""
+        counted = Counter(sent.status for one in self.rounds for sent in getattr(one, kind))
+        return ", ".join(f"{many} x {status or 'lost'}" for status, many in sorted(counted.items())) or "-"
 
 
 @dataclass(slots=True)
 class Results:
     """What large requests take alone, in ms; by clients, the closed loops; the small ones alone, and the levels."""
 
-    alone: list[float] = field(default_factory=list)
-    ramp: dict[int, Level] = field(default_factory=dict)
+    alone: list[float]
+    closed: dict[int, Level]
+    unloaded: Level = field(default_factory=partial(Level, "small ones alone"))
     levels: list[Level] = field(default_factory=list)
 
     @property
     def capacity(self) -> float:
         """Large requests a second."""
-        return max(level.a_second(level.large, HTTPStatus.OK) for level in self.ramp.values())
+        return max(level.large_done for level in self.closed.values())
+
+
+def count(things: Iterator[object]) -> int:
+    """How many there are."""
+    return sum(1 for _ in things)
 
 
 # Requests.
@@ -200,7 +249,7 @@ async def timed(clients: Clients, requests: Sequence[bytes]) -> list[Posted]:
             sent = Sent(monotonic(), monotonic())
             clients.send(request, sent)
             await clients.settle()
-            if sent.status != HTTPStatus.OK:
+            if sent.status != OK:
                 sys.exit(f"{request[:80]!r} is answered with {sent.status}")
             times.append(sent.taken)
         everything.append(Posted(request, min(times)))
@@ -212,30 +261,27 @@ async def timed(clients: Clients, requests: Sequence[bytes]) -> list[Posted]:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Who is asked, with what, and for how many seconds a level; ramps take half of that."""
+    """Who is asked, with what, and for how many seconds a level."""
 
     host: str
     port: int
     large: Sequence[Posted]
     seconds: float
 
-    async def ramp(self, results: Results) -> None:
-        """A closed loop of more and more clients, beside the small requests."""
-        for clients in RAMP:
-            seconds, start = WARM_UP + self.seconds / 2, monotonic()
-            large, small = Clients(self.host, self.port), Clients(self.host, self.port)
-            done, _ = await asyncio.gather(
-                keep_busy(large, self.large, clients, seconds, seed=clients),
-                offer(small, Stream(SMALL_REQUESTS, SMALL_RATE), seconds, seed=clients),
-            )
-            large.close()
-            small.close()
-            level = results.ramp[clients] = Level(0, 0, self.seconds / 2, start + WARM_UP, done, (), ())
-            rate = digits(level.a_second(done, HTTPStatus.OK))
-            progress(f"{clients} clients in a closed loop: {rate} large requests a second")
+    async def closed(self, clients: int) -> Round:
+        """So many clients who wait for their answers, beside the small requests."""
+        seconds, begin = WARM_UP + self.seconds, monotonic() + WARM_UP
+        large, small = Clients(self.host, self.port), Clients(self.host, self.port)
+        sent = await asyncio.gather(
+            keep_busy(large, self.large, clients, seconds, seed=clients),
+            offer(small, Stream(SMALL_REQUESTS, SMALL_RATE), seconds, seed=clients),
+        )
+        large.close()
+        small.close()
+        return Round(self.seconds, begin, *sent, pulses=())
 
-    async def level(self, multiple: float, rate: float) -> Level:
-        """One level, as it is measured; without large requests where the rate is 0."""
+    async def open(self, rate: float, seed: int) -> Round:
+        """So many large requests a second, or none, whoever has been answered; beside the small ones, and /livez."""
         seconds = WARM_UP + self.seconds
         large, small = Clients(self.host, self.port), Clients(self.host, self.port)
         begin = monotonic() + WARM_UP
@@ -247,9 +293,9 @@ class Load:
             str(seconds),
             stdout=asyncio.subprocess.PIPE,
         )
-        streams = [offer(small, Stream(SMALL_REQUESTS, SMALL_RATE), seconds, seed=1)]
+        streams = [offer(small, Stream(SMALL_REQUESTS, SMALL_RATE), seconds, seed=2 * seed)]
         if rate:
-            streams.append(offer(large, Stream(self.large, rate), seconds, seed=2))
+            streams.append(offer(large, Stream(self.large, rate), seconds, seed=2 * seed + 1))
         sent = await asyncio.gather(*streams)
         printed, _ = await asker.communicate()
         large.close()
@@ -257,22 +303,31 @@ class Load:
         pulses = [Pulse(*map(float, line.split())) for line in printed.decode().splitlines()]
         if not pulses:
             sys.exit("/livez was not answered")
-        return Level(multiple, rate, self.seconds, begin, sent[1] if rate else (), sent[0], pulses)
+        return Round(self.seconds, begin, sent[1] if rate else (), sent[0], pulses)
 
 
-async def measure(one: Running, seconds: float, multiples: Sequence[float]) -> Results:
-    """All of it."""
+async def measure(one: Running, seconds: float, rounds: int, multiples: Sequence[float]) -> Results:
+    """All of it. The capacity is that of the first round: what is offered is to be the same in all of them."""
     host, _, port = one.origin.removeprefix("http://").rpartition(":")
     clients = Clients(host, int(port))
     large = await timed(clients, large_requests())
     clients.close()
-    load, results = Load(host, int(port), large, seconds), Results([1e3 * posted.seconds for posted in large])
-    await load.ramp(results)
-    one.settle()
-    for multiple in (0, *multiples):
-        results.levels.append(await load.level(multiple, multiple * results.capacity))
-        one.settle()
-        progress(line_of(results.levels[-1]))
+    load = Load(host, int(port), large, seconds)
+    results = Results([1e3 * posted.seconds for posted in large], {many: Level(f"{many} clients") for many in CLOSED})
+    for number in range(rounds):
+        for many, level in results.closed.items():
+            level.rounds.append(await load.closed(many))
+            one.settle()
+        if not results.levels:
+            offered = {multiple: multiple * results.capacity for multiple in multiples}
+            results.levels += [
+                Level(f"{multiple:g} x ({digits(rate)} a second)", multiple, rate) for multiple, rate in offered.items()
+            ]
+        for level in (results.unloaded, *results.levels):
+            level.rounds.append(await load.open(level.rate, seed=number))
+            one.settle()
+        done = ", ".join(f"{level.name}: {digits(level.work)}" for level in (*results.closed.values(), *results.levels))
+        progress(f"after round {number + 1} of {rounds}, ms of work a second: {done}")
     return results
 
 
@@ -289,25 +344,18 @@ def pair(times: Sequence[float]) -> str:
     return f"{digits(percentile(times, 0.5))}, {digits(percentile(times, 0.99))}" if times else "-"
 
 
-def name_of(level: Level) -> str:
-    """As tables say it."""
-    return f"{level.multiple:g} x ({digits(level.rate)} a second)" if level.multiple else "small ones alone"
-
-
 def line_of(level: Level) -> str:
     """A row of Markdown."""
-    alive = f"{pair(level.alive)}, {digits(max(level.alive))}"
-    both = [*level.large, *level.small]
     columns = [
-        name_of(level),
-        digits(level.a_second(level.large, HTTPStatus.OK)),
+        level.name,
+        digits(level.large_done),
         digits(level.work),
-        digits(level.a_second(level.small, HTTPStatus.OK)),
-        digits(level.a_second(both, HTTPStatus.SERVICE_UNAVAILABLE)),
-        pair(level.latencies(level.large)),
-        pair(level.latencies(level.small)),
+        digits(level.small_done),
+        digits(level.refused),
+        pair(level.large_times),
+        pair(level.small_times),
         pair(level.refusals),
-        alive,
+        f"{pair(level.alive)}, {digits(max(level.alive))}",
         f"{pair(level.late)}, {digits(max(level.late))}",
         str(level.lost),
     ]
@@ -316,16 +364,18 @@ def line_of(level: Level) -> str:
 
 def claims(results: Results) -> Iterator[Claim]:
     """What the service promises, where it was worst."""
-    alone, *levels = results.levels
+    levels = results.levels
 
     def worst(times_of: Callable[[Level], Sequence[float]], share: float) -> float | None:
         times = [percentile(times, share) for level in levels if (times := times_of(level))]
         return max(times, default=None)
 
-    small = worst(lambda level: level.latencies(level.small), 0.99)
-    unloaded = percentile(alone.latencies(alone.small), 0.99)
-    most = max(level.work for level in (*levels, *results.ramp.values()))
-    yield Claim(f"work at {levels[-1].multiple:g} x, by the most that was done", 0.9, levels[-1].work / most)
+    small = worst(lambda level: level.small_times, 0.99)
+    unloaded = percentile(results.unloaded.small_times, 0.99)
+    last, most = levels[-1], max(level.work for level in levels)
+    yield Claim(f"work at {last.multiple:g} x, by the most of any load", 0.9, last.work / most)
+    fastest = max(level.work for level in results.closed.values())
+    yield Claim(f"work at {last.multiple:g} x, by that of clients who wait", 0.9, last.work / fastest)
     yield Claim("refusals: 99 of 100 within", 50, worst(lambda level: level.refusals, 0.99), " ms", at_most=True)
     yield Claim("/livez: the slowest", 100, worst(lambda level: level.alive, 1), " ms", at_most=True)
     yield Claim("/livez: 99 of 100 within", 100, worst(lambda level: level.alive, 0.99), " ms", at_most=True)
@@ -341,10 +391,10 @@ def report(results: Results) -> str:
         f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {os.cpu_count()} cores: one for the server, one for the load; "
         f"Python {platform.python_version()}, {packages}"
     )
-    ramp = [f"Alone the large requests take {', '.join(map(digits, results.alone))} ms.", ""]
-    ramp += heading("clients", "large done a second", "work, ms a second")
-    for clients, level in results.ramp.items():
-        ramp.append(f"| {clients} | {digits(level.a_second(level.large, HTTPStatus.OK))} | {digits(level.work)} |")
+    closed = [f"Alone the large requests take {', '.join(map(digits, results.alone))} ms.", ""]
+    closed += heading("clients", "large done a second", "work, ms a second")
+    for clients, level in results.closed.items():
+        closed.append(f"| {clients} | {digits(level.large_done)} | {digits(level.work)} |")
     levels = heading(
         "offered",
         "large done a second",
@@ -358,20 +408,14 @@ def report(results: Results) -> str:
         "generator late: median, 99 %, most",
         "lost",
     )
-    levels += map(line_of, results.levels)
+    offered = (results.unloaded, *results.levels)
+    levels += map(line_of, offered)
     counted = heading("offered", "large", "small")
-    for level in results.levels:
-        statuses = [
-            ", ".join(
-                f"{many} x {status or 'lost'}" for status, many in sorted(Counter(s.status for s in sent).items())
-            )
-            for sent in (level.large, level.small)
-        ]
-        counted.append(f"| {name_of(level)} | {statuses[0] or '-'} | {statuses[1]} |")
+    counted += [f"| {level.name} | {level.statuses('large')} | {level.statuses('small')} |" for level in offered]
     promised = heading("what", "target", "reached", "holds")
     promised += [claim.line() for claim in claims(results)]
     sections = {
-        "The capacity": ramp,
+        "The capacity": closed,
         f"Offered more and more, beside {SMALL_RATE:g} small requests a second; times in ms": levels,
         "Everything sent, by status": counted,
         "What it must show": promised,
@@ -399,20 +443,19 @@ class Line:
 
 def lines_of_rates(levels: Sequence[Level]) -> list[Line]:
     """What is offered, done and refused a second."""
-    refused = [level.a_second([*level.large, *level.small], HTTPStatus.SERVICE_UNAVAILABLE) for level in levels]
     return [
         Line("large, offered", [level.rate for level in levels], {"color": GREY, **DASHED}),
-        Line("large, done", [level.a_second(level.large, HTTPStatus.OK) for level in levels], {"color": BLUE}),
-        Line("small, done", [level.a_second(level.small, HTTPStatus.OK) for level in levels], {"color": GREEN}),
-        Line("refused", refused, {"color": RED}),
+        Line("large, done", [level.large_done for level in levels], {"color": BLUE}),
+        Line("small, done", [level.small_done for level in levels], {"color": GREEN}),
+        Line("refused", [level.refused for level in levels], {"color": RED}),
     ]
 
 
 def lines_of_times(levels: Sequence[Level]) -> list[Line]:
     """How long all of that takes."""
     kinds: Sequence[tuple[str, str, list[list[float]], str, float]] = (
-        ("large", BLUE, [level.latencies(level.large) for level in levels], "99 %", 0.99),
-        ("small", GREEN, [level.latencies(level.small) for level in levels], "99 %", 0.99),
+        ("large", BLUE, [level.large_times for level in levels], "99 %", 0.99),
+        ("small", GREEN, [level.small_times for level in levels], "99 %", 0.99),
         ("refusals", RED, [level.refusals for level in levels], "99 %", 0.99),
         ("/livez", LIGHT_BLUE, [level.alive for level in levels], "slowest", 1),
     )
@@ -426,7 +469,7 @@ def lines_of_times(levels: Sequence[Level]) -> list[Line]:
 
 def draw(results: Results, path: Path) -> None:
     """Above what is done and refused a second, below how long it takes; each line is named at its right."""
-    levels = results.levels[1:]
+    levels = results.levels
     figure = Figure(figsize=(9, 10), dpi=150, facecolor="white")
     above, below = figure.add_axes((0.09, 0.55, 0.69, 0.41)), figure.add_axes((0.09, 0.06, 0.69, 0.41))
     above.set_title("requests a second, one core for the server")
@@ -470,12 +513,13 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     text = f"of the capacity that are offered (default: {' '.join(map(str, MULTIPLES))})"
     parser.add_argument("--multiples", nargs="+", type=float, metavar="X", default=MULTIPLES, help=text)
-    parser.add_argument("--seconds", type=float, default=15, help="of one level (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of all levels (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4, help="of a level in a round (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as Markdown")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it, as .png or .svg")
     arguments = parser.parse_args()
-    if min(arguments.multiples) <= 0 or arguments.seconds < 1:
-        parser.error("--multiples above 0, --seconds from 1")
+    if min(arguments.multiples) <= 0 or arguments.seconds < 1 or arguments.rounds < 1:
+        parser.error("--multiples above 0, --seconds and --rounds from 1")
     for file in (arguments.output, arguments.picture):
         if file is not None and not file.parent.is_dir():
             parser.error(f"{file}: there is no folder {file.parent}")
@@ -501,7 +545,7 @@ def main() -> None:
         running(server, core_of_server, Path(folder)) as one,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        results = runner.run(measure(one, arguments.seconds, sorted(arguments.multiples)))
+        results = runner.run(measure(one, arguments.seconds, arguments.rounds, sorted(arguments.multiples)))
     text = report(results)
     if arguments.output is None:
         print(text, end="")
