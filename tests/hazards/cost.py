@@ -4,7 +4,8 @@ import time
 import tracemalloc
 from collections.abc import Callable
 
-from tests.hazards.requests import MEGABYTE, NPY, upload
+from tests.files import NPY
+from tests.hazards.requests import MEGABYTE, upload
 from tests.problem import detail_of
 from tests.serving import Send
 

@@ -4,20 +4,17 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
+from tests.files import CODERS, JSON, NPY
 from tests.serving import Send
-
-JSON = "application/json"
-NPY = "application/x-npy"
-NPZ = "application/x-npz"
-SAFETENSORS = "application/x-safetensors"
-PNG = "image/png"
-JPEG = "image/jpeg"
 
 ROWS = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6}
 IMAGE = np.arange(9, dtype=np.float32).reshape(3, 3)
 MEGABYTE = 1_000_000
+
+by_every_coding = pytest.mark.parametrize(("coding", "compress"), CODERS.items(), ids=CODERS)
 
 
 def correlate(send: Send, **changes: Any) -> httpx.Response:

@@ -14,10 +14,10 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from tests.files import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, npy, npz, picture, png, saved, tensor, tensors, zipped
 from tests.hazards.cost import grown, refused_at_no_cost
-from tests.hazards.files import by_every_coding, npy, npz, picture, png, saved, tensor, tensors, zipped
 from tests.hazards.raw import Connection, head
-from tests.hazards.requests import IMAGE, JPEG, JSON, MEGABYTE, NPY, NPZ, PNG, SAFETENSORS, upload
+from tests.hazards.requests import IMAGE, MEGABYTE, by_every_coding, upload
 from tests.problem import detail_of, first_error
 from tests.serving import Send
 

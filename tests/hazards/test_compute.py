@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from backports import zstd
 
+from tests.files import NPY, NPZ, PNG, npz, png, saved
 from tests.hazards.cost import grown
-from tests.hazards.files import npz, png, saved
 from tests.hazards.fits import ENDLESS, fit_of, under_way
 from tests.hazards.raw import PATIENCE, Connection, head, many
-from tests.hazards.requests import MEGABYTE, NPY, NPZ, PAIR, PNG, ROWS, conv2d, correlate, post, train
+from tests.hazards.requests import MEGABYTE, PAIR, ROWS, conv2d, correlate, post, train
 from tests.hazards.watched import Watched, watched_service, works
 from tests.problem import first_error, problem_of
 from tests.serving import Send, on_a_port, without_limits

@@ -18,10 +18,10 @@ from service.codecs import DECODED, ENCODED
 from service.codecs.content_coding import MAX_MEMBERS
 from service.routes.train_kernel import SERVED
 from service.settings import Settings
+from tests.files import CODERS, JSON, NPY, NPZ, PNG, SAFETENSORS, npz, picture, saved
 from tests.hazards.cost import grown
-from tests.hazards.files import CODERS, by_every_coding, npz, picture, saved
 from tests.hazards.raw import Connection, exchange, head, many, upload_head
-from tests.hazards.requests import IMAGE, JSON, MEGABYTE, NPY, NPZ, PNG, SAFETENSORS, post, upload
+from tests.hazards.requests import IMAGE, MEGABYTE, by_every_coding, post, upload
 from tests.hazards.watched import Watched
 from tests.problem import detail_of, first_error, problem_of
 from tests.serving import Send

@@ -1,6 +1,8 @@
 from collections.abc import Iterator
 
 import pytest
+import structlog
+from structlog.testing import LogCapture
 
 from service.app import create_app
 from service.settings import Settings
@@ -30,3 +32,13 @@ def send(request: pytest.FixtureRequest) -> Send:
     """One request, answered by the application in this process and by a real server."""
     sent: Send = request.getfixturevalue(request.param)
     return sent
+
+
+@pytest.fixture
+def log() -> Iterator[LogCapture]:
+    """What is logged meanwhile."""
+    capture = LogCapture()
+    before = structlog.get_config()
+    structlog.configure(processors=[capture], cache_logger_on_first_use=False)
+    yield capture
+    structlog.configure(**before)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from fastapi import FastAPI
 from openapi_spec_validator import validate
 from pydantic import SecretStr
@@ -61,15 +60,6 @@ def locked_on_a_port(locked_address: str) -> Iterator[Send]:
 def locked(request: pytest.FixtureRequest) -> Send:
     sent: Send = request.getfixturevalue(request.param)
     return sent
-
-
-@pytest.fixture
-def log() -> Iterator[LogCapture]:
-    capture = LogCapture()
-    before = structlog.get_config()
-    structlog.configure(processors=[capture], cache_logger_on_first_use=False)
-    yield capture
-    structlog.configure(**before)
 
 
 @pytest.fixture

@@ -19,18 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.codecs.layout import DTYPES
+from tests.files import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, npz, saved
 from tests.problem import first_error, problem_of
 from tests.serving import Send
 
 Array = NDArray[Any]
 Fields = dict[str, Any]
-
-JSON = "application/json"
-NPY = "application/x-npy"
-NPZ = "application/x-npz"
-SAFETENSORS = "application/x-safetensors"
-PNG = "image/png"
-JPEG = "image/jpeg"
 
 EXACT = 2**53
 """Up to here every integer is a float64."""
@@ -53,21 +47,9 @@ def unpacked(described: Fields) -> Array:
     return np.array(data, dtype).reshape(described["shape"])
 
 
-def npy(array: Array) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def npz(**named: Any) -> bytes:
+def npz_stored(**named: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **named)
-    return buffer.getvalue()
-
-
-def npz_compressed(**named: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **named)
     return buffer.getvalue()
 
 
@@ -87,11 +69,11 @@ BODIES: dict[str, tuple[str, Callable[[Array], bytes]]] = {
     "nested": (JSON, lambda array: json.dumps({"input": array.tolist()}).encode()),
     "flat": (JSON, lambda array: json.dumps({"input": flat(array)}).encode()),
     "base64": (JSON, lambda array: json.dumps({"input": packed(array)}).encode()),
-    "npy": (NPY, npy),
-    "npy in columns": (NPY, lambda array: npy(np.asfortranarray(array))),
-    "npy, big-endian": (NPY, lambda array: npy(array.astype(array.dtype.newbyteorder(">")))),
-    "npz": (NPZ, lambda array: npz(input=array)),
-    "compressed npz": (NPZ, lambda array: npz_compressed(input=array)),
+    "npy": (NPY, saved),
+    "npy in columns": (NPY, lambda array: saved(np.asfortranarray(array))),
+    "npy, big-endian": (NPY, lambda array: saved(array.astype(array.dtype.newbyteorder(">")))),
+    "npz": (NPZ, lambda array: npz_stored(input=array)),
+    "compressed npz": (NPZ, lambda array: npz(input=array)),
     "safetensors": (SAFETENSORS, lambda array: safetensors.numpy.save({"input": np.ascontiguousarray(array)})),
 }
 """How an input is sent: the media type, and its own library's writer."""
@@ -224,8 +206,8 @@ SINGLE_NUMBERS: dict[str, tuple[str, bytes]] = {
     "nested": (JSON, b'{"input": 5}'),
     "flat": (JSON, b'{"input": {"shape": [], "dtype": "float32", "data": [5]}}'),
     "base64": (JSON, json.dumps({"input": packed(np.array(5.0))}).encode()),
-    "npy": (NPY, npy(np.array(5.0))),
-    "npz": (NPZ, npz(input=np.array(5.0))),
+    "npy": (NPY, saved(np.array(5.0))),
+    "npz": (NPZ, npz_stored(input=np.array(5.0))),
     "safetensors": (SAFETENSORS, safetensors.numpy.save({"input": np.array(5.0)})),
 }
 
@@ -250,7 +232,7 @@ def test_an_empty_array_is_no_input(sent_in_process: Send, path: str, body: str,
 @pytest.mark.parametrize("array", [np.empty((0, 1, 1, 1)), np.array(5.0)])
 def test_other_arrays_are_not_empty_either(sent_in_process: Send, name: str, array: Array) -> None:
     named = {"input": np.ones((1, 3, 3)), "weight": np.ones((1, 1, 1, 1)), name: array}
-    for content_type, content in ((NPZ, npz(**named)), (SAFETENSORS, safetensors.numpy.save(named))):
+    for content_type, content in ((NPZ, npz_stored(**named)), (SAFETENSORS, safetensors.numpy.save(named))):
         assert first_error(post(sent_in_process, content, content_type, path="/conv2d"), 422)["field"] == name
 
 
@@ -277,7 +259,7 @@ def torchs_answer(named: dict[str, NDArray[np.float32]]) -> Array:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-@pytest.mark.parametrize("save", [npz, npz_compressed])
+@pytest.mark.parametrize("save", [npz_stored, npz])
 def test_a_layer_in_an_npz_is_torchs(
     send: Send, answer: str, save: Callable[..., bytes], rng: np.random.Generator
 ) -> None:
@@ -345,7 +327,7 @@ def test_an_array_that_no_field_takes_is_refused_with_the_name_it_is_near(
 
 
 def test_an_archive_of_the_lessons_names_is_taken(send: Send) -> None:
-    content = npz(X=np.arange(9.0).reshape(3, 3), K=np.arange(4.0).reshape(2, 2))
+    content = npz_stored(X=np.arange(9.0).reshape(3, 3), K=np.arange(4.0).reshape(2, 2))
     np.testing.assert_array_equal(answered(send, content, NPZ, "npy"), [[19, 25], [37, 43]])
 
 
@@ -360,7 +342,7 @@ def test_a_learned_kernel_comes_in_every_format(send: Send, bias: str) -> None:
     query = {"seed": "1", "steps": "5", "learning_rate": "0.01", "bias": bias}
 
     def learned(accept: str) -> httpx.Response:
-        response: httpx.Response = post(send, npz(**EDGES), NPZ, accept, "/train-kernel", **query)
+        response: httpx.Response = post(send, npz_stored(**EDGES), NPZ, accept, "/train-kernel", **query)
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == accept
         return response
@@ -381,7 +363,7 @@ def test_a_learned_kernel_comes_in_every_format(send: Send, bias: str) -> None:
 
 
 def test_one_array_and_a_query_string_are_enough_to_learn(send: Send) -> None:
-    response = post(send, npy(np.ones((2, 3))), NPY, path="/train-kernel", target="[[1, 1], [1, 1]]", steps="1")
+    response = post(send, saved(np.ones((2, 3))), NPY, path="/train-kernel", target="[[1, 1], [1, 1]]", steps="1")
     assert response.json()["kernel_shape"] == [1, 2]
 
 
@@ -459,7 +441,7 @@ def test_values_that_are_not_finite_are_carried_as_by_torch(send: Send, body: st
 
 
 def test_what_is_not_finite_is_no_picture(send: Send) -> None:
-    problem = problem_of(post(send, npy(np.array([[np.nan, 1]])), NPY, PNG, kernel="identity"), 406)
+    problem = problem_of(post(send, saved(np.array([[np.nan, 1]])), NPY, PNG, kernel="identity"), 406)
     assert "not finite" in problem["detail"]
     assert "application/x-npy" in problem["detail"]
 
@@ -468,7 +450,7 @@ def test_what_is_not_finite_is_no_picture(send: Send) -> None:
 @pytest.mark.parametrize("explain", ["false", "true"])
 def test_what_a_binary_answer_has_no_room_for_stands_in_a_header(send: Send, accept: str, explain: str) -> None:
     query = {"kernel": "box(3)", "dtype": "float64", "explain": explain}
-    image = npy(np.arange(30.0).reshape(5, 6))
+    image = saved(np.arange(30.0).reshape(5, 6))
     header = post(send, image, NPY, accept, **query).headers["corr2d-result"]
     assert header.isascii()
     assert header.isprintable()
@@ -484,18 +466,18 @@ def test_what_a_binary_answer_has_no_room_for_stands_in_a_header(send: Send, acc
 
 @pytest.mark.parametrize("accept", [NPY, NPZ, SAFETENSORS])
 def test_how_many_values_are_not_finite_stands_in_the_header_as_in_json(send: Send, accept: str) -> None:
-    image = npy(np.array([[np.nan, 1], [np.inf, 2]]))
+    image = saved(np.array([[np.nan, 1], [np.inf, 2]]))
     said = json.loads(post(send, image, NPY, accept, kernel="identity").headers["corr2d-result"])
     assert said["nonfinite"] == post(send, image, NPY, JSON, kernel="identity").json()["nonfinite"] == 2
 
 
 def test_a_long_history_is_left_out_of_the_header_and_stands_in_the_archive(send: Send) -> None:
     query = {"steps": "2000", "seed": "1", "learning_rate": "0.001"}
-    response = post(send, npz(**EDGES), NPZ, NPZ, "/train-kernel", **query)
+    response = post(send, npz_stored(**EDGES), NPZ, NPZ, "/train-kernel", **query)
     assert len(response.headers["corr2d-result"]) < 5000
     assert "loss_history" not in json.loads(response.headers["corr2d-result"])
     assert np.load(io.BytesIO(response.content))["loss_history"].shape == (2000,)
 
 
 def test_json_has_no_result_header(send: Send) -> None:
-    assert "corr2d-result" not in post(send, npy(np.ones((2, 2))), NPY, kernel="identity").headers
+    assert "corr2d-result" not in post(send, saved(np.ones((2, 2))), NPY, kernel="identity").headers

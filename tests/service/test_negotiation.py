@@ -21,14 +21,9 @@ from service.requests import MAX_OPTIONS, RequestModel
 from service.routes.conv2d import Conv2dRequest
 from service.routes.correlate import CorrelateRequest
 from service.routes.train_kernel import TrainKernelRequest
+from tests.files import JSON, NPY, NPZ, PNG, SAFETENSORS
 from tests.problem import first_error, problem_of
 from tests.serving import Send
-
-JSON = "application/json"
-NPY = "application/x-npy"
-NPZ = "application/x-npz"
-SAFETENSORS = "application/x-safetensors"
-PNG = "image/png"
 
 BODY = b'{"input": [[1, 2], [3, 4]], "kernel": [[1]]}'
 ARRAYS = {

@@ -1,10 +1,8 @@
 """Request ids, Server-Timing and the one line that a request leaves in the log."""
 
 import re
-from collections.abc import Iterator
 
 import pytest
-import structlog
 from structlog.testing import LogCapture
 
 from service.app import create_app
@@ -13,15 +11,6 @@ from tests.problem import problem_of
 from tests.serving import Send, in_process
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
-
-
-@pytest.fixture
-def log() -> Iterator[LogCapture]:
-    capture = LogCapture()
-    before = structlog.get_config()
-    structlog.configure(processors=[capture], cache_logger_on_first_use=False)
-    yield capture
-    structlog.configure(**before)
 
 
 def test_an_id_that_was_sent_comes_back(send: Send) -> None:

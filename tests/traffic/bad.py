@@ -1,21 +1,16 @@
 """Requests that are wrong, by the numbers of the project's list of hazards, and how each is answered."""
 
-import gzip
-import io
 import json
 import struct
-import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from backports import zstd
 
+from tests.files import CODERS, JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, npy, png, saved, tensor, tensors, zipped
 from tests.traffic.exchanges import Exchange, Leaving, Malformed, Pipelined, Request
-from tests.traffic.good import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, npy, picture
+from tests.traffic.good import picture
 
 IMAGE = np.arange(9, dtype=np.float32).reshape(3, 3)
 PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6}
@@ -48,9 +43,9 @@ def requests_wrong_as_http() -> Iterator[Request]:
         yield refused(f"19 {accept}", 406, good, Accept=accept)
     for coding in ("br", "compress", "gzip, gzip"):
         yield refused(f"20 {coding}", 415, good, Content_Encoding=coding)
-    for coding, compress in (("gzip", gzip.compress), ("deflate", zlib.compress), ("zstd", zstd.compress)):
+    for coding, compress in CODERS.items():
         yield refused(f"21 {coding} bomb", 413, compress(bytes(DECLARED)), Content_Encoding=coding)
-        yield refused(f"{coding} cut off", 400, compress(npy(IMAGE))[:-5], NPY, BINARY_PATH, Content_Encoding=coding)
+        yield refused(f"{coding} cut off", 400, compress(saved(IMAGE))[:-5], NPY, BINARY_PATH, Content_Encoding=coding)
         yield refused(f"{coding} that is none", 400, good, Content_Encoding=coding)
 
 
@@ -92,66 +87,30 @@ def json_bodies() -> Iterator[Request]:
     yield refused("34 no object", 422, "[]")
 
 
-def npy_file(shape: str, data: bytes = b"", descr: str = "'<f4'") -> bytes:
-    """With a header as one likes it."""
-    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode("latin-1")
-    return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header + data
-
-
-def zipped(*members: tuple[str, bytes]) -> bytes:
-    """An archive with any names."""
-    file = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
-def tensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with any header."""
-    text = json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
-def tensor(shape: Sequence[int], begin: int, end: int, dtype: str = "F32") -> dict[str, Any]:
-    """An entry of a safetensors header."""
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-def png_file(width: int, height: int, lines: bytes) -> bytes:
-    """With a size as one likes it."""
-
-    def chunk(kind: bytes, said: bytes = b"") -> bytes:
-        return struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said))
-
-    header = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND")
-
-
 def binary_bodies() -> Iterator[Request]:
     """37 to 46."""
-    plain, pixels = npy(IMAGE), np.arange(300, dtype=np.uint8).reshape(20, 15)
+    plain, pixels = saved(IMAGE), np.arange(300, dtype=np.uint8).reshape(20, 15)
     files: Sequence[tuple[str, int, str, bytes]] = (
-        ("37 objects", 422, NPY, npy_file("(1,)", b"\x80\x04N.", "'|O'")),
-        ("38 no data", 413, NPY, npy_file("(50000, 50000)")),
-        ("38 no data", 413, NPZ, zipped(("input.npy", npy_file("(50000, 50000)")))),
+        ("37 objects", 422, NPY, npy("(1,)", b"\x80\x04N.", descr="'|O'")),
+        ("38 no data", 413, NPY, npy("(50000, 50000)")),
+        ("38 no data", 413, NPZ, zipped(("input.npy", npy("(50000, 50000)")))),
         ("38 no data", 413, SAFETENSORS, tensors({"input": tensor([50_000, 50_000], 0, 4 * 50_000**2)})),
-        ("39 overflow", 413, NPY, npy_file(f"({2**32}, {2**32})", bytes(16))),
+        ("39 overflow", 413, NPY, npy(f"({2**32}, {2**32})", bytes(16))),
         ("39 overflow", 413, SAFETENSORS, tensors({"input": tensor([2**62, 4], 0, 16)}, bytes(16))),
-        ("40 negative", 400, NPY, npy_file("(-3, -3)", bytes(36))),
-        ("40 booleans", 400, NPY, npy_file("(True, True)", bytes(4))),
-        ("40 65 dimensions", 422, NPY, npy_file(str((1,) * 65), bytes(4))),
-        ("40 nothing by much", 422, NPY, npy_file(f"(0, {2**62})")),
+        ("40 negative", 400, NPY, npy("(-3, -3)", bytes(36))),
+        ("40 booleans", 400, NPY, npy("(True, True)", bytes(4))),
+        ("40 65 dimensions", 422, NPY, npy(str((1,) * 65), bytes(4))),
+        ("40 nothing by much", 422, NPY, npy(f"(0, {2**62})")),
         ("41 a long header", 400, NPY, b"\x93NUMPY\x02\x00" + struct.pack("<I", 60_000) + b" " * 60_000),
         ("41 a header of 4 GB", 400, NPY, b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1) + b" " * 99),
         ("42 a zip", 400, NPY, zipped(("input.npy", plain))),
-        ("42 a bomb", 413, NPZ, zipped(("input.npy", npy(np.zeros((8750, 8000), np.uint8))))),
+        ("42 a bomb", 413, NPZ, zipped(("input.npy", saved(np.zeros((8750, 8000), np.uint8))))),
         ("42 ../", 400, NPZ, zipped(("../input.npy", plain))),
         ("42 twice", 400, NPZ, zipped(("input.npy", plain), ("input.npy", plain))),
         ("43 trailing", 400, NPY, plain + b"\x00"),
         ("43 trailing", 400, PNG, picture(pixels, PNG) + b"x" * 1000),
-        ("44 complex", 422, NPY, npy(np.ones((3, 3), np.complex64))),
-        ("44 named fields", 422, NPY, npy(np.ones((3, 3), [("x", "<f4"), ("y", "<f4")]))),
+        ("44 complex", 422, NPY, saved(np.ones((3, 3), np.complex64))),
+        ("44 named fields", 422, NPY, saved(np.ones((3, 3), [("x", "<f4"), ("y", "<f4")]))),
         ("45 2^63", 400, SAFETENSORS, tensors({"input": tensor([1], 0, 4)}, bytes(4), 2**63)),
         (
             "45 an overlap",
@@ -161,8 +120,8 @@ def binary_bodies() -> Iterator[Request]:
         ),
         ("45 a hole", 400, SAFETENSORS, tensors({"input": tensor([1, 1], 4, 8)}, bytes(8))),
         ("45 BF16", 422, SAFETENSORS, tensors({"input": tensor([1, 1], 0, 2, "BF16")}, bytes(2))),
-        ("46 a bomb", 413, PNG, png_file(50_000, 50_000, bytes(50_000))),
-        ("46 pixels missing", 400, PNG, png_file(1000, 1000, bytes(100))),
+        ("46 a bomb", 413, PNG, png(50_000, 50_000, bytes(50_000))),
+        ("46 pixels missing", 400, PNG, png(1000, 1000, bytes(100))),
         ("46 cut off", 400, PNG, picture(pixels, PNG)[:-30]),
         ("46 cut off", 400, JPEG, picture(pixels, JPEG)[:-100]),
         ("46 a JPEG", 400, PNG, picture(pixels, JPEG)),
@@ -194,7 +153,7 @@ def computations() -> Iterator[Request]:
     body = json.dumps({"input": image, "weight": [[1]], "padding": 10**9})
     yield refused("48 padding of a billion", 413, body, path="/conv2d")
     costly = f"/correlate?kernel={quote('gaussian(200, 1001)')}&mode=full"
-    yield refused("49 tiny and costly", 413, npy(np.ones((1000, 1000), np.uint8)), NPY, costly)
+    yield refused("49 tiny and costly", 413, saved(np.ones((1000, 1000), np.uint8)), NPY, costly)
     for option, value in (
         ("steps", 0),
         ("steps", 10**9),

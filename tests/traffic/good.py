@@ -1,10 +1,8 @@
 """Requests that are right, drawn at random, and answers computed by other means."""
 
 import base64
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode
@@ -17,22 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests import reference
+from tests.files import CODERS, JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, saved
 from tests.traffic.exchanges import Request
 
 Array = NDArray[Any]
-
-JSON = "application/json"
-NPY = "application/x-npy"
-NPZ = "application/x-npz"
-SAFETENSORS = "application/x-safetensors"
-PNG = "image/png"
-JPEG = "image/jpeg"
-
-CODERS: Mapping[str, Callable[[bytes], bytes]] = {
-    "gzip": gzip.compress,
-    "deflate": zlib.compress,
-    "zstd": zstd.compress,
-}
 
 LARGEST = 256
 """Rows and columns of an image; most are much smaller."""
@@ -188,7 +174,7 @@ def packed(
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return safetensors.numpy.save(contiguous, metadata=query), {}
     query["kernel"] = json.dumps(arrays["kernel"].tolist())
-    return content or npy(arrays["input"]), query
+    return content or saved(arrays["input"]), query
 
 
 def in_json(array: Array, form: str) -> Any:
@@ -199,13 +185,6 @@ def in_json(array: Array, form: str) -> Any:
     if form == "flat":
         return {**described, "data": array.ravel().tolist()}
     return {**described, "data": base64.b64encode(array.tobytes()).decode()}
-
-
-def npy(array: Array) -> bytes:
-    """As np.save writes it."""
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def picture(pixels: Array, media_type: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Files as they should be, and the parts that they can be put together from as they should not."""
+"""Files as they should be, the parts that they can be put together from as they should not, and their media types."""
 
 import gzip
 import io
@@ -11,13 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 from backports import zstd
 from PIL import Image
 
-CODERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstd.compress}
+JSON = "application/json"
+NPY = "application/x-npy"
+NPZ = "application/x-npz"
+SAFETENSORS = "application/x-safetensors"
+PNG = "image/png"
+JPEG = "image/jpeg"
 
-by_every_coding = pytest.mark.parametrize(("coding", "compress"), CODERS.items(), ids=CODERS)
+CODERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstd.compress}
 
 
 def saved(array: np.ndarray[Any, Any], *, allow_pickle: bool = False) -> bytes:
