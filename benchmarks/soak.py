@@ -4,12 +4,12 @@
     .venv/bin/python benchmarks/soak.py --help    fewer requests, another leak, a Markdown file, a picture
 
 How to read it. "Memory" is what is resident of the server's process, as /proc/PID/smaps_rollup says (Rss), looked at
-every 100 requests while none runs. "Growth" is from the 5000th request to the last, by a straight line of least squares
+every 100 requests while none runs. "Growth" is from the 2000th request to the last, by a straight line of least squares
 through all of it, and by the medians of its first and its last fifth: flat is where both are at most 5 MiB, a leak
-where both are more. Before that engines are compiled, and what is remembered of shapes fills up; how much it has grown
-since the 2000th request stands beside it. The control is the same service, but of each request that comes to its
-application some bytes are kept. Anonymous memory is the part that no file stands behind: what is resident also grows by
-pages of libraries that are touched for the first time.
+where both are more. Before that engines are compiled, and what is remembered of shapes fills up. It still rises in
+steps, ever more rarely: the heap is as large as the largest requests that ever met made it. The control is the same
+service, but of each request that comes to its application some bytes are kept. Anonymous memory is the part that no
+file stands behind: what is resident also grows by pages of libraries that are touched for the first time.
 
 How it is measured. The traffic is that of tests/traffic: every third request is good, drawn at random among all
 endpoints and formats, plain or compressed, of up to 256 x 256 pixels, and its answer is compared with one computed by
@@ -51,8 +51,8 @@ SHOWN_BELOW, LINES_APART = 15, 0.12
 GOOD_FIRST = 0.05
 """The share of the requests before the first bad one."""
 
-EARLY = 0.1
-"""The share of them from which on growth is told beside."""
+FROM = 0.1
+"""The share of them from which on growth counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,6 @@ class Seen:
     """What was seen of one."""
 
     soak: Soak
-    early: Growth
     growth: Growth
     seconds: float
 
@@ -86,8 +85,7 @@ def seen_of(subject: Subject, requests: int, since: int, seed: int) -> Seen:
         start = perf_counter()
         with served(subject.command, Path(folder) / "log", *FLAGS, leak=subject.leak) as (address, pid):
             soak = soaked(address, pid, requests, seed, int(GOOD_FIRST * requests), each)
-        early = growth(soak.samples, int(EARLY * requests))
-        return Seen(soak, early, growth(soak.samples, since), perf_counter() - start)
+        return Seen(soak, growth(soak.samples, since), perf_counter() - start)
 
 
 # Reporting.
@@ -108,7 +106,6 @@ def report(seen: Mapping[Subject, Seen], since: int, seed: int) -> str:
         "anonymous, at the end",
         "growth by the line",
         "growth by the ends",
-        f"since {EARLY:.0%}",
         f"within {LIMIT / MIB:g}",
         "expected",
         "minutes",
@@ -124,7 +121,6 @@ def report(seen: Mapping[Subject, Seen], since: int, seed: int) -> str:
             f"{end.anonymous / MIB:.1f}",
             f"{one.growth.by_line / MIB:+.2f}",
             f"{one.growth.by_ends / MIB:+.2f}",
-            f"{one.early.by_line / MIB:+.2f}, {one.early.by_ends / MIB:+.2f}",
             one.growth.verdict(LIMIT),
             subject.verdict,
             f"{one.seconds / 60:.1f}",
@@ -176,13 +172,13 @@ def parsed_arguments() -> argparse.Namespace:
     """The command line, checked now rather than after minutes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=20_000, help="to each (default: %(default)s)")
-    parser.add_argument("--since", type=int, help="growth counts from that request on (default: a quarter of them)")
+    parser.add_argument("--since", type=int, help="growth counts from that request on (default: a tenth of them)")
     parser.add_argument("--leak", type=int, default=1000, help="bytes a request, of the control (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the traffic (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as Markdown")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw both, as .png or .svg")
     arguments = parser.parse_args()
-    arguments.since = arguments.requests // 4 if arguments.since is None else arguments.since
+    arguments.since = int(FROM * arguments.requests) if arguments.since is None else arguments.since
     if arguments.requests - arguments.since < LEAST_SAMPLES * BETWEEN_SAMPLES:
         parser.error(f"--requests at least {LEAST_SAMPLES * BETWEEN_SAMPLES} above --since")
     for file in (arguments.output, arguments.picture):
