@@ -6,16 +6,28 @@ short computations: so however many bodies wait, the next computation fits some 
 
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.errors import BodyTooLarge, Busy, ServiceError
 
 UNCOUNTED = 1 << 16
 """Bytes of a body, or of an answer, that nobody counts: they are many, and no more than their connections hold."""
 
+REMEMBERED_S = 0.05
+"""How long a refusal speaks for those like it, if the queue does not move meanwhile."""
+
 SHARE_OF_BODIES = 3 / 8
 SHARE_OF_A_COMPUTATION = 1 / 2
+
+
+class Refusal(NamedTuple):
+    """Why a body of so many bytes was refused only once it was decoded, and until when that holds."""
+
+    reason: str
+    size: int
+    until: float
 
 
 class Admission:
@@ -31,15 +43,30 @@ class Admission:
         self.used = 0
         self.taken = 0
         self._bodies = 0
+        self._refusals: dict[str, Refusal] = {}
         self._advice = advice
         self._lock = threading.Lock()
 
-    def require_hope(self, size: int) -> None:
-        """Raise Busy where a body of that size is sure not to be served now: before anything of it is read."""
+    def require_hope(self, path: str, size: int) -> None:
+        """Raise Busy where a body of that size for that path is not to be served now: before anything of it is read."""
         if self.taken >= self.places:
             raise self._full()
+        last = self._refusals.get(path)
+        if last is not None and size >= last.size and time.monotonic() < last.until:
+            raise Busy(last.reason, headers=self._advice())
         if not self._holds(size):
             raise self._no_memory(size)
+
+    def remember(self, path: str, size: int, reason: str) -> None:
+        """A body for that path was decoded in vain: nor is a larger one decoded for a moment, or until `forget`.
+
+        A larger one may ask for less, and would have been served: its next try may come first.
+        """
+        self._refusals[path] = Refusal(reason, size, time.monotonic() + REMEMBERED_S)
+
+    def forget(self) -> None:
+        """The queue has moved."""
+        self._refusals.clear()
 
     def take_for_body(self, size: int) -> None:
         """Take memory for a body; raises Busy where there is none now, BodyTooLarge where there never is."""
@@ -101,10 +128,15 @@ class Admission:
 
 
 class Share:
-    """What one request has of it. To be closed when the request is over."""
+    """What one request has of it. To be closed when the request is over.
 
-    def __init__(self, admission: Admission) -> None:
+    declared: bytes that its body is said to have; 0 where that is not said, or not worth to be known.
+    """
+
+    def __init__(self, admission: Admission, path: str = "") -> None:
+        self.declared = 0
         self._admission = admission
+        self._path = path
         self._body = 0
         self._answer = 0
         self._entered = False
@@ -125,6 +157,11 @@ class Share:
             self._admission.enter()
             self._entered = True
 
+    def refused(self, reason: str) -> None:
+        """All of it was in vain."""
+        if self.declared:
+            self._admission.remember(self._path, self.declared, reason)
+
     def leave(self) -> None:
         """Give the place back."""
         if self._entered:
@@ -143,5 +180,5 @@ def share_of(scope: Mapping[str, Any]) -> Share:
     state = scope["state"]
     share: Share | None = state.get("share")
     if share is None:
-        share = state["share"] = Share(scope["app"].state.pool.admission)
+        share = state["share"] = Share(scope["app"].state.pool.admission, scope["path"])
     return share

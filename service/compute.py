@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import numpy as np
@@ -15,11 +15,13 @@ from fastapi import Request
 from core import Cost, FitResult, Limits, Machine, Progress, Result, TooLarge, cost_of, exhaust, resolve_device
 from service import threads
 from service.admission import share_of
-from service.errors import DeadlinePassed
+from service.errors import Busy, DeadlinePassed
 from service.pool import ComputePool
 from service.presence import unless_left
 from service.request_log import Timing, milliseconds_since
 from service.settings import Settings
+
+Value = TypeVar("Value")
 
 FEW = 1 << 16
 """Numbers; what has more is not even looked at on the event loop, for to convert them would already take too long."""
@@ -58,8 +60,7 @@ class Compute:
         else:
             cost = cost_of(verb, **arguments)
         self._limits.require(cost)
-        share_of(request.scope).enter()
-        return await unless_left(request.receive, self._pool.run(timing, cost, lambda _: verb(**arguments)))
+        return await unless_left(request.receive, self._in_turn(request, cost, lambda _: verb(**arguments)))
 
     async def steps(
         self,
@@ -88,8 +89,16 @@ class Compute:
 
             return exhaust(function(**arguments), report)
 
-        share_of(request.scope).enter()
-        return await self._pool.run(request.scope["state"]["timing"], cost, run)
+        return await self._in_turn(request, cost, run)
+
+    async def _in_turn(self, request: Request, cost: Cost, run: Callable[[threading.Event], Value]) -> Value:
+        share = share_of(request.scope)
+        share.enter()
+        try:
+            return await self._pool.run(request.scope["state"]["timing"], cost, run)
+        except Busy as refusal:
+            share.refused(refusal.detail)
+            raise
 
     def _place(self, arguments: dict[str, Any]) -> None:
         arguments["machine"] = self.machine

@@ -187,6 +187,11 @@ class ComputePool:
             max(0.0, job.cost.seconds * pace - (now - (job.started or now))) for job in running
         )
 
+    def _move(self) -> None:
+        """Somebody is gone."""
+        self.admission.forget()
+        self._start_next()
+
     def _start_next(self) -> None:
         with self._lock:
             behind = False
@@ -246,7 +251,7 @@ class ComputePool:
             self._predicted = MEMORY_OF_PACE * self._predicted + job.cost.seconds
             self._taken = MEMORY_OF_PACE * self._taken + time.perf_counter() - begun
         self.admission.give_back(job.bytes)
-        self._start_next()
+        self._move()
 
     def _withdraw(self, job: Job) -> bool:
         """Take a job out of the queue; False where it is not in it any more."""
@@ -256,5 +261,5 @@ class ComputePool:
             self._waiting.remove(job)
         job.timing.wait += 1000 * (time.perf_counter() - job.arrived)
         # It may have been the one that held up others.
-        self._start_next()
+        self._move()
         return True

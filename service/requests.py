@@ -111,7 +111,8 @@ def require_room(request: Request, headers: Headers, *, waits: bool = False) -> 
         raise _too_large(f"{declared:,} bytes", limit)
     if waits or declared > UNCOUNTED:
         admission: Admission = state.pool.admission
-        admission.require_hope(declared)
+        admission.require_hope(request.scope["path"], declared)
+        share_of(request.scope).declared = declared
 
 
 async def decoded(

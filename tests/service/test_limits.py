@@ -1,9 +1,11 @@
 """Bodies over the limit, deadlines, and an event loop that stays free."""
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -86,6 +88,28 @@ def test_a_request_that_waits_past_its_deadline_is_504_and_the_next_is_served() 
         assert float(response.headers["server-timing"].split("wait;dur=")[1].split(",")[0]) > 900
         release.set()
         assert send("POST", "/train-kernel", json=learning).status_code == 200
+
+
+def test_the_second_that_is_refused_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.admission.REMEMBERED_S", 60)
+    app, release = create_app(Settings(queue=4)), threading.Event()
+
+    def hold() -> None:
+        asyncio.run(app.state.pool.run(Timing(), Cost(1, 1, 1), lambda _: release.wait(30)))
+
+    with in_process(app) as send, ThreadPoolExecutor(LANES + 3) as holders:
+        try:
+            for _ in range(LANES + 3):
+                holders.submit(hold)
+            while app.state.pool.depth < 3:
+                time.sleep(0.01)
+            long = {"input": [[1] * 8] * 8, "target": [[0] * 8] * 8, "loss": "huber", "steps": 20_000}
+            refusals = [send("POST", "/train-kernel", json={**long, "learning_rate": 1e-9}) for _ in range(2)]
+            assert len({problem_of(refusal, 503)["detail"] for refusal in refusals}) == 1
+            parsed = [float(re.findall(r"parse;dur=([\d.]+)", one.headers["server-timing"])[0]) for one in refusals]
+            assert parsed[0] > parsed[1] == 0
+        finally:
+            release.set()
 
 
 def test_a_computation_that_would_pass_its_deadline_is_413(small: Send) -> None:

@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 
 from core import Cost
-from service.admission import SHARE_OF_BODIES, Share
+from service.admission import REMEMBERED_S, SHARE_OF_BODIES, Share
 from service.errors import BodyTooLarge, Busy, DeadlinePassed
 from service.pool import ComputePool
 from service.request_log import Timing
@@ -244,7 +244,7 @@ def test_bodies_take_their_part_of_the_memory_and_no_more() -> None:
         other.hold_body(2 * MEGABYTE)
     assert caught.value.headers == {"Retry-After": "1"}
     with pytest.raises(Busy):
-        admission.require_hope(2 * MEGABYTE)
+        admission.require_hope("/", 2 * MEGABYTE)
     with pytest.raises(BodyTooLarge, match="CORR2D_MEMORY_MB"):
         other.hold_body(most + 1)
     one.hold_body(MEGABYTE)
@@ -278,8 +278,35 @@ def test_a_request_has_one_place_and_gives_it_back_once() -> None:
     with pytest.raises(Busy, match="as many as may"):
         third.enter()
     with pytest.raises(Busy):
-        admission.require_hope(MEGABYTE)
+        admission.require_hope("/", MEGABYTE)
     one.leave()
     one.close()
     third.enter()
     assert admission.taken == 2
+
+
+async def test_what_was_refused_once_it_was_decoded_speaks_for_those_like_it_until_the_queue_moves() -> None:
+    pool = pool_of(lanes=1, queue=9, queue_timeout_s=5)
+    share = Share(pool.admission, "/train-kernel")
+    share.declared = 1000
+    async with held(pool, LONG) as release:
+        share.refused("too many")
+        for path, size in (("/train-kernel", 999), ("/correlate", 1000)):
+            pool.admission.require_hope(path, size)
+        for size in (1000, 2000):
+            with pytest.raises(Busy, match="too many") as caught:
+                pool.admission.require_hope("/train-kernel", size)
+            assert caught.value.headers == {"Retry-After": "1"}
+        release.set()
+    pool.admission.require_hope("/train-kernel", 1000)
+
+
+def test_but_only_for_a_moment() -> None:
+    admission = pool_of().admission
+    Share(admission, "/correlate").refused("of no declared length")
+    admission.require_hope("/correlate", 1000)
+    share = Share(admission, "/correlate")
+    share.declared = 1000
+    share.refused("too many")
+    time.sleep(REMEMBERED_S)
+    admission.require_hope("/correlate", 1000)
