@@ -33,8 +33,8 @@ class Refusal(NamedTuple):
 class Admission:
     """The memory and the places of one process, and how much of both is taken. Safe to use from any thread.
 
-    memory in bytes; places: how many requests may be decoded, wait or be computed at a time. `advice` says how long
-    whoever is refused should wait, as headers.
+    memory in bytes; places: how many requests may be decoded, wait or be computed at a time, which changes with what is
+    computed. `advice` says how long whoever is refused should wait, as headers.
     """
 
     def __init__(self, memory: int, places: int, advice: Callable[[], Mapping[str, str]]) -> None:

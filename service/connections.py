@@ -33,11 +33,11 @@ class Phase(Enum):
 class ConnectionLimits:
     """Seconds for each phase, and how many connections there may be at a time."""
 
-    connections: int = 1000
-    idle_s: float = 8
-    header_s: float = 8
-    body_s: float = 10
-    send_s: float = 20
+    connections: int
+    idle_s: float
+    header_s: float
+    body_s: float
+    send_s: float
     linger_s: float = 2
 
     def seconds(self, phase: Phase) -> float | None:

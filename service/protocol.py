@@ -210,7 +210,10 @@ class Protocol(HttpToolsProtocol):
         return (self._refused or self._in_body) and not self.pipeline
 
     def _is_last(self) -> bool:
-        """What is being answered has not all come, and what comes next may be its rest, or never come."""
+        """What is being answered has not all come, and what comes next may be its rest, or never come.
+
+        Then the connection is not kept: to be asked when the answer's head is written.
+        """
         last = self._is_owed() and (self._refused or not self._reads_on())
         if last and self.cycle is not None:
             self.cycle.keep_alive = False

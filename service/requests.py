@@ -120,8 +120,9 @@ async def decoded(
 ) -> Model:
     """The request's body, and the options of its query string, as a `model`.
 
-    `waits`: whatever is asked, it is not done at once; without a place it is not even decoded. Raises
-    UnsupportedMediaType, BodyTooLarge, NotParseable, InvalidRequest and Busy.
+    Of a request that passed `require_room`. `waits`: whatever is asked, it is not done at once; without a place, which
+    is taken only now, so that nobody has one who is slow to send, it is not even decoded. Raises UnsupportedMediaType,
+    BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
     state = request.scope["app"].state
     served, coding = body_format(headers), body_coding(headers)
@@ -176,7 +177,7 @@ def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
 
 
 async def _read(request: Request, limit: int) -> Buffer:
-    """The body; refused before it is read where its declared length is over the limit, else as soon as it is.
+    """The body; refused as soon as more of it has come than may.
 
     A body that comes in pieces is put together in one place, which grows with it: its declared length is a claim.
     """
