@@ -56,7 +56,8 @@ ENV PATH=/opt/corr2d/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 CORR
 
 # Without a folder that it may write to, matplotlib does not load. Shared memory is one beneath a read-only root as well,
 # for any user; its list of the fonts lies there from the first picture on, which takes a quarter of a second longer.
-ENV MPLCONFIGDIR=/dev/shm/matplotlib
+# Compiled engines and the JSON reader are kept there too, for the next start of the same container.
+ENV MPLCONFIGDIR=/dev/shm/matplotlib XDG_CACHE_HOME=/dev/shm/cache
 
 # Should the service miss something that was left out, the build fails, not the start.
 RUN python3 -c 'import service.app; from matplotlib.figure import Figure; Figure().savefig("/dev/null", format="svg")'

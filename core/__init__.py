@@ -10,6 +10,7 @@ from core.conv2d import conv2d, conv2d_problem
 from core.correlate import correlate
 from core.device import available_devices, describe_devices, resolve_device, usable_cores, usable_memory
 from core.engines import ENGINES, Choice, Method, Result, choose, prepare
+from core.engines.pipelines import compiled_only
 from core.errors import (
     CoreError,
     Cost,
@@ -19,6 +20,7 @@ from core.errors import (
     InvalidOption,
     InvalidShape,
     MethodUnavailable,
+    NotCompiled,
     TooLarge,
     UnknownKernel,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "Method",
     "MethodUnavailable",
     "Mode",
+    "NotCompiled",
     "Operation",
     "PaddingMode",
     "Prediction",
@@ -68,6 +71,7 @@ __all__ = [
     "UnknownKernel",
     "available_devices",
     "choose",
+    "compiled_only",
     "conv2d",
     "conv2d_problem",
     "correlate",

@@ -7,8 +7,6 @@ platform; where it is missing, these engines say so and the others serve.
 import functools
 import importlib
 import importlib.util
-import os
-import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -19,11 +17,12 @@ from numpy.typing import NDArray
 from core.arrays import Array, Solve, as_numpy
 from core.borders import window
 from core.device import usable_cores
+from core.engines import pipelines
 from core.machine import Machine
 from core.shapes import Dtype, Pair, Problem, extent
 
 Plane: TypeAlias = NDArray[Any]
-Pipeline: TypeAlias = Callable[..., object]
+Pipeline: TypeAlias = pipelines.Pipeline
 Recipe: TypeAlias = tuple[Any, list[Any]]
 """A Func with its schedule, or several of them, and the inputs of what is compiled from it, in their order."""
 
@@ -45,17 +44,14 @@ OF_A_NEW_BYTE = 1e-10
 SMALL_ENOUGH_TO_COPY = 40_000
 """Pixels: below, an image with its border is copied whole; above, only the border's surroundings are."""
 
-_compiling = threading.RLock()
-
 
 @functools.cache
 def halide() -> Any:
-    """The compiler, loaded when first needed: it takes 0.15 s.
-
-    Its pool of threads would be as large as the host, of which a container may have a part.
-    """
-    os.environ.setdefault("HL_NUM_THREADS", str(_pool()))
+    """The compiler, loaded only by the process that compiles: see core.engines.pipelines."""
     return importlib.import_module("halide")
+
+
+compiled = pipelines.compiled
 
 
 @functools.cache
@@ -81,27 +77,6 @@ def obstacle_of_planes(problem: Problem) -> str | None:
     return reason
 
 
-def compiled(build: Callable[..., Recipe]) -> Callable[..., Pipeline]:
-    """What `build` describes, compiled once for each list of arguments, whichever thread asks first.
-
-    What it returns may be called by many threads at a time and lets go of the interpreter's lock.
-    """
-    pipelines: dict[tuple[object, ...], Pipeline] = {}
-
-    @functools.wraps(build)
-    def pipeline(*key: object) -> Pipeline:
-        made = pipelines.get(key)
-        if made is None:
-            with _compiling:
-                made = pipelines.get(key)
-                if made is None:
-                    func, inputs = build(*key)
-                    made = pipelines[key] = func.compile_to_callable(inputs)
-        return made
-
-    return pipeline
-
-
 def number_type(dtype: Dtype) -> Any:
     """The compiler's name for the type."""
     return halide().Float(32 if dtype == "float32" else 64)
@@ -110,8 +85,7 @@ def number_type(dtype: Dtype) -> Any:
 @functools.cache
 def lanes(dtype: Dtype) -> int:
     """Numbers in one vector of this processor."""
-    lanes: int = halide().get_host_target().natural_vector_size(number_type(dtype))
-    return lanes
+    return pipelines.vector_bytes() // np.dtype(dtype).itemsize
 
 
 def speed(machine: Machine, dtype: Dtype) -> float:

@@ -1,0 +1,434 @@
+"""Compiled pipelines: Halide builds them in a child process, the disk keeps them, and calls release Python's lock.
+
+Halide's Python bindings hold the lock while they compile (0.3 to 2 s) and, in `Callable.__call__`, for a whole
+computation. So a child process compiles each pipeline to an object file, LLVM's loader links it into this process, and
+ctypes calls it: another thread runs meanwhile. A call costs 1 to 2 microseconds. Object files are kept in the user's
+cache folder, by the text of the engines, the version of Halide and the processor, so that each machine compiles once.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from core.device import usable_cores
+from core.errors import NotCompiled
+
+Pipeline: TypeAlias = Callable[..., object]
+"""Arrays and numbers in the order of the inputs, then the arrays to fill."""
+
+CACHE_VERSION = 1
+"""Of the files in the cache; part of their names."""
+
+CHILD_IDLE_S = 10.0
+"""Seconds after which a child process without work ends."""
+
+KEPT_DAYS = 60
+"""Days without use after which a file of the cache is removed."""
+
+CHILD_COMMAND = (sys.executable, "-m", "core.engines.compile_pipelines")
+
+OUT_OF_MEMORY = -11
+"""Halide's error code (HalideRuntime.h)."""
+
+WRONG_ARRAY = -1000
+"""Error code of a call whose array number n (from 0) has another type or number of dimensions: WRONG_ARRAY - n."""
+
+TYPE_CODES = {"i": 0, "u": 1, "f": 2}
+"""halide_type_code_t, by numpy's kinds of types."""
+
+
+class Argument(NamedTuple):
+    """An argument of a pipeline: numpy's name of its type, and its dimensions; None for a number."""
+
+    dtype: str
+    dimensions: int | None
+
+
+class Built(NamedTuple):
+    """A pipeline as an object file."""
+
+    arguments: Sequence[Argument]
+    code: bytes
+
+
+_linking = threading.Lock()
+_this_thread = threading.local()
+
+
+@contextmanager
+def compiled_only() -> Iterator[None]:
+    """Within this context, this thread compiles and loads nothing: a missing pipeline raises NotCompiled."""
+    before = getattr(_this_thread, "compiled_only", False)
+    _this_thread.compiled_only = True
+    try:
+        yield
+    finally:
+        _this_thread.compiled_only = before
+
+
+def compiled(build: Callable[..., Any]) -> Callable[..., Pipeline]:
+    """Return a function that gives the pipeline of `build` for a list of arguments, compiled when first needed.
+
+    Any number of threads may call the pipeline at a time.
+    """
+    pipelines: dict[tuple[object, ...], Pipeline] = {}
+
+    @functools.wraps(build)
+    def pipeline(*key: object) -> Pipeline:
+        made = pipelines.get(key)
+        if made is None:
+            if getattr(_this_thread, "compiled_only", False):
+                raise NotCompiled(f"{build.__module__}.{build.__name__}{key} is not compiled yet")
+            made = pipelines[key] = _load(build.__module__, build.__name__, key)
+        return made
+
+    return pipeline
+
+
+@functools.cache
+def vector_bytes() -> int:
+    """Return the bytes of this processor's widest vectors, as Halide counts them."""
+    features = llvm.get_host_cpu_features()
+    if all(features.get(name) for name in ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512cd")):
+        return 64
+    return 32 if features.get("avx") else 16
+
+
+def build_name(module: str, name: str, key: tuple[object, ...]) -> str:
+    """Return the name of a pipeline's file in the cache, and of its function."""
+    return "p" + hashlib.sha256(repr((_version(), module, name, key)).encode()).hexdigest()[:40]
+
+
+def read_kept(name: str) -> Built | None:
+    """Return a pipeline from the cache; None if it is not there, or damaged."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    try:
+        path = folder / name
+        digest, header, code = path.read_bytes().split(b"\n", 2)
+        path.touch()
+        if hashlib.sha256(header + code).hexdigest().encode() != digest:
+            return None
+        return Built([Argument(*argument) for argument in json.loads(header)], code)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def keep(name: str, built: Built) -> None:
+    """Write a pipeline to the cache, unless that is not possible."""
+    folder = cache_folder()
+    if folder is None:
+        return
+    header = json.dumps(built.arguments).encode()
+    content = b"\n".join([hashlib.sha256(header + built.code).hexdigest().encode(), header, built.code])
+    with contextlib.suppress(OSError):
+        # Never half a file, however many processes write it.
+        descriptor, path = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            Path(path).replace(folder / name)
+        except OSError:
+            Path(path).unlink()
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Return the folder for compiled pipelines, which only this user can write to; None if there is none.
+
+    It is below XDG_CACHE_HOME or ~/.cache; if neither can be written to, in the system's folder for temporary files.
+    """
+    owner = os.getuid() if hasattr(os, "getuid") else 0
+    for name in ("home", "temporary"):
+        # Without a home folder, expanduser raises RuntimeError; without one for temporary files, gettempdir an OSError.
+        with contextlib.suppress(OSError, RuntimeError):
+            if name == "home":
+                folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corr2d"
+            else:
+                folder = Path(tempfile.gettempdir()) / f"corr2d-{owner}"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.lstat()
+            # Its files are run as code: nobody else may have put them there.
+            ours = not hasattr(os, "getuid") or (found.st_uid == owner and not found.st_mode & 0o022)
+            if stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK):
+                return folder
+    return None
+
+
+@contextmanager
+def exclusive(name: str) -> Iterator[None]:
+    """Let one process at a time make a file of the cache."""
+    folder = cache_folder()
+    if folder is None or fcntl is None:
+        yield
+        return
+    with (folder / "lock").open("a") as lock:
+        # A byte of the lock file stands for each name.
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(name[1:9], 16))
+        yield
+
+
+def remove_old() -> None:
+    """Remove the files of the cache that nobody has read for KEPT_DAYS: each version of the engines adds some."""
+    folder = cache_folder()
+    for path in folder.iterdir() if folder is not None else ():
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_DAYS * 86_400:
+                path.unlink()
+
+
+@functools.cache
+def _version() -> tuple[str, ...]:
+    """Return all that decides what a pipeline compiles to, beside its own name and arguments."""
+    text = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        text.update(path.read_bytes())
+    features = llvm.get_host_cpu_features().flatten()
+    processor = llvm.get_process_triple(), llvm.get_host_cpu_name(), features
+    return (str(CACHE_VERSION), importlib.metadata.version("halide"), *processor, text.hexdigest())
+
+
+def _load(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
+    """Load a pipeline from the cache, or from the child process."""
+    function = build_name(module, name, key)
+    built = read_kept(function) or _child.build(module, name, key)
+    with _linking:
+        made = _linked.get(function)
+        if made is None:
+            made = _linked[function] = _link(function, built)
+    return made
+
+
+RUNTIME = ("", "runtime", ())
+"""What stands for Halide's runtime in place of a pipeline's module, name and arguments."""
+
+
+class _Child:
+    """A child process that compiles pipelines; it is started for the first, and ends when it has been idle."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def build(self, module: str, name: str, key: tuple[object, ...]) -> Built:
+        """Compile one pipeline. Raises RuntimeError with the child's words if that fails."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            try:
+                built = self._ask(module, name, key)
+            except (OSError, EOFError, pickle.UnpicklingError):
+                # The system may have ended it, to have its memory.
+                self._end()
+                built = self._ask(module, name, key)
+            self._timer = threading.Timer(CHILD_IDLE_S, self.close)
+            self._timer.daemon = True
+            self._timer.start()
+        if isinstance(built, Built):
+            return built
+        raise RuntimeError(f"{module}.{name}{key} cannot be compiled: {built}")
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, module: str, name: str, key: tuple[object, ...]) -> Built | str:
+        process = self._process = self._process or _start_child()
+        assert process.stdin is not None  # noqa: S101 - they are pipes
+        assert process.stdout is not None  # noqa: S101
+        pickle.dump((module, name, key), process.stdin)
+        process.stdin.flush()
+        built: Built | str = pickle.load(process.stdout)  # noqa: S301 - from a process of ours
+        return built
+
+    def _end(self) -> None:
+        """Close its input, with which it ends."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(OSError):
+                process.communicate()
+
+
+_child = _Child()
+_linked: dict[str, Pipeline] = {}
+
+
+def _start_child() -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(  # noqa: S603 - this Python, and a module of ours
+        CHILD_COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        # A terminal's Ctrl-C is for the parent.
+        process_group=0 if os.name == "posix" else None,
+    )
+
+
+@functools.cache
+def _linker() -> Any:
+    """Return LLVM's engine with Halide's runtime in it. It lasts as long as the process: threads run in its code."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    _check_array_fields()
+    target = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(ON_ERROR), target)
+    engine._owned = True  # noqa: SLF001 - so that nothing frees it at exit
+    runtime = build_name(*RUNTIME)
+    built = read_kept(runtime) or _child.build(*RUNTIME)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(built.code))
+    engine.finalize_object()
+    # Errors become return codes; by default they end the process.
+    handler = engine.get_function_address("ignore_error")
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("halide_set_error_handler"))(handler)
+    # The pool would have as many threads as the host has cores, of which a container may have a part.
+    ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(engine.get_function_address("halide_set_num_threads"))(usable_cores())
+    return engine
+
+
+ON_ERROR = "define void @ignore_error(ptr %context, ptr %message) { ret void }"
+
+
+def _link(function: str, built: Built) -> Pipeline:
+    """Link an object file into this process and return its function."""
+    engine = _linker()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(built.code))
+    engine.finalize_object()
+    engine.add_module(llvm.parse_assembly(_adapter(function, built.arguments)))
+    engine.finalize_object()
+    types = [_ctype(argument) for argument in built.arguments]
+    call = ctypes.CFUNCTYPE(ctypes.c_int, *types)(engine.get_function_address(f"{function}_call"))
+
+    def pipeline(*arguments: object) -> None:
+        code = call(*arguments)
+        if code:
+            _raise(code, arguments)
+
+    return pipeline
+
+
+def _raise(code: int, arguments: tuple[object, ...]) -> None:
+    if code == OUT_OF_MEMORY:
+        raise MemoryError("a compiled engine found no memory")
+    if code <= WRONG_ARRAY:
+        array = arguments[WRONG_ARRAY - code]
+        raise TypeError(
+            f"argument {WRONG_ARRAY - code} of a pipeline is {getattr(array, 'dtype', array)!r}, or its rank"
+        )
+    raise RuntimeError(f"a compiled engine failed with Halide's error {code}")
+
+
+def _ctype(argument: Argument) -> Any:
+    if argument.dimensions is not None:
+        return ctypes.py_object
+    return {"int32": ctypes.c_int32, "float32": ctypes.c_float, "float64": ctypes.c_double}[argument.dtype]
+
+
+def _adapter(function: str, arguments: Sequence[Argument]) -> str:
+    """Return LLVM's text of a function that takes numpy's arrays and numbers and calls a pipeline.
+
+    It makes a halide_buffer_t of each array on the stack and checks its type and rank: Python needs ten times as long.
+    """
+    module = ir.Module()
+    types = [
+        ARRAY.as_pointer() if argument.dimensions is not None else NUMBERS[argument.dtype] for argument in arguments
+    ]
+    adapter = ir.Function(module, ir.FunctionType(INT32, types), f"{function}_call")
+    target = ir.Function(module, ir.FunctionType(INT32, [POINTER.as_pointer()]), f"{function}_argv")
+    builder = ir.IRBuilder(adapter.append_basic_block())
+    pointers = builder.alloca(POINTER, len(arguments))
+    for at, (argument, value) in enumerate(zip(arguments, adapter.args, strict=True)):
+        if argument.dimensions is None:
+            slot = builder.alloca(value.type)
+            builder.store(value, slot)
+        else:
+            slot = _buffer(builder, at, np.dtype(argument.dtype), argument.dimensions, value)
+        builder.store(builder.bitcast(slot, POINTER), builder.gep(pointers, [INT32(at)]))
+    builder.ret(builder.call(target, [pointers]))
+    return str(module)
+
+
+INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+POINTER = INT8.as_pointer()
+NUMBERS = {"int32": INT32, "float32": ir.FloatType(), "float64": ir.DoubleType()}
+
+ARRAY = ir.LiteralStructType(
+    [ir.ArrayType(INT8, object.__basicsize__), POINTER, INT32, INT64.as_pointer(), INT64.as_pointer(), POINTER, INT64]
+)
+"""numpy's PyArrayObject: the object's own fields, then data, nd, dimensions, strides, base and descr."""
+
+DIMENSION = ir.LiteralStructType([INT32] * 4)
+"""halide_dimension_t: min, extent, stride (in values) and flags."""
+
+BUFFER = ir.LiteralStructType([INT64, POINTER, POINTER, INT64, INT32, INT32, DIMENSION.as_pointer(), POINTER])
+"""halide_buffer_t: device, its interface, host, flags, type, number of dimensions, dimensions, padding."""
+
+
+def _buffer(builder: ir.IRBuilder, at: int, dtype: np.dtype[Any], rank: int, array: Any) -> Any:
+    """Make a halide_buffer_t of argument number `at`, or return from the function if its type or rank is wrong."""
+    _, data, found_rank, sizes, steps, _, found_dtype = (
+        builder.gep(array, [INT32(0), INT32(field)]) for field in range(len(ARRAY.elements))
+    )
+    right_rank = builder.icmp_signed("==", builder.load(found_rank), INT32(rank))
+    right_dtype = builder.icmp_signed("==", builder.load(found_dtype), INT64(id(dtype)))
+    with builder.if_then(builder.not_(builder.and_(right_rank, right_dtype)), likely=False):
+        builder.ret(INT32(WRONG_ARRAY - at))
+    dimensions = builder.alloca(DIMENSION, max(1, rank))
+    for axis in range(rank):
+        # Halide's first dimension is numpy's last.
+        place = [INT32(rank - 1 - axis)]
+        extent, step = (builder.load(builder.gep(builder.load(field), place)) for field in (sizes, steps))
+        stride = builder.sdiv(step, INT64(dtype.itemsize))
+        values = INT32(0), builder.trunc(extent, INT32), builder.trunc(stride, INT32), INT32(0)
+        _store(builder, builder.gep(dimensions, [INT32(axis)]), values)
+    # halide_type_t is 8 bits of code, 8 of size, and 16 of lanes.
+    kind = INT32(TYPE_CODES[dtype.kind] | 8 * dtype.itemsize << 8 | 1 << 16)
+    buffer, null = builder.alloca(BUFFER), POINTER(None)
+    _store(builder, buffer, (INT64(0), null, builder.load(data), INT64(0), kind, INT32(rank), dimensions, null))
+    return buffer
+
+
+def _store(builder: ir.IRBuilder, target: Any, values: Sequence[Any]) -> None:
+    for place, value in enumerate(values):
+        builder.store(value, builder.gep(target, [INT32(0), INT32(place)]))
+
+
+def _check_array_fields() -> None:
+    """Raise RuntimeError if numpy's arrays do not have the fields that _buffer reads."""
+    array = np.zeros((3, 5), np.float32)[::2, ::2]
+    found = [ctypes.c_int64.from_address(id(array) + object.__basicsize__ + 8 * place).value for place in range(6)]
+    data, rank, sizes, steps, _, descr = found
+    right = data == array.ctypes.data and rank & 0xFFFFFFFF == array.ndim and descr == id(np.dtype(np.float32))
+    if not right or [
+        [ctypes.c_int64.from_address(pointer + 8 * axis).value for axis in (0, 1)] for pointer in (sizes, steps)
+    ] != [list(array.shape), list(array.strides)]:
+        raise RuntimeError("numpy keeps the fields of its arrays in another order than compiled engines read them")
