@@ -8,6 +8,7 @@ into one of these phases. Every output value is summed in the same order, whatev
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,8 +42,9 @@ CALL = 1.6e-5
 CALL_OF_PHASES = 6e-6
 """Seconds of a call from Python, and what sorting into phases adds; all measured."""
 
-OF_A_PIXEL = 2e-10
-"""Seconds to sort one pixel."""
+OF_A_PIXEL = {2: 6e-10}
+OF_A_PIXEL_OTHERWISE = 1.2e-9
+"""Seconds to sort one pixel, by the stride along a row; measured."""
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -74,9 +76,10 @@ def seconds(problem: Problem, machine: Machine) -> float:
     calls = (3 if problem.bordered else 1) * CALL
     if problem.stride != (1, 1):
         calls += CALL_OF_PHASES
-        sums += OF_A_PIXEL * problem.batch * problem.channels * problem.height * problem.width
+        each_pixel = OF_A_PIXEL.get(problem.stride[1], OF_A_PIXEL_OTHERWISE)
+        sums += each_pixel * problem.batch * problem.channels * math.prod(_phase_sizes(problem, (rows, columns)))
     threads = jit.threads(machine, sums)
-    return machine.compiling + calls + sums / threads
+    return machine.compiling + calls + sums / threads + jit.border_seconds(problem)
 
 
 def plan(problem: Problem, machine: Machine) -> Solve:
@@ -130,17 +133,22 @@ def _in_place(problem: Problem, pixels: Plane, columns: int) -> _Source:
 def _in_phases(problem: Problem, pixels: Plane, size: Pair, machine: Machine) -> _Source:
     """The images sorted into every s-th row and column, by where these begin."""
     count, channels = pixels.shape[:2]
-    (step_down, step_across), (apart_down, apart_across) = problem.stride, problem.dilation
-    down = min(step_down, (problem.kernel_height - 1) * apart_down + 1)
-    across = min(step_across, (problem.kernel_width - 1) * apart_across + 1)
-    rows = size[0] + (problem.kernel_height - 1) * apart_down // step_down
-    pitch = size[1] + (problem.kernel_width - 1) * apart_across // step_across
+    step_down, step_across = problem.stride
+    down, across, rows, pitch = _phase_sizes(problem, size)
     phases = np.empty((count, channels, down, across, rows, pitch), pixels.dtype)
     per_task = _per_task(count * channels * down, 20 * phases.size / machine.flops, machine)
     _phases(problem.dtype)(pixels, step_down, step_across, per_task, phases)
     of_channel = down * across * rows * pitch
     length = channels // problem.groups * of_channel
     return _flat(problem, phases, (channels * of_channel, of_channel, rows * pitch, pitch), length)
+
+
+def _phase_sizes(problem: Problem, size: Pair) -> tuple[int, int, int, int]:
+    """Phases down and across that an output of that size reads, and rows and columns of each."""
+    (step_down, step_across), (apart_down, apart_across) = problem.stride, problem.dilation
+    spread_down, spread_across = (problem.kernel_height - 1) * apart_down, (problem.kernel_width - 1) * apart_across
+    phases = min(step_down, spread_down + 1), min(step_across, spread_across + 1)
+    return *phases, size[0] + spread_down // step_down, size[1] + spread_across // step_across
 
 
 def _flat(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], length: int) -> _Source:

@@ -41,6 +41,9 @@ NEVER_KEPT = 2**25
 OF_A_NEW_BYTE = 1e-10
 """Seconds of one thread, measured."""
 
+OF_A_BORDERED_VALUE = 2.5e-9
+"""Seconds to copy one value of an image with its border, in new memory; measured."""
+
 SMALL_ENOUGH_TO_COPY = 40_000
 """Pixels: below, an image with its border is copied whole; above, only the border's surroundings are."""
 
@@ -127,6 +130,19 @@ def page_seconds(problem: Problem) -> float:
     """What one thread waits for the memory of a large output: as new pages, which the system fills with zeros first."""
     output = _output_bytes(problem)
     return OF_A_NEW_BYTE * output if output > NEVER_KEPT else 0.0
+
+
+def border_seconds(problem: Problem) -> float:
+    """Return what copying images with their border takes; of large images only the border's surroundings are copied."""
+    if not problem.bordered:
+        return 0.0
+    (rows, columns), images = problem.padded_size, problem.batch * problem.channels
+    copied = rows * columns
+    if problem.height * problem.width > SMALL_ENOUGH_TO_COPY:
+        inner_rows = max(0, problem.height - 2 * problem.kernel_height * problem.dilation[0])
+        inner_columns = max(0, problem.width - 2 * problem.kernel_width * problem.dilation[1])
+        copied -= inner_rows * inner_columns
+    return OF_A_BORDERED_VALUE * images * copied
 
 
 def _output_bytes(problem: Problem) -> int:

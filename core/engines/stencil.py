@@ -26,7 +26,10 @@ TILE_VECTORS = 2
 ROWS_OF_TAPS = 4
 FEW_ROWS = 5
 
-CALL = 3.3e-6
+IN_SECOND_CACHE = 1e6
+"""Bytes of input or output."""
+
+CALL = 2e-6
 """Seconds of a call from Python, measured."""
 
 EFFICIENCY = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
@@ -59,9 +62,14 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if problem.stride != (1, 1):
         efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
     arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
-    memory = jit.memory_seconds(problem, machine)
     threads = jit.threads(machine, arithmetic)
-    return machine.compiling + calls * CALL + (max(arithmetic, memory) + jit.page_seconds(problem)) / threads
+    work = max(arithmetic, jit.memory_seconds(problem, machine))
+    if not problem.single:
+        # Tiles read few pixels of many rows of many channels: memory is waited for, not streamed.
+        size = np.dtype(problem.dtype).itemsize * problem.largest_array
+        work = arithmetic + size / ((4 if size < IN_SECOND_CACHE else 0.4) * machine.bandwidth)
+    fixed = machine.compiling + calls * CALL + jit.border_seconds(problem)
+    return fixed + (work + jit.page_seconds(problem)) / threads
 
 
 def plan(problem: Problem, machine: Machine) -> Solve:

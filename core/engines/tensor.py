@@ -31,6 +31,15 @@ CALL = 3e-5
 OF_A_VALUE = 1e-9
 """Seconds of a call, and to lay out one value of input or output, measured."""
 
+SEVERAL_FILTERS_A_CHANNEL = 0.3
+"""Speed of layers whose groups have one channel and several filters, relative to others."""
+
+OF_AN_UNROLLED_VALUE, OF_A_DILATED_VALUE = 1.2e-9, 3e-9
+"""Seconds to write one value of unrolled windows, measured."""
+
+UNROLLED_EFFICIENCY = 0.25
+"""Speed of their product, as a multiple of the machine's in float32."""
+
 FEW_FILTERS = 18
 """Fewer, and part of each vector is idle."""
 
@@ -48,14 +57,20 @@ def seconds(problem: Problem, machine: Machine) -> float:
     rows, columns = problem.output_size
     if problem.device != "cpu":
         return 5e-5 + problem.operations / 2e12
+    values = problem.batch * (problem.channels * problem.height * problem.width + problem.filters * rows * columns)
     if problem.dtype == "float64":
-        # Unrolled windows that do not even fit row by row are bound by memory, not by arithmetic.
-        rate = 0.3e9 if 8 * problem.taps * columns > UNROLLED_BYTES else 3e9
+        unrolled = problem.batch * problem.groups * problem.taps * rows * columns
+        each = OF_AN_UNROLLED_VALUE if problem.dilation == (1, 1) else OF_A_DILATED_VALUE
+        # Unrolled windows that do not even fit row by row are bound by memory.
+        each *= 4 if 8 * problem.taps * columns > UNROLLED_BYTES else 1
+        work = each * unrolled + problem.operations / (UNROLLED_EFFICIENCY * machine.flops * machine.threads)
     else:
         together = problem.filters // problem.groups
-        rate = min(1.0, together / FEW_FILTERS) * machine.flops * machine.threads
-    values = problem.batch * (problem.channels * problem.height * problem.width + problem.filters * rows * columns)
-    return CALL + OF_A_VALUE * values / machine.threads + problem.operations / rate
+        rate = min(1.0, together / FEW_FILTERS)
+        if problem.channels == problem.groups < problem.filters:
+            rate *= SEVERAL_FILTERS_A_CHANNEL
+        work = problem.operations / (rate * machine.flops * machine.threads)
+    return CALL + OF_A_VALUE * values / machine.threads + work
 
 
 def plan(problem: Problem, machine: Machine) -> Solve:
