@@ -7,16 +7,21 @@ import contextlib
 import importlib
 import os
 import pickle
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from core.engines.jit import halide
 from core.engines.pipelines import RUNTIME, Argument, Built, build_name, exclusive, keep, read_kept, remove_old
+
+IDLE_S = 10
+"""Seconds without work after which the process ends, where the system knows alarms."""
 
 NICENESS = 5
 """As that of the service's threads that compute: the event loop goes first."""
@@ -29,10 +34,13 @@ def main() -> None:
     remove_old()
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while True:
+        _set_alarm(IDLE_S)
         try:
             module, name, key = pickle.load(requests)  # noqa: S301 - from our own parent
         except EOFError:
             return
+        finally:
+            _set_alarm(0)
         answer: Built | str
         try:
             answer = _kept_or_built(module, name, key)
@@ -43,6 +51,17 @@ def main() -> None:
             answers.flush()
         except BrokenPipeError:
             return
+
+
+def _set_alarm(seconds: int) -> None:
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, _on_alarm)
+        signal.alarm(seconds)
+
+
+def _on_alarm(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise SystemExit
 
 
 def _kept_or_built(module: str, name: str, key: tuple[object, ...]) -> Built:

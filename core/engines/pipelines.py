@@ -44,9 +44,6 @@ Pipeline: TypeAlias = Callable[..., object]
 CACHE_VERSION = 1
 """Of the files in the cache; part of their names."""
 
-CHILD_IDLE_S = 10.0
-"""Seconds after which a child process without work ends."""
-
 KEPT_DAYS = 60
 """Days without use after which a file of the cache is removed."""
 
@@ -234,24 +231,18 @@ class _Child:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
 
     def build(self, module: str, name: str, key: tuple[object, ...]) -> Built:
         """Compile one pipeline. Raises RuntimeError with the child's words if that fails."""
         with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
             try:
                 built = self._ask(module, name, key)
             except (OSError, EOFError, pickle.UnpicklingError):
-                # The system may have ended it, to have its memory.
+                # It has been idle, or the system has ended it to have its memory.
                 self._end()
                 built = self._ask(module, name, key)
-            self._timer = threading.Timer(CHILD_IDLE_S, self.close)
-            self._timer.daemon = True
-            self._timer.start()
         if isinstance(built, Built):
             return built
         raise RuntimeError(f"{module}.{name}{key} cannot be compiled: {built}")

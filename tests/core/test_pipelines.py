@@ -211,6 +211,17 @@ def test_a_child_process_that_dies_is_replaced(folder: Path) -> None:
     assert pipelines._child.build("core.engines.stencil", "_rows", ("float32",)).code
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no alarms")
+def test_an_idle_child_process_ends_and_the_next_is_started(folder: Path) -> None:
+    del folder
+    pipelines._child.build("core.engines.stencil", "_rows", ("float32",))
+    process = pipelines._child._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGALRM)  # as after IDLE_S
+    assert process.wait(20) == 0
+    assert pipelines._child.build("core.engines.stencil", "_rows", ("float32",)).code
+
+
 def test_the_child_process_ends_with_its_parent(tmp_path: Path) -> None:
     command = "import os; from core.engines import pipelines\n"
     command += "pipelines._child.build('core.engines.stencil', '_rows', ('float32',))\n"
