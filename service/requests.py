@@ -1,6 +1,5 @@
 """From a request to a validated model: body and query, read within the limits, decoded by media type, validated."""
 
-import math
 import time
 from collections.abc import KeysView, Mapping
 from functools import partial
@@ -13,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from service import threads
 from service.admission import UNCOUNTED, Admission, share_of
-from service.codecs import Buffer, Format
+from service.codecs import Buffer, Format, predict_decode_seconds
 from service.codecs.content_coding import decode as without_coding
 from service.codecs.options import AnswerOptions, OutputOptions, option_value
 from service.errors import BodyTooLarge, ClientLeft, FieldError, InvalidRequest
@@ -128,8 +127,7 @@ async def decoded(
     served, coding = body_format(headers), body_coding(headers)
     limit: int = state.max_body
     body = await _read(request, limit)
-    # What a compressed body becomes is not told by its size.
-    seconds = math.inf if coding or not body else len(body) * served.seconds_to_decode
+    seconds = predict_decode_seconds(served, coding, body, limit)
     work = partial(_decoded, model, served, coding, body, limit, options)
     timing: Timing = request.scope["state"]["timing"]
     if waits or seconds >= threads.WORTH_A_THREAD:

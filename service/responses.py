@@ -127,7 +127,11 @@ class PartsResponse(Response):
 
 def _in_header(fields: dict[str, Any]) -> str:
     """What the body has no room for, as JSON in ASCII; a series that is too long for a header is left out."""
-    rest = {name: value for name, value in fields.items() if not isinstance(value, np.ndarray)}
+    rest = {
+        name: value
+        for name, value in fields.items()
+        if not (isinstance(value, np.ndarray) or (isinstance(value, list) and 2 * len(value) > MAX_HEADER))
+    }
     if nonfinite := json_format.count_nonfinite(fields):
         rest["nonfinite"] = nonfinite
     written = {name: orjson.dumps(value) for name, value in rest.items()}
