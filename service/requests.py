@@ -1,7 +1,6 @@
 """From a request to a validated model: body and query, read within the limits, decoded by media type, validated."""
 
-import math
-import time
+import asyncio
 from collections.abc import KeysView, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -11,15 +10,16 @@ import numpy as np
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from service import threads
-from service.admission import UNCOUNTED, Admission, share_of
+from service.admission import UNCOUNTED, Admission, Share, share_of
+from service.bodies import Bodies, Pieces
+from service.codec_work import predict_decode_seconds, run_codec
 from service.codecs import Buffer, Format
 from service.codecs.content_coding import decode as without_coding
 from service.codecs.options import AnswerOptions, OutputOptions, option_value
-from service.errors import BodyTooLarge, ClientLeft, FieldError, InvalidRequest
+from service.errors import BodyTooLarge, Busy, ClientLeft, FieldError, InvalidRequest
 from service.metrics import Metrics
 from service.negotiation import Headers, body_coding, body_format
-from service.request_log import Timing, milliseconds_since
+from service.threads import WORTH_A_THREAD
 from service.validation import field_errors
 
 MAX_OPTIONS = 100
@@ -98,21 +98,22 @@ Answer = TypeVar("Answer", bound=AnswerOptions)
 
 
 def require_room(request: Request, headers: Headers, *, waits: bool = False) -> None:
-    """Refuse a request by its head alone, before anything else is done about it: those are many when they are too many.
+    """Begin a request: refuse it by its head alone, before anything else is done about it, and set its deadline.
 
-    `waits`: whatever is asked, it is not done at once. The server closes the connection where much of the body has not
-    come yet. Raises BodyTooLarge and Busy.
+    Requests are many when they are too many. `waits`: whatever is asked, it is not done at once. The server closes the
+    connection where much of the body has not come yet. Raises BodyTooLarge and Busy.
     """
     state = request.scope["app"].state
+    share = share_of(request.scope)
     limit: int = state.max_body
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
     if waits or declared > UNCOUNTED:
-        admission: Admission = state.pool.admission
+        admission: Admission = state.admission
         admission.require_hope(request.scope["path"], declared)
-        share_of(request.scope).declared = declared
+        share.declared = declared
 
 
 async def decoded(
@@ -125,22 +126,22 @@ async def decoded(
     BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
     state = request.scope["app"].state
+    share = share_of(request.scope)
     served, coding = body_format(headers), body_coding(headers)
     limit: int = state.max_body
-    body = await _read(request, limit)
-    # What a compressed body becomes is not told by its size.
-    seconds = math.inf if coding or not body else len(body) * served.seconds_to_decode
+    body = await _read(request, share, limit)
+    seconds = predict_decode_seconds(served, coding, body, limit)
+    in_thread = seconds >= WORTH_A_THREAD
+    if waits or in_thread:
+        share.enter()
     work = partial(_decoded, model, served, coding, body, limit, options)
-    timing: Timing = request.scope["state"]["timing"]
-    if waits or seconds >= threads.WORTH_A_THREAD:
-        share_of(request.scope).enter()
-    start = time.perf_counter()
     try:
-        asked = await threads.run(seconds, work, state.codec_threads)
-    finally:
-        timing.parse += milliseconds_since(start)
-    if seconds >= threads.WORTH_A_THREAD:
-        share_of(request.scope).hold_body(len(body) + asked.bytes_of_arrays())
+        asked = await run_codec(request, seconds, work, "parse")
+    except Busy as refusal:
+        share.refused(refusal.detail)
+        raise
+    if in_thread:
+        share.hold_body(len(body) + asked.bytes_of_arrays())
     return asked
 
 
@@ -176,13 +177,25 @@ def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
     return _validated(model, taken)
 
 
-async def _read(request: Request, limit: int) -> Buffer:
-    """The body; refused as soon as more of it has come than may.
+async def _read(request: Request, share: Share, limit: int) -> Buffer:
+    """The body; refused as soon as more of it has come than may, and where it does not come by the deadline."""
+    bodies: Bodies = request.scope["app"].state.admission.bodies
+    bodies.begin(share.body)
+    try:
+        return await _received(request, share, bodies, limit)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if share.body.ended is None or (task is not None and task.uncancel() > 0):
+            raise
+        raise share.body.ended from None
+    finally:
+        bodies.end(share.body)
 
-    A body that comes in pieces is put together in one place, which grows with it: its declared length is a claim.
-    """
+
+async def _received(request: Request, share: Share, bodies: Bodies, limit: int) -> Buffer:
+    """The body, put together where it comes in pieces."""
     metrics: Metrics = request.scope["app"].state.metrics
-    body: bytearray | None = None
+    pieces: Pieces | None = None
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
@@ -193,18 +206,18 @@ async def _read(request: Request, limit: int) -> Buffer:
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
         metrics.received(len(chunk))
-        size = len(body or b"") + len(chunk)
+        size = len(chunk) if pieces is None else pieces.size + len(chunk)
         if size > limit:
             raise _too_large(f"more than {limit:,} bytes", limit)
         if size > UNCOUNTED:
-            share_of(request.scope).hold_body(size)
-        if body is None:
+            bodies.grow(share.body, size)
+        if pieces is None:
             if not more:
                 return chunk
-            body = bytearray()
-        body += chunk
+            pieces = Pieces(share.declared or limit)
+        pieces.add(chunk)
         if not more:
-            return body
+            return pieces.together()
 
 
 def _too_large(size: str, limit: int) -> BodyTooLarge:
