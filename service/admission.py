@@ -1,16 +1,18 @@
 """What all requests together may hold: memory, and places. What does not fit is refused before it is read or made.
 
-Bodies and what is decoded from them may take three eighths of the memory, a computation half, and an eighth is kept for
-short computations: so however many bodies wait, the next computation fits some time, and the queue moves.
+Bodies and what is decoded from them may take three eighths of the memory; computations and their responses half; the
+last eighth is kept for short computations. No part borrows from another: whatever bodies wait and whatever responses
+are not read, a short computation finds its memory.
 """
 
-import math
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
-from service.errors import BodyTooLarge, Busy, ServiceError
+from service.bodies import MEMORY_SETTING, Bodies, Body
+from service.errors import Busy
+from service.request_log import Timing
 
 UNCOUNTED = 1 << 16
 """Bytes of a body, or of an answer, that nobody counts: they are many, and no more than their connections hold."""
@@ -20,6 +22,14 @@ REMEMBERED_S = 0.05
 
 SHARE_OF_BODIES = 3 / 8
 SHARE_OF_A_COMPUTATION = 1 / 2
+KEPT_FOR_SHORT = 1 / 8
+
+SHORT_OF_MEMORY = 3 / 4
+"""Fraction of the memory that is taken from which on the server waits less long for slow readers."""
+
+
+Phase = Literal["parse", "wait", "compute", "encode"]
+"""The phases of a request, by their names in Timing."""
 
 
 class Refusal(NamedTuple):
@@ -30,32 +40,88 @@ class Refusal(NamedTuple):
     until: float
 
 
+class Partition:
+    """A part of the memory with a size of its own, in bytes; `results` is what responses take of what is `used`."""
+
+    __slots__ = ("max_results", "results", "size", "used")
+
+    def __init__(self, size: int, max_results: int) -> None:
+        self.size = size
+        self.max_results = max_results
+        self.used = 0
+        self.results = 0
+
+    def fits(self, size: int, result: int) -> bool:
+        """Whether a computation of that size, of which the result stays until it is read, could begin now.
+
+        A response leaves as much memory for other responses as it takes: responses that are not read, however many,
+        leave room for smaller ones.
+        """
+        if self.used + size > self.size:
+            return False
+        return not result or not self.results or self.results + 2 * result <= self.max_results
+
+
+class Queue(Protocol):
+    """The pool of computations, as admission sees it."""
+
+    places: int
+    """How many requests may be decoded, wait or be computed at a time."""
+
+    def advice(self) -> Mapping[str, str]:
+        """How long whoever is refused should wait, as headers."""
+
+    def start_next(self) -> None:
+        """Start the jobs that can be started now."""
+
+
 class Admission:
     """The memory and the places of one process, and how much of both is taken. Safe to use from any thread.
 
-    memory in bytes; places: how many requests may be decoded, wait or be computed at a time, which changes with what is
-    computed. `advice` says how long whoever is refused should wait, as headers.
+    memory in bytes; `timeout_s`: seconds that a request may take from its headers on. `queue` is the pool in which
+    requests are computed.
     """
 
-    def __init__(self, memory: int, places: int, advice: Callable[[], Mapping[str, str]]) -> None:
+    queue: Queue
+
+    def __init__(self, memory: int, timeout_s: float) -> None:
         self.memory = memory
-        self.places = places
-        self.used = 0
+        self.timeout_s = timeout_s
+        self.bodies = Bodies(int(SHARE_OF_BODIES * memory), self.advice)
+        kept = int(KEPT_FOR_SHORT * memory)
+        computations = int(SHARE_OF_A_COMPUTATION * memory)
+        self.computations = Partition(computations, computations)
+        self.kept = Partition(kept, kept // 2)
         self.taken = 0
-        self._bodies = 0
         self._refusals: dict[str, Refusal] = {}
-        self._advice = advice
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+
+    @property
+    def used(self) -> int:
+        """Bytes that are taken."""
+        return self.bodies.used + self.computations.used + self.kept.used
+
+    @property
+    def is_short(self) -> bool:
+        """More than three quarters of the memory, or of what responses may take, is taken."""
+        return (
+            self.used > SHORT_OF_MEMORY * self.memory
+            or self.computations.results > SHORT_OF_MEMORY * self.computations.max_results
+            or self.kept.results > SHORT_OF_MEMORY * self.kept.max_results
+        )
+
+    def advice(self) -> Mapping[str, str]:
+        """How long whoever is refused should wait, as headers."""
+        return self.queue.advice()
 
     def require_hope(self, path: str, size: int) -> None:
         """Raise Busy where a body of that size for that path is not to be served now: before anything of it is read."""
-        if self.taken >= self.places:
+        if self.taken >= self.queue.places:
             raise self._full()
         last = self._refusals.get(path)
         if last is not None and size >= last.size and time.monotonic() < last.until:
-            raise Busy(last.reason, headers=self._advice())
-        if not self._holds(size):
-            raise self._no_memory(size)
+            raise Busy(last.reason, headers=self.advice())
+        self.bodies.require(size)
 
     def remember(self, path: str, size: int, reason: str) -> None:
         """A body for that path was decoded in vain: nor is a larger one decoded for a moment, or until `forget`.
@@ -68,88 +134,124 @@ class Admission:
         """The queue has moved."""
         self._refusals.clear()
 
-    def take_for_body(self, size: int) -> None:
-        """Take memory for a body; raises Busy where there is none now, BodyTooLarge where there never is."""
-        with self._lock:
-            fits = size <= 0 or self._holds(size)
-            if fits:
-                self._bodies += size
-                self.used += size
-        if not fits:
-            raise self._no_memory(size)
+    def fits(self, size: int, result: int, *, is_short: bool, yields: bool = False) -> Partition | None:
+        """The partition in which a computation of that size could begin now, if there is one.
 
-    def fits(self, size: int, most: float = math.inf) -> bool:
-        """Whether a computation of that size could begin now, without all taking more than `most`."""
-        return self.used + size <= min(self.memory, most)
+        `yields`: a long one waits for memory, and short ones keep to the memory that is kept for them.
+        """
+        if not yields and self.computations.fits(size, result):
+            return self.computations
+        return self.kept if is_short and self.kept.fits(size, result) else None
 
-    def take(self, size: int) -> None:
-        """Take memory that is there, or that is used already."""
-        with self._lock:
-            self.used += size
+    def take(self, size: int, result: int, *, is_short: bool, yields: bool = False) -> Partition | None:
+        """Take memory for a computation where it fits; None, and nothing taken, where it does not."""
+        with self.lock:
+            partition = self.fits(size, result, is_short=is_short, yields=yields)
+            if partition is not None:
+                partition.used += size
+                partition.results += result
+        return partition
 
-    def give_back(self, size: int) -> None:
-        """Give memory back."""
-        with self._lock:
-            self.used -= size
+    def change(self, partition: Partition, size: int, result: int) -> None:
+        """Take so many bytes more, or fewer: of them all, and of what responses take."""
+        with self.lock:
+            partition.used += size
+            partition.results += result
 
     def enter(self) -> None:
         """Take a place; raises Busy."""
-        with self._lock:
-            if self.taken < self.places:
+        with self.lock:
+            if self.taken < self.queue.places:
                 self.taken += 1
                 return
         raise self._full()
 
     def leave(self) -> None:
         """Give a place back."""
-        with self._lock:
+        with self.lock:
             self.taken -= 1
-
-    def _holds(self, size: int) -> bool:
-        """Whether there is memory for so much more of bodies."""
-        return self._bodies + size <= SHARE_OF_BODIES * self.memory
 
     def _full(self) -> Busy:
         return Busy(
-            f"{self.places} requests are computed or wait, as many as may: try again later; "
+            f"{self.queue.places} requests are computed or wait, as many as may: try again later; "
             "the operator can change that by CORR2D_QUEUE",
-            headers=self._advice(),
+            headers=self.advice(),
         )
-
-    def _no_memory(self, size: int) -> ServiceError:
-        most = SHARE_OF_BODIES * self.memory
-        detail = (
-            f"{size / 1e6:,.1f} MB more of bodies do not fit into the {most / 1e6:,.0f} MB that all may take at a time"
-        )
-        advice = "the operator can change that by CORR2D_MEMORY_MB"
-        if size > most:
-            return BodyTooLarge(f"{detail}; {advice}")
-        return Busy(f"{detail}: try again later; {advice}", headers=self._advice())
 
 
 class Share:
-    """What one request has of it. To be closed when the request is over.
+    """What one request has: time until its deadline, a place, and memory. To be closed when the request is over.
 
-    declared: bytes that its body is said to have; 0 where that is not said, or not worth to be known.
+    `deadline` by time.perf_counter; `timing` is what it has taken so far, by phase. declared: bytes that its body is
+    said to have; 0 where that is not said, or not worth to be known.
     """
 
-    def __init__(self, admission: Admission, path: str = "") -> None:
+    __slots__ = (
+        "_admission",
+        "_closed",
+        "_entered",
+        "_partition",
+        "_path",
+        "_result",
+        "body",
+        "deadline",
+        "declared",
+        "timing",
+    )
+
+    def __init__(self, admission: Admission, path: str = "", timing: Timing | None = None) -> None:
+        self.deadline = time.perf_counter() + admission.timeout_s
+        self.timing = Timing() if timing is None else timing
         self.declared = 0
+        self.body = Body(self.deadline)
         self._admission = admission
         self._path = path
-        self._body = 0
-        self._answer = 0
+        self._partition: Partition | None = None
+        self._result = 0
         self._entered = False
+        self._closed = False
+
+    @property
+    def result(self) -> int:
+        """Bytes that are held for the result and the response."""
+        return self._result
+
+    def count(self, phase: Phase, milliseconds: float) -> None:
+        """Count time as that of a phase."""
+        setattr(self.timing, phase, getattr(self.timing, phase) + milliseconds)
 
     def hold_body(self, size: int) -> None:
         """Hold that many bytes, all in all, of what came and what it was decoded to; raises Busy and BodyTooLarge."""
-        self._admission.take_for_body(size - self._body)
-        self._body = size
+        self._admission.bodies.hold(self.body, size)
 
-    def hold_answer(self, size: int) -> None:
-        """Hold that many bytes, all in all, of the answer: it is made already, so nothing is refused."""
-        self._admission.take(size - self._answer)
-        self._answer = size
+    def keep_result(self, partition: Partition, size: int) -> None:
+        """Keep that many bytes of what a computation has taken, for its result. From any thread."""
+        with self._admission.lock:
+            if not self._closed:
+                self._partition, self._result = partition, size
+                return
+        self._admission.change(partition, -size, -size)
+
+    def hold_result(self, size: int) -> None:
+        """Hold that many bytes, all in all, of the result and the response that is made of it.
+
+        Raises Busy where nothing has been reserved for a result, and there is no memory for it.
+        """
+        more = size - self._result
+        if self._partition is None:
+            self._partition = self._admission.take(size, size, is_short=True)
+            if self._partition is None:
+                raise Busy(
+                    f"the response takes {size / 1e6:,.1f} MB, and responses that are not read take the memory: "
+                    f"try again later; {MEMORY_SETTING}",
+                    headers=self._admission.advice(),
+                )
+        else:
+            # Of what has been made already, nothing is rejected.
+            self._admission.change(self._partition, more, more)
+        self._result = size
+        if more < 0:
+            self._admission.queue.start_next()
 
     def enter(self) -> None:
         """Take a place, if this request has none yet; raises Busy."""
@@ -171,8 +273,14 @@ class Share:
     def close(self) -> None:
         """Give everything back."""
         self.leave()
-        self.hold_answer(0)
-        self.hold_body(0)
+        if self.body.held:
+            self.hold_body(0)
+        with self._admission.lock:
+            self._closed = True
+            partition, self._partition = self._partition, None
+        if partition is not None:
+            self._admission.change(partition, -self._result, -self._result)
+            self._admission.queue.start_next()
 
 
 def share_of(scope: Mapping[str, Any]) -> Share:
@@ -180,5 +288,5 @@ def share_of(scope: Mapping[str, Any]) -> Share:
     state = scope["state"]
     share: Share | None = state.get("share")
     if share is None:
-        share = state["share"] = Share(scope["app"].state.pool.admission, scope["path"])
+        share = state["share"] = Share(scope["app"].state.admission, scope["path"], state["timing"])
     return share

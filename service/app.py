@@ -18,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 
 from core import ENGINES, Machine, usable_cores, usable_memory
 from service import exit_codes
-from service.admission import SHARE_OF_A_COMPUTATION
+from service.admission import SHARE_OF_A_COMPUTATION, Admission
 from service.allocator import keep_little
 from service.compute import Compute
 from service.doors import BrowserHeaders, CrossOrigin, Locked
@@ -26,7 +26,7 @@ from service.keys import KeyRing
 from service.log import configure_logging
 from service.metrics import Metrics, Table
 from service.openapi import describe
-from service.pool import ComputePool
+from service.pool import WorkerPool
 from service.problems import REASONS, add_error_handlers, answer_given_up
 from service.readiness import Readiness, warm_up
 from service.request_log import RequestLog
@@ -42,7 +42,10 @@ learned from examples. Errors are `application/problem+json` and say what came, 
 """
 
 LANES = 2
-"""Computations at a time, each with all threads, where there are as many; beside them one more that is short."""
+"""Computations at a time, each with all threads, where there are as many; beside them one more that is short.
+
+Likewise bodies that are decoded and responses that are encoded, each in one thread.
+"""
 
 SWITCH_S = 5e-4
 
@@ -78,15 +81,15 @@ def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
     app.state.metrics = Metrics(table, engines=ENGINES, reasons=REASONS)
     app.state.metrics.queue_limit.set(settings.queue)
     machine = Machine(max(1, threads // settings.workers))
-    app.state.pool = ComputePool(
-        lanes=min(LANES, machine.threads),
-        queue=settings.queue,
-        memory=memory,
-        queue_timeout_s=settings.queue_timeout_s,
-        timeout_s=settings.request_timeout_s,
+    app.state.admission = Admission(memory, settings.request_timeout_s)
+    lanes, patience = min(LANES, machine.threads), settings.queue_timeout_s
+    # Whoever decodes or encodes has a place among those that are computed or wait: the queue of codecs needs no other.
+    app.state.codecs = WorkerPool(
+        app.state.admission, lanes=lanes, queue=settings.queue + lanes + 1, queue_timeout_s=patience
     )
-    app.state.codec_threads = anyio.CapacityLimiter(machine.threads)
-    app.state.compute = Compute(settings, app.state.pool, machine, app.state.codec_threads)
+    app.state.pool = WorkerPool(app.state.admission, lanes=lanes, queue=settings.queue, queue_timeout_s=patience)
+    app.state.admission.queue = app.state.pool
+    app.state.compute = Compute(settings, app.state.pool, app.state.codecs, machine)
     app.state.max_body = int(settings.max_body_mb * 1e6)
     app.state.readiness = Readiness()
     app.state.process_is_ours = False
@@ -145,8 +148,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     warming.cancel()
     app.state.readiness.failed("the service is going down")
     app.state.metrics.ready.set(0)
-    app.state.pool.close()
-    if app.state.process_is_ours and app.state.pool.busy:
+    pools: tuple[WorkerPool, ...] = (app.state.pool, app.state.codecs)
+    for pool in pools:
+        pool.close()
+    if app.state.process_is_ours and any(pool.busy for pool in pools):
         # A computation past its deadline cannot be interrupted, and Python would wait for its thread before it ends.
         structlog.get_logger("corr2d").warning("leaving a computation unfinished")
         logging.shutdown()

@@ -80,7 +80,7 @@ async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest]
     arguments = asked.arguments()
     explain = arguments.pop("explain")
     state = request.scope["app"].state
-    result = await state.compute(request, verb, **arguments)
+    result = await state.compute(request, answer, verb, **arguments)
     state.metrics.engine(result.engine)
     explanation = {"explanation": _explanation(result)} if explain else {}
     return await answer(

@@ -12,6 +12,7 @@ ServiceError
 ├── TooSlow                a head or a body that does not come
 ├── NotReady               before the warm-up, or after it failed
 ├── Busy                   no room left in the queue
+├── OutOfMemory            the system has no memory left
 ├── ClientLeft             nobody waits for the answer any more
 └── DeadlinePassed         not done in time
 """
@@ -84,6 +85,10 @@ class NotReady(ServiceError):
 
 class Busy(ServiceError):
     """No room left in the queue."""
+
+
+class OutOfMemory(ServiceError):
+    """The system has no memory left."""
 
 
 class ClientLeft(ServiceError):

@@ -1,4 +1,7 @@
-"""The threads that compute, and the queue before them: short computations pass long ones, and nobody waits in vain."""
+"""The threads that compute, or that decode and encode, and the queue before them.
+
+Short jobs pass long ones, and nobody waits in vain.
+"""
 
 import asyncio
 import bisect
@@ -11,42 +14,49 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from core import Cost
-from service.admission import Admission
+from service.admission import Admission, Partition, Phase, Share
 from service.errors import Busy, DeadlinePassed
-from service.request_log import Timing, milliseconds_since
+from service.request_log import milliseconds_since
 from service.threads import stand_back
 
 Value = TypeVar("Value")
 
 SHORT = 0.1
-KEPT_FOR_SHORT = 1 / 8
-"""Predicted seconds and the part of the memory up to which a computation is short.
+"""Predicted seconds up to which a job is short, if it needs no more than the memory that is kept for such.
 
-For such, one lane, that memory, and a quarter of the queue are kept. service/admission.py says who has the rest of it.
+For short ones, one lane, that memory, and a quarter of the queue are kept. service/admission.py says who has the rest
+of it.
 """
 
 PATIENCE = 10
-"""Each waits in proportion to what he asks for: a computation lets all pass that come within so many times its length.
+"""Each waits in proportion to what he asks for: a job lets all pass that come within so many times its length.
 
 So a short one passes a long one that came a little earlier, and the long one's turn comes nevertheless.
 """
 
 MEMORY_OF_PACE = 0.95
-"""How much the pace of the queue is still that of all computations before the last one."""
+"""How much the pace of the queue is still that of all jobs before the last one."""
 
 LONGEST_ADVICE = 3600
 
 
 @dataclass(eq=False)
 class Job:
-    """A computation on its way: what it costs, when it came, and what becomes of it."""
+    """A job on its way: what it costs, when it came, and what becomes of it.
+
+    `phase` is what its time counts as; the time in the queue counts as wait. `result`: bytes of its memory that stay
+    taken for the response when it is done.
+    """
 
     run: Callable[[threading.Event], Any]
     cost: Cost
-    timing: Timing
+    share: Share
+    phase: Phase
+    result: int
     is_short: bool
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
+    partition: Partition | None = None
     abandoned: threading.Event = field(default_factory=threading.Event)
     future: "Future[Any]" = field(default_factory=Future)
 
@@ -61,71 +71,95 @@ class Job:
         return self.arrived + PATIENCE * self.cost.seconds
 
 
-class ComputePool:
-    """At most `lanes` computations at a time, and a short one more where all of those are long; `queue` more may wait.
+def check_of(abandoned: threading.Event) -> Callable[[], None]:
+    """Return a function that raises DeadlinePassed once nobody needs the result of a job."""
 
-    A computation begins when a lane is free, and the memory that it needs. A long one that waits for either is passed
-    by no other long one, and short ones keep to their part of the memory meanwhile: so its turn comes. Safe to use
-    from any thread.
+    def check() -> None:
+        if abandoned.is_set():
+            raise DeadlinePassed("abandoned")
+
+    return check
+
+
+class WorkerPool:
+    """At most `lanes` jobs at a time, and a short one more where all of those are long; `queue` more may wait.
+
+    A job begins when a lane is free, and the memory that it needs. A long one that waits for either is passed by no
+    other long one, and short ones keep to their part of the memory meanwhile: so its turn comes. A job that nobody
+    waits for any more gives its lane back at once, though its thread may go on until it looks: there are as many
+    threads to spare for that. Safe to use from any thread.
     """
 
-    def __init__(self, *, lanes: int, queue: int, memory: int, queue_timeout_s: float, timeout_s: float) -> None:
-        self.admission = Admission(memory, lanes + queue, self.advice)
+    def __init__(self, admission: Admission, *, lanes: int, queue: int, queue_timeout_s: float) -> None:
+        self.admission = admission
         self._lanes = lanes
-        self._kept = KEPT_FOR_SHORT * memory
         self._queue = queue
         self._queue_timeout_s = queue_timeout_s
-        self._timeout_s = timeout_s
-        self._executor = ThreadPoolExecutor(lanes + 1, thread_name_prefix="compute", initializer=stand_back)
+        self._threads = 2 * (lanes + 1)
+        self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="job", initializer=stand_back)
         self._lock = threading.Lock()
         self._waiting: list[Job] = []
         self._running: set[Job] = set()
-        self._short_bytes = 0
+        self._abandoned: set[Job] = set()
         self._predicted = self._taken = 1e-3
+        self._count_places()
 
-    async def run(self, timing: Timing, cost: Cost, run: Callable[[threading.Event], Value]) -> Value:
-        """Run it in a thread; its argument is set once its deadline has passed or the caller is cancelled.
+    async def run(
+        self,
+        share: Share,
+        cost: Cost,
+        run: Callable[[threading.Event], Value],
+        *,
+        phase: Phase = "compute",
+        result: int = 0,
+        may_refuse: bool = True,
+    ) -> Value:
+        """Run it in a thread; its argument is set once the deadline has passed or the caller is cancelled.
 
-        What waits then is dropped, what runs ends when it looks. Raises Busy where there is no room in the queue, where
-        its turn is not to be expected in time, and where it did not come; DeadlinePassed.
+        What waits then is dropped, what runs ends when it looks. `result` bytes of its memory stay the share's.
+        `may_refuse`: raises Busy where there is no room in the queue, where its turn is not to be expected in time, and
+        where it did not come. Raises DeadlinePassed.
         """
-        job = Job(run, cost, timing, cost.seconds <= SHORT and 1e6 * cost.megabytes <= self._kept)
-        self._enqueue(job)
+        is_short = cost.seconds <= SHORT and 1e6 * cost.megabytes <= self.admission.kept.size
+        job = Job(run, cost, share, phase, result, is_short)
+        if job.arrived >= share.deadline:
+            raise self._passed()
+        self._enqueue(job, may_refuse=may_refuse)
         waits = asyncio.wrap_future(job.future)
         try:
-            await asyncio.wait({waits}, timeout=min(self._queue_timeout_s, self._timeout_s))
-            if not waits.done() and self._queue_timeout_s < self._timeout_s:
-                if self._withdraw(job):
+            left = share.deadline - job.arrived
+            if may_refuse and self._queue_timeout_s < left:
+                await asyncio.wait({waits}, timeout=self._queue_timeout_s)
+                if not waits.done() and self._withdraw(job):
                     raise self._refusal(f"its turn did not come within {self._queue_timeout_s:g} s")
-                await asyncio.wait({waits}, timeout=job.arrived + self._timeout_s - time.perf_counter())
+            if not waits.done():
+                await asyncio.wait({waits}, timeout=max(0.0, share.deadline - time.perf_counter()))
             if not waits.done():
                 if job.started is not None:
                     # The thread adds its share only where it is done in time.
-                    job.timing.compute += milliseconds_since(job.started)
-                raise DeadlinePassed(
-                    f"not done after {self._timeout_s:g} s, the wait for its turn included; "
-                    "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
-                )
+                    job.share.count(job.phase, milliseconds_since(job.started))
+                raise self._passed()
             value: Value = waits.result()
             return value
         finally:
             job.abandoned.set()
-            self._withdraw(job)
+            if not self._withdraw(job):
+                self._free_lane(job)
             waits.cancel()
 
     @property
     def busy(self) -> bool:
-        """Computations run or wait, whether anybody still wants them or not."""
-        return bool(self._running or self._waiting)
+        """Jobs run or wait, whether anybody still wants them or not."""
+        return bool(self._running or self._waiting or self._abandoned)
 
     @property
     def running(self) -> int:
-        """How many are computed."""
+        """How many run that somebody waits for."""
         return len(self._running)
 
     @property
     def depth(self) -> int:
-        """How many computations wait."""
+        """How many wait."""
         return len(self._waiting)
 
     def advice(self) -> Mapping[str, str]:
@@ -133,6 +167,12 @@ class ComputePool:
         with self._lock:
             seconds = self._seconds(self._waiting, self._running) / self._lanes
         return {"Retry-After": str(max(1, min(LONGEST_ADVICE, math.ceil(seconds))))}
+
+    def start_next(self) -> None:
+        """Start the jobs that can be started now: somebody is gone, or memory has been given back."""
+        if self.admission.queue is self:
+            self.admission.forget()
+        self._start_waiting()
 
     def close(self) -> None:
         """Drop what waits; what runs is left to end."""
@@ -142,27 +182,33 @@ class ComputePool:
             job.future.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _enqueue(self, job: Job) -> None:
+    def _enqueue(self, job: Job, *, may_refuse: bool) -> None:
         with self._lock:
-            objection = self._objection(job)
+            objection = self._objection(job) if may_refuse else None
             if objection is None:
                 bisect.insort(self._waiting, job, key=lambda waiting: waiting.turn)
         if objection is not None:
             raise self._refusal(objection)
-        self._start_next()
+        self._start_waiting()
 
     def _objection(self, job: Job) -> str | None:
         """Why it is not even to wait; None where it may, or may begin at once."""
         long = sum(not other.is_short for other in self._waiting)
-        if self._may_start(job, behind=bool(long)):
+        if self._has_lane(job, behind=bool(long)) and self._fits(job):
             return None
         if len(self._waiting) >= self._queue:
-            return f"{len(self._waiting)} computations wait, as many as may"
+            return f"{len(self._waiting)} requests wait, as many as may"
         if not job.is_short and long and long >= self._queue - self._queue // 4:
-            return f"{long} long computations wait, as many as may"
+            return f"{long} long requests wait, as many as may"
         if self._seconds_before(job) > self._queue_timeout_s:
             return f"its turn would not come within {self._queue_timeout_s:g} s"
         return None
+
+    def _passed(self) -> DeadlinePassed:
+        return DeadlinePassed(
+            f"not done {self.admission.timeout_s:g} s after its headers came, the wait for its turn included; "
+            "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
+        )
 
     def _refusal(self, reason: str) -> Busy:
         return Busy(
@@ -187,71 +233,82 @@ class ComputePool:
             max(0.0, job.cost.seconds * pace - (now - (job.started or now))) for job in running
         )
 
-    def _move(self) -> None:
-        """Somebody is gone."""
-        self.admission.forget()
-        self._start_next()
-
-    def _start_next(self) -> None:
+    def _start_waiting(self) -> None:
         with self._lock:
             behind = False
             for job in tuple(self._waiting):
-                if self._may_start(job, behind=behind):
+                if self._has_lane(job, behind=behind) and self._takes_memory(job):
                     self._waiting.remove(job)
                     self._start(job)
                 else:
                     behind |= not job.is_short
 
-    def _may_start(self, job: Job, *, behind: bool) -> bool:
-        """A lane is free, and memory; `behind`: a long one whose turn comes earlier waits for one of them."""
-        if len(self._running) > self._lanes:
+    def _has_lane(self, job: Job, *, behind: bool) -> bool:
+        """A lane is free; `behind`: a long one whose turn comes earlier waits for one, or for memory."""
+        if len(self._running) > self._lanes or len(self._running) + len(self._abandoned) >= self._threads:
             return False
         long = sum(not other.is_short for other in self._running)
         if job.is_short:
-            if len(self._running) - long >= self._lanes:
-                return False
-            others = any(not other.is_short for other in self._waiting)
-            return self.admission.fits(job.bytes) and not (others and self._short_bytes + job.bytes > self._kept)
-        most = self.admission.memory - self._kept
-        return not behind and long < self._lanes and self.admission.fits(job.bytes, most)
+            return len(self._running) - long < self._lanes
+        return not behind and long < self._lanes
+
+    def _fits(self, job: Job) -> bool:
+        return (
+            not job.bytes
+            or self.admission.fits(job.bytes, job.result, is_short=job.is_short, yields=self._yields(job)) is not None
+        )
+
+    def _takes_memory(self, job: Job) -> bool:
+        if job.bytes:
+            job.partition = self.admission.take(job.bytes, job.result, is_short=job.is_short, yields=self._yields(job))
+        return not job.bytes or job.partition is not None
+
+    def _yields(self, job: Job) -> bool:
+        """It is short, and a long one waits."""
+        return job.is_short and any(not other.is_short for other in self._waiting)
 
     def _start(self, job: Job) -> None:
         if job.future.set_running_or_notify_cancel():
             job.started = time.perf_counter()
             self._running.add(job)
             self._count_places()
-            self._short_bytes += job.bytes * job.is_short
-            self.admission.take(job.bytes)
             self._executor.submit(self._compute, job)
-
-    def _count_places(self) -> None:
-        """As many requests as could be computed or wait now are let in: one more would be decoded in vain."""
-        spare = any(not job.is_short for job in self._running)
-        self.admission.places = self._lanes + spare + self._queue
+        else:
+            self._give_back(job, kept=False)
 
     def _compute(self, job: Job) -> None:
         begun = time.perf_counter()
-        job.timing.wait += 1000 * (begun - job.arrived)
+        job.share.count("wait", 1000 * (begun - job.arrived))
         try:
             value = job.run(job.abandoned)
         except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
-            self._finish(job, begun)
+            self._finish(job, begun, kept=False)
             job.future.set_exception(error)
         else:
-            self._finish(job, begun)
+            self._finish(job, begun, kept=True)
             job.future.set_result(value)
 
-    def _finish(self, job: Job, begun: float) -> None:
+    def _finish(self, job: Job, begun: float, *, kept: bool) -> None:
         if not job.abandoned.is_set():
-            job.timing.compute += milliseconds_since(begun)
+            job.share.count(job.phase, milliseconds_since(begun))
         with self._lock:
             self._running.discard(job)
+            self._abandoned.discard(job)
             self._count_places()
-            self._short_bytes -= job.bytes * job.is_short
             self._predicted = MEMORY_OF_PACE * self._predicted + job.cost.seconds
             self._taken = MEMORY_OF_PACE * self._taken + time.perf_counter() - begun
-        self.admission.give_back(job.bytes)
-        self._move()
+        self._give_back(job, kept=kept)
+        self.start_next()
+
+    def _give_back(self, job: Job, *, kept: bool) -> None:
+        """Give its memory back, but for that of the result if that is kept."""
+        if job.partition is None:
+            return
+        if kept and job.result:
+            self.admission.change(job.partition, job.result - job.bytes, 0)
+            job.share.keep_result(job.partition, job.result)
+        else:
+            self.admission.change(job.partition, -job.bytes, -job.result)
 
     def _withdraw(self, job: Job) -> bool:
         """Take a job out of the queue; False where it is not in it any more."""
@@ -259,7 +316,22 @@ class ComputePool:
             if job not in self._waiting:
                 return False
             self._waiting.remove(job)
-        job.timing.wait += 1000 * (time.perf_counter() - job.arrived)
+        job.share.count("wait", milliseconds_since(job.arrived))
         # It may have been the one that held up others.
-        self._move()
+        self.start_next()
         return True
+
+    def _free_lane(self, job: Job) -> None:
+        """Nobody waits for it any more: if it still runs, its lane is another's, though its thread is not."""
+        with self._lock:
+            if job not in self._running:
+                return
+            self._running.remove(job)
+            self._abandoned.add(job)
+            self._count_places()
+        self.start_next()
+
+    def _count_places(self) -> None:
+        """Count how many requests could run or wait now: one more would be decoded in vain."""
+        spare = any(not job.is_short for job in self._running)
+        self.places = self._lanes + spare + self._queue

@@ -1,5 +1,6 @@
 """From every error to its answer: one table, one shape (RFC 9457, application/problem+json), never over 8 KiB."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -35,6 +36,7 @@ from service.errors import (
     NotAcceptable,
     NotParseable,
     NotReady,
+    OutOfMemory,
     ServiceError,
     TooSlow,
     Unauthorized,
@@ -91,6 +93,7 @@ ERRORS: Mapping[type[Exception], Kind] = {
     TooSlow: Kind(HTTPStatus.REQUEST_TIMEOUT, "too-slow", "The request did not come in time"),
     NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "The service is not ready"),
     Busy: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "busy", "The service is busy"),
+    OutOfMemory: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "out-of-memory", "The system has no memory left"),
     # Nobody reads it but the log; the number is nginx's.
     ClientLeft: Kind(499, "client-left", "The client left"),
     DeadlinePassed: Kind(HTTPStatus.GATEWAY_TIMEOUT, "deadline-passed", "The request ran out of time"),
@@ -126,19 +129,41 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer everything that goes wrong in one shape."""
     app.add_exception_handler(CoreError, _core_error)
     app.add_exception_handler(ServiceError, _service_error)
+    for lack in (MemoryError, RuntimeError):
+        app.add_exception_handler(lack, _lack_of_memory)
     app.add_exception_handler(RequestValidationError, _query_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(HTTPStatus.INTERNAL_SERVER_ERROR, _bug)
 
 
-def response_to(request: Request, error: CoreError | ServiceError) -> Response:
-    """The answer to an error of the table, whose traceback is forgotten.
+ANSWERED = CoreError, ServiceError, MemoryError, RuntimeError
+"""What `response_to` answers: of RuntimeErrors, those by which libraries say that there is no memory."""
+
+NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+
+
+def response_to(request: Request, error: Exception) -> Response:
+    """The answer to an error of the table, whose traceback is forgotten; raises what is none.
 
     Its frames hold the body and what it was decoded to, and one of them a future that holds the error: a circle, which
     lasts until the collector happens to come by.
     """
+    if not isinstance(error, CoreError | ServiceError):
+        return _lack_of_memory(request, error)
     error.__traceback__ = None
     return _core_error(request, error) if isinstance(error, CoreError) else _service_error(request, error)
+
+
+def _lack_of_memory(request: Request, error: Exception) -> Response:
+    if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+        raise error
+    error.__traceback__ = None
+    lack = OutOfMemory(
+        "the system has no memory left for this: try again later; "
+        "the operator can limit what requests take together by CORR2D_MEMORY_MB",
+        headers={"Retry-After": "1"},
+    )
+    return _service_error(request, lack)
 
 
 async def answer_given_up(scope: Scope, receive: Receive, send: Send) -> None:

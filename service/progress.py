@@ -1,11 +1,9 @@
 """Long work that tells those who wait for it how far it is."""
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -15,13 +13,13 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from core import CoreError, Forecast, Progress, Reading
-from service import threads
+from core import Forecast, Progress, Reading
+from service.codec_work import run_codec
 from service.codecs import Fields, json
 from service.codecs.options import AnswerOptions
-from service.errors import ServiceError
 from service.presence import left_by, unless_left
-from service.problems import response_to
+from service.problems import ANSWERED, response_to
+from service.responses import seconds_to_list
 
 EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
@@ -77,7 +75,7 @@ class ProgressStream(Response):
         self._from_forecast = from_forecast
         self._events: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._told = time.perf_counter()
+        self._told = 0.0
         self._task: asyncio.Task[Fields] | None = None
 
     async def begin(self, work: Work) -> None:
@@ -121,17 +119,19 @@ class ProgressStream(Response):
         """The result, or what kept it from being one."""
         try:
             fields = task.result()
-        except (CoreError, ServiceError) as error:
+            # A history of a million steps takes a while to write.
+            seconds = seconds_to_list(fields)
+            return await run_codec(self._request, seconds, lambda _: self._result(fields), "encode")
+        except ANSWERED as error:
             return self._write("error", bytes(response_to(self._request, error).body))
-        limiter = self._request.scope["app"].state.codec_threads
-        # A history of a million steps takes a while to write.
-        return await threads.run(math.inf, partial(self._result, fields), limiter)
 
     def _result(self, fields: Fields) -> bytes:
         return self._write("result", b"".join(json.encode(fields, self._options)))
 
     def _report(self, progress: Progress) -> None:
         now = time.perf_counter()
+        # Time counts from the first thing there is to tell: before that the work has waited.
+        self._told = self._told or now
         if self._from_forecast and isinstance(progress, Reading):
             return
         if not isinstance(progress, Forecast) and now - self._told < BETWEEN_EVENTS:

@@ -1,6 +1,6 @@
 """From a request to a validated model: body and query, read within the limits, decoded by media type, validated."""
 
-import time
+import asyncio
 from collections.abc import KeysView, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -10,15 +10,17 @@ import numpy as np
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from service import threads
-from service.admission import UNCOUNTED, Admission, share_of
+from service.admission import UNCOUNTED, Admission, Share, share_of
+from service.bodies import Bodies, Pieces
+from service.codec_work import run_codec
 from service.codecs import Buffer, Format, predict_decode_seconds
 from service.codecs.content_coding import decode as without_coding
+from service.codecs.layout import Check
 from service.codecs.options import AnswerOptions, OutputOptions, option_value
-from service.errors import BodyTooLarge, ClientLeft, FieldError, InvalidRequest
+from service.errors import BodyTooLarge, Busy, ClientLeft, FieldError, InvalidRequest
 from service.metrics import Metrics
 from service.negotiation import Headers, body_coding, body_format
-from service.request_log import Timing, milliseconds_since
+from service.threads import WORTH_A_THREAD
 from service.validation import field_errors
 
 MAX_OPTIONS = 100
@@ -97,21 +99,22 @@ Answer = TypeVar("Answer", bound=AnswerOptions)
 
 
 def require_room(request: Request, headers: Headers, *, waits: bool = False) -> None:
-    """Refuse a request by its head alone, before anything else is done about it: those are many when they are too many.
+    """Begin a request: refuse it by its head alone, before anything else is done about it, and set its deadline.
 
-    `waits`: whatever is asked, it is not done at once. The server closes the connection where much of the body has not
-    come yet. Raises BodyTooLarge and Busy.
+    Requests are many when they are too many. `waits`: whatever is asked, it is not done at once. The server closes the
+    connection where much of the body has not come yet. Raises BodyTooLarge and Busy.
     """
     state = request.scope["app"].state
+    share = share_of(request.scope)
     limit: int = state.max_body
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
         raise _too_large(f"{declared:,} bytes", limit)
     if waits or declared > UNCOUNTED:
-        admission: Admission = state.pool.admission
+        admission: Admission = state.admission
         admission.require_hope(request.scope["path"], declared)
-        share_of(request.scope).declared = declared
+        share.declared = declared
 
 
 async def decoded(
@@ -124,21 +127,22 @@ async def decoded(
     BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
     state = request.scope["app"].state
+    share = share_of(request.scope)
     served, coding = body_format(headers), body_coding(headers)
     limit: int = state.max_body
-    body = await _read(request, limit)
+    body = await _read(request, share, limit)
     seconds = predict_decode_seconds(served, coding, body, limit)
+    in_thread = seconds >= WORTH_A_THREAD
+    if waits or in_thread:
+        share.enter()
     work = partial(_decoded, model, served, coding, body, limit, options)
-    timing: Timing = request.scope["state"]["timing"]
-    if waits or seconds >= threads.WORTH_A_THREAD:
-        share_of(request.scope).enter()
-    start = time.perf_counter()
     try:
-        asked = await threads.run(seconds, work, state.codec_threads)
-    finally:
-        timing.parse += milliseconds_since(start)
-    if seconds >= threads.WORTH_A_THREAD:
-        share_of(request.scope).hold_body(len(body) + asked.bytes_of_arrays())
+        asked = await run_codec(request, seconds, work, "parse")
+    except Busy as refusal:
+        share.refused(refusal.detail)
+        raise
+    if in_thread:
+        share.hold_body(len(body) + asked.bytes_of_arrays())
     return asked
 
 
@@ -174,13 +178,25 @@ def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
     return _validated(model, taken)
 
 
-async def _read(request: Request, limit: int) -> Buffer:
-    """The body; refused as soon as more of it has come than may.
+async def _read(request: Request, share: Share, limit: int) -> Buffer:
+    """The body; refused as soon as more of it has come than may, and where it does not come by the deadline."""
+    bodies: Bodies = request.scope["app"].state.admission.bodies
+    bodies.begin(share.body)
+    try:
+        return await _received(request, share, bodies, limit)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if share.body.ended is None or (task is not None and task.uncancel() > 0):
+            raise
+        raise share.body.ended from None
+    finally:
+        bodies.end(share.body)
 
-    A body that comes in pieces is put together in one place, which grows with it: its declared length is a claim.
-    """
+
+async def _received(request: Request, share: Share, bodies: Bodies, limit: int) -> Buffer:
+    """The body, put together where it comes in pieces."""
     metrics: Metrics = request.scope["app"].state.metrics
-    body: bytearray | None = None
+    pieces: Pieces | None = None
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
@@ -191,18 +207,18 @@ async def _read(request: Request, limit: int) -> Buffer:
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
         metrics.received(len(chunk))
-        size = len(body or b"") + len(chunk)
+        size = len(chunk) if pieces is None else pieces.size + len(chunk)
         if size > limit:
             raise _too_large(f"more than {limit:,} bytes", limit)
         if size > UNCOUNTED:
-            share_of(request.scope).hold_body(size)
-        if body is None:
+            bodies.grow(share.body, size)
+        if pieces is None:
             if not more:
                 return chunk
-            body = bytearray()
-        body += chunk
+            pieces = Pieces(share.declared or limit)
+        pieces.add(chunk)
         if not more:
-            return body
+            return pieces.together()
 
 
 def _too_large(size: str, limit: int) -> BodyTooLarge:
@@ -215,12 +231,20 @@ def _too_large(size: str, limit: int) -> BodyTooLarge:
 
 
 def _decoded(
-    model: type[Model], served: Format, coding: str | None, body: Buffer, limit: int, options: Mapping[str, Any]
+    model: type[Model],
+    served: Format,
+    coding: str | None,
+    body: Buffer,
+    limit: int,
+    options: Mapping[str, Any],
+    check: Check,
 ) -> Model:
     if coding is not None:
-        body = without_coding(coding, body, limit)
+        body = without_coding(coding, body, limit, check)
     assert served.decode is not None  # noqa: S101 - body_format gives no other
-    return _validated(model, _together(served.decode(body, limit), options, model.ANSWER.__pydantic_fields__.keys()))
+    return _validated(
+        model, _together(served.decode(body, limit, check), options, model.ANSWER.__pydantic_fields__.keys())
+    )
 
 
 def _together(fields: Any, options: Mapping[str, Any], about_answer: KeysView[str]) -> Any:

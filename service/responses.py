@@ -1,13 +1,12 @@
 """From a result to a response: in the format that Accept asks for, without copying what is large."""
 
+import asyncio
 import json
-import time
+from collections import deque
 from collections.abc import Mapping
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-import anyio
 import numpy as np
 import orjson
 from fastapi import Request
@@ -16,14 +15,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
-from service import threads
 from service.admission import UNCOUNTED, share_of
-from service.codecs import ENCODED, Format, Parts
+from service.codec_work import run_codec
+from service.codecs import ENCODED, Format, Parts, png
 from service.codecs import json as json_format
 from service.codecs.content_coding import encode as with_coding
 from service.codecs.options import AnswerOptions
 from service.negotiation import Headers, answer_coding, answer_format
-from service.request_log import Timing, milliseconds_since
 
 RESULT_HEADER = b"corr2d-result"
 
@@ -33,6 +31,17 @@ MAX_HEADER = 4000
 SECONDS_TO_COMPRESS = 100e-9
 """A number of an answer, in the format it is in."""
 
+SECONDS_FOR_A_LISTED_NUMBER = 200e-9
+"""A number of a list: a Python object, which is looked at, written, and freed."""
+
+COPIES = {json_format.MEDIA_TYPE: 3.25, png.MEDIA_TYPE: 1.0}
+"""Bytes that a format makes of each byte of an array; others are the array's own memory."""
+
+COMPRESSED_COPY = 0.8
+
+FREED_AT_A_TIME = 16
+"""Parts of an answer that is not sent that are freed before other requests have their turn."""
+
 TOGETHER = 1 << 16
 """Parts of an answer up to this size are sent as one: copying them takes less than another call of the socket."""
 
@@ -40,6 +49,11 @@ TOGETHER = 1 << 16
 def as_numpy(array: NDArray[Any] | Tensor) -> NDArray[Any]:
     """An array of any device in the memory that answers are sent from."""
     return np.asarray(array.cpu()) if isinstance(array, Tensor) else array
+
+
+def seconds_to_list(fields: Mapping[str, Any]) -> float:
+    """The time to write the lists among the fields of an answer."""
+    return SECONDS_FOR_A_LISTED_NUMBER * sum(len(value) for value in fields.values() if type(value) is list)
 
 
 class Answerer:
@@ -57,9 +71,12 @@ class Answerer:
         self._format = served[self.media_type]
         self._coding = answer_coding(headers.get(b"accept-encoding"))
         self._options = options
-        self._scope = request.scope
-        self._timing: Timing = request.scope["state"]["timing"]
-        self._threads: anyio.CapacityLimiter = request.scope["app"].state.codec_threads
+        self._request = request
+
+    def bytes_for(self, result: float) -> float:
+        """Bytes that the response takes, and what it is made from, where the arrays of the result take so many."""
+        copies = COPIES.get(self.media_type, 0.0) + (COMPRESSED_COPY if self._coding else 0.0)
+        return result * (1 + copies)
 
     async def __call__(self, **fields: Any) -> "PartsResponse":
         """The fields, the array that was asked for first."""
@@ -68,18 +85,18 @@ class Answerer:
             if type(value) is np.ndarray:
                 numbers += value.size
                 size += value.nbytes
-        if size > UNCOUNTED:
-            share_of(self._scope).hold_answer(size)
-        seconds = numbers * (self._format.seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0))
-        start = time.perf_counter()
-        try:
-            response = await threads.run(seconds, partial(self._encoded, fields), self._threads)
-        finally:
-            self._timing.encode += milliseconds_since(start)
-        if (share := self._scope["state"].get("share")) is not None:
-            # A reader who takes his time keeps nobody from computing, but he does keep the memory.
-            share.leave()
-            share.hold_answer(response.size)
+        share = share_of(self._request.scope)
+        needed = self.bytes_for(size)
+        if needed > UNCOUNTED and needed > share.result:
+            share.hold_result(int(needed))
+        a_number = self._format.seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0)
+        seconds = numbers * a_number + seconds_to_list(fields)
+        response = await run_codec(self._request, seconds, lambda _: self._encoded(fields), "encode")
+        # A reader who takes his time keeps nobody from computing, but he does keep the memory.
+        share.leave()
+        share.hold_body(0)
+        if response.size > UNCOUNTED or share.result:
+            share.hold_result(response.size)
         return response
 
     def _encoded(self, fields: dict[str, Any]) -> "PartsResponse":
@@ -119,8 +136,12 @@ class PartsResponse(Response):
         if self.size <= TOGETHER:
             await send({"type": "http.response.body", "body": self._parts[0], "more_body": False})
             return
-        for part in self._parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+        # Each is freed as soon as it is sent; all of them at once would take long.
+        parts, self._parts = deque(self._parts), ()
+        while parts:
+            if len(parts) % FREED_AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            await send({"type": "http.response.body", "body": parts.popleft(), "more_body": True})
         # Which waits until nearly all of it has been taken: so long the memory is the request's.
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -27,7 +27,7 @@ from service.protocol import Configuration, State
 from service.settings import Settings
 
 if TYPE_CHECKING:  # for whoever only supervises does not load torch
-    from service.pool import ComputePool
+    from service.pool import WorkerPool
 
 FILES = 256
 """Files that the process has open beside its connections, at most."""
@@ -158,7 +158,7 @@ class Server(uvicorn.Server):
     def _set_gauges(self, app: FastAPI) -> None:
         """What is the case now, as /metrics tells it: no request pays for that."""
         metrics: Metrics = app.state.metrics
-        pool: ComputePool = app.state.pool
+        pool: WorkerPool = app.state.pool
         metrics.connections.set(len(self.server_state.connections))
         metrics.computations.set(pool.running)
         metrics.queue_depth.set(pool.depth)

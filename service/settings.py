@@ -50,7 +50,10 @@ class Settings(BaseSettings):
         200, gt=0, le=1e9, description="largest estimated arithmetic of one computation, in Gflop (10^9 operations)"
     )
     request_timeout_s: float = Field(
-        60, gt=0, le=86_400, description="time for a computation, its wait included, in seconds"
+        60,
+        gt=0,
+        le=86_400,
+        description="time for a request from its headers on: to receive, decode, wait, compute and encode, in seconds",
     )
     queue: int = Field(64, ge=0, le=100_000, description="computations that may wait for their turn")
     queue_timeout_s: float = Field(

@@ -4,11 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
-
-import anyio
-import anyio.to_thread
 
 Value = TypeVar("Value")
 
@@ -39,10 +35,3 @@ def standing_back(work: Callable[[], Value]) -> Value:
     """The work's value, from a thread that stands back."""
     stand_back()
     return work()
-
-
-async def run(seconds: float, work: Callable[[], Value], limiter: anyio.CapacityLimiter) -> Value:
-    """The work's value: done at once where it should take less than a thread is worth, else in one of the limiter's."""
-    if seconds < WORTH_A_THREAD:
-        return work()
-    return await anyio.to_thread.run_sync(partial(standing_back, work), limiter=limiter)

@@ -8,9 +8,7 @@ from fastapi.routing import APIRoute, APIRouter
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from core import CoreError
-from service.errors import ServiceError
-from service.problems import response_to
+from service.problems import ANSWERED, response_to
 
 
 class ArrayRoute(APIRoute):
@@ -49,6 +47,6 @@ class ShortWay:
         request = Request(scope, receive, send)
         try:
             response = await endpoint(request)
-        except (CoreError, ServiceError) as error:
+        except ANSWERED as error:
             response = response_to(request, error)
         await response(scope, receive, send)

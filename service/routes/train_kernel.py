@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
@@ -247,9 +248,10 @@ async def train_kernel(request: Request) -> Response:
     state = request.app.state
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
-        fit = await state.compute.steps(request, core.fit_kernel_steps, report, **asked.arguments())
-        state.metrics.engine(fit.method)
-        return _fields(fit, thin=form.history == "thin")
+        convert = partial(_fields, thin=form.history == "thin")
+        fields: Fields = await state.compute.fit(request, answer, convert, report, **asked.arguments())
+        state.metrics.engine(fields["method"])
+        return fields
 
     if SERVED[answer.media_type].encode is None:
         stream = ProgressStream(request, answer.media_type, form, from_forecast=asked.refuse_divergence)

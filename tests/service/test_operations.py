@@ -12,10 +12,10 @@ import torch
 from fastapi.routing import APIRoute
 
 import core
+from service.admission import Share
 from service.app import create_app
 from service.errors import NotReady
 from service.readiness import warm_up
-from service.request_log import Timing
 from service.settings import Settings
 from tests.problem import first_error, problem_of
 from tests.serving import Send, in_process
@@ -79,7 +79,7 @@ def test_torch_computes_with_the_threads_that_are_set() -> None:
         with in_process(app) as send:
             # torch's number belongs to the thread that asks: what counts is that of the threads that compute.
             in_the_pool = asyncio.run(
-                app.state.pool.run(Timing(), core.Cost(1, 1, 1), lambda _: torch.get_num_threads())
+                app.state.pool.run(Share(app.state.admission), core.Cost(1, 1, 1), lambda _: torch.get_num_threads())
             )
             assert send("GET", "/info").json()["threads"] == in_the_pool == 1
     finally:
