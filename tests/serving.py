@@ -121,7 +121,8 @@ def workers_of(supervisor: int) -> list[int]:
 
 
 def wait_until_ready(send: Send) -> None:
-    deadline = time.monotonic() + 30
+    # The first start on a machine compiles the engines.
+    deadline = time.monotonic() + 180
     while True:
         with suppress(httpx.ConnectError):
             if send("GET", "/readyz").status_code == 200:
