@@ -16,9 +16,11 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.arrays import DTYPES, Array, Solve, as_torch
@@ -170,8 +172,7 @@ def _of_integers(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
 
 def _range(images: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest value of every plane (N, C); NaN where one is."""
-    low, high = images.flatten(2).aminmax(dim=2)
-    return low, high
+    return images.amin((2, 3)), images.amax((2, 3))
 
 
 def _finite_range(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,26 +192,28 @@ def _within_contract(
     """Fill the output from a finite weight. low, high (N, C) are the range of every channel."""
     dtype, groups, precise = images.dtype, problem.groups, _precise(problem)
     taps = weight.to(precise).flatten(2)
-    norms, totals = taps.norm(dim=2), taps.sum(2)
-    peaks = torch.maximum(-low, high).to(precise)
-    # These bound every number on the way, spectra included.
-    spectra, largest, norm = _over_channels(peaks, norms, groups), peaks.amax(1, keepdim=True), norms.amax(1)
+    lows, highs, norms, totals = (
+        values.double().numpy(force=True) for values in (low, high, taps.norm(dim=2), taps.sum(2))
+    )
+    peaks, middles = np.maximum(-lows, highs), lows / 2 + highs / 2
     numbers, points = torch.finfo(dtype), math.prod(problem.padded_size)
-    least = numbers.tiny / numbers.eps
-    lost = (torch.minimum(spectra, norm) <= least * points) | (largest <= least)
-    wild = ~((spectra * points < numbers.max) & (~lost | (largest == 0) | (norm == 0))).all(1)
-    tame, redone = (torch.nonzero(which).flatten().tolist() for which in (~wild, wild))
-    if tame:
-        _by_tiles(problem, images, weight, output, tame)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # These bound every number on the way, spectra included.
+        spectra, largest, norm = _over_channels(peaks, norms, groups), peaks.max(1, keepdims=True), norms.max(1)
+        least = numbers.tiny / numbers.eps
+        lost = (np.minimum(spectra, norm) <= least * points) | (largest <= least)
+        wild = ~((spectra * points < numbers.max) & (~lost | (largest == 0) | (norm == 0))).all(1)
+    if not wild.all():
+        _by_tiles(problem, images, weight, output, np.flatnonzero(~wild).tolist())
     if dtype == precise:
-        for image in redone:
-            _scaled(problem, images, weight, peaks[image], output, image)
+        for image in np.flatnonzero(wild).tolist():
+            _scaled(problem, images, weight, torch.maximum(-low, high)[image], output, image)
         return
-    spread = _over_channels((high / 2 - low / 2).to(precise) ** 2, norms**2, groups).sqrt()
-    share = _over_channels(images.middle.to(precise), totals, groups).abs()
-    lowest, highest = _range(output)
-    poor = torch.maximum(-lowest, highest) < least_output(ROUNDING) * (WORST * spread + share)
-    redone = torch.nonzero(wild | poor.any(1)).flatten().tolist()
+    spread = np.sqrt(_over_channels((highs / 2 - lows / 2) ** 2, norms**2, groups))
+    share = np.abs(_over_channels(middles, totals, groups))
+    least_values = least_output(ROUNDING) * (WORST * spread + share)
+    lowest, highest = (values.double().numpy(force=True) for values in _range(output))
+    redone = np.flatnonzero(wild | (np.maximum(-lowest, highest) < least_values).any(1)).tolist()
     if redone:
         _by_tiles(problem, images._replace(dtype=precise), weight, output, redone)
 
@@ -219,10 +222,14 @@ def _precise(problem: Problem) -> torch.dtype:
     return torch.float32 if problem.device == "mps" else torch.float64
 
 
-def _over_channels(of_images: Tensor, of_filters: Tensor, groups: int) -> Tensor:
+def _over_channels(of_images: NDArray[Any], of_filters: NDArray[Any], groups: int) -> NDArray[Any]:
     """(N, C), (O, C / groups) -> the sums over channels of their products (N, O)."""
-    pixels, taps = of_images.reshape(len(of_images), groups, -1), of_filters.reshape(groups, -1, of_filters.shape[1])
-    return torch.einsum("ngc,gfc->ngf", pixels, taps).flatten(1)
+    if groups == 1:
+        product: NDArray[Any] = of_images @ of_filters.T
+        return product
+    pixels = of_images.reshape(len(of_images), groups, 1, -1)
+    sums: NDArray[Any] = pixels @ of_filters.reshape(groups, -1, of_filters.shape[1]).swapaxes(1, 2)
+    return sums.reshape(len(of_images), -1)
 
 
 def _scaled(problem: Problem, images: _Images, weight: Tensor, peaks: Tensor, output: Tensor, image: int) -> None:
@@ -261,13 +268,13 @@ class _Blocks(NamedTuple):
 def _blocks(problem: Problem, dtype: torch.dtype, tile: Pair) -> _Blocks:
     groups, depth, each = problem.groups, problem.channels // problem.groups, problem.filters // problem.groups
     most = SPECTRA_BYTES[problem.device] // _spectrum_bytes(tile, dtype)
-    channels = max(1, min(depth, most // 8))
+    channels = max(1, min(depth, most // 10))
     filters = max(1, min(each, most // (4 * channels)))
     together = max(1, min(groups, most // (4 * filters * channels))) if (filters, channels) == (each, depth) else 1
-    images = max(1, min(problem.batch, most // (8 * together * max(filters, channels))))
+    images = max(1, min(problem.batch, most // (14 * together * max(filters, channels))))
     kernels = together * filters * channels
     return _Blocks(
-        together, filters, channels, images, max(3 * kernels, kernels + 3 * together * images * (filters + channels))
+        together, filters, channels, images, max(3 * kernels, kernels + 5 * together * images * (filters + channels))
     )
 
 
@@ -284,33 +291,60 @@ def _by_tiles(problem: Problem, images: _Images, weight: Tensor, output: Tensor,
     middle = images.middle.to(precise)
     if images.exponents is not None:
         middle = _times_power(middle, -images.exponents)
-    share = _over_channels(middle, weight.to(precise).sum((2, 3)), groups).to(images.dtype)
+    totals = weight.to(precise).sum((2, 3)).reshape(groups, each, depth).mT
+    share = (middle.reshape(-1, groups, 1, depth) @ totals).reshape(-1, problem.filters).to(images.dtype)
     taps = weight.reshape(groups, each, *weight.shape[1:])
     for group, some in itertools.product(_ranges(groups, blocks.groups), _ranges(each, blocks.filters)):
-        kept = _kernel_spectra(taps[group, some], tile, images.dtype) if blocks.channels == depth else None
         filters = slice(group.start * each + some.start, (group.stop - 1) * each + some.stop)
+        part = taps[group, some]
+        kernels = _kernel_spectra(part, tile, images.dtype) if blocks.channels == depth else None
         for first, corner in itertools.product(range(0, len(which), blocks.images), _corners(problem, tile)):
             chosen = which[first : first + blocks.images]
-            products: Tensor | None = None
-            for part in _ranges(depth, blocks.channels):
-                channels = slice(group.start * depth + part.start, (group.stop - 1) * depth + part.stop)
-                spectra = images.spectra(chosen, channels, corner, tile)
-                spectra = spectra.reshape(len(chosen), group.stop - group.start, 1, -1, *spectra.shape[2:])
-                kernels = _kernel_spectra(taps[group, some, part], tile, images.dtype) if kept is None else kept
-                for channel in range(part.stop - part.start):
-                    factors = spectra[:, :, :, channel], kernels[:, :, channel]
-                    products = factors[0] * factors[1] if products is None else products.addcmul_(*factors)
-            assert products is not None  # noqa: S101 - there is a channel
-            values = torch.fft.irfft2(products.flatten(1, 2), s=tile)
-            high, wide = (min(_step(problem, tile)[axis], problem.output_size[axis] - corner[axis]) for axis in (0, 1))
-            rows, columns = slice(corner[0], corner[0] + high), slice(corner[1], corner[1] + wide)
-            sums = values[:, :, :high, :wide] + share[_index(chosen), filters, None, None]
-            output[_index(chosen), filters, rows, columns] = sums
+            products = _products(images, chosen, group, corner, tile, part, kernels, blocks.channels)
+            sums = torch.fft.irfft2(products, s=tile)
+            # Only one of these is kept at a time, here and where they are made: they are what takes the memory.
+            del products
+            rows, columns = (
+                slice(start, min(start + step, size))
+                for start, step, size in zip(corner, _step(problem, tile), problem.output_size, strict=True)
+            )
+            sums = sums[:, :, : rows.stop - rows.start, : columns.stop - columns.start]
+            index = _index(chosen)
+            output[index, filters, rows, columns] = sums.add_(share[index, filters, None, None]).to(output.dtype)
+            del sums
+        del kernels
+
+
+def _products(
+    images: _Images,
+    chosen: Sequence[int],
+    group: slice,
+    corner: Pair,
+    tile: Pair,
+    taps: Tensor,
+    kernels: Tensor | None,
+    together: int,
+) -> Tensor:
+    """The spectra (n, G F, ..) of outputs: of a tile of some images, by taps (G, F, C, h, w) or their spectra."""
+    groups, each, depth = taps.shape[:3]
+    products: Tensor | None = None
+    for part in _ranges(depth, together):
+        # Channels of several groups are all taken together.
+        channels = slice(group.start * depth + part.start, (group.stop - 1) * depth + part.stop)
+        spectra = images.spectra(chosen, channels, corner, tile)
+        spectra = spectra.reshape(len(chosen), groups, 1, -1, *spectra.shape[2:])
+        factors = _kernel_spectra(taps[:, :, part], tile, images.dtype) if kernels is None else kernels
+        for channel in range(part.stop - part.start):
+            pixels, weights = spectra[:, :, :, channel], factors[:, :, channel]
+            products = pixels * weights if products is None else products.addcmul_(pixels, weights)
+        del spectra, factors
+    assert products is not None  # noqa: S101 - there is a channel
+    return products.reshape(len(chosen), groups * each, *products.shape[3:])
 
 
 def _kernel_spectra(taps: Tensor, tile: Pair, dtype: torch.dtype) -> Tensor:
-    spectra: Tensor = torch.fft.rfft2(taps.to(dtype), s=tile).conj().resolve_conj()
-    return spectra
+    spectra: Tensor = torch.fft.rfft2(taps.to(dtype), s=tile)
+    return torch.conj_physical_(spectra)
 
 
 def _index(chosen: Sequence[int]) -> slice | list[int]:

@@ -176,7 +176,7 @@ def _flat(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], len
     strides = of_image * itemsize, channels * of_channel * itemsize, itemsize
     flat = as_strided(pixels, (len(pixels), problem.groups, length), strides)
     kernel = problem.kernel_height, problem.kernel_width
-    make = _kept_table if problem.taps <= KEPT_TAPS else _table
+    make = kept_table if problem.taps <= KEPT_TAPS else _table
     table = make(channels, kernel, problem.stride, problem.dilation, of_channel, of_phase, pitch)
     return _Source(flat, pitch, *table)
 
@@ -194,7 +194,7 @@ def _table(
     return offsets.ravel(), int(offsets.max())
 
 
-_kept_table = functools.lru_cache(maxsize=256)(_table)
+kept_table = functools.lru_cache(maxsize=256)(_table)
 """At most 256 times KEPT_TAPS offsets of four bytes."""
 
 
