@@ -10,12 +10,16 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import cache
 from io import BytesIO
 from threading import Lock
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from service.codecs.json import as_array
 
 # matplotlib takes half a second to load: who wants no picture does not wait for it.
 if TYPE_CHECKING:
@@ -112,7 +116,7 @@ def _heading(fields: Mapping[str, Any]) -> str:
 def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dict[str, str | None]) -> bytes:
     with _drawing:
         _find_a_folder()
-        import matplotlib as mpl
+        mpl = _matplotlib()
 
         # Whatever a matplotlibrc says, wherever it lies.
         style: dict[Any, Any] = dict(mpl.rcParamsDefault) | STYLE
@@ -122,6 +126,23 @@ def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dic
         # A figure is thousands of objects that refer to each other in circles, and its canvas.
         gc.collect()
         return picture.getvalue()
+
+
+@cache
+def _matplotlib() -> ModuleType:
+    """matplotlib, loaded, and kept out of Python's search for garbage where the service keeps its other modules out.
+
+    The search holds Python's lock, for 30 ms with all that matplotlib has loaded.
+    """
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure
+    import matplotlib.layout_engine
+    import matplotlib.ticker
+
+    if gc.get_freeze_count():
+        gc.freeze()
+    return matplotlib
 
 
 def _find_a_folder() -> None:
@@ -203,7 +224,7 @@ class Curve(NamedTuple):
 
 
 def _curve(fields: Mapping[str, Any]) -> Curve:
-    losses = np.array(fields["loss_history"], np.float64)
+    losses = as_array(fields["loss_history"]).astype(np.float64)
     losses[~np.isfinite(losses)] = np.nan
     numbers: Sequence[int] | None = fields.get("loss_history_steps")
     steps = np.arange(len(losses)) if numbers is None else np.array(numbers, np.int64) - 1

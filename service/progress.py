@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -122,7 +121,7 @@ class ProgressStream(Response):
             fields = task.result()
             # A history of a million steps takes a while to write.
             seconds = seconds_to_list(fields)
-            return await run_codec(self._request, seconds, partial(self._result, fields), "encode")
+            return await run_codec(self._request, seconds, lambda _: self._result(fields), "encode")
         except ANSWERED as error:
             return self._write("error", bytes(response_to(self._request, error).body))
 

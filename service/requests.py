@@ -12,9 +12,10 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from service.admission import UNCOUNTED, Admission, Share, share_of
 from service.bodies import Bodies, Pieces
-from service.codec_work import predict_decode_seconds, run_codec
-from service.codecs import Buffer, Format
+from service.codec_work import run_codec
+from service.codecs import Buffer, Format, predict_decode_seconds
 from service.codecs.content_coding import decode as without_coding
+from service.codecs.layout import Check
 from service.codecs.options import AnswerOptions, OutputOptions, option_value
 from service.errors import BodyTooLarge, Busy, ClientLeft, FieldError, InvalidRequest
 from service.metrics import Metrics
@@ -230,12 +231,20 @@ def _too_large(size: str, limit: int) -> BodyTooLarge:
 
 
 def _decoded(
-    model: type[Model], served: Format, coding: str | None, body: Buffer, limit: int, options: Mapping[str, Any]
+    model: type[Model],
+    served: Format,
+    coding: str | None,
+    body: Buffer,
+    limit: int,
+    options: Mapping[str, Any],
+    check: Check,
 ) -> Model:
     if coding is not None:
-        body = without_coding(coding, body, limit)
+        body = without_coding(coding, body, limit, check)
     assert served.decode is not None  # noqa: S101 - body_format gives no other
-    return _validated(model, _together(served.decode(body, limit), options, model.ANSWER.__pydantic_fields__.keys()))
+    return _validated(
+        model, _together(served.decode(body, limit, check), options, model.ANSWER.__pydantic_fields__.keys())
+    )
 
 
 def _together(fields: Any, options: Mapping[str, Any], about_answer: KeysView[str]) -> Any:

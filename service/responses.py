@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Mapping
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -92,7 +91,7 @@ class Answerer:
             share.hold_result(int(needed))
         a_number = self._format.seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0)
         seconds = numbers * a_number + seconds_to_list(fields)
-        response = await run_codec(self._request, seconds, partial(self._encoded, fields), "encode")
+        response = await run_codec(self._request, seconds, lambda _: self._encoded(fields), "encode")
         # A reader who takes his time keeps nobody from computing, but he does keep the memory.
         share.leave()
         share.hold_body(0)
@@ -149,7 +148,11 @@ class PartsResponse(Response):
 
 def _in_header(fields: dict[str, Any]) -> str:
     """What the body has no room for, as JSON in ASCII; a series that is too long for a header is left out."""
-    rest = {name: value for name, value in fields.items() if not isinstance(value, np.ndarray)}
+    rest = {
+        name: value
+        for name, value in fields.items()
+        if not (isinstance(value, np.ndarray) or (isinstance(value, list) and 2 * len(value) > MAX_HEADER))
+    }
     if nonfinite := json_format.count_nonfinite(fields):
         rest["nonfinite"] = nonfinite
     written = {name: orjson.dumps(value) for name, value in rest.items()}

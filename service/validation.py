@@ -7,7 +7,8 @@ from typing import Any
 from service.errors import FieldError
 
 MAX_HINTS = 20
-"""Fields that are compared with the known ones; more would only cost time."""
+LONGEST_HINT = 60
+"""Fields that are compared with the known ones, and characters of such a field: more would only cost time."""
 
 SECTIONS = ("body", "query", "path", "header")
 
@@ -34,9 +35,9 @@ def _field_error(error: Mapping[str, Any], field: str, context: Mapping[str, Any
         case "extra_forbidden" if field in known:
             message, got, limit = f'"{field}" came under both of its names: send one', None, "one of them"
         case "extra_forbidden":
-            near = difflib.get_close_matches(field, known, n=1)
+            near = difflib.get_close_matches(field, known, n=1) if len(field) <= LONGEST_HINT else []
             hint = f'; did you mean "{near[0]}"?' if near else ""
-            message, got, limit = f'unknown field "{field[:60]}"{hint}', None, ", ".join(known) or None
+            message, got, limit = f'unknown field "{field[:LONGEST_HINT]}"{hint}', None, ", ".join(known) or None
         case "missing":
             message, got = f'"{field}" is required', None
         case "model_type":

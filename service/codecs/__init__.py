@@ -3,7 +3,6 @@
 To add one, write its file and its lines here.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,30 +25,34 @@ Fields: TypeAlias = Mapping[str, Any]
 UNLIMITED = 1 << 62
 
 
+Decode: TypeAlias = Callable[..., Any]
+"""decode(body, limit, check), of which `check` may be left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """What a media type is read and written by, and how long that takes.
 
-    decode: a body and the most bytes that it may decode to -> the request's fields by name; raises NotParseable,
-    InvalidRequest and BodyTooLarge. encode: an answer -> its parts; raises NotAcceptable where the format cannot hold
-    it. None: not served that way. Seconds are for a byte of the body and a number of the answer, on one core
-    (`benchmarks/formats.py` prints them); infinite where a small body may become a large array, so that nothing can be
-    told from its size. `carries` says what there is of an answer in it. `by_name`: so are the arrays of a body.
-    `headers` go with an answer.
+    decode: a body, the most bytes that it may decode to, and a function that is called meanwhile -> the request's
+    fields by name; raises NotParseable, InvalidRequest and BodyTooLarge, and what that function raises. encode: an
+    answer -> its parts; raises NotAcceptable where the format cannot hold it. None: not served that way.
+    seconds_to_decode: a body and that limit -> the predicted time on one core, from the body's head in a few
+    microseconds. seconds_to_encode: for a number of the answer (`benchmarks/formats.py` measures both). `carries` says
+    what there is of an answer in it. `by_name`: so are the arrays of a body. `headers` go with an answer.
     """
 
-    decode: Callable[[Buffer, int], Any] | None
+    decode: Decode | None
     encode: Callable[[Fields, AnswerOptions], Parts] | None
-    seconds_to_decode: float = 0.0
+    seconds_to_decode: Callable[[Buffer, int], float] = lambda *_: 0.0
     seconds_to_encode: float = 0.0
     carries: str = "the first array alone"
     by_name: bool = False
     headers: Sequence[tuple[bytes, bytes]] = ()
 
 
-def _input(decode: Callable[[Buffer, int], NDArray[Any]]) -> Callable[[Buffer, int], Fields]:
+def _input(decode: Decode) -> Decode:
     """A format of one array carries the input."""
-    return lambda body, limit: {"input": decode(body, limit)}
+    return lambda *arguments: {"input": decode(*arguments)}
 
 
 OTHER_TOOLS_METADATA = "format"
@@ -68,7 +71,7 @@ def _tensors_and_options(body: Buffer, limit: int) -> Fields:
 def arrays_of(fields: Fields) -> dict[str, NDArray[Any]]:
     """The arrays of an answer, lists of numbers (a loss history) among them."""
     series = {
-        name: np.array(value)
+        name: json.as_array(value)
         for name, value in fields.items()
         if isinstance(value, list) and value and isinstance(value[0], (float, int))
     }
@@ -85,31 +88,63 @@ def _picture(fields: Fields, options: AnswerOptions) -> Parts:
 
 ARRAYS = "the arrays by name"
 
-REORDERED = 1e-9
-"""Seconds for a byte of an array that has to be copied, as one in column order has; most are taken as they lie."""
+SECONDS_A_BYTE = 1e-9
+"""Of an array that is taken as it lies, for a look at all its numbers."""
 
 FORMATS: Mapping[str, Format] = {
-    json.MEDIA_TYPE: Format(lambda body, _: json.decode(body), json.encode, 1.2e-9, 25e-9, "everything", by_name=True),
-    npy.MEDIA_TYPE: Format(_input(npy.decode), lambda fields, _: npy.encode(_first_array(fields)), REORDERED),
+    json.MEDIA_TYPE: Format(
+        lambda body, *_: json.decode(body),
+        json.encode,
+        lambda body, _: json.seconds_to_decode(body),
+        25e-9,
+        "everything",
+        by_name=True,
+    ),
+    npy.MEDIA_TYPE: Format(
+        _input(lambda body, limit, *_: npy.decode(body, limit)),
+        lambda fields, _: npy.encode(_first_array(fields)),
+        lambda body, _: npy.seconds_to_decode(body),
+    ),
     npz.MEDIA_TYPE: Format(
-        npz.decode, lambda fields, _: npz.encode(arrays_of(fields)), math.inf, 1.5e-9, ARRAYS, by_name=True
+        npz.decode, lambda fields, _: npz.encode(arrays_of(fields)), npz.seconds_to_decode, 1.5e-9, ARRAYS, by_name=True
     ),
     safetensors.MEDIA_TYPE: Format(
-        _tensors_and_options,
+        lambda body, limit, *_: _tensors_and_options(body, limit),
         lambda fields, _: safetensors.encode(arrays_of(fields)),
-        REORDERED,
+        lambda body, _: SECONDS_A_BYTE * len(body),
         carries=ARRAYS,
         by_name=True,
     ),
-    png.MEDIA_TYPE: Format(
-        _input(png.decode),
-        _picture,
-        math.inf,
-        12e-9,
-    ),
-    jpeg.MEDIA_TYPE: Format(_input(jpeg.decode), None, math.inf),
+    png.MEDIA_TYPE: Format(_input(png.decode), _picture, lambda body, _: png.seconds_to_decode(body), 12e-9),
+    jpeg.MEDIA_TYPE: Format(_input(jpeg.decode), None, lambda body, _: jpeg.seconds_to_decode(body)),
 }
 """What bodies may be and answers can be, the one that is preferred first."""
+
+
+CODINGS: Mapping[str, tuple[float, float, int]] = {
+    "gzip": (5e-9, 5e-9, 1032),
+    "x-gzip": (5e-9, 5e-9, 1032),
+    "deflate": (5e-9, 5e-9, 1032),
+    "zstd": (7e-9, 2e-9, 1 << 15),
+}
+"""Of a content coding: seconds for a compressed byte and for a decompressed one, and how many of these one may make."""
+
+
+SECONDS_A_DECOMPRESSED_BYTE = 5e-9
+"""To decode it, whatever its format."""
+
+
+def predict_decode_seconds(served: Format, coding: str | None, body: Buffer, limit: int) -> float:
+    """The predicted time to undo the content coding of a body and to decode it, on one core.
+
+    What a compressed body becomes is not known: it counts as the most that it may become.
+    """
+    if coding is None:
+        return served.seconds_to_decode(body, limit)
+    a_compressed_byte, a_byte, ratio = CODINGS[coding]
+    size = min(limit, ratio * len(body))
+    return a_compressed_byte * len(body) + (a_byte + SECONDS_A_DECOMPRESSED_BYTE) * size
+
 
 DECODED = tuple(media_type for media_type, served in FORMATS.items() if served.decode)
 ENCODED: Mapping[str, Format] = {media_type: served for media_type, served in FORMATS.items() if served.encode}

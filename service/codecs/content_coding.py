@@ -1,11 +1,13 @@
 """Content codings (RFC 9110, 8.4): bodies that come compressed, and answers for those who ask for them so."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from backports import zstd
 
+from service.codecs.layout import Check, joined, no_check, require_memory
 from service.errors import BodyTooLarge, FieldError, NotParseable
 
 PIECE = 1 << 16
@@ -52,37 +54,48 @@ class Decompressor(Protocol):
         """At most so many bytes of what these, and those kept from before, are decompressed."""
 
 
-def decode(coding: str, content: bytes | bytearray | memoryview, limit: int) -> bytearray:
+def decode(coding: str, content: bytes | bytearray | memoryview, limit: int, check: Check = no_check) -> memoryview:
     """The content as it was before that coding. Raises NotParseable, and BodyTooLarge once it is over the limit."""
     memory = memoryview(content)
     if not memory:
         raise NotParseable(f"the body is empty, which {coding} data never is")
-    decoded = bytearray()
+    decoded: deque[bytes] = deque()
+    size = 0
+    try:
+        for piece in _decompressed(coding, memory, limit):
+            check()
+            size += len(piece)
+            if size > limit:
+                raise _too_large(coding, limit)
+            decoded.append(piece)
+    except (zlib.error, zstd.ZstdError) as error:
+        require_memory(error)
+        raise NotParseable(f"the body is not {coding}: {error}") from error
+    return joined(decoded)
+
+
+def _decompressed(coding: str, memory: memoryview, limit: int) -> Iterator[bytes]:
+    """The content in pieces; the one that goes over the limit is the last that may be asked for."""
     decompressor = DECOMPRESSORS[coding](memory)
     data: bytes | memoryview = b""
     at, members = 0, 1
-    try:
-        while True:
-            if not data and decompressor.needs_input:
-                data, at = memory[at : at + PIECE], at + PIECE
-            piece = decompressor.decompress(data, min(CHUNK, limit - len(decoded) + 1))
-            decoded += piece
-            if len(decoded) > limit:
-                raise _too_large(coding, limit)
-            if decompressor.eof:
-                data = decompressor.unused_data
-                if not data and at >= len(memory):
-                    return decoded
-                members += 1
-                if coding == "deflate" or members > MAX_MEMBERS:
-                    raise NotParseable(f"the body goes on behind {members - 1} ends of {coding} data")
-                decompressor = DECOMPRESSORS[coding](memory)
-            elif not piece and decompressor.needs_input and at >= len(memory):
-                raise NotParseable(f"the body ends before its {coding} data does")
-            else:
-                data = b""
-    except (zlib.error, zstd.ZstdError) as error:
-        raise NotParseable(f"the body is not {coding}: {error}") from error
+    while True:
+        if not data and decompressor.needs_input:
+            data, at = memory[at : at + PIECE], at + PIECE
+        piece = decompressor.decompress(data, min(CHUNK, limit + 1))
+        yield piece
+        if decompressor.eof:
+            data = decompressor.unused_data
+            if not data and at >= len(memory):
+                return
+            members += 1
+            if coding == "deflate" or members > MAX_MEMBERS:
+                raise NotParseable(f"the body goes on behind {members - 1} ends of {coding} data")
+            decompressor = DECOMPRESSORS[coding](memory)
+        elif not piece and decompressor.needs_input and at >= len(memory):
+            raise NotParseable(f"the body ends before its {coding} data does")
+        else:
+            data = b""
 
 
 def encode(coding: str, parts: Parts) -> Parts:
@@ -106,7 +119,9 @@ def _is_worth(compressed: Parts, parts: Parts) -> bool:
 
 def _compressed(coding: str, parts: Parts) -> list[bytes]:
     compressor: Any = zstd.ZstdCompressor(FASTEST) if coding == "zstd" else zlib.compressobj(FASTEST, wbits=GZIP)
-    return [*filter(None, map(compressor.compress, parts)), compressor.flush()]
+    # The output for one part is put together while Python's lock is held.
+    pieces = (memoryview(part)[start : start + CHUNK] for part in parts for start in range(0, len(part), CHUNK))
+    return [*filter(None, map(compressor.compress, pieces)), compressor.flush()]
 
 
 GZIP, ZLIB, RAW = 31, 15, -15

@@ -3,11 +3,13 @@
 import zlib
 from collections.abc import Iterable, Iterator
 
+from service.codecs.layout import Check
+
 STEP = 262_144
 """Bytes that go in, and come out, at a time: zlib copies what it has not come to yet."""
 
 
-def inflated(packed: Iterable[memoryview], window: int, size: int) -> Iterator[bytes]:
+def inflated(packed: Iterable[memoryview], window: int, size: int, check: Check) -> Iterator[bytes]:
     """The pieces, together `size` bytes. Raises zlib.error where more or fewer come out, or bytes are left over."""
     inflater = zlib.decompressobj(window)
     missing = size
@@ -17,6 +19,7 @@ def inflated(packed: Iterable[memoryview], window: int, size: int) -> Iterator[b
                 raise zlib.error("bytes follow the end of the compressed data")
             rest: bytes | memoryview = chunk[start : start + STEP]
             while True:
+                check()
                 piece = inflater.decompress(rest, STEP)
                 missing -= len(piece)
                 if missing < 0:

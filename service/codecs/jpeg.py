@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 
+from service.codecs.layout import Check, joined, no_check
 from service.codecs.pixels import COLOURS, pixels, require_pixels
 from service.codecs.signatures import mismatch
 from service.errors import FieldError, InvalidRequest, NotParseable
@@ -24,6 +25,9 @@ START, END, SCAN = 0xD8, 0xD9, 0xDA
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 """Baseline, extended and progressive, by Huffman's code or by arithmetic: what libjpeg reads."""
 
+PROGRESSIVE = (0xC2, 0xC9, 0xCA)
+"""And those by arithmetic, which take as long."""
+
 OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC8, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)
 """Lossless and hierarchical."""
 
@@ -34,13 +38,22 @@ components are. All others are left out."""
 FRAME = struct.Struct(">BHHB")
 LENGTH = struct.Struct(">H")
 
-FILL = re.compile(rb"\xff+")
+FILL = re.compile(rb"\xff{1,4096}")
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """Ends a scan: not a 255 of its data, nor one of the restarts in them."""
 
 MAX_SEGMENTS = 4096
-MAX_SCANS = 64
-"""Progressive pictures have some ten. Each costs a pass over all pixels, however few bytes it has itself."""
+MAX_SCANS = 20
+"""Progressive pictures have some ten, those of four colours eighteen. Each costs a pass over all pixels, however few
+bytes it has itself."""
+
+USUAL_SCANS = 10
+
+SEGMENTS_BEFORE_FRAME = 64
+"""That are looked through to predict the time."""
+
+SEARCHED = 1 << 18
+"""Bytes of a scan that are searched for its end at a time: meanwhile Python's lock is held."""
 
 
 class Frame(NamedTuple):
@@ -52,7 +65,7 @@ class Frame(NamedTuple):
     components: int
 
 
-def decode(content: bytes | bytearray | memoryview, limit: int) -> NDArray[Any]:
+def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = no_check) -> NDArray[Any]:
     """The picture. Raises NotParseable, BodyTooLarge, and InvalidRequest for one of 12 bits."""
     memory = memoryview(content)
     if bytes(memory[: len(SIGNATURE)]) != SIGNATURE:
@@ -63,10 +76,29 @@ def decode(content: bytes | bytearray | memoryview, limit: int) -> NDArray[Any]:
         raise InvalidRequest(message, errors=[FieldError("input", message, f"{frame.bits} bits", "8 bits")])
     grey = frame.components == 1
     require_pixels(frame.height, frame.width, 1 if grey else COLOURS, limit)
-    return pixels(JpegImageFile, picture, "L" if grey else "RGB")
+    return pixels(JpegImageFile, picture, "L" if grey else "RGB", check)
 
 
-def _looked_through(memory: memoryview) -> tuple[Frame, bytes]:
+def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
+    """The predicted time, from the frame's header; for a progressive picture, that of USUAL_SCANS."""
+    memory = memoryview(content)
+    at = 2
+    try:
+        for _ in range(SEGMENTS_BEFORE_FRAME):
+            marker, start, end = _segment(memory, at)
+            if marker in FRAMES:
+                frame = _frame(memory[start + 2 : end])
+                values = frame.height * frame.width * min(frame.components, COLOURS)
+                if marker in PROGRESSIVE:
+                    return 40e-9 * len(memory) + (4e-9 + 1.7e-9 * USUAL_SCANS) * values
+                return 14e-9 * len(memory) + 4e-9 * values
+            at = end
+    except NotParseable:
+        pass
+    return 14e-9 * len(memory)
+
+
+def _looked_through(memory: memoryview) -> tuple[Frame, memoryview]:
     """The frame's header, and the picture with nothing but what makes up its pixels."""
     parts: list[bytes | memoryview] = [bytes([0xFF, START])]
     frames: list[Frame] = []
@@ -83,8 +115,7 @@ def _looked_through(memory: memoryview) -> tuple[Frame, bytes]:
             frames.append(_frame(memory[start + 2 : end]))
         if marker == SCAN:
             scans += 1
-            found = MARKER.search(memory, end)
-            at = found.start() if found else len(memory)
+            at = _end_of_scan(memory, end)
         if marker in PIXELS:
             parts += [bytes([0xFF, marker]), memory[start:at]]
     else:
@@ -95,12 +126,20 @@ def _looked_through(memory: memoryview) -> tuple[Frame, bytes]:
         )
     if scans > MAX_SCANS:
         raise NotParseable(f"the JPEG picture has {scans:,} scans: at most {MAX_SCANS} are read")
-    return frames[0], b"".join([*parts, bytes([0xFF, END])])
+    return frames[0], joined([*parts, bytes([0xFF, END])])
+
+
+def _end_of_scan(memory: memoryview, at: int) -> int:
+    for start in range(at, len(memory), SEARCHED):
+        # One byte more, for a marker has two.
+        if found := MARKER.search(memory, start, start + SEARCHED + 1):
+            return found.start()
+    return len(memory)
 
 
 def _segment(memory: memoryview, at: int) -> tuple[int, int, int]:
     """The marker there, and where its segment, which begins with its own length, begins and ends."""
-    # Any number of 255s may stand before a marker.
+    # More of its first byte, 255, may stand before a marker.
     fill = FILL.match(memory, at)
     if fill is None and at < len(memory):
         raise NotParseable(f"the JPEG picture is damaged: no segment begins at its byte {at:,}")

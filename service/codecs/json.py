@@ -26,13 +26,28 @@ from service.errors import FieldError, InvalidRequest, NotParseable
 MEDIA_TYPE = "application/json"
 
 MAX_REMAINDER = 1_000_000
-"""Bytes that a body may have beside its arrays and long strings: they become Python objects, twenty times as large."""
+"""Bytes that a body may have beside its arrays and base64."""
+
+MAX_PARTS = 50_000
+"""Lists, objects, names and commas that a body may have there; each array counts as four.
+
+They become Python objects of up to 2 kB and 1 microsecond each, and orjson makes them without letting go of Python's
+lock. A thousand pairs of images with weights, each an object of shape, dtype and data, have 46 thousand.
+"""
+
+MAX_NAMES = 100
+"""Names that one object may have: no request knows as many, and each unknown one is an error of its own."""
 
 TINY = 1024
 """Bytes; orjson alone is done with so few before the scanner has begun."""
 
-SMALL = 65_536
+SMALL = 16_384
 """A faulty body of up to this many bytes is shown to orjson for a better message."""
+
+SECONDS_A_BYTE = 2e-9
+SECONDS_A_PART = 0.5e-6
+COUNTED = 1 << 17
+"""Bytes at the beginning of a text in which brackets, colons and quotes are counted to predict the time."""
 
 SPANS = 64
 USUAL_SIDES = 4
@@ -49,7 +64,10 @@ TOKENS = secrets.randbelow(9 * 10**9) + 10**9
 """Where an array was cut out, a number stands that nobody sends: this one and those after it, times 10^-300."""
 
 PART = 1 << 16
-"""Numbers that are written at a time: other threads can have their turn in between."""
+"""Numbers that are written at a time, in two to five milliseconds: other threads run in between."""
+
+SCANNED = 1 << 20
+"""Bytes of a faulty text that are searched at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +101,25 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
     view = view[: len(view) - scanner.space_behind(text)]
     if not view or view[-1] != CLOSING_BRACE:
         return _other_than_an_object(view)
+    remainder, cut, total = _without_arrays(view)
+    try:
+        value = orjson.loads(remainder)
+    except orjson.JSONDecodeError as error:
+        raise _refused_beside_arrays(view, error) from error
+    value, names = _restored(value, cut)
+    if names != total:
+        _require_unique_names(remainder)
+    return value
+
+
+def _without_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
+    """The text with a number for each array, what each number stands for, and how many names the text has.
+
+    Raises NotParseable, and InvalidRequest once there is too much beside the arrays.
+    """
     pieces: list[bytes | memoryview] = []
     cut: dict[float, object] = {}
-    begin = 0
+    begin = size = 0
     scan = Scan(view)
     while True:
         for span in scan.spans():
@@ -93,32 +127,36 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
             token = b" %de-300 " % (TOKENS + len(cut))
             cut[float(token)] = scan.value(span)
             pieces += (view[begin : span[scanner.BEGIN]], token)
+            size += span[scanner.BEGIN] - begin
             begin = span[scanner.END]
+        if scan.done:
+            size += len(view) - begin
+        if size > MAX_REMAINDER:
+            raise _too_much(f"{MAX_REMAINDER:,} bytes that are neither arrays of numbers nor base64")
+        if scan.parts > MAX_PARTS:
+            raise _too_much(f"{MAX_PARTS:,} lists, objects, names and commas outside of arrays; an array counts as 4")
         if scan.done:
             break
     pieces.append(view[begin:])
-    remainder = b"".join(pieces)
-    if len(remainder) > MAX_REMAINDER:
-        raise InvalidRequest(
-            f"the body has more than {MAX_REMAINDER:,} bytes that are neither arrays of numbers nor base64",
-            errors=[FieldError("(body)", "is not made of arrays", None, f"{MAX_REMAINDER:,} bytes beside arrays")],
-        )
-    try:
-        value = orjson.loads(remainder)
-    except orjson.JSONDecodeError as error:
-        raise _refused_beside_arrays(view, error) from error
-    value, names = _restored(value, cut)
-    if names != scan.names:
-        _require_unique_names(remainder)
-    return value
+    return b"".join(pieces), cut, scan.names
+
+
+def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
+    """The predicted time: that of numbers, and that of lists, objects, names and strings, as if all became objects."""
+    seconds = SECONDS_A_BYTE * len(content)
+    if len(content) > TINY:
+        text = np.frombuffer(memoryview(content)[:COUNTED], np.uint8)
+        text.flags.writeable = False
+        marks = scanner.count_marks(text) * (len(content) / len(text))
+        seconds += SECONDS_A_PART * min(marks, MAX_PARTS)
+    return seconds
 
 
 def encode(fields: Mapping[str, Any], options: AnswerOptions = NO_OPTIONS) -> list[bytes | memoryview]:
     """The fields as one object, in parts: arrays in the form that is asked for, `nonfinite` numbers as null."""
     nonfinite = count_nonfinite(fields)
-    in_parts = options.arrays != "nested" or any(map(_is_large, fields.values()))
     answer = {**fields, "nonfinite": nonfinite} if nonfinite else fields
-    if not in_parts:
+    if options.arrays == "nested" and not any(map(_is_large, fields.values())):
         return [dumps(answer)]
     return _parts({name: _in_form(value, options.arrays) for name, value in answer.items()})
 
@@ -133,8 +171,18 @@ def count_nonfinite(fields: Mapping[str, Any]) -> int:
         elif type(value) is float:
             count += not math.isfinite(value)
         elif type(value) is list and value and type(value[0]) is float:
-            count += sum(not math.isfinite(number) for number in value)
+            count += len(value) - sum(sum(map(math.isfinite, part)) for part in in_parts(value))
     return count
+
+
+def in_parts(values: list[Any]) -> Iterator[list[Any]]:
+    """A list in parts of a few milliseconds each: other threads run in between."""
+    return (values[start : start + PART] for start in range(0, len(values), PART))
+
+
+def as_array(values: list[Any]) -> NDArray[Any]:
+    """A list of numbers as an array, made in parts like those."""
+    return np.concatenate([np.array(part) for part in in_parts(values)]) if values else np.array(values)
 
 
 def _in_form(value: Any, form: str) -> Any:
@@ -157,6 +205,11 @@ def _parts(value: Any) -> list[bytes | memoryview]:
         return [b'"', pybase64.b64encode(value.content), b'"']
     if isinstance(value, np.ndarray):
         return list(_nested(np.ascontiguousarray(value)))
+    if isinstance(value, list) and len(value) > PART:
+        written: list[bytes | memoryview] = []
+        for part in in_parts(value):
+            written += (b"," if written else b"[", memoryview(dumps(part))[1:-1])
+        return [*written, b"]"]
     if not isinstance(value, dict) or not any(map(_is_large, value.values())):
         return [dumps(value)]
     parts: list[bytes | memoryview] = []
@@ -168,6 +221,8 @@ def _parts(value: Any) -> list[bytes | memoryview]:
 def _is_large(value: Any) -> bool:
     if type(value) is np.ndarray:
         return value.size > PART
+    if type(value) is list:
+        return len(value) > PART
     if type(value) is dict:
         return any(map(_is_large, value.values()))
     return type(value) is Base64
@@ -227,6 +282,11 @@ class Scan:
         self.done = False
 
     @property
+    def parts(self) -> int:
+        """How many parts a JSON parser will be left with, as far as the text is scanned."""
+        return int(self._state[scanner.PARTS])
+
+    @property
     def names(self) -> int:
         """How many names stand in the text, as far as it is scanned and left to the JSON parser."""
         return int(self._state[scanner.NAMES])
@@ -240,8 +300,6 @@ class Scan:
             self.done = True
         elif outcome == scanner.MALFORMED:
             raise _malformed(self._view, int(self._state[scanner.AT]))
-        elif outcome == scanner.HARD:
-            self._read_number()
         # Few arrays have more sides, and all columns would take longer than the rest of a small body.
         spans: list[list[int]] = self._spans[:found, : scanner.FIRST_SIDE + USUAL_SIDES].tolist()
         for at, span in enumerate(spans):
@@ -259,15 +317,6 @@ class Scan:
         found = KINDS.get(self._view[span[scanner.OFFSET]], "a number")
         return FaultyArray(span[scanner.CODE], sides, found, span[scanner.GOT], span[scanner.EXPECTED])
 
-    def _read_number(self) -> None:
-        """Read the number that the scanner cannot round."""
-        at = int(self._state[scanner.AT])
-        found = NUMBER.match(self._view, at)
-        number = float(found[0]) if found else math.nan
-        if not found or not math.isfinite(number):
-            raise _malformed(self._view, at)
-        scanner.accept(self._state, self._values, self._counts, number, found.end())
-
 
 KINDS = {ord('"'): "a string", ord("{"): "an object", ord("["): "a list", ord("n"): "null"} | dict.fromkeys(
     b"tf", "a boolean"
@@ -283,10 +332,11 @@ def _restored(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
         node = containers.pop()
         if type(node) is dict:
             names += len(node)
+            if len(node) > MAX_NAMES:
+                raise _too_many_names(len(node))
         for key, entry in node.items() if type(node) is dict else enumerate(node):
             if type(entry) is float:
-                found = cut.get(entry, entry)
-                node[key] = _text(found) if isinstance(found, memoryview) and key != BASE64_FIELD else found
+                node[key] = cut.get(entry, entry)
             elif type(entry) in CONTAINERS:
                 containers.append(entry)
     return root[0], names
@@ -295,11 +345,18 @@ def _restored(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
 CONTAINERS = {dict, list}
 
 
-def _text(string: memoryview) -> str:
-    try:
-        return str(string, "utf-8")
-    except UnicodeDecodeError as error:
-        raise NotParseable(f"the body is not JSON: a string in it is not UTF-8: {error.reason}") from error
+def _too_much(allowed: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the body has more than {allowed}: send large lists of numbers as arrays",
+        errors=[FieldError("(body)", "is not made of arrays", None, allowed)],
+    )
+
+
+def _too_many_names(count: int) -> InvalidRequest:
+    message = (
+        f"an object in the body has {count:,} names: at most {MAX_NAMES} are allowed, and no request knows as many"
+    )
+    return InvalidRequest(message, errors=[FieldError("(body)", message, f"{count:,} names", f"{MAX_NAMES} names")])
 
 
 def _malformed(view: memoryview, at: int) -> NotParseable:
@@ -309,14 +366,25 @@ def _malformed(view: memoryview, at: int) -> NotParseable:
             orjson.loads(view)
         except orjson.JSONDecodeError as error:
             return _refused_by_orjson(view, error)
-    before = bytes(view[:at])
-    line, column = before.count(b"\n") + 1, at - before.rfind(b"\n")
+    line, column = _count(view[:at], b"\n") + 1, at - _last(view[:at], b"\n")
     found = bytes(view[at : at + 20]).decode("utf-8", "replace")
-    open_lists = before.count(b"[") - before.count(b"]")
+    open_lists = _count(view[:at], b"[") - _count(view[:at], b"]")
     what = f"found {found!r}" if found else f"it ends with {open_lists} lists open"
-    if number := NUMBER.match(view, at):
+    if number := NUMBER.match(view[at : at + SMALL]):
         what = f"the number {number[0][:20].decode()} is infinity in float64"
     return NotParseable(f"the body is not JSON: {what}: line {line} column {column} (char {at}){_hint(view, at)}")
+
+
+def _count(view: memoryview, character: bytes) -> int:
+    return sum(bytes(view[start : start + SCANNED]).count(character) for start in range(0, len(view), SCANNED))
+
+
+def _last(view: memoryview, character: bytes) -> int:
+    """Where the last of these characters is; -1 where there is none."""
+    for start in range((len(view) - 1) // SCANNED * SCANNED, -1, -SCANNED):
+        if (found := bytes(view[start : start + SCANNED]).rfind(character)) >= 0:
+            return start + found
+    return -1
 
 
 def _refused_by_orjson(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
@@ -351,7 +419,8 @@ def _require_unique_names(remainder: bytes) -> None:
         return dict(pairs)
 
     try:
-        json.loads(remainder, object_pairs_hook=unique)
+        # Only names matter. Of an integer of thousands of digits Python would raise.
+        json.loads(remainder, object_pairs_hook=unique, parse_int=bool, parse_float=bool)
     except RecursionError as error:
         raise NotParseable("the body's objects and lists are nested too deep") from error
     if repeated:

@@ -6,8 +6,9 @@ Compiled by Numba, so that other threads run meanwhile; twice as fast as simdjso
 go of Python's lock.
 
 Digits are read eight at a time (Lemire, "Quickly parsing eight digits", 2018) and rounded to the nearest float64, ties
-to even, as in Lemire, "Number parsing at a gigabyte per second" (2021). What that cannot tell, a number of more than 19
-digits that may lie halfway between two float64s, is left to Python's float.
+to even, as in Lemire, "Number parsing at a gigabyte per second" (2021). A number of more than 19 digits that could lie
+on either side of the middle between two float64s is compared with that middle in whole numbers of any length (Clinger,
+"How to read floating point numbers accurately", 1990).
 """
 
 from typing import Final
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs.words import (
+    bits_of,
     compiled,
     compiled_in_place,
     eight_bytes,
@@ -34,10 +36,13 @@ SHORT_FAULT = 4096
 """A faulty list of up to this many bytes is left to the JSON parser."""
 
 LONG_STRING = 128
-"""A string of at least this many bytes is cut out as well, unless it is a name."""
+"""A string of at least this many bytes is cut out as well, where it is the value of "data"."""
+
+PARTS_OF_A_SPAN = 4
+"""What is cut out counts as so many parts of the rest: that is what its Python objects cost."""
 
 # What a scan returns.
-DONE, FULL, HARD, MALFORMED = range(4)
+DONE, FULL, MALFORMED = range(3)
 
 # What a span is.
 ARRAY, STRING, FAULT = range(3)
@@ -46,8 +51,8 @@ ARRAY, STRING, FAULT = range(3)
 RAGGED, NOT_A_NUMBER, A_LIST, NOT_A_LIST, TOO_DEEP = range(5)
 
 # The fields of a scanner's state.
-AT, NAMES, SPANS, VALUES, PHASE, START, FIRST, DEPTH, LEAF = range(9)
-STATE_FIELDS = 9
+AT, NAMES, PARTS, SPANS, VALUES, PHASE, START, FIRST, DEPTH, LEAF = range(10)
+STATE_FIELDS = 10
 
 # Where in the text it is: outside of arrays; in one, before a value; in one, behind a value.
 OUTSIDE, BEFORE, BEHIND = range(3)
@@ -62,15 +67,29 @@ SIGNIFICANT_DIGITS = 19
 EXACT = U64(2**53)
 SMALLEST_POWER, LARGEST_POWER = -342, 308
 
+LONGEST_EXPONENT = 10**15
+"""No text has so many digits that an exponent beyond makes a difference."""
+
+DECISIVE_DIGITS = 800
+"""The middle between two float64s has at most 767 digits: of those behind, only whether they are zeros matters."""
+
+WORDS = 48
+"""Words of 64 bits that a whole number of so many digits needs, and a middle brought to the same power of ten."""
+
 
 def _powers_of_five() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The 128 leading bits of 5^q, in two halves; rounded down for q >= 0 and up below, as the algorithm needs them."""
+    """The 128 leading bits of 5^q, in two halves, as the algorithm needs them.
+
+    Rounded down for q >= 0 and up for -27 <= q < 0, where a product may lie exactly between two float64s.
+    """
     high, low = [], []
     for power in range(SMALLEST_POWER, LARGEST_POWER + 1):
         five = 5 ** abs(power)
         bits = five.bit_length()
         if power >= 0:
             leading = five << 128 - bits if bits <= 128 else five >> bits - 128
+        elif power >= -27:
+            leading = (1 << bits + 127) // five + 1
         else:
             leading = (1 << 2 * bits + 128) // five + 1
             leading >>= leading.bit_length() - 128
@@ -81,7 +100,8 @@ def _powers_of_five() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
 
 HIGH, LOW = _powers_of_five()
 TENS = np.array([10.0**power for power in range(23)])
-WHOLE_TENS = np.array([10**power for power in range(9)], np.uint64)
+WHOLE_TENS = np.array([10**power for power in range(SIGNIFICANT_DIGITS + 1)], np.uint64)
+FIVES = np.array([5**power for power in range(28)], np.uint64)
 
 ZEROS = U64(0x3030303030303030)
 PAST_NINE = U64(0x4646464646464646)
@@ -134,9 +154,11 @@ def _rounded(digits, power):
 
 @compiled
 def _of_many_digits(text, at, power):
-    """The number whose first digit is at `at`, of more digits than fit: NaN where those that do not could matter."""
+    """The float64 nearest to the number whose first digit is at `at`, of more digits than a word holds."""
+    start = at
     digits = U64(0)
     taken = dropped = 0
+    more = False
     while text[at] == 46 or 48 <= text[at] <= 57:
         if text[at] != 46:
             if taken < SIGNIFICANT_DIGITS:
@@ -144,9 +166,100 @@ def _of_many_digits(text, at, power):
                 taken += np.int64(digits > 0)
             else:
                 dropped += 1
+                more |= text[at] != 48
         at += 1
-    least = _rounded(digits, power + dropped)
-    return least if least == _rounded(digits + ONE, power + dropped) else np.nan
+    lower = _rounded(digits, power + dropped)
+    if not more:
+        return lower
+    upper = _rounded(digits + ONE, power + dropped)
+    if lower == upper:
+        return lower
+    above = _beyond_middle(text, start, power, bits_of(lower))
+    return upper if above > 0 or (above == 0 and bits_of(lower) & ONE) else lower
+
+
+@compiled
+def _beyond_middle(text, at, power, lower):
+    """Whether the number at `at` is above (1), below (-1) or in (0) the middle between a float64 and the next one.
+
+    `lower` are the bits of the float64. Both sides are made whole numbers by the same powers of five and of two.
+    """
+    number, middle = np.zeros((2, WORDS), np.uint64)
+    digits = U64(0)
+    taken = count = size = 0
+    more = False
+    while text[at] == 46 or 48 <= text[at] <= 57:
+        if text[at] != 46:
+            if taken == DECISIVE_DIGITS:
+                power += 1
+                more |= text[at] != 48
+            else:
+                digits = digits * U64(10) + U64(text[at] - 48)
+                if taken > 0 or digits > 0:
+                    taken += 1
+                    count += 1
+                if count == SIGNIFICANT_DIGITS:
+                    size = _times(number, size, WHOLE_TENS[count], digits)
+                    digits = U64(0)
+                    count = 0
+        at += 1
+    size = _times(number, size, WHOLE_TENS[count], digits)
+    field = np.int64(lower >> U64(52))
+    mantissa = lower & U64(2**52 - 1)
+    if field > 0:
+        mantissa |= U64(2**52)
+    # The middle is (2 * mantissa + 1) * 2^exponent.
+    exponent = max(field, 1) - 1076
+    length = _times(middle, 0, ONE, U64(2) * mantissa + ONE)
+    if power >= 0:
+        size = _times_power_of_five(number, size, power)
+    else:
+        length = _times_power_of_five(middle, length, -power)
+    if exponent >= power:
+        length = _shifted(middle, length, exponent - power)
+    else:
+        size = _shifted(number, size, power - exponent)
+    if size != length:
+        return 1 if size > length else -1
+    for place in range(size - 1, -1, -1):
+        if number[place] != middle[place]:
+            return 1 if number[place] > middle[place] else -1
+    return np.int64(more)
+
+
+@compiled
+def _times(number, size, factor, summand):
+    """Multiply a whole number of `size` words, the lowest first, in place and add to it; how many words it has now."""
+    for place in range(size):
+        low = number[place] * factor
+        high = high_half(number[place], factor)
+        low += summand
+        summand = high + U64(low < summand)
+        number[place] = low
+    if summand > 0:
+        number[size] = summand
+        size += 1
+    return size
+
+
+@compiled
+def _times_power_of_five(number, size, power):
+    while power > 0:
+        step = min(power, len(FIVES) - 1)
+        size = _times(number, size, FIVES[step], U64(0))
+        power -= step
+    return size
+
+
+@compiled
+def _shifted(number, size, bits):
+    """Multiply a whole number by 2^bits in place; how many words it has now."""
+    words = bits >> 6
+    size = _times(number, size, ONE << U64(bits & 63), U64(0))
+    for place in range(size - 1, -1, -1):
+        number[place + words] = number[place]
+    number[:words] = 0
+    return size + words
 
 
 @compiled_in_place
@@ -201,7 +314,7 @@ def _space(text, at):
 
 @compiled_in_place
 def _number(text, at):
-    """Where the number at `at` ends (-1: there is none), and its value (NaN: Python's float has to tell)."""
+    """Where the number at `at` ends (-1: there is none), and its value."""
     negative = text[at] == 45
     at += np.int64(negative)
     first = at
@@ -229,7 +342,7 @@ def _number(text, at):
         begin = at
         exponent = 0
         while 48 <= text[at] <= 57:
-            exponent = min(exponent * 10 + np.int64(text[at]) - 48, 100_000)
+            exponent = min(exponent * 10 + np.int64(text[at]) - 48, LONGEST_EXPONENT)
             at += 1
         if at == begin:
             return -1, 0.0
@@ -269,34 +382,73 @@ def _string_end(text, at):
 
 
 @compiled
-def space_behind(text):
-    """How many bytes of white space a text ends in."""
-    at = len(text) - 1
+def _is_data(text, at):
+    """The string at `at` is the value of "data"."""
+    at = _before_space(text, at)
+    if at < 0 or text[at] != 58:
+        return False
+    at = _before_space(text, at)
+    # A name whose end is spelt like that has a backslash before the quote.
+    return (
+        at > 5
+        and text[at - 5] == 34
+        and text[at - 4] == 100
+        and text[at - 3] == 97
+        and text[at - 2] == 116
+        and text[at - 1] == 97
+        and text[at] == 34
+        and text[at - 6] != 92
+    )
+
+
+@compiled
+def _before_space(text, at):
+    """Where the last character before `at` is that is not white space."""
+    at -= 1
     while at >= 0 and (text[at] == 32 or text[at] == 10 or text[at] == 13 or text[at] == 9):
         at -= 1
-    return len(text) - 1 - at
+    return at
+
+
+@compiled
+def space_behind(text):
+    """How many bytes of white space a text ends in."""
+    return len(text) - 1 - _before_space(text, len(text))
+
+
+@compiled
+def count_marks(text):
+    """How many brackets that open, colons and quotes a text has: more than the values that a parser makes of it."""
+    count = 0
+    for character in text:
+        count += np.int64((character == 34) | (character == 58) | (character == 91) | (character == 123))
+    return count
 
 
 @compiled
 def _list_end(text, at):
-    """Behind the bracket that closes the list which opens at `at` (-1: there is none), and how many names are in it."""
-    depth = names = 0
+    """Behind the bracket that closes the list which opens at `at` (-1: there is none), and its names and parts."""
+    depth = names = parts = 0
     while at < len(text):
         character = text[at]
         if character == 34:
             at, _ = _string_end(text, at + 1)
             if at < 0:
-                return -1, names
+                return -1, names, parts
+        elif character == 44:
+            parts += 1
         elif character == 58:
             names += 1
+            parts += 1
         elif character == 91 or character == 123:
             depth += 1
+            parts += 1
         elif character == 93 or character == 125:
             depth -= 1
             if depth == 0:
-                return at + 1, names
+                return at + 1, names, parts
         at += 1
-    return -1, names
+    return -1, names, parts
 
 
 @compiled
@@ -318,8 +470,7 @@ def _is_other_value(text, at):
 def _array(text, state, values, counts, sides):
     """Read on in the list of numbers that `state` is in.
 
-    Returns DONE behind it, HARD before a number that Python's float must read, MALFORMED at what is no JSON, and
-    -1 - the code of a fault where it is no array of numbers.
+    Returns DONE behind it, MALFORMED at what is no JSON, and -1 - the code of a fault where it is no array of numbers.
     """
     at, phase, depth, leaf, filled = state[AT], state[PHASE], state[DEPTH], state[LEAF], state[VALUES]
     outcome = np.int64(MALFORMED)
@@ -348,10 +499,7 @@ def _array(text, state, values, counts, sides):
                     outcome = -1 - NOT_A_LIST
                     break
                 end, value = _number(text, at)
-                if end < 0:
-                    break
-                if not np.isfinite(value):
-                    outcome = HARD if np.isnan(value) else MALFORMED
+                if end < 0 or np.isinf(value):
                     break
                 values[filled] = value
                 filled += 1
@@ -391,8 +539,9 @@ def scan(text, state, values, counts, sides, spans):
     zeros at first. values: float64, room for n / 2 + 1 numbers. counts, sides: int64 (MAX_DIMENSIONS). spans: int64
     (any, SPAN_FIELDS), filled up to state[SPANS] with what was found.
 
-    Returns DONE, FULL (empty the spans and go on), HARD (write the number at state[AT] to values[state[VALUES]] with
-    `accept` and go on) or MALFORMED: the text is no JSON at state[AT], or ends there.
+    Returns DONE, FULL (empty the spans and go on) or MALFORMED: the text is no JSON at state[AT], or ends there.
+    state[PARTS] is how much a JSON parser will have to do: the lists, objects, names and commas outside of arrays, and
+    PARTS_OF_A_SPAN for each span.
     """
     while True:
         if state[SPANS] == len(spans):
@@ -406,15 +555,19 @@ def scan(text, state, values, counts, sides, spans):
                     if end < 0:
                         state[AT] = at
                         return MALFORMED
-                    if end - at > LONG_STRING and not escapes and text[_space(text, end + 1)] != 58:
+                    if end - at > LONG_STRING and not escapes and _is_data(text, at):
                         _add(spans, state, STRING, at, end + 1)
                     at = end
+                elif character == 44 or character == 123:
+                    state[PARTS] += 1
                 elif character == 58:
                     state[NAMES] += 1
+                    state[PARTS] += 1
                 elif character == 91:
                     inside = _space(text, at + 1)
                     if text[inside] != 123:
                         break
+                    state[PARTS] += 1
                 at += 1
                 if state[SPANS] == len(spans):
                     state[AT] = at
@@ -430,6 +583,8 @@ def scan(text, state, values, counts, sides, spans):
         if outcome > DONE:
             return outcome
         flat_and_short = outcome == DONE and state[LEAF] == 0 and sides[0] <= SHORT_LIST
+        if flat_and_short:
+            state[PARTS] += 1
         if outcome == DONE and not flat_and_short:
             span = _add(spans, state, ARRAY, state[START], state[AT])
             spans[span, OFFSET] = state[FIRST]
@@ -437,7 +592,7 @@ def scan(text, state, values, counts, sides, spans):
         else:
             state[VALUES] = state[FIRST]
         if outcome < DONE:
-            end, names = _list_end(text, state[START])
+            end, names, parts = _list_end(text, state[START])
             if end < 0:
                 state[AT] = len(text)
                 return MALFORMED
@@ -445,6 +600,7 @@ def scan(text, state, values, counts, sides, spans):
                 _add_fault(spans, state, -1 - outcome, counts, sides, end)
             else:
                 state[NAMES] += names
+                state[PARTS] += parts
             state[AT] = end
         state[PHASE] = OUTSIDE
 
@@ -453,6 +609,7 @@ def scan(text, state, values, counts, sides, spans):
 def _add(spans, state, kind, begin, end):
     span = state[SPANS]
     state[SPANS] += 1
+    state[PARTS] += PARTS_OF_A_SPAN
     spans[span, KIND], spans[span, BEGIN], spans[span, END] = kind, begin, end
     return span
 
@@ -473,12 +630,3 @@ def _add_fault(spans, state, code, counts, sides, end):
     spans[span, EXPECTED] = sides[depth + 1] if code == NOT_A_LIST else sides[depth]
     # A row is at fault as a whole where it is ragged, and the entry in it otherwise.
     _put_sides(spans, span, counts, depth if code == RAGGED else depth + 1)
-
-
-@compiled
-def accept(state, values, counts, value, end):
-    """Take a number that Python's float has read, up to `end`, and stand behind it."""
-    values[state[VALUES]] = value
-    state[VALUES] += 1
-    counts[state[DEPTH]] += 1
-    state[AT], state[PHASE] = end, BEHIND

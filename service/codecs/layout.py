@@ -4,14 +4,24 @@ A shape is a claim until its bytes are there. Sizes are Python integers, which d
 allocated for them before they are held against a limit.
 """
 
+import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import BodyTooLarge, FieldError, InvalidRequest
+
+Check: TypeAlias = Callable[[], object]
+"""Called at least every 0.1 seconds of a long decoding; what it raises ends the decoding."""
+
+
+def no_check() -> None:
+    """Let the decoding go on."""
+
 
 DTYPES = ("float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
@@ -19,6 +29,9 @@ MAX_DIMENSIONS = 32
 """numpy itself goes to 64, with more it raises."""
 
 MAX_NAME = 60
+
+OUT_OF_MEMORY = re.compile("Error -4|not enough memory|out of memory")
+"""How zlib, zstd and Pillow report it."""
 
 MANY = 10**18
 """Sizes beyond are not written out: they may have hundreds of digits."""
@@ -68,6 +81,29 @@ def laid_over(
     """
     array = np.frombuffer(memory, dtype).reshape(shape, order="F" if fortran_order else "C")
     return np.require(array, dtype.newbyteorder("="), ["C", "A"])
+
+
+def joined(parts: Iterable[bytes | memoryview]) -> memoryview:
+    """Copy the parts into one place, without Python's lock: b"".join would hold it for 70 ms where they are 64 MB.
+
+    Parts that nothing else refers to are freed as they are copied.
+    """
+    left = deque(part for part in parts if part)
+    if len(left) == 1:
+        return memoryview(left[0])
+    together = np.empty(sum(map(len, left)), np.uint8)
+    at = 0
+    while left:
+        part = np.frombuffer(left.popleft(), np.uint8)
+        together[at : at + len(part)] = part
+        at += len(part)
+    return together.data
+
+
+def require_memory(error: Exception) -> None:
+    """Raise MemoryError if that is what a library's own error means."""
+    if OUT_OF_MEMORY.search(str(error)):
+        raise MemoryError(str(error)) from error
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs import npy
 from service.codecs.inflate import inflated
-from service.codecs.layout import require_room, short, shown
+from service.codecs.layout import Check, no_check, require_memory, require_room, short, shown
 from service.codecs.signatures import mismatch
 from service.errors import NotAcceptable, NotParseable
 
@@ -68,7 +69,7 @@ class Member(NamedTuple):
         return shown(self.name.decode("utf-8", "replace"))
 
 
-def decode(content: bytes | bytearray | memoryview, limit: int) -> dict[str, NDArray[Any]]:
+def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = no_check) -> dict[str, NDArray[Any]]:
     """The arrays by name; those of stored members are views of the content where npy.decode can make them that.
 
     The limit is on all of the members together, their .npy headers included.
@@ -78,11 +79,22 @@ def decode(content: bytes | bytearray | memoryview, limit: int) -> dict[str, NDA
     require_room(sum(member.size for member in members.values()), limit, "what the archive holds", "(body)")
     arrays = {}
     for name, (member, packed) in zip(members, _packed(memory[:end], list(members.values())), strict=True):
-        file = _stored(member, packed) if member.method == STORED else _inflated(member, packed)
+        file = _stored(member, packed) if member.method == STORED else _inflated(member, packed, check)
         if zlib.crc32(file) != member.crc:
             raise NotParseable(f"{member.file} in the archive is damaged: its CRC is not what the archive says")
         arrays[name] = npy.decode(file, limit, field=short(name), source=f"{member.file} in the archive")
     return arrays
+
+
+def seconds_to_decode(content: bytes | bytearray | memoryview, limit: int) -> float:
+    """The predicted time, from the archive's directory: stored members are checked, deflated ones inflated."""
+    memory = memoryview(content)
+    try:
+        members, _ = _directory(memory)
+    except NotParseable:
+        return 0.0
+    inflated_bytes = sum(member.size for member in members.values() if member.method == DEFLATED)
+    return 1e-9 * len(memory) + 6e-9 * min(inflated_bytes, limit)
 
 
 def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
@@ -212,18 +224,20 @@ def _stored(member: Member, packed: memoryview) -> memoryview:
     return packed
 
 
-def _inflated(member: Member, packed: memoryview) -> bytearray:
+def _inflated(member: Member, packed: memoryview, check: Check) -> memoryview:
     """The member's bytes; never more than it declares, and nothing is allocated for what deflate cannot hold."""
     if member.size > MAX_RATIO * len(packed):
         raise NotParseable(
             f"{member.file} in the archive cannot be {member.size:,} bytes: {len(packed):,} deflated ones hold fewer"
         )
-    file = bytearray(member.size)
+    # Not a bytearray, which Python fills with zeros while it holds its lock.
+    file = np.empty(member.size, np.uint8).data
     filled = 0
     try:
-        for piece in inflated([packed], -zlib.MAX_WBITS, member.size):
+        for piece in inflated([packed], -zlib.MAX_WBITS, member.size, check):
             file[filled : filled + len(piece)] = piece
             filled += len(piece)
     except zlib.error as error:
+        require_memory(error)
         raise NotParseable(f"{member.file} in the archive is damaged: {error}") from error
     return file

@@ -9,13 +9,13 @@ takes two and a half times the memory that it takes in the end.
 import io
 import struct
 import zlib
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.ImageFile import ImageFile
 
-from service.codecs.layout import require_room
+from service.codecs.layout import Check, require_memory, require_room
 from service.errors import FieldError, InvalidRequest, NotParseable
 
 COLOURS = 3
@@ -23,15 +23,15 @@ COLOURS = 3
 MAX_SIDE = 1_000_000
 """Pillow keeps a pointer for every line, eight times what a line of one pixel is."""
 
-STRIP = 2**20
-"""Pixels that are taken out of a picture at a time, so that there is no second copy of the whole."""
+STRIP = 2**18
+"""Pixels that are taken out of a picture at a time: there is no second copy of the whole, and Python's lock, which
+Pillow holds for it, is held for a millisecond."""
 
 PILLOW_ERRORS = (
     ArithmeticError,
     AttributeError,
     EOFError,
     LookupError,
-    MemoryError,
     OSError,
     struct.error,
     SyntaxError,
@@ -52,13 +52,42 @@ def require_pixels(height: int, width: int, bytes_a_pixel: int, limit: int) -> N
         raise InvalidRequest(message, errors=[FieldError("input", message, size, allowed)])
 
 
-def pixels(reader: type[ImageFile], picture: bytes, mode: Literal["L", "I;16", "RGB"]) -> NDArray[Any]:
+class _File(io.RawIOBase):
+    """A picture in memory as a file, which is not copied first as io.BytesIO does."""
+
+    def __init__(self, content: memoryview, check: Check) -> None:
+        self._content = content
+        self._check = check
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._content)}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._check()
+        part = self._content[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def pixels(
+    reader: type[ImageFile], picture: memoryview, mode: Literal["L", "I;16", "RGB"], check: Check
+) -> NDArray[Any]:
     """The picture as (H, W), or as (3, H, W) where the mode is RGB. Raises NotParseable where Pillow cannot read it."""
     try:
-        opened = reader(io.BytesIO(picture))
+        opened = reader(cast("IO[bytes]", _File(picture, check)))
         opened.load()
         return _taken_out(opened, mode)
     except PILLOW_ERRORS as error:
+        require_memory(error)
         raise NotParseable(f"the body is a damaged {reader.format} picture: {error}") from error
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
 from service.codecs.inflate import inflated
-from service.codecs.pixels import COLOURS, pixels, require_pixels
+from service.codecs.layout import Check, joined, no_check, require_memory
+from service.codecs.pixels import COLOURS, MAX_SIDE, pixels, require_pixels
 from service.codecs.signatures import mismatch
 from service.errors import NotAcceptable, NotParseable
 
@@ -31,11 +32,14 @@ CRC = struct.Struct(">I")
 PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 """The chunks that make up the picture; all others are left out, as far as they may be."""
 
-MAX_CHUNKS = 65_536
-"""libpng writes chunks of 8 KiB: 512 MiB of them."""
+MAX_CHUNKS, BYTES_A_CHUNK = 4096, 256
+"""A picture may have so many chunks, and one more for every so many of its bytes: libpng writes chunks of 8 KiB."""
 
 GREY, COLOUR, PALETTE, GREY_AND_ALPHA, COLOUR_AND_ALPHA = 0, 2, 3, 4, 6
 BYTES_A_PIXEL = {"L": 1, "I;16": 2, "RGB": COLOURS}
+BYTES_WITH_ALPHA = 4
+"""That Pillow keeps for a pixel of grey with alpha, of which one is left."""
+
 SAMPLES = {GREY: 1, COLOUR: 3, PALETTE: 1, GREY_AND_ALPHA: 2, COLOUR_AND_ALPHA: 4}
 DEPTHS = {
     GREY: (1, 2, 4, 8, 16),
@@ -47,6 +51,9 @@ DEPTHS = {
 
 PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 """Of an interlaced picture: the first row and column of each pass, and the steps between its rows and columns."""
+
+PIECE = 1 << 20
+"""Bytes that are compressed at a time, each to a chunk of its own."""
 
 UP = 2
 """The filter that stores the difference from the line above: one subtraction of whole planes."""
@@ -82,7 +89,7 @@ class Header(NamedTuple):
         return size
 
 
-def decode(content: bytes | bytearray | memoryview, limit: int) -> NDArray[Any]:
+def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = no_check) -> NDArray[Any]:
     """The picture. Raises NotParseable, BodyTooLarge, and InvalidRequest for one with a side too long."""
     memory = memoryview(content)
     if bytes(memory[: len(SIGNATURE)]) != SIGNATURE:
@@ -91,7 +98,8 @@ def decode(content: bytes | bytearray | memoryview, limit: int) -> NDArray[Any]:
     for kind, chunk in _chunks(memory):
         chunks[kind].append(chunk)
     header = _header(chunks[b"IHDR"][0])
-    require_pixels(header.height, header.width, BYTES_A_PIXEL[header.mode], limit)
+    bytes_a_pixel = BYTES_WITH_ALPHA if header.colour == GREY_AND_ALPHA else BYTES_A_PIXEL[header.mode]
+    require_pixels(header.height, header.width, bytes_a_pixel, limit)
     if header.colour == PALETTE:
         _require_palette(chunks[b"PLTE"])
     else:
@@ -99,10 +107,26 @@ def decode(content: bytes | bytearray | memoryview, limit: int) -> NDArray[Any]:
         chunks[b"PLTE"] = []
     try:
         # Pillow would fill up with black what is missing.
-        deque(inflated((_said(chunk) for chunk in chunks[b"IDAT"]), zlib.MAX_WBITS, header.size), maxlen=0)
+        deque(inflated((_said(chunk) for chunk in chunks[b"IDAT"]), zlib.MAX_WBITS, header.size, check), maxlen=0)
     except zlib.error as error:
+        require_memory(error)
         raise NotParseable(f"the PNG picture is damaged: {error}") from error
-    return pixels(PngImageFile, SIGNATURE + b"".join(chain.from_iterable(chunks.values())), header.mode)
+    return pixels(PngImageFile, joined([SIGNATURE, *chain.from_iterable(chunks.values())]), header.mode, check)
+
+
+def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
+    """The predicted time, from the header: lines are inflated twice, pixels written and reordered."""
+    memory = memoryview(content)
+    at = len(SIGNATURE) + CHUNK.size
+    if len(memory) < at + HEADER.size:
+        return 0.0
+    header = Header(*HEADER.unpack_from(memory, at))
+    if header.colour not in SAMPLES:
+        return 0.0
+    pixels = header.width * header.height
+    lines = header.height * (2 if header.interlaced else 1)
+    decoded = pixels * BYTES_A_PIXEL[header.mode]
+    return 4e-9 * (len(memory) + header.size) + 7e-9 * decoded + 1e-7 * min(lines, 2 * MAX_SIDE)
 
 
 def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryview]:
@@ -130,13 +154,15 @@ def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryvie
     lines = values if planes.ndim == 2 else np.moveaxis(values, 0, 2).reshape(height, -1)
     colour = GREY if planes.ndim == 2 else COLOUR
     header = HEADER.pack(width, height, 8, colour, 0, 0, 0)
-    return [SIGNATURE, *_chunk(b"IHDR", header), *_chunk(b"IDAT", _deflated(lines)), *_chunk(b"IEND", b"")]
+    data = chain.from_iterable(_chunk(b"IDAT", piece) for piece in _deflated(lines) if piece)
+    return [SIGNATURE, *_chunk(b"IHDR", header), *data, *_chunk(b"IEND", b"")]
 
 
 def _chunks(memory: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """The chunks that make up the picture, by their kind."""
     at = len(SIGNATURE)
-    for _ in range(MAX_CHUNKS):
+    most = MAX_CHUNKS + len(memory) // BYTES_A_CHUNK
+    for _ in range(most):
         length, kind = CHUNK.unpack_from(memory, at) if at + CHUNK.size <= len(memory) else (0, b"")
         end = at + CHUNK.size + length + CRC.size
         if end > len(memory):
@@ -154,7 +180,7 @@ def _chunks(memory: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         if kind == b"IEND":
             break
     else:
-        raise NotParseable(f"the PNG picture has more than {MAX_CHUNKS:,} chunks")
+        raise NotParseable(f"the PNG picture of {len(memory):,} bytes has more than {most:,} chunks")
     if at != len(memory):
         raise NotParseable(f"the PNG picture has {len(memory) - at:,} bytes behind its end")
 
@@ -208,7 +234,7 @@ def _scaled(planes: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     return scaled
 
 
-def _deflated(lines: NDArray[np.uint8]) -> bytes:
+def _deflated(lines: NDArray[np.uint8]) -> Iterator[bytes]:
     """Three times as fast as zlib's quickest level for pictures of edges, and smaller: repeats are looked for in runs.
 
     Longer ones are rare in pictures once each line stands as the difference from the line above.
@@ -218,7 +244,10 @@ def _deflated(lines: NDArray[np.uint8]) -> bytes:
     filtered[0, 1:] = lines[0]
     np.subtract(lines[1:], lines[:-1], out=filtered[1:, 1:])
     deflater = zlib.compressobj(1, strategy=zlib.Z_RLE)
-    return deflater.compress(filtered.data) + deflater.flush()
+    rows = max(1, PIECE // filtered.shape[1])
+    for top in range(0, len(filtered), rows):
+        yield deflater.compress(filtered[top : top + rows].data)
+    yield deflater.flush()
 
 
 def _chunk(kind: bytes, said: bytes) -> list[bytes | memoryview]:

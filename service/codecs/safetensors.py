@@ -18,8 +18,11 @@ from service.errors import FieldError, InvalidRequest, NotParseable
 
 MEDIA_TYPE = "application/x-safetensors"
 
-MAX_HEADER = 262_144
+MAX_HEADER = 65_536
+"""Bytes: four times what as many tensors need. Python's lock is held while the header is parsed."""
+
 MAX_TENSORS = 256
+MAX_OPTIONS = 100
 METADATA = "__metadata__"
 
 NAMES = {
@@ -50,6 +53,8 @@ def decode(content: bytes | bytearray | memoryview, limit: int) -> dict[str, NDA
     memory = memoryview(content)
     header, start = _header(memory)
     options = _options(header.pop(METADATA, {}))
+    if len(options) > MAX_OPTIONS:
+        raise NotParseable(f"the safetensors {METADATA} has {len(options):,} entries: at most {MAX_OPTIONS} are read")
     if len(header) > MAX_TENSORS:
         raise NotParseable(f"the safetensors header has {len(header):,} tensors: at most {MAX_TENSORS} are read")
     for name in options.keys() & header.keys():

@@ -78,3 +78,13 @@ def float_of(context: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], ir.DoubleType())
 
     return types.float64(types.uint64), cast
+
+
+@intrinsic
+def bits_of(context: Any, number: Any) -> Any:
+    """The bits of this float64."""
+
+    def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.uint64(types.float64), cast

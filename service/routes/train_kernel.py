@@ -56,9 +56,15 @@ DOCUMENT_HEADERS = [
 SERVED: Mapping[str, Format] = {
     **{media_type: served for media_type, served in ENCODED.items() if media_type != png.MEDIA_TYPE},
     SVG: Format(
-        None, lambda fields, _: [loss_curve.svg(fields)], 0, SECONDS_TO_DRAW, carries=CURVE, headers=DOCUMENT_HEADERS
+        None,
+        lambda fields, _: [loss_curve.svg(fields)],
+        seconds_to_encode=SECONDS_TO_DRAW,
+        carries=CURVE,
+        headers=DOCUMENT_HEADERS,
     ),
-    png.MEDIA_TYPE: Format(None, lambda fields, _: [loss_curve.png(fields)], 0, SECONDS_TO_DRAW, carries=CURVE),
+    png.MEDIA_TYPE: Format(
+        None, lambda fields, _: [loss_curve.png(fields)], seconds_to_encode=SECONDS_TO_DRAW, carries=CURVE
+    ),
     EVENT_STREAM: Format(None, None, carries=EVENTS),
     NDJSON: Format(None, None, carries=EVENTS + ", one a line"),
 }

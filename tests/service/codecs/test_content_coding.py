@@ -84,7 +84,7 @@ def test_the_limit_is_exact(coding: str, compress: Compress, content: bytes) -> 
 
 @by_every_coder
 def test_nothing_compressed_is_nothing(coding: str, compress: Compress) -> None:
-    assert decode(coding, compress(b""), 0) == b""
+    assert bytes(decode(coding, compress(b""), 0)) == b""
 
 
 @by_every_coder
@@ -110,7 +110,7 @@ def test_members_behind_each_other_are_one_body(coding: str, compress: Compress,
 
 def test_zstds_skippable_frames_are_skipped() -> None:
     skippable = (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"abc"
-    assert decode("zstd", zstd.compress(b"one") + skippable + zstd.compress(b"two"), LIMIT) == b"onetwo"
+    assert decode("zstd", zstd.compress(b"one") + skippable + zstd.compress(b"two"), LIMIT).tobytes() == b"onetwo"
 
 
 def test_deflate_has_one_member_only() -> None:

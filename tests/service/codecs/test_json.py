@@ -2,12 +2,14 @@
 
 import json as standard
 import struct
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -77,6 +79,45 @@ def test_halfway_numbers_round_to_even(digits: str) -> None:
     for spelt in (digits, digits + "." + "0" * 30 if "." not in digits else digits, f"-{digits}"):
         text = an_input(f"[[{', '.join([spelt] * 100)}]]")
         assert set(scanned(text)["input"].ravel().tolist()) == {float(spelt)}
+
+
+def middle(bits: int) -> str:
+    """The number exactly between two float64s, the lower of which has these bits, in all its digits."""
+    lower, upper = (Fraction(struct.unpack("<d", struct.pack("<Q", pattern))[0]) for pattern in (bits, bits + 1))
+    exact = (lower + upper) / 2
+    with localcontext(prec=1200):
+        digits = Decimal(exact.numerator) / Decimal(exact.denominator)
+    return f"{digits:e}"
+
+
+@settings(max_examples=2000)
+@given(
+    bits=st.one_of(
+        st.integers(0, 0x7FEFFFFFFFFFFFFE),
+        st.integers(0, 2**52),
+        st.integers(1, 2**63).map(lambda whole: struct.unpack("<Q", struct.pack("<d", float(whole)))[0]),
+    ),
+    zeros=st.integers(0, 30),
+    kept=st.integers(17, 800),
+)
+@example(bits=0, zeros=0, kept=800)
+@example(bits=0x7FEFFFFFFFFFFFFE, zeros=0, kept=800)
+def test_numbers_between_two_floats_are_rounded_as_by_pythons_float(bits: int, zeros: int, kept: int) -> None:
+    """Exactly in the middle, above and below it by one unit of a digit far behind, and the middle cut off anywhere."""
+    digits, _, exponent = middle(bits).partition("e")
+    digits = digits if "." in digits else f"{digits}."
+    below = str(int(digits.replace(".", "")) * 10 - 1)
+    spelt = [f"{digits}{'0' * zeros}", f"{digits}{'0' * zeros}1", f"{below[0]}.{below[1:]}", digits[: kept + 1] + "0"]
+    texts = [f"{text.removesuffix('.')}e{exponent}" for text in spelt if not text.endswith(".")]
+    if len(below) == len(digits) - 1 and below[0] == digits[0]:
+        texts.append(f"{below[0]}.{below[1:]}e{exponent}")
+    got = scanned(an_input(f"[{', '.join(texts * 40)}]"))["input"]
+    assert got.tobytes() == np.array(list(map(float, texts * 40))).tobytes()
+
+
+def test_an_exponent_may_be_as_long_as_the_digits_that_it_makes_up_for() -> None:
+    text = f"0.{'0' * 150_000}1e150001, 1{'0' * 150_000}e-150000, " + "1, " * 100 + "1"
+    assert set(scanned(an_input(f"[{text}]"))["input"].tolist()) == {1.0}
 
 
 JSON = st.recursive(
@@ -198,6 +239,26 @@ def test_arrays_of_up_to_32_dimensions() -> None:
     assert scanned(an_input(f"[{text}]"))["input"].fault == json_arrays.TOO_DEEP
 
 
+def test_a_thousand_pairs_of_described_arrays_are_not_too_much() -> None:
+    described = {"shape": [28, 28], "dtype": "uint8", "data": "A" * 1048}
+    pair = {"input": described, "target": described, "weights": described}
+    pairs = scanned(standard.dumps({"pairs": [pair] * 1000}))["pairs"]
+    assert len(pairs) == 1000
+    assert bytes(pairs[999]["weights"]["data"]) == b"A" * 1048
+
+
+def test_an_object_has_few_names() -> None:
+    few = {f"x{number}": 1 for number in range(json.MAX_NAMES)}
+    assert scanned(standard.dumps({"a": few}).ljust(json.TINY)) == {"a": few}
+    with pytest.raises(InvalidRequest, match="101 names"):
+        scanned(standard.dumps({"a": {**few, "y": 1}}).ljust(json.TINY))
+
+
+def test_a_long_integer_beside_a_name_that_comes_twice() -> None:
+    with pytest.raises(InvalidRequest, match="more than once"):
+        scanned(f'{{"a": {"1" * 5000}e-5000, "a": 1, "b": {"1" * 300}}}'.ljust(json.TINY))
+
+
 def test_what_is_no_array_must_be_small() -> None:
     with pytest.raises(InvalidRequest, match="neither arrays"):
         scanned(an_input(f"[{', '.join(['{}'] * 600_000)}]"))
@@ -224,6 +285,28 @@ def test_large_arrays_are_written_in_parts_that_make_the_same(shape: tuple[int, 
     assert len(parts) > 1
     assert max(map(len, parts)) < 30 * json.PART
     assert b"".join(parts) == orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def test_long_lists_are_written_in_parts_and_what_is_not_finite_in_them_is_counted() -> None:
+    losses = np.random.default_rng(1).normal(size=100_001).tolist()
+    losses[70_000] = float("inf")
+    parts = json.encode({"loss_history": losses, "steps": 3})
+    assert max(map(len, parts)) < 30 * json.PART
+    assert standard.loads(b"".join(parts)) == {
+        "loss_history": [*losses[:70_000], None, *losses[70_001:]],
+        "steps": 3,
+        "nonfinite": 1,
+    }
+    assert json.as_array(losses).tolist() == losses
+
+
+def test_a_long_string_is_a_view_of_the_body_only_as_data() -> None:
+    long = "A" * 200
+    text = f'{{"data" : "{long}", "x": {{"data":"{long}", "kernel": "{long}", "x\\"data": "{long}"}}}}'
+    read = scanned(text)
+    assert isinstance(read["data"], memoryview)
+    assert isinstance(read["x"]["data"], memoryview)
+    assert read["x"]["kernel"] == read["x"]['x"data'] == long
 
 
 @pytest.mark.parametrize("form", ["base64", "flat"])

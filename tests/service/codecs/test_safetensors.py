@@ -137,7 +137,7 @@ def test_45_a_long_header_is_refused_by_its_length(length: int) -> None:
     assert peak(lambda: refused(decode, content)) < 100_000
     error = refused(decode, content)
     assert isinstance(error, NotParseable)
-    assert f"the safetensors header is {length:,} bytes long: at most 262,144 are read" in error.detail
+    assert f"the safetensors header is {length:,} bytes long: at most 65,536 are read" in error.detail
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_an_entry_is_a_dtype_a_shape_and_two_offsets(entry: object) -> None:
         (file(b"\xef\xbb\xbf{}"), "is not JSON"),
         (file("{}".encode("utf-16")), "is not JSON"),
         (file(b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}"), "the safetensors header"),
-        (file(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "is not JSON"),
+        (file(b'{"a": ' + b"[" * 30_000 + b"]" * 30_000 + b"}"), "is not JSON"),
         (file(b'{"a": ' + b"9" * 5000 + b"}"), "is not JSON"),
     ],
 )
