@@ -9,8 +9,9 @@ tensor([[19., 25.],
 from core.conv2d import conv2d, conv2d_problem
 from core.correlate import correlate
 from core.device import available_devices, describe_devices, resolve_device, usable_cores, usable_memory
-from core.engines import ENGINES, Choice, Method, Result, choose, prepare
+from core.engines import ENGINES, IN_CALLING_THREAD, Choice, Method, Result, choose, prepare
 from core.engines.pipelines import compiled_only
+from core.engines.slices import Check
 from core.errors import (
     CoreError,
     Cost,
@@ -36,9 +37,11 @@ from core.shapes import Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
     "ENGINES",
+    "IN_CALLING_THREAD",
     "KERNELS",
     "Boundary",
     "Candidate",
+    "Check",
     "Choice",
     "CoreError",
     "Cost",

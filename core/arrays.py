@@ -1,7 +1,7 @@
 """Array-likes -> tensors of the dtype and device that were asked for."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +23,17 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.f
 Array: TypeAlias = Tensor | NDArray[Any]
 """What engines compute on: numpy's arrays or torch's tensors. On the CPU each is a view of the other."""
 
-Solve: TypeAlias = Callable[[Array, Any, Array | None], Array]
-"""A convolution: images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> output (N, O, oh, ow).
 
-Arrays on the CPU are numpy's as `as_array` makes them. The weight may be what the engine itself has made of one.
-"""
+class Solve(Protocol):
+    """A convolution: images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> output (N, O, oh, ow).
+
+    The output is written into `out`, if there is one, which may be a part of a larger array; a new one is row-major.
+    Arrays on the CPU are numpy's as `as_array` makes them. The weight may be what the engine itself has made of one.
+    """
+
+    def __call__(self, images: Array, weight: Any, bias: Array | None, out: Array | None = None, /) -> Array:
+        """Compute it."""
+
 
 AnyArray = TypeVar("AnyArray", Tensor, NDArray[Any], Array)
 """Either, the same one in and out."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from core.arrays import AnyArray, ArrayLike, as_array, as_shaped
 from core.device import device_for
 from core.engines import ALL, Method, Result, solve
+from core.engines.slices import Check
 from core.errors import InvalidShape
 from core.limits import Limits
 from core.machine import Machine
@@ -37,13 +38,14 @@ def conv2d(
     limits: Limits | None = None,
     machine: Machine | None = None,
     engines: tuple[str, ...] = ALL,
+    check: Check | None = None,
 ) -> Result:
     """torch.nn.functional.conv2d with torch.nn.Conv2d's padding modes.
 
     input (N, C, H, W), (C, H, W) or (H, W); weight (O, C/groups, h, w), or (h, w) for one channel in and one out; bias
     (O). The output has the input's rank; one plane under several filters gives (O, oh, ow). `padding` is an integer,
     (rows, columns), (top, bottom, left, right), "valid", or "same" by TensorFlow's rule where the stride is not 1.
-    `machine` and `engines` as for correlate.
+    `machine`, `engines` and `check` as for correlate.
 
     Raises InvalidShape, InvalidOption, InvalidNumbers, DeviceUnavailable, MethodUnavailable and, where `limits` are
     given, TooLarge. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
@@ -71,7 +73,7 @@ def conv2d(
         limits.check(problem, method=method, machine=machine, engines=engines)
     shape = _matching_rank((problem.batch, problem.filters, *problem.output_size), planes.ndim)
     batch = as_array("input", images, dtype, resolved)
-    return solve(problem, batch, filters, offsets, shape, method, machine, engines)
+    return solve(problem, batch, filters, offsets, shape, method, machine, engines, check)
 
 
 def conv2d_problem(

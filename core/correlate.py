@@ -11,6 +11,7 @@ import torch
 from core.arrays import DTYPES, ArrayLike, as_array, as_shaped
 from core.device import CPU, device_for
 from core.engines import ALL, Method, Result, solve
+from core.engines.slices import Check
 from core.errors import InvalidOption, InvalidShape
 from core.kernels import named_kernel
 from core.limits import Limits
@@ -32,6 +33,7 @@ def correlate(
     limits: Limits | None = None,
     machine: Machine | None = None,
     engines: tuple[str, ...] = ALL,
+    check: Check | None = None,
 ) -> Result:
     """Y[i, j] = sum over a, b of X[i + a, j + b] K[a, b], for every plane of X = input (..., H, W).
 
@@ -39,7 +41,8 @@ def correlate(
     "valid", (..., H, W) in "same", (..., H + h - 1, W + w - 1) in "full"; `boundary` says what stands outside the
     input in the latter two (see core.borders.pad). operation "convolve" flips the kernel in both axes first.
     `machine` is what the choice among engines assumes and how many threads they may use, `engines` which ones it may
-    choose among; this machine and all of them where nothing is said.
+    choose among; this machine and all of them where nothing is said. `check` is called between slices of a long
+    computation, of about 0.05 s of predicted time each; an exception that it raises ends the computation.
 
     Raises InvalidShape, InvalidOption, InvalidNumbers, UnknownKernel, DeviceUnavailable, MethodUnavailable and, where
     `limits` are given, TooLarge.
@@ -54,7 +57,7 @@ def correlate(
     if operation == "convolve":
         taps = taps[::-1, ::-1].copy() if isinstance(taps, np.ndarray) else taps.flip(0, 1)
     planes, weight = as_array("input", images, dtype, resolved).reshape(case.planes), taps[None, None]
-    return solve(case.problem, planes, weight, None, case.output, method, machine, engines)
+    return solve(case.problem, planes, weight, None, case.output, method, machine, engines, check)
 
 
 class _Case(NamedTuple):

@@ -14,16 +14,22 @@ CoreError
 
 from typing import Literal, NamedTuple
 
-Quantity = Literal["memory", "compute", "time"]
+Quantity = Literal["memory", "compute", "time", "engine"]
 """What a limit is on."""
 
 
 class Cost(NamedTuple):
-    """What a call is expected to take: memory in megabytes (10^6 bytes), Gflop (10^9 operations), seconds."""
+    """What a call is expected to take: memory in megabytes (10^6 bytes), Gflop (10^9 operations), seconds.
+
+    `megabytes` is the peak of the memory that the call adds: copies of its arguments, and what the engine takes, by
+    name `engine`. `result_megabytes` is the part of it that the result keeps.
+    """
 
     megabytes: float
     gflop: float
     seconds: float
+    result_megabytes: float = 0.0
+    engine: str = ""
 
 
 class CoreError(Exception):

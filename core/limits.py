@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from core.engines import ALL, Method, outlook
+from core.engines import ALL, Method, outlook, peak_bytes
 from core.errors import Cost, Quantity, TooLarge
 from core.machine import Machine, this_machine
 from core.shapes import Problem
@@ -14,11 +14,12 @@ from core.shapes import Problem
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Memory in megabytes (10^6 bytes), arithmetic in Gflop (10^9 operations), predicted time in seconds."""
+    """Memory in megabytes (10^6 bytes), arithmetic in Gflop (10^9 operations), predicted time in seconds, engines."""
 
     megabytes: float = math.inf
     gflop: float = math.inf
     seconds: float = math.inf
+    engines: frozenset[str] | None = None
 
     def check(
         self,
@@ -27,21 +28,21 @@ class Limits:
         machine: Machine | None = None,
         engines: tuple[str, ...] = ALL,
     ) -> None:
-        """Raise TooLarge where the estimate for the problem is above a limit."""
-        estimate = _estimate(problem)
-        seconds = 0.0
-        if not math.isinf(self.seconds):
-            seconds = outlook(problem, method, machine or this_machine(), engines)[0].seconds
-        self.require(Cost(estimate.megabytes, estimate.gflop, seconds))
+        """Raise TooLarge if the estimate for the problem is above a limit, or MethodUnavailable."""
+        self.require(_estimate(problem, method, machine or this_machine(), engines))
 
     def require(self, cost: Cost) -> None:
-        """Raise TooLarge where the cost is above a limit."""
+        """Raise TooLarge if the cost is above a limit."""
         if cost.megabytes > self.megabytes:
             raise _too_large("memory", "needs", f"{cost.megabytes:,.0f} MB", f"{self.megabytes:,.0f} MB", cost)
         if cost.gflop > self.gflop:
             raise _too_large("compute", "needs", f"{cost.gflop:,.0f} Gflop", f"{self.gflop:,.0f} Gflop", cost)
         if cost.seconds > self.seconds:
             raise _too_large("time", "would take", f"{cost.seconds:,.3g} s", f"{self.seconds:,.3g} s", cost)
+        if self.engines is not None and cost.engine not in self.engines:
+            allowed = ", ".join(sorted(self.engines))
+            message = f"this would run on the engine {cost.engine}; allowed are: {allowed}"
+            raise TooLarge(message, quantity="engine", got=cost.engine, limit=allowed, cost=cost)
 
 
 NOTHING = Limits(0, 0, 0)
@@ -60,14 +61,11 @@ def cost_of(verb: Callable[..., object], **arguments: Any) -> Cost:
     raise AssertionError("whatever is computed costs something")
 
 
-class _Estimate(NamedTuple):
-    megabytes: float
-    gflop: float
-
-
 @lru_cache(maxsize=256)
-def _estimate(problem: Problem) -> _Estimate:
-    return _Estimate(problem.bytes / 1e6, problem.operations / 1e9)
+def _estimate(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> Cost:
+    choice = outlook(problem, method, machine, engines)[0]
+    megabytes = peak_bytes(problem, choice, machine) / 1e6
+    return Cost(megabytes, problem.operations / 1e9, choice.seconds, problem.output_bytes / 1e6, choice.engine)
 
 
 def _too_large(quantity: Quantity, verb: str, estimate: str, limit: str, cost: Cost) -> TooLarge:

@@ -5,11 +5,11 @@ is answered before anything is allocated.
 """
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Literal, TypeGuard, TypeVar, get_args
+from typing import Literal, TypeAlias, TypeGuard, TypeVar, get_args
 
 from core.errors import InvalidOption, InvalidShape
 
@@ -24,6 +24,12 @@ Pair = tuple[int, int]
 
 Sides = tuple[int, int, int, int]
 """Top, bottom, left, right."""
+
+Axis = Literal["batch", "groups", "filters", "rows", "columns"]
+"""A direction in which a problem can be cut into smaller ones: filters within a group, rows and columns of output."""
+
+Cuts: TypeAlias = Mapping[Axis, int]
+"""The axes along which an engine may be cut, the best first, and how many of each should stay together."""
 
 Name = TypeVar("Name", bound=str)
 
@@ -109,25 +115,31 @@ class Problem:
         return 2 * self.batch * self.filters * rows * columns * self.taps
 
     @cached_property
-    def bytes(self) -> int:
-        """Memory for the input and the weight, and for the bordered input and the output in up to three layouts.
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return 4 if self.dtype == "float32" else 8
 
-        torch's convolution reorders what it reads and writes into layouts of its own: measured, not documented.
-        """
+    @cached_property
+    def output_bytes(self) -> int:
+        """Memory of the output."""
         rows, columns = self.output_size
-        padded_rows, padded_columns = self.padded_size
-        images = self.batch * self.channels
-        bordered = images * padded_rows * padded_columns if any(self.padding) else 0
-        weight = self.filters * self.taps
-        output = self.batch * self.filters * rows * columns
-        itemsize = 4 if self.dtype == "float32" else 8
-        return itemsize * (images * self.height * self.width + weight + 3 * (bordered + output))
+        return self.itemsize * self.batch * self.filters * rows * columns
 
+    @cached_property
+    def input_bytes(self) -> int:
+        """Memory of the images, without their border."""
+        return self.itemsize * self.batch * self.channels * self.height * self.width
 
-def plane_problem(size: Sequence[int], kernel_size: Sequence[int], dtype: Dtype = "float32") -> Problem:
-    """One plane under one kernel, in mode valid."""
-    (height, width), (h, w) = size, kernel_size
-    return Problem(1, 1, height, width, 1, h, w, dtype=dtype)
+    @cached_property
+    def padded_bytes(self) -> int:
+        """Memory of the images with their border."""
+        rows, columns = self.padded_size
+        return self.itemsize * self.batch * self.channels * rows * columns
+
+    @cached_property
+    def bytes(self) -> int:
+        """Memory of input, weight and output, which every engine needs."""
+        return self.input_bytes + self.itemsize * self.filters * self.taps + self.output_bytes
 
 
 def extent(size: int, dilation: int) -> int:

@@ -1,7 +1,6 @@
 """core, as this service runs it: what is small at once, the rest in its pool."""
 
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,6 +11,8 @@ import numpy as np
 from fastapi import Request
 
 from core import (
+    IN_CALLING_THREAD,
+    Check,
     Cost,
     FitResult,
     Limits,
@@ -26,16 +27,15 @@ from core import (
 )
 from service import threads
 from service.admission import Share, share_of
-from service.core_contracts import AT_ONCE, TAKES_CHECK, plan_fit, result_megabytes
+from service.core_contracts import plan_fit
 from service.errors import Busy
-from service.pool import WorkerPool, check_of
+from service.pool import WorkerPool
 from service.presence import unless_left
 from service.request_log import milliseconds_since
 from service.responses import Answerer
 from service.settings import Settings
 
 Value = TypeVar("Value")
-Check = Callable[[], None]
 
 FEW = 1 << 16
 """Numbers; what has more is not even looked at on the event loop, for to convert them would already take too long."""
@@ -63,7 +63,7 @@ class Compute:
         assert settings.max_compute_mb is not None  # noqa: S101 - app.py has settled it
         self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
         at_once = min(threads.WORTH_A_THREAD, settings.request_timeout_s)
-        self._at_once = replace(self._limits, seconds=at_once, **AT_ONCE)
+        self._at_once = replace(self._limits, seconds=at_once, engines=IN_CALLING_THREAD)
 
     async def __call__(
         self, request: Request, answer: Answerer, verb: Callable[..., Result], **arguments: Any
@@ -99,9 +99,9 @@ class Compute:
             cost = await self._estimate(share, verb, arguments)
 
         def run(check: Check) -> Result:
-            return verb(**arguments, **({"check": check} if TAKES_CHECK else {}))
+            return verb(**arguments, check=check)
 
-        return await self._in_turn(share, cost, answer.bytes_for(1e6 * result_megabytes(cost, cost.megabytes)), run)
+        return await self._in_turn(share, cost, answer.bytes_for(1e6 * cost.result_megabytes), run)
 
     async def _estimate(self, share: Share, verb: Callable[..., Result], arguments: dict[str, Any]) -> Cost:
         """Estimate a computation; before that a kernel is made, if it has a name, and converted."""
@@ -110,7 +110,7 @@ class Compute:
         if not named and numbers <= FEW:
             return cost_of(verb, **arguments)
 
-        def estimate(_: threading.Event) -> Cost:
+        def estimate(_: Check) -> Cost:
             if named:
                 arguments["kernel"] = named_kernel(str(name))
             return cost_of(verb, **arguments)
@@ -146,7 +146,7 @@ class Compute:
 
             return convert(exhaust(plan.steps(), report))
 
-        result = max(1e6 * result_megabytes(plan.cost, 0.0), FIT_STEP_BYTES * arguments["steps"])
+        result = max(1e6 * plan.cost.result_megabytes, FIT_STEP_BYTES * arguments["steps"])
         return await self._in_turn(share, plan.cost, answer.bytes_for(result), run)
 
     async def _in_turn(self, share: Share, cost: Cost, result: float, run: Callable[[Check], Value]) -> Value:
@@ -160,7 +160,7 @@ class Compute:
 
         share.enter()
         try:
-            return await self._pool.run(share, cost, lambda abandoned: run(check_of(abandoned)), result=int(result))
+            return await self._pool.run(share, cost, run, result=int(result))
         except Busy as refusal:
             share.refused(refusal.detail)
             raise

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from core import Cost
+from core import Check, Cost
 from service.admission import Admission, Partition, Phase, Share
 from service.errors import Busy, DeadlinePassed
 from service.request_log import milliseconds_since
@@ -48,7 +48,7 @@ class Job:
     taken for the response when it is done.
     """
 
-    run: Callable[[threading.Event], Any]
+    run: Callable[[Check], Any]
     cost: Cost
     share: Share
     phase: Phase
@@ -65,20 +65,15 @@ class Job:
         """Memory that it needs."""
         return int(1e6 * self.cost.megabytes)
 
+    def check(self) -> None:
+        """Raise DeadlinePassed where nobody waits for it any more."""
+        if self.abandoned.is_set():
+            raise DeadlinePassed("abandoned")
+
     @property
     def turn(self) -> float:
         """The smaller, the sooner."""
         return self.arrived + PATIENCE * self.cost.seconds
-
-
-def check_of(abandoned: threading.Event) -> Callable[[], None]:
-    """Return a function that raises DeadlinePassed once nobody needs the result of a job."""
-
-    def check() -> None:
-        if abandoned.is_set():
-            raise DeadlinePassed("abandoned")
-
-    return check
 
 
 class WorkerPool:
@@ -108,15 +103,15 @@ class WorkerPool:
         self,
         share: Share,
         cost: Cost,
-        run: Callable[[threading.Event], Value],
+        run: Callable[[Check], Value],
         *,
         phase: Phase = "compute",
         result: int = 0,
         may_refuse: bool = True,
     ) -> Value:
-        """Run it in a thread; its argument is set once the deadline has passed or the caller is cancelled.
+        """Run it in a thread; its argument raises once the deadline has passed or the caller is cancelled.
 
-        What waits then is dropped, what runs ends when it looks. `result` bytes of its memory stay the share's.
+        What waits then is dropped, what runs ends when it calls that. `result` bytes of its memory stay the share's.
         `may_refuse`: raises Busy where there is no room in the queue, where its turn is not to be expected in time, and
         where it did not come. Raises DeadlinePassed.
         """
@@ -280,7 +275,7 @@ class WorkerPool:
         begun = time.perf_counter()
         job.share.count("wait", 1000 * (begun - job.arrived))
         try:
-            value = job.run(job.abandoned)
+            value = job.run(job.check)
         except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
             self._finish(job, begun, kept=False)
             job.future.set_exception(error)

@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,20 @@ for variable in [name for name in os.environ if name.startswith("CORR2D_")]:
 
 # What the application logs is looked at by the tests that are about it.
 structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+
+
+WITHOUT_HALIDE = Path(__file__).parent / "without_halide"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-halide", action="store_true", help="hide Halide from the tests and their processes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-halide"):
+        sys.modules["halide"] = None  # type: ignore[assignment]
+        paths = [str(WITHOUT_HALIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The engines, and the choice among them.
 
-An engine is a module that answers three questions about a Problem: can I (`obstacle`), at what cost (`seconds`), and
-how (`plan`). To add one, write its file and its line in ENGINES.
+An engine is a module that answers three questions about a Problem: can I (`obstacle`), at what cost (`seconds`,
+`temporary_bytes`), and how (`plan`, `cuts`). To add one, write its file and its line in ENGINES.
 """
 
 import time
@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from core.arrays import Array, Solve, as_torch
-from core.engines import block_fft, column_fft, fft, implicit_gemm, separable, stencil, tensor
+from core.engines import block_fft, column_fft, fft, implicit_gemm, separable, slices, stencil, tensor
+from core.engines.slices import Check
 from core.errors import MethodUnavailable
 from core.machine import Machine, this_machine
-from core.shapes import Problem, one_of
+from core.shapes import Cuts, Problem, one_of
 
 Method = Literal["auto", "direct", "fft", "separable"]
 
@@ -32,6 +33,12 @@ class Engine(Protocol):
 
     def seconds(self, problem: Problem, machine: Machine, /) -> float:
         """The predicted time, in seconds."""
+
+    def temporary_bytes(self, problem: Problem, machine: Machine, /) -> int:
+        """The most memory that a run takes beside input, weight and output, whatever the values are."""
+
+    def cuts(self, problem: Problem, machine: Machine, /) -> Cuts:
+        """Along which axes the problem may be cut into slices that together take no longer than the whole."""
 
     def plan(self, problem: Problem, machine: Machine, /) -> Solve:
         """How to do it: a function that is kept and called, by many threads at a time, whenever the problem returns."""
@@ -51,6 +58,9 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 ALL = tuple(ENGINES)
+
+IN_CALLING_THREAD = frozenset(ENGINES) - {"tensor", "fft"}
+"""Engines that compute a small problem in the calling thread alone; torch's wait for the threads of a pool."""
 
 WASTE = 0.1
 GAIN = 0.7
@@ -150,28 +160,54 @@ def solve(
     method: Method = "auto",
     machine: Machine | None = None,
     engines: tuple[str, ...] = ALL,
+    check: Check | None = None,
 ) -> Result:
-    """Run the chosen engine. Shapes as in Solve; `shape` is how the caller wants the output's (N, O, oh, ow)."""
+    """Run the chosen engine. Shapes as in Solve; `shape` is how the caller wants the output's (N, O, oh, ow).
+
+    A long computation is made in slices of about 0.05 s of predicted time; `check` is called before each, and what it
+    raises ends the computation.
+    """
     machine = machine or this_machine()
-    choice, looks, run = _planned(problem, method, machine, engines)
+    choice, looks, run, parts = _planned(problem, method, machine, engines)
     kernel: Array | separable.Factors = weight
     if looks:
         factors = separable.find_factors(weight, looks)
         rank = separable.MAX_RANK + 1 if factors is None else len(factors.rows)
-        choice, _, run = _planned(_of_rank(problem, rank), method, machine, engines)
+        problem = _of_rank(problem, rank)
+        choice, _, run, parts = _planned(problem, method, machine, engines)
         if choice.engine == "separable" and factors is not None:
             kernel = factors
     start = time.perf_counter()
-    output = run(images, kernel, bias)
+    if parts <= 1:
+        output = run(images, kernel, bias)
+    else:
+        output = slices.run(problem, ENGINES[choice.engine], machine, parts, images, kernel, bias, check)
     seconds = time.perf_counter() - start
     return Result(output.reshape(shape), choice, seconds)
 
 
+class _Planned(NamedTuple):
+    """The choice, up to which rank to look before it counts, the chosen engine's plan, and the number of slices."""
+
+    choice: Choice
+    looks: int
+    solve: Solve
+    slices: float
+
+
 @lru_cache(maxsize=256)
-def _planned(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> tuple[Choice, int, Solve]:
-    """The choice, up to which rank to look before it counts, and the chosen engine's plan."""
+def _planned(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> _Planned:
     choice, looks = outlook(problem, method, machine, engines)
-    return choice, looks, ENGINES[choice.engine].plan(problem, machine)
+    engine = ENGINES[choice.engine]
+    parts = slices.count(problem, engine, machine, choice.seconds)
+    return _Planned(choice, looks, engine.plan(problem, machine), parts)
+
+
+def peak_bytes(problem: Problem, choice: Choice, machine: Machine) -> int:
+    """The most memory that solving the problem as chosen takes: its arrays, and what an engine takes beside them."""
+    engine = ENGINES[choice.engine]
+    parts = slices.count(problem, engine, machine, choice.seconds)
+    return problem.bytes + slices.temporary_bytes(problem, engine, machine, parts)
 
 
 @lru_cache(maxsize=256)

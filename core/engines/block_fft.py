@@ -30,7 +30,7 @@ from core.engines import fourier, jit
 from core.engines.fourier import Complex, Signed, Survey, Transform, constant, dtype_of, pair, table
 from core.engines.jit import Plane, Recipe
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem
+from core.shapes import Cuts, Dtype, Pair, Problem
 
 METHOD = "fft"
 
@@ -117,9 +117,26 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 def plan(problem: Problem, machine: Machine) -> Solve:
     """How to do it."""
-    # Sides of a border narrower than that would cost as much as whole blocks.
-    tile = 8, 2 * jit.lanes(problem.dtype)
-    return fourier.plan(problem, machine, tile, functools.partial(_in_blocks, machine))
+    return fourier.plan(problem, _border_tile(problem), functools.partial(_in_blocks, machine))
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """The scratches of both types, and what all compiled transforms take."""
+    del machine
+    return 7 * (4 + 8) * BLOCKS[-1].rows * BLOCKS[-1].columns + fourier.temporary_bytes(problem, _border_tile(problem))
+
+
+def cuts(problem: Problem, machine: Machine) -> Cuts:
+    """Whole blocks."""
+    rows, columns = problem.output_size
+    h, w = problem.kernel_height, problem.kernel_width
+    block = _cheapest(rows, columns, h, w, problem.dtype, machine).block
+    return {"batch": 1, "rows": block.rows - h + 1, "columns": 4 * (block.columns - w + 1)}
+
+
+def _border_tile(problem: Problem) -> Pair:
+    """Sides of a border narrower than that would cost as much as whole blocks."""
+    return 8, 2 * jit.lanes(problem.dtype)
 
 
 def prepare() -> None:
@@ -159,6 +176,8 @@ def _cheapest(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Ma
 def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Survey]:
     (h, w), (rows, columns), dtype = kernel.shape, output.shape, dtype_of(plane)
     surveyed = fourier.survey(plane, kernel)
+    if not math.isfinite(surveyed.size):
+        return [surveyed]
     middle = float(plane.dtype.type(surveyed.middle))
     plan = _cheapest(rows, columns, h, w, dtype, machine)
     block, tasks = plan.block, jit.tasks(machine, TASKS) if plan.pair >= 2 * jit.WORTH_A_THREAD else 1

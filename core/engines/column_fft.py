@@ -19,7 +19,7 @@ from core.engines import fourier, jit
 from core.engines.fourier import Complex, Survey, Transform, constant, dtype_of, pair
 from core.engines.jit import Pipeline, Plane, Recipe
 from core.machine import Machine
-from core.shapes import Dtype, Problem
+from core.shapes import Cuts, Dtype, Pair, Problem
 
 METHOD = "fft"
 
@@ -74,9 +74,25 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 def plan(problem: Problem, machine: Machine) -> Solve:
     """How to do it."""
-    # Sides of a border narrower than that would cost as much as whole strips.
-    tile = 8, 2 * jit.lanes(problem.dtype)
-    return fourier.plan(problem, machine, tile, functools.partial(_in_strips, machine))
+    return fourier.plan(problem, _border_tile(problem), functools.partial(_in_strips, machine))
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """Spectra of a strip for each thread, and what all compiled transforms take."""
+    of_a_thread = 4 * 8 * max(RADICES) * (BLOCK_COLUMNS + problem.kernel_width)
+    return machine.threads * of_a_thread + fourier.temporary_bytes(problem, _border_tile(problem))
+
+
+def cuts(problem: Problem, machine: Machine) -> Cuts:
+    """Whole strips."""
+    rows, columns = problem.output_size
+    length = _plan(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)[0]
+    return {"batch": 1, "rows": length - problem.kernel_height + 1, "columns": 8 * BLOCK_COLUMNS}
+
+
+def _border_tile(problem: Problem) -> Pair:
+    """Sides of a border narrower than that would cost as much as whole strips."""
+    return 8, 2 * jit.lanes(problem.dtype)
 
 
 def prepare() -> None:
@@ -113,22 +129,25 @@ def _strips(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Mach
 def _in_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Survey]:
     (rows, columns), (h, w) = output.shape, kernel.shape
     pipeline, height, starts, half, *sizes = _strips(rows, columns, h, w, dtype_of(plane), machine)
-    surveyed = np.empty((len(starts), len(Survey._fields)))
-    for start, seen in zip(starts, surveyed, strict=True):
-        pixels, target = plane[start : start + height + h - 1], output[start : start + height]
+    surveys: list[Survey] = []
+    for start in starts:
+        pixels, target, seen = plane[start : start + height + h - 1], output[start : start + height], np.empty(5)
         if not half:
             # Too narrow to be halved: both parts are the same, and only one is kept.
             pipeline(pixels, pixels, kernel, *sizes, target, np.empty_like(target), seen)
-            continue
-        one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
-        if columns % 2:
+        elif columns % 2:
             # The middle column is in both halves. They do not share an output, lest two threads write one number.
             right = np.empty((height, half), output.dtype)
+            one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
             pipeline(one, other, kernel, *sizes, target[:, :half], right, seen)
             target[:, half:] = right[:, 1:]
         else:
+            one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
             pipeline(one, other, kernel, *sizes, target[:, :half], target[:, half:], seen)
-    return [Survey(*numbers) for numbers in surveyed.tolist()]
+        surveys.append(Survey(*seen.tolist()))
+        if not math.isfinite(surveys[-1].size):
+            break
+    return surveys
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,29 +1,34 @@
 """Correlation as a product of Fourier transforms by torch: large kernels, any number of channels, any device.
 
 The correlation theorem on whole images, or tile by tile where that is cheaper (overlap-save: Oppenheim and Schafer,
-Discrete-Time Signal Processing, 8.7), which makes the cost linear in the size of the image and keeps the memory for
-spectra to that of one tile. A kernel's size hardly matters.
+Discrete-Time Signal Processing, 8.7), which makes the cost linear in the size of the image. A kernel's size hardly
+matters. Spectra are made for blocks of images, filters and channels that together keep within SPECTRA_BYTES.
 
-In float32 the middle of the input's range is subtracted first and its share added to the output: exact, and it takes
-most of the error away. Where what is left could still exceed the precision contract, float64 is used instead. Values
-that are not finite, which a transform spreads over a whole tile, are kept out and summed directly.
+In float32 the middle of each channel's range is subtracted first and its share added to the output: exact, and it takes
+most of the error away. Images for which what is left could exceed the precision contract, or whose spectra could
+overflow, are transformed in float64; in float64, they are scaled by powers of two. Values that are not finite are left
+out and accounted for afterwards (core/engines/nonfinite.py).
 """
 
 import bisect
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from core.arrays import Array, Solve, as_torch
+from core.arrays import DTYPES, Array, Solve, as_torch
 from core.borders import pad
-from core.engines import tensor
-from core.engines.precision import least_output, rounding_error
+from core.engines import nonfinite
+from core.engines.precision import ROUNDING, WORST, least_output
 from core.machine import Machine
-from core.shapes import Pair, Problem
+from core.shapes import Cuts, Pair, Problem
 
 METHOD = "fft"
 
@@ -31,6 +36,9 @@ TILES = (192, 256, 384, 512, 768, 1024)
 """Sides that tiles may have; a side of the whole image is another choice."""
 
 FAST_SIZES: list[int] = sorted(2**a * 3**b * 5**c for a in range(33) for b in range(21) for c in range(15))
+
+SPECTRA_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30, "mps": 1 << 30}
+"""The most memory for spectra, by kind of device, unless those of one channel take more."""
 
 CALL = 6e-5
 CALL_OF_A_TILE = 3e-5
@@ -66,65 +74,298 @@ def plan(problem: Problem, machine: Machine) -> Solve:
     del machine
     height, width = problem.padded_size
     inside = replace(problem, height=height, width=width, padding=(0, 0, 0, 0), boundary="zeros", fill_value=0.0)
+    shape = problem.batch, problem.filters, *problem.output_size
 
-    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
+    def solve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         bordered = pad(as_torch(images), problem.padding, problem.boundary, problem.fill_value)
-        output = _correlate(inside, bordered, as_torch(weight))
-        return output if bias is None else output.add_(as_torch(bias).reshape(-1, 1, 1))
+        output = bordered.new_empty(shape) if out is None else as_torch(out)
+        _correlate(inside, bordered, as_torch(weight), output)
+        if bias is not None:
+            output.add_(as_torch(bias).reshape(-1, 1, 1))
+        return output if out is None else out
 
     return solve
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """Images with a border, spectra, and the signs of what is not finite, for an image at a time."""
+    del machine
+    bordered = 2 * problem.padded_bytes if problem.bordered else 0
+    signs = (5 * problem.padded_bytes + 4 * problem.output_bytes) // problem.batch
+    tile = _tile_size(problem)
+    spectra = max(_blocks(problem, dtype, tile).spectra * _spectrum_bytes(tile, dtype) for dtype in DTYPES.values())
+    return bordered + max(spectra, signs)
+
+
+def cuts(problem: Problem, machine: Machine) -> Cuts:
+    """First along filters, for each has a kernel to transform for every channel."""
+    del machine
+    tile = _tile_size(problem)
+    rows, columns = tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
+    return {"groups": 1, "filters": 8, "batch": 1, "rows": rows, "columns": columns}
 
 
 def prepare() -> None:
     """Nothing: torch is compiled."""
 
 
-def _correlate(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
-    """The output without bias, within the precision contract."""
-    low, high = (value.item() for value in torch.aminmax(images))
-    if not math.isfinite(low + high) and not images.isfinite().all():
-        return _around_the_infinite(problem, images, weight)
-    middle = low / 2 + high / 2
-    norm, total = float(weight.double().flatten(1).norm(dim=1).max()), float(weight.double().sum((1, 2, 3)).abs().max())
-    if not max(-low, high) * norm * math.prod(problem.padded_size) < torch.finfo(images.dtype).max:
-        return tensor.convolve(problem, images, weight, None)
-    output = _by_tiles(problem, images, weight, middle)
-    if problem.dtype == "float32" and problem.device != "mps":
-        least, most = (value.item() for value in torch.aminmax(output))
-        if max(-least, most) < least_output(rounding_error(high - middle, norm, middle * total)):
-            return _by_tiles(problem, images.double(), weight.double(), middle).float()
+class _Images(NamedTuple):
+    """Images (N, C, H, W) and what is to become of their values before they are transformed as `dtype`.
+
+    `middle` (N, C) is subtracted from every channel; what is not finite becomes 0, if there is any; then channels are
+    divided by 2^exponents (C), if they are given.
+    """
+
+    pixels: Tensor
+    middle: Tensor
+    dtype: torch.dtype
+    finite: bool = True
+    exponents: Tensor | None = None
+
+    def spectra(self, chosen: Sequence[int], channels: slice, corner: Pair, tile: Pair) -> Tensor:
+        """Of a tile of some of the images and channels."""
+        some = _index(chosen)
+        read = self.pixels[some, channels, corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]]
+        values = read.to(self.dtype) - self.middle[some, channels, None, None].to(self.dtype)
+        if not self.finite:
+            values.masked_fill_(~read.isfinite(), 0)
+        if self.exponents is not None:
+            values = _times_power(values, -self.exponents[channels, None, None])
+        spectra: Tensor = torch.fft.rfft2(values, s=tile)
+        return spectra
+
+
+def _correlate(problem: Problem, images: Tensor, weight: Tensor, output: Tensor) -> None:
+    """Fill the output (N, O, oh, ow), which may be a part of a larger one, within the precision contract."""
+    low, high = _range(images)
+    finite = bool((low + high).isfinite().all()) or bool(images.isfinite().all())
+    if not finite:
+        low, high = _finite_range(images)
+    outside_taps = ~weight.isfinite()
+    finite_weight = not bool(outside_taps.any())
+    taps = weight if finite_weight else weight.masked_fill(outside_taps, 0)
+    _within_contract(problem, _Images(images, low / 2 + high / 2, images.dtype, finite), taps, low, high, output)
+    if finite and finite_weight:
+        return
+    for index in range(problem.batch):
+        image, target = images[index : index + 1], output[index : index + 1]
+        rows, columns = (0, problem.output_size[0]), (0, problem.output_size[1])
+        if finite_weight:
+            positions = torch.nonzero(~image.isfinite().all(dim=1)[0])
+            if not len(positions):
+                continue
+            (top, left), (bottom, right) = positions.amin(0).tolist(), positions.amax(0).tolist()
+            rows = max(0, top - problem.kernel_height + 1), min(rows[1], bottom + 1)
+            columns = max(0, left - problem.kernel_width + 1), min(columns[1], right + 1)
+        below, beyond = rows[1] + problem.kernel_height - 1, columns[1] + problem.kernel_width - 1
+        read, seen = image[:, :, rows[0] : below, columns[0] : beyond], target[:, :, slice(*rows), slice(*columns)]
+        part = replace(problem, batch=1, height=read.shape[2], width=read.shape[3])
+        nonfinite.add(seen, read, weight, functools.partial(_of_integers, part), torch)
+
+
+def _of_integers(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
+    low, high = _range(images)
+    output = images.new_empty((problem.batch, problem.filters, *problem.output_size))
+    _by_tiles(problem, _Images(images, low / 2 + high / 2, images.dtype), weight, output, range(problem.batch))
     return output
 
 
-def _around_the_infinite(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
-    """Correlate what is finite, then sum directly the rows of output that see anything else."""
-    finite = images.isfinite()
-    output = _correlate(problem, torch.where(finite, images, 0), weight)
-    rows = torch.nonzero(~finite.all(dim=3).all(dim=1).all(dim=0)).flatten()
-    first = max(0, int(rows[0]) - problem.kernel_height + 1)
-    last = min(problem.output_size[0], int(rows[-1]) + 1)
-    seen = images[:, :, first : last + problem.kernel_height - 1]
-    output[:, :, first:last] = tensor.convolve(replace(problem, height=seen.shape[2]), seen, weight, None)
-    return output
+def _range(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value of every plane (N, C); NaN where one is."""
+    return images.amin((2, 3)), images.amax((2, 3))
 
 
-def _by_tiles(problem: Problem, images: Tensor, weight: Tensor, middle: float) -> Tensor:
-    rows, columns = problem.output_size
+def _finite_range(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the values that are finite; 0 where none is."""
+    ranges = []
+    for image in images:
+        outside = ~image.isfinite()
+        low, high = image.masked_fill(outside, math.inf), image.masked_fill(outside, -math.inf)
+        ranges.append((low.flatten(1).amin(1), high.flatten(1).amax(1)))
+    lows, highs = (torch.stack(values) for values in zip(*ranges, strict=True))
+    return lows.nan_to_num(posinf=0.0), highs.nan_to_num(neginf=0.0)
+
+
+def _within_contract(
+    problem: Problem, images: _Images, weight: Tensor, low: Tensor, high: Tensor, output: Tensor
+) -> None:
+    """Fill the output from a finite weight. low, high (N, C) are the range of every channel."""
+    dtype, groups, precise = images.dtype, problem.groups, _precise(problem)
+    taps = weight.to(precise).flatten(2)
+    lows, highs, norms, totals = (
+        values.double().numpy(force=True) for values in (low, high, taps.norm(dim=2), taps.sum(2))
+    )
+    peaks, middles = np.maximum(-lows, highs), lows / 2 + highs / 2
+    numbers, points = torch.finfo(dtype), math.prod(problem.padded_size)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # These bound every number on the way, spectra included.
+        spectra, largest, norm = _over_channels(peaks, norms, groups), peaks.max(1, keepdims=True), norms.max(1)
+        least = numbers.tiny / numbers.eps
+        lost = (np.minimum(spectra, norm) <= least * points) | (largest <= least)
+        wild = ~((spectra * points < numbers.max) & (~lost | (largest == 0) | (norm == 0))).all(1)
+    if not wild.all():
+        _by_tiles(problem, images, weight, output, np.flatnonzero(~wild).tolist())
+    if dtype == precise:
+        for image in np.flatnonzero(wild).tolist():
+            _scaled(problem, images, weight, torch.maximum(-low, high)[image], output, image)
+        return
+    spread = np.sqrt(_over_channels((highs / 2 - lows / 2) ** 2, norms**2, groups))
+    share = np.abs(_over_channels(middles, totals, groups))
+    least_values = least_output(ROUNDING) * (WORST * spread + share)
+    lowest, highest = (values.double().numpy(force=True) for values in _range(output))
+    redone = np.flatnonzero(wild | (np.maximum(-lowest, highest) < least_values).any(1)).tolist()
+    if redone:
+        _by_tiles(problem, images._replace(dtype=precise), weight, output, redone)
+
+
+def _precise(problem: Problem) -> torch.dtype:
+    return torch.float32 if problem.device == "mps" else torch.float64
+
+
+def _over_channels(of_images: NDArray[Any], of_filters: NDArray[Any], groups: int) -> NDArray[Any]:
+    """(N, C), (O, C / groups) -> the sums over channels of their products (N, O)."""
+    if groups == 1:
+        product: NDArray[Any] = of_images @ of_filters.T
+        return product
+    pixels = of_images.reshape(len(of_images), groups, 1, -1)
+    sums: NDArray[Any] = pixels @ of_filters.reshape(groups, -1, of_filters.shape[1]).swapaxes(1, 2)
+    return sums.reshape(len(of_images), -1)
+
+
+def _scaled(problem: Problem, images: _Images, weight: Tensor, peaks: Tensor, output: Tensor, image: int) -> None:
+    """Fill the output of one image, whose channels are divided by powers of two, and so are the filters.
+
+    A channel's power goes into the taps that read it, so that channels keep their proportions. peaks (C).
+    """
+    groups = problem.groups
+    of_channels = torch.frexp(peaks)[1].to(torch.int64)
+    by_group = of_channels.reshape(groups, 1, -1)
+    taps = weight.reshape(groups, -1, *weight.shape[1:])
+    of_filters = (torch.frexp(taps.abs().amax((3, 4)))[1] + by_group).amax(2)
+    scaled = _times_power(taps, (by_group - of_filters[:, :, None])[..., None, None]).flatten(0, 1)
+    _by_tiles(problem, images._replace(exponents=of_channels), scaled, output, [image])
+    output[image] = _times_power(output[image], of_filters.reshape(-1, 1, 1))
+
+
+def _times_power(values: Tensor, exponents: Tensor) -> Tensor:
+    """The values times powers of two, which themselves may be out of range."""
+    third = exponents // 3
+    for part in (third, third, exponents - 2 * third):
+        values = torch.ldexp(values, part.to(values.dtype))
+    return values
+
+
+class _Blocks(NamedTuple):
+    """How many groups, filters, channels of a group, and images are transformed together; spectra held at a time."""
+
+    groups: int
+    filters: int
+    channels: int
+    images: int
+    spectra: int
+
+
+def _blocks(problem: Problem, dtype: torch.dtype, tile: Pair) -> _Blocks:
+    groups, depth, each = problem.groups, problem.channels // problem.groups, problem.filters // problem.groups
+    most = SPECTRA_BYTES[problem.device] // _spectrum_bytes(tile, dtype)
+    channels = max(1, min(depth, most // 10))
+    filters = max(1, min(each, most // (4 * channels)))
+    together = max(1, min(groups, most // (4 * filters * channels))) if (filters, channels) == (each, depth) else 1
+    images = max(1, min(problem.batch, most // (14 * together * max(filters, channels))))
+    kernels = together * filters * channels
+    return _Blocks(
+        together, filters, channels, images, max(3 * kernels, kernels + 5 * together * images * (filters + channels))
+    )
+
+
+def _spectrum_bytes(tile: Pair, dtype: torch.dtype) -> int:
+    return 2 * dtype.itemsize * tile[0] * (tile[1] // 2 + 1)
+
+
+def _by_tiles(problem: Problem, images: _Images, weight: Tensor, output: Tensor, which: Sequence[int]) -> None:
+    """Fill the outputs of some of the images, block by block; a kernel is transformed once for all tiles."""
+    groups, depth, each = problem.groups, problem.channels // problem.groups, problem.filters // problem.groups
     tile = _tile_size(problem)
-    step = tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
-    groups, per_group = problem.groups, problem.filters // problem.groups
-    kernels = torch.fft.rfft2(weight, s=tile).conj()
-    kernels = kernels.reshape(groups, per_group, problem.channels // groups, *kernels.shape[-2:])
-    share = (middle * weight.double().sum((1, 2, 3))).to(weight.dtype).reshape(-1, 1, 1)
-    output = images.new_empty((problem.batch, problem.filters, rows, columns))
-    for top, left in itertools.product(range(0, rows, step[0]), range(0, columns, step[1])):
-        pixels = images[:, :, top : top + tile[0], left : left + tile[1]] - middle
-        spectra = torch.fft.rfft2(pixels, s=tile).unflatten(1, (groups, 1, -1))
-        products = spectra[:, :, :, 0] * kernels[:, :, 0] if kernels.shape[2] == 1 else (spectra * kernels).sum(3)
-        values = torch.fft.irfft2(products.flatten(1, 2), s=tile)
-        high, wide = min(step[0], rows - top), min(step[1], columns - left)
-        torch.add(values[:, :, :high, :wide], share, out=output[:, :, top : top + high, left : left + wide])
-    return output
+    blocks = _blocks(problem, images.dtype, tile)
+    precise = _precise(problem)
+    middle = images.middle.to(precise)
+    if images.exponents is not None:
+        middle = _times_power(middle, -images.exponents)
+    totals = weight.to(precise).sum((2, 3)).reshape(groups, each, depth).mT
+    share = (middle.reshape(-1, groups, 1, depth) @ totals).reshape(-1, problem.filters).to(images.dtype)
+    taps = weight.reshape(groups, each, *weight.shape[1:])
+    for group, some in itertools.product(_ranges(groups, blocks.groups), _ranges(each, blocks.filters)):
+        filters = slice(group.start * each + some.start, (group.stop - 1) * each + some.stop)
+        part = taps[group, some]
+        kernels = _kernel_spectra(part, tile, images.dtype) if blocks.channels == depth else None
+        for first, corner in itertools.product(range(0, len(which), blocks.images), _corners(problem, tile)):
+            chosen = which[first : first + blocks.images]
+            products = _products(images, chosen, group, corner, tile, part, kernels, blocks.channels)
+            sums = torch.fft.irfft2(products, s=tile)
+            # Only one of these is kept at a time, here and where they are made: they are what takes the memory.
+            del products
+            rows, columns = (
+                slice(start, min(start + step, size))
+                for start, step, size in zip(corner, _step(problem, tile), problem.output_size, strict=True)
+            )
+            sums = sums[:, :, : rows.stop - rows.start, : columns.stop - columns.start]
+            index = _index(chosen)
+            output[index, filters, rows, columns] = sums.add_(share[index, filters, None, None]).to(output.dtype)
+            del sums
+        del kernels
+
+
+def _products(
+    images: _Images,
+    chosen: Sequence[int],
+    group: slice,
+    corner: Pair,
+    tile: Pair,
+    taps: Tensor,
+    kernels: Tensor | None,
+    together: int,
+) -> Tensor:
+    """The spectra (n, G F, ..) of outputs: of a tile of some images, by taps (G, F, C, h, w) or their spectra."""
+    groups, each, depth = taps.shape[:3]
+    products: Tensor | None = None
+    for part in _ranges(depth, together):
+        # Channels of several groups are all taken together.
+        channels = slice(group.start * depth + part.start, (group.stop - 1) * depth + part.stop)
+        spectra = images.spectra(chosen, channels, corner, tile)
+        spectra = spectra.reshape(len(chosen), groups, 1, -1, *spectra.shape[2:])
+        factors = _kernel_spectra(taps[:, :, part], tile, images.dtype) if kernels is None else kernels
+        for channel in range(part.stop - part.start):
+            pixels, weights = spectra[:, :, :, channel], factors[:, :, channel]
+            products = pixels * weights if products is None else products.addcmul_(pixels, weights)
+        del spectra, factors
+    assert products is not None  # noqa: S101 - there is a channel
+    return products.reshape(len(chosen), groups * each, *products.shape[3:])
+
+
+def _kernel_spectra(taps: Tensor, tile: Pair, dtype: torch.dtype) -> Tensor:
+    spectra: Tensor = torch.fft.rfft2(taps.to(dtype), s=tile)
+    return torch.conj_physical_(spectra)
+
+
+def _index(chosen: Sequence[int]) -> slice | list[int]:
+    """Some of the images, as a view if they follow each other."""
+    together = chosen[-1] - chosen[0] + 1 == len(chosen)
+    return slice(chosen[0], chosen[-1] + 1) if together else list(chosen)
+
+
+def _corners(problem: Problem, tile: Pair) -> Iterator[Pair]:
+    """The first row and column of every tile."""
+    (rows, columns), step = problem.output_size, _step(problem, tile)
+    return itertools.product(range(0, rows, step[0]), range(0, columns, step[1]))
+
+
+def _step(problem: Problem, tile: Pair) -> Pair:
+    """Rows and columns of output of a tile."""
+    return tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
+
+
+def _ranges(size: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ into one of these phases. Every output value is summed in the same order, whatev
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -19,7 +19,7 @@ from core.arrays import Array, Solve, as_numpy
 from core.engines import jit
 from core.engines.jit import Plane, Recipe
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem
+from core.shapes import Cuts, Dtype, Pair, Problem
 
 METHOD = "direct"
 
@@ -41,6 +41,10 @@ EFFICIENCY = 1.2
 CALL = 1.6e-5
 CALL_OF_PHASES = 6e-6
 """Seconds of a call from Python, and what sorting into phases adds; all measured."""
+
+KEPT_TAPS = 8192
+"""Taps up to which a table of offsets is kept for the next call: larger ones are made in less than a hundredth of the
+time that their sums take, and 256 of them would hold gigabytes."""
 
 OF_A_PIXEL = {2: 6e-10}
 OF_A_PIXEL_OTHERWISE = 1.2e-9
@@ -77,9 +81,10 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if problem.stride != (1, 1):
         calls += CALL_OF_PHASES
         each_pixel = OF_A_PIXEL.get(problem.stride[1], OF_A_PIXEL_OTHERWISE)
-        sums += each_pixel * problem.batch * problem.channels * math.prod(_phase_sizes(problem, (rows, columns)))
+        sorted_pixels = math.prod(_phases_along(problem, 0, rows) + _phases_along(problem, 1, columns))
+        sums += each_pixel * problem.batch * problem.channels * sorted_pixels
     threads = jit.threads(machine, sums)
-    return machine.compiling + calls + sums / threads + jit.border_seconds(problem)
+    return machine.compiling + calls + sums / threads + jit.border_seconds(problem, (1, lanes))
 
 
 def plan(problem: Problem, machine: Machine) -> Solve:
@@ -95,14 +100,33 @@ def plan(problem: Problem, machine: Machine) -> Solve:
 
     fill = jit.in_parts(problem, (1, jit.lanes(problem.dtype)), lambda _: fill_part)
 
-    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
-        output = np.empty(shape, dtype)
+    def solve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
+        output = np.empty(shape, dtype) if out is None else out
         matrix = as_numpy(weight).reshape(problem.groups, problem.filters // problem.groups, problem.taps)
         offsets = np.zeros(problem.filters, dtype) if bias is None else as_numpy(bias)
         fill(images, output, np.ascontiguousarray(matrix), offsets)
         return output
 
     return solve
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """Copies with a border, without gaps between rows or sorted into phases, and the table of offsets."""
+    del machine
+    lanes, (rows, columns) = jit.lanes(problem.dtype), problem.output_size
+    copies = jit.border_bytes(problem, (1, lanes))
+    if problem.stride != (1, 1):
+        (down, pitch_rows), (across, pitch) = (_phases_along(problem, axis, (rows, columns)[axis]) for axis in (0, 1))
+        copies += problem.itemsize * problem.batch * problem.channels * down * across * pitch_rows * pitch
+    elif columns < 8 * lanes:
+        copies += problem.padded_bytes
+    return copies + 16 * problem.taps
+
+
+def cuts(problem: Problem, machine: Machine) -> Cuts:
+    """Along every axis."""
+    del problem, machine
+    return jit.CUTS
 
 
 def prepare() -> None:
@@ -133,22 +157,20 @@ def _in_place(problem: Problem, pixels: Plane, columns: int) -> _Source:
 def _in_phases(problem: Problem, pixels: Plane, size: Pair, machine: Machine) -> _Source:
     """The images sorted into every s-th row and column, by where these begin."""
     count, channels = pixels.shape[:2]
-    step_down, step_across = problem.stride
-    down, across, rows, pitch = _phase_sizes(problem, size)
+    (down, rows), (across, pitch) = (_phases_along(problem, axis, size[axis]) for axis in (0, 1))
     phases = np.empty((count, channels, down, across, rows, pitch), pixels.dtype)
     per_task = _per_task(count * channels * down, 20 * phases.size / machine.flops, machine)
-    _phases(problem.dtype)(pixels, step_down, step_across, per_task, phases)
+    _phases(problem.dtype)(pixels, *problem.stride, per_task, phases)
     of_channel = down * across * rows * pitch
     length = channels // problem.groups * of_channel
     return _flat(problem, phases, (channels * of_channel, of_channel, rows * pitch, pitch), length)
 
 
-def _phase_sizes(problem: Problem, size: Pair) -> tuple[int, int, int, int]:
-    """Phases down and across that an output of that size reads, and rows and columns of each."""
-    (step_down, step_across), (apart_down, apart_across) = problem.stride, problem.dilation
-    spread_down, spread_across = (problem.kernel_height - 1) * apart_down, (problem.kernel_width - 1) * apart_across
-    phases = min(step_down, spread_down + 1), min(step_across, spread_across + 1)
-    return *phases, size[0] + spread_down // step_down, size[1] + spread_across // step_across
+def _phases_along(problem: Problem, axis: Literal[0, 1], outputs: int) -> Pair:
+    """How many phases there are along an axis, and the pixels of each that so many outputs read."""
+    taps = problem.kernel_height if axis == 0 else problem.kernel_width
+    step, last = problem.stride[axis], (taps - 1) * problem.dilation[axis]
+    return min(step, last + 1), outputs + last // step
 
 
 def _flat(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], length: int) -> _Source:
@@ -158,11 +180,11 @@ def _flat(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], len
     strides = of_image * itemsize, channels * of_channel * itemsize, itemsize
     flat = as_strided(pixels, (len(pixels), problem.groups, length), strides)
     kernel = problem.kernel_height, problem.kernel_width
-    table = _table(channels, kernel, problem.stride, problem.dilation, of_channel, of_phase, pitch)
+    make = kept_table if problem.taps <= KEPT_TAPS else _table
+    table = make(channels, kernel, problem.stride, problem.dilation, of_channel, of_phase, pitch)
     return _Source(flat, pitch, *table)
 
 
-@functools.lru_cache(maxsize=256)
 def _table(
     channels: int, kernel: Pair, stride: Pair, dilation: Pair, of_channel: int, of_phase: int, pitch: int
 ) -> tuple[NDArray[np.int32], int]:
@@ -171,8 +193,13 @@ def _table(
     phases_across = min(stride[1], int(across[-1]) + 1)
     of_rows = down % stride[0] * phases_across * of_phase + down // stride[0] * pitch
     of_columns = across % stride[1] * of_phase + across // stride[1]
-    offsets = np.arange(channels)[:, None, None] * of_channel + of_rows[:, None] + of_columns
-    return offsets.astype(np.int32).ravel(), int(offsets.max())
+    of_taps = (of_rows[:, None] + of_columns).astype(np.int32)
+    offsets = (np.arange(channels, dtype=np.int32) * np.int32(of_channel))[:, None, None] + of_taps
+    return offsets.ravel(), int(offsets.max())
+
+
+kept_table = functools.lru_cache(maxsize=256)(_table)
+"""At most 256 times KEPT_TAPS offsets of four bytes."""
 
 
 def _sum(problem: Problem, source: _Source, weight: Plane, bias: Plane, output: Plane, machine: Machine) -> None:

@@ -19,7 +19,7 @@ from core.borders import window
 from core.device import usable_cores
 from core.engines import pipelines
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem, extent
+from core.shapes import Cuts, Dtype, Pair, Problem, extent
 
 Plane: TypeAlias = NDArray[Any]
 Pipeline: TypeAlias = pipelines.Pipeline
@@ -46,6 +46,9 @@ OF_A_BORDERED_VALUE = 2.5e-9
 
 SMALL_ENOUGH_TO_COPY = 40_000
 """Pixels: below, an image with its border is copied whole; above, only the border's surroundings are."""
+
+CUTS: Cuts = {"batch": 1, "groups": 1, "rows": 16, "filters": 16, "columns": 1024}
+"""How direct sums may be cut: nothing is computed twice, and tiles stay whole."""
 
 
 @functools.cache
@@ -121,41 +124,22 @@ def _pool() -> int:
 
 def memory_seconds(problem: Problem, machine: Machine) -> float:
     """What reading the images once and writing the output takes one thread, at least."""
-    images = problem.batch * problem.channels * problem.height * problem.width
-    moved = np.dtype(problem.dtype).itemsize * images + _output_bytes(problem)
+    moved = problem.input_bytes + problem.output_bytes
     return moved / ((4 if moved < IN_CACHE else 0.85) * machine.bandwidth)
 
 
 def page_seconds(problem: Problem) -> float:
     """What one thread waits for the memory of a large output: as new pages, which the system fills with zeros first."""
-    output = _output_bytes(problem)
+    output = problem.output_bytes
     return OF_A_NEW_BYTE * output if output > NEVER_KEPT else 0.0
-
-
-def border_seconds(problem: Problem) -> float:
-    """Return what copying images with their border takes; of large images only the border's surroundings are copied."""
-    if not problem.bordered:
-        return 0.0
-    (rows, columns), images = problem.padded_size, problem.batch * problem.channels
-    copied = rows * columns
-    if problem.height * problem.width > SMALL_ENOUGH_TO_COPY:
-        inner_rows = max(0, problem.height - 2 * problem.kernel_height * problem.dilation[0])
-        inner_columns = max(0, problem.width - 2 * problem.kernel_width * problem.dilation[1])
-        copied -= inner_rows * inner_columns
-    return OF_A_BORDERED_VALUE * images * copied
-
-
-def _output_bytes(problem: Problem) -> int:
-    rows, columns = problem.output_size
-    return np.dtype(problem.dtype).itemsize * problem.batch * problem.filters * rows * columns
 
 
 def solution(problem: Problem, fill: Fill) -> Solve:
     """For one filter: a new output, filled from images and weight, and the bias added."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
 
-    def solve(images: Array, weight: Any, bias: Array | None) -> Array:
-        output = np.empty(shape, dtype)
+    def solve(images: Array, weight: Any, bias: Array | None, out: Array | None = None) -> Array:
+        output = np.empty(shape, dtype) if out is None else out
         fill(images, output, weight)
         if bias is not None:
             output += as_numpy(bias)
@@ -186,6 +170,31 @@ def in_parts(problem: Problem, tile: Pair, filler: Callable[[Pair], Fill]) -> Fi
             fill_part(read, output[:, :, part.rows, part.columns], *kernel)
 
     return fill
+
+
+def border_seconds(problem: Problem, tile: Pair) -> float:
+    """Return the time that the copies of `in_parts` take."""
+    if not problem.bordered:
+        return 0.0
+    planes = problem.batch * problem.channels
+    return OF_A_BORDERED_VALUE * planes * sum(_copied(problem, tile))
+
+
+def border_bytes(problem: Problem, tile: Pair) -> int:
+    """Memory of the largest of the copies that `in_parts` makes, which is made in up to two steps."""
+    if not problem.bordered:
+        return 0
+    planes = problem.batch * problem.channels
+    return 2 * problem.itemsize * planes * max(_copied(problem, tile), default=0)
+
+
+def _copied(problem: Problem, tile: Pair) -> list[int]:
+    """The pixels of each part of a plane that is copied with its border."""
+    return [
+        (last_row - first_row) * (last_column - first_column)
+        for *_, (first_row, last_row), (first_column, last_column) in _parts(problem, tile)
+        if min(first_row, first_column) < 0 or last_row > problem.height or last_column > problem.width
+    ]
 
 
 class _Part(NamedTuple):

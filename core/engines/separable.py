@@ -17,7 +17,7 @@ from core.engines import jit
 from core.engines.jit import Fill, Plane, Recipe
 from core.engines.precision import centre, sum_of_products
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem
+from core.shapes import Cuts, Dtype, Pair, Problem
 
 METHOD = "separable"
 
@@ -92,6 +92,20 @@ def plan(problem: Problem, machine: Machine) -> Solve:
         fill(pixels, output, factors.columns.astype(dtype), factors.rows.astype(dtype))
 
     return jit.solution(problem, fill_whole)
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """Copies with a border, and of what does not fill a tile."""
+    del machine
+    tile, (rows, columns) = _tile(problem.dtype), problem.output_size
+    filled = problem.padded_bytes + problem.output_bytes if rows < tile[0] or columns < tile[1] else 0
+    return jit.border_bytes(problem, tile) + 2 * tile[0] * tile[1] * filled
+
+
+def cuts(problem: Problem, machine: Machine) -> Cuts:
+    """Along every axis."""
+    del problem, machine
+    return jit.CUTS
 
 
 def prepare() -> None:

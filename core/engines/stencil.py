@@ -17,7 +17,7 @@ from core.engines import jit
 from core.engines.jit import Fill, Plane, Recipe
 from core.engines.precision import centre, sum_of_taps
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem, extent
+from core.shapes import Cuts, Dtype, Pair, Problem, extent
 
 METHOD = "direct"
 
@@ -68,7 +68,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         # Tiles read few pixels of many rows of many channels: memory is waited for, not streamed.
         size = np.dtype(problem.dtype).itemsize * problem.largest_array
         work = arithmetic + size / ((4 if size < IN_SECOND_CACHE else 0.4) * machine.bandwidth)
-    fixed = machine.compiling + calls * CALL + jit.border_seconds(problem)
+    fixed = machine.compiling + calls * CALL + jit.border_seconds(problem, _tile(problem.dtype))
     return fixed + (work + jit.page_seconds(problem)) / threads
 
 
@@ -79,8 +79,8 @@ def plan(problem: Problem, machine: Machine) -> Solve:
     if not problem.single:
         fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_layer, problem, machine))
 
-        def solve_layer(images: Array, weight: Array, bias: Array | None) -> Array:
-            output = np.empty(shape, dtype)
+        def solve_layer(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
+            output = np.empty(shape, dtype) if out is None else out
             offsets = np.zeros(problem.filters, dtype) if bias is None else as_numpy(bias)
             fill(images, output, weight, offsets)
             return output
@@ -88,6 +88,20 @@ def plan(problem: Problem, machine: Machine) -> Solve:
         return solve_layer
     fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_plane, problem, machine))
     return jit.solution(problem, fill)
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """Copies with a border, and of what is computed lying on its side."""
+    del machine
+    narrow = problem.single and problem.output_size[1] < jit.lanes(problem.dtype)
+    turned = problem.padded_bytes + problem.output_bytes if narrow else 0
+    return jit.border_bytes(problem, _tile(problem.dtype)) + turned
+
+
+def cuts(problem: Problem, machine: Machine) -> Cuts:
+    """Along every axis."""
+    del problem, machine
+    return jit.CUTS
 
 
 def prepare() -> None:

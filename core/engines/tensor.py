@@ -16,7 +16,7 @@ from torch.nn import functional
 from core.arrays import Array, Solve, as_torch
 from core.borders import pad
 from core.machine import Machine
-from core.shapes import Problem, Sides, extent
+from core.shapes import Cuts, Problem, Sides, extent
 
 METHOD = "direct"
 
@@ -77,10 +77,31 @@ def plan(problem: Problem, machine: Machine) -> Solve:
     """How to do it, by torch's own threads."""
     del machine
 
-    def solve(images: Array, weight: Array, bias: Array | None) -> Array:
-        return convolve(problem, as_torch(images), as_torch(weight), None if bias is None else as_torch(bias))
+    def solve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
+        tensors = as_torch(images), as_torch(weight), None if bias is None else as_torch(bias)
+        if out is None:
+            return convolve(problem, *tensors).contiguous()
+        as_torch(out).copy_(convolve(problem, *tensors))
+        return out
 
     return solve
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """Images with a border, one more layout of them, of weight and output, and in float64 what is unrolled."""
+    del machine
+    bordered = problem.padded_bytes if problem.bordered else 0
+    if problem.dtype == "float64":
+        unrolled_row = problem.itemsize * problem.taps * problem.output_size[1]
+        return 2 * bordered + problem.output_bytes + max(UNROLLED_BYTES, unrolled_row)
+    layouts = problem.padded_bytes + problem.itemsize * problem.filters * problem.taps + problem.output_bytes
+    return bordered + layouts
+
+
+def cuts(problem: Problem, machine: Machine) -> Cuts:
+    """Along every axis; many filters at a time."""
+    del problem, machine
+    return {"batch": 1, "groups": 1, "rows": 16, "filters": 64, "columns": 1024}
 
 
 def prepare() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from core.engines import outlook
+from core.engines import outlook, peak_bytes
 from core.fit import lags, windows
 from core.fit.gram import by_lags
 from core.fit.layout import Layout
@@ -95,10 +95,11 @@ def _equations(
 def _convolutions(problems: Sequence[Problem], layout: Layout, machine: Machine, passes: int) -> Way:
     seconds, operations, largest = 0.0, 0.0, 0
     for problem in problems:
-        seconds += outlook(problem, "auto", machine, WITHOUT_ROUNDING)[0].seconds + _seconds_back(problem, machine)
+        choice = outlook(problem, "auto", machine, WITHOUT_ROUNDING)[0]
+        seconds += choice.seconds + _seconds_back(problem, machine)
         # The sums of a pass back are as many as those forward.
         operations += 2 * problem.operations
-        largest = max(largest, problem.bytes)
+        largest = max(largest, peak_bytes(problem, choice, machine))
     chunk = min(windows.CHUNK_BYTES, 8 * layout.taps * max(problem.largest_array for problem in problems))
     megabytes = (2 * largest + 2 * chunk) / 1e6
     return Way(

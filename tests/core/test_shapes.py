@@ -20,8 +20,8 @@ def test_the_cost_of_a_problem_is_counted_by_hand() -> None:
     assert problem.padded_size == (11, 16)
     assert problem.output_size == (5, 8)  # rows (11 - 3) // 2 + 1, columns 16 - (2 * 4 + 1) + 1
     assert problem.operations == 2 * (2 * 6 * 5 * 8) * (2 * 3 * 5)
-    values = 2 * 4 * 10 * 12 + 6 * 2 * 3 * 5 + 3 * (2 * 4 * 11 * 16 + 2 * 6 * 5 * 8)
-    assert problem.bytes == 4 * values
+    assert problem.bytes == 4 * (2 * 4 * 10 * 12 + 6 * 2 * 3 * 5 + 2 * 6 * 5 * 8)
+    assert problem.padded_bytes == 4 * 2 * 4 * 11 * 16
 
 
 @pytest.mark.parametrize(("mode", "sides"), [("valid", (0, 0, 0, 0)), ("same", (1, 2, 0, 1)), ("full", (3, 3, 1, 1))])

@@ -1,0 +1,218 @@
+"""Compare the estimates of time and memory with what drawn requests take: planes and layers, on every engine.
+
+    python benchmarks/estimates.py [--requests 200] [--seed 0] [--engines fft,tensor] [--kinds plane,layer]
+        [--seconds 2] [--values normal]
+
+Each request runs twice in this process; the first run compiles and is not counted. Time is the shorter of wall time and
+CPU time of the second run divided by the threads, if other programs take the cores. Memory is what the peak resident
+size (VmHWM of /proc) exceeds the size before by. `--values` takes hostile numbers instead of normal ones. Ends with the
+worst ratios and every request that breaks a promise: over 50 ms and off by more than 5 times, or a peak of more than
+1.2 times the estimate and 50 MB. The exit code is 1 if there is one.
+"""
+
+import argparse
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import core
+
+VALUES = ("normal", "infinite", "huge", "subnormal", "offset")
+LONGEST_SECONDS = 3.0
+WORTH_SECONDS = 0.05
+MOST_TIMES = 5
+MEMORY_FACTOR = 1.2
+MEMORY_SLACK = 50.0
+
+
+class Request(NamedTuple):
+    """A call of correlate or conv2d without its arrays."""
+
+    verb: str
+    input: tuple[int, ...]
+    kernel: tuple[int, ...]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Shapes and options in one line."""
+        options = " ".join(f"{name}={value}" for name, value in self.options.items() if name != "machine")
+        return f"{self.verb} {self.input} {self.kernel} {options}"
+
+
+class Outcome(NamedTuple):
+    """Estimates and measurements of one request, in seconds and megabytes."""
+
+    request: Request
+    engine: str
+    predicted: float
+    seconds: float
+    estimated: float
+    megabytes: float
+
+    @property
+    def times(self) -> float:
+        """How many times the time is longer than predicted, or shorter if below 1."""
+        return self.seconds / self.predicted
+
+    @property
+    def off(self) -> bool:
+        """A promise is broken."""
+        wrong = max(self.times, 1 / self.times) > MOST_TIMES and max(self.seconds, self.predicted) > WORTH_SECONDS
+        return wrong or self.megabytes > MEMORY_FACTOR * self.estimated + MEMORY_SLACK
+
+
+def plane(rng: np.random.Generator, engine: str, dtype: str) -> Request:
+    """One kernel over one or several planes."""
+    height, width = (int(side) for side in np.exp(rng.uniform(np.log(16), np.log(3000), 2)))
+    h, w = (int(side) for side in np.exp(rng.uniform(0, np.log(100), 2)))
+    batch = int(rng.choice([1, 1, 1, 3, 20]))
+    mode = str(rng.choice(["valid", "same", "full"]))
+    boundary = "zeros" if mode == "valid" else str(rng.choice(["zeros", "reflect", "circular", "replicate"]))
+    options = {"mode": mode, "boundary": boundary, "dtype": dtype, "engines": (engine,)}
+    return Request("correlate", (batch, max(height, h), max(width, w)), (h, w), options)
+
+
+def layer(rng: np.random.Generator, engine: str, dtype: str) -> Request:
+    """A Conv2d layer."""
+    groups = int(rng.choice([1, 1, 1, 2, 8, 32]))
+    depth, each = (int(channels) for channels in np.exp(rng.uniform(0, np.log(128 if groups == 1 else 8), 2)))
+    height, width = (int(side) for side in np.exp(rng.uniform(np.log(8), np.log(500), 2)))
+    h, w = (int(side) for side in np.exp(rng.uniform(0, np.log(9), 2)))
+    plain = engine == "fft"
+    stride, dilation = ((1, 1), (1, 1)) if plain else (tuple(map(int, rng.choice([1, 1, 2, 3], 2))) for _ in range(2))
+    padding = tuple(int(side) for side in rng.choice([0, 1, 2, 5], 4))
+    size = max(height, dilation[0] * h), max(width, dilation[1] * w)
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups}
+    options |= {"padding_mode": str(rng.choice(["zeros", "zeros", "reflect", "circular"]))}
+    options |= {"dtype": dtype, "engines": (engine,)}
+    shape = int(rng.choice([1, 1, 2, 8, 32])), groups * depth, *size
+    return Request("conv2d", shape, (groups * each, depth, h, w), options)
+
+
+DRAW = {"plane": plane, "layer": layer}
+
+
+def arrays(rng: np.random.Generator, request: Request, values: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Input and kernel; one of rank 1 for the engine that needs it."""
+    dtype = np.dtype(request.options["dtype"])
+    image = rng.standard_normal(request.input, dtype=np.float32).astype(dtype, copy=False)
+    if request.options["engines"] == ("separable",):
+        kernel = np.outer(rng.normal(size=request.kernel[0]), rng.normal(size=request.kernel[1])).astype(dtype)
+    else:
+        kernel = rng.normal(size=request.kernel).astype(dtype)
+    change(image, values, rng)
+    return image, kernel
+
+
+def change(image: NDArray[Any], values: str, rng: np.random.Generator) -> None:
+    """Make the values of an image hostile, in place."""
+    numbers = np.finfo(image.dtype)
+    if values == "infinite":
+        image.flat[rng.integers(0, image.size, 1 + image.size // 1000)] = np.inf
+    elif values == "offset":
+        image += 1e5
+    elif values != "normal":
+        image *= numbers.max / 10 if values == "huge" else numbers.tiny / 10
+
+
+def measure(request: Request, values: str, rng: np.random.Generator, longest: float) -> Outcome | None:
+    """Run the request; None if no engine can, or it is predicted to take longer than that."""
+    verb: Callable[..., core.Result] = core.correlate if request.verb == "correlate" else core.conv2d
+    name = "kernel" if request.verb == "correlate" else "weight"
+    shapes = {
+        "input": np.broadcast_to(np.float32(0), request.input),
+        name: np.broadcast_to(np.float32(0), request.kernel),
+    }
+    options = {**request.options, "method": core.ENGINES[request.options["engines"][0]].METHOD}
+    try:
+        cost = core.cost_of(verb, **shapes, **options)
+    except core.CoreError:
+        return None
+    if cost.seconds > longest or cost.megabytes > 4000:
+        return None
+    image, kernel = arrays(rng, request, values)
+    call: Callable[[], core.Result] = partial(verb, image, kernel, **options)
+    try:
+        call()
+    except core.CoreError:
+        return None
+    trim()
+    before = memory(reset=True)
+    wall, processor = time.perf_counter(), time.process_time()
+    result = call()
+    processor, wall = time.process_time() - processor, time.perf_counter() - wall
+    peak = memory() - before + (image.nbytes + kernel.nbytes) / 1e6
+    seconds = min(wall, max(processor / core.usable_cores(), wall / 20))
+    return Outcome(request, result.engine, cost.seconds, seconds, cost.megabytes, peak)
+
+
+def memory(*, reset: bool = False) -> float:
+    """The peak resident size in megabytes; since now, if it is reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
+def trim() -> None:
+    """Return freed memory to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def main() -> int:
+    """Draw, measure, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engines", default=",".join(core.ENGINES))
+    parser.add_argument("--kinds", default="plane,layer")
+    parser.add_argument("--dtypes", default="float32,float64")
+    parser.add_argument("--values", default="normal", choices=VALUES)
+    parser.add_argument("--seconds", type=float, default=LONGEST_SECONDS, help="longest predicted time that is run")
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    outcomes: list[Outcome] = []
+    drawn = 0
+    np.seterr(all="ignore")
+    while len(outcomes) < options.requests and drawn < 20 * options.requests:
+        drawn += 1
+        draw = DRAW[str(rng.choice(options.kinds.split(",")))]
+        request = draw(rng, str(rng.choice(options.engines.split(","))), str(rng.choice(options.dtypes.split(","))))
+        outcome = measure(request, options.values, rng, options.seconds)
+        if outcome is None:
+            continue
+        outcomes.append(outcome)
+        if outcome.off:
+            print(line(outcome), flush=True)
+    print()
+    print(f"{len(outcomes)} requests; worst by engine: time / predicted (of at least {WORTH_SECONDS} s), memory")
+    for engine in core.ENGINES:
+        own = [outcome for outcome in outcomes if outcome.engine == engine]
+        long = [outcome.times for outcome in own if max(outcome.seconds, outcome.predicted) > WORTH_SECONDS]
+        excess = max((outcome.megabytes - MEMORY_FACTOR * outcome.estimated for outcome in own), default=0.0)
+        slowest, fastest = (f"{found:.2f}" if long else "-" for found in (max(long, default=0), min(long, default=0)))
+        print(f"{engine:14} {len(own):4} slowest {slowest:>6} fastest {fastest:>6} memory over 1.2 x: {excess:7.1f} MB")
+    off = [outcome for outcome in outcomes if outcome.off]
+    print(f"{len(off)} are off")
+    return 1 if off else 0
+
+
+def line(outcome: Outcome) -> str:
+    """One offender."""
+    return (
+        f"{outcome.seconds * 1000:8.1f} ms of {outcome.predicted * 1000:8.1f}  {outcome.megabytes:7.1f} MB of "
+        f"{outcome.estimated:7.1f}  {outcome.request}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

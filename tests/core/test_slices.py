@@ -1,0 +1,105 @@
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import core
+from core import ENGINES, Problem, limits
+from core.engines import slices
+
+MACHINE = core.Machine(2)
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Slices for problems of any size; plans that were made before know nothing of them."""
+    monkeypatch.setattr(slices, "SLICE_SECONDS", 1e-9)
+    core.engines._planned.cache_clear()  # noqa: SLF001 - has no public name
+    yield
+    core.engines._planned.cache_clear()  # noqa: SLF001 - has no public name
+
+
+def draw(rng: np.random.Generator) -> dict[str, Any]:
+    """A layer that has something to cut along every axis."""
+    groups = int(rng.choice([1, 1, 2, 4]))
+    h, w = rng.integers(1, 6, size=2)
+    return {
+        "input": rng.normal(
+            size=(rng.integers(1, 4), groups * rng.integers(1, 4), rng.integers(12, 90), rng.integers(12, 150))
+        ),
+        "weight_shape": (groups * int(rng.integers(1, 20)), h, w),
+        "groups": groups,
+        "stride": tuple(int(step) for step in rng.choice([1, 1, 2, 3], size=2)),
+        "dilation": tuple(int(step) for step in rng.choice([1, 1, 2], size=2)),
+        "padding": tuple(int(side) for side in rng.choice([0, 1, 4, 9], size=4)),
+        "padding_mode": str(rng.choice(["zeros", "reflect", "replicate", "circular"])),
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("seed", range(6))
+def test_slices_give_the_same_output(engine: str, seed: int, small_slices: None) -> None:
+    rng = np.random.default_rng(seed)
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+
+    for _ in range(4):
+        options = draw(rng)
+        filters, h, w = options.pop("weight_shape")
+        images, groups = options.pop("input"), options["groups"]
+        if engine in ("fft", "column_fft", "block_fft", "separable"):
+            options |= {"stride": 1, "dilation": 1}
+        if engine in ("column_fft", "block_fft", "separable"):
+            images, groups, filters = images[:, :1], 1, 1
+            options["groups"] = 1
+        weight = rng.normal(size=(filters, images.shape[1] // groups, h, w))
+        if engine == "separable":
+            weight = weight[:, :, :, :1] * weight[:, :, :1]
+        bias = rng.normal(size=filters)
+        options |= {"dtype": "float64", "machine": MACHINE}
+        expected = core.conv2d(images, weight, bias, engines=("tensor",), **options)
+        options["method"] = ENGINES[engine].METHOD
+        try:
+            result = core.conv2d(images, weight, bias, engines=(engine,), check=check, **options)
+        except core.MethodUnavailable:
+            continue
+        np.testing.assert_allclose(np.asarray(result.array), np.asarray(expected.array), rtol=1e-9, atol=1e-10)
+    assert calls > 4
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "constant", "replicate", "reflect", "symmetric", "circular"])
+@pytest.mark.parametrize("kernel_size", [(3, 3), (41, 90)])
+def test_slices_read_the_border_of_the_whole(
+    boundary: core.Boundary, kernel_size: tuple[int, int], small_slices: None, rng: np.random.Generator
+) -> None:
+    image, kernel = rng.normal(size=(40, 60)), rng.normal(size=kernel_size)
+    options: dict[str, Any] = {"mode": "full", "boundary": boundary, "dtype": "float64", "machine": MACHINE}
+    if boundary == "constant":
+        options["fill_value"] = 3.5
+    sliced = core.correlate(image, kernel, engines=("implicit_gemm",), **options).array
+    core.engines._planned.cache_clear()  # noqa: SLF001 - has no public name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "SLICE_SECONDS", 1e9)
+        whole = core.correlate(image, kernel, engines=("implicit_gemm",), **options).array
+    np.testing.assert_allclose(np.asarray(sliced), np.asarray(whole), rtol=1e-12, atol=1e-12)
+
+
+def test_slices_bound_the_memory_of_the_estimate() -> None:
+    problem = Problem(8, 64, 400, 400, 64, 3, 3, padding=(1, 1, 1, 1))
+    cost = limits._estimate(problem, "direct", MACHINE, ("tensor",))  # noqa: SLF001 - arrays would be large
+    assert cost.megabytes < problem.bytes / 1e6 + 300
+    assert cost.result_megabytes == problem.output_bytes / 1e6
+    assert cost.engine == "tensor"
+
+
+def test_what_the_calling_thread_may_compute_is_a_limit() -> None:
+    image = np.ones((40, 40))
+    core.correlate(image, "box(3)", limits=core.Limits(engines=core.IN_CALLING_THREAD))
+    with pytest.raises(core.TooLarge, match="engine fft") as caught:
+        core.correlate(image, "box(3)", engines=("fft",), limits=core.Limits(engines=core.IN_CALLING_THREAD))
+    assert caught.value.quantity == "engine"
+    assert caught.value.cost.engine == "fft"
