@@ -17,9 +17,11 @@ from core import (
     FitResult,
     Limits,
     Machine,
+    NotCompiled,
     Progress,
     Result,
     TooLarge,
+    compiled_only,
     cost_of,
     exhaust,
     named_kernel,
@@ -83,9 +85,13 @@ class Compute:
             share = share_of(request.scope)
             start = time.perf_counter()
             try:
-                return verb(**arguments, limits=self._at_once)
+                with compiled_only():
+                    return verb(**arguments, limits=self._at_once)
             except TooLarge as refused:
                 cost = refused.cost
+            except NotCompiled:
+                # A thread of the pool waits for the compiler.
+                pass
             finally:
                 share.count("compute", milliseconds_since(start))
         return await unless_left(
