@@ -6,9 +6,11 @@ from typing import Any
 
 from service.errors import FieldError
 
-MAX_HINTS = 20
+MAX_EXPLAINED = 20
+"""Errors that are worded: a response has no more, and counts the others."""
+
 LONGEST_HINT = 60
-"""Fields that are compared with the known ones, and characters of such a field: more would only cost time."""
+"""Characters of an unknown field that is compared with the known ones."""
 
 SECTIONS = ("body", "query", "path", "header")
 
@@ -18,11 +20,14 @@ def field_errors(errors: Sequence[Mapping[str, Any]], known: Sequence[str] = ())
     by_field: dict[str, FieldError] = {}
     # An unknown field is often the misspelling of one that is missing: say that first.
     for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
-        if len(by_field) == MAX_HINTS:
-            known = ()
         context = error.get("ctx") or {}
-        field = context.get("field") or (_path(error["loc"]) + context.get("place", "")).removeprefix(".")
-        by_field.setdefault(field or "(body)", _field_error(error, field or "(body)", context, known))
+        field = context.get("field") or (_path(error["loc"]) + context.get("place", "")).removeprefix(".") or "(body)"
+        if field in by_field:
+            continue
+        if len(by_field) < MAX_EXPLAINED:
+            by_field[field] = _field_error(error, field, context, known)
+        else:
+            by_field[field] = FieldError(field, error["msg"])
     return list(by_field.values())
 
 

@@ -35,7 +35,7 @@ They become Python objects of up to 2 kB and 1 microsecond each, and orjson make
 lock. A thousand pairs of images with weights, each an object of shape, dtype and data, have 46 thousand.
 """
 
-MAX_NAMES = 100
+MAX_NAMES = 512
 """Names that one object may have: no request knows as many, and each unknown one is an error of its own."""
 
 TINY = 1024
