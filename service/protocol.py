@@ -250,11 +250,11 @@ class Protocol(HttpToolsProtocol):
         head_with_body = HeadWithBody(transport, self.loop, self._is_owed, self._is_last)
         super().connection_made(cast("asyncio.Transport", head_with_body))
         self.flow = Flow(cast("asyncio.Transport", self.transport))
-        if len(self.connections) > self.limits.connections and not self.server_state.evict(
-            self.limits, self.loop.time(), sparing=self
-        ):
-            self._over_limit = True
-            if len(self.connections) > self.limits.connections + self.limits.spare:
+        above = len(self.connections) - self.limits.connections
+        if above > 0:
+            evicted = self.server_state.evict(self.limits, self.loop.time(), sparing=self)
+            self._over_limit = above > evicted
+            if above - evicted > self.limits.spare:
                 self.transport.abort()
 
     def evict(self) -> bool:
@@ -270,8 +270,11 @@ class Protocol(HttpToolsProtocol):
                     headers={"Retry-After": "1"},
                 )
             )
-        else:
+        elif phase is Phase.SENDING:
             self.transport.abort()
+        else:
+            # What it has been sent still arrives.
+            self.transport.close()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -87,7 +87,7 @@ def test_the_order_in_which_connections_have_to_go() -> None:
     staying = [
         Fake(Phase.BODY, mark=Mark(Phase.BODY, 0, now + 9)),
         Fake(Phase.BODY, mark=Mark(Phase.IDLE, 0, now + 1)),
-        Fake(Phase.SENDING, mark=Mark(Phase.SENDING, 0, now + 70)),
+        Fake(Phase.SENDING, mark=Mark(Phase.SENDING, 0, now + 90)),
         Fake(Phase.WORKING, mark=Mark(Phase.WORKING, 0, now)),
     ]
     expected = [told, old, new, asking, slower, slow, unread]
