@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -266,7 +265,7 @@ class Worker(Process):
             if number is not None:
                 signal.signal(number, signal.SIG_IGN)
         # uvicorn raises it again once all is done: the default action would lose the last lines of the log.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: exit_now(0))
         threading.Thread(target=_end_with_supervisor, args=(self.server, config), daemon=True).start()
         super().target(sockets)
 

@@ -135,15 +135,16 @@ def test_the_end_does_not_wait_for_a_reader_that_stalls(end: str) -> None:
             process.kill()
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_standard_files_that_are_closed_are_no_reason_not_to_start(tmp_path: Path, closed: str, workers: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "closed"), [("1", "<&-"), ("1", ">&-"), ("1", "2>&-"), ("1", "<&- >&- 2>&-"), ("2", "<&- >&- 2>&-")]
+)
+def test_standard_files_that_are_closed_are_no_reason_not_to_start(workers: str, closed: str) -> None:
     script = f"""
 import os, socket, subprocess, time, urllib.request
 with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
 command = f'exec "{CORR2D}" serve --device cpu --drain-s 0 --workers {workers} --port {{port}} {closed}'
 process = subprocess.Popen(["sh", "-c", command])
-deadline = time.monotonic() + 60
+deadline = time.monotonic() + 240
 while True:
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{{port}}/readyz").close()
@@ -156,7 +157,7 @@ for number in (0, 1, 2):
 process.terminate()
 assert process.wait(60) == 0
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=150)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=330)
     assert done.returncode == 0, done.stderr
 
 

@@ -84,7 +84,7 @@ def test_chunked_however_it_is_written_is_served(address: str, coding: str) -> N
         ("GET", "/static-offline-docs/nothing.js", 404),
         ("GET", "/static-offline-docs", 404),
         ("GET", "/static-offline-docs/", 404),
-        ("GET", "/static-offline-docs/%2e%2e/core.py", 404),
+        ("GET", "/static-offline-docs/%2e%2e/consts", 404),
         ("GET", "/static-offline-docs/" + "x" * 5000, 404),
         ("POST", "/static-offline-docs/favicon.png", 405),
         ("DELETE", "/static-offline-docs/favicon.png", 405),
