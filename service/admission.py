@@ -20,6 +20,9 @@ UNCOUNTED = 1 << 16
 REMEMBERED_S = 0.05
 """How long a refusal speaks for those like it, if the queue does not move meanwhile."""
 
+SHORT_OF_MEMORY = 3 / 4
+"""Fraction of the memory above which slow readers of responses get less time."""
+
 SHARE_OF_BODIES = 3 / 8
 SHARE_OF_A_COMPUTATION = 1 / 2
 KEPT_FOR_SHORT = 1 / 8
@@ -113,6 +116,11 @@ class Admission:
     def advice(self) -> Mapping[str, str]:
         """How long whoever is refused should wait, as headers."""
         return self.queue.advice()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether more than three quarters of the memory is taken."""
+        return self.used > SHORT_OF_MEMORY * self.memory
 
     def require_hope(self, path: str, size: int) -> None:
         """Raise Busy where a body of that size for that path is not to be served now: before anything of it is read."""
