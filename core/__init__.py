@@ -23,7 +23,7 @@ from core.errors import (
     UnknownKernel,
 )
 from core.explain import Candidate, explain
-from core.fit import exhaust, fit_kernel, fit_kernel_steps
+from core.fit import FitPlan, exhaust, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit.losses import Loss
 from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import Solver
@@ -42,6 +42,7 @@ __all__ = [
     "Cost",
     "DeviceUnavailable",
     "Dtype",
+    "FitPlan",
     "FitResult",
     "Forecast",
     "InvalidArgument",
@@ -79,6 +80,7 @@ __all__ = [
     "fit_kernel_steps",
     "measure_machine",
     "named_kernel",
+    "plan_fit_kernel",
     "prepare",
     "resolve_device",
     "usable_cores",
