@@ -29,7 +29,7 @@ from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, 
 from core.fit.rules import Solver
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits, cost_of
-from core.machine import Machine, measure_machine
+from core.machine import Machine, measure_machine, use_one_blas_thread
 from core.shapes import Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
@@ -85,4 +85,5 @@ __all__ = [
     "resolve_device",
     "usable_cores",
     "usable_memory",
+    "use_one_blas_thread",
 ]

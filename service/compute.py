@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import anyio
 import numpy as np
 from fastapi import Request
 
-from core import Cost, FitResult, Limits, Machine, Progress, Result, TooLarge, cost_of, exhaust, resolve_device
+from core import Cost, FitPlan, FitResult, Limits, Machine, Progress, Result, TooLarge, cost_of, exhaust, resolve_device
 from service import threads
 from service.admission import share_of
 from service.errors import Busy, DeadlinePassed
@@ -65,20 +65,20 @@ class Compute:
     async def steps(
         self,
         request: Request,
-        function: Callable[..., Generator[Progress, None, FitResult]],
+        plan_of: Callable[..., FitPlan],
         each: Callable[[Progress], None] | None = None,
         **arguments: Any,
     ) -> FitResult:
-        """Run one of core's generators to its end, or to the step at which its deadline passes or it is cancelled.
+        """Run one of core's plans to its end, or to the step at which its deadline passes or it is cancelled.
 
         `each` is called with all that it yields, in the thread that computes.
         """
         self._place(arguments)
-        estimate: Callable[[], Cost] = partial(cost_of, function, **arguments)
-        few = _numbers(arguments) <= FEW
-        # Examples are looked at before they can be estimated.
-        cost = estimate() if few else await threads.run(math.inf, estimate, self._codec_threads)
-        self._limits.require(cost)
+        make = partial(plan_of, **arguments)
+        few = _numbers(arguments) <= FEW and not arguments["pairs"]
+        # Examples are checked, and so read, before there is an estimate.
+        plan = make() if few else await threads.run(math.inf, make, self._codec_threads)
+        self._limits.require(plan.cost)
 
         def run(abandoned: threading.Event) -> FitResult:
             def report(progress: Progress) -> None:
@@ -87,9 +87,9 @@ class Compute:
                 if each is not None:
                     each(progress)
 
-            return exhaust(function(**arguments), report)
+            return exhaust(plan.steps(), report)
 
-        return await self._in_turn(request, cost, run)
+        return await self._in_turn(request, plan.cost, run)
 
     async def _in_turn(self, request: Request, cost: Cost, run: Callable[[threading.Event], Value]) -> Value:
         share = share_of(request.scope)

@@ -53,9 +53,7 @@ class Analysis:
         return errors
 
 
-def analyse(
-    images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]
-) -> Steps[Analysis | None]:
+def analyse(images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]) -> Steps[Analysis | None]:
     """The same loss as `images`, of these terms, whose equations these are.
 
     None where a sum of squares on the way is too large for float64.

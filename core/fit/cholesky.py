@@ -1,7 +1,7 @@
 """Pivoted Cholesky factorization of a positive semidefinite matrix, in steps of bounded length.
 
-An eigenvalue decomposition of LAPACK takes 20 times as long, in one call that nothing can end. The pivots tell the rank: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed.,
-10.3.
+An eigenvalue decomposition of LAPACK takes about ten times as long, in one call that nothing can end. The pivots show
+the rank: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 10.3.
 """
 
 from dataclasses import dataclass

@@ -77,6 +77,8 @@ def adjoint(
         else:
             for chunk in windows.chunks(seen, problem):
                 taps += chunk.windows @ chunk.of(some).T
+                # Or there would be two while the next is made.
+                del chunk
         if layout.bias:
             result[block, layout.taps] += some.sum((0, 2, 3))
     return as_numpy(result.cpu())
@@ -100,8 +102,8 @@ def _add_windows(part: Numbers, problem: Problem, layout: Layout, gram: Tensor, 
     for block in range(layout.blocks):
         filters = layout.filters_of(block)
         for chunk in windows.chunks(part.images[:, layout.channels_of(block)], problem):
-            values = chunk.of(part.targets[:, filters])
-            weighted, count = chunk.windows, float(values.shape[1])
+            weighted, values = chunk.windows, chunk.of(part.targets[:, filters])
+            count = float(values.shape[1])
             if part.weights is not None:
                 # The same for all filters of a block.
                 weights = chunk.of(part.weights[:, filters])[:1]
@@ -110,6 +112,8 @@ def _add_windows(part: Numbers, problem: Problem, layout: Layout, gram: Tensor, 
             moments[block, :taps].addmm_(chunk.windows, values.T)
             if layout.bias:
                 _add_bias(gram[block], moments[block], weighted.sum(1), count, values.sum(1))
+            # Or there would be two of each while the next are made.
+            del chunk, weighted, values
             yield
 
 

@@ -21,7 +21,6 @@ from core.fit.parts import Numbers, Part
 from core.fit.spectrum import multiply
 from core.fit.steps import OPERATIONS, SECONDS, Steps, paced
 from core.machine import Machine
-from core.shapes import Problem
 
 WITHOUT_ROUNDING = tuple(name for name in ALL if name != "separable")
 """Engines that take a kernel as it is: `separable` may drop what is small beside the contract's precision."""

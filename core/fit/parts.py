@@ -76,7 +76,11 @@ def split(example: Example, problem: Problem, cost: Callable[[Problem], float], 
     bordered = _piece(problem, problem.batch, problem.padded_size[0])
     count = max(cost(bordered) / SECONDS, bordered.largest_array / PART_VALUES)
     together = max(1, int(problem.batch / max(count, 1)))
-    outputs, step, spread = problem.output_size[0], problem.stride[0], extent(problem.kernel_height, problem.dilation[0])
+    outputs, step, spread = (
+        problem.output_size[0],
+        problem.stride[0],
+        extent(problem.kernel_height, problem.dilation[0]),
+    )
     bands = math.ceil(count / problem.batch) if rows else 1
     # No lower than the rows that two neighbours both need.
     high = outputs if bands <= 1 else max(math.ceil(outputs / bands), math.ceil(spread / step))

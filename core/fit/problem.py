@@ -13,7 +13,6 @@ from core.errors import InvalidArgument, InvalidNumbers, InvalidShape
 from core.fit.steps import Steps
 from core.shapes import PaddingMode, Pair, Problem, conv2d_padding, positive_pair, sized
 
-
 BLOCK_VALUES = 1 << 21
 """Values that are checked or summed up at a time."""
 
@@ -149,7 +148,8 @@ class Examples:
     @property
     def filters_weighted_apart(self) -> bool:
         """Some pixel weighs more for one filter than for another."""
-        return self.filters > 1 and any(_filters_differ(pair.weights) for pair in self.pairs if pair.weights is not None)
+        weights = [pair.weights for pair in self.pairs if pair.weights is not None]
+        return self.filters > 1 and any(map(_filters_differ, weights))
 
 
 def load_examples(pairings: Sequence[Pairing]) -> Examples:

@@ -1,7 +1,7 @@
 """What the eigenvalues of the loss's Hessian tell: how it curves, what can be learned, and how well.
 
-Small matrices are decomposed into eigenvalues and eigenvectors. For larger ones that takes minutes, in calls that
-nothing can end: a pivoted Cholesky factorization and Lanczos's method tell the same of them in a twentieth of the time.
+Small matrices are decomposed into eigenvalues and eigenvectors. For larger ones that takes up to minutes, in calls that
+nothing can end: a pivoted Cholesky factorization and Lanczos's method find the same in a fraction of the time.
 """
 
 from collections.abc import Iterator
@@ -253,7 +253,7 @@ def _orthonormal(columns: Floats) -> Steps[Floats]:
     Giraud, Langou and Rozloznik, The loss of orthogonality in the Gram-Schmidt orthogonalization process, 2005.
     """
     # Columns of very different length would lose the short ones.
-    basis = columns / np.maximum(np.linalg.norm(columns, axis=0), VANISHING)
+    basis: Floats = columns / np.maximum(np.linalg.norm(columns, axis=0), VANISHING)
     for first in range(0, basis.shape[1], NARROW):
         before, block = basis[:, :first], basis[:, first : first + NARROW]
         for _ in range(2):

@@ -38,11 +38,13 @@ CHOLESKY = 5e-11
 PRODUCT = 2.5e-10
 """Seconds for the cube of the unknowns, and for an entry of the equations in a product with a vector; measured."""
 
+FIT = 3e-3
 CALL = 2e-5
-STEP = 2e-5
-TERM = 5e-6
-PART = 2e-4
-"""Seconds for a decomposition, a step, a term of a batch and a part of the images, however small; measured."""
+STEP = 3e-5
+ADAM_STEP = 8e-5
+TERM = 1e-5
+PART = 4e-4
+"""Seconds for a fit, a decomposition, a step, a term of a batch and a part of the images, however small; measured."""
 
 MODE = 2e-8
 RATES = 540
@@ -53,8 +55,8 @@ HISTORY = 6e-5
 """MB for a term and for a step, however small."""
 
 PASSES_BEFORE = 12
-PASSES_TO_SOLVE = 100
-"""Passes over the images to find the steepest curvature, and guessed for conjugate gradients."""
+PASSES_TO_SOLVE = 150
+"""Passes over the images to find the steepest curvature, and for conjugate gradients, which take 30 to 750."""
 
 PASSES_AFTER = 2
 """To see the best kernel's residuals where it comes from the equations."""
@@ -108,7 +110,7 @@ def choose_way(passages: Sequence[Passage], layout: Layout, options: Options, ma
     terms = sum(passage.terms for passage in passages) if batch is not None else 1
     # A step goes over a batch, the end over all.
     share = 1.0 if batch is None else batch / terms
-    passes = PASSES_TO_SOLVE if exact else options.steps * share + PASSES_AFTER
+    passes: float = min(PASSES_TO_SOLVE, layout.size) if exact else options.steps * share + PASSES_AFTER
     if options.criterion.square:
         passes += PASSES_BEFORE
     convolutions = _convolutions(passages, layout, machine, passes)
@@ -124,33 +126,35 @@ def _with_history(way: Way, steps: int) -> Way:
     return replace(way, megabytes=way.megabytes + HISTORY * steps)
 
 
-def _equations(
-    passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine, terms: int
-) -> Way:
-    size, entries = layout.size, layout.blocks * layout.size**2
-    seconds, operations = _to_analyse(layout, options)
+def _equations(passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine, terms: int) -> Way:
+    entries = layout.blocks * layout.size**2
+    positions = sum(entry.terms * _positions(part.problem) for entry in passages for part in entry.parts)
+    seconds, operations = _to_analyse(layout, options, min(layout.size, positions))
     for entry in passages:
         weighted = entry.example.weights is not None
         for part, count in _distinct(entry.readings):
-            count *= entry.terms
-            if by_lags(part, machine, weighted=weighted):
-                seconds += count * (PART + lags.seconds(part, machine))
-                operations += count * lags.operations(part)
-            else:
-                seconds += count * (PART + windows.seconds(part, machine))
-                operations += count * windows.operations(part)
+            build = lags if by_lags(part, machine, weighted=weighted) else windows
+            seconds += entry.terms * count * (PART + build.seconds(part, machine))
+            operations += entry.terms * count * build.operations(part)
     if options.solver != "exact":
         batch = options.batch_size or 1
         products = options.steps * batch + 2 * terms
-        seconds += options.steps * STEP + products * (TERM + PRODUCT * entries * layout.columns)
+        seconds += options.steps * (ADAM_STEP if options.solver == "adam" else STEP)
+        seconds += products * (TERM + PRODUCT * entries * layout.columns)
         operations += 2.0 * entries * layout.columns * products
     after = _convolutions(passages, layout, machine, PASSES_AFTER)
     megabytes = after.megabytes + 8e-6 * (entries * (COPIES + terms) + 4 * terms * layout.unknowns)
-    return Way("normal equations", seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
+    return Way("normal equations", FIT + seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
 
 
-def _to_analyse(layout: Layout, options: Options) -> tuple[float, float]:
-    """Seconds and operations for eigenvalues or factorizations, solutions and rates."""
+def _positions(problem: Problem) -> int:
+    """Windows of a part."""
+    rows, columns = problem.output_size
+    return problem.batch * rows * columns
+
+
+def _to_analyse(layout: Layout, options: Options, rank: int) -> tuple[float, float]:
+    """Seconds and operations for eigenvalues or factorizations, solutions and rates; the rank is at most that."""
     size, cube = layout.size, layout.blocks * layout.size**3
     twice = 2 if options.ridge else 1
     solving = 12 * cube / size * layout.columns
@@ -162,8 +166,8 @@ def _to_analyse(layout: Layout, options: Options) -> tuple[float, float]:
         lanczos = 2 * (twice + 2) * LANCZOS_STEPS * cube / size
         if options.learning_rate == "auto":
             lanczos += 2 * QUADRATURE_STEPS * cube / size * layout.columns
-        seconds = (twice + 0.5) * CHOLESKY * cube + PRODUCT / 2 * (lanczos + solving)
-        operations = (twice + 1) / 3 * cube + lanczos + solving
+        seconds = (twice + 0.5) * CHOLESKY * cube * rank / size + PRODUCT / 2 * (lanczos + solving)
+        operations = (twice + 1) / 3 * cube * rank / size + lanczos + solving
     if options.learning_rate == "auto" and options.solver != "exact":
         tried = RATES * min(layout.blocks * size, QUADRATURE_STEPS if size > LARGEST_DECOMPOSED else math.inf)
         seconds += MODE * tried * math.log2(2 * options.steps)
@@ -178,9 +182,9 @@ def _convolutions(passages: Sequence[Passage], layout: Layout, machine: Machine,
             seconds += count * entry.terms * seconds_of_pass(part, machine)
             # The sums of a pass back are as many as those forward.
             operations += count * entry.terms * 2 * part.operations
-            largest = max(largest, _bytes_of_pass(part, layout))
+            largest = max(largest, _bytes_of_pass(part, layout, weighted=entry.example.weights is not None))
     megabytes = largest / 1e6 + TERM_MEGABYTES * terms + 8e-6 * (LANCZOS_STEPS // 3 + 8) * layout.unknowns
-    return Way("convolutions", passes * seconds, passes * operations / 1e9, megabytes)
+    return Way("convolutions", FIT + passes * seconds, passes * operations / 1e9, megabytes)
 
 
 def _distinct(parts: Sequence[Part]) -> Iterable[tuple[Problem, int]]:
@@ -188,13 +192,14 @@ def _distinct(parts: Sequence[Part]) -> Iterable[tuple[Problem, int]]:
     return Counter(part.problem for part in parts).items()
 
 
-def _bytes_of_pass(problem: Problem, layout: Layout) -> float:
+def _bytes_of_pass(problem: Problem, layout: Layout, *, weighted: bool) -> float:
     """Memory for one pass over a part."""
     rows, columns = problem.output_size
+    inputs = problem.batch * problem.channels * problem.height * problem.width
     outputs = problem.batch * problem.filters * rows * columns
-    # Its numbers as they are read; then what the convolution takes; then residuals, losses and slopes.
+    # Its numbers, with residuals, losses and slopes; what the convolution takes; windows, and those with weights.
     chunk = min(windows.CHUNK_BYTES, 8 * layout.taps * problem.largest_array)
-    return 2 * problem.bytes + 8 * 4 * outputs + 2 * chunk
+    return 8 * (2 * inputs + (3 + 2 * weighted) * outputs) + problem.bytes + (1.5 + weighted) * chunk
 
 
 @lru_cache(maxsize=1024)

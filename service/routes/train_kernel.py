@@ -241,7 +241,7 @@ async def train_kernel(request: Request) -> Response:
     state = request.app.state
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
-        fit = await state.compute.steps(request, core.fit_kernel_steps, report, **asked.arguments())
+        fit = await state.compute.steps(request, core.plan_fit_kernel, report, **asked.arguments())
         state.metrics.engine(fit.method)
         return _fields(fit, thin=form.history == "thin")
 
