@@ -26,13 +26,13 @@ from core.errors import (
     UnknownKernel,
 )
 from core.explain import Candidate, explain
-from core.fit import exhaust, fit_kernel, fit_kernel_steps
+from core.fit import FitPlan, exhaust, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit.losses import Loss
 from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import Solver
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits, cost_of
-from core.machine import Machine, measure_machine
+from core.machine import Machine, measure_machine, use_one_blas_thread
 from core.shapes import Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Cost",
     "DeviceUnavailable",
     "Dtype",
+    "FitPlan",
     "FitResult",
     "Forecast",
     "InvalidArgument",
@@ -86,8 +87,10 @@ __all__ = [
     "fit_kernel_steps",
     "measure_machine",
     "named_kernel",
+    "plan_fit_kernel",
     "prepare",
     "resolve_device",
     "usable_cores",
     "usable_memory",
+    "use_one_blas_thread",
 ]

@@ -7,6 +7,8 @@ down, so a derivative in x is positive where the picture gets brighter to the ri
 import difflib
 import math
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +22,9 @@ MAX_SIDE = 1023
 
 MAX_TEXT = 200
 """The longest name that is looked at."""
+
+KEPT_BYTES = 1 << 25
+"""The most memory of kernels that are kept: a request resolves its name more than once."""
 
 Kernel = NDArray[np.float64]
 
@@ -36,11 +41,49 @@ class KernelFamily:
     optional: int = 0
 
 
+class _Cache:
+    """The kernels made last, up to a number of bytes. Safe to use from any thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._kernels: OrderedDict[str, Kernel] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, text: str) -> Kernel | None:
+        """The kernel of that name, if it is kept."""
+        with self._lock:
+            if text in self._kernels:
+                self._kernels.move_to_end(text)
+            return self._kernels.get(text)
+
+    def put(self, text: str, kernel: Kernel) -> None:
+        """Keep a kernel, and drop those that were used longest ago if there are too many bytes."""
+        with self._lock:
+            if kernel.nbytes <= self._limit and text not in self._kernels:
+                self._kernels[text] = kernel
+                self._bytes += kernel.nbytes
+            while self._bytes > self._limit:
+                self._bytes -= self._kernels.popitem(last=False)[1].nbytes
+
+
+_made = _Cache(KEPT_BYTES)
+
+
 def named_kernel(text: str) -> Kernel:
-    """The kernel (h, w) of a name such as "sobel_x" or "gaussian(2.0)".
+    """Return the kernel (h, w) of a name such as "sobel_x" or "gaussian(2.0)", as an array that cannot be written to.
 
     Raises UnknownKernel with the nearest names, or with the signature where the arguments do not fit it.
     """
+    kernel = _made.get(text)
+    if kernel is None:
+        kernel = _make(text)
+        kernel.setflags(write=False)
+        _made.put(text, kernel)
+    return kernel
+
+
+def _make(text: str) -> Kernel:
     call = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text) if len(text) <= MAX_TEXT else None
     name = call[1] if call else text[:60]
     family = KERNELS.get(name)
@@ -90,10 +133,7 @@ def gaussian(sigma: float, n: float | None = None) -> Kernel:
 
     The cut and the normalisation are scipy.ndimage.gaussian_filter's.
     """
-    exponents = -0.5 * (_offsets(sigma, n) / sigma) ** 2
-    # Its largest is 0 at least where a pixel is the centre; an even n has none, and a small sigma nothing else.
-    line = np.exp(exponents - exponents.max())
-    line /= line.sum()
+    line = _gaussian_line(sigma, n)
     kernel: Kernel = np.outer(line, line)
     return kernel
 
@@ -104,8 +144,9 @@ def log(sigma: float) -> Kernel:
     (r^2 - 2 sigma^2) / sigma^4 times the sum-1 Gaussian; Marr and Hildreth, "Theory of edge detection", 1980.
     """
     x = _offsets(sigma, None)
-    squared_radius = x[:, None] ** 2 + x[None, :] ** 2
-    kernel: Kernel = (squared_radius - 2 * sigma**2) / sigma**4 * gaussian(sigma)
+    line = _gaussian_line(sigma, None)
+    curved = (x**2 - sigma**2) / sigma**4 * line
+    kernel: Kernel = np.stack([curved, line], 1) @ np.stack([line, curved])
     kernel -= kernel.mean()
     return kernel
 
@@ -122,15 +163,29 @@ def motion(n: float, angle: float) -> Kernel:
         raise ValueError("angle must be finite")
     # The angle is turned within one half circle, where sine and cosine of the right angles are exact enough.
     radians = math.radians(angle % 180)
-    reach = side // 2
-    x = np.arange(-reach, reach + 1, dtype=np.float64)
-    along = x[None, :] * math.cos(radians) - x[:, None] * math.sin(radians)
-    across = x[None, :] * math.sin(radians) + x[:, None] * math.cos(radians)
-    beyond = np.maximum(np.abs(along) - reach, 0)
-    weight = np.maximum(1 - np.hypot(across, beyond), 0)
-    weight[weight < 1e-12] = 0
-    kernel: Kernel = weight / weight.sum()
+    sine, cosine, reach = math.sin(radians), math.cos(radians), side // 2
+    # Pixels nearer than 1 to the line: at most 6 in each column of a flat one, in each row of a steep one.
+    along_axis = np.arange(-reach, reach + 1, dtype=np.float64)[:, None]
+    slope = -sine / cosine if abs(cosine) > abs(sine) else -cosine / sine
+    near = np.floor(slope * along_axis) + np.arange(-2, 4)
+    x, y = (along_axis, near) if abs(cosine) > abs(sine) else (near, along_axis)
+    beyond = np.maximum(np.abs(x * cosine - y * sine) - reach, 0)
+    weight = np.maximum(1 - np.hypot(x * sine + y * cosine, beyond), 0)
+    weight[(weight < 1e-12) | (np.abs(near) > reach)] = 0
+    kernel = np.zeros((side, side))
+    # What lies outside weighs nothing.
+    rows, columns = (np.clip(axis, -reach, reach).astype(np.intp) + reach for axis in (y, x))
+    np.add.at(kernel, (rows, columns), weight / weight.sum())
     return kernel
+
+
+def _gaussian_line(sigma: float, n: float | None) -> Kernel:
+    """A Gaussian along one side, sum 1."""
+    exponents = -0.5 * (_offsets(sigma, n) / sigma) ** 2
+    # Its largest is 0 at least where a pixel is the centre; an even n has none, and a small sigma nothing else.
+    line: Kernel = np.exp(exponents - exponents.max())
+    line /= line.sum()
+    return line
 
 
 def _offsets(sigma: float, n: float | None) -> Kernel:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from core.device import usable_cores
 
@@ -33,6 +34,15 @@ class Machine:
 def this_machine() -> Machine:
     """The cores that this process may use, with default speeds: what is taken where the caller names no machine."""
     return Machine(usable_cores())
+
+
+def use_one_blas_thread() -> None:
+    """Let numpy's BLAS compute with one thread, in the whole process and from now on.
+
+    Its threads wait for each other by spinning, so that several computations at a time, or other processes, make each
+    of them many times as slow. For a service to call at its start; estimates of fits count with it.
+    """
+    threadpool_limits(limits=1, user_api="blas")
 
 
 def measure_machine(machine: Machine) -> Machine:

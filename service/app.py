@@ -14,7 +14,7 @@ import torch
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
-from core import ENGINES, Machine, usable_cores, usable_memory
+from core import ENGINES, Machine, usable_cores, usable_memory, use_one_blas_thread
 from service import exit_codes
 from service.admission import SHARE_OF_A_COMPUTATION, Admission
 from service.allocator import keep_little
@@ -141,6 +141,7 @@ def create_worker_app(settings: Settings, table: Table) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(app.state.compute.machine.threads)
+    use_one_blas_thread()
     warming = asyncio.create_task(_become_ready(app))
     yield
     warming.cancel()

@@ -25,11 +25,11 @@ from core import (
     cost_of,
     exhaust,
     named_kernel,
+    plan_fit_kernel,
     resolve_device,
 )
 from service import threads
 from service.admission import Share, share_of
-from service.core_contracts import plan_fit
 from service.errors import Busy
 from service.pool import WorkerPool
 from service.presence import unless_left
@@ -142,7 +142,7 @@ class Compute:
         arrays, images = _examples(arguments)
         # To look at examples takes long where they are many, so it is not done on the event loop.
         seconds = SECONDS_TO_PLAN * images + SECONDS_TO_CONVERT * _numbers(arrays)
-        plan = await self._codecs.run(share, Cost(0, 0, seconds), lambda _: plan_fit(**arguments), phase="parse")
+        plan = await self._codecs.run(share, Cost(0, 0, seconds), lambda _: plan_fit_kernel(**arguments), phase="parse")
 
         def run(check: Check) -> Value:
             def report(progress: Progress) -> None:

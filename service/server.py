@@ -30,6 +30,7 @@ from service.protocol import Configuration, State
 from service.settings import Settings
 
 if TYPE_CHECKING:  # for whoever only supervises does not load torch
+    from service.admission import Admission
     from service.pool import WorkerPool
 
 FILES = 256
@@ -184,8 +185,8 @@ class Server(uvicorn.Server):
         if now >= self._looks_at:
             limits = self.config.limits
             self._looks_at = now + limits.between_looks
-            pool: ComputePool | None = None if self._app is None else self._app.state.pool
-            is_short = pool is not None and pool.admission.is_short
+            admission: Admission | None = None if self._app is None else self._app.state.admission
+            is_short = admission is not None and admission.is_short
             expire_overdue(self.server_state.connections, limits, now, is_short=is_short)  # type: ignore[arg-type]  # they are Protocols
 
     async def _go_on_looking(self) -> None:

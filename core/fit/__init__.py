@@ -3,7 +3,8 @@
 import functools
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from typing import ParamSpec
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
 from core.arrays import ArrayLike
 from core.device import CPU, resolve_device
@@ -16,18 +17,36 @@ from core.fit.problem import Layer, Pairing, load_examples
 from core.fit.result import FitResult, Progress
 from core.fit.rules import Solver
 from core.fit.start import settled_seed, starting_point
-from core.fit.way import choose_way
+from core.fit.way import Method, choose_way, passage
 from core.limits import Limits
 from core.machine import Machine, this_machine
 from core.shapes import PaddingMode, one_of
 
 Arguments = ParamSpec("Arguments")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 ExamplePair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike | None]
 """An input, its target and, perhaps, the weights of the target's values."""
 
 
-def fit_kernel_steps(
+@dataclass(frozen=True, slots=True)
+class FitPlan:
+    """A fit whose arguments are checked and whose examples are loaded; nothing is computed yet. `cost` is predicted."""
+
+    cost: Cost
+    method: Method
+    _fitting: Fitting
+
+    def steps(self) -> Generator[Progress, None, FitResult]:
+        """Return a generator that computes the fit.
+
+        It yields Readings of the examples, a Forecast, and a Step for each update; in long phases also Readings, so
+        that it can be ended about every tenth of a second. It returns the FitResult.
+        """
+        return self._fitting.steps()
+
+
+def plan_fit_kernel(
     input: ArrayLike | None = None,
     target: ArrayLike | None = None,
     *,
@@ -56,7 +75,7 @@ def fit_kernel_steps(
     device: str = "auto",
     limits: Limits | None = None,
     machine: Machine | None = None,
-) -> Generator[Progress, None, FitResult]:
+) -> FitPlan:
     """Find the kernel (and bias) that brings conv2d(input; kernel, bias) nearest to target.
 
     input and target are (H, W), (C, H, W) or (N, C, H, W); `pairs` takes several of different sizes instead. The
@@ -77,8 +96,8 @@ def fit_kernel_steps(
 
     Raises InvalidArgument and its kind, DeviceUnavailable and, where `limits` are given, TooLarge.
 
-    This form checks the arguments at once, then yields Readings of the examples, a Forecast, and a Step for each
-    update, and returns the FitResult; close the generator to stop early. `fit_kernel` runs it to its end.
+    This form checks the arguments and loads the examples; the plan's steps() compute. `fit_kernel_steps` does both,
+    `fit_kernel` runs them to their end.
     Source: for the whole idea, Golub and Van Loan, Matrix Computations, 5.3; for the descents, torch.optim.
     """
     options = Options(
@@ -107,41 +126,31 @@ def fit_kernel_steps(
         bias=bias,
         initial_bias=initial_bias,
     )
-    single = list(examples.pairs)
     if batch_size is not None:
-        single = [image for example in examples.pairs for image in example.apart()]
-        if batch_size > len(single):
+        count = sum(len(example.images) for example in examples.pairs)
+        if batch_size > count:
             raise InvalidOption(
-                f"batch_size {batch_size} is above the number of images, {len(single)}",
+                f"batch_size {batch_size} is above the number of images, {count}",
                 field="batch_size",
                 got=batch_size,
-                limit=len(single),
+                limit=count,
             )
     kernel_name = "kernel_size" if initial_kernel is None else "initial_kernel"
-    problems = [
-        layer.problem(example.images, start.kernel_shape, device=torch_device.type, kernel_name=kernel_name)
-        for example in single
-    ]
-    for example, problem in zip(single, problems, strict=True):
+    passages = []
+    for example in examples.pairs:
+        problem = layer.problem(example.images, start.kernel_shape, device=torch_device.type, kernel_name=kernel_name)
         example.require_reachable(problem)
-    layout = Layout(start.kernel_shape, problems[0].groups, bias, examples.filters_weighted_apart)
-    way = choose_way(
-        problems,
-        [example.weights is not None for example in single],
-        layout,
-        machine,
-        square=options.criterion.square,
-        exact=solver == "exact",
-        steps=steps,
-        terms=len(single) if batch_size is not None else 1,
-        batch=batch_size or 1,
-    )
+        if batch_size is not None:
+            problem = replace(problem, batch=1)
+        passages.append(passage(example, problem, machine, apart=batch_size is not None))
+    layout = Layout(start.kernel_shape, layer.groups, bias, examples.filters_weighted_apart)
+    way = choose_way(passages, layout, options, machine)
+    cost = Cost(way.megabytes, way.gflop, way.seconds)
     if limits is not None:
-        limits.require(Cost(way.megabytes, way.gflop, way.seconds))
-    return Fitting(
+        limits.require(cost)
+    fitting = Fitting(
         options=options,
-        examples=single,
-        problems=problems,
+        passages=passages,
         layout=layout,
         start=start,
         seed=settled_seed(seed),
@@ -149,21 +158,35 @@ def fit_kernel_steps(
         method=way.method,
         device=torch_device,
         machine=machine,
-    ).steps()
+    )
+    return FitPlan(cost, way.method, fitting)
 
 
-def run_to_end(
-    steps: Callable[Arguments, Generator[Progress, None, FitResult]],
-) -> Callable[Arguments, FitResult]:
-    """The same function without the steps between: it returns what the generator returns."""
+def steps_of(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, Generator[Progress, None, FitResult]]:
+    """The same function, returning the steps of its plan: the arguments are checked at once."""
 
-    @functools.wraps(steps)
+    @functools.wraps(plan)
+    def steps(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Generator[Progress, None, FitResult]:
+        return plan(*args, **kwargs).steps()
+
+    return _named(steps, plan, "fit_kernel_steps", Generator[Progress, None, FitResult])
+
+
+def run_to_end(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, FitResult]:
+    """The same function without the steps between: it returns what they return."""
+
+    @functools.wraps(plan)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> FitResult:
-        return exhaust(steps(*args, **kwargs))
+        return exhaust(plan(*args, **kwargs).steps())
 
-    # What help() shows; without it that is the signature of the function inside.
-    run.__signature__ = inspect.signature(steps).replace(return_annotation=FitResult)  # type: ignore[attr-defined]
-    return run
+    return _named(run, plan, "fit_kernel", FitResult)
+
+
+def _named(function: Function, plan: Callable[..., object], name: str, returned: object) -> Function:
+    """The function with a name, and the signature of the plan but for what it returns: what help() shows."""
+    function.__name__ = function.__qualname__ = name
+    function.__signature__ = inspect.signature(plan).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    return function
 
 
 def exhaust(steps: Generator[Progress, None, FitResult], each: Callable[[Progress], object] | None = None) -> FitResult:
@@ -178,7 +201,8 @@ def exhaust(steps: Generator[Progress, None, FitResult], each: Callable[[Progres
             return result
 
 
-fit_kernel = run_to_end(fit_kernel_steps)
+fit_kernel_steps = steps_of(plan_fit_kernel)
+fit_kernel = run_to_end(plan_fit_kernel)
 
 
 def _pairings(

@@ -23,7 +23,8 @@ HOPELESS_GROWTH = 1e6
 class Descent:
     """Where a descent ended: the last finite kernel and bias, their loss, and the whole history before it.
 
-    The losses at start and end are of all examples; those of the history of the batches that there were.
+    The losses at start and end are of all examples; those of the history, of which the least is `least_loss`, of the
+    batches that there were.
     `overflowed` says that the next update left the finite numbers, so that it was not made.
     """
 
@@ -31,6 +32,7 @@ class Descent:
     loss_history: list[float]
     start_loss: float
     final_loss: float
+    least_loss: float
     status: Status
     overflowed: bool = False
 
@@ -45,8 +47,8 @@ def descend(
     scale: float,
     falls: bool,
     doomed: bool = False,
-) -> Generator[Step, None, Descent]:
-    """Yield a Step for each update and return the Descent. Close the generator to stop early.
+) -> Generator[Step | None, None, Descent]:
+    """Yield a Step for each update, and None within long ones; return the Descent. Close it to stop early.
 
     `objectives` gives one for each step and one more for the end. `scale` is the loss of a kernel of zeros. `falls`:
     at a rate that converges the loss never rises, so that one that does has diverged. `doomed`: the rate is known not
@@ -56,16 +58,16 @@ def descend(
     loss only falls, where a step lowers it by less than that share of it.
     """
     history: list[float] = []
-    with np.errstate(over="ignore", invalid="ignore"):
-        unknowns, (value, gradient) = start, next(objectives)(start)
+    unknowns, (value, gradient) = start, (yield from next(objectives)(start))
+    least = value
     enough = None if tolerance is None else tolerance * float(np.linalg.norm(gradient))
     status, overflowed = Status.COMPLETED, False
     for number in range(1, steps + 1):
         history.append(value)
         yield Step(number, value)
-        with np.errstate(over="ignore", invalid="ignore"):
-            updated = update(unknowns, gradient)
-            new_value, new_gradient = next(objectives)(updated)
+        least = min(least, value)
+        updated = update(unknowns, gradient)
+        new_value, new_gradient = yield from next(objectives)(updated)
         if not math.isfinite(new_value) or not np.isfinite(updated).all():
             status, overflowed = Status.DIVERGED, True
             break
@@ -78,8 +80,8 @@ def descend(
             status = Status.CONVERGED
             break
     # It may rise a little by rounding, once it cannot fall any further.
-    if falls and value > min(history) * (1 + 1e-6) + 1e-12 * max(history[0], scale):
+    if falls and value > least * (1 + 1e-6) + 1e-12 * max(history[0], scale):
         status = Status.DIVERGED
     if doomed and value > history[0]:
         status = Status.DIVERGED
-    return Descent(unknowns, history, history[0], value, status, overflowed)
+    return Descent(unknowns, history, history[0], value, least, status, overflowed)

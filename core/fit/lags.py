@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from core.fit.steps import OPERATIONS, Steps
 from core.machine import Machine
 from core.shapes import Pair, Problem
 
@@ -74,30 +75,34 @@ def operations(problem: Problem) -> int:
     return int(2.5 * transforms * points * math.log2(max(points, 2))) + _strip_operations(problem)
 
 
-def gram(bordered: Tensor, size: Pair) -> Tensor:
+def gram(bordered: Tensor, size: Pair) -> Steps[Tensor]:
     """Products of all windows of size (h, w) with themselves, summed: images (N, C, H, W) -> (C h w, C h w)."""
     h, w = size
     channels = bordered.shape[1]
     rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
     core = bordered[:, :, h - 1 : rows, w - 1 : columns]
-    of_core = lag_sums(core, bordered[:, :, h - 1 :], (h, 2 * w - 1))
+    of_core = yield from lag_sums(core, bordered[:, :, h - 1 :], (h, 2 * w - 1))
     # By rows apart (0 to h - 1), for every two columns of the kernel: the core, and what lies beside it.
-    beside = _beside(bordered[:, :, h - 1 :], (h, w), rows - h + 1, columns)
+    beside = yield from _beside(bordered[:, :, h - 1 :], (h, w), rows - h + 1, columns)
     lag = torch.arange(w, device=bordered.device)
     by_rows = of_core[..., lag - lag[:, None] + w - 1] + beside
-    above, below = _above_and_below(bordered, size, rows, columns)
-    apart = torch.arange(h, device=bordered.device)
-    upper = by_rows[:, :, (apart - apart[:, None]).clamp(min=0)].permute(0, 2, 4, 1, 3, 5) + above + below
+    upper = yield from _above_and_below(bordered, size, rows, columns)
+    for apart in range(h):
+        for row in range(h - apart):
+            upper[:, row, :, :, row + apart] += by_rows[:, :, apart].transpose(1, 2)
+        yield
     # Where the second tap stands above the first, the same sum stands on the other side of the diagonal.
-    lower = upper.permute(3, 4, 5, 0, 1, 2)
-    first_is_above = (apart[:, None] <= apart).reshape(1, h, 1, 1, h, 1)
-    return torch.where(first_is_above, upper, lower).reshape(channels * h * w, channels * h * w)
+    for row in range(1, h):
+        for other in range(row):
+            upper[:, row, :, :, other] = upper[:, other, :, :, row].permute(2, 3, 0, 1)
+        yield
+    return upper.reshape(channels * h * w, channels * h * w)
 
 
-def moments(bordered: Tensor, planes: Tensor, size: Pair) -> Tensor:
+def moments(bordered: Tensor, planes: Tensor, size: Pair) -> Steps[Tensor]:
     """Windows times what stands at their positions, summed: images, planes (N, O, oh, ow) -> (C h w, O)."""
-    sums: Tensor = lag_sums(planes, bordered, size).flatten(2).permute(1, 2, 0).flatten(0, 1)
-    return sums
+    sums = yield from lag_sums(planes, bordered, size)
+    return sums.flatten(2).permute(1, 2, 0).flatten(0, 1)
 
 
 def window_sums(bordered: Tensor, size: Pair) -> Tensor:
@@ -109,7 +114,7 @@ def window_sums(bordered: Tensor, size: Pair) -> Tensor:
     return sums
 
 
-def lag_sums(first: Tensor, second: Tensor, lags: Pair) -> Tensor:
+def lag_sums(first: Tensor, second: Tensor, lags: Pair) -> Steps[Tensor]:
     """Sum over n, i and j of first[n, a, i, j] * second[n, b, i + y, j + x], for y and x up to `lags`.
 
     first (N, A, m, n), second (N, B, m + lags[0] - 1, n + lags[1] - 1) -> (A, B, *lags).
@@ -124,6 +129,8 @@ def lag_sums(first: Tensor, second: Tensor, lags: Pair) -> Tensor:
         one, other = first[start : start + together], second[start : start + together]
         for top in range(0, height, step[0]):
             for left in range(0, width, step[1]):
+                if start or top or left:
+                    yield
                 block = one[:, :, top : top + step[0], left : left + step[1]]
                 seen = other[:, :, top : top + sides[0], left : left + sides[1]]
                 spectra = torch.fft.rfft2(block, s=sides).conj(), torch.fft.rfft2(seen, s=sides)
@@ -133,7 +140,7 @@ def lag_sums(first: Tensor, second: Tensor, lags: Pair) -> Tensor:
     return sums
 
 
-def _beside(lower: Tensor, size: Pair, rows: int, columns: int) -> Tensor:
+def _beside(lower: Tensor, size: Pair, rows: int, columns: int) -> Steps[Tensor]:
     """What the windows' columns left and right of the core add, for the core's rows.
 
     Images without the rows above the core -> (C, C, rows apart, column of one tap, column of the other).
@@ -144,6 +151,7 @@ def _beside(lower: Tensor, size: Pair, rows: int, columns: int) -> Tensor:
         one, other = lower[:, :, :rows], lower[:, :, apart : apart + rows]
         left.append(torch.einsum("ncrp,ndrq->cdpq", one[..., : w - 1], other[..., : 2 * w - 1]))
         right.append(torch.einsum("ncrp,ndrq->cdpq", one[..., columns:], other[..., columns - w + 1 :]))
+        yield
     on_the_left = _towards_the_end(torch.stack(left, 2))
     on_the_right = _from_the_start(torch.stack(right, 2))
     sums = lower.new_zeros((lower.shape[1], lower.shape[1], h, w, w))
@@ -152,7 +160,7 @@ def _beside(lower: Tensor, size: Pair, rows: int, columns: int) -> Tensor:
     return sums
 
 
-def _above_and_below(bordered: Tensor, size: Pair, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _above_and_below(bordered: Tensor, size: Pair, rows: int, columns: int) -> Steps[Tensor]:
     """What the windows' rows above and below the core add: (C, h, w, C, h, w), where the second tap is not above."""
     h, w = size
     channels = bordered.shape[1]
@@ -160,31 +168,32 @@ def _above_and_below(bordered: Tensor, size: Pair, rows: int, columns: int) -> t
     below = bordered.new_zeros((channels, w, channels, w, h - 1, h - 1))
     # A few columns at a time: all the windows of the strips together may take more memory than the images.
     together = max(1, TOGETHER_BYTES // (8 * channels * w * (2 * h - 1) * len(bordered)))
+    # And longer than a step should.
+    together = min(together, max(1, int(OPERATIONS / (6 * len(bordered) * (channels * w * h) ** 2))))
     for left in range(0, columns, together):
         wide = min(together, columns - left)
         windows = bordered[..., left : left + wide + w - 1].unfold(3, wide, 1)
         top, bottom = windows[:, :, : 2 * h - 1], windows[:, :, rows:]
         above += torch.einsum("ncrbj,ndsej->cbders", top[:, :, : h - 1], top)
         below += torch.einsum("ncrbj,ndsej->cbders", bottom, bottom)
-    total = bordered.new_zeros((2, channels, w, channels, w, h, h))
-    total[0, ..., : h - 1, :] = _towards_the_end(above)[..., :h]
-    total[1, ..., 1:, 1:] = _from_the_start(below)
-    one, other = total.permute(0, 1, 5, 2, 3, 6, 4)
-    return one, other
+        yield
+    total = bordered.new_zeros((channels, w, channels, w, h, h))
+    total[..., : h - 1, :] = _towards_the_end(above)[..., :h]
+    yield
+    total[..., 1:, 1:] += _from_the_start(below)
+    return total.permute(0, 4, 1, 2, 5, 3)
 
 
-def _towards_the_end(products: Tensor) -> Tensor:
-    """Running sums down the diagonals of the last two axes, from each entry to where its row is the last."""
-    sums = products.clone()
-    for row in range(products.shape[-2] - 2, -1, -1):
+def _towards_the_end(sums: Tensor) -> Tensor:
+    """Running sums down the diagonals of the last two axes, in place, from each entry to where its row is the last."""
+    for row in range(sums.shape[-2] - 2, -1, -1):
         sums[..., row, :-1] += sums[..., row + 1, 1:]
     return sums
 
 
-def _from_the_start(products: Tensor) -> Tensor:
-    """Running sums down the diagonals of the last two axes, from where the row is the first to each entry."""
-    sums = products.clone()
-    for row in range(1, products.shape[-2]):
+def _from_the_start(sums: Tensor) -> Tensor:
+    """Running sums down the diagonals of the last two axes, in place, from where the row is the first to each entry."""
+    for row in range(1, sums.shape[-2]):
         sums[..., row, 1:] += sums[..., row - 1, :-1]
     return sums
 

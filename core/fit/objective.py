@@ -17,9 +17,10 @@ from core.engines import ALL, solve
 from core.fit.gram import adjoint
 from core.fit.layout import Layout, Unknowns
 from core.fit.losses import Criterion
-from core.fit.problem import Example
+from core.fit.parts import Numbers, Part
+from core.fit.spectrum import multiply
+from core.fit.steps import OPERATIONS, SECONDS, Steps, paced
 from core.machine import Machine
-from core.shapes import Problem
 
 WITHOUT_ROUNDING = tuple(name for name in ALL if name != "separable")
 """Engines that take a kernel as it is: `separable` may drop what is small beside the contract's precision."""
@@ -39,59 +40,79 @@ class Term(Protocol):
     def weight(self) -> float:
         """What a mean counts it for: the sum of its targets' weights, 1 each where there are none."""
 
-    def evaluate(self, unknowns: Unknowns, /) -> tuple[float, Unknowns]:
+    @property
+    def seconds(self) -> float:
+        """Predicted time of each of its methods."""
+
+    def evaluate(self, unknowns: Unknowns, /) -> Steps[tuple[float, Unknowns]]:
         """Its loss and gradient, neither scaled nor penalised."""
 
-    def hessian_product(self, direction: Unknowns, /) -> Unknowns:
+    def hessian_product(self, direction: Unknowns, /) -> Steps[Unknowns]:
         """How that gradient changes along a direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """A loss by passes over the images of one example: a convolution forward, a correlation back."""
+    """A loss by passes over images: a convolution forward, a correlation back, part by part."""
 
-    example: Example
-    problem: Problem
+    parts: Sequence[Part]
     layout: Layout
     criterion: Criterion
     device: torch.device
     machine: Machine
     weight: float
 
-    def evaluate(self, unknowns: Unknowns) -> tuple[float, Unknowns]:
+    @property
+    def seconds(self) -> float:
+        """Of a pass."""
+        return sum(part.seconds for part in self.parts)
+
+    def evaluate(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
         """The loss and its gradient."""
-        losses, gradient = self.by_filter(unknowns)
+        losses, gradient = yield from self.by_filter(unknowns)
         return float(losses.sum()), gradient
 
-    def by_filter(self, unknowns: Unknowns) -> Evaluation:
+    def by_filter(self, unknowns: Unknowns) -> Steps[Evaluation]:
         """The loss of every filter, and the gradient."""
-        example = self.example.on(self.device)
-        residual = self._output(example, unknowns) - example.targets
-        losses = _weighted(self.criterion.of(residual), example)
-        by_filter = losses.sum((0, 2, 3)).reshape(self.layout.blocks, self.layout.columns)
-        return Evaluation(as_numpy(by_filter.cpu()), self._back(example, self.criterion.slope(residual)))
+        losses, gradient = np.zeros((self.layout.blocks, self.layout.columns)), np.zeros_like(unknowns)
+        for part in paced(self.parts):
+            if part is None:
+                yield
+                continue
+            numbers = part.load(self.device)
+            residual = self._output(part, numbers, unknowns) - numbers.targets
+            of_part = _weighted(self.criterion.of(residual), numbers).sum((0, 2, 3))
+            losses += as_numpy(of_part.cpu()).reshape(losses.shape)
+            gradient += yield from self._back(part, numbers, self.criterion.slope(residual))
+        return Evaluation(losses, gradient)
 
-    def hessian_product(self, direction: Unknowns) -> Unknowns:
+    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
         """How the gradient of a sum of squares changes along a direction."""
-        example = self.example.on(self.device)
-        return self._back(example, 2 * self._output(example, direction))
+        image = np.zeros_like(direction)
+        for part in paced(self.parts):
+            if part is None:
+                yield
+                continue
+            numbers = part.load(self.device)
+            image += yield from self._back(part, numbers, 2 * self._output(part, numbers, direction))
+        return image
 
-    def _output(self, example: Example, unknowns: Unknowns) -> Tensor:
+    def _output(self, part: Part, numbers: Numbers, unknowns: Unknowns) -> Tensor:
         """What kernel and bias make of the images."""
         kernel = as_array("kernel", self.layout.kernel(unknowns), "float64", self.device)
         offsets = self.layout.offsets(unknowns)
         bias = None if offsets is None else as_array("bias", offsets, "float64", self.device)
-        images = as_numpy(example.images) if self.device.type == "cpu" else example.images
-        shape = tuple(example.targets.shape)
-        result = solve(self.problem, images, kernel, bias, shape, machine=self.machine, engines=WITHOUT_ROUNDING)
+        images = as_numpy(numbers.images) if self.device.type == "cpu" else numbers.images
+        shape = tuple(numbers.targets.shape)
+        result = solve(part.problem, images, kernel, bias, shape, machine=self.machine, engines=WITHOUT_ROUNDING)
         return result.output
 
-    def _back(self, example: Example, slopes: Tensor) -> Unknowns:
-        return adjoint(example, _weighted(slopes, example), self.problem, self.layout, self.machine)
+    def _back(self, part: Part, numbers: Numbers, slopes: Tensor) -> Steps[Unknowns]:
+        return adjoint(numbers, _weighted(slopes, numbers), part.problem, self.layout, self.machine)
 
 
-def _weighted(values: Tensor, example: Example) -> Tensor:
-    return values if example.weights is None else values * example.weights
+def _weighted(values: Tensor, numbers: Numbers) -> Tensor:
+    return values if numbers.weights is None else values * numbers.weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +128,22 @@ class Quadratic:
     gram: NDArray[np.float64]
     weight: float
 
-    def evaluate(self, unknowns: Unknowns) -> tuple[float, Unknowns]:
+    @property
+    def seconds(self) -> float:
+        """Of one product with the matrix."""
+        return 2 * SECONDS / OPERATIONS * float(self.gram.size * self.at.shape[2])
+
+    def evaluate(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
         """The loss and its gradient."""
         away = unknowns - self.at
-        curved = self.gram @ away
+        curved = yield from multiply(self.gram, away)
         loss = self.loss + float(np.vdot(self.gradient + curved, away))
         # Rounding may take what is left of a sum of squares below zero.
         return 0.0 if loss < 0 else loss, self.gradient + 2 * curved
 
-    def hessian_product(self, direction: Unknowns) -> Unknowns:
+    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
         """How the gradient changes along a direction."""
-        image: Unknowns = 2 * (self.gram @ direction)
+        image: Unknowns = 2 * (yield from multiply(self.gram, direction))
         return image
 
 
@@ -139,15 +165,21 @@ class Objective:
         # A batch of which nothing counts.
         return 1 / weight if weight else 0.0
 
-    def __call__(self, unknowns: Unknowns) -> tuple[float, Unknowns]:
+    def __call__(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
         """The loss and its gradient."""
-        return self.total([term.evaluate(unknowns) for term in self.terms], unknowns)
+        if len(self.terms) == 1:
+            return self.scaled(*(yield from self.terms[0].evaluate(unknowns)), unknowns)
+        loss, gradient = 0.0, np.zeros_like(unknowns)
+        for term in paced(self.terms):
+            if term is None:
+                yield
+                continue
+            loss_of_term, gradient_of_term = yield from term.evaluate(unknowns)
+            loss, gradient = loss + loss_of_term, gradient + gradient_of_term
+        return self.scaled(loss, gradient, unknowns)
 
-    def total(self, parts: Sequence[tuple[float, Unknowns]], unknowns: Unknowns) -> tuple[float, Unknowns]:
-        """The loss and its gradient, put together from those of the terms."""
-        loss, gradient = parts[0]
-        for one, other in parts[1:]:
-            loss, gradient = loss + one, gradient + other
+    def scaled(self, loss: float, gradient: Unknowns, unknowns: Unknowns) -> tuple[float, Unknowns]:
+        """The loss and its gradient, from the sums of those of the terms."""
         if self.mean:
             scale = self.scale
             loss, gradient = loss * scale, gradient * scale
@@ -155,10 +187,15 @@ class Objective:
             loss, gradient = loss + self.penalty(unknowns), self._with_ridge(gradient, unknowns)
         return loss, gradient
 
-    def hessian_product(self, direction: Unknowns) -> Unknowns:
+    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
         """How the gradient changes along a direction."""
-        images = [term.hessian_product(direction) for term in self.terms]
-        image: Unknowns = self.scale * sum(images[1:], images[0])
+        image = np.zeros_like(direction)
+        for term in paced(self.terms):
+            if term is None:
+                yield
+                continue
+            image = image + (yield from term.hessian_product(direction))
+        image = self.scale * image
         return self._with_ridge(image, direction) if self.ridge else image
 
     def penalty(self, unknowns: Unknowns) -> float:

@@ -1,7 +1,8 @@
 """What is to be fitted: pairs of images and targets, and the convolution that is to lead from one to the other."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,7 +10,11 @@ from torch import Tensor
 from core.arrays import ArrayLike, as_numbers
 from core.conv2d import as_images, conv2d_problem
 from core.errors import InvalidArgument, InvalidNumbers, InvalidShape
+from core.fit.steps import Steps
 from core.shapes import PaddingMode, Pair, Problem, conv2d_padding, positive_pair, sized
+
+BLOCK_VALUES = 1 << 21
+"""Values that are checked or summed up at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,14 @@ class Example:
     weights: Tensor | None
     pairing: Pairing
 
+    @property
+    def weights_of_images(self) -> list[float]:
+        """What a mean counts each image for: the sum of its weights, 1 for each of its target's values without any."""
+        if self.weights is None:
+            return len(self.targets) * [float(self.targets[0].numel())]
+        groups = torch.split(self.weights, max(1, BLOCK_VALUES // self.weights[0].numel()))
+        return [weight for group in groups for weight in group.double().sum((1, 2, 3)).tolist()]
+
     def require_reachable(self, problem: Problem) -> None:
         """Raise InvalidShape unless the convolution's output has the target's size."""
         size = self.targets.shape[-2], self.targets.shape[-1]
@@ -76,34 +89,43 @@ class Example:
                 limit=sized(problem.output_size),
             )
 
-    def require_finite(self) -> None:
-        """Raise InvalidNumbers for NaN and infinity: nothing can be learned from them."""
-        for field, array in (("input", self.images), ("target", self.targets)):
-            faulty = int((~torch.isfinite(array)).sum())
+
+Block: TypeAlias = tuple[slice, slice, slice]
+"""Images, channels and rows."""
+
+
+def blocks(shape: Sequence[int]) -> Iterator[Block]:
+    """An array (N, C, H, W) in blocks of about BLOCK_VALUES, at least a row."""
+    images, channels, rows, columns = shape
+    high = max(1, BLOCK_VALUES // columns)
+    deep, together = max(1, high // rows), max(1, high // (rows * channels))
+    for image in range(0, images, together):
+        for channel in range(0, channels, deep):
+            for row in range(0, rows, high):
+                yield slice(image, image + together), slice(channel, channel + deep), slice(row, row + high)
+
+
+def require_finite(examples: Sequence[Example]) -> Steps[None]:
+    """Raise InvalidNumbers for NaN and infinity: nothing can be learned from them."""
+    waited = 0
+    for example in examples:
+        for field, array in (("input", example.images), ("target", example.targets)):
+            faulty = 0
+            for block in blocks(array.shape):
+                numbers = array[block]
+                faulty += int((~torch.isfinite(numbers)).sum())
+                waited += numbers.numel()
+                if waited > BLOCK_VALUES:
+                    waited = 0
+                    yield
             if faulty:
+                name = example.pairing.name(field)
                 raise InvalidNumbers(
-                    f"{self.pairing.name(field)} holds {faulty} values that are NaN or infinite: "
-                    "a kernel is learned from finite numbers",
-                    field=self.pairing.name(field),
+                    f"{name} holds {faulty} values that are NaN or infinite: a kernel is learned from finite numbers",
+                    field=name,
                     got=faulty,
                     limit="finite numbers",
                 )
-
-    def on(self, device: torch.device) -> "Example":
-        """The same in float64 there."""
-
-        def moved(array: Tensor) -> Tensor:
-            return array.to(device=device, dtype=torch.float64).contiguous()
-
-        weights = None if self.weights is None else moved(self.weights)
-        return replace(self, images=moved(self.images), targets=moved(self.targets), weights=weights)
-
-    def apart(self) -> "Iterator[Example]":
-        """One example for each image."""
-        for at in range(len(self.images)):
-            some = slice(at, at + 1)
-            weights = None if self.weights is None else self.weights[some]
-            yield replace(self, images=self.images[some], targets=self.targets[some], weights=weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +148,8 @@ class Examples:
     @property
     def filters_weighted_apart(self) -> bool:
         """Some pixel weighs more for one filter than for another."""
-        return any(
-            pair.weights is not None and bool((pair.weights.double() != pair.weights[:, :1].double()).any())
-            for pair in self.pairs
-            if self.filters > 1
-        )
+        weights = [pair.weights for pair in self.pairs if pair.weights is not None]
+        return self.filters > 1 and any(map(_filters_differ, weights))
 
 
 def load_examples(pairings: Sequence[Pairing]) -> Examples:
@@ -155,7 +174,7 @@ def load_examples(pairings: Sequence[Pairing]) -> Examples:
             arrays = [example.images if field == "input" else example.targets for example in (pair, first)]
             channels, expected = (array.shape[1] for array in arrays)
             _require_same("channels", pair.pairing.name(field), channels, first.pairing.name(field), expected)
-    if all(pair.weights is not None and not pair.weights.double().any() for pair in pairs):
+    if all(pair.weights is not None and not _stored(pair.weights).double().any() for pair in pairs):
         raise InvalidNumbers(
             "weights are zero everywhere: nothing is left to learn from",
             field="weights",
@@ -221,6 +240,18 @@ def _weights(pairing: Pairing, targets: Tensor) -> Tensor | None:
             limit="finite numbers from 0 on",
         )
     return weights.expand(targets.shape)
+
+
+def _stored(weights: Tensor) -> Tensor:
+    """The weights without the axes along which one plane stands for all."""
+    return weights[tuple(slice(1) if step == 0 else slice(None) for step in weights.stride())]
+
+
+def _filters_differ(weights: Tensor) -> bool:
+    """Whether some filter has weights of its own."""
+    stored = _stored(weights)
+    # Not every dtype can be compared.
+    return any(bool((image.double() != image[:1].double()).any()) for image in stored) if len(stored[0]) > 1 else False
 
 
 def _require_same(what: str, name: str, count: int, other: str, expected: int) -> None:

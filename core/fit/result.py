@@ -24,7 +24,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Examples read so far, before the first step."""
+    """Examples read so far, before the first step; within a long step and after the last, all of them."""
 
     done: int
     of: int

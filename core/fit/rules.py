@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.fit.layout import Unknowns
+from core.fit.steps import Steps
 
 Solver = Literal["exact", "sgd", "momentum", "nesterov", "adam"]
 
@@ -20,6 +21,9 @@ ZOOMS = 4
 
 LEAST_STAKE = 1e-4
 """Of the largest share of the loss: what every direction is taken to have. A rate for less would stand on the edge."""
+
+MODES_TOGETHER = 1 << 18
+"""Rates times curvatures that are tried at a time."""
 
 ADAM_EPSILON = 1e-8
 """torch.optim.Adam's."""
@@ -149,7 +153,7 @@ class Adam:
 
 def best_rate(
     rule: Rule, curvatures: NDArray[np.float64], errors: NDArray[np.float64], steps: int, largest: float
-) -> float | None:
+) -> Steps[float | None]:
     """The rate below `largest` that leaves the smallest loss after so many steps; None where it is not to be told.
 
     errors: those at the start along the eigenvectors, of these curvatures. With more and more steps the rate of
@@ -165,23 +169,28 @@ def best_rate(
     # Dense towards both ends: many steps of a flat valley want the last thousandth below the largest rate.
     ends = np.geomspace(1e-6, 1e-2, 60, endpoint=False)
     rates = largest * np.concatenate([ends, np.linspace(1e-2, 1 - 1e-2, 300), 1 - ends[::-1]])
-    with np.errstate(over="ignore", invalid="ignore"):
-        for _ in range(ZOOMS):
-            left = _losses(rule, curvatures, stakes, rates, steps)
-            while left.min() == 0 and steps > 1:
-                # Beyond all digits: what is best after fewer steps is best after these.
-                steps //= 2
-                left = _losses(rule, curvatures, stakes, rates, steps)
-            best = int(left.argmin())
-            rates = np.linspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 20)
-    return float(rates[int(_losses(rule, curvatures, stakes, rates, steps).argmin())])
+    for _ in range(ZOOMS):
+        left = yield from _losses(rule, curvatures, stakes, rates, steps)
+        while left.min() == 0 and steps > 1:
+            # Beyond all digits: what is best after fewer steps is best after these.
+            steps //= 2
+            left = yield from _losses(rule, curvatures, stakes, rates, steps)
+        best = int(left.argmin())
+        rates = np.linspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 20)
+    return float(rates[int((yield from _losses(rule, curvatures, stakes, rates, steps)).argmin())])
 
 
 def _losses(
     rule: Rule, curvatures: NDArray[np.float64], stakes: NDArray[np.float64], rates: NDArray[np.float64], steps: int
-) -> NDArray[np.float64]:
+) -> Steps[NDArray[np.float64]]:
     """The loss, but for a factor of 2, that each of the rates leaves."""
-    mode = rule.mode(rates[:, None] * curvatures)
-    assert mode is not None  # noqa: S101 - looked at before
-    losses = np.square(mode.error_after(steps)) @ stakes
+    losses = np.empty_like(rates)
+    together = max(1, MODES_TOGETHER // len(curvatures))
+    for first in range(0, len(rates), together):
+        if first:
+            yield
+        some = slice(first, first + together)
+        mode = rule.mode(rates[some, None] * curvatures)
+        assert mode is not None  # noqa: S101 - looked at before
+        losses[some] = np.square(mode.error_after(steps)) @ stakes
     return np.where(np.isfinite(losses), losses, np.inf)

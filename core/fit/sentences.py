@@ -102,7 +102,7 @@ def descent_sentence(
 
 def _diverged(options: Options, forecast: Forecast, descent: Descent, best_rate: float | None, times: str) -> str:
     whole = options.batch_size is None
-    least, last = min(descent.loss_history) if whole else descent.start_loss, descent.final_loss
+    least, last = descent.least_loss if whole else descent.start_loss, descent.final_loss
     reached = "past every finite number" if descent.overflowed else f"to {last:.6g}"
     went = f"the loss went from {least:.6g} {reached} in {times}"
     rate, stable = forecast.learning_rate, forecast.largest_stable_learning_rate

@@ -1,12 +1,31 @@
-"""What the eigenvalues of the loss's Hessian tell: how it curves, what can be learned, and how well."""
+"""What the eigenvalues of the loss's Hessian tell: how it curves, what can be learned, and how well.
 
-from dataclasses import dataclass
-from functools import cached_property
+Small matrices are decomposed into eigenvalues and eigenvectors. For larger ones that takes up to minutes, in calls that
+nothing can end: a pivoted Cholesky factorization and Lanczos's method find the same in a fraction of the time.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.fit.cholesky import BLOCK, Factor, factorize
+from core.fit.lanczos import lanczos
 from core.fit.layout import Unknowns
+from core.fit.steps import OPERATIONS, Steps
+
+Floats = NDArray[np.float64]
+
+LARGEST_DECOMPOSED = 512
+"""Rows of a matrix up to which eigenvectors are computed: less than 0.1 seconds of one thread."""
+
+DECOMPOSITION = 25
+CALL = 5e5
+"""Times the cube of the size, and for each: the operations of a product that take as long as eigenvectors."""
+
+NARROW = 64
+"""Columns that are orthogonalized together."""
 
 ROUNDING = 100 * np.finfo(np.float64).eps
 """Of the largest eigenvalue: what the normal equations are rounded by, with room. Smaller eigenvalues are noise."""
@@ -14,75 +33,231 @@ ROUNDING = 100 * np.finfo(np.float64).eps
 VANISHING = 1e-290
 """What is smaller has lost its digits near the end of float64."""
 
+LANCZOS_STEPS = 100
+LANCZOS_TOLERANCE = 1e-7
+"""For the largest eigenvalue: its error is about the square of the tolerance."""
 
-def above_noise(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of the eigenvalues (blocks, size), ascending, are no noise."""
-    noise = values[:, -1:] * max(ROUNDING, values.shape[1] * float(np.finfo(np.float64).eps))
-    above: NDArray[np.bool_] = values > np.maximum(noise, VANISHING)
-    return above
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues and, where they are asked for, eigenvectors of symmetric matrices (blocks, size, size)."""
-
-    matrices: NDArray[np.float64]
-
-    @cached_property
-    def values(self) -> NDArray[np.float64]:
-        """The eigenvalues (blocks, size), ascending; alone they take a third of the time."""
-        return np.asarray(np.linalg.eigvalsh(self.matrices), np.float64)
-
-    @cached_property
-    def vectors(self) -> NDArray[np.float64]:
-        """The eigenvectors (blocks, size, size), in columns."""
-        vectors: NDArray[np.float64] = np.linalg.eigh(self.matrices)[1]
-        return vectors
-
-    @property
-    def largest(self) -> float:
-        """The steepest curvature; 0 where it all but vanishes."""
-        steepest = float(self.values[:, -1].max())
-        return steepest if steepest > VANISHING else 0.0
-
-    def along(self, unknowns: Unknowns) -> Unknowns:
-        """The same along the eigenvectors."""
-        components: Unknowns = self.vectors.swapaxes(1, 2) @ unknowns
-        return components
+QUADRATURE_STEPS = 64
+"""Nodes by which an error is spread over the curvatures."""
 
 
-class Inverse:
-    """Solves matrices @ x = right for symmetric, positive semidefinite matrices.
+def noise(largest: Floats, size: int) -> Floats:
+    """The largest eigenvalue that rounding may have left of zero, in matrices of that size and largest eigenvalue."""
+    return np.maximum(largest * max(ROUNDING, size * float(np.finfo(np.float64).eps)), VANISHING)
+
+
+def multiply(matrices: Floats, unknowns: Unknowns) -> Steps[Floats]:
+    """Matrices (blocks, size, size) times unknowns (blocks, size, columns)."""
+    blocks, size, columns = unknowns.shape
+    together = int(OPERATIONS / (2 * size**2))
+    if blocks * columns <= together:
+        product: Floats = matrices @ unknowns
+        return product
+    product = np.empty_like(unknowns)
+    wide, high = max(1, together), max(1, together // columns)
+    for block in range(0, blocks, high):
+        for column in range(0, columns, wide):
+            some = slice(block, block + high), slice(None), slice(column, column + wide)
+            product[some] = matrices[some[0]] @ unknowns[some]
+            yield
+    return product
+
+
+class Inverse(Protocol):
+    """The inverse of symmetric, positive semidefinite matrices (blocks, size, size), as far as they have one.
 
     Rows and columns are brought to a diagonal of ones first, so that what is determined does not hang on the units of
     anything: an image a billion times fainter than another, or a bias beside large numbers.
     """
 
-    def __init__(self, matrices: NDArray[np.float64]) -> None:
-        diagonal = np.diagonal(matrices, axis1=1, axis2=2)
-        size = np.sqrt(np.maximum(diagonal, 0))
-        self._scale = np.divide(1.0, size, out=np.zeros_like(size), where=diagonal > VANISHING)[:, :, None]
-        values, self._vectors = np.linalg.eigh(matrices * self._scale * self._scale.swapaxes(1, 2))
-        self.determined = above_noise(values)
-        """How many combinations of a block's unknowns are: as many as are true, (blocks, size)."""
-        self._inverse = np.divide(1.0, values, out=np.zeros_like(values), where=self.determined)[..., None]
+    ranks: NDArray[np.intp]
+    """How many combinations of a block's unknowns are determined, (blocks)."""
 
-    def solve(self, right: Unknowns) -> Unknowns:
-        """X (blocks, size, columns), of least norm where several are solutions."""
-        solution: Unknowns = self._scale * (
-            self._vectors @ (self._inverse * (self._vectors.swapaxes(1, 2) @ (self._scale * right)))
-        )
-        for block in np.flatnonzero(~self.determined.all(1)):
+    def solve(self, right: Unknowns) -> Steps[Floats]:
+        """X (blocks, size, columns) with matrices @ x = right, of least norm where several are solutions."""
+
+    def diagonals(self) -> Steps[Floats]:
+        """The diagonals of the inverse matrices, (blocks, size), if all is determined."""
+
+
+def invert(matrices: Floats) -> Steps[Inverse]:
+    """The inverse by eigenvectors or, for large matrices, by a factorization."""
+    diagonal = np.diagonal(matrices, axis1=1, axis2=2)
+    size = np.sqrt(np.maximum(diagonal, 0))
+    scale = np.divide(1.0, size, out=np.zeros_like(size), where=diagonal > VANISHING)[:, :, None]
+    if matrices.shape[1] <= LARGEST_DECOMPOSED:
+        return _Decomposed(scale, *(yield from _decompose(matrices, scale)))
+    factors = []
+    for matrix, factor in zip(matrices, scale, strict=True):
+        scaled = matrix * factor
+        scaled *= factor.T
+        largest = (yield from _largest(scaled[None])) if factor.any() else 0.0
+        factors.append((yield from factorize(scaled, float(noise(np.array(largest), len(scaled))))))
+    return _Factored(scale, factors)
+
+
+def extremes(matrices: Floats, inverse: Inverse) -> Steps[tuple[float, float]]:
+    """The largest and the smallest eigenvalue of all; 0 for one that all but vanishes."""
+    size, determined = matrices.shape[1], bool((inverse.ranks == matrices.shape[1]).all())
+    if size <= LARGEST_DECOMPOSED:
+        values = np.empty(matrices.shape[:2])
+        for some in _parts(matrices):
+            values[some] = np.linalg.eigvalsh(matrices[some])
+            yield
+        largest, smallest = float(values[:, -1].max()), max(0.0, float(values.min()))
+    else:
+        largest, smallest = (yield from _largest(matrices)), 0.0
+        if determined:
+            flattest = yield from lanczos(inverse.solve, _random(matrices), LANCZOS_STEPS, LANCZOS_TOLERANCE)
+            smallest = 1 / flattest.largest
+    return largest if largest > VANISHING else 0.0, smallest if determined else 0.0
+
+
+def modes(matrices: Floats, unknowns: Unknowns) -> Steps[tuple[Floats, Floats]]:
+    """Eigenvalues, those that are noise set to 0, and the length of the unknowns along their eigenvectors.
+
+    Of large matrices some that stand for all: any polynomial of the matrix of less than twice their number in degree
+    gives the unknowns the same squared length.
+    """
+    size = matrices.shape[1]
+    if size <= LARGEST_DECOMPOSED:
+        values, vectors = yield from _decompose(matrices)
+        lengths = np.sqrt(np.square(vectors.swapaxes(1, 2) @ unknowns).sum(2))
+    else:
+        found = yield from lanczos(lambda vector: multiply(matrices, vector), unknowns, QUADRATURE_STEPS, 0.0)
+        values, lengths = found.values[None], np.sqrt(found.weights)[None]
+    above = values > noise(values[:, -1:] if values.size else values, size)
+    return np.where(above, values, 0).ravel(), lengths.ravel()
+
+
+def _largest(matrices: Floats) -> Steps[float]:
+    found = yield from lanczos(
+        lambda vector: multiply(matrices, vector), _random(matrices), LANCZOS_STEPS, LANCZOS_TOLERANCE
+    )
+    return found.largest
+
+
+def _random(matrices: Floats) -> Unknowns:
+    """A direction that has a part along every eigenvector."""
+    return np.random.default_rng(0).standard_normal((*matrices.shape[:2], 1))
+
+
+def _parts(matrices: Floats) -> Iterator[slice]:
+    """Blocks whose decompositions take about as long as OPERATIONS."""
+    blocks, size = matrices.shape[:2]
+    together = max(1, int(OPERATIONS / (DECOMPOSITION * size**3 + CALL)))
+    for first in range(0, blocks, together):
+        yield slice(first, first + together)
+
+
+def _decompose(matrices: Floats, scale: Floats | None = None) -> Steps[tuple[Floats, Floats]]:
+    """Eigenvalues (blocks, size), ascending, and eigenvectors, in columns, of matrices or scale * matrices * scale'."""
+    values, vectors = np.empty(matrices.shape[:2]), np.empty_like(matrices)
+    for some in _parts(matrices):
+        part = matrices[some]
+        if scale is not None:
+            part = part * scale[some] * scale[some].swapaxes(1, 2)
+        values[some], vectors[some] = np.linalg.eigh(part)
+        yield
+    return values, vectors
+
+
+class _Decomposed:
+    """By eigenvectors; eigenvalues that are noise have no inverse."""
+
+    def __init__(self, scale: Floats, values: Floats, vectors: Floats) -> None:
+        self._scale, self._vectors = scale, vectors
+        self._determined = values > noise(values[:, -1:], values.shape[1])
+        self._inverse = np.divide(1.0, values, out=np.zeros_like(values), where=self._determined)[..., None]
+        self.ranks = self._determined.sum(1)
+
+    def solve(self, right: Unknowns) -> Steps[Floats]:
+        """X (blocks, size, columns)."""
+        along = yield from multiply(self._vectors.swapaxes(1, 2), self._scale * right)
+        solution = self._scale * (yield from multiply(self._vectors, self._inverse * along))
+        for block in np.flatnonzero(self.ranks < self._vectors.shape[1]):
             # Of least norm is what has no part in the null space. That is spanned, in these units, by what is left
             # over when the scaled null vectors are scaled back, and by the unknowns that have no scale.
-            free = ~self.determined[block]
+            free = ~self._determined[block]
             unscaled = np.where(self._scale[block] > 0, self._scale[block], 1.0)
-            null, _ = np.linalg.qr(unscaled * self._vectors[block][:, free])
+            null = yield from _orthonormal(unscaled * self._vectors[block][:, free])
             solution[block] -= null @ (null.T @ solution[block])
         return solution
 
-    def inverse_diagonals(self) -> NDArray[np.float64]:
-        """The diagonals of the inverse matrices, (blocks, size); where all is determined."""
-        squares = np.square(self._scale) * (np.square(self._vectors) @ self._inverse)
-        diagonals: NDArray[np.float64] = squares[:, :, 0]
+    def diagonals(self) -> Steps[Floats]:
+        """The diagonals of the inverse matrices, (blocks, size)."""
+        sums = yield from multiply(np.square(self._vectors), self._inverse)
+        diagonals: Floats = (np.square(self._scale) * sums)[:, :, 0]
         return diagonals
+
+
+class _Factored:
+    """By pivoted Cholesky factorizations; what comes after the last pivot has no inverse."""
+
+    def __init__(self, scale: Floats, factors: list[Factor]) -> None:
+        self._scale, self._factors = scale, factors
+        self._bases: dict[int, Floats] = {}
+        self.ranks = np.array([factor.rank for factor in factors])
+
+    def solve(self, right: Unknowns) -> Steps[Floats]:
+        """X (blocks, size, columns)."""
+        solution = np.zeros_like(right)
+        for block, (factor, scale) in enumerate(zip(self._factors, self._scale, strict=True)):
+            pivots = factor.order[: factor.rank]
+            for first in range(0, right.shape[2], BLOCK):
+                some = slice(first, first + BLOCK)
+                solution[block, pivots, some] = factor.backward(factor.forward((scale * right[block, :, some])[pivots]))
+                yield
+            solution[block] *= scale
+            if factor.rank < len(scale):
+                yield from self._shorten(block, solution[block])
+        return solution
+
+    def _shorten(self, block: int, solution: Floats) -> Steps[None]:
+        """Take the part in the null space away, in place: least norm is what is left.
+
+        The part outside of the null space is that in the row space: the one of fewer dimensions is made a basis of.
+        """
+        factor, scale = self._factors[block], self._scale[block]
+        rank, scaled = factor.rank, scale[:, 0] > 0
+        by_rows = 2 * rank <= np.count_nonzero(scaled)
+        if block not in self._bases:
+            columns = np.zeros((len(scale), rank if by_rows else len(scale) - rank))
+            if by_rows:
+                columns[factor.order] = factor.lower
+                np.divide(columns, scale, out=columns, where=scale > 0)
+            else:
+                for first in range(0, columns.shape[1], BLOCK):
+                    some = slice(first, first + BLOCK)
+                    columns[factor.order[:rank], some] = -factor.backward(factor.lower[rank:][some].T)
+                    yield
+                columns[factor.order[rank:], np.arange(columns.shape[1])] = 1
+                columns = (columns * scale)[:, scaled[factor.order[rank:]]]
+            self._bases[block] = yield from _orthonormal(columns)
+        basis = self._bases[block]
+        part = basis @ (basis.T @ solution)
+        solution[:] = part if by_rows else solution - part
+
+    def diagonals(self) -> Steps[Floats]:
+        """The diagonals of the inverse matrices, (blocks, size)."""
+        diagonals = np.empty(self._scale.shape[:2])
+        for block, factor in enumerate(self._factors):
+            diagonals[block] = yield from factor.inverse_diagonal()
+        scaled: Floats = np.square(self._scale[:, :, 0]) * diagonals
+        return scaled
+
+
+def _orthonormal(columns: Floats) -> Steps[Floats]:
+    """An orthonormal basis of what the columns span, block by block: each is orthogonalized twice against those before.
+
+    Giraud, Langou and Rozloznik, The loss of orthogonality in the Gram-Schmidt orthogonalization process, 2005.
+    """
+    # Columns of very different length would lose the short ones.
+    basis: Floats = columns / np.maximum(np.linalg.norm(columns, axis=0), VANISHING)
+    for first in range(0, basis.shape[1], NARROW):
+        before, block = basis[:, :first], basis[:, first : first + NARROW]
+        for _ in range(2):
+            block -= before @ (before.T @ block)
+            block[:] = np.linalg.qr(block)[0]
+        yield
+    return basis

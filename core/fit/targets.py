@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.fit.problem import Example
+from core.fit.problem import BLOCK_VALUES, Example, blocks
+from core.fit.steps import Steps
 
 NO_SPREAD = 1e-24
 """Of the sum of squares: what is left of a constant's spread by rounding."""
@@ -38,24 +39,39 @@ class Targets:
         return 1 - left / self.spread
 
 
-def sum_up(examples: Sequence[Example], device: torch.device) -> Targets:
+def sum_up(examples: Sequence[Example], device: torch.device) -> Steps[Targets]:
     """Two passes over the targets, as a sum of squares about a mean needs them."""
     filters = examples[0].targets.shape[1]
     weight, counted, sums = (torch.zeros(filters, dtype=torch.float64, device=device) for _ in range(3))
-    for values, weights in _weighted(examples, device):
-        weight += weights.sum((0, 2, 3))
-        counted += (weights > 0).sum((0, 2, 3))
-        sums += (values * weights).sum((0, 2, 3))
+    for part in _weighted(examples, device):
+        if part is None:
+            yield
+            continue
+        values, weights, some = part
+        weight[some] += weights.sum((0, 2, 3))
+        counted[some] += (weights > 0).sum((0, 2, 3))
+        sums[some] += (values * weights).sum((0, 2, 3))
     mean = torch.where(weight > 0, sums / weight, 0).reshape(-1, 1, 1)
     squares, spread = 0.0, 0.0
-    for values, weights in _weighted(examples, device):
+    for part in _weighted(examples, device):
+        if part is None:
+            yield
+            continue
+        values, weights, some = part
         squares += float((values.square() * weights).sum())
-        spread += float(((values - mean).square() * weights).sum())
+        spread += float(((values - mean[some]).square() * weights).sum())
     return Targets(float(weight.sum()), squares, spread, counted.cpu().numpy())
 
 
-def _weighted(examples: Sequence[Example], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _weighted(examples: Sequence[Example], device: torch.device) -> Iterator[tuple[Tensor, Tensor, slice] | None]:
+    """Blocks of the targets in float64, their weights, and the filters that they belong to; None between large ones."""
+    seen = 0
     for example in examples:
-        values = example.targets.to(device, torch.float64)
-        weights = values.new_ones(()) if example.weights is None else example.weights.to(values)
-        yield values, weights.expand(values.shape)
+        for block in blocks(example.targets.shape):
+            values = example.targets[block].to(device, torch.float64)
+            weights = values.new_ones(()) if example.weights is None else example.weights[block].to(values)
+            yield values, weights.expand(values.shape), block[1]
+            seen += values.numel()
+            if seen > BLOCK_VALUES:
+                seen = 0
+                yield None

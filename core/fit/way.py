@@ -1,7 +1,10 @@
 """How a fit is to be computed, and what that costs: known before anything large is allocated."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from core.engines import outlook, peak_bytes
@@ -9,6 +12,10 @@ from core.fit import lags, windows
 from core.fit.gram import by_lags
 from core.fit.layout import Layout
 from core.fit.objective import WITHOUT_ROUNDING
+from core.fit.options import Options
+from core.fit.parts import Part, split
+from core.fit.problem import Example
+from core.fit.spectrum import LANCZOS_STEPS, LARGEST_DECOMPOSED, QUADRATURE_STEPS
 from core.machine import Machine
 from core.shapes import Problem
 
@@ -26,17 +33,62 @@ MOST_ENTRIES = 8 * MOST_UNKNOWNS**2
 WORTH_THE_TRUTH = 3.0
 """Seconds that eigenvalues, rank and standard errors may cost where passes over the images would be faster."""
 
-EIGENVALUES = 2.5e-10
+EIGENVECTORS = 5e-10
+CHOLESKY = 5e-11
 PRODUCT = 2.5e-10
-STEP = 2e-5
-"""Seconds for the cube of the unknowns, for an entry of the equations in a step, and for a step; measured."""
+"""Seconds for the cube of the unknowns, and for an entry of the equations in a product with a vector; measured."""
+
+FIT = 3e-3
+CALL = 2e-5
+STEP = 3e-5
+ADAM_STEP = 8e-5
+TERM = 1e-5
+PART = 4e-4
+"""Seconds for a fit, a decomposition, a step, a term of a batch and a part of the images, however small; measured."""
+
+MODE = 2e-8
+RATES = 540
+"""Seconds to try a rate on a curvature for each doubling of the steps, and how many are tried for "auto"."""
+
+TERM_MEGABYTES = 3e-3
+HISTORY = 6e-5
+"""MB for a term and for a step, however small."""
 
 PASSES_BEFORE = 12
-PASSES_TO_SOLVE = 100
-"""Passes over the images to find the steepest curvature, and guessed for conjugate gradients."""
+PASSES_TO_SOLVE = 150
+"""Passes over the images to find the steepest curvature, and for conjugate gradients, which take 30 to 750."""
 
 PASSES_AFTER = 2
 """To see the best kernel's residuals where it comes from the equations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """An example, and how it is gone over.
+
+    terms: the sums that are kept apart: 1, or one for each image, for batches. parts: of one term, for a pass.
+    readings: of one term, for its normal equations.
+    """
+
+    example: Example
+    terms: int
+    parts: Sequence[Part]
+    readings: Sequence[Part]
+
+    def apart(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
+        """The parts of each image."""
+        return ([part.of_image(image) for part in parts] for image in range(self.terms))
+
+
+def passage(example: Example, problem: Problem, machine: Machine, *, apart: bool) -> Passage:
+    """How to go over an example, whose problem this is, or that of one of its images if they are kept `apart`."""
+    weighted = example.weights is not None
+    parts = split(example, problem, lambda part: seconds_of_pass(part, machine))
+    readings = parts
+    if by_lags(parts[0].whole, machine, weighted=weighted):
+        # Strips along the borders cost as much for a part as for the whole.
+        readings = split(example, problem, lambda part: lags.seconds(part, machine), rows=False)
+    return Passage(example, len(example.images) if apart else 1, parts, readings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,62 +101,118 @@ class Way:
     megabytes: float
 
 
-def choose_way(
-    problems: Sequence[Problem],
-    weighted: Sequence[bool],
-    layout: Layout,
-    machine: Machine,
-    *,
-    square: bool,
-    exact: bool,
-    steps: int,
-    terms: int,
-    batch: int,
-) -> Way:
+def choose_way(passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine) -> Way:
     """The normal equations, where the loss is a sum of squares and they are not much dearer than what they save.
 
-    problems: one for each example, with whether it is `weighted`. terms: how many equations are kept apart, for
-    batches of `batch`. A pure function: the same fit goes the same way.
+    A pure function: the same fit goes the same way.
     """
-    convolutions = _convolutions(problems, layout, machine, PASSES_TO_SOLVE if exact else steps + 1)
+    exact, batch = options.solver == "exact", options.batch_size
+    terms = sum(passage.terms for passage in passages) if batch is not None else 1
+    # A step goes over a batch, the end over all.
+    share = 1.0 if batch is None else batch / terms
+    passes: float = min(PASSES_TO_SOLVE, layout.size) if exact else options.steps * share + PASSES_AFTER
+    if options.criterion.square:
+        passes += PASSES_BEFORE
+    convolutions = _convolutions(passages, layout, machine, passes)
+    convolutions = _with_history(convolutions, 0 if exact else options.steps)
     entries = layout.blocks * layout.size**2 * (COPIES + terms)
-    if not square or layout.size > MOST_UNKNOWNS or entries > MOST_ENTRIES:
+    if not options.criterion.square or layout.size > MOST_UNKNOWNS or entries > MOST_ENTRIES:
         return convolutions
-    equations = _equations(problems, weighted, layout, machine, 0 if exact else steps * batch + terms, terms)
+    equations = _with_history(_equations(passages, layout, options, machine, terms), 0 if exact else options.steps)
     return equations if equations.seconds <= max(convolutions.seconds, WORTH_THE_TRUTH) else convolutions
 
 
-def _equations(
-    problems: Sequence[Problem], weighted: Sequence[bool], layout: Layout, machine: Machine, steps: int, terms: int
-) -> Way:
+def _with_history(way: Way, steps: int) -> Way:
+    return replace(way, megabytes=way.megabytes + HISTORY * steps)
+
+
+def _equations(passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine, terms: int) -> Way:
     entries = layout.blocks * layout.size**2
-    seconds = EIGENVALUES * entries * layout.size + steps * (STEP + PRODUCT * entries * layout.columns)
-    operations = 2.0 * entries * layout.columns * steps + 10.0 * entries * layout.size
-    for problem, has_weights in zip(problems, weighted, strict=True):
-        if by_lags(problem, machine, weighted=has_weights):
-            seconds += lags.seconds(problem, machine)
-            operations += lags.operations(problem)
-        else:
-            seconds += windows.seconds(problem, machine)
-            operations += windows.operations(problem)
-    after = _convolutions(problems, layout, machine, PASSES_AFTER)
-    megabytes = after.megabytes + 8e-6 * entries * (COPIES + terms)
-    return Way("normal equations", seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
+    positions = sum(entry.terms * _positions(part.problem) for entry in passages for part in entry.parts)
+    seconds, operations = _to_analyse(layout, options, min(layout.size, positions))
+    for entry in passages:
+        weighted = entry.example.weights is not None
+        for part, count in _distinct(entry.readings):
+            build = lags if by_lags(part, machine, weighted=weighted) else windows
+            seconds += entry.terms * count * (PART + build.seconds(part, machine))
+            operations += entry.terms * count * build.operations(part)
+    if options.solver != "exact":
+        batch = options.batch_size or 1
+        products = options.steps * batch + 2 * terms
+        seconds += options.steps * (ADAM_STEP if options.solver == "adam" else STEP)
+        seconds += products * (TERM + PRODUCT * entries * layout.columns)
+        operations += 2.0 * entries * layout.columns * products
+    after = _convolutions(passages, layout, machine, PASSES_AFTER)
+    megabytes = after.megabytes + 8e-6 * (entries * (COPIES + terms) + 4 * terms * layout.unknowns)
+    return Way("normal equations", FIT + seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
 
 
-def _convolutions(problems: Sequence[Problem], layout: Layout, machine: Machine, passes: int) -> Way:
-    seconds, operations, largest = 0.0, 0.0, 0
-    for problem in problems:
-        choice = outlook(problem, "auto", machine, WITHOUT_ROUNDING)[0]
-        seconds += choice.seconds + _seconds_back(problem, machine)
-        # The sums of a pass back are as many as those forward.
-        operations += 2 * problem.operations
-        largest = max(largest, peak_bytes(problem, choice, machine))
-    chunk = min(windows.CHUNK_BYTES, 8 * layout.taps * max(problem.largest_array for problem in problems))
-    megabytes = (2 * largest + 2 * chunk) / 1e6
-    return Way(
-        "convolutions", (passes + PASSES_BEFORE) * seconds, (passes + PASSES_BEFORE) * operations / 1e9, megabytes
-    )
+def _positions(problem: Problem) -> int:
+    """Windows of a part."""
+    rows, columns = problem.output_size
+    return problem.batch * rows * columns
+
+
+def _to_analyse(layout: Layout, options: Options, rank: int) -> tuple[float, float]:
+    """Seconds and operations for eigenvalues or factorizations, solutions and rates; the rank is at most that."""
+    size, cube = layout.size, layout.blocks * layout.size**3
+    twice = 2 if options.ridge else 1
+    solving = 12 * cube / size * layout.columns
+    if size <= LARGEST_DECOMPOSED:
+        times = twice + 0.4 + (options.learning_rate == "auto")
+        seconds = times * (EIGENVECTORS * cube + layout.blocks * CALL) + PRODUCT / 2 * solving
+        operations = 10.0 * cube * times + solving
+    else:
+        lanczos = 2 * (twice + 2) * LANCZOS_STEPS * cube / size
+        if options.learning_rate == "auto":
+            lanczos += 2 * QUADRATURE_STEPS * cube / size * layout.columns
+        seconds = (twice + 0.5) * CHOLESKY * cube * rank / size + PRODUCT / 2 * (lanczos + solving)
+        operations = (twice + 1) / 3 * cube * rank / size + lanczos + solving
+    if options.learning_rate == "auto" and options.solver != "exact":
+        tried = RATES * min(layout.blocks * size, QUADRATURE_STEPS if size > LARGEST_DECOMPOSED else math.inf)
+        seconds += MODE * tried * math.log2(2 * options.steps)
+    return seconds, operations
+
+
+def _convolutions(passages: Sequence[Passage], layout: Layout, machine: Machine, passes: float) -> Way:
+    seconds, operations, largest, terms = 0.0, 0.0, 0.0, 0
+    for entry in passages:
+        terms += entry.terms
+        for part, count in _distinct(entry.parts):
+            seconds += count * entry.terms * seconds_of_pass(part, machine)
+            # The sums of a pass back are as many as those forward.
+            operations += count * entry.terms * 2 * part.operations
+            weighted = entry.example.weights is not None
+            largest = max(largest, _bytes_of_pass(part, layout, machine, weighted=weighted))
+    megabytes = largest / 1e6 + TERM_MEGABYTES * terms + 8e-6 * (LANCZOS_STEPS // 3 + 8) * layout.unknowns
+    return Way("convolutions", FIT + passes * seconds, passes * operations / 1e9, megabytes)
+
+
+def _distinct(parts: Sequence[Part]) -> Iterable[tuple[Problem, int]]:
+    """The problems of parts, each once, with how many have it."""
+    return Counter(part.problem for part in parts).items()
+
+
+def _bytes_of_pass(problem: Problem, layout: Layout, machine: Machine, *, weighted: bool) -> float:
+    """Memory for one pass over a part."""
+    rows, columns = problem.output_size
+    inputs = problem.batch * problem.channels * problem.height * problem.width
+    outputs = problem.batch * problem.filters * rows * columns
+    # Its numbers, with residuals, losses and slopes; what the convolution takes; windows, and those with weights.
+    chunk = min(windows.CHUNK_BYTES, 8 * layout.taps * problem.largest_array)
+    convolution = peak_bytes(problem, outlook(problem, "auto", machine, WITHOUT_ROUNDING)[0], machine)
+    return 8 * (2 * inputs + (3 + 2 * weighted) * outputs) + convolution + (1.5 + weighted) * chunk
+
+
+@lru_cache(maxsize=1024)
+def seconds_of_pass(problem: Problem, machine: Machine) -> float:
+    """Predicted time to go over images that have their border: loss and gradient."""
+    rows, columns = problem.output_size
+    outputs = problem.batch * problem.filters * rows * columns
+    inputs = problem.batch * problem.channels * problem.height * problem.width
+    moved = 8 * (4 * inputs + 16 * outputs) / machine.bandwidth
+    forward = outlook(problem, "auto", machine, WITHOUT_ROUNDING)[0].seconds
+    return PART + moved + forward + _seconds_back(problem, machine)
 
 
 def _seconds_back(problem: Problem, machine: Machine) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from core.fit.steps import OPERATIONS
 from core.machine import Machine
 from core.shapes import Problem
 
@@ -32,6 +33,8 @@ def chunks(bordered: Tensor, problem: Problem) -> Iterator[Chunk]:
     rows, columns = problem.output_size
     taps = channels * problem.kernel_height * problem.kernel_width
     positions = max(1, CHUNK_BYTES // (bordered.element_size() * taps))
+    # And no longer to multiply than a step should take.
+    positions = min(positions, max(1, int(OPERATIONS / taps**2)))
     wide = min(columns, positions)
     high = min(rows, max(1, positions // columns))
     together = max(1, positions // (rows * columns))

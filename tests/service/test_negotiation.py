@@ -291,7 +291,7 @@ SENT: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]
     ),
     "/train-kernel": (
         TrainKernelRequest,
-        "fit_kernel_steps",
+        "plan_fit_kernel",
         {
             "input": [("[[1, 2]]", [[1, 2]])],
             "target": [("[[1, 2]]", [[1, 2]])],

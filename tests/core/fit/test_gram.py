@@ -17,11 +17,14 @@ import core
 from core.borders import pad
 from core.fit import gram, lags, windows
 from core.fit import layout as layouts
+from core.fit.parts import split
 from core.fit.problem import Layer, Pairing, load_examples
+from core.fit.steps import finish
 from tests.core.fit.layers import Lesson, lessons
 from tests.reference import Floats
 
 MACHINE = core.Machine(threads=1)
+CPU = torch.device("cpu")
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -70,7 +73,7 @@ def test_all_products_of_windows_come_out_of_lagged_sums(stack: tuple[torch.Tens
     images, size = stack
     expected = all_windows(images, size)
     with cut(how):
-        assert_same(lags.gram(images, size), expected.T @ expected)
+        assert_same(finish(lags.gram(images, size)), expected.T @ expected)
         assert_same(lags.window_sums(images, size), expected.sum(0))
 
 
@@ -82,7 +85,7 @@ def test_windows_times_targets_come_out_of_lagged_sums(
     planes = drawn(1, len(images), filters, images.shape[2] - size[0] + 1, images.shape[3] - size[1] + 1)
     by_filter = planes.numpy().transpose(0, 2, 3, 1).reshape(-1, filters)
     with cut(how):
-        assert_same(lags.moments(images, planes, size), all_windows(images, size).T @ by_filter)
+        assert_same(finish(lags.moments(images, planes, size)), all_windows(images, size).T @ by_filter)
 
 
 @given(
@@ -99,23 +102,23 @@ def test_lagged_sums_are_those_of_the_definition(shape: tuple[int, ...], apart: 
         seen = second[:, :, y : y + rows, x : x + columns].numpy()
         expected[:, :, y, x] = np.tensordot(first.numpy(), seen, ((0, 2, 3), (0, 2, 3)))
     with cut(how):
-        assert_same(lags.lag_sums(first, second, apart), expected)
+        assert_same(finish(lags.lag_sums(first, second, apart)), expected)
 
 
 @pytest.mark.parametrize("size", [(5, 5), (1, 9), (7, 1), (1, 1)])
 def test_a_picture_of_several_blocks_gives_the_same_products(size: tuple[int, int]) -> None:
     images = drawn(0, 1, 1, 300, 200)
     expected = all_windows(images, size)
-    assert_same(lags.gram(images, size), expected.T @ expected)
+    assert_same(finish(lags.gram(images, size)), expected.T @ expected)
     planes = drawn(1, 1, 2, 301 - size[0], 201 - size[1])
-    assert_same(lags.moments(images, planes, size), expected.T @ planes.numpy().reshape(2, -1).T)
+    assert_same(finish(lags.moments(images, planes, size)), expected.T @ planes.numpy().reshape(2, -1).T)
 
 
 def test_a_value_that_one_tap_sees_leaves_the_sums_of_the_others_exact() -> None:
     images = drawn(0, 1, 1, 40, 40)
     images[0, 0, 0, 0] = 1e12
     windows = all_windows(images, (3, 3))
-    np.testing.assert_allclose(lags.gram(images, (3, 3)).numpy(), windows.T @ windows, rtol=1e-12)
+    np.testing.assert_allclose(finish(lags.gram(images, (3, 3))).numpy(), windows.T @ windows, rtol=1e-12)
 
 
 def laid(lesson: Lesson) -> Layer:
@@ -134,13 +137,11 @@ def equations(lesson: Lesson, *, by_lags: bool) -> list[gram.NormalEquations]:
         patch.setattr(gram, "by_lags", lambda *_, **__: by_lags)
         for example in examples.pairs:
             problem = laid(lesson).problem(example.images, layer.kernel_shape, device="cpu", kernel_name="kernel")
-            assume(not by_lags or lags.obstacle(problem) is None)
-            parts = gram.normal_equations(example.on(torch.device("cpu")), problem, layout, MACHINE)
-            try:
-                while True:
-                    next(parts)
-            except StopIteration as finished:
-                built.append(finished.value)
+            (part,) = split(example, problem, lambda _: 0.0)
+            assume(not by_lags or lags.obstacle(part.problem) is None)
+            sums = gram.Sums.zeros(layout, MACHINE, CPU)
+            finish(sums.add(part.load(CPU), part.problem))
+            built.append(sums.equations)
     return built
 
 

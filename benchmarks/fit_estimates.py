@@ -1,0 +1,178 @@
+"""Whether fits keep to their estimates: fits of every kind, drawn, their time and memory beside what was predicted.
+
+    python -m benchmarks.fit_estimates [--fits 120] [--seed 0] [--seconds 10]
+
+Prints every fit whose time is off by more than 3 times or whose memory is above its estimate, then the worst of each:
+the time as measured divided by the prediction, for fits that take over 50 ms; the growth of the process's peak memory
+beside 1.2 times the estimate and 50 MB; and the longest pause between two events. numpy and torch compute with one
+thread, and times are those of the processor, so that other processes hardly count.
+"""
+
+import argparse
+import ctypes
+import gc
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import core
+
+WORTH_A_LOOK = 0.05
+"""Seconds: predictions of less are not checked."""
+
+M_MMAP_THRESHOLD = -3
+"""mallopt's name for it, of glibc's malloc.h."""
+
+ROOM = 50.0
+"""MB that a fit may take above 1.2 times its estimate."""
+
+TWICE = 2.0
+LONG = 0.3
+"""What is further off than so many times, or pauses for so many seconds, is measured again."""
+
+
+def drawn(rng: np.random.Generator) -> dict[str, Any]:
+    """The arguments of a fit: any solver, loss, size, number of images, weights, batches."""
+    channels, filters = (int(rng.choice([1, 1, 1, 2, 3, 8, 32])) for _ in range(2))
+    groups = channels if channels == filters and rng.random() < 0.2 else 1
+    largest = max(2, int(math.sqrt(4500 / (channels // groups))))
+    kernel = tuple(round(math.exp(rng.uniform(0, math.log(largest)))) for _ in range(2))
+    stride, dilation = (int(rng.choice([1, 1, 1, 2])) for _ in range(2))
+    padding = int(rng.choice([0, 0, kernel[0] // 2]))
+    least = [dilation * (side - 1) + 1 for side in kernel]
+    values = math.exp(rng.uniform(math.log(1e2), math.log(8e6)))
+    images = round(math.exp(rng.uniform(0, math.log(300)))) if rng.random() < 0.5 else 1
+    side = math.sqrt(values / images / max(channels, filters))
+    size = [max(int(side * rng.uniform(0.7, 1.4)), shortest) for shortest in least]
+    rows, columns = (
+        (pixels + 2 * padding - shortest) // stride + 1 for pixels, shortest in zip(size, least, strict=True)
+    )
+    dtype = str(rng.choice(["float32", "float64", "uint8"]))
+    shape, shape_out = (images, channels, *size), (images, filters, rows, columns)
+    arguments: dict[str, Any] = {
+        "input": (100 * rng.random(shape)).astype(dtype),
+        "target": (100 * rng.random(shape_out)).astype(dtype),
+        "kernel_size": kernel,
+        "groups": groups,
+        "stride": stride,
+        "dilation": dilation,
+        "padding": padding,
+        "padding_mode": str(rng.choice(["zeros", "circular"])),
+        "bias": bool(rng.random() < 0.3),
+        "solver": str(rng.choice(["exact", "exact", "sgd", "sgd", "momentum", "nesterov", "adam"])),
+        "steps": round(math.exp(rng.uniform(0, math.log(3000)))),
+        "ridge": float(rng.choice([0, 0, 0, 1.0])),
+        "learning_rate": 1e-9,
+        "seed": 0,
+    }
+    if rng.random() < 0.25:
+        arguments["weights"] = rng.random((rows, columns) if rng.random() < 0.5 else shape_out)
+    if arguments["solver"] != "exact":
+        arguments["loss"] = str(rng.choice(["sum", "sum", "mean", "huber", "l1"]))
+        if arguments["solver"] != "adam" and arguments["loss"] in ("sum", "mean") and rng.random() < 0.4:
+            arguments["learning_rate"] = "auto"
+        if arguments["solver"] == "sgd" and images > 1 and rng.random() < 0.5:
+            arguments["batch_size"] = int(rng.integers(1, images + 1))
+    if images > 1 and rng.random() < 0.3 and "weights" not in arguments:
+        arguments["pairs"] = list(zip(arguments.pop("input"), arguments.pop("target"), strict=True))
+    return arguments
+
+
+def peak(*, reset: bool = False) -> float:
+    """The most memory that this process has held since the last reset, in MB."""
+    if reset:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 / 1e6 if found else math.nan
+
+
+def timed(plan: core.FitPlan) -> tuple[float, float]:
+    """Seconds that the processor spends on a fit, and the most of them between two events."""
+    pause, start = 0.0, time.process_time()
+    last = start
+
+    def listen(_: core.Progress) -> None:
+        nonlocal pause, last
+        now = time.process_time()
+        pause, last = max(pause, now - last), now
+
+    core.exhaust(plan.steps(), listen)
+    listen(core.Reading(0, 0))
+    return last - start, pause
+
+
+def described(arguments: dict[str, Any]) -> str:
+    """A fit in a line."""
+    shapes = [f"{name} {arguments[name].shape}" for name in ("input", "target", "weights") if name in arguments]
+    if "pairs" in arguments:
+        shapes.append(
+            f"{len(arguments['pairs'])} pairs {arguments['pairs'][0][0].shape} {arguments['pairs'][0][1].shape}"
+        )
+    kept = {
+        name: value for name, value in arguments.items() if name not in ("input", "target", "weights", "pairs", "seed")
+    }
+    defaults = {"groups": 1, "stride": 1, "dilation": 1, "padding": 0, "bias": False, "ridge": 0.0, "loss": "sum"}
+    return ", ".join(shapes + [f"{name} {value}" for name, value in kept.items() if defaults.get(name) != value])
+
+
+def fits(
+    count: int, seed: int, longest: float, machine: core.Machine
+) -> Iterator[tuple[str, core.Cost, float, float, float, str]]:
+    """Each fit: what it is, its cost, seconds of the processor and MB, the longest pause, the method."""
+    rng = np.random.default_rng(seed)
+    done = 0
+    while done < count:
+        arguments = drawn(rng)
+        plan = core.plan_fit_kernel(**arguments, machine=machine)
+        if plan.cost.seconds > longest or plan.cost.megabytes > 2000:
+            continue
+        before = peak(reset=True)
+        seconds, pause = timed(plan)
+        grown = peak() - before
+        off = not 1 / TWICE < seconds / plan.cost.seconds < TWICE or pause > LONG
+        if off or grown > 1.2 * plan.cost.megabytes:
+            # A pipeline may have been compiled, or another process in the way.
+            before = peak(reset=True)
+            seconds, pause = (min(pair) for pair in zip((seconds, pause), timed(plan), strict=True))
+            grown = peak() - before
+        yield described(arguments), plan.cost, seconds, grown, pause, plan.method
+        done += 1
+
+
+def main() -> None:
+    """Print what the module's docstring says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fits", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=10)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    # What is freed goes back to the system at once: malloc would keep more of it than some fits take.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 22)
+    machine = core.measure_machine(core.Machine(1))
+    # Compiled once a process, and counted with nothing.
+    list(fits(20, options.seed + 1, 0.2, machine))
+    slow, fast, memory, longest = 0.0, math.inf, -math.inf, 0.0
+    for text, cost, seconds, megabytes, pause, method in fits(options.fits, options.seed, options.seconds, machine):
+        ratio, above = seconds / cost.seconds, megabytes - 1.2 * cost.megabytes
+        worth = max(seconds, cost.seconds) > WORTH_A_LOOK
+        if worth:
+            slow, fast = max(slow, ratio), min(fast, ratio)
+        memory, longest = max(memory, above), max(longest, pause)
+        if (worth and not 1 / 3 < ratio < 3) or above > ROOM / 2 or pause > LONG:
+            measured = f"{ratio:6.2f} x {cost.seconds:7.3f} s  {megabytes:6.0f} of {cost.megabytes:6.0f} MB"
+            print(f"{measured}  pause {pause:5.2f} s  {method}: {text}", flush=True)
+    print(f"time: {fast:.2f} to {slow:.2f} times the prediction; longest pause {longest:.2f} s")
+    print(f"memory: {memory:.0f} MB above 1.2 times the estimate, {ROOM:.0f} are allowed")
+
+
+if __name__ == "__main__":
+    main()

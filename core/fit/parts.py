@@ -1,0 +1,103 @@
+"""Parts of examples: some images, or some rows of one, that a pass goes over in about a tenth of a second.
+
+Losses, gradients and normal equations are sums over the target's values, so that they are computed part by part.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from core.borders import window
+from core.fit.problem import Example
+from core.fit.steps import SECONDS
+from core.shapes import Pair, Problem, extent
+
+PART_VALUES = 1 << 22
+"""The most values of one array of a part that has more than one image or row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A part in float64: images (N, C, H, W) with their border, targets and, perhaps, weights (N, O, oh, ow)."""
+
+    images: Tensor
+    targets: Tensor
+    weights: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some images of an example, and some rows of their targets.
+
+    source: the first and last row of the input, border included, that those rows see; before 0 lies the border.
+    whole: the problem of the example. problem: that of the part, whose images have their border already.
+    seconds: predicted, for a pass over it.
+    """
+
+    example: Example
+    images: slice
+    rows: slice
+    source: Pair
+    whole: Problem
+    problem: Problem
+    seconds: float
+
+    def load(self, device: torch.device) -> Numbers:
+        """The numbers in float64 there."""
+
+        def moved(array: Tensor) -> Tensor:
+            return array.to(device=device, dtype=torch.float64).contiguous()
+
+        example, (first, last), height = self.example, self.source, self.whole.height
+        columns = -self.whole.padding[2], self.whole.width + self.whole.padding[3]
+        images = example.images[self.images]
+        if self.whole.boundary == "zeros" or (first >= 0 and last <= height):
+            # Only these rows are needed.
+            start, stop = (min(max(0, row), height) for row in self.source)
+            images = images[:, :, start:stop]
+            first, last = first - start, last - start
+        weights = None if example.weights is None else moved(example.weights[self.images, :, self.rows])
+        bordered = window(images.to(device, torch.float64), (first, last), columns, self.whole.boundary)
+        return Numbers(bordered.contiguous(), moved(example.targets[self.images, :, self.rows]), weights)
+
+    def of_image(self, index: int) -> "Part":
+        """The same rows of another image."""
+        return replace(self, images=slice(index, index + 1))
+
+
+def split(example: Example, problem: Problem, cost: Callable[[Problem], float], *, rows: bool = True) -> list[Part]:
+    """An example in parts that take about SECONDS as `cost` predicts it: by images and, if need be, by rows.
+
+    `problem` may be that of fewer images than there are: then the parts are those of the first ones.
+    """
+    bordered = _piece(problem, problem.batch, problem.padded_size[0])
+    count = max(cost(bordered) / SECONDS, bordered.largest_array / PART_VALUES)
+    together = max(1, int(problem.batch / max(count, 1)))
+    outputs, step, spread = (
+        problem.output_size[0],
+        problem.stride[0],
+        extent(problem.kernel_height, problem.dilation[0]),
+    )
+    bands = math.ceil(count / problem.batch) if rows else 1
+    # No lower than the rows that two neighbours both need.
+    high = outputs if bands <= 1 else max(math.ceil(outputs / bands), math.ceil(spread / step))
+    parts = []
+    for image in range(0, problem.batch, together):
+        images = slice(image, min(image + together, problem.batch))
+        for row in range(0, outputs, high):
+            last = min(row + high, outputs)
+            source = row * step - problem.padding[0], (last - 1) * step + spread - problem.padding[0]
+            piece = _piece(problem, images.stop - image, source[1] - source[0])
+            parts.append(Part(example, images, slice(row, last), source, problem, piece, cost(piece)))
+    return parts
+
+
+def _piece(problem: Problem, batch: int, height: int) -> Problem:
+    """The problem of so many images and rows, border included, whose images have their border already."""
+    if batch == problem.batch and height == problem.height and not problem.bordered:
+        return problem
+    width = problem.padded_size[1]
+    return replace(problem, batch=batch, height=height, width=width, padding=(0, 0, 0, 0), boundary="zeros")
