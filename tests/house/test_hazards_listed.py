@@ -7,7 +7,7 @@ TESTS = Path(__file__).parents[1]
 PAGE = (TESTS.parent / "docs" / "hazards.md").read_text()
 MAKEFILE = (TESTS.parent / "Makefile").read_text()
 
-NUMBERS = range(1, 66)
+NUMBERS = [*range(1, 66), *range(70, 83)]
 
 
 def numbers_of(name: str) -> list[int]:
@@ -22,7 +22,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def test_every_hazard_has_its_row_in_order() -> None:
-    assert [int(number) for number in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)] == list(NUMBERS)
+    assert [int(number) for number in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)] == NUMBERS
 
 
 def test_every_hazard_has_a_test_and_every_test_a_hazard() -> None:
