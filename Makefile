@@ -6,16 +6,19 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test check format bench learning wire overload soak fuzz gpu monitoring constraints pictures clean
+.PHONY: help serve test test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 serve: .venv/serve.stamp  ## start the service (settings: CORR2D_* or `corr2d serve --help`)
 	@exec $(BIN)/corr2d serve
 
 test: .venv/dev.stamp  ## run the tests, with branch coverage
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
+
+test-without-halide: .venv/dev.stamp  ## run the tests of the service and of layers as where Halide has no wheel
+	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/hazards tests/core/test_conv2d.py
 
 check: .venv/dev.stamp  ## lint, format, types, import rules, docs that match
 	$(BIN)/ruff check
@@ -53,6 +56,9 @@ gpu: .venv/dev.stamp  ## check and time the engines on a GPU, where there is one
 
 monitoring: .venv/dev.stamp  ## check alerts and dashboard with promtool, where it is installed (apt-get install prometheus)
 	$(BIN)/pytest -q -rs -p no:randomly tests/house/test_monitoring.py
+
+estimates: .venv/dev.stamp  ## compare estimates of time and memory with 500 drawn requests (10 minutes)
+	$(BIN)/python benchmarks/estimates.py --requests 500
 
 pictures: .venv/bench.stamp  ## draw the pictures of the README again
 	$(BIN)/python docs/pictures.py

@@ -136,7 +136,7 @@ def cuts(problem: Problem, machine: Machine) -> Cuts:
 
 def _border_tile(problem: Problem) -> Pair:
     """Sides of a border narrower than that would cost as much as whole blocks."""
-    return 8, 2 * jit.lanes(problem.dtype)
+    return 8, 2 * _column_lanes(problem.dtype)
 
 
 def prepare() -> None:

@@ -103,7 +103,8 @@ def _correlate(plane: Plane, kernel: Plane, output: Plane, transformed: Transfor
     """Fill the output (oh, ow), which may be a part of a larger one, within the precision contract."""
     surveys = transformed(plane, kernel, output)
     sizes = [survey.size for survey in surveys]
-    if not math.isfinite(sum(sizes) + surveys[0].total):
+    finite = all(map(math.isfinite, sizes))
+    if not finite or (not math.isfinite(surveys[0].total) and not np.isfinite(kernel).all()):
         _by_slabs(_beside_nonfinite, plane, kernel, output, transformed)
         return
     in_range = _in_range(max(sizes), surveys[0].norm, max(plane.shape) ** 2, plane.dtype)
