@@ -10,7 +10,7 @@ from core.conv2d import conv2d, conv2d_problem
 from core.correlate import correlate
 from core.device import available_devices, describe_devices, resolve_device, usable_cores, usable_memory
 from core.engines import ENGINES, IN_CALLING_THREAD, Choice, Method, Result, choose, prepare
-from core.engines.pipelines import compiled_only
+from core.engines.pipelines import NotCompiled, compiled_only
 from core.engines.slices import Check
 from core.errors import (
     CoreError,
@@ -21,7 +21,6 @@ from core.errors import (
     InvalidOption,
     InvalidShape,
     MethodUnavailable,
-    NotCompiled,
     TooLarge,
     UnknownKernel,
 )

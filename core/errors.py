@@ -8,7 +8,6 @@ CoreError
 │   └── UnknownKernel                     a kernel name that names nothing
 ├── DeviceUnavailable                     a device that this machine does not have
 ├── MethodUnavailable                     no engine can do this problem by that method
-├── NotCompiled                           an engine that has to be compiled first, where that is not allowed
 └── TooLarge                              above the limits that the caller set
 """
 
@@ -72,10 +71,6 @@ class DeviceUnavailable(CoreError):
 
 class MethodUnavailable(CoreError):
     """No engine can solve this problem by the method asked for."""
-
-
-class NotCompiled(CoreError):
-    """An engine that has to be compiled first, in a thread that must not wait for it: see `compiled_only`."""
 
 
 class TooLarge(CoreError):

@@ -36,7 +36,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from core.device import usable_cores
-from core.errors import NotCompiled
 
 Pipeline: TypeAlias = Callable[..., object]
 """Arrays and numbers in the order of the inputs, then the arrays to fill."""
@@ -57,6 +56,10 @@ WRONG_ARRAY = -1000
 
 TYPE_CODES = {"i": 0, "u": 1, "f": 2}
 """halide_type_code_t, by numpy's kinds of types."""
+
+
+class NotCompiled(Exception):
+    """A pipeline has to be compiled first, in a thread that must not wait for it: see `compiled_only`."""
 
 
 class Argument(NamedTuple):
