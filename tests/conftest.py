@@ -29,10 +29,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_halide: about an engine that Halide compiles")
     if config.getoption("--without-halide"):
         sys.modules["halide"] = None  # type: ignore[assignment]
         paths = [str(WITHOUT_HALIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--without-halide"):
+        for item in items:
+            if item.get_closest_marker("needs_halide"):
+                item.add_marker(pytest.mark.skip(reason="needs Halide"))
 
 
 @pytest.fixture

@@ -77,10 +77,9 @@ def obstacle(problem: Problem) -> str | None:
 
 def obstacle_of_planes(problem: Problem) -> str | None:
     """Why no compiled engine that works on single planes can solve the problem, or None."""
-    reason = obstacle(problem)
-    if reason is None and not problem.single:
+    if not problem.single:
         return "works on one kernel over single planes, without stride or dilation"
-    return reason
+    return obstacle(problem)
 
 
 def number_type(dtype: Dtype) -> Any:

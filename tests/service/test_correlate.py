@@ -26,6 +26,7 @@ def unpacked(described: dict[str, Any]) -> np.ndarray[Any, Any]:
     return np.frombuffer(base64.b64decode(described["data"]), dtype).reshape(described["shape"])
 
 
+@pytest.mark.needs_halide
 def test_the_lessons_first_example(send: Send) -> None:
     response = send("POST", "/correlate", json=LESSON)
     assert response.status_code == 200
@@ -110,6 +111,7 @@ def test_explain_says_what_the_choice_was_made_by(send: Send) -> None:
     assert answer["explanation"]["compute_ms"] > 0
 
 
+@pytest.mark.needs_halide
 def test_a_method_is_an_engine_of_that_family(send: Send) -> None:
     request = {"input": [[1.0] * 40] * 40, "kernel": "gaussian(1.0)"}
     for method in ("direct", "fft", "separable"):
