@@ -14,6 +14,7 @@ from core import (
     IN_CALLING_THREAD,
     Check,
     Cost,
+    FitPlan,
     FitResult,
     Limits,
     Machine,
@@ -25,7 +26,6 @@ from core import (
     cost_of,
     exhaust,
     named_kernel,
-    plan_fit_kernel,
     resolve_device,
 )
 from service import threads
@@ -128,11 +128,12 @@ class Compute:
         self,
         request: Request,
         answer: Answerer,
+        plan_of: Callable[..., FitPlan],
         convert: Callable[[FitResult], Value],
         each: Callable[[Progress], None] | None = None,
         **arguments: Any,
     ) -> Value:
-        """Fit a kernel, and convert what has been fitted in the thread that did it.
+        """Fit a kernel as core plans it, and convert what has been fitted in the thread that did it.
 
         The fit ends at the step at which its deadline passes or it is cancelled. `each` is called with all that it
         yields, in the thread that computes.
@@ -142,7 +143,7 @@ class Compute:
         arrays, images = _examples(arguments)
         # To look at examples takes long where they are many, so it is not done on the event loop.
         seconds = SECONDS_TO_PLAN * images + SECONDS_TO_CONVERT * _numbers(arrays)
-        plan = await self._codecs.run(share, Cost(0, 0, seconds), lambda _: plan_fit_kernel(**arguments), phase="parse")
+        plan = await self._codecs.run(share, Cost(0, 0, seconds), lambda _: plan_of(**arguments), phase="parse")
 
         def run(check: Check) -> Value:
             def report(progress: Progress) -> None:

@@ -249,7 +249,9 @@ async def train_kernel(request: Request) -> Response:
 
     async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
         convert = partial(_fields, thin=form.history == "thin")
-        fields: Fields = await state.compute.fit(request, answer, convert, report, **asked.arguments())
+        fields: Fields = await state.compute.fit(
+            request, answer, core.plan_fit_kernel, convert, report, **asked.arguments()
+        )
         state.metrics.engine(fields["method"])
         return fields
 
