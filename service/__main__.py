@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
@@ -20,10 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from service import exit_codes
+from service.log_stream import LogStream, open_standard_files
 from service.settings import PREFIX, Settings, SettingsError, load_settings
 from service.version import VERSION
 
 Number = TypeVar("Number", int, float)
+
+STDOUT, STDERR = 1, 2
+"""File descriptors: Python has no streams for those that were closed at the start."""
 
 TRY_IT = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
 
@@ -96,6 +100,8 @@ def serve(**flags: object) -> None:
     # delivered that it does not ask for. uvicorn ends gracefully, then raises the signal again for this handler.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    open_standard_files()
+    sys.stderr = LogStream(STDERR)
     settings = _settings(flags)
     listener = _listener(settings)
     host, port = listener.getsockname()[:2]
@@ -110,9 +116,8 @@ def serve(**flags: object) -> None:
         _stop(f"{PREFIX}DEVICE {error}", exit_codes.SETTINGS)
     key = " -H 'X-API-Key: ...'" if settings.locked else ""
     greeting = f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:\n"
-    # Not by way of a buffer: where nothing can be written, what lies in it would be an error again at the end.
-    with suppress(OSError):
-        os.write(sys.stdout.fileno(), f"{greeting}  {TRY_IT % address}{key}\n".encode())
+    # Nobody need read it.
+    LogStream(STDOUT).write(f"{greeting}  {TRY_IT % address}{key}\n")
     run(settings, listener)
 
 

@@ -1,25 +1,39 @@
 """One log for the service and its server: readable lines for people, or JSON for machines."""
 
 import logging
+import os
 import sys
 import time
-from contextlib import suppress
 from functools import lru_cache
-from typing import Literal, TextIO, cast
+from typing import Literal, NoReturn, TextIO, TypeAlias, cast
 
 import orjson
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from service.log_stream import LogStream
+
+LogFormat: TypeAlias = Literal["console", "json"]
+
+STDERR = 2
+"""The file descriptor, whether or not Python has a stream for it."""
+
 TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 """Without the local variables, which structlog shows unless told: there are bodies and API keys among them."""
 
 
-def configure_logging(log_format: Literal["console", "json"]) -> None:
-    """Send structlog's lines and the standard library's (uvicorn's) to stderr in one format."""
+def configure_logging(log_format: LogFormat) -> None:
+    """Send structlog's lines, the standard library's (uvicorn's) and tracebacks to stderr in one format.
+
+    No caller waits for the reader of stderr: `sys.stderr` is a LogStream from then on.
+    """
+    if not isinstance(sys.stderr, LogStream):
+        sys.stderr = LogStream(STDERR)
+    stream = sys.stderr
+    stream.report = _report_dropped
     if log_format == "json":
         rendered: list[Processor] = [structlog.processors.ExceptionRenderer(TRACEBACKS), _json]
-    elif sys.stderr.isatty():
+    elif stream.isatty():
         plain = structlog.dev.plain_traceback
         rendered = [structlog.dev.ConsoleRenderer(pad_event_to=0, sort_keys=False, exception_formatter=plain)]
     else:
@@ -27,11 +41,11 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     structlog.configure(
         processors=[_stamped, *rendered],
         # Not by way of the standard library's logging: that takes longer than the rest of a small request.
-        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", Unbreakable(sys.stderr))),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", stream)),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[_stamped],
@@ -43,21 +57,20 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     root.setLevel(logging.INFO)
 
 
-class Unbreakable:
-    """A file to which nothing is written when nothing can be: a full disk costs lines of the log, but no answers."""
+def dropped_lines() -> int:
+    """Return how many lines of this process were not written to stderr."""
+    return sys.stderr.dropped if isinstance(sys.stderr, LogStream) else 0
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
 
-    def write(self, text: str) -> None:
-        """Write, if that is possible."""
-        with suppress(OSError):
-            self._file.write(text)
+def exit_now(code: int) -> NoReturn:
+    """End the process without any cleanup, but with its last lines, for which it waits a second at most."""
+    if isinstance(sys.stderr, LogStream):
+        sys.stderr.drain()
+    os._exit(code)
 
-    def flush(self) -> None:
-        """Hand over what was written, if that is possible."""
-        with suppress(OSError):
-            self._file.flush()
+
+def _report_dropped(lines: int) -> None:
+    structlog.get_logger("corr2d").warning("log lines dropped: the reader of stderr fell behind", lines=lines)
 
 
 def _stamped(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
