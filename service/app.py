@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import logging
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -14,16 +13,15 @@ import structlog
 import torch
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
-from fastapi_offline import FastAPIOffline
 
 from core import ENGINES, Machine, usable_cores, usable_memory
 from service import exit_codes
 from service.admission import SHARE_OF_A_COMPUTATION
 from service.allocator import keep_little
 from service.compute import Compute
-from service.doors import BrowserHeaders, CrossOrigin, Locked
+from service.doors import ASSETS, BrowserHeaders, CrossOrigin, Locked
 from service.keys import KeyRing
-from service.log import configure_logging
+from service.log import exit_now
 from service.metrics import Metrics, Table
 from service.openapi import describe
 from service.pool import ComputePool
@@ -61,7 +59,7 @@ def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
     """
     threads = settings.threads or usable_cores()
     traced = any(name.startswith("OTEL_") for name in os.environ)
-    app = FastAPIOffline(
+    app = FastAPI(
         title="corr2d",
         version=VERSION,
         description=DESCRIPTION,
@@ -107,6 +105,7 @@ def create_app(settings: Settings, table: Table | None = None) -> FastAPI:
         # before those of /docs, for they are tried in turn.
         app.router.routes[:0] = resource.router.routes
     app.router.routes += pages.router.routes
+    app.mount(ASSETS, pages.Assets())
     requests = correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest
     describe(app, *requests, locked=settings.locked)
     return app
@@ -129,7 +128,6 @@ def _within_memory(settings: Settings) -> tuple[Settings, int]:
 def create_worker_app(settings: Settings, table: Table) -> FastAPI:
     """The service as the only application of a process."""
     keep_little()
-    configure_logging(settings.log_format)
     # The event loop waits that long for Python's lock, for each thread that computes in Python.
     sys.setswitchinterval(SWITCH_S)
     app = create_app(settings, table)
@@ -149,8 +147,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if app.state.process_is_ours and app.state.pool.busy:
         # A computation past its deadline cannot be interrupted, and Python would wait for its thread before it ends.
         structlog.get_logger("corr2d").warning("leaving a computation unfinished")
-        logging.shutdown()
-        os._exit(0)
+        exit_now(0)
 
 
 async def _become_ready(app: FastAPI) -> None:
@@ -164,8 +161,7 @@ async def _become_ready(app: FastAPI) -> None:
         app.state.readiness.failed(f"the warm-up failed: {error}")
         log.exception("warm-up failed")
         if app.state.process_is_ours:
-            logging.shutdown()
-            os._exit(exit_codes.BROKEN)
+            exit_now(exit_codes.BROKEN)
     else:
         app.state.compute.machine = machine
         if app.state.process_is_ours:

@@ -8,3 +8,6 @@ SETTINGS = 3
 
 BROKEN = 4
 """The warm-up came out wrong: it would compute wrongly, or not at all."""
+
+ABANDONED = 5
+"""A worker whose supervisor is gone."""

@@ -30,7 +30,8 @@ MEANINGS: Mapping[str, str] = {
     "engine": "computations by the engine that was chosen, and fits by their method",
     "received_bytes": "bytes of bodies that were read, as they came",
     "sent_bytes": "bytes of the bodies of answers, as they went",
-    "worker_restarts": "workers that were started beyond the first ones",
+    "log_lines_dropped": "lines of the log that were not written: the reader of stderr fell behind, or writing failed",
+    "worker_restarts": "workers that were started in place of others",
     "workers_ready": "workers that can compute: the warm-up came out right, and they are not going down",
     "requests_in_progress": "requests whose answers have not been sent yet, the one for this among them",
     "connections": "connections that are open",
@@ -72,9 +73,13 @@ class Families(Collector):
             for value, at in places.items():
                 counter.add_metric([value], counts[at])
             yield counter
-        for name, at in (("received_bytes", metrics.received_bytes), ("sent_bytes", metrics.sent_bytes)):
+        for name, at in (
+            ("received_bytes", metrics.received_bytes),
+            ("sent_bytes", metrics.sent_bytes),
+            ("log_lines_dropped", metrics.dropped_lines),
+        ):
             yield _counter(name, value=counts[at])
-        yield _counter("worker_restarts", value=max(0, counts[metrics.starts] - table.workers))
+        yield _counter("worker_restarts", value=table.restarts)
 
         for name, state in zip(GAUGES, states[FIRST_GAUGE:FIRST_COUNTER], strict=True):
             yield _gauge(name, state)

@@ -17,7 +17,7 @@ OTHER = "other"
 """What stands for every route, status, reason and engine that is not listed: what is sent makes no new series."""
 
 ROUTES = ("/correlate", "/conv2d", "/train-kernel", "/kernels", "/info", "/livez", "/readyz", "/metrics", OTHER)
-STATUSES = (200, 307, 400, 401, 403, 404, 405, 406, 408, 413, 414, 415, 422, 431, 499, 500, 503, 504)
+STATUSES = (200, 307, 400, 401, 403, 404, 405, 406, 408, 413, 414, 415, 421, 422, 431, 499, 500, 501, 503, 504, 505)
 PHASES = ("parse", "wait", "compute", "encode")
 METHODS_OF_FITS = ("normal equations", "convolutions")
 GAUGES = (
@@ -74,13 +74,27 @@ class Table:
         self.started = time.time()
         spawning = multiprocessing.get_context("spawn")
         self._rows = 1 if workers == 1 else 2 * workers
-        self._memory = bytearray(8 * CELLS) if workers == 1 else spawning.RawArray("d", self._rows * CELLS)
+        # One more for what the supervisor counts.
+        cells = self._rows * CELLS + 1
+        self._memory = bytearray(8 * cells) if workers == 1 else spawning.RawArray("d", cells)
         self._lock = None if workers == 1 else spawning.Lock()
 
     def rows(self) -> list[Row]:
         """All of them, each CELLS float64."""
-        cells = memoryview(self._memory).cast("B").cast("d")
-        return [cells[at : at + CELLS] for at in range(0, len(cells), CELLS)]
+        cells = self._cells()
+        return [cells[at : at + CELLS] for at in range(0, self._rows * CELLS, CELLS)]
+
+    @property
+    def restarts(self) -> float:
+        """Workers that the supervisor has started in place of others, those that never came to count among them."""
+        return self._cells()[-1]
+
+    @restarts.setter
+    def restarts(self, number: float) -> None:
+        self._cells()[-1] = number
+
+    def _cells(self) -> "memoryview[float]":
+        return memoryview(self._memory).cast("B").cast("d")
 
     def living(self) -> list[Row]:
         """Those whose workers live."""
@@ -139,7 +153,7 @@ class Metrics:
             first, *_ = (next(free) for _ in range(cells))
             return first
 
-        self.starts = place()
+        self.dropped_lines = place()
         self.received_bytes = place()
         self.sent_bytes = place()
         self.requests = {route: {status: place() for status in (*STATUSES, OTHER)} for route in ROUTES}
@@ -157,7 +171,6 @@ class Metrics:
             Gauge(self._row, at) for at in range(FIRST_GAUGE, FIRST_COUNTER)
         )
         self.memory_used, self.memory_limit = memory
-        self._row[self.starts] += 1
 
     def begin(self) -> None:
         """A request reached the application."""
@@ -190,6 +203,10 @@ class Metrics:
     def received(self, size: int) -> None:
         """A piece of a body was read, that many bytes of it."""
         self._row[self.received_bytes] += size
+
+    def log_lines_dropped(self, lines: int) -> None:
+        """So many lines of the log were not written."""
+        self._row[self.dropped_lines] += lines
 
     def engine(self, name: str) -> None:
         """A computation was done by this engine, or a fit by this method."""

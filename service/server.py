@@ -2,15 +2,17 @@
 
 import asyncio
 import math
-import os
+import multiprocessing
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import wait
 from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import structlog
 import uvicorn
@@ -21,7 +23,8 @@ from uvicorn.supervisors.multiprocess import Process
 
 from service import exit_codes
 from service.connections import SPARE, ConnectionLimits, expire_overdue
-from service.listener import shut
+from service.listener import bound_buffers, shut
+from service.log import configure_logging, dropped_lines, exit_now
 from service.metrics import Metrics, Table
 from service.protocol import Configuration, State
 from service.settings import Settings
@@ -30,7 +33,13 @@ if TYPE_CHECKING:  # for whoever only supervises does not load torch
     from service.pool import ComputePool
 
 FILES = 256
-"""Files that the process has open beside its connections, at most."""
+"""File descriptors that the process needs in addition to those of its connections, at most."""
+
+IGNORED_SIGNALS = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+"""Signals that would end a process by default, and have no meaning here."""
+
+QUIT = getattr(signal, "SIGQUIT", None)
+"""The signal that exits immediately; Windows has none."""
 
 HANGS_S = 60
 """A worker that parses the largest body answers no question of its supervisor for seconds, and is well."""
@@ -39,6 +48,15 @@ TO_ANSWER_S = 0.1
 """How long the supervisor waits for an answer before it looks at the next worker."""
 
 BETWEEN_TICKS_S = 0.1
+
+STABLE_S = 60
+"""A worker that ends sooner than that after its start, in seconds, delays its replacement."""
+
+MAX_RESTART_PAUSE_S = 30.0
+"""Longest pause before a worker is replaced, in seconds."""
+
+END_S = 10
+"""Seconds beyond the graceful shutdown after which a worker without a supervisor exits in any case."""
 
 HANDSHAKE_S = 0.1
 """Time for connections that are being made to be made."""
@@ -49,13 +67,25 @@ ARRIVES_S = 0.2
 
 def run(settings: Settings, listener: socket.socket) -> None:
     """Answer on the listening socket until SIGINT or SIGTERM, then finish what was begun."""
-    # Every connection is an open file, of which a process has few unless it asks for more.
-    settings = settings.model_copy(update={"connections": _connections_within_files(settings.connections)})
-    config = configuration(partial(_application, settings, Table(settings.workers)), settings, factory=True)
+    configure_logging(settings.log_format)
+    ignore_signals()
+    bound_buffers(listener)
+    connections, spare = _within_descriptors(settings.connections)
+    settings = settings.model_copy(update={"connections": connections})
+    table = Table(settings.workers)
+    config = configuration(partial(_application, settings, table), settings, spare=spare, factory=True)
     if settings.workers == 1:
+        if QUIT is not None:
+            signal.signal(QUIT, lambda number, _: exit_now(128 + number))
         Server(config).run(sockets=[listener])
     else:
-        Supervisor(config, listener).run()
+        Supervisor(config, listener, table).run()
+
+
+def ignore_signals() -> None:
+    """Ignore the signals that would end the process by accident, as SIGHUP of a terminal that is closed."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _application(settings: Settings, table: Table) -> FastAPI:
@@ -65,10 +95,13 @@ def _application(settings: Settings, table: Table) -> FastAPI:
     return create_worker_app(settings, table)
 
 
-def configuration(app: FastAPI | Callable[[], FastAPI], settings: Settings, *, factory: bool = False) -> Configuration:
+def configuration(
+    app: FastAPI | Callable[[], FastAPI], settings: Settings, *, spare: int = SPARE, factory: bool = False
+) -> Configuration:
     """For an application or for what makes one; it can be handed to worker processes."""
     limits = ConnectionLimits(
         connections=settings.connections,
+        spare=spare,
         idle_s=settings.idle_timeout_s,
         header_s=settings.header_timeout_s,
         body_s=settings.body_timeout_s,
@@ -78,6 +111,7 @@ def configuration(app: FastAPI | Callable[[], FastAPI], settings: Settings, *, f
         app,
         limits=limits,
         drain_s=settings.drain_s,
+        log_format=settings.log_format,
         factory=factory,
         workers=settings.workers,
         ws="none",
@@ -100,22 +134,24 @@ class Server(uvicorn.Server):
 
     config: Configuration
 
-    def __init__(self, config: Configuration, supervisor: int | None = None) -> None:
-        """`supervisor`: the process whose worker this is. It says when to go, and nobody is left where it is gone."""
+    def __init__(self, config: Configuration, *, is_worker: bool = False) -> None:
+        """`is_worker`: a supervisor says when to stop, and may be gone."""
         super().__init__(config)
         self._state = self.server_state = State()
-        self._supervisor = supervisor
+        self._is_worker = is_worker
+        self.supervisor_is_gone = False
         self._closes_at: float | None = None
         self._looks_at = 0.0
+        self._dropped_lines = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to go down; at once where that has begun already."""
         del frame
-        if sig == signal.SIGINT and self._supervisor is not None:
+        if sig == signal.SIGINT and self._is_worker:
             # A terminal sends it to all processes at once.
             return
         if self._captured_signals:
-            os._exit(128 + sig)
+            exit_now(128 + sig)
         self._captured_signals.append(sig)
         self._closes_at = time.monotonic() + (self.config.drain_s if sig == signal.SIGTERM else 0)
         self.drain()
@@ -135,7 +171,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: look at the connections, and whether it is time to go."""
         self._look()
-        if self._supervisor not in (None, os.getppid()) and not self._captured_signals:
+        if self.supervisor_is_gone and not self._captured_signals:
             self.handle_exit(signal.SIGTERM, None)
         if (app := self._app) is not None:
             self._set_gauges(app)
@@ -148,7 +184,10 @@ class Server(uvicorn.Server):
         if now >= self._looks_at:
             limits = self.config.limits
             self._looks_at = now + limits.between_looks
-            expire_overdue(self.server_state.connections, limits, now)  # type: ignore[arg-type]  # they are Protocols
+            self._state.forget()
+            pool: ComputePool | None = None if self._app is None else self._app.state.pool
+            is_short = pool is not None and pool.admission.is_short
+            expire_overdue(self.server_state.connections, limits, now, is_short=is_short)  # type: ignore[arg-type]  # they are Protocols
 
     async def _go_on_looking(self) -> None:
         while True:
@@ -164,11 +203,14 @@ class Server(uvicorn.Server):
         metrics.queue_depth.set(pool.depth)
         metrics.memory_used.set(pool.admission.used)
         metrics.memory_limit.set(pool.admission.memory)
+        dropped = dropped_lines()
+        metrics.log_lines_dropped(dropped - self._dropped_lines)
+        self._dropped_lines = dropped
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, finish what was begun, end."""
         self.drain()
-        if self._supervisor is None:
+        if not self._is_worker:
             # A supervisor does it for all of its workers, and only where all of them go.
             for listener in sockets or []:
                 shut(listener)
@@ -203,19 +245,52 @@ class Worker(Process):
     def server(self) -> Server:
         """What runs in it; only there, for it cannot be handed over."""
         if self._server is None:
-            self._server = Server(cast("Configuration", self.config), supervisor=os.getppid())
+            self._server = Server(cast("Configuration", self.config), is_worker=True)
         return cast("Server", self._server)
 
-    def __init__(self, config: Configuration, listener: socket.socket) -> None:
+    def __init__(self, config: Configuration, listener: socket.socket, early_ends: int = 0) -> None:
+        """`early_ends`: of so many workers in a row, which this one replaces, each ended soon after its start."""
         super().__init__(config, [listener])
         self.process.start()
-        self.answered = time.monotonic()
+        self.started = self.answered = time.monotonic()
+        self.early_ends = early_ends
+        self.replaced_at: float | None = None
+        """When another one takes its place, for it has ended."""
+
+    def target(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve, in the process of the worker."""
+        config = cast("Configuration", self.config)
+        configure_logging(config.log_format)
+        # The supervisor ends the workers; a terminal sends these to all processes at once.
+        for number in (signal.SIGINT, QUIT):
+            if number is not None:
+                signal.signal(number, signal.SIG_IGN)
+        # uvicorn raises it again once all is done: the default action would lose the last lines of the log.
+        signal.signal(signal.SIGTERM, lambda *_: exit_now(0))
+        threading.Thread(target=_end_with_supervisor, args=(self.server, config), daemon=True).start()
+        super().target(sockets)
 
     def is_well(self) -> bool:
         """It lives, and has answered not too long ago."""
         if self.process.is_alive() and self.ping(TO_ANSWER_S):
             self.answered = time.monotonic()
         return self.process.is_alive() and time.monotonic() - self.answered < HANGS_S
+
+
+def _end_with_supervisor(server: Server, config: Configuration) -> None:
+    """Wait for the end of the supervisor; then end: gracefully if the server has started, otherwise at once.
+
+    What is waited for is the end of a pipe, which closes with the supervisor's process however early that is: its
+    number says nothing once it is gone.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101 - a worker is always started by a supervisor
+    wait([parent.sentinel])
+    structlog.get_logger("corr2d").warning("the supervisor is gone: the worker ends too")
+    if server.started:
+        server.supervisor_is_gone = True
+        time.sleep(config.drain_s + (config.timeout_graceful_shutdown or 0) + END_S)
+    exit_now(exit_codes.ABANDONED)
 
 
 class Supervisor(Multiprocess):
@@ -228,9 +303,12 @@ class Supervisor(Multiprocess):
 
     config: Configuration
 
-    def __init__(self, config: Configuration, listener: socket.socket) -> None:
+    def __init__(self, config: Configuration, listener: socket.socket, table: Table) -> None:
         super().__init__(config, [listener])
+        # Ignored again: workers inherit that, but not handlers.
+        ignore_signals()
         self._listener = listener
+        self._table = table
         self._log = structlog.get_logger("corr2d")
         self._signalled = False
         self._closes_at = 0.0
@@ -244,21 +322,32 @@ class Supervisor(Multiprocess):
 
     def init_processes(self) -> None:
         """Start them."""
-        self.processes = [self._started() for _ in range(self.processes_num)]
+        self.processes = [Worker(self.config, self._listener) for _ in range(self.processes_num)]
 
     def keep_subprocess_alive(self) -> None:
-        """Replace those that have died."""
+        """Replace those that have ended: at once, or after longer and longer pauses if they end early."""
         for place, worker in enumerate(self.processes):
-            if self.should_exit.is_set() or worker.is_well():
-                continue
-            worker.kill()
-            worker.join()
-            self._log.warning("worker died", pid=worker.pid, exit_code=worker.exitcode)
-            if worker.exitcode in (STARTUP_FAILURE, exit_codes.BROKEN):
-                self._exit_code = worker.exitcode
-                self.should_exit.set()
-            else:
-                self.processes[place] = self._started()
+            if self.should_exit.is_set():
+                return
+            if worker.replaced_at is None and not worker.is_well():
+                self._ended(worker)
+            if worker.replaced_at is not None and time.monotonic() >= worker.replaced_at:
+                self._table.restarts += 1
+                self.processes[place] = Worker(self.config, self._listener, worker.early_ends)
+
+    def _ended(self, worker: Worker) -> None:
+        """Log the end of a worker, and settle when it is replaced: not at all if it could not start."""
+        worker.kill()
+        worker.join()
+        lived = time.monotonic() - worker.started
+        worker.early_ends = worker.early_ends + 1 if lived < STABLE_S else 0
+        pause = 0.0 if worker.early_ends < 2 else min(MAX_RESTART_PAUSE_S, 2.0 ** (worker.early_ends - 2))
+        self._log.warning("worker died", pid=worker.pid, exit_code=worker.exitcode, lived_s=lived, restart_in_s=pause)
+        worker.replaced_at = time.monotonic() + pause
+        if worker.exitcode in (STARTUP_FAILURE, exit_codes.BROKEN):
+            self._exit_code = worker.exitcode
+            worker.replaced_at = math.inf
+            self.should_exit.set()
 
     def join_all(self) -> None:
         """Wait until the workers have finished what they had; a signal meanwhile ends them as they stand."""
@@ -279,34 +368,53 @@ class Supervisor(Multiprocess):
         """SIGTERM."""
         self._told_to_stop(signal.SIGTERM)
 
-    def handle_hup(self) -> None:
-        """SIGHUP: nothing to read again, for keys are read again by themselves."""
+    def handle_quit(self) -> None:
+        """SIGQUIT."""
+        self._exit_now(signal.SIGQUIT)
 
-    handle_ttin = handle_ttou = handle_hup
+    def handle_ttin(self) -> None:
+        """SIGTTIN and SIGTTOU: the number of workers is a setting."""
+
+    handle_ttou = handle_ttin
+
+    def _exit_now(self, number: signal.Signals) -> NoReturn:
+        for worker in self.processes:
+            worker.process.kill()
+        exit_now(128 + number)
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         if self._signalled:
-            for worker in self.processes:
-                worker.process.kill()
-            os._exit(128 + number)
+            self._exit_now(number)
         self._signalled = True
         self._closes_at = time.monotonic() + self.config.drain_s
         self.should_exit.set()
 
-    def _started(self) -> Worker:
-        return Worker(self.config, self._listener)
 
+def _within_descriptors(connections: int) -> tuple[int, int]:
+    """Return how many connections this process may have, and how many more for health checks alone.
 
-def _connections_within_files(connections: int) -> int:
-    """As many connections as are asked for, or as the system lets this process have."""
+    Each needs a file descriptor: raise the limit on them as far as the system allows, and say if that is not enough.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return connections
+        return connections, SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + SPARE + FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        connections = min(connections, max(1, allowed - SPARE - FILES))
-    return connections
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections, SPARE
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == wanted:
+        return connections, SPARE
+    left = allowed - min(FILES, allowed // 2)
+    spare = min(SPARE, left // 4)
+    reduced = max(1, min(connections, left - spare))
+    structlog.get_logger("corr2d").warning(
+        "connections reduced: the limit on file descriptors (ulimit -n) is low",
+        connections=reduced,
+        setting=connections,
+        descriptors=allowed,
+        needed=wanted,
+    )
+    return reduced, spare

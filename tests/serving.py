@@ -121,7 +121,7 @@ def workers_of(supervisor: int) -> list[int]:
 
 
 def wait_until_ready(send: Send) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         with suppress(httpx.ConnectError):
             if send("GET", "/readyz").status_code == 200:

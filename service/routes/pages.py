@@ -7,10 +7,25 @@ from hashlib import sha256
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from service.doors import ASSETS
 
 router = APIRouter(include_in_schema=False)
+
+
+class Assets(StaticFiles):
+    """The files that /docs loads, each as a whole: what Starlette says to a Range it cannot serve is plain text."""
+
+    def __init__(self) -> None:
+        super().__init__(packages=[("fastapi_offline", "static")])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, without its Range (RFC 9110, 14.2: a server may ignore it)."""
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
 
 INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import httpx
 import pytest
 
 from service.protocol import HeadWithBody
-from tests.serving import CORR2D, serving, talking_to
+from tests.serving import CORR2D, serving, talking_to, workers_of
 
 LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 
@@ -50,6 +52,53 @@ def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
         assert process.wait(20) == 0
     assert "Traceback" not in log.read_text()
     assert "Waiting for application shutdown" in log.read_text()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_signals_that_have_no_meaning_end_nothing(tmp_path: Path, workers: str) -> None:
+    with serving(tmp_path / "log", "--workers", workers) as (process, address), talking_to(address) as send:
+        serves = workers_of(process.pid)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            for pid in (process.pid, *serves):
+                os.kill(pid, number)
+        time.sleep(1)
+        assert send("POST", "/correlate", json=LESSON).status_code == 200
+        assert workers_of(process.pid) == serves
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigquit_exits_at_once(tmp_path: Path, workers: str) -> None:
+    flags = ("--workers", workers, "--drain-s", "60")
+    with serving(tmp_path / "log", *flags) as (process, address), talking_to(address):
+        serves = workers_of(process.pid)
+        for pid in serves:
+            os.kill(pid, signal.SIGQUIT)
+        process.send_signal(signal.SIGQUIT)
+        assert process.wait(20) == 128 + signal.SIGQUIT
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in serves):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_worker_that_ends_early_again_is_replaced_after_a_pause(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(log, "--workers", "2", CORR2D_LOG_FORMAT="json") as (process, address), talking_to(address) as send:
+        victim = workers_of(process.pid)[0]
+        for _ in range(3):
+            others = {*workers_of(process.pid)}
+            os.kill(victim, signal.SIGKILL)
+            deadline = time.monotonic() + 30
+            while not (new := {*workers_of(process.pid)} - others):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            # Long before it can count anything itself.
+            (victim,) = new
+        died = [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "worker died"]
+        assert [line["restart_in_s"] for line in died] == [0, 1, 2]
+        assert [line["exit_code"] for line in died] == [-signal.SIGKILL] * 3
+        assert "corr2d_worker_restarts_total 3.0\n" in send("GET", "/metrics").text
 
 
 def test_it_can_be_stopped_while_it_starts(tmp_path: Path) -> None:
