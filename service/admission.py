@@ -18,6 +18,9 @@ UNCOUNTED = 1 << 16
 REMEMBERED_S = 0.05
 """How long a refusal speaks for those like it, if the queue does not move meanwhile."""
 
+SHORT_OF_MEMORY = 3 / 4
+"""Fraction of the memory above which slow readers of responses get less time."""
+
 SHARE_OF_BODIES = 3 / 8
 SHARE_OF_A_COMPUTATION = 1 / 2
 
@@ -46,6 +49,11 @@ class Admission:
         self._refusals: dict[str, Refusal] = {}
         self._advice = advice
         self._lock = threading.Lock()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether more than three quarters of the memory is taken."""
+        return self.used > SHORT_OF_MEMORY * self.memory
 
     def require_hope(self, path: str, size: int) -> None:
         """Raise Busy where a body of that size for that path is not to be served now: before anything of it is read."""

@@ -9,6 +9,9 @@ ServiceError
 ├── BodyTooLarge           a body over the limit, as it came or decoded
 ├── HeaderTooLarge         a head over the limit
 ├── UriTooLong             a target over the limit
+├── Misdirected            a target that is not of this service
+├── CodingNotImplemented   a transfer coding that is not served
+├── VersionNotSupported    a version of HTTP that is not served
 ├── TooSlow                a head or a body that does not come
 ├── NotReady               before the warm-up, or after it failed
 ├── Busy                   no room left in the queue
@@ -72,6 +75,18 @@ class HeaderTooLarge(ServiceError):
 
 class UriTooLong(ServiceError):
     """A target over the limit."""
+
+
+class Misdirected(ServiceError):
+    """A target that is not of this service."""
+
+
+class CodingNotImplemented(ServiceError):
+    """A transfer coding that is not served."""
+
+
+class VersionNotSupported(ServiceError):
+    """A version of HTTP that is not served."""
 
 
 class TooSlow(ServiceError):

@@ -1,4 +1,4 @@
-"""The door of a listening socket, shut before the socket is: whoever knocks then is not let in and forgotten.
+"""What the system does for a listening socket: small buffers, and a door that is shut before the socket is.
 
 A connection is made by the system, and waits until the process accepts it: those that wait when the socket is closed
 are reset. However quickly the last one is accepted, another may have come.
@@ -13,6 +13,12 @@ from contextlib import suppress
 SO_ATTACH_FILTER = 26
 """Of Linux, socket(7); Python does not name it."""
 
+TCP_NOTSENT_LOWAT = 25
+"""Of Linux, tcp(7); Python does not name it."""
+
+MAX_UNSENT_BYTES = 1 << 19
+"""Bytes of a response that the system holds beyond those that are on their way to the client."""
+
 FLAGS_OFFSET, SYN, ACK = 13, 0x02, 0x10
 """Where the flags of a TCP segment are, and those that ask for a connection (RFC 9293, 3.1)."""
 
@@ -24,6 +30,16 @@ NO_NEW_CONNECTIONS = (
     (0x06, 0, 0, 0xFFFFFFFF),  # let all of it pass
 )
 """Instructions of the kernel's packet filter: code, jump if true, jump if false, operand."""
+
+
+def bound_buffers(listener: socket.socket) -> None:
+    """Let the system hold little of each response that its client does not read, instead of 4 MB.
+
+    The connections that the socket accepts inherit it. What is in their buffers is in nobody's account of the memory.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            listener.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
 
 
 def shut(listener: socket.socket) -> None:

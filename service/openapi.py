@@ -27,7 +27,7 @@ REF_TEMPLATE = "#/components/schemas/{model}"
 
 COMPUTING_ERRORS = (400, 406, 413, 415, 422, 503, 504)
 
-CONNECTION_ERRORS = (400, 408, 414, 431, 503)
+CONNECTION_ERRORS = (400, 408, 414, 421, 431, 501, 503, 505)
 """What any request may meet before it comes to a route: a head that is none, is slow or large, or no room for it."""
 
 INPUT = "input"

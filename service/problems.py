@@ -28,10 +28,12 @@ from service.errors import (
     BodyTooLarge,
     Busy,
     ClientLeft,
+    CodingNotImplemented,
     DeadlinePassed,
     FieldError,
     HeaderTooLarge,
     InvalidRequest,
+    Misdirected,
     NotAcceptable,
     NotParseable,
     NotReady,
@@ -40,6 +42,7 @@ from service.errors import (
     Unauthorized,
     UnsupportedMediaType,
     UriTooLong,
+    VersionNotSupported,
 )
 from service.request_log import INTERNAL, trace_headers
 from service.validation import field_errors
@@ -88,6 +91,13 @@ ERRORS: Mapping[type[Exception], Kind] = {
         HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header-too-large", "The head of the request is over the limit"
     ),
     UriTooLong: Kind(HTTPStatus.REQUEST_URI_TOO_LONG, "uri-too-long", "The target of the request is over the limit"),
+    Misdirected: Kind(HTTPStatus.MISDIRECTED_REQUEST, "misdirected", "The target is not of this service"),
+    CodingNotImplemented: Kind(
+        HTTPStatus.NOT_IMPLEMENTED, "coding-not-implemented", "The transfer coding is not served"
+    ),
+    VersionNotSupported: Kind(
+        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "version-not-supported", "The version of HTTP is not served"
+    ),
     TooSlow: Kind(HTTPStatus.REQUEST_TIMEOUT, "too-slow", "The request did not come in time"),
     NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "The service is not ready"),
     Busy: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "busy", "The service is busy"),

@@ -6,8 +6,15 @@ in the log.
 
 import asyncio
 import math
+import struct
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 import httptools
 from uvicorn.config import Config
@@ -15,8 +22,19 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.connections import SPARE, ConnectionLimits, Mark, Phase, longest_idle
-from service.errors import Busy, HeaderTooLarge, NotParseable, ServiceError, TooSlow, UriTooLong
+from service.connections import AT_ANY_TIME, CLAIM, ConnectionLimits, Mark, Phase, by_claim
+from service.errors import (
+    Busy,
+    CodingNotImplemented,
+    HeaderTooLarge,
+    Misdirected,
+    NotParseable,
+    ServiceError,
+    TooSlow,
+    UriTooLong,
+    VersionNotSupported,
+)
+from service.log import LogFormat
 
 STATUS_LINE = b"HTTP/1."
 CONTINUE = b"HTTP/1.1 100"
@@ -47,6 +65,10 @@ FRAMES_A_BODY = frozenset({b"content-length", b"transfer-encoding"})
 SHOWN = 200
 """Bytes of a target that is refused that the log shows."""
 
+MIN_EVICTIONS = 32
+BETWEEN_SORTS_S = 0.01
+"""Connections are sorted by claim again once so many have been ended, or so many seconds have passed."""
+
 ALWAYS_ANSWERED = frozenset({b"/livez", b"/readyz", b"/metrics"})
 
 
@@ -56,14 +78,42 @@ class State(ServerState):
     draining = False
     """The server is going down: every answer is the last on its connection."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_claim: list[Protocol] = []
+        self._evicted = MIN_EVICTIONS
+        self._sorts_at = 0.0
+
+    def evict(self, limits: ConnectionLimits, now: float, *, sparing: "Protocol") -> bool:
+        """End the connection with the least claim, if there is one that may be ended.
+
+        To sort a thousand takes milliseconds: not for every connection of a flood.
+        """
+        if not self._by_claim and (self._evicted >= MIN_EVICTIONS or now >= self._sorts_at):
+            self._by_claim = cast("list[Protocol]", by_claim(self.connections, limits, now))  # type: ignore[arg-type]
+            self._evicted, self._sorts_at = 0, now + BETWEEN_SORTS_S
+        while self._by_claim:
+            connection = self._by_claim.pop()
+            if connection is not sparing and connection in self.connections and connection.evict():
+                self._evicted += 1
+                return True
+        return False
+
+    def forget(self) -> None:
+        """Sort again when a connection has to go: some of those that are sorted may have ended, and hold memory."""
+        self._by_claim = []
+
 
 class Configuration(Config):
-    """uvicorn's, and what it has no name for: the limits on connections, and how long a server drains, in seconds."""
+    """uvicorn's settings, the limits on connections, the seconds that a server drains, and the format of its log."""
 
-    def __init__(self, app: Any, *, limits: ConnectionLimits, drain_s: float, **others: Any) -> None:
+    def __init__(
+        self, app: Any, *, limits: ConnectionLimits, drain_s: float, log_format: LogFormat, **others: Any
+    ) -> None:
         super().__init__(app, http=Protocol, **others)
         self.limits = limits
         self.drain_s = drain_s
+        self.log_format = log_format
 
 
 class HeadWithBody:
@@ -107,6 +157,16 @@ class HeadWithBody:
             self._loop.call_soon(self.flush)
         else:
             self._transport.write(data)
+
+    def taken(self) -> int:
+        """Bytes that the client has acknowledged; where the system does not say, those that it has taken to send."""
+        queued = self._transport.get_write_buffer_size()
+        if sys.platform != "win32" and (connection := self._transport.get_extra_info("socket")) is not None:
+            with suppress(OSError):
+                # SIOCOUTQ of Linux, tcp(7).
+                (unacknowledged,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
+                queued += unacknowledged
+        return self.sent - len(self._head) - queued
 
     def flush(self) -> None:
         """Send the head that is kept: nothing follows it yet."""
@@ -169,33 +229,57 @@ class Protocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        # Which versions are served is decided here: the parser takes 2.0, and rejects 1.2.
+        self.parser.set_dangerous_leniencies(lenient_version=True)
         self.limits = config.limits
-        self.mark = Mark(Phase.IDLE, 0, self.loop.time())
+        self.mark = Mark(Phase.IDLE, 0, self.loop.time() + self.limits.idle_s)
         self._messages = 0
         self._received = 0
         self._framing = 0
+        self._codings = b""
         self._in_head = False
         self._in_body = False
         self._came = 0
         self._over_limit = False
         self._refused = False
         self._dropped = 0
+        self._taken = 0
         self._rest = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin a connection; where there are too many, the one that has been idle longest has to go."""
+        """Begin a connection; if there are too many, the one with the least claim has to go.
+
+        If none may go, this one is kept to be asked for its health, or to say that the service is busy.
+        """
         head_with_body = HeadWithBody(transport, self.loop, self._is_owed, self._is_last)
         super().connection_made(cast("asyncio.Transport", head_with_body))
         self.flow = Flow(cast("asyncio.Transport", self.transport))
-        if len(self.connections) > self.limits.connections:
-            others = (other for other in self.connections if other is not self)
-            idle = longest_idle(cast("set[Protocol]", others))
-            if idle is not None:
-                cast("Protocol", idle).transport.abort()
-            elif len(self.connections) > self.limits.connections + SPARE:
+        above = len(self.connections) - self.limits.connections
+        if above > 0:
+            evicted = self.server_state.evict(self.limits, self.loop.time(), sparing=self)
+            self._over_limit = above > evicted
+            if above - evicted > self.limits.spare:
                 self.transport.abort()
-            else:
-                self._over_limit = True
+
+    def evict(self) -> bool:
+        """End the connection for the sake of another, unless it is in a phase by now in which it may not be ended."""
+        phase = self.progress()[0]
+        if phase not in CLAIM or (self._refused and phase not in AT_ANY_TIME):
+            return False
+        if phase is Phase.BODY:
+            self._refuse(
+                Busy(
+                    f"the body arrives slowly and all {self.limits.connections} connections are in use: send it again "
+                    "later, or faster (limit: CORR2D_CONNECTIONS)",
+                    headers={"Retry-After": "1"},
+                )
+            )
+        elif phase is Phase.SENDING:
+            self.transport.abort()
+        else:
+            # What it has been sent still arrives.
+            self.transport.close()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End a connection, and what refers to it in circles: each would stay until the garbage collector looks."""
@@ -268,11 +352,23 @@ class Protocol(HttpToolsProtocol):
             elif self._framing > MAX_FRAMING:
                 self._refuse(NotParseable("the body comes in too many small chunks, or with too much around them"))
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A field of the head; one after the body, a trailer, changes nothing (RFC 9110, 6.5.1)."""
+        if self._in_body:
+            return
+        name = name.lower()
+        if name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        elif name == b"transfer-encoding":
+            self._codings += value.lower() + b","
+        self.headers.append((name, value))
+
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
         self._messages += 1
         self._framing = 0
+        self._codings = b""
         self._in_head = True
 
     def on_headers_complete(self) -> None:
@@ -289,6 +385,19 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def _objection(self) -> ServiceError | None:
+        version = self.parser.get_http_version()
+        wrong: ServiceError | None = None
+        if version[0] != "1":
+            wrong = VersionNotSupported(
+                f"the request has version HTTP/{version}; HTTP/1.1 and HTTP/1.0 are served: send one of them"
+            )
+        elif self._codings:
+            wrong = _wrong_coding(self._codings, version)
+        if wrong is None and self.url[:1] != b"/":
+            wrong = self._wrong_target()
+        return wrong or self._over_limits()
+
+    def _over_limits(self) -> ServiceError | None:
         if len(self.url) > MAX_TARGET or len(self.headers) > MAX_FIELDS:
             return self._too_large()
         if self._framing > MAX_HEAD // 2:
@@ -306,6 +415,21 @@ class Protocol(HttpToolsProtocol):
                 "the operator can change that by CORR2D_CONNECTIONS",
                 headers={"Retry-After": "1"},
             )
+        return None
+
+    def _wrong_target(self) -> ServiceError | None:
+        """Check a target in absolute form, and give it a path if it has none (RFC 9112, 3.2.2; RFC 9110, 4.2, 7.4)."""
+        scheme, separator, _ = self.url.partition(b"://")
+        if not separator:
+            return None
+        if scheme.lower() != b"http":
+            shown = scheme[:SHOWN].decode("latin-1")
+            return Misdirected(f"the target of the request has scheme {shown}; only http is served: send a path alone")
+        parsed = httptools.parse_url(self.url)
+        if parsed.userinfo:
+            return NotParseable("the target of the request names a user; an http target has none: leave it out")
+        if not parsed.path:
+            self.url = b"/?" + parsed.query if parsed.query else b"/"
         return None
 
     def _too_large(self) -> ServiceError:
@@ -402,9 +526,10 @@ class Protocol(HttpToolsProtocol):
         """What the connection is about, and a number that grows as the client does what is waited for."""
         if self.transport.lingers:
             return Phase.LINGERING, 0
-        unsent = self.transport.get_write_buffer_size()
-        if unsent:
-            return Phase.SENDING, self.transport.sent - unsent
+        if self._taken != self.transport.sent:
+            self._taken = self.transport.taken()
+            if self._taken != self.transport.sent:
+                return Phase.SENDING, self._taken
         if self._in_head:
             return Phase.HEAD, self._messages
         if self._in_body and not self._refused and not self.flow.read_paused:
@@ -443,6 +568,21 @@ class Protocol(HttpToolsProtocol):
                 self.transport.close()
         else:
             self.cycle.keep_alive = False
+
+
+def _wrong_coding(listed: bytes, version: str) -> ServiceError | None:
+    """Return why a body with these transfer codings, a comma after each, cannot be read (RFC 9112, 6.1 and 6.3)."""
+    codings = [coding for each in listed.split(b",") if (coding := each.strip())]
+    if version == "1.0":
+        return NotParseable("the request has Transfer-Encoding, which HTTP/1.0 does not know: send Content-Length")
+    if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
+        return NotParseable("the last transfer coding of the request is not chunked, or it is repeated: send it once")
+    if len(codings) > 1:
+        shown = b", ".join(codings)[:SHOWN].decode("latin-1")
+        return CodingNotImplemented(
+            f"the request has Transfer-Encoding {shown}; only chunked is served: compress with Content-Encoding instead"
+        )
+    return None
 
 
 def _length_of(headers: list[tuple[bytes, bytes]]) -> float:
