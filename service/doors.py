@@ -49,8 +49,7 @@ class Locked:
             await self._app(scope, receive, send)
             return
         sent = _keys_sent(scope)
-        # Not any(): every key that was sent is compared.
-        if True in [self._keys.has(key) for key in sent]:
+        if any(map(self._keys.has, sent)):
             await self._app(scope, receive, send)
             return
         headers = {"WWW-Authenticate": f'{CHALLENGE}, error="invalid_token"' if sent else CHALLENGE}

@@ -10,12 +10,17 @@ from starlette.types import Scope
 
 from service.codecs import DECODED, FORMATS, Format
 from service.codecs.content_coding import COMPRESSORS, DECOMPRESSORS
-from service.errors import NotAcceptable, UnsupportedMediaType
+from service.errors import HeaderTooLarge, NotAcceptable, UnsupportedMediaType
 
 ONE_MEDIA_TYPE = re.compile(r'\s*([^\s;,"]+)\s*(?:;(?:[^",]|"(?:[^"\\]|\\.)*")*)?')
 """A media type with its parameters; two of them are none (RFC 9110, 8.3)."""
 
 CODINGS = ", ".join(name for name in DECOMPRESSORS if not name.startswith("x-"))
+
+
+MAX_LENGTH = 8192
+MAX_PARTS = 200
+"""Bytes of Accept or Accept-Encoding, and its members and parameters together: some of them take microseconds each."""
 
 
 Headers: TypeAlias = Mapping[bytes, bytes]
@@ -67,8 +72,9 @@ def body_coding(headers: Headers) -> str | None:
 def answer_format(accept: bytes | None, served: tuple[str, ...]) -> str:
     """The media type among those served that Accept likes best, the first of them where it likes several alike.
 
-    Raises NotAcceptable where it likes none.
+    Raises NotAcceptable where it likes none, and HeaderTooLarge.
     """
+    _check_length("Accept", accept)
     liked = (accept or b"").decode("latin-1").strip()
     if not liked:
         return served[0]
@@ -87,7 +93,11 @@ def answer_format(accept: bytes | None, served: tuple[str, ...]) -> str:
 
 @lru_cache(maxsize=256)
 def answer_coding(accept_encoding: bytes | None) -> str | None:
-    """The coding that an answer may be in, the fastest of those that are liked best; None for no coding."""
+    """The coding that an answer may be in, the fastest of those that are liked best; None for no coding.
+
+    Raises HeaderTooLarge.
+    """
+    _check_length("Accept-Encoding", accept_encoding)
     if not accept_encoding:
         return None
     qualities: dict[str, float] = {}
@@ -98,3 +108,11 @@ def answer_coding(accept_encoding: bytes | None) -> str | None:
     offered = [(qualities.get(coding, qualities.get("*", 0.0)), coding) for coding in COMPRESSORS]
     quality, coding = max(offered, key=lambda offer: offer[0])
     return coding if quality > 0 and quality >= qualities.get("identity", 0.0) else None
+
+
+def _check_length(name: str, value: bytes | None) -> None:
+    if value is not None and (len(value) > MAX_LENGTH or value.count(b",") + value.count(b";") > MAX_PARTS):
+        raise HeaderTooLarge(
+            f"{name} has {len(value):,} bytes and {value.count(b',') + 1:,} members; at most {MAX_LENGTH:,} bytes, and "
+            f"{MAX_PARTS} members and parameters, are allowed: name fewer"
+        )
