@@ -99,6 +99,10 @@ class State(ServerState):
                 return True
         return False
 
+    def forget(self) -> None:
+        """Sort again when a connection has to go: some of those that are sorted may have ended, and hold memory."""
+        self._by_claim = []
+
 
 class Configuration(Config):
     """uvicorn's settings, the limits on connections, the seconds that a server drains, and the format of its log."""

@@ -185,6 +185,7 @@ class Server(uvicorn.Server):
         if now >= self._looks_at:
             limits = self.config.limits
             self._looks_at = now + limits.between_looks
+            self._state.forget()
             admission: Admission | None = None if self._app is None else self._app.state.admission
             is_short = admission is not None and admission.is_short
             expire_overdue(self.server_state.connections, limits, now, is_short=is_short)  # type: ignore[arg-type]  # they are Protocols
