@@ -102,7 +102,7 @@ def cuts(problem: Problem, machine: Machine) -> Cuts:
     del machine
     tile = _tile_size(problem)
     rows, columns = tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
-    return {"groups": 1, "filters": 8, "batch": 1, "rows": rows, "columns": columns}
+    return {"groups": 1, "filters": 2, "batch": 1, "rows": rows, "columns": columns}
 
 
 def prepare() -> None:

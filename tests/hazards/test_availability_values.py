@@ -5,13 +5,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -185,6 +186,7 @@ def test_73_outputs_are_finite_exactly_as_the_direct_sum_is(
             assert error <= allowed + kernel[0].size * numbers.smallest_subnormal
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.parametrize("engine", TRANSFORMING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_73_hostile_values_cost_a_few_times_more(kind: str, engine: str, rng: np.random.Generator) -> None:
@@ -216,6 +218,16 @@ LONG = {
 """Problems that take an engine alone much longer than a slice."""
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Threads that wait for each other actively take processor time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_73_a_computation_ends_soon_after_its_check_raises(engine: str) -> None:
     problem = LONG[engine]
