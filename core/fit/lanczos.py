@@ -41,6 +41,8 @@ class Ritz:
 def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float) -> Steps[Ritz]:
     """Take steps until the largest eigenvalue is known to the tolerance, relative to itself, or the space is exhausted.
 
+    With a negative tolerance all steps are taken.
+
     Every vector is orthogonalized against all before it. Values that are not finite come back as infinity.
     """
     length = float(np.linalg.norm(start))
@@ -63,7 +65,7 @@ def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float) -> 
         # Once more: the first pass leaves a part where much is subtracted.
         image -= before.T @ (before @ image)
         beside[step] = np.linalg.norm(image)
-        last = step + 1 == steps or not np.isfinite(beside[step])
+        last = step + 1 == steps or not 0 < beside[step] < np.inf
         if last or step < CHECKED_EACH or step % 5 == 0:
             off = beside[:step]
             values, vectors = np.linalg.eigh(np.diag(diagonal[: step + 1]) + np.diag(off, 1) + np.diag(off, -1))

@@ -57,6 +57,10 @@ class Part:
         if self.whole.boundary == "zeros" or (first >= 0 and last <= height):
             # Only these rows are needed.
             start, stop = (min(max(0, row), height) for row in self.source)
+            if start == stop:
+                # Only border.
+                start, stop = 0, 0
+                first, last = 0, last - first
             images = images[:, :, start:stop]
             first, last = first - start, last - start
         weights = None if example.weights is None else moved(example.weights[self.images, :, self.rows])

@@ -124,7 +124,7 @@ def modes(matrices: Floats, unknowns: Unknowns) -> Steps[tuple[Floats, Floats]]:
         values, vectors = yield from _decompose(matrices)
         lengths = np.sqrt(np.square(vectors.swapaxes(1, 2) @ unknowns).sum(2))
     else:
-        found = yield from lanczos(lambda vector: multiply(matrices, vector), unknowns, QUADRATURE_STEPS, 0.0)
+        found = yield from lanczos(lambda vector: multiply(matrices, vector), unknowns, QUADRATURE_STEPS, -1.0)
         values, lengths = found.values[None], np.sqrt(found.weights)[None]
     above = values > noise(values[:, -1:] if values.size else values, size)
     return np.where(above, values, 0).ravel(), lengths.ravel()

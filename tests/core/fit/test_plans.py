@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 
 import core
 from core import FitResult, exhaust, fit_kernel, plan_fit_kernel
@@ -18,15 +18,13 @@ from tests.core.fit.layers import Lesson, lessons
 from tests.core.fit.lesson import lesson_pair
 
 
-def longest_pause(steps: Generator[core.Progress, None, FitResult], limit: int | None = None) -> float:
-    """The most time that this thread computes between two events, in seconds; of the first `limit` of them."""
+def longest_pause(steps: Generator[core.Progress, None, FitResult]) -> float:
+    """The most time that this thread computes between two events, in seconds."""
     pauses, last = [], time.thread_time()
-    for count, _ in enumerate(steps):
+    for _ in steps:
         now = time.thread_time()
         pauses.append(now - last)
         last = now
-        if limit is not None and count > limit:
-            steps.close()
     return max([*pauses, time.thread_time() - last])
 
 
@@ -81,6 +79,7 @@ def test_weights_of_a_plane_are_not_copied_for_every_filter() -> None:
     assert passage.example.weights.untyped_storage().nbytes() == 400
 
 
+@settings(max_examples=20)
 @given(lesson=lessons())
 def test_a_fit_in_small_parts_is_the_same(lesson: Lesson) -> None:
     results = []
@@ -134,7 +133,7 @@ FITS: dict[str, dict[str, Any]] = {
 def test_no_step_takes_long(name: str) -> None:
     plan = plan_fit_kernel(**FITS[name], machine=core.Machine(1))
     # Pipelines are compiled once.
-    longest_pause(plan.steps(), 200)
+    exhaust(plan.steps())
     # Two or three where nothing else runs.
     assert longest_pause(plan.steps()) < 10 * seconds_of_a_product()
 
