@@ -117,11 +117,6 @@ class Admission:
         """How long whoever is refused should wait, as headers."""
         return self.queue.advice()
 
-    @property
-    def is_short(self) -> bool:
-        """Whether more than three quarters of the memory is taken."""
-        return self.used > SHORT_OF_MEMORY * self.memory
-
     def require_hope(self, path: str, size: int) -> None:
         """Raise Busy where a body of that size for that path is not to be served now: before anything of it is read."""
         if self.taken >= self.queue.places:
