@@ -295,7 +295,9 @@ def _linker() -> Any:
     llvm.initialize_native_asmprinter()
     _check_array_fields()
     target = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(ON_ERROR), target)
+    # Its own memory manager keeps the sections of an object within reach of each other; LLVM's may lay them further
+    # apart than 32-bit offsets go, and then ends the process.
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(ON_ERROR), target, use_lmm=True)
     engine._owned = True  # noqa: SLF001 - so that nothing frees it at exit
     runtime = build_name(*RUNTIME)
     built = read_kept(runtime) or _child.build(*RUNTIME)

@@ -271,6 +271,28 @@ def test_the_table_of_pipelines_is_complete() -> None:
     assert sum(module.read_text().count("\n@jit.compiled\n") for module in modules) == len(KEYS)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
+def test_pipelines_can_be_linked_however_far_apart_memory_is() -> None:
+    script = """
+import ctypes, numpy as np
+from core.engines import stencil
+map_memory = ctypes.CDLL(None).mmap
+map_memory.restype = ctypes.c_void_p
+map_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+for make in (stencil._tiles, stencil._tall_tiles, stencil._rows, stencil._values):
+    for dtype in ("float32", "float64"):
+        # Private, anonymous, without a reserve: only addresses are taken, more than a 32-bit offset reaches.
+        for _ in range(2):
+            map_memory(None, 3 << 30, 0, 0x4022, -1, 0)
+        pipeline = make(dtype)
+images, kernel, output = np.arange(9.0).reshape(1, 1, 3, 3), np.ones((1, 1, 2, 2)), np.empty((1, 1, 2, 2))
+pipeline(images, kernel, output)
+print(output.tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stdout == "[[[[8.0, 12.0], [20.0, 24.0]]]]\n", run.stderr
+
+
 def test_what_cannot_be_compiled_raises_the_compilers_words() -> None:
     with pytest.raises(RuntimeError, match="no_such_pipeline"):
         pipelines._child.build("core.engines.stencil", "no_such_pipeline", ())
