@@ -46,7 +46,7 @@ CACHE_VERSION = 1
 KEPT_DAYS = 60
 """Days without use after which a file of the cache is removed."""
 
-CHILD_COMMAND = (sys.executable, "-m", "core.engines.compile_pipelines")
+CHILD_COMMAND = (sys.executable, "-P", "-m", "core.engines.compile_pipelines")
 
 OUT_OF_MEMORY = -11
 """Halide's error code (HalideRuntime.h)."""
@@ -277,6 +277,7 @@ _linked: dict[str, Pipeline] = {}
 
 
 def _start_child() -> "subprocess.Popen[bytes]":
+    # It finds the modules where this process does, not where its working directory is.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(  # noqa: S603 - this Python, and a module of ours
         CHILD_COMMAND,
@@ -319,7 +320,8 @@ def _link(function: str, built: Built) -> Pipeline:
     engine = _linker()
     engine.add_object_file(llvm.ObjectFileRef.from_data(built.code))
     engine.finalize_object()
-    engine.add_module(llvm.parse_assembly(_adapter(function, built.arguments)))
+    address = engine.get_function_address(f"{function}_argv")
+    engine.add_module(llvm.parse_assembly(_adapter(function, address, built.arguments)))
     engine.finalize_object()
     types = [_ctype(argument) for argument in built.arguments]
     call = ctypes.CFUNCTYPE(ctypes.c_int, *types)(engine.get_function_address(f"{function}_call"))
@@ -349,7 +351,7 @@ def _ctype(argument: Argument) -> Any:
     return {"int32": ctypes.c_int32, "float32": ctypes.c_float, "float64": ctypes.c_double}[argument.dtype]
 
 
-def _adapter(function: str, arguments: Sequence[Argument]) -> str:
+def _adapter(function: str, address: int, arguments: Sequence[Argument]) -> str:
     """Return LLVM's text of a function that takes numpy's arrays and numbers and calls a pipeline.
 
     It makes a halide_buffer_t of each array on the stack and checks its type and rank: Python needs ten times as long.
@@ -359,7 +361,6 @@ def _adapter(function: str, arguments: Sequence[Argument]) -> str:
         ARRAY.as_pointer() if argument.dimensions is not None else NUMBERS[argument.dtype] for argument in arguments
     ]
     adapter = ir.Function(module, ir.FunctionType(INT32, types), f"{function}_call")
-    target = ir.Function(module, ir.FunctionType(INT32, [POINTER.as_pointer()]), f"{function}_argv")
     builder = ir.IRBuilder(adapter.append_basic_block())
     pointers = builder.alloca(POINTER, len(arguments))
     for at, (argument, value) in enumerate(zip(arguments, adapter.args, strict=True)):
@@ -369,6 +370,8 @@ def _adapter(function: str, arguments: Sequence[Argument]) -> str:
         else:
             slot = _buffer(builder, at, np.dtype(argument.dtype), argument.dimensions, value)
         builder.store(builder.bitcast(slot, POINTER), builder.gep(pointers, [INT32(at)]))
+    # By its address, not its name: it may be further away than a 32-bit offset goes.
+    target = builder.inttoptr(INT64(address), ir.FunctionType(INT32, [POINTER.as_pointer()]).as_pointer())
     builder.ret(builder.call(target, [pointers]))
     return str(module)
 
