@@ -1,4 +1,4 @@
-# docker build -t corr2d . && docker run --rm --read-only --cap-drop ALL -p 127.0.0.1:8000:8000 corr2d
+# docker build -t corr2d . && docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -p 127.0.0.1:8000:8000 corr2d
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS base

@@ -396,7 +396,7 @@ def _tiles_of(problem: Problem, tile: Pair) -> int:
 def _transform_seconds(points: int, problem: Problem, machine: Machine) -> float:
     """There and back for one plane. Beyond the caches the same arithmetic takes twice as long."""
     flops = 5 * points * math.log2(points)
-    speed = 0.2 * machine.flops * (1 if points < 400_000 else 0.55) * (1 if problem.dtype == "float32" else 0.5)
+    speed = 0.13 * machine.flops * (1 if points < 400_000 else 0.55) * (1 if problem.dtype == "float32" else 0.5)
     return flops / speed / math.pow(machine.threads, 0.7)
 
 

@@ -11,7 +11,9 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import pickle
@@ -217,12 +219,29 @@ def _version() -> tuple[str, ...]:
 def _load(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
     """Load a pipeline from the cache, or from the child process."""
     function = build_name(module, name, key)
-    built = read_kept(function) or _child.build(module, name, key)
+    built = read_kept(function)
+    if built is None:
+        try:
+            built = _child.build(module, name, key)
+        except RuntimeError:
+            return _compile_here(module, name, key)
     with _linking:
         made = _linked.get(function)
         if made is None:
             made = _linked[function] = _link(function, built)
     return made
+
+
+def _compile_here(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
+    """Compile in this process, if the child cannot: to write an object file, Halide needs a /tmp that it can write to.
+
+    Such a pipeline keeps Python's lock while it is compiled and whenever it runs.
+    """
+    # The pool would have as many threads as the host has cores.
+    os.environ.setdefault("HL_NUM_THREADS", str(usable_cores()))
+    scheduled, inputs = inspect.unwrap(getattr(importlib.import_module(module), name))(*key)
+    pipeline: Pipeline = scheduled.compile_to_callable(inputs)
+    return pipeline
 
 
 RUNTIME = ("", "runtime", ())

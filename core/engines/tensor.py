@@ -34,7 +34,7 @@ OF_A_VALUE = 1e-9
 SEVERAL_FILTERS_A_CHANNEL = 0.3
 """Speed of layers whose groups have one channel and several filters, relative to others."""
 
-OF_AN_UNROLLED_VALUE, OF_A_DILATED_VALUE = 1.2e-9, 3e-9
+OF_AN_UNROLLED_VALUE, OF_A_DILATED_VALUE = 0.9e-9, 2.5e-9
 """Seconds to write one value of unrolled windows, measured."""
 
 UNROLLED_EFFICIENCY = 0.25

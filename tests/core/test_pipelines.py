@@ -293,6 +293,15 @@ print(output.tolist())
     assert run.stdout == "[[[[8.0, 12.0], [20.0, 24.0]]]]\n", run.stderr
 
 
+def test_where_the_child_process_cannot_compile_this_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Built:
+        raise RuntimeError("Unable to create temp directory")
+
+    monkeypatch.setattr(pipelines, "cache_folder", lambda: None)
+    monkeypatch.setattr(pipelines._child, "build", fail)
+    assert (correlated(rows_pipeline()) == -1).all()
+
+
 def test_what_cannot_be_compiled_raises_the_compilers_words() -> None:
     with pytest.raises(RuntimeError, match="no_such_pipeline"):
         pipelines._child.build("core.engines.stencil", "no_such_pipeline", ())
