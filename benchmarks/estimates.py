@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
 
     @property
     def times(self) -> float:
-        """How many times the time is longer than predicted, or shorter if below 1."""
+        """The measured time divided by the predicted time."""
         return self.seconds / self.predicted
 
     @property

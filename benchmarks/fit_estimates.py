@@ -1,4 +1,4 @@
-"""Whether fits keep to their estimates: fits of every kind, drawn, their time and memory beside what was predicted.
+"""Compare the time and memory of drawn fits of every kind with their estimates.
 
     python -m benchmarks.fit_estimates [--fits 120] [--seed 0] [--seconds 10]
 
@@ -34,7 +34,7 @@ ROOM = 50.0
 
 TWICE = 2.0
 LONG = 0.3
-"""What is further off than so many times, or pauses for so many seconds, is measured again."""
+"""Fits whose time is off by this factor, or that pause for this many seconds, are measured again."""
 
 
 def drawn(rng: np.random.Generator) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How long the event loop is held up, and what that does to others, case by case.
+"""Measure the longest pauses of the event loop, and the latency of other requests meanwhile, case by case.
 
     .venv/bin/python benchmarks/pauses.py                              this checkout
     .venv/bin/python benchmarks/pauses.py ../before .                  two checkouts, in turn, in one run
@@ -222,7 +222,7 @@ class Service:
 
 
 def background() -> Iterator[tuple[str, str, bytes]]:
-    """What keeps coming while small requests are timed."""
+    """Requests that are sent again and again while small requests are timed."""
     plane = npz(input=pixels(5200, 1500), kernel=noise(9, 9))
     yield "direct sums, 5200 x 1500, 9 x 9", "/correlate?method=direct", plane
     yield "direct sums, 5200 x 5200, 3 x 3", "/correlate?method=direct&kernel=sobel_x", b""

@@ -123,7 +123,7 @@ class _Images(NamedTuple):
     exponents: Tensor | None = None
 
     def spectra(self, chosen: Sequence[int], channels: slice, corner: Pair, tile: Pair) -> Tensor:
-        """Of a tile of some of the images and channels."""
+        """Return the spectra of a tile of some of the images and channels."""
         some = _index(chosen)
         read = self.pixels[some, channels, corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]]
         values = read.to(self.dtype) - self.middle[some, channels, None, None].to(self.dtype)
@@ -256,7 +256,7 @@ def _times_power(values: Tensor, exponents: Tensor) -> Tensor:
 
 
 class _Blocks(NamedTuple):
-    """How many groups, filters, channels of a group, and images are transformed together; spectra held at a time."""
+    """Groups, filters, channels of a group and images that are transformed together; spectra held at a time."""
 
     groups: int
     filters: int

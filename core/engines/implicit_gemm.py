@@ -167,7 +167,7 @@ def _in_phases(problem: Problem, pixels: Plane, size: Pair, machine: Machine) ->
 
 
 def _phases_along(problem: Problem, axis: Literal[0, 1], outputs: int) -> Pair:
-    """How many phases there are along an axis, and the pixels of each that so many outputs read."""
+    """Return the number of phases along an axis, and the pixels of each that so many outputs read."""
     taps = problem.kernel_height if axis == 0 else problem.kernel_width
     step, last = problem.stride[axis], (taps - 1) * problem.dilation[axis]
     return min(step, last + 1), outputs + last // step

@@ -48,7 +48,7 @@ SMALL_ENOUGH_TO_COPY = 40_000
 """Pixels: below, an image with its border is copied whole; above, only the border's surroundings are."""
 
 CUTS: Cuts = {"batch": 1, "groups": 1, "rows": 16, "filters": 16, "columns": 1024}
-"""How direct sums may be cut: nothing is computed twice, and tiles stay whole."""
+"""Axes along which direct sums are cut: nothing is computed twice, and tiles stay whole."""
 
 
 @functools.cache

@@ -43,7 +43,7 @@ Pipeline: TypeAlias = Callable[..., object]
 """Arrays and numbers in the order of the inputs, then the arrays to fill."""
 
 CACHE_VERSION = 1
-"""Of the files in the cache; part of their names."""
+"""Version of the format of the files in the cache; part of their names."""
 
 KEPT_DAYS = 60
 """Days without use after which a file of the cache is removed."""
@@ -176,7 +176,7 @@ def cache_folder() -> Path | None:
                 folder = Path(tempfile.gettempdir()) / f"corr2d-{owner}"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.lstat()
-            # Its files are run as code: nobody else may have put them there.
+            # Its files are run as code: another user must not be able to write them.
             ours = not hasattr(os, "getuid") or (found.st_uid == owner and not found.st_mode & 0o022)
             if stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK):
                 return folder
@@ -197,7 +197,7 @@ def exclusive(name: str) -> Iterator[None]:
 
 
 def remove_old() -> None:
-    """Remove the files of the cache that nobody has read for KEPT_DAYS: each version of the engines adds some."""
+    """Remove the files of the cache that were not read for KEPT_DAYS: each version of the engines adds some."""
     folder = cache_folder()
     for path in folder.iterdir() if folder is not None else ():
         with contextlib.suppress(OSError):
@@ -245,7 +245,7 @@ def _compile_here(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
 
 
 RUNTIME = ("", "runtime", ())
-"""What stands for Halide's runtime in place of a pipeline's module, name and arguments."""
+"""Halide's runtime, in place of the module, name and arguments of a pipeline."""
 
 
 class _Child:

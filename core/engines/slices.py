@@ -29,7 +29,7 @@ MAX_SLICES = 4096
 
 
 class Sliceable(Protocol):
-    """What is needed of an engine; see Engine."""
+    """The part of Engine that slicing needs."""
 
     def temporary_bytes(self, problem: Problem, machine: Machine, /) -> int:
         """Memory beside input, weight and output."""
@@ -197,7 +197,7 @@ def _read(outputs: Pair, stride: int, border: int, spread: int) -> Pair:
 
 
 def _clips(read: Pair, size: int, problem: Problem) -> bool:
-    """Whether the part inside the input, with a border of its own, is the same as the range that is read."""
+    """Return whether the part inside the input, with a border of its own, equals the range that is read."""
     first, last = max(0, read[0]), min(size, read[1])
     if first >= last:
         return False
