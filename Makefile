@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
+.PHONY: help serve test coverage test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,7 +14,10 @@ help:  ## list the targets
 serve: .venv/serve.stamp  ## start the service (settings: CORR2D_* or `corr2d serve --help`)
 	@exec $(BIN)/corr2d serve
 
-test: .venv/dev.stamp  ## run the tests, with branch coverage
+test: .venv/dev.stamp  ## run the tests (15 minutes)
+	$(BIN)/pytest -n 2 --dist loadfile
+
+coverage: .venv/dev.stamp  ## run the tests with branch coverage, which takes half as long again
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 
 test-without-halide: .venv/dev.stamp  ## run the tests of the service and of layers as where Halide has no wheel

@@ -54,6 +54,10 @@ SLICE = 1 << 11
 A small one takes fifty times its bytes while it waits.
 """
 
+BODY_SLICE = 1 << 13
+MAX_CHUNKS = 1 << 10
+"""Bytes of a body that are parsed at a time, and chunks of it after which other connections are served first."""
+
 MAX_DROPPED = 1 << 22
 """Bytes of bodies that nobody wants that are read, so that their senders come to see the answer."""
 
@@ -240,6 +244,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         self._in_body = False
         self._came = 0
+        self._chunks = 0
         self._over_limit = False
         self._refused = False
         self._dropped = 0
@@ -316,24 +321,27 @@ class Protocol(HttpToolsProtocol):
             self._drop(size)
         elif self._rest:
             self._rest += data
-        elif size <= SLICE or self._in_body:
+        elif size <= SLICE:
             self._parse(data)
         else:
             self._feed(memoryview(data))
 
     def _feed(self, data: memoryview) -> None:
-        while len(data) > SLICE and not self._in_body:
-            self._parse(data[:SLICE])
-            data = data[SLICE:]
+        """Parse slice by slice, until other connections have to be served."""
+        self._chunks = 0
+        while data:
+            size = BODY_SLICE if self._in_body else SLICE
+            self._parse(data[:size])
+            data = data[size:]
             if self._refused:
                 return
-            if self.pipeline:
-                # As many requests as are in memory at a time.
+            if data and (self.pipeline or self._chunks > MAX_CHUNKS):
                 self._rest = bytes(data)
                 self.flow.pause_reading()
                 self.flow.waits = True
+                if not self.pipeline:
+                    self.loop.call_soon(self._feed_rest)
                 return
-        self._parse(data)
 
     def _parse(self, data: bytes | memoryview) -> None:
         self._framing += len(data)
@@ -347,7 +355,7 @@ class Protocol(HttpToolsProtocol):
             if not self._refused:
                 self._refuse(NotParseable(f"this is not HTTP/1.1 as RFC 9112 has it: {error}"))
         else:
-            if self._in_head and self._framing > MAX_HEAD:
+            if self._in_head and (self._framing > MAX_HEAD or len(self.headers) > MAX_FIELDS):
                 self._refuse(self._too_large())
             elif self._framing > MAX_FRAMING:
                 self._refuse(NotParseable("the body comes in too many small chunks, or with too much around them"))
@@ -446,6 +454,7 @@ class Protocol(HttpToolsProtocol):
         """A part of a body."""
         self._framing = max(0, self._framing - 2 * len(body))
         self._came += len(body)
+        self._chunks += 1
         super().on_body(body)
 
     def on_message_complete(self) -> None:

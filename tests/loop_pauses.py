@@ -96,6 +96,8 @@ def paused_service(log: Path, *flags: str, checkout: Path | None = None) -> Iter
     # Without the folder of this file on the path: its packages have the names of those that are tested.
     command = [sys.executable, "-P", __file__]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "CORR2D_DEVICE": "cpu"}
+    # Coverage would double what Python takes.
+    environment.pop("COVERAGE_PROCESS_CONFIG", None)
     with (
         log.open("w") as lines,
         subprocess.Popen(
