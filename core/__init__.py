@@ -32,12 +32,13 @@ from core.fit.rules import Solver
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits, cost_of
 from core.machine import Machine, measure_machine, use_one_blas_thread
-from core.shapes import Boundary, Dtype, Mode, Operation, PaddingMode, Problem
+from core.shapes import OVERFLOW_THRESHOLDS, Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
     "ENGINES",
     "IN_CALLING_THREAD",
     "KERNELS",
+    "OVERFLOW_THRESHOLDS",
     "Boundary",
     "Candidate",
     "Check",

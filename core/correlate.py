@@ -6,9 +6,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from core.arrays import DTYPES, ArrayLike, as_array, as_shaped
+from core.arrays import NUMPY_DTYPES, ArrayLike, as_array, as_shaped
 from core.device import CPU, device_for
 from core.engines import ALL, Method, Result, solve
 from core.engines.slices import Check
@@ -16,7 +15,18 @@ from core.errors import InvalidOption, InvalidShape
 from core.kernels import named_kernel
 from core.limits import Limits
 from core.machine import Machine
-from core.shapes import Boundary, Dtype, Mode, Operation, Problem, mode_padding, one_of, sized
+from core.shapes import (
+    OVERFLOW_THRESHOLDS,
+    Boundary,
+    Dtype,
+    Mode,
+    Operation,
+    Problem,
+    mode_padding,
+    one_of,
+    shown,
+    sized,
+)
 
 
 def correlate(
@@ -84,14 +94,7 @@ def _case(
     one_of("boundary", boundary, Boundary)
     one_of("operation", operation, Operation)
     _require_effect(mode, boundary, fill_value)
-    largest = torch.finfo(DTYPES[dtype]).max
-    if not abs(fill_value) <= largest:
-        raise InvalidOption(
-            f"fill_value {fill_value:g} is not a number that {dtype} can hold",
-            field="fill_value",
-            got=fill_value,
-            limit=f"{largest:.7g}",
-        )
+    fill = _round_fill_value(fill_value, dtype)
     h, w, height, width = *_kernel_size(kernel_shape), *_plane_size(input_shape)
     if mode == "valid" and (h > height or w > width):
         raise InvalidShape(
@@ -111,11 +114,26 @@ def _case(
         kernel_width=w,
         padding=mode_padding(mode, (h, w)),
         boundary=boundary,
-        fill_value=fill_value,
+        fill_value=fill,
         dtype=dtype,
         device=device,
     )
     return _Case(problem, (problem.batch, 1, height, width), (*input_shape[:-2], *problem.output_size))
+
+
+def _round_fill_value(fill_value: float, dtype: Dtype) -> float:
+    """Return the number of the dtype that is nearest to fill_value. Raises InvalidOption unless it is finite."""
+    if abs(fill_value) < OVERFLOW_THRESHOLDS[dtype]:
+        return float(NUMPY_DTYPES[dtype].type(fill_value))
+    largest = str(np.finfo(NUMPY_DTYPES[dtype]).max)
+    wider = ' or dtype "float64"' if dtype == "float32" else ""
+    raise InvalidOption(
+        f"fill_value {shown(fill_value)} does not round to a finite {dtype} number; "
+        f"the largest is {largest}: use a smaller magnitude{wider}",
+        field="fill_value",
+        got=fill_value,
+        limit=largest,
+    )
 
 
 def _require_effect(mode: Mode, boundary: Boundary, fill_value: float) -> None:

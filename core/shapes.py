@@ -4,6 +4,7 @@ Nothing here touches an array, so every question about a problem (does it fit, w
 is answered before anything is allocated.
 """
 
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -32,6 +33,10 @@ Cuts: TypeAlias = Mapping[Axis, int]
 """The axes along which an engine may be cut, the best first, and how many of each should stay together."""
 
 Name = TypeVar("Name", bound=str)
+
+OVERFLOW_THRESHOLDS: Mapping[Dtype, float] = {"float32": (2 - 2**-24) * 2.0**127, "float64": math.inf}
+"""The smallest magnitude that rounds to infinity. For float32 that is the midpoint between the largest finite number,
+(2 - 2^-23) 2^127, and 2^128: every smaller magnitude rounds to a finite number."""
 
 MAX_STEP = 2**31 - 1
 """The largest stride, dilation or padding: what torch's own operators can hold."""

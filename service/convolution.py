@@ -1,5 +1,6 @@
 """What /correlate and /conv2d share: options, range, and the answer."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from core import Dtype, Method, Result
+from core import OVERFLOW_THRESHOLDS, Dtype, Method, Result
 from service.arrays import Array, first_place
 from service.codecs.layout import largest_within
 from service.codecs.options import OutputOptions
@@ -17,7 +18,10 @@ from service.negotiation import header_fields
 from service.requests import Device, RequestModel, answer_options, decoded, query_options, require_room
 from service.responses import Answerer, as_numpy
 
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+LARGEST_INPUT = math.nextafter(OVERFLOW_THRESHOLDS["float32"], 0)
+"""The largest float64 number that rounds to a finite float32 number, which is the one before it."""
+
 WITHIN_FLOAT32 = frozenset("bBhHiIlLqQef")
 """numpy's codes for the numbers of which none is past the range of float32."""
 
@@ -41,11 +45,13 @@ class ConvolutionRequest(RequestModel):
             array = getattr(self, name)
             if not isinstance(array, np.ndarray) or array.dtype.char in WITHIN_FLOAT32:
                 continue
-            if not largest_within(array, LARGEST) and (beyond := np.isfinite(array) & (np.abs(array) > LARGEST)).any():
+            if largest_within(array, LARGEST_INPUT):
+                continue
+            if (beyond := np.isfinite(array) & (np.abs(array) > LARGEST_INPUT)).any():
                 raise PydanticCustomError(
                     "corr2d",
                     'is past the range of float32: send "dtype": "float64" or smaller values',
-                    {"field": name + first_place(beyond), "limit": f"{LARGEST:.7g}"},
+                    {"field": name + first_place(beyond), "limit": f"{LARGEST_FLOAT32:.8g}"},
                 )
         return self
 
