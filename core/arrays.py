@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from numpy.ma import MaskedArray
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -43,6 +44,8 @@ NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {"float32": np.dtype(np.float32), "fl
 CONVERTIBLE = frozenset("bBhHiIlLqQefd")
 """numpy's codes for the numbers that it converts itself, without the detour by torch that takes as long as a call."""
 
+PYTHON_NUMBERS = {int, float}
+
 LARGEST_ITEM = 8
 """Bytes of float64; numpy has wider types, which torch does not know."""
 
@@ -76,9 +79,9 @@ def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -
 def as_shaped(field: str, value: ArrayLike) -> Array:
     """The value itself where it is an array already, whose shape can be looked at before anything is copied.
 
-    Raises what `as_numbers` raises for what is none yet, and for an array that holds nothing.
+    Raises what `as_numbers` raises for what is none yet, for a masked array, and for an array that holds nothing.
     """
-    if isinstance(value, np.ndarray | Tensor) and 0 not in value.shape:
+    if isinstance(value, np.ndarray | Tensor) and 0 not in value.shape and not isinstance(value, MaskedArray):
         return value
     return as_numbers(field, value)
 
@@ -109,8 +112,8 @@ def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.de
 def as_numbers(field: str, value: ArrayLike) -> Tensor:
     """The value as a tensor of its own dtype, sharing its memory.
 
-    Raises InvalidNumbers for anything but real numbers and InvalidShape for ragged sequences and for arrays that hold
-    nothing.
+    Raises InvalidNumbers for anything but real numbers and for masked arrays, and InvalidShape for ragged sequences and
+    for arrays that hold nothing.
     """
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(_plain_array(field, value))
     if tensor.is_complex() or tensor.dtype == torch.bool:
@@ -127,6 +130,14 @@ def as_numbers(field: str, value: ArrayLike) -> Tensor:
 
 def _plain_array(field: str, value: NDArray[np.generic] | Numbers) -> NDArray[np.generic]:
     """A numpy array that torch can take: native byte order, positive strides, writable."""
+    if _is_masked(value):
+        raise InvalidNumbers(
+            f"{field} is a numpy masked array; only arrays without a mask are allowed: "
+            "choose values for the masked elements first, for example array.filled(0)",
+            field=field,
+            got="a masked array",
+            limit="arrays without a mask",
+        )
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -142,3 +153,10 @@ def _plain_array(field: str, value: NDArray[np.generic] | Numbers) -> NDArray[np
     array = array.astype(native, copy=False)
     # torch shares memory with what it is given and warns that a read-only array could be written through it.
     return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
+
+
+def _is_masked(value: object) -> bool:
+    """Return whether the value is a masked array, or nested sequences that hold one. numpy.asarray drops masks."""
+    if isinstance(value, list | tuple):
+        return not set(map(type, value)) <= PYTHON_NUMBERS and any(map(_is_masked, value))
+    return isinstance(value, MaskedArray)
