@@ -49,7 +49,9 @@ def correlate(
 
     kernel is K (h, w), or the name of one such as "gaussian(2.0)". The output is (..., H - h + 1, W - w + 1) in mode
     "valid", (..., H, W) in "same", (..., H + h - 1, W + w - 1) in "full"; `boundary` says what stands outside the
-    input in the latter two (see core.borders.pad). operation "convolve" flips the kernel in both axes first.
+    input in the latter two (see core.borders.pad). operation "convolve" flips the kernel in both axes first; its "same"
+    is the centre of "full", as in scipy.signal.convolve2d, and differs from "correlate" for kernels of even size (see
+    core.shapes.mode_padding).
     `machine` is what the choice among engines assumes and how many threads they may use, `engines` which ones it may
     choose among; this machine and all of them where nothing is said. `check` is called between slices of a long
     computation, of about 0.05 s of predicted time each; an exception that it raises ends the computation.
@@ -112,7 +114,7 @@ def _case(
         filters=1,
         kernel_height=h,
         kernel_width=w,
-        padding=mode_padding(mode, (h, w)),
+        padding=mode_padding(mode, operation, (h, w)),
         boundary=boundary,
         fill_value=fill,
         dtype=dtype,

@@ -152,14 +152,21 @@ def extent(size: int, dilation: int) -> int:
     return dilation * (size - 1) + 1
 
 
-def mode_padding(mode: Mode, kernel_size: Pair) -> Sides:
-    """The border that a mode stands for: none, (size - 1) split with the odd pixel last, or size - 1 on every side."""
+def mode_padding(mode: Mode, operation: Operation, kernel_size: Pair) -> Sides:
+    """Return the padding of a mode: none for "valid", size - 1 on every side for "full".
+
+    In "same", (size - 1) is split. If it is odd, "correlate" pads one pixel more after the image, which is the rule of
+    torch and TensorFlow; "convolve" pads one pixel more before it, which makes "same" the centre of "full" as
+    scipy.signal.convolve2d and MATLAB's conv2 cut it.
+    """
     h, w = kernel_size
     if mode == "valid":
         return 0, 0, 0, 0
-    if mode == "same":
-        return (h - 1) // 2, h // 2, (w - 1) // 2, w // 2
-    return h - 1, h - 1, w - 1, w - 1
+    if mode == "full":
+        return h - 1, h - 1, w - 1, w - 1
+    if operation == "convolve":
+        return h // 2, (h - 1) // 2, w // 2, (w - 1) // 2
+    return (h - 1) // 2, h // 2, (w - 1) // 2, w // 2
 
 
 def same_padding(size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair) -> Sides:

@@ -45,7 +45,10 @@ class CorrelateRequest(ConvolutionRequest):
     mode: core.Mode = Field("valid", description="where the kernel may stand: inside, centred on pixels, touching")
     boundary: core.Boundary = Field("zeros", description="what stands outside the input")
     fill_value: float = Field(0.0, allow_inf_nan=False, description='outside the input with boundary "constant"')
-    operation: core.Operation = Field("correlate", description="convolve flips the kernel in both axes first")
+    operation: core.Operation = Field(
+        "correlate",
+        description="convolve flips the kernel in both axes first; its mode same is the centre of full, as in scipy",
+    )
 
 
 @router.post(

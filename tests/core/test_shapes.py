@@ -1,6 +1,6 @@
 import pytest
 
-from core.shapes import Problem, mode_padding, same_padding
+from core.shapes import Mode, Operation, Problem, Sides, mode_padding, same_padding
 
 
 def test_the_cost_of_a_problem_is_counted_by_hand() -> None:
@@ -24,9 +24,19 @@ def test_the_cost_of_a_problem_is_counted_by_hand() -> None:
     assert problem.padded_bytes == 4 * 2 * 4 * 11 * 16
 
 
-@pytest.mark.parametrize(("mode", "sides"), [("valid", (0, 0, 0, 0)), ("same", (1, 2, 0, 1)), ("full", (3, 3, 1, 1))])
-def test_a_mode_is_a_border(mode: str, sides: tuple[int, int, int, int]) -> None:
-    assert mode_padding(mode, (4, 2)) == sides  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("mode", "operation", "sides"),
+    [
+        ("valid", "correlate", (0, 0, 0, 0)),
+        ("valid", "convolve", (0, 0, 0, 0)),
+        ("same", "correlate", (1, 2, 0, 1)),
+        ("same", "convolve", (2, 1, 1, 0)),
+        ("full", "correlate", (3, 3, 1, 1)),
+        ("full", "convolve", (3, 3, 1, 1)),
+    ],
+)
+def test_a_mode_is_a_padding(mode: Mode, operation: Operation, sides: Sides) -> None:
+    assert mode_padding(mode, operation, (4, 2)) == sides
 
 
 def test_same_padding_puts_the_odd_pixel_last() -> None:

@@ -1,0 +1,103 @@
+"""Modes of both operations against scipy and numpy.pad."""
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import scipy.signal
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from core import Boundary, Operation, correlate
+from tests.reference import NUMPY_PAD
+
+SCIPY_BOUNDARIES: dict[Boundary, dict[str, Any]] = {
+    "zeros": {"boundary": "fill"},
+    "constant": {"boundary": "fill", "fillvalue": 1.5},
+    "symmetric": {"boundary": "symm"},
+    "circular": {"boundary": "wrap"},
+}
+
+
+def integers(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """Numbers whose sums are exact, so that one pixel of displacement cannot pass for rounding."""
+    return rng.integers(-9, 10, shape).astype(np.float64)
+
+
+def fill_of(boundary: Boundary) -> float:
+    return 1.5 if boundary == "constant" else 0.0
+
+
+def full_by_scipy(
+    image: NDArray[np.float64], kernel: NDArray[np.float64], boundary: Boundary, operation: Operation
+) -> NDArray[np.float64]:
+    """Pad by numpy, then take the valid part."""
+    h, w = kernel.shape
+    options = {"constant_values": fill_of(boundary)} if boundary in ("zeros", "constant") else {}
+    padded = np.pad(image, ((h - 1, h - 1), (w - 1, w - 1)), NUMPY_PAD[boundary], **options)  # type: ignore[call-overload]
+    slide = scipy.signal.convolve2d if operation == "convolve" else scipy.signal.correlate2d
+    full: NDArray[np.float64] = slide(padded, kernel, mode="valid")
+    return full
+
+
+@pytest.mark.parametrize("operation", get_args(Operation))
+@pytest.mark.parametrize("boundary", SCIPY_BOUNDARIES)
+@pytest.mark.parametrize("mode", ["same", "full"])
+@given(
+    size=st.tuples(st.integers(8, 20), st.integers(8, 20)),
+    kernel_size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_each_operation_is_its_namesake_in_scipy(
+    mode: Any, boundary: Boundary, operation: Operation, size: tuple[int, int], kernel_size: tuple[int, int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    image, kernel = integers(rng, size), integers(rng, kernel_size)
+    output = correlate(
+        image,
+        kernel,
+        mode=mode,
+        boundary=boundary,
+        fill_value=fill_of(boundary),
+        operation=operation,
+        method="direct",
+        dtype="float64",
+    ).output
+    namesake = scipy.signal.convolve2d if operation == "convolve" else scipy.signal.correlate2d
+    expected = namesake(image, kernel, mode=mode, **SCIPY_BOUNDARIES[boundary])
+    np.testing.assert_array_equal(output, expected)
+
+
+@pytest.mark.parametrize("operation", get_args(Operation))
+@pytest.mark.parametrize("boundary", get_args(Boundary))
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    kernel_size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_same_is_a_part_of_full(
+    boundary: Boundary, operation: Operation, size: tuple[int, int], kernel_size: tuple[int, int], seed: int
+) -> None:
+    """The part begins at (size - 1) // 2 of `convolve`, and at size // 2 of `correlate`."""
+    rng = np.random.default_rng(seed)
+    image, kernel = integers(rng, size), integers(rng, kernel_size)
+    output = correlate(
+        image,
+        kernel,
+        mode="same",
+        boundary=boundary,
+        fill_value=fill_of(boundary),
+        operation=operation,
+        method="direct",
+        dtype="float64",
+    ).output
+    top, left = ((side - 1) // 2 if operation == "convolve" else side // 2 for side in kernel_size)
+    full = full_by_scipy(image, kernel, boundary, operation)
+    np.testing.assert_array_equal(output, full[top : top + size[0], left : left + size[1]])
+
+
+def test_same_of_an_even_kernel() -> None:
+    image, kernel = [[0, 0, 1, 0, 0]], [[1, 2]]
+    assert correlate(image, kernel, mode="same", operation="convolve").output.tolist() == [[0, 0, 1, 2, 0]]
+    assert correlate(image, kernel, mode="same").output.tolist() == [[0, 2, 1, 0, 0]]
