@@ -16,16 +16,17 @@ from typing import Annotated, Any, NoReturn, cast
 import numpy as np
 import pybase64
 from numpy.typing import NDArray
-from pydantic import GetJsonSchemaHandler
+from pydantic import BeforeValidator, GetJsonSchemaHandler, ValidationInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from service.codecs import json_arrays
+from service.codecs.decimals import EXACT_INTEGERS, MidpointArray, MidpointFloat, round_to_odd
 from service.codecs.json import FaultyArray
 from service.codecs.layout import DTYPES, MAX_DIMENSIONS
 
 FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
-NUMBERS = {int, float}
+NUMBERS = {int, float, MidpointFloat}
 INTEGERS = {int}
 LISTS = {list}
 
@@ -36,23 +37,26 @@ KINDS = {
     dict: "an object",
     list: "a list",
     np.ndarray: "a list",
+    MidpointArray: "a list",
     FaultyArray: "a list",
     memoryview: "a string",
 }
 
 
-def parse_array(value: object) -> NDArray[Any]:
+def parse_array(value: object, working_dtype: str = "float64") -> NDArray[Any]:
     """One of the JSON forms, or what a codec has made of one, as a numpy array.
 
-    Of the dtype it names or came in, else int64 or float64 by its numbers. Raises PydanticCustomError with the place
-    of the first fault.
+    Of the dtype it names or came in, else int64 or float64 by its numbers. Its numbers can be converted to
+    `working_dtype` without being rounded twice. Raises PydanticCustomError with the place of the first fault.
     """
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, list):
-        return _from_nested(value)
+        return _from_nested(value, working_dtype)
     if isinstance(value, dict):
-        return _from_object(value)
+        return _from_object(value, working_dtype)
+    if isinstance(value, MidpointArray):
+        return _for_dtype(value, working_dtype)
     if isinstance(value, FaultyArray):
         return _refuse_faulty(value)
     return refuse(f"is {kind_of(value)}: it needs {FORMS}", got=kind_of(value), limit=FORMS)
@@ -111,7 +115,12 @@ def _refuse_depth() -> NoReturn:
     refuse(f"has more than {MAX_DIMENSIONS} dimensions", limit=f"{MAX_DIMENSIONS} dimensions")
 
 
-def _from_nested(rows: list[Any]) -> NDArray[Any]:
+def _for_dtype(array: MidpointArray, dtype: str) -> NDArray[np.float64]:
+    """The float64 numbers to convert to that dtype."""
+    return array.values if dtype == "float64" else array.round_to_odd()
+
+
+def _from_nested(rows: list[Any], working_dtype: str) -> NDArray[Any]:
     shape = _leading_shape(rows)
     level = rows
     for depth, length in enumerate(shape[1:], start=1):
@@ -122,7 +131,7 @@ def _from_nested(rows: list[Any]) -> NDArray[Any]:
             at = next(at for at, node in enumerate(level) if len(node) != length)
             _refuse_ragged(_index(at, shape[:depth]), len(level[at]), length)
         level = list(chain.from_iterable(level))
-    return _numbers(level, shape).reshape(shape)
+    return _numbers(level, shape, working_dtype).reshape(shape)
 
 
 def _leading_shape(rows: list[Any]) -> tuple[int, ...]:
@@ -143,8 +152,11 @@ def _leading_shape(rows: list[Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _numbers(values: list[Any], shape: tuple[int, ...], *, within: str = "") -> NDArray[Any]:
-    """int64 where all are integers that fit, float64 otherwise; refused with its place in `shape` what is no number."""
+def _numbers(values: list[Any], shape: tuple[int, ...], dtype: str, *, within: str = "") -> NDArray[Any]:
+    """int64 where all are integers that fit, float64 otherwise; refused with its place in `shape` what is no number.
+
+    The float64 numbers can be converted to `dtype` without being rounded twice.
+    """
     kinds = set(map(type, values))
     if not kinds <= NUMBERS:
         faults = [at for at, value in enumerate(values) if type(value) not in NUMBERS]
@@ -153,10 +165,14 @@ def _numbers(values: list[Any], shape: tuple[int, ...], *, within: str = "") -> 
     if kinds == INTEGERS:
         with suppress(OverflowError):
             return np.array(values, dtype=np.int64)
+    if dtype != "float64" and (
+        MidpointFloat in kinds or (int in kinds and not -EXACT_INTEGERS <= min(values) <= max(values) <= EXACT_INTEGERS)
+    ):
+        values = list(map(round_to_odd, values))
     return np.array(values, dtype=np.float64)
 
 
-def _from_object(described: dict[str, Any]) -> NDArray[Any]:
+def _from_object(described: dict[str, Any], working_dtype: str) -> NDArray[Any]:
     if described.keys() != {"shape", "dtype", "data"}:
         found = ", ".join(sorted(described)[:10]) or "nothing"
         refuse(f'has the keys {found}: it needs "shape", "dtype" and "data"', got=found, limit="shape, dtype, data")
@@ -165,11 +181,15 @@ def _from_object(described: dict[str, Any]) -> NDArray[Any]:
         allowed = ", ".join(DTYPES)
         refuse(f"is not one of {allowed}", place=".dtype", got=reprlib.repr(described["dtype"]), limit=allowed)
     dtype = np.dtype(described["dtype"])
+    # An array that names a floating-point dtype has numbers of that dtype, whatever is computed in.
+    rounded_to = dtype.name if dtype.kind == "f" else working_dtype
     data = described["data"]
+    if isinstance(data, MidpointArray):
+        data = _for_dtype(data, rounded_to)
     if isinstance(data, str | memoryview):
         array = _from_base64(data, shape, dtype)
     elif isinstance(data, list | np.ndarray | FaultyArray):
-        array = _from_flat(data, shape, dtype)
+        array = _from_flat(data, shape, dtype, rounded_to)
     else:
         refuse(f"is {kind_of(data)}: it needs flat numbers or base64", place=".data", got=kind_of(data))
     faulty = ~np.isfinite(array)
@@ -214,7 +234,7 @@ def _from_base64(text: str | memoryview, shape: tuple[int, ...], dtype: np.dtype
 
 
 def _from_flat(
-    values: list[Any] | NDArray[Any] | FaultyArray, shape: tuple[int, ...], dtype: np.dtype[Any]
+    values: list[Any] | NDArray[Any] | FaultyArray, shape: tuple[int, ...], dtype: np.dtype[Any], rounded_to: str
 ) -> NDArray[Any]:
     expected = math.prod(shape)
     if isinstance(values, FaultyArray) or (isinstance(values, np.ndarray) and values.ndim > 1):
@@ -228,7 +248,7 @@ def _from_flat(
             got=f"{len(values)} numbers",
             limit=f"{expected} numbers",
         )
-    numbers = _numbers(values, (expected,), within=".data") if isinstance(values, list) else values
+    numbers = _numbers(values, (expected,), rounded_to, within=".data") if isinstance(values, list) else values
     if dtype.kind in "iu":
         return _integers(values, dtype).reshape(shape)
     with np.errstate(over="ignore"):
@@ -267,14 +287,15 @@ class _ArrayForms:
 
     def __get_pydantic_core_schema__(self, source: object, handler: object) -> core_schema.CoreSchema:
         del source, handler
-        return core_schema.no_info_plain_validator_function(self._parse)
+        return core_schema.with_info_plain_validator_function(self._parse)
 
-    def _parse(self, value: object) -> NDArray[Any] | str | float:
+    def _parse(self, value: object, info: ValidationInfo) -> NDArray[Any] | str | float:
         if self.or_name and isinstance(value, str):
             return value
         if self.or_number and type(value) in NUMBERS:
             return cast("float", value)
-        return parse_array(value)
+        # The field `dtype`, if the model has one, stands before its arrays.
+        return parse_array(value, info.data.get("dtype", "float64"))
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
@@ -309,6 +330,14 @@ class _ArrayForms:
 
 
 Array = Annotated[NDArray[Any], _ArrayForms()]
+
+
+def _for_working_dtype(value: Any, info: ValidationInfo) -> Any:
+    return value if info.data.get("dtype") == "float64" else round_to_odd(value)
+
+
+WorkingFloat = Annotated[float, BeforeValidator(_for_working_dtype)]
+"""A number that is rounded once, to the dtype that the request computes in; its field stands after `dtype`."""
 
 ArrayOrNumber = Annotated[NDArray[Any] | float, _ArrayForms(or_number=True)]
 

@@ -12,13 +12,11 @@ def round_to(dtype: str, value: Fraction) -> float:
     bits, largest = MANTISSA_BITS[dtype], LARGEST_EXPONENT[dtype]
     if value == 0:
         return 0.0
-    exponent = -1
-    while Fraction(2) ** (exponent + 1) <= abs(value):
-        exponent += 1
-    while Fraction(2) ** exponent > abs(value):
+    exponent = abs(value.numerator).bit_length() - value.denominator.bit_length()
+    if Fraction(2) ** exponent > abs(value):
         exponent -= 1
     unit = Fraction(2) ** (max(exponent, 1 - largest) - bits + 1)
     rounded = round(value / unit) * unit  # Python rounds ties to even.
     if abs(rounded) >= Fraction(2) ** (largest + 1):
-        return math.copysign(math.inf, rounded)
+        return math.inf if value > 0 else -math.inf
     return float(rounded)

@@ -18,7 +18,9 @@ import orjson
 import pybase64
 from numpy.typing import NDArray
 
+from service.codecs import decimals
 from service.codecs import json_arrays as scanner
+from service.codecs.decimals import MidpointArray
 from service.codecs.layout import bytes_of, largest_within
 from service.codecs.options import AnswerOptions
 from service.errors import FieldError, InvalidRequest, NotParseable
@@ -88,8 +90,9 @@ class FaultyArray:
 def decode(content: bytes | bytearray | memoryview) -> Any:
     """The content's value: lists of numbers as float64 arrays, long strings named "data" as memoryviews of their bytes.
 
-    Short lists stay lists. A long list that is no array becomes a FaultyArray. Raises NotParseable saying what is wrong
-    and where, and InvalidRequest for a name that comes twice.
+    Short lists stay lists. A number that must not be rounded twice is a MidpointFloat, or in a MidpointArray. A
+    long list that is no array becomes a FaultyArray. Raises NotParseable saying what is wrong and where, and
+    InvalidRequest for a name that comes twice.
     """
     view = memoryview(content)
     if not view:
@@ -103,7 +106,7 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
         return _other_than_an_object(view)
     remainder, cut, total = _without_arrays(view)
     try:
-        value = orjson.loads(remainder)
+        value = decimals.loads(remainder)
     except orjson.JSONDecodeError as error:
         raise _refused_beside_arrays(view, error) from error
     value, names = _restored(value, cut)
@@ -231,7 +234,7 @@ def _is_large(value: Any) -> bool:
 def _decoded_whole(view: memoryview) -> Any:
     """The value of a small text, all of it by orjson."""
     try:
-        value = orjson.loads(view)
+        value = decimals.loads(view)
     except orjson.JSONDecodeError as error:
         raise _refused_by_orjson(view, error) from error
     text = bytes(view)
@@ -313,7 +316,10 @@ class Scan:
             return self._view[span[scanner.BEGIN] + 1 : span[scanner.END] - 1]
         sides = tuple(span[scanner.FIRST_SIDE : scanner.FIRST_SIDE + span[scanner.SIDES]])
         if span[scanner.KIND] == scanner.ARRAY:
-            return self._values[span[scanner.OFFSET] : span[scanner.OFFSET] + math.prod(sides)].reshape(sides)
+            values = self._values[span[scanner.OFFSET] : span[scanner.OFFSET] + math.prod(sides)].reshape(sides)
+            if not span[scanner.CODE]:
+                return values
+            return MidpointArray(values, self._text[span[scanner.BEGIN] : span[scanner.END]])
         found = KINDS.get(self._view[span[scanner.OFFSET]], "a number")
         return FaultyArray(span[scanner.CODE], sides, found, span[scanner.GOT], span[scanner.EXPECTED])
 
@@ -335,7 +341,7 @@ def _restored(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
             if len(node) > MAX_NAMES:
                 raise _too_many_names(len(node))
         for key, entry in node.items() if type(node) is dict else enumerate(node):
-            if type(entry) is float:
+            if isinstance(entry, float):
                 node[key] = cut.get(entry, entry)
             elif type(entry) in CONTAINERS:
                 containers.append(entry)

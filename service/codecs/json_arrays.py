@@ -9,6 +9,13 @@ Digits are read eight at a time (Lemire, "Quickly parsing eight digits", 2018) a
 to even, as in Lemire, "Number parsing at a gigabyte per second" (2021). A number of more than 19 digits that could lie
 on either side of the middle between two float64s is compared with that middle in whole numbers of any length (Clinger,
 "How to read floating point numbers accurately", 1990).
+
+Numbers that are to become float32 must not be rounded twice, to float64 and then to float32: 16777217.0000000001 is
+nearest to 16777218, but the nearest float64 is 16777217, which lies in the middle between two float32 and goes to the
+even one, 16777216. Only a "coarse" float64, one with at most 25 significant bits, can lie in such a middle. The reader
+notes whether an array has a coarse number that is not exactly what the text says; `round_to_odd` then moves each such
+number to the next float64 on the side of the text, whose rounding to float32 (or float16) is right (Boldo and
+Melquiond, "When double rounding is odd", 2005).
 """
 
 from typing import Final
@@ -51,13 +58,14 @@ ARRAY, STRING, FAULT = range(3)
 RAGGED, NOT_A_NUMBER, A_LIST, NOT_A_LIST, TOO_DEEP = range(5)
 
 # The fields of a scanner's state.
-AT, NAMES, PARTS, SPANS, VALUES, PHASE, START, FIRST, DEPTH, LEAF = range(10)
-STATE_FIELDS = 10
+AT, NAMES, PARTS, SPANS, VALUES, PHASE, START, FIRST, DEPTH, LEAF, COARSE = range(11)
+STATE_FIELDS = 11
 
 # Where in the text it is: outside of arrays; in one, before a value; in one, behind a value.
 OUTSIDE, BEFORE, BEHIND = range(3)
 
-# The fields of a span; the last are an array's sides, or the place of a fault.
+# The fields of a span; the last are an array's sides, or the place of a fault. CODE is that of a fault; of an array, 1
+# if it has coarse numbers that differ from the text.
 KIND, BEGIN, END, OFFSET, SIDES, CODE, GOT, EXPECTED, FIRST_SIDE = range(9)
 SPAN_FIELDS = FIRST_SIDE + MAX_DIMENSIONS + 1
 
@@ -66,6 +74,13 @@ ONE = U64(1)
 SIGNIFICANT_DIGITS = 19
 EXACT = U64(2**53)
 SMALLEST_POWER, LARGEST_POWER = -342, 308
+
+COARSE_BITS = U64(2**28 - 1)
+"""The bits of a float64 that are zero if it has at most 25 significant bits."""
+
+COARSE_DECIMALS = 12
+"""A number of at most 2^53 / 10^q with q decimals, up to 12, that is not a coarse float64 itself is never rounded to
+one: relative to it, each differs by at least 1 / 2^53 or 1 / (2^25 5^q), which is more than half a unit."""
 
 LONGEST_EXPONENT = 10**15
 """No text has so many digits that an exponent beyond makes a difference."""
@@ -154,7 +169,10 @@ def _rounded(digits, power):
 
 @compiled
 def _of_many_digits(text, at, power):
-    """The float64 nearest to the number whose first digit is at `at`, of more digits than a word holds."""
+    """Return the float64 nearest to the number whose first digit is at `at`, of more digits than a word holds.
+
+    The second value is 1 if it is coarse and may differ from the number.
+    """
     start = at
     digits = U64(0)
     taken = dropped = 0
@@ -170,21 +188,73 @@ def _of_many_digits(text, at, power):
         at += 1
     lower = _rounded(digits, power + dropped)
     if not more:
-        return lower
+        return lower, _is_coarse(digits, power + dropped, lower)
     upper = _rounded(digits + ONE, power + dropped)
-    if lower == upper:
-        return lower
-    above = _beyond_middle(text, start, power, bits_of(lower))
-    return upper if above > 0 or (above == 0 and bits_of(lower) & ONE) else lower
+    nearest = lower
+    if lower != upper:
+        above = _beyond_middle(text, start, power, bits_of(lower))
+        if above > 0 or (above == 0 and bits_of(lower) & ONE):
+            nearest = upper
+    return nearest, np.int64(nearest != 0 and bits_of(nearest) & COARSE_BITS == 0)
+
+
+@compiled_in_place
+def _is_coarse(digits, power, value):
+    """Return 1 if value, the float64 nearest to digits * 10^power, is coarse and differs from it, else 0."""
+    if bits_of(value) & COARSE_BITS != 0:
+        return 0
+    return _differs(digits, power, bits_of(value))
+
+
+@compiled
+def _differs(digits, power, bits):
+    """Return 1 if digits * 10^power differs from the coarse float64 with these bits, else 0.
+
+    Both are compared as an odd whole number times a power of two. Zero counts as equal: no float32 is nearer.
+    """
+    if bits == 0:
+        return 0
+    mantissa, exponent = _parts_of(bits)
+    shift = trailing_zeros(mantissa)
+    mantissa >>= shift
+    exponent += np.int64(shift)
+    shift = trailing_zeros(digits)
+    digits >>= shift
+    if exponent != power + np.int64(shift) or abs(power) >= len(FIVES):
+        return 1
+    if power < 0:
+        mantissa, digits = digits, mantissa
+    five = FIVES[abs(power)]
+    return np.int64(high_half(digits, five) != 0 or digits * five != mantissa)
+
+
+@compiled_in_place
+def _parts_of(bits):
+    """The mantissa of a positive float64 as a whole number, and the power of two that it is multiplied by."""
+    field = np.int64(bits >> U64(52))
+    mantissa = bits & U64(2**52 - 1)
+    if field > 0:
+        mantissa |= U64(2**52)
+    return mantissa, max(field, 1) - 1075
 
 
 @compiled
 def _beyond_middle(text, at, power, lower):
     """Whether the number at `at` is above (1), below (-1) or in (0) the middle between a float64 and the next one.
 
-    `lower` are the bits of the float64. Both sides are made whole numbers by the same powers of five and of two.
+    `lower` are the bits of the float64.
     """
-    number, middle = np.zeros((2, WORDS), np.uint64)
+    mantissa, exponent = _parts_of(lower)
+    return _compare(text, at, power, U64(2) * mantissa + ONE, exponent - 1)
+
+
+@compiled
+def _compare(text, at, power, mantissa, exponent):
+    """Whether the number at `at` is above (1), below (-1) or equal to (0) mantissa * 2^exponent.
+
+    Both sides are made whole numbers by the same powers of five and of two.
+    """
+    number, other = np.zeros((2, WORDS), np.uint64)
     digits = U64(0)
     taken = count = size = 0
     more = False
@@ -204,26 +274,20 @@ def _beyond_middle(text, at, power, lower):
                     count = 0
         at += 1
     size = _times(number, size, WHOLE_TENS[count], digits)
-    field = np.int64(lower >> U64(52))
-    mantissa = lower & U64(2**52 - 1)
-    if field > 0:
-        mantissa |= U64(2**52)
-    # The middle is (2 * mantissa + 1) * 2^exponent.
-    exponent = max(field, 1) - 1076
-    length = _times(middle, 0, ONE, U64(2) * mantissa + ONE)
+    length = _times(other, 0, ONE, mantissa)
     if power >= 0:
         size = _times_power_of_five(number, size, power)
     else:
-        length = _times_power_of_five(middle, length, -power)
+        length = _times_power_of_five(other, length, -power)
     if exponent >= power:
-        length = _shifted(middle, length, exponent - power)
+        length = _shifted(other, length, exponent - power)
     else:
         size = _shifted(number, size, power - exponent)
     if size != length:
         return 1 if size > length else -1
     for place in range(size - 1, -1, -1):
-        if number[place] != middle[place]:
-            return 1 if number[place] > middle[place] else -1
+        if number[place] != other[place]:
+            return 1 if number[place] > other[place] else -1
     return np.int64(more)
 
 
@@ -314,7 +378,10 @@ def _space(text, at):
 
 @compiled_in_place
 def _number(text, at):
-    """Where the number at `at` ends (-1: there is none), and its value."""
+    """Where the number at `at` ends (-1: there is none), its value, 1 if that is coarse and differs, a power of ten.
+
+    The number is its digits, taken as a whole number, times that power.
+    """
     negative = text[at] == 45
     at += np.int64(negative)
     first = at
@@ -324,14 +391,14 @@ def _number(text, at):
     else:
         at, digits = _digits(text, at, digits)
         if at == first:
-            return -1, 0.0
+            return -1, 0.0, 0, 0
     power = 0
     count = at - first
     if text[at] == 46:
         point = at + 1
         at, digits = _digits(text, point, digits)
         if at == point:
-            return -1, 0.0
+            return -1, 0.0, 0, 0
         power = point - at
         count -= power
     if text[at] == 101 or text[at] == 69:
@@ -345,16 +412,53 @@ def _number(text, at):
             exponent = min(exponent * 10 + np.int64(text[at]) - 48, LONGEST_EXPONENT)
             at += 1
         if at == begin:
-            return -1, 0.0
+            return -1, 0.0, 0, 0
         power += -exponent if downwards else exponent
+    coarse = 0
     if count > SIGNIFICANT_DIGITS and count - _leading(text, first) > SIGNIFICANT_DIGITS:
-        value = _of_many_digits(text, first, power)
-        return at, -value if negative else value
-    if digits <= EXACT and -22 <= power <= 22:
+        value, coarse = _of_many_digits(text, first, power)
+    elif digits <= EXACT and -COARSE_DECIMALS <= power <= 0:
+        value = np.float64(digits)
+        if power < 0:
+            value /= TENS[-power]
+    elif digits <= EXACT and -22 <= power <= 22:
         value = np.float64(digits) / TENS[-power] if power < 0 else np.float64(digits) * TENS[power]
+        coarse = _is_coarse(digits, power, value)
     else:
         value = _rounded(digits, power)
-    return at, -value if negative else value
+        coarse = _is_coarse(digits, power, value)
+    return at, -value if negative else value, coarse, power
+
+
+@compiled
+def round_to_odd(text, values):
+    """Move each coarse number that differs from its text to the next float64 on the side of the text.
+
+    text: uint8 (n), valid JSON that does not end in a digit. values: float64, the first numbers in it, which are
+    written to. Returns how many of all the numbers are coarse and may differ.
+    """
+    at = place = count = 0
+    while at < len(text):
+        character = text[at]
+        if character == 34:
+            at, _ = _string_end(text, at + 1)
+            if at < 0:
+                break
+        elif character == 45 or 48 <= character <= 57:
+            first = at + np.int64(character == 45)
+            at, value, coarse, power = _number(text, at)
+            if at < 0:
+                break
+            count += coarse
+            if coarse and place < len(values):
+                bits = bits_of(abs(value))
+                mantissa, exponent = _parts_of(bits)
+                # Adding 2^64 - 1 subtracts 1.
+                bits += U64(_compare(text, first, power, mantissa, exponent))
+                values[place] = -float_of(bits) if value < 0 else float_of(bits)
+            place += 1
+        at += 1
+    return count
 
 
 @compiled
@@ -498,9 +602,11 @@ def _array(text, state, values, counts, sides):
                 if depth != leaf:
                     outcome = -1 - NOT_A_LIST
                     break
-                end, value = _number(text, at)
+                end, value, coarse, _ = _number(text, at)
                 if end < 0 or np.isinf(value):
                     break
+                if coarse:
+                    state[COARSE] = 1
                 values[filled] = value
                 filled += 1
                 counts[depth] += 1
@@ -576,7 +682,7 @@ def scan(text, state, values, counts, sides, spans):
                 state[AT] = at
                 return DONE
             state[START], state[AT], state[PHASE], state[FIRST] = at, at + 1, BEFORE, state[VALUES]
-            state[DEPTH], state[LEAF], counts[0] = 0, -1, 0
+            state[DEPTH], state[LEAF], state[COARSE], counts[0] = 0, -1, 0, 0
             for depth in range(MAX_DIMENSIONS):
                 sides[depth] = -1
         outcome = _array(text, state, values, counts, sides)
@@ -587,7 +693,7 @@ def scan(text, state, values, counts, sides, spans):
             state[PARTS] += 1
         if outcome == DONE and not flat_and_short:
             span = _add(spans, state, ARRAY, state[START], state[AT])
-            spans[span, OFFSET] = state[FIRST]
+            spans[span, OFFSET], spans[span, CODE] = state[FIRST], state[COARSE]
             _put_sides(spans, span, sides, state[LEAF] + 1)
         else:
             state[VALUES] = state[FIRST]

@@ -5,6 +5,8 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.codecs import decimals
+
 
 class AnswerOptions(BaseModel):
     """What a request may say about the answer's form."""
@@ -38,6 +40,6 @@ class FitOptions(AnswerOptions):
 def option_value(text: str) -> Any:
     """What an option's text says: `2` a number, `[1, 2]` a list, `reflect` itself."""
     try:
-        return orjson.loads(text)
+        return decimals.loads(text.encode())
     except orjson.JSONDecodeError:
         return text

@@ -7,7 +7,7 @@ from pydantic import AliasChoices, Field
 from starlette.responses import Response
 
 import core
-from service.arrays import Array, ArrayOrName
+from service.arrays import Array, ArrayOrName, WorkingFloat
 from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
 from service.openapi import computing, link
 from service.routes.array_route import ArrayRoute
@@ -44,7 +44,7 @@ class CorrelateRequest(ConvolutionRequest):
     )
     mode: core.Mode = Field("valid", description="where the kernel may stand: inside, centred on pixels, touching")
     boundary: core.Boundary = Field("zeros", description="what stands outside the input")
-    fill_value: float = Field(0.0, allow_inf_nan=False, description='outside the input with boundary "constant"')
+    fill_value: WorkingFloat = Field(0.0, allow_inf_nan=False, description='outside the input with boundary "constant"')
     operation: core.Operation = Field(
         "correlate",
         description="convolve flips the kernel in both axes first; its mode same is the centre of full, as in scipy",

@@ -1,0 +1,110 @@
+"""Decimal numbers that are rounded once: to float64, or to float32 or float16 without a detour by float64.
+
+JSON parsers round decimals to float64. Rounding the result to float32 again goes wrong if the float64 lies in the
+middle between two float32 and the decimal does not. Such numbers are rare. They are kept apart, as MidpointFloat or
+MidpointArray, until it is known which dtype is wanted. service/codecs/json_arrays.py explains the method.
+"""
+
+import json
+import math
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Self
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from service.codecs import json_arrays as scanner
+
+COARSE_BITS = int(scanner.COARSE_BITS)
+
+EXACT_INTEGERS = 2**53
+"""Integers up to this magnitude are float64 numbers themselves."""
+
+NO_VALUES = np.empty(0)
+
+NUMBERS = bytes.maketrans(b"123456789.E", b"0000000000e")
+LONG_NUMBER, EXPONENT = b"0" * 14, b"0e"
+"""After that translation, a number without an exponent and of at most 13 digits contains neither of these. Its float64
+is either exact or not coarse (scanner.COARSE_DECIMALS)."""
+
+
+class MidpointFloat(float):
+    """The float64 nearest to a decimal number, where rounding it again could go wrong.
+
+    `to_odd` is the next float64 on the side of the decimal number: round that to float32 or float16.
+    """
+
+    __slots__ = ("to_odd",)
+
+    to_odd: float
+
+    def __new__(cls, value: float, to_odd: float) -> Self:
+        """Make a number of these two."""
+        number = super().__new__(cls, value)
+        number.to_odd = to_odd
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class MidpointArray:
+    """The float64 numbers nearest to those of a JSON array, `text`, with at least one like a MidpointFloat."""
+
+    values: NDArray[np.float64]
+    text: NDArray[np.uint8]
+
+    def round_to_odd(self) -> NDArray[np.float64]:
+        """Move each of the latter, in place, and return the numbers: round these to float32 or float16."""
+        scanner.round_to_odd(self.text, self.values.reshape(-1))
+        return self.values
+
+
+def loads(text: bytes | memoryview) -> Any:
+    """Return the value of a JSON text as orjson does, but numbers that must not be rounded twice as MidpointFloat.
+
+    Raises orjson.JSONDecodeError.
+    """
+    value = orjson.loads(text)
+    content = bytes(text)
+    translated = content.translate(NUMBERS)
+    if (LONG_NUMBER in translated or EXPONENT in translated) and _has_coarse(content):
+        with suppress(RecursionError):
+            return json.loads(content, parse_float=_number, parse_int=_number)
+    return value
+
+
+def round_to_odd(value: float) -> float:
+    """Return the float64 to round to float32 or float16 in place of a number of a JSON text."""
+    if isinstance(value, MidpointFloat):
+        return value.to_odd
+    return _to_odd(float(value), value) if type(value) is int and abs(value) > EXACT_INTEGERS else value
+
+
+def _to_odd(nearest: float, exact: int | Decimal) -> float:
+    """Return the exact number if it is a float64, else its neighbour with an odd mantissa. `nearest` is the nearest."""
+    if nearest == exact or _bits(nearest) & 1:
+        return nearest
+    return math.nextafter(nearest, math.inf if exact > nearest else -math.inf)
+
+
+def _has_coarse(text: bytes) -> bool:
+    # With a space behind it, for a text that ends in a digit.
+    count: int = scanner.round_to_odd(np.frombuffer(text + b" ", np.uint8), NO_VALUES)
+    return count > 0
+
+
+def _number(text: str) -> float:
+    value: float = orjson.loads(text)
+    if type(value) is float and value != 0 and not _bits(value) & COARSE_BITS:
+        to_odd = _to_odd(value, Decimal(text))
+        if to_odd != value:
+            return MidpointFloat(value, to_odd)
+    return value
+
+
+def _bits(value: float) -> int:
+    bits: int = struct.unpack("<Q", struct.pack("<d", value))[0]
+    return bits
