@@ -9,10 +9,12 @@ takes two and a half times the memory that it takes in the end.
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import IO, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 from PIL.ImageFile import ImageFile
 
 from service.codecs.layout import Check, require_memory, require_room
@@ -82,22 +84,34 @@ def pixels(
     reader: type[ImageFile], picture: memoryview, mode: Literal["L", "I;16", "RGB"], check: Check
 ) -> NDArray[Any]:
     """The picture as (H, W), or as (3, H, W) where the mode is RGB. Raises NotParseable where Pillow cannot read it."""
+    planes: NDArray[Any] | None = None
+    for height, top, strip in strips(reader, picture, check):
+        lines = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+        lines = lines if mode == "RGB" else lines[..., None]
+        if planes is None:
+            dtype = np.uint16 if mode == "I;16" else np.uint8
+            planes = np.empty((lines.shape[2], height, lines.shape[1]), dtype)
+        planes[:, top : top + len(lines)] = np.moveaxis(lines, 2, 0)
+    assert planes is not None  # noqa: S101 - a picture has lines
+    return planes if mode == "RGB" else planes[0]
+
+
+def strips(
+    reader: type[ImageFile], picture: memoryview, check: Check, raw_mode: str | None = None
+) -> Iterator[tuple[int, int, Image]]:
+    """The height of the picture, the first row of a strip of it, and the strip; from the top down.
+
+    `raw_mode` is Pillow's name of how the bytes of a pixel in the file become those in memory. Raises NotParseable.
+    """
     try:
         opened = reader(cast("IO[bytes]", _File(picture, check)))
+        if raw_mode is not None:
+            opened.tile = [tile._replace(args=raw_mode) for tile in opened.tile]
         opened.load()
-        return _taken_out(opened, mode)
+        width, height = opened.size
+        rows = max(1, STRIP // width)
+        for top in range(0, height, rows):
+            yield height, top, opened.crop((0, top, width, min(top + rows, height)))
     except PILLOW_ERRORS as error:
         require_memory(error)
         raise NotParseable(f"the body is a damaged {reader.format} picture: {error}") from error
-
-
-def _taken_out(opened: ImageFile, mode: str) -> NDArray[Any]:
-    width, height = opened.size
-    planes = np.empty((COLOURS if mode == "RGB" else 1, height, width), np.uint16 if mode == "I;16" else np.uint8)
-    rows = max(1, STRIP // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        strip = opened.crop((0, top, width, bottom))
-        lines = np.asarray(strip if strip.mode == mode else strip.convert(mode))
-        planes[:, top:bottom] = np.moveaxis(lines, 2, 0) if mode == "RGB" else lines
-    return planes if mode == "RGB" else planes[0]

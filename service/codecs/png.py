@@ -1,11 +1,11 @@
-"""PNG pictures: grey as (H, W), colour as (3, H, W), values 0..255 (0..65535 where a grey one has 16 bits).
+"""PNG pictures: grey as (H, W), colour as (3, H, W), values 0..255, or 0..65535 if they have 16 bits.
 
-Alpha is dropped, a palette resolved, and of an animation the still picture read. Pillow reduces colour of 16 bits, and
-grey of 16 bits with alpha, to 8. Written are grey and colour of 8 bits.
+Alpha is dropped, a palette resolved, and of an animation the still picture read. Written are grey and colour of 8 bits.
 """
 
 import math
 import struct
+import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from service.codecs.inflate import inflated
 from service.codecs.layout import Check, joined, no_check, require_memory
-from service.codecs.pixels import COLOURS, MAX_SIDE, pixels, require_pixels
+from service.codecs.pixels import COLOURS, MAX_SIDE, pixels, require_pixels, strips
 from service.codecs.signatures import mismatch
 from service.errors import NotAcceptable, NotParseable
 
@@ -36,9 +36,10 @@ MAX_CHUNKS, BYTES_A_CHUNK = 4096, 256
 """A picture may have so many chunks, and one more for every so many of its bytes: libpng writes chunks of 8 KiB."""
 
 GREY, COLOUR, PALETTE, GREY_AND_ALPHA, COLOUR_AND_ALPHA = 0, 2, 3, 4, 6
-BYTES_A_PIXEL = {"L": 1, "I;16": 2, "RGB": COLOURS}
 BYTES_WITH_ALPHA = 4
 """That Pillow keeps for a pixel of grey with alpha, of which one is left."""
+
+SIXTEEN_BITS = 16
 
 SAMPLES = {GREY: 1, COLOUR: 3, PALETTE: 1, GREY_AND_ALPHA: 2, COLOUR_AND_ALPHA: 4}
 DEPTHS = {
@@ -48,6 +49,13 @@ DEPTHS = {
     GREY_AND_ALPHA: (8, 16),
     COLOUR_AND_ALPHA: (8, 16),
 }
+
+HIGH_BYTES, LOW_BYTES = ("RGB;16B", "RGBA;16B"), ("RGB;16L", "RGBA;16L")
+"""Pillow's raw modes, without and with alpha, that keep the high byte of each sample of 16 bits. Those for
+little-endian samples (L) keep the second byte, which is the low one in PNG."""
+
+FOUR_BYTES = "RGBA"
+"""Pillow's raw mode that keeps all four bytes of a pixel, here those of 16-bit grey with alpha."""
 
 PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 """Of an interlaced picture: the first row and column of each pass, and the steps between its rows and columns."""
@@ -72,10 +80,25 @@ class Header(NamedTuple):
 
     @property
     def mode(self) -> Literal["L", "I;16", "RGB"]:
-        """Pillow's name of what the picture is decoded to."""
-        if self.colour not in (GREY, GREY_AND_ALPHA):
+        """Pillow's name of what it decodes the picture to; other than grey, it reduces samples of 16 bits to 8."""
+        if self.planes == COLOURS:
             return "RGB"
-        return "I;16" if (self.colour, self.depth) == (GREY, 16) else "L"
+        return "I;16" if (self.colour, self.depth) == (GREY, SIXTEEN_BITS) else "L"
+
+    @property
+    def planes(self) -> int:
+        """The planes that the picture is decoded to, without alpha."""
+        return 1 if self.colour in (GREY, GREY_AND_ALPHA) else COLOURS
+
+    @property
+    def bytes_a_pixel(self) -> int:
+        """The bytes of a pixel that is decoded."""
+        return self.planes * (2 if self.depth == SIXTEEN_BITS else 1)
+
+    @property
+    def alpha(self) -> bool:
+        """Pixels have alpha."""
+        return self.colour in (GREY_AND_ALPHA, COLOUR_AND_ALPHA)
 
     @property
     def size(self) -> int:
@@ -98,7 +121,7 @@ def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = n
     for kind, chunk in _chunks(memory):
         chunks[kind].append(chunk)
     header = _header(chunks[b"IHDR"][0])
-    bytes_a_pixel = BYTES_WITH_ALPHA if header.colour == GREY_AND_ALPHA else BYTES_A_PIXEL[header.mode]
+    bytes_a_pixel = BYTES_WITH_ALPHA if header.colour == GREY_AND_ALPHA else header.bytes_a_pixel
     require_pixels(header.height, header.width, bytes_a_pixel, limit)
     if header.colour == PALETTE:
         _require_palette(chunks[b"PLTE"])
@@ -111,11 +134,17 @@ def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = n
     except zlib.error as error:
         require_memory(error)
         raise NotParseable(f"the PNG picture is damaged: {error}") from error
-    return pixels(PngImageFile, joined([SIGNATURE, *chain.from_iterable(chunks.values())]), header.mode, check)
+    picture = joined([SIGNATURE, *chain.from_iterable(chunks.values())])
+    if header.depth == SIXTEEN_BITS and header.colour != GREY:
+        return _two_bytes_a_sample(header, picture, check)
+    return pixels(PngImageFile, picture, header.mode, check)
 
 
 def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
-    """The predicted time, from the header: lines are inflated twice, pixels written and reordered."""
+    """The predicted time, from the header: lines are inflated twice, pixels written and reordered.
+
+    Colour of 16 bits is read by Pillow twice.
+    """
     memory = memoryview(content)
     at = len(SIGNATURE) + CHUNK.size
     if len(memory) < at + HEADER.size:
@@ -125,8 +154,9 @@ def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
         return 0.0
     pixels = header.width * header.height
     lines = header.height * (2 if header.interlaced else 1)
-    decoded = pixels * BYTES_A_PIXEL[header.mode]
-    return 4e-9 * (len(memory) + header.size) + 7e-9 * decoded + 1e-7 * min(lines, 2 * MAX_SIDE)
+    decoded = pixels * header.bytes_a_pixel
+    reads = 2 if header.depth == SIXTEEN_BITS and header.planes == COLOURS else 1
+    return 4e-9 * reads * (len(memory) + header.size) + 7e-9 * decoded + 1e-7 * min(lines, 2 * MAX_SIDE)
 
 
 def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryview]:
@@ -156,6 +186,25 @@ def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryvie
     header = HEADER.pack(width, height, 8, colour, 0, 0, 0)
     data = chain.from_iterable(_chunk(b"IDAT", piece) for piece in _deflated(lines) if piece)
     return [SIGNATURE, *_chunk(b"IHDR", header), *data, *_chunk(b"IEND", b"")]
+
+
+def _two_bytes_a_sample(header: Header, picture: memoryview, check: Check) -> NDArray[np.uint16]:
+    """The picture of 16 bits that Pillow itself reduces to 8: colour, and grey with alpha."""
+    planes = np.empty((header.planes, header.height, header.width), np.uint16)
+    halves = planes.view(np.uint8)
+    first, second = (1, 0) if sys.byteorder == "little" else (0, 1)
+    high, low = halves[..., first::2], halves[..., second::2]
+    if header.planes == 1:
+        for _, top, strip in strips(PngImageFile, picture, check, FOUR_BYTES):
+            lines = np.asarray(strip)
+            high[0, top : top + len(lines)] = lines[..., 0]
+            low[0, top : top + len(lines)] = lines[..., 1]
+    else:
+        for half, raw_modes in ((high, HIGH_BYTES), (low, LOW_BYTES)):
+            for _, top, strip in strips(PngImageFile, picture, check, raw_modes[header.alpha]):
+                lines = np.asarray(strip)
+                half[:, top : top + len(lines)] = np.moveaxis(lines[..., :COLOURS], 2, 0)
+    return planes if header.planes > 1 else planes[0]
 
 
 def _chunks(memory: memoryview) -> Iterator[tuple[bytes, memoryview]]:

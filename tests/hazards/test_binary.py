@@ -347,8 +347,10 @@ def test_46_palettes_are_resolved_and_alpha_is_dropped(send: Send, mode: str, sh
     np.testing.assert_array_equal(answer["output"], expected if len(shape) == 2 else np.moveaxis(expected, 2, 0))
 
 
-def test_46_16_bits_are_kept_where_the_picture_is_grey(send: Send) -> None:
+def test_46_16_bits_are_kept(send: Send) -> None:
     lines = b"\0" + struct.pack(">3H", 0, 256, 65535) + b"\0" + struct.pack(">3H", 1, 2, 3)
     assert upload(send, png(3, 2, lines, depth=16), PNG).json()["output"] == [[0, 256, 65535], [1, 2, 3]]
-    colours = b"\0" + struct.pack(">3H", 0, 0x8000, 65535)
-    assert upload(send, png(1, 1, colours, depth=16, colour=2), PNG).json()["output"] == [[[0]], [[128]], [[255]]]
+    colours = b"\0" + struct.pack(">3H", 1, 0x8001, 65535)
+    assert upload(send, png(1, 1, colours, depth=16, colour=2), PNG).json()["output"] == [[[1]], [[0x8001]], [[65535]]]
+    grey_and_alpha = b"\0" + struct.pack(">4H", 0x1234, 7, 65534, 0)
+    assert upload(send, png(2, 1, grey_and_alpha, depth=16, colour=4), PNG).json()["output"] == [[0x1234, 65534]]

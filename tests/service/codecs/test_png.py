@@ -119,17 +119,86 @@ def test_46_grey_of_16_bits_keeps_them() -> None:
     np.testing.assert_array_equal(decoded, pixels)
 
 
+INTERLACING = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+"""Of each pass: its first row and column, and the steps between its rows and columns (PNG specification, 8.2)."""
+
+
+def paeth(left: int, above: int, corner: int) -> int:
+    estimate = left + above - corner
+    return min((left, above, corner), key=lambda neighbour: abs(estimate - neighbour))
+
+
+def filtered(rows: Array, kinds: list[int]) -> bytes:
+    """Rows (height, width, bytes of a pixel), each behind the number of its filter (PNG specification, 9.2)."""
+    step = rows.shape[2]
+    lines = [[0] * step + row.ravel().tolist() for row in rows]
+    above = [0] * len(lines[0]) if lines else []
+    packed = bytearray()
+    for line, kind in zip(lines, kinds, strict=False):
+        packed.append(kind)
+        for at in range(step, len(line)):
+            left, over, corner = line[at - step], above[at], above[at - step]
+            predicted = (0, left, over, (left + over) // 2, paeth(left, over, corner))[kind]
+            packed.append((line[at] - predicted) % 256)
+        above = line
+    return bytes(packed)
+
+
+def of_16_bits(samples: Array, colour: int, *, interlaced: int, kinds: list[int]) -> bytes:
+    """A file of samples (height, width, samples of a pixel)."""
+    height, width = samples.shape[:2]
+    octets = samples.astype(">u2").view(np.uint8).reshape(height, width, -1)
+    passes = INTERLACING if interlaced else [(0, 0, 1, 1)]
+    parts = [octets[row::rows, column::columns] for row, column, rows, columns in passes]
+    content = b"".join(filtered(part, kinds) for part in parts if part.size)
+    return png(header(width, height, 16, colour, 0, 0, interlaced), chunk(b"IDAT", zlib.compress(content)))
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize(("colour", "count"), [(GREY, 1), (COLOUR, 3), (GREY_AND_ALPHA, 2), (COLOUR_AND_ALPHA, 4)])
+@given(data=st.data())
+def test_46_all_16_bits_are_read(colour: int, count: int, interlaced: int, data: st.DataObject) -> None:
+    height, width = data.draw(st.tuples(st.integers(1, 11), st.integers(1, 11)))
+    samples = data.draw(arrays(np.uint16, (height, width, count)))
+    kinds = data.draw(st.lists(st.integers(0, 4), min_size=height, max_size=height))
+    decoded = decode(of_16_bits(samples, colour, interlaced=interlaced, kinds=kinds), LIMIT)
+    assert decoded.dtype == np.uint16
+    assert decoded.dtype.isnative
+    assert decoded.flags.c_contiguous
+    expected = np.moveaxis(samples, 2, 0)
+    np.testing.assert_array_equal(decoded, expected[:3] if count >= 3 else expected[0])
+
+
+@pytest.mark.parametrize(("colour", "count"), [(COLOUR, 3), (GREY_AND_ALPHA, 2), (COLOUR_AND_ALPHA, 4)])
+def test_46_16_bits_in_pictures_of_many_strips(colour: int, count: int, rng: np.random.Generator) -> None:
+    samples = rng.integers(0, 65536, (601, 1001, count), np.uint16)
+    assert samples[..., 0].size > 2 * STRIP
+    content = png(header(1001, 601, 16, colour), data(samples.astype(">u2").view(np.uint8).reshape(601, -1)))
+    decoded = decode(content, 10_000_000)
+    expected = np.moveaxis(samples, 2, 0)
+    np.testing.assert_array_equal(decoded, expected[:3] if count >= 3 else expected[0])
+
+
 @pytest.mark.parametrize(
-    ("colour", "samples", "expected"),
-    [
-        (COLOUR, [0x1234, 0xFF80, 0x0001], [[[0x12]], [[0xFF]], [[0]]]),
-        (COLOUR_AND_ALPHA, [0x1234, 0xFF80, 0x0001, 7], [[[0x12]], [[0xFF]], [[0]]]),
-        (GREY_AND_ALPHA, [0x1234, 7], [[0x12]]),
-    ],
+    ("colour", "count", "size"), [(GREY, 1, 2), (COLOUR, 3, 6), (GREY_AND_ALPHA, 2, 4), (COLOUR_AND_ALPHA, 4, 6)]
 )
-def test_46_other_pictures_of_16_bits_are_reduced_to_8(colour: int, samples: list[int], expected: Any) -> None:
-    content = png(header(1, 1, 16, colour), data([struct.pack(f">{len(samples)}H", *samples)]))
-    assert decode(content, LIMIT).tolist() == expected
+def test_46_the_size_of_16_bits_is_limited(colour: int, count: int, size: int) -> None:
+    content = of_16_bits(np.zeros((10, 20, count), np.uint16), colour, interlaced=0, kinds=[0] * 10)
+    assert decode(content, 200 * size).shape[-2:] == (10, 20)
+    error = refused(decode, content, limit=200 * size - 1)
+    assert isinstance(error, BodyTooLarge)
+    assert f"{200 * size:,} bytes" in error.detail
+
+
+@pytest.mark.parametrize(("colour", "count"), [(COLOUR, 3), (GREY_AND_ALPHA, 2), (COLOUR_AND_ALPHA, 4)])
+def test_46_damage_in_16_bits_is_found(colour: int, count: int) -> None:
+    content = of_16_bits(np.full((3, 5, count), 0x1234, np.uint16), colour, interlaced=0, kinds=[0, 1, 2])
+    for at in range(len(content)):
+        assert isinstance(refused(decode, content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]), NotParseable)
+    for end in range(len(content)):
+        assert isinstance(refused(decode, content[:end]), NotParseable)
+    unknown_filter = chunk(b"IDAT", zlib.compress((b"\x09" + bytes(10 * count)) * 3))
+    assert "is a damaged PNG picture" in refused(decode, png(header(5, 3, 16, colour), unknown_filter)).detail
 
 
 def test_46_palettes_are_resolved() -> None:
