@@ -41,7 +41,7 @@ AnyArray = TypeVar("AnyArray", Tensor, NDArray[Any], Array)
 
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 
-CONVERTIBLE = frozenset("bBhHiIlLqQefd")
+CONVERTIBLE = frozenset("bBhHiIlLqQefdg")
 """numpy's codes for the numbers that it converts itself, without the detour by torch that takes as long as a call."""
 
 PYTHON_NUMBERS = {int, float}
@@ -65,7 +65,7 @@ def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -
     ):
         return value
     if type(value) is np.ndarray and value.dtype.char in CONVERTIBLE and value.size and device is CPU:
-        if value.dtype.char != "d":
+        if value.dtype.char not in "dg":
             return value.astype(NUMPY_DTYPES[dtype], order="C")
         with np.errstate(over="ignore"):
             return value.astype(NUMPY_DTYPES[dtype], order="C")

@@ -126,7 +126,8 @@ def _case(
 def _round_fill_value(fill_value: float, dtype: Dtype) -> float:
     """Return the number of the dtype that is nearest to fill_value. Raises InvalidOption unless it is finite."""
     if abs(fill_value) < OVERFLOW_THRESHOLDS[dtype]:
-        return float(NUMPY_DTYPES[dtype].type(fill_value))
+        # Through an array, which rounds a large integer once.
+        return float(np.asarray(fill_value).astype(NUMPY_DTYPES[dtype]))
     largest = str(np.finfo(NUMPY_DTYPES[dtype]).max)
     wider = ' or dtype "float64"' if dtype == "float32" else ""
     raise InvalidOption(

@@ -44,10 +44,11 @@ KINDS = {
 
 
 def parse_array(value: object, working_dtype: str = "float64") -> NDArray[Any]:
-    """One of the JSON forms, or what a codec has made of one, as a numpy array.
+    """Return an array in one of the JSON forms, or what a codec has made of one, as a numpy array.
 
-    Of the dtype it names or came in, else int64 or float64 by its numbers. Its numbers can be converted to
-    `working_dtype` without being rounded twice. Raises PydanticCustomError with the place of the first fault.
+    Its dtype is the one that it names or came in, else int64 or float64, depending on its numbers. They can be
+    converted to `working_dtype` without being rounded twice. Raises PydanticCustomError with the place of the first
+    fault.
     """
     if isinstance(value, np.ndarray):
         return value
@@ -56,7 +57,7 @@ def parse_array(value: object, working_dtype: str = "float64") -> NDArray[Any]:
     if isinstance(value, dict):
         return _from_object(value, working_dtype)
     if isinstance(value, MidpointArray):
-        return _for_dtype(value, working_dtype)
+        return _select_float64(value, working_dtype)
     if isinstance(value, FaultyArray):
         return _refuse_faulty(value)
     return refuse(f"is {kind_of(value)}: it needs {FORMS}", got=kind_of(value), limit=FORMS)
@@ -115,8 +116,8 @@ def _refuse_depth() -> NoReturn:
     refuse(f"has more than {MAX_DIMENSIONS} dimensions", limit=f"{MAX_DIMENSIONS} dimensions")
 
 
-def _for_dtype(array: MidpointArray, dtype: str) -> NDArray[np.float64]:
-    """The float64 numbers to convert to that dtype."""
+def _select_float64(array: MidpointArray, dtype: str) -> NDArray[np.float64]:
+    """Return the float64 numbers to convert to that dtype."""
     return array.values if dtype == "float64" else array.round_to_odd()
 
 
@@ -153,9 +154,10 @@ def _leading_shape(rows: list[Any]) -> tuple[int, ...]:
 
 
 def _numbers(values: list[Any], shape: tuple[int, ...], dtype: str, *, within: str = "") -> NDArray[Any]:
-    """int64 where all are integers that fit, float64 otherwise; refused with its place in `shape` what is no number.
+    """Return int64 numbers if all are integers that fit, otherwise float64.
 
-    The float64 numbers can be converted to `dtype` without being rounded twice.
+    The latter can be converted to `dtype` without being rounded twice. Rejects a value that is not a number, with its
+    index in `shape`.
     """
     kinds = set(map(type, values))
     if not kinds <= NUMBERS:
@@ -185,7 +187,7 @@ def _from_object(described: dict[str, Any], working_dtype: str) -> NDArray[Any]:
     rounded_to = dtype.name if dtype.kind == "f" else working_dtype
     data = described["data"]
     if isinstance(data, MidpointArray):
-        data = _for_dtype(data, rounded_to)
+        data = _select_float64(data, rounded_to)
     if isinstance(data, str | memoryview):
         array = _from_base64(data, shape, dtype)
     elif isinstance(data, list | np.ndarray | FaultyArray):
@@ -332,11 +334,11 @@ class _ArrayForms:
 Array = Annotated[NDArray[Any], _ArrayForms()]
 
 
-def _for_working_dtype(value: Any, info: ValidationInfo) -> Any:
+def _round_to_odd_for_float32(value: Any, info: ValidationInfo) -> Any:
     return value if info.data.get("dtype") == "float64" else round_to_odd(value)
 
 
-WorkingFloat = Annotated[float, BeforeValidator(_for_working_dtype)]
+WorkingFloat = Annotated[float, BeforeValidator(_round_to_odd_for_float32)]
 """A number that is rounded once, to the dtype that the request computes in; its field stands after `dtype`."""
 
 ArrayOrNumber = Annotated[NDArray[Any] | float, _ArrayForms(or_number=True)]

@@ -1,4 +1,4 @@
-"""Decimal numbers that are rounded once: to float64, or to float32 or float16 without a detour by float64.
+"""Decimal numbers of JSON texts that are rounded once: to float64, or directly to float32 or float16.
 
 JSON parsers round decimals to float64. Rounding the result to float32 again goes wrong if the float64 lies in the
 middle between two float32 and the decimal does not. Such numbers are rare. They are kept apart, as MidpointFloat or
@@ -33,9 +33,9 @@ is either exact or not coarse (scanner.COARSE_DECIMALS)."""
 
 
 class MidpointFloat(float):
-    """The float64 nearest to a decimal number, where rounding it again could go wrong.
+    """The float64 nearest to a decimal number that must not be rounded twice.
 
-    `to_odd` is the next float64 on the side of the decimal number: round that to float32 or float16.
+    `to_odd` is the next float64 on the side of the decimal number; it rounds to the right float32 and float16.
     """
 
     __slots__ = ("to_odd",)
@@ -43,7 +43,7 @@ class MidpointFloat(float):
     to_odd: float
 
     def __new__(cls, value: float, to_odd: float) -> Self:
-        """Make a number of these two."""
+        """Return a number equal to `value`."""
         number = super().__new__(cls, value)
         number.to_odd = to_odd
         return number
@@ -57,7 +57,7 @@ class MidpointArray:
     text: NDArray[np.uint8]
 
     def round_to_odd(self) -> NDArray[np.float64]:
-        """Move each of the latter, in place, and return the numbers: round these to float32 or float16."""
+        """Replace each of the latter by its `to_odd`, in place, and return all the numbers."""
         scanner.round_to_odd(self.text, self.values.reshape(-1))
         return self.values
 

@@ -230,7 +230,7 @@ def _differs(digits, power, bits):
 
 @compiled_in_place
 def _parts_of(bits):
-    """The mantissa of a positive float64 as a whole number, and the power of two that it is multiplied by."""
+    """Return the mantissa of a positive float64 as a whole number, and the power of two that it is multiplied by."""
     field = np.int64(bits >> U64(52))
     mantissa = bits & U64(2**52 - 1)
     if field > 0:
@@ -250,9 +250,9 @@ def _beyond_middle(text, at, power, lower):
 
 @compiled
 def _compare(text, at, power, mantissa, exponent):
-    """Whether the number at `at` is above (1), below (-1) or equal to (0) mantissa * 2^exponent.
+    """Return 1 if the number at `at` is above mantissa * 2^exponent, -1 if it is below, 0 if they are equal.
 
-    Both sides are made whole numbers by the same powers of five and of two.
+    Both sides are multiplied by the same powers of five and of two, which makes them whole numbers.
     """
     number, other = np.zeros((2, WORDS), np.uint64)
     digits = U64(0)
@@ -378,9 +378,10 @@ def _space(text, at):
 
 @compiled_in_place
 def _number(text, at):
-    """Where the number at `at` ends (-1: there is none), its value, 1 if that is coarse and differs, a power of ten.
+    """Return the end of the number at `at` (-1 if there is none), its value, if that is coarse, and a power of ten.
 
-    The number is its digits, taken as a whole number, times that power.
+    The third is 1 if the value is coarse and may differ from the number, else 0. The number is its digits, taken as a
+    whole number, times the power.
     """
     negative = text[at] == 45
     at += np.int64(negative)
@@ -432,7 +433,7 @@ def _number(text, at):
 
 @compiled
 def round_to_odd(text, values):
-    """Move each coarse number that differs from its text to the next float64 on the side of the text.
+    """Replace each coarse number that differs from its text by the next float64 on the side of the text.
 
     text: uint8 (n), valid JSON that does not end in a digit. values: float64, the first numbers in it, which are
     written to. Returns how many of all the numbers are coarse and may differ.

@@ -85,7 +85,7 @@ def pixels(
 ) -> NDArray[Any]:
     """The picture as (H, W), or as (3, H, W) where the mode is RGB. Raises NotParseable where Pillow cannot read it."""
     planes: NDArray[Any] | None = None
-    for height, top, strip in strips(reader, picture, check):
+    for height, top, strip in read_strips(reader, picture, check):
         lines = np.asarray(strip if strip.mode == mode else strip.convert(mode))
         lines = lines if mode == "RGB" else lines[..., None]
         if planes is None:
@@ -96,12 +96,12 @@ def pixels(
     return planes if mode == "RGB" else planes[0]
 
 
-def strips(
+def read_strips(
     reader: type[ImageFile], picture: memoryview, check: Check, raw_mode: str | None = None
 ) -> Iterator[tuple[int, int, Image]]:
-    """The height of the picture, the first row of a strip of it, and the strip; from the top down.
+    """Yield the height of the image, the first row of a strip, and the strip, from top to bottom.
 
-    `raw_mode` is Pillow's name of how the bytes of a pixel in the file become those in memory. Raises NotParseable.
+    `raw_mode` is Pillow's name of the layout of a pixel in the file. Raises NotParseable if Pillow cannot read it.
     """
     try:
         opened = reader(cast("IO[bytes]", _File(picture, check)))

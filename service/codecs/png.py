@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from service.codecs.inflate import inflated
 from service.codecs.layout import Check, joined, no_check, require_memory
-from service.codecs.pixels import COLOURS, MAX_SIDE, pixels, require_pixels, strips
+from service.codecs.pixels import COLOURS, MAX_SIDE, pixels, read_strips, require_pixels
 from service.codecs.signatures import mismatch
 from service.errors import NotAcceptable, NotParseable
 
@@ -80,24 +80,24 @@ class Header(NamedTuple):
 
     @property
     def mode(self) -> Literal["L", "I;16", "RGB"]:
-        """Pillow's name of what it decodes the picture to; other than grey, it reduces samples of 16 bits to 8."""
+        """Pillow's mode for the decoded image. It reduces samples of 16 bits to 8, except those of grey."""
         if self.planes == COLOURS:
             return "RGB"
         return "I;16" if (self.colour, self.depth) == (GREY, SIXTEEN_BITS) else "L"
 
     @property
     def planes(self) -> int:
-        """The planes that the picture is decoded to, without alpha."""
+        """The number of planes that the image is decoded to, without alpha."""
         return 1 if self.colour in (GREY, GREY_AND_ALPHA) else COLOURS
 
     @property
     def bytes_a_pixel(self) -> int:
-        """The bytes of a pixel that is decoded."""
+        """Bytes of a decoded pixel."""
         return self.planes * (2 if self.depth == SIXTEEN_BITS else 1)
 
     @property
     def alpha(self) -> bool:
-        """Pixels have alpha."""
+        """Whether pixels have alpha."""
         return self.colour in (GREY_AND_ALPHA, COLOUR_AND_ALPHA)
 
     @property
@@ -136,14 +136,14 @@ def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = n
         raise NotParseable(f"the PNG picture is damaged: {error}") from error
     picture = joined([SIGNATURE, *chain.from_iterable(chunks.values())])
     if header.depth == SIXTEEN_BITS and header.colour != GREY:
-        return _two_bytes_a_sample(header, picture, check)
+        return _read_two_bytes_a_sample(header, picture, check)
     return pixels(PngImageFile, picture, header.mode, check)
 
 
 def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
     """The predicted time, from the header: lines are inflated twice, pixels written and reordered.
 
-    Colour of 16 bits is read by Pillow twice.
+    Pillow reads colour of 16 bits twice.
     """
     memory = memoryview(content)
     at = len(SIGNATURE) + CHUNK.size
@@ -188,20 +188,20 @@ def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryvie
     return [SIGNATURE, *_chunk(b"IHDR", header), *data, *_chunk(b"IEND", b"")]
 
 
-def _two_bytes_a_sample(header: Header, picture: memoryview, check: Check) -> NDArray[np.uint16]:
-    """The picture of 16 bits that Pillow itself reduces to 8: colour, and grey with alpha."""
+def _read_two_bytes_a_sample(header: Header, picture: memoryview, check: Check) -> NDArray[np.uint16]:
+    """Return an image of 16 bits that Pillow reduces to 8: colour, or grey with alpha."""
     planes = np.empty((header.planes, header.height, header.width), np.uint16)
     halves = planes.view(np.uint8)
     first, second = (1, 0) if sys.byteorder == "little" else (0, 1)
     high, low = halves[..., first::2], halves[..., second::2]
     if header.planes == 1:
-        for _, top, strip in strips(PngImageFile, picture, check, FOUR_BYTES):
+        for _, top, strip in read_strips(PngImageFile, picture, check, FOUR_BYTES):
             lines = np.asarray(strip)
             high[0, top : top + len(lines)] = lines[..., 0]
             low[0, top : top + len(lines)] = lines[..., 1]
     else:
         for half, raw_modes in ((high, HIGH_BYTES), (low, LOW_BYTES)):
-            for _, top, strip in strips(PngImageFile, picture, check, raw_modes[header.alpha]):
+            for _, top, strip in read_strips(PngImageFile, picture, check, raw_modes[header.alpha]):
                 lines = np.asarray(strip)
                 half[:, top : top + len(lines)] = np.moveaxis(lines[..., :COLOURS], 2, 0)
     return planes if header.planes > 1 else planes[0]

@@ -245,6 +245,19 @@ def test_integers_are_converted_as_torch_converts_them() -> None:
     assert torch.equal(identity, torch.from_numpy(image).to(torch.float32))
 
 
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="needs numbers wider than float64")
+def test_numbers_wider_than_float64_are_rounded_once() -> None:
+    above = np.array([[np.longdouble(16777217) + np.longdouble(2) ** -38]])
+    assert correlate(above, [[1]]).output.tolist() == [[16777218]]
+    assert correlate([[1]], above).output.tolist() == [[16777218]]
+
+
+def test_an_integer_fill_value_is_rounded_once() -> None:
+    for fill in (2**54 + 2**30, 2**54 + 2**30 + 1):
+        output = correlate([[0]], [[1, 0]], mode="full", boundary="constant", fill_value=fill).output
+        assert output[0, 0] == torch.tensor([fill]).to(torch.float32)[0]
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", ">f4", ">i2", "float16", "<f8"])
 def test_every_plain_dtype_and_byte_order_is_taken(dtype: str) -> None:
     image = np.arange(12).reshape(3, 4).astype(dtype)

@@ -59,7 +59,7 @@ def in_json(form: Callable[[np.ndarray[Any, Any]], object], rows: int = 1) -> Ca
     return post
 
 
-WAYS: dict[str, Callable[..., httpx.Response]] = {
+FORMATS: dict[str, Callable[..., httpx.Response]] = {
     "nested": in_json(np.ndarray.tolist),
     "nested, long": in_json(np.ndarray.tolist, 600),
     "flat float32": in_json(lambda array: described(array, "float32")),
@@ -71,15 +71,15 @@ WAYS: dict[str, Callable[..., httpx.Response]] = {
     "safetensors": in_a_file(SAFETENSORS, lambda array: save({"input": array})),
 }
 
-DECIMAL_WAYS = ("nested", "nested, long", "flat float32", "flat float32, long")
+DECIMAL_FORMATS = ("nested", "nested, long", "flat float32", "flat float32, long")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sent_as", FORMATS)
 @pytest.mark.parametrize("value", VALUES + [-value for value in VALUES])
-def test_an_input_near_the_largest_float32_is_rounded(sent_in_process: Send, way: str, value: float) -> None:
-    response = WAYS[way](sent_in_process, np.array([[1.0, value]]))
+def test_an_input_near_the_largest_float32_is_rounded(sent_in_process: Send, sent_as: str, value: float) -> None:
+    response = FORMATS[sent_as](sent_in_process, np.array([[1.0, value]]))
     # JSON sends decimal digits, which lie below the threshold where their float64 is the threshold.
-    sent = Fraction(repr(value)) if way in DECIMAL_WAYS else Fraction(value)
+    sent = Fraction(repr(value)) if sent_as in DECIMAL_FORMATS else Fraction(value)
     expected = round_to("float32", sent)
     if math.isfinite(expected):
         assert response.status_code == 200, response.text
@@ -162,7 +162,7 @@ def test_decimals_are_rounded_to_float64_once(sent_in_process: Send, name: str, 
         assert response.json()["output"] == [[round_to("float64", Fraction(number))]]
 
 
-def test_a_number_between_two_float32_is_rejected_like_any_other_where_an_option_is_not_a_number(
+def test_a_decimal_for_any_other_option_is_rejected(
     sent_in_process: Send,
 ) -> None:
     for option in ("mode", "dtype", "explain", "method", "input", "nonsense"):

@@ -42,6 +42,18 @@ def interlaced() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
+def of_16_bits(colour: int, samples: int) -> bytes:
+    """A file that Pillow does not write."""
+    rows = np.random.default_rng(2).integers(0, 256, (7, 1 + 9 * 2 * samples), np.uint8)
+    rows[:, 0] = np.arange(7) % 5
+    header = struct.pack(">2I5B", 9, 7, 16, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
+    packed = [
+        struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said)) for kind, said in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
 FILES: Mapping[str, tuple[Callable[[bytes, int], object], bytes]] = {
     "npy": (npy.decode, b"".join(npy.encode(INPUT))),
     "npz": (npz.decode, b"".join(npz.encode({"input": INPUT, "kernel": KERNEL}))),
@@ -51,6 +63,8 @@ FILES: Mapping[str, tuple[Callable[[bytes, int], object], bytes]] = {
     "png with a palette": (png.decode, picture("P", "png")),
     "png with alpha": (png.decode, picture("RGBA", "png")),
     "interlaced png": (png.decode, interlaced()),
+    "png of 16-bit colour": (png.decode, of_16_bits(2, 3)),
+    "png of 16-bit grey with alpha": (png.decode, of_16_bits(4, 2)),
     "jpeg": (jpeg.decode, picture("L", "jpeg")),
     "jpeg in colour": (jpeg.decode, picture("RGB", "jpeg", progressive=True)),
     "jpeg of four colours": (jpeg.decode, picture("CMYK", "jpeg")),

@@ -1,4 +1,4 @@
-"""Decimal numbers in JSON are rounded once to the dtype that is wanted, against rational arithmetic."""
+"""Decimal numbers in JSON are rounded once to the dtype of the array, compared with rational arithmetic."""
 
 import json as standard
 import math
@@ -113,7 +113,7 @@ def test_numbers_near_float32_midpoints_are_rounded_once(reader: str, texts: lis
 
 @pytest.mark.parametrize("decode", [decode_small, decode_large])
 @given(texts=TEXTS)
-def test_an_array_that_names_its_dtype_is_rounded_once_to_that(decode: Callable[[str], Any], texts: list[str]) -> None:
+def test_a_named_dtype_is_rounded_to_once(decode: Callable[[str], Any], texts: list[str]) -> None:
     for dtype in ("float32", "float64"):
         finite = [text for text in texts if np.isfinite(round_to(dtype, Fraction(text)))] or ["0.5"]
         flat = f'{{"shape": [{len(finite)}], "dtype": "{dtype}", "data": [{", ".join(finite)}]}}'
@@ -178,7 +178,7 @@ ORDINARY = st.one_of(
 
 @pytest.mark.parametrize("reader", READERS)
 @given(texts=st.lists(ORDINARY, min_size=1, max_size=20))
-def test_ordinary_numbers_are_rounded_to_the_same_numbers(reader: str, texts: list[str]) -> None:
+def test_ordinary_numbers_are_rounded_once(reader: str, texts: list[str]) -> None:
     value = READERS[reader](texts)
     double = parse_array(value, "float64").astype(np.float64).ravel()
     np.testing.assert_array_equal(double, rounded(texts, "float64"))
@@ -219,7 +219,7 @@ def test_every_float64_in_a_response_reads_back_the_same(bits: list[int]) -> Non
     assert_reads_back(np.array(bits, np.uint64).view(np.float64))
 
 
-def test_float32_around_every_power_of_two_and_ten_reads_back() -> None:
+def test_float32_around_powers_reads_back() -> None:
     powers = [2.0**power for power in range(-149, 128)] + [10.0**power for power in range(-45, 39)]
     with np.errstate(over="ignore", under="ignore"):
         bits = np.array(powers, np.float32).view(np.uint32)
