@@ -72,6 +72,9 @@ SPAN_FIELDS = FIRST_SIDE + MAX_DIMENSIONS + 1
 U64 = np.uint64
 ONE = U64(1)
 SIGNIFICANT_DIGITS = 19
+EXACT_DIGITS = 15
+"""A whole number of so many digits is a float64 number."""
+
 EXACT = U64(2**53)
 SMALLEST_POWER, LARGEST_POWER = -342, 308
 
@@ -402,6 +405,9 @@ def _number(text, at):
             return -1, 0.0, 0, 0
         power = point - at
         count -= power
+    elif count <= EXACT_DIGITS and text[at] != 101 and text[at] != 69:
+        value = np.float64(digits)
+        return at, -value if negative else value, 0, 0
     if text[at] == 101 or text[at] == 69:
         at += 1
         downwards = text[at] == 45
