@@ -24,7 +24,7 @@ from core.errors import (
     TooLarge,
     UnknownKernel,
 )
-from core.explain import Candidate, explain
+from core.explain import Candidate, explain, with_error_bound
 from core.fit import FitPlan, exhaust, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit.losses import Loss
 from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
@@ -93,4 +93,5 @@ __all__ = [
     "usable_cores",
     "usable_memory",
     "use_one_blas_thread",
+    "with_error_bound",
 ]

@@ -12,7 +12,7 @@ from core.device import CPU, device_for
 from core.engines import ALL, Method, Result, solve
 from core.engines.slices import Check
 from core.errors import InvalidOption, InvalidShape
-from core.kernels import named_kernel
+from core.kernels import named_kernel, rank_of_named
 from core.limits import Limits
 from core.machine import Machine
 from core.shapes import (
@@ -63,7 +63,8 @@ def correlate(
     images = as_shaped("input", input)
     taps = as_array("kernel", named_kernel(kernel) if isinstance(kernel, str) else kernel, dtype, resolved)
     kind = "cpu" if resolved is CPU else resolved.type
-    case = _case(tuple(images.shape), taps.shape, mode, boundary, fill_value, operation, dtype, kind)
+    rank = rank_of_named(kernel) if isinstance(kernel, str) else None
+    case = _case(tuple(images.shape), taps.shape, mode, boundary, fill_value, operation, dtype, kind, rank)
     if limits is not None:
         limits.check(case.problem, method=method, machine=machine, engines=engines)
     if operation == "convolve":
@@ -90,6 +91,7 @@ def _case(
     operation: Operation,
     dtype: Dtype,
     device: str,
+    rank: int | None,
 ) -> _Case:
     """The problem of these shapes and options, checked once: the next call with the same ones finds it ready."""
     one_of("mode", mode, Mode)
@@ -119,6 +121,7 @@ def _case(
         fill_value=fill,
         dtype=dtype,
         device=device,
+        rank=rank,
     )
     return _Case(problem, (problem.batch, 1, height, width), (*input_shape[:-2], *problem.output_size))
 

@@ -2,13 +2,19 @@
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from core.arrays import DTYPES, Array, as_numpy
-from core.engines import ENGINES, Method, choose, solve
+from core.engines import ENGINES, Method, Result, choose, solve
+from core.engines.precision import UNIT, allowed
 from core.errors import MethodUnavailable
+from core.kernels import named_kernel
 from core.machine import Machine, this_machine
 from core.shapes import Problem
 
@@ -51,6 +57,44 @@ def explain(
         measured = _shortest(problem, name, method, machine) if runs else None
         candidates.append(Candidate(name, engine.METHOD, name == choice.engine, alone.seconds, measured))
     return candidates
+
+
+def with_error_bound(verb: Callable[..., Result]) -> Callable[..., Result]:
+    """Make correlate or conv2d say what its output may be off by: the precision contract as one number.
+
+    (m + 1) u S for an engine that sums directly, 1e-6 max|Y| + 4 sqrt(m) u S for others (1e-14 in float64), with m taps
+    and S at most the largest |input| times the largest sum of the |taps| of one filter. None where that is not finite.
+    """
+
+    def bounded(**arguments: Any) -> Result:
+        result = verb(**arguments)
+        kernel = arguments.get("kernel", arguments.get("weight"))
+        return result._replace(error_bound=_error_bound(result, arguments, kernel))
+
+    return bounded
+
+
+def _error_bound(result: Result, arguments: Mapping[str, Any], kernel: Any) -> float | None:
+    weight, pixels, bias, output = (
+        np.abs(np.asarray(values.numpy(force=True) if isinstance(values, Tensor) else values, np.float64))
+        for values in (
+            named_kernel(kernel) if isinstance(kernel, str) else kernel,
+            arguments["input"],
+            0.0 if arguments.get("bias") is None else arguments["bias"],
+            result.array,
+        )
+    )
+    dtype = np.dtype(arguments.get("dtype", "float32"))
+    unit, filters = UNIT[dtype], weight.reshape(-1, *weight.shape[-3:]) if weight.ndim == 4 else weight[None]
+    taps = int((filters != 0).reshape(len(filters), -1).sum(1).max())
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = max(float(pixels.max()), abs(arguments.get("fill_value", 0.0)))
+        sums = largest * float(filters.reshape(len(filters), -1).sum(1).max())
+        if ENGINES[result.engine].METHOD == "direct":
+            bound = (taps + 1) * unit * (sums + float(bias.max()))
+        else:
+            bound = allowed(dtype, filters[0].size, float(output.max()), sums) + unit * float(bias.max() + output.max())
+    return bound if math.isfinite(bound) else None
 
 
 def _shortest(problem: Problem, engine: str, method: Method, machine: Machine) -> float:

@@ -31,7 +31,10 @@ Kernel = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class KernelFamily:
-    """A name with its arguments: `signature` for reading, `example` for trying, `make` for the numbers (h, w)."""
+    """A name with its arguments: `signature` for reading, `example` for trying, `make` for the numbers (h, w).
+
+    `rank` is that of its kernels as matrices, if it is low.
+    """
 
     signature: str
     example: str
@@ -39,6 +42,7 @@ class KernelFamily:
     make: Callable[..., Kernel]
     required: int = 0
     optional: int = 0
+    rank: int | None = None
 
 
 class _Cache:
@@ -202,13 +206,19 @@ def _whole(name: str, value: float) -> int:
     return int(value)
 
 
+def rank_of_named(text: str) -> int | None:
+    """The rank of a named kernel as a matrix, if it is low. The name is one that `named_kernel` takes."""
+    return KERNELS[text.partition("(")[0].strip()].rank
+
+
 def _fixed(name: str, description: str, rows: list[list[float]]) -> KernelFamily:
-    return KernelFamily(name, name, description, lambda: np.array(rows, dtype=np.float64))
+    kernel = np.array(rows, dtype=np.float64)
+    return KernelFamily(name, name, description, kernel.copy, rank=int(np.linalg.matrix_rank(kernel)))
 
 
 KERNELS: dict[str, KernelFamily] = {
     "identity": _fixed("identity", "the image itself", [[1]]),
-    "box": KernelFamily("box(n)", "box(3)", "mean over n x n pixels", box, required=1),
+    "box": KernelFamily("box(n)", "box(3)", "mean over n x n pixels", box, required=1, rank=1),
     "gaussian": KernelFamily(
         "gaussian(sigma[, n])",
         "gaussian(1.0)",
@@ -216,6 +226,7 @@ KERNELS: dict[str, KernelFamily] = {
         gaussian,
         required=1,
         optional=1,
+        rank=1,
     ),
     "sobel_x": _fixed("sobel_x", "derivative in x, smoothed in y", [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]),
     "sobel_y": _fixed("sobel_y", "derivative in y, smoothed in x", [[-1, -2, -1], [0, 0, 0], [1, 2, 1]]),
@@ -227,7 +238,7 @@ KERNELS: dict[str, KernelFamily] = {
     "laplacian_diagonal": _fixed(
         "laplacian_diagonal", "second derivatives, diagonals included", [[1, 1, 1], [1, -8, 1], [1, 1, 1]]
     ),
-    "log": KernelFamily("log(sigma)", "log(1.0)", "Laplacian of a Gaussian, sum 0", log, required=1),
+    "log": KernelFamily("log(sigma)", "log(1.0)", "Laplacian of a Gaussian, sum 0", log, required=1, rank=3),
     "sharpen": _fixed("sharpen", "the image minus its Laplacian", [[0, -1, 0], [-1, 5, -1], [0, -1, 0]]),
     "emboss": _fixed("emboss", "relief lit from the lower right", [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]),
     "edge_x": _fixed("edge_x", "difference of neighbours in x, the lesson's edge kernel", [[-1, 1]]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from core.engines import ALL, Method, outlook, peak_bytes
+from core.engines import ALL, ENGINES, Method, outlook, peak_bytes
 from core.errors import Cost, Quantity, TooLarge
 from core.machine import Machine, this_machine
 from core.shapes import Problem
@@ -65,7 +65,8 @@ def cost_of(verb: Callable[..., object], **arguments: Any) -> Cost:
 def _estimate(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> Cost:
     choice = outlook(problem, method, machine, engines)[0]
     megabytes = peak_bytes(problem, choice, machine) / 1e6
-    return Cost(megabytes, problem.operations / 1e9, choice.seconds, problem.output_bytes / 1e6, choice.engine)
+    gflop = ENGINES[choice.engine].operations(problem, machine) / 1e9
+    return Cost(megabytes, gflop, choice.seconds, problem.output_bytes / 1e6, choice.engine)
 
 
 def _too_large(quantity: Quantity, verb: str, estimate: str, limit: str, cost: Cost) -> TooLarge:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from core import OVERFLOW_THRESHOLDS, Dtype, Method, Result
+from core import OVERFLOW_THRESHOLDS, Dtype, Method, Result, with_error_bound
 from service.arrays import Array, first_place
 from service.codecs.layout import largest_within
 from service.codecs.options import OutputOptions
@@ -62,6 +62,9 @@ class Explanation(BaseModel):
     predicted_ms: dict[str, float] = Field(description="what each engine that can was predicted to take")
     obstacles: dict[str, str] = Field(description="what keeps the other engines from this problem")
     compute_ms: float = Field(description="what the chosen one took")
+    error_bound: float | None = Field(
+        None, description="no value of the output is off by more; absent where no finite bound is known"
+    )
 
 
 class ConvolutionAnswer(BaseModel):
@@ -86,7 +89,7 @@ async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest]
     arguments = asked.arguments()
     explain = arguments.pop("explain")
     state = request.scope["app"].state
-    result = await state.compute(request, answer, verb, **arguments)
+    result = await state.compute(request, answer, with_error_bound(verb) if explain else verb, **arguments)
     state.metrics.engine(result.engine)
     explanation = {"explanation": _explanation(result)} if explain else {}
     return await answer(
@@ -101,8 +104,10 @@ async def convolved(verb: Callable[..., Result], model: type[ConvolutionRequest]
 
 def _explanation(result: Result) -> dict[str, object]:
     predicted = sorted(result.choice.predictions.items(), key=lambda entry: entry[1])
+    bound = {} if result.error_bound is None else {"error_bound": result.error_bound}
     return {
         "predicted_ms": {name: round(1000 * seconds, 4) for name, seconds in predicted},
         "obstacles": dict(result.choice.obstacles),
         "compute_ms": round(1000 * result.seconds, 4),
+        **bound,
     }

@@ -34,6 +34,9 @@ class Engine(Protocol):
     def seconds(self, problem: Problem, machine: Machine, /) -> float:
         """The predicted time, in seconds."""
 
+    def operations(self, problem: Problem, machine: Machine, /) -> float:
+        """Multiplications and additions."""
+
     def temporary_bytes(self, problem: Problem, machine: Machine, /) -> int:
         """The most memory that a run takes beside input, weight and output, whatever the values are."""
 
@@ -84,12 +87,14 @@ class Result(NamedTuple):
     """The output of a convolution and how it was made: the choice, and the time taken in seconds.
 
     `array` is numpy's or torch's, whichever the engine made. On a GPU `seconds` is the time until the work was handed
-    over: it goes on while Python does.
+    over: it goes on while Python does. No value of the output is off by more than `error_bound`, where it was asked for
+    (core.with_error_bound).
     """
 
     array: Array
     choice: Choice
     seconds: float
+    error_bound: float | None = None
 
     @property
     def output(self) -> Tensor:
@@ -170,8 +175,8 @@ def solve(
     machine = machine or this_machine()
     choice, looks, run, parts = _planned(problem, method, machine, engines)
     kernel: Array | separable.Factors = weight
-    if looks:
-        factors = separable.find_factors(weight, looks)
+    if looks or choice.engine == "separable":
+        factors = separable.find_factors(weight, looks or separable.MAX_RANK)
         rank = separable.MAX_RANK + 1 if factors is None else len(factors.rows)
         problem = _of_rank(problem, rank)
         choice, _, run, parts = _planned(problem, method, machine, engines)

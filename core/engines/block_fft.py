@@ -26,9 +26,10 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import Solve
-from core.engines import fourier, jit
-from core.engines.fourier import Complex, Signed, Survey, Transform, constant, dtype_of, pair, table
+from core.engines import fourier, jit, precision
+from core.engines.fourier import Complex, Signed, Transform, constant, pair, table
 from core.engines.jit import Plane, Recipe
+from core.engines.precision import Seen, dtype_of
 from core.machine import Machine
 from core.shapes import Cuts, Dtype, Pair, Problem
 
@@ -115,15 +116,25 @@ def seconds(problem: Problem, machine: Machine) -> float:
     return machine.compiling + CALL + problem.batch * work / (1 + OF_ANOTHER_THREAD * (threads - 1)) + memory
 
 
+def operations(problem: Problem, machine: Machine) -> float:
+    """Transforms of all pairs of blocks, there and back, and the products between them."""
+    (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
+    plan = _cheapest(rows, columns, h, w, problem.dtype, machine)
+    points = plan.block.rows * plan.block.columns
+    return problem.batch * plan.pairs * points * (10 * math.log2(points) + 8 * PHASES)
+
+
 def plan(problem: Problem, machine: Machine) -> Solve:
     """How to do it."""
-    return fourier.plan(problem, _border_tile(problem), functools.partial(_in_blocks, machine))
+    return precision.plan(problem, _border_tile(problem), functools.partial(_in_blocks, machine))
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """The scratches of both types, and what all compiled transforms take."""
     del machine
-    return 7 * (4 + 8) * BLOCKS[-1].rows * BLOCKS[-1].columns + fourier.temporary_bytes(problem, _border_tile(problem))
+    return 7 * (4 + 8) * BLOCKS[-1].rows * BLOCKS[-1].columns + precision.temporary_bytes(
+        problem, _border_tile(problem)
+    )
 
 
 def cuts(problem: Problem, machine: Machine) -> Cuts:
@@ -173,11 +184,12 @@ def _cheapest(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Ma
     return _Plan(block, pairs, pair, 0.5 * COSTS[block][0] * slower)
 
 
-def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Survey]:
+def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Seen]:
     (h, w), (rows, columns), dtype = kernel.shape, output.shape, dtype_of(plane)
     surveyed = fourier.survey(plane, kernel)
-    if not math.isfinite(surveyed.size):
-        return [surveyed]
+    seen = surveyed.seen(plane.dtype)
+    if not math.isfinite(seen.size):
+        return [seen]
     middle = float(plane.dtype.type(surveyed.middle))
     plan = _cheapest(rows, columns, h, w, dtype, machine)
     block, tasks = plan.block, jit.tasks(machine, TASKS) if plan.pair >= 2 * jit.WORTH_A_THREAD else 1
@@ -213,7 +225,7 @@ def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> 
             pipeline(one, other, *scratch.kernel, *numbers, *between, first, into)
             if not apart:
                 second[...] = into
-    return [surveyed]
+    return [seen]
 
 
 def _pixels(plane: Plane, corner: Pair, rows: int, block: Block, middle: float) -> Plane:

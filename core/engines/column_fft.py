@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.arrays import Solve
-from core.engines import fourier, jit
-from core.engines.fourier import Complex, Survey, Transform, constant, dtype_of, pair
+from core.engines import fourier, jit, precision
+from core.engines.fourier import Complex, Survey, Transform, constant, pair
 from core.engines.jit import Pipeline, Plane, Recipe
+from core.engines.precision import Seen, dtype_of
 from core.machine import Machine
 from core.shapes import Cuts, Dtype, Pair, Problem
 
@@ -72,15 +73,23 @@ def seconds(problem: Problem, machine: Machine) -> float:
     return machine.compiling + CALL + problem.batch * strips * each + memory
 
 
+def operations(problem: Problem, machine: Machine) -> float:
+    """Transforms down the columns of all strips, and the products between them."""
+    (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
+    length = _plan(rows, columns, h, w, problem.dtype, machine)[0]
+    strips, of_a_column = -(-rows // (length - h + 1)), 5 * length * math.log2(length)
+    return problem.batch * strips * (of_a_column * (columns + w) + 4 * length * columns * w)
+
+
 def plan(problem: Problem, machine: Machine) -> Solve:
     """How to do it."""
-    return fourier.plan(problem, _border_tile(problem), functools.partial(_in_strips, machine))
+    return precision.plan(problem, _border_tile(problem), functools.partial(_in_strips, machine))
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Spectra of a strip for each thread, and what all compiled transforms take."""
     of_a_thread = 4 * 8 * max(RADICES) * (BLOCK_COLUMNS + problem.kernel_width)
-    return machine.threads * of_a_thread + fourier.temporary_bytes(problem, _border_tile(problem))
+    return machine.threads * of_a_thread + precision.temporary_bytes(problem, _border_tile(problem))
 
 
 def cuts(problem: Problem, machine: Machine) -> Cuts:
@@ -126,10 +135,10 @@ def _strips(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Mach
     return _Strips(_pipeline(length, vectors, dtype), height, starts, half, -(-per_task // blocks), blocks)
 
 
-def _in_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Survey]:
+def _in_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Seen]:
     (rows, columns), (h, w) = output.shape, kernel.shape
     pipeline, height, starts, half, *sizes = _strips(rows, columns, h, w, dtype_of(plane), machine)
-    surveys: list[Survey] = []
+    found: list[Seen] = []
     for start in starts:
         pixels, target, seen = plane[start : start + height + h - 1], output[start : start + height], np.empty(5)
         if not half:
@@ -144,10 +153,10 @@ def _in_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> 
         else:
             one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
             pipeline(one, other, kernel, *sizes, target[:, :half], target[:, half:], seen)
-        surveys.append(Survey(*seen.tolist()))
-        if not math.isfinite(surveys[-1].size):
+        found.append(Survey(*seen.tolist()).seen(plane.dtype))
+        if not math.isfinite(found[-1].size):
             break
-    return surveys
+    return found
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,10 +4,11 @@ The correlation theorem on whole images, or tile by tile where that is cheaper (
 Discrete-Time Signal Processing, 8.7), which makes the cost linear in the size of the image. A kernel's size hardly
 matters. Spectra are made for blocks of images, filters and channels that together keep within SPECTRA_BYTES.
 
-In float32 the middle of each channel's range is subtracted first and its share added to the output: exact, and it takes
-most of the error away. Images for which what is left could exceed the precision contract, or whose spectra could
-overflow, are transformed in float64; in float64, they are scaled by powers of two. Values that are not finite are left
-out and accounted for afterwards (core/engines/nonfinite.py).
+Where the smallest pixel of a channel is at least half as large as the largest, the middle of their range is subtracted
+first and its share added to the output: exact, and it takes most of the error away. Each image is held against the
+bound of core/engines/precision.py, filter by filter. Images that may not keep to it, or whose spectra could overflow,
+are transformed in float64; in float64, they are scaled by powers of two, or transformed in long double. Values that are
+not finite are left out and accounted for afterwards (core/engines/nonfinite.py).
 """
 
 import bisect
@@ -23,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.arrays import DTYPES, Array, Solve, as_torch
+from core.arrays import DTYPES, NUMPY_DTYPES, Array, Solve, as_torch
 from core.borders import pad
-from core.engines import nonfinite
-from core.engines.precision import ROUNDING, WORST, least_output
+from core.engines import nonfinite, precision
+from core.engines.precision import UNIT, WORST
 from core.machine import Machine
 from core.shapes import Cuts, Pair, Problem
 
@@ -67,6 +68,16 @@ def seconds(problem: Problem, machine: Machine) -> float:
         + _transform_seconds(points, problem, machine) / 2 * kernels
         + problem.batch * tiles * (CALL_OF_A_TILE + each)
     )
+
+
+def operations(problem: Problem, machine: Machine) -> float:
+    """Transforms of all tiles of images, kernels and outputs, and the products between them."""
+    del machine
+    tile = _tile_size(problem)
+    points, tiles = math.prod(tile), problem.batch * _tiles_of(problem, tile)
+    kernels = problem.filters * problem.channels // problem.groups
+    transforms = tiles * (problem.channels + problem.filters) + kernels
+    return points * (2.5 * transforms * math.log2(points) + 4.0 * tiles * kernels)
 
 
 def plan(problem: Problem, machine: Machine) -> Solve:
@@ -144,7 +155,7 @@ def _correlate(problem: Problem, images: Tensor, weight: Tensor, output: Tensor)
     outside_taps = ~weight.isfinite()
     finite_weight = not bool(outside_taps.any())
     taps = weight if finite_weight else weight.masked_fill(outside_taps, 0)
-    _within_contract(problem, _Images(images, low / 2 + high / 2, images.dtype, finite), taps, low, high, output)
+    _within_contract(problem, _Images(images, _middle(low, high), images.dtype, finite), taps, low, high, output)
     if finite and finite_weight:
         return
     for index in range(problem.batch):
@@ -166,13 +177,19 @@ def _correlate(problem: Problem, images: Tensor, weight: Tensor, output: Tensor)
 def _of_integers(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
     low, high = _range(images)
     output = images.new_empty((problem.batch, problem.filters, *problem.output_size))
-    _by_tiles(problem, _Images(images, low / 2 + high / 2, images.dtype), weight, output, range(problem.batch))
+    _by_tiles(problem, _Images(images, _middle(low, high), images.dtype), weight, output, range(problem.batch))
     return output
 
 
 def _range(images: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest value of every plane (N, C); NaN where one is."""
     return images.amin((2, 3)), images.amax((2, 3))
+
+
+def _middle(low: Tensor, high: Tensor) -> Tensor:
+    """The middle of each channel's range, or 0 where pixels are small beside others."""
+    alike = ((high > 0) & (2 * low >= high)) | ((low < 0) & (2 * high <= low))
+    return torch.where(alike, low / 2 + high / 2, 0)
 
 
 def _finite_range(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,35 +204,191 @@ def _finite_range(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _within_contract(
-    problem: Problem, images: _Images, weight: Tensor, low: Tensor, high: Tensor, output: Tensor
+    problem: Problem,
+    images: _Images,
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    output: Tensor,
+    bound_of: np.dtype[Any] | None = None,
 ) -> None:
-    """Fill the output from a finite weight. low, high (N, C) are the range of every channel."""
+    """Fill the output from a finite weight, within the bound for its type or for another.
+
+    low, high (N, C) are the range of every channel.
+    """
     dtype, groups, precise = images.dtype, problem.groups, _precise(problem)
     taps = weight.to(precise).flatten(2)
-    lows, highs, norms, totals = (
-        values.double().numpy(force=True) for values in (low, high, taps.norm(dim=2), taps.sum(2))
+    lows, highs, middles, norms, totals, sizes = (
+        values.double().numpy(force=True)
+        for values in (low, high, images.middle, taps.norm(dim=2), taps.sum(2), taps.abs().sum(2))
     )
-    peaks, middles = np.maximum(-lows, highs), lows / 2 + highs / 2
+    peaks = np.maximum(-lows, highs)
     numbers, points = torch.finfo(dtype), math.prod(problem.padded_size)
     with np.errstate(over="ignore", invalid="ignore"):
         # These bound every number on the way, spectra included.
         spectra, largest, norm = _over_channels(peaks, norms, groups), peaks.max(1, keepdims=True), norms.max(1)
         least = numbers.tiny / numbers.eps
         lost = (np.minimum(spectra, norm) <= least * points) | (largest <= least)
-        wild = ~((spectra * points < numbers.max) & (~lost | (largest == 0) | (norm == 0))).all(1)
+        wild = ~((spectra * points < numbers.max) & (~lost | (largest == 0) | (sizes.max(1) == 0))).all(1)
+        bound, unit = _Bound(problem, bound_of or NUMPY_DTYPES[problem.dtype]), UNIT[NUMPY_DTYPES[problem.dtype]]
+        integers = _give_integers(images, weight, _over_channels(peaks, sizes, groups) < 0.5 / unit)
+        radii = np.maximum(highs - middles, middles - lows)
+        spread = np.sqrt(_over_channels(radii**2, norms**2, groups))
+        share = _over_channels(np.abs(middles), np.abs(totals), groups)
+        errors = unit * (WORST * spread + 2 * share)
     if not wild.all():
         _by_tiles(problem, images, weight, output, np.flatnonzero(~wild).tolist())
     if dtype == precise:
         for image in np.flatnonzero(wild).tolist():
             _scaled(problem, images, weight, torch.maximum(-low, high)[image], output, image)
-        return
-    spread = np.sqrt(_over_channels((highs / 2 - lows / 2) ** 2, norms**2, groups))
-    share = np.abs(_over_channels(middles, totals, groups))
-    least_values = least_output(ROUNDING) * (WORST * spread + share)
-    lowest, highest = (values.double().numpy(force=True) for values in _range(output))
-    redone = np.flatnonzero(wild | (np.maximum(-lowest, highest) < least_values).any(1)).tolist()
-    if redone:
-        _by_tiles(problem, images._replace(dtype=precise), weight, output, redone)
+        for image in np.flatnonzero(~wild).tolist() if problem.device == "cpu" else []:
+            whole = bool(integers[image])
+            if not bound.holds(images, weight, output, image, errors[image], integers=whole):
+                _most_precisely(problem, images, weight, output, image)
+    else:
+        redone = [
+            image
+            for image, whole in enumerate(integers.tolist())
+            if wild[image] or not bound.holds(images, weight, output, image, errors[image], integers=whole)
+        ]
+        rows, columns = precision.support(weight.numpy(force=True))
+        if redone and weight[:, :, rows, columns].shape != weight.shape:
+            # Pixels that meet only zeros may be of any size.
+            _inside(problem, images, weight, (rows, columns), output, redone)
+        else:
+            for image in redone:
+                _in_float64(problem, images, weight, (low, high), output, image)
+    for image in np.flatnonzero(integers).tolist():
+        output[image].round_().add_(0.0)
+
+
+def _inside(
+    problem: Problem, images: _Images, weight: Tensor, taps: tuple[slice, slice], output: Tensor, which: Sequence[int]
+) -> None:
+    """Fill the outputs of some images from the rows and columns of taps outside which all are zero."""
+    rows, columns = taps
+    inside = weight[:, :, rows, columns]
+    height, width = (outputs + side - 1 for outputs, side in zip(problem.output_size, inside.shape[2:], strict=True))
+    part = replace(
+        problem,
+        batch=1,
+        height=height,
+        width=width,
+        kernel_height=inside.shape[2],
+        kernel_width=inside.shape[3],
+    )
+    for image in which:
+        pixels = images.pixels[image : image + 1, :, rows.start :, columns.start :][:, :, :height, :width]
+        if not images.finite:
+            pixels = pixels.masked_fill(~pixels.isfinite(), 0)
+        _correlate(part, pixels, inside, output[image : image + 1])
+
+
+def _in_float64(
+    problem: Problem, images: _Images, weight: Tensor, extremes: tuple[Tensor, Tensor], output: Tensor, image: int
+) -> None:
+    """Fill the outputs of one image of float32, to the bound of float32."""
+    low, high = (values[image : image + 1].double() for values in extremes)
+    one, precise = slice(image, image + 1), torch.empty_like(output[image : image + 1], dtype=torch.float64)
+    pixels = _Images(images.pixels[one].double(), _middle(low, high), torch.float64, images.finite)
+    part = replace(problem, batch=1, dtype="float64")
+    _within_contract(part, pixels, weight.double(), low, high, precise, NUMPY_DTYPES[problem.dtype])
+    output[one] = precise
+
+
+def _give_integers(images: _Images, weight: Tensor, small: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """For each image, whether all its outputs are integers that the type holds exactly, and so are all partial sums.
+
+    small (N, O): the sums of sizes leave room for that.
+    """
+    none = np.zeros(len(small), bool)
+    if not small.all(1).any() or not _is_integer(weight.flatten()[:1]) or not _is_integer(weight):
+        return none
+    fits = np.all(small, axis=1)
+    return np.array(
+        [
+            bool(fits[index]) and _is_integer(image.flatten()[:1]) and all(map(_is_integer, image))
+            for index, image in enumerate(images.pixels)
+        ]
+    )
+
+
+def _is_integer(values: Tensor) -> bool:
+    return bool((values == values.round()).all())
+
+
+class _Bound(NamedTuple):
+    """The bound of core/engines/precision.py, for the outputs of an image."""
+
+    problem: Problem
+    dtype: np.dtype[Any]
+
+    @property
+    def unit(self) -> float:
+        """The unit roundoff."""
+        return UNIT[self.dtype]
+
+    def holds(
+        self,
+        images: _Images,
+        weight: Tensor,
+        output: Tensor,
+        image: int,
+        errors: NDArray[np.float64],
+        *,
+        integers: bool,
+    ) -> bool:
+        """Whether outputs (O, oh, ow) that may be off by these errors (O) are within it, as far as some show."""
+        if integers and errors.max() > precision.SAFE_TO_ROUND:
+            return False
+        reached = output[image].abs().amax((1, 2)).double().numpy(force=True)
+        doubtful = errors > self._allowed(reached, reached)
+        if not doubtful.any():
+            return True
+        pixels = images.pixels[image]
+        if not images.finite:
+            pixels = pixels.masked_fill(~pixels.isfinite(), 0)
+        for sums in _sums_of_sizes(self.problem, pixels, weight):
+            doubtful &= errors > self._allowed(reached, sums)
+            if not doubtful.any():
+                return True
+        return False
+
+    def _allowed(self, output: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        share = precision.OF_OUTPUT[self.dtype]
+        return share * output + 4 * math.sqrt(self.problem.taps) * self.unit * sums
+
+
+def _sums_of_sizes(problem: Problem, pixels: Tensor, weight: Tensor) -> Iterator[NDArray[np.float64]]:
+    """The sums of |x| |k| (O) in some windows of an image (C, H, W)."""
+    h, w, precise = problem.kernel_height, problem.kernel_width, _precise(problem)
+    taps = weight.abs().to(precise).reshape(problem.groups, -1, problem.taps)
+    rows, columns = pixels.shape[1] - h, pixels.shape[2] - w
+    parts = (1 / 2, 0, 1)
+    places = [(int(rows * down), int(columns * across)) for down in parts for across in parts]
+    sizes = pixels.abs()
+    channel, row, column = np.unravel_index(int(sizes.argmax()), sizes.shape)
+    of_channel = weight.abs().reshape(problem.groups, -1, *weight.shape[1:])[:, :, channel % weight.shape[1]]
+    down, across = np.unravel_index(int(of_channel.amax((0, 1)).argmax()), (h, w))
+    places.append((min(max(0, int(row - down)), rows), min(max(0, int(column - across)), columns)))
+    for top, left in places:
+        window = sizes[:, top : top + h, left : left + w].to(precise).reshape(problem.groups, problem.taps, 1)
+        yield (taps @ window).flatten().double().numpy(force=True)
+
+
+def _most_precisely(problem: Problem, images: _Images, weight: Tensor, output: Tensor, image: int) -> None:
+    """Fill the outputs of one image in float64, filter by filter, as precisely as can be."""
+    pixels, taps = images.pixels[image], weight.numpy(force=True)
+    if not images.finite:
+        pixels = pixels.masked_fill(~pixels.isfinite(), 0)
+    depth, each = taps.shape[1], problem.filters // problem.groups
+    for filter_ in range(problem.filters):
+        first = filter_ // each * depth
+        channels = pixels[first : first + depth].numpy(force=True)
+        sums = sum(
+            precision.most_precisely(channel, kernel) for channel, kernel in zip(channels, taps[filter_], strict=True)
+        )
+        output[image, filter_] = torch.from_numpy(np.asarray(sums, dtype=np.float64))
 
 
 def _precise(problem: Problem) -> torch.dtype:

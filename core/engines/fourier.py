@@ -1,13 +1,10 @@
-"""What engines share whose transforms are compiled: the transforms, and the care that numbers in them need.
+"""What engines share whose transforms are compiled: the transforms, and a survey of the numbers that go into them.
 
-In float32 the middle of the input's range is subtracted first and its share added to the output: exact, and it takes
-most of the error away. If what is left could exceed the precision contract, or spectra could overflow, the same is
-computed once more in float64. A float64 plane and kernel whose spectra could overflow are scaled by powers of two.
-Values that are not finite are left out and accounted for afterwards (core/engines/nonfinite.py).
+Where the smallest pixel is at least half as large as the largest, the middle of their range is subtracted first and its
+share added to the output: exact, and it takes most of the error away.
 """
 
 import cmath
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,30 +12,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from core.arrays import Solve
-from core.engines import jit, nonfinite
+from core.engines import jit
 from core.engines.jit import Plane, Recipe
-from core.engines.precision import least_output, rounding_error
-from core.shapes import Dtype, Pair, Problem
+from core.engines.precision import UNIT, WORST, Seen, dtype_of
+from core.shapes import Dtype
 
 SURVEYED_ROWS = 4
 """Rows that are surveyed together, so that no comparison waits for the one before."""
-
-SAMPLED_ROWS = 16
-"""Enough to know how large the output gets, as a rule; where they mislead, the answer is only dearer."""
-
-SLAB_VALUES = 1 << 18
-"""Values that are computed once more at a time, unless the kernel is tall: bounds the memory that it takes."""
-
-TEMPORARIES = 10
-"""Arrays of float32 as large as a slab, input or output, that computing it once more takes at most; measured."""
-
-LEAST_SIDE = 64
-"""Rows and columns of output that are computed at least, if there are as many: narrower ones save nothing."""
-
-LARGEST = {np.dtype(dtype): float(np.finfo(dtype).max) for dtype in (np.float32, np.float64)}
-LEAST = {np.dtype(dtype): float(np.finfo(dtype).tiny / np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
-"""Products of numbers above that have all their digits."""
 
 
 class Survey(NamedTuple):
@@ -56,146 +36,16 @@ class Survey(NamedTuple):
 
     @property
     def middle(self) -> float:
-        """The middle of the pixels' range."""
-        return self.low / 2 + self.high / 2
+        """What is subtracted from every pixel: the middle of the range, unless pixels are small beside others."""
+        alike = self.high > 0 and 2 * self.low >= self.high
+        alike = alike or (self.low < 0 and 2 * self.high <= self.low)
+        return self.low / 2 + self.high / 2 if alike else 0.0
 
-    @property
-    def its_share(self) -> float:
-        """The part of the output that comes from the middle."""
-        return self.middle * self.total
-
-    @property
-    def norm(self) -> float:
-        """The kernel's Euclidean norm."""
-        return math.sqrt(self.squares)
-
-    @property
-    def error(self) -> float:
-        """What float32 may be off by."""
-        return rounding_error(self.high / 2 - self.low / 2, self.norm, self.its_share)
-
-
-Transformed: TypeAlias = Callable[[Plane, Plane, Plane], Sequence[Survey]]
-"""Plane (H, W), kernel (h, w), output (oh, ow) to fill -> what was seen, of the whole or of parts."""
-
-
-def plan(problem: Problem, tile: Pair, transformed: Transformed) -> Solve:
-    """A solution within the precision contract, plane by plane; borders are no narrower than a tile."""
-
-    def fill_part(pixels: Plane, output: Plane, weight: Plane) -> None:
-        for plane, target in zip(pixels[:, 0], output[:, 0], strict=True):
-            _correlate(plane, weight[0, 0], target, transformed)
-
-    return jit.solution(problem, jit.in_parts(problem, tile, lambda _: fill_part))
-
-
-def temporary_bytes(problem: Problem, tile: Pair) -> int:
-    """Memory of copies with a border, and of what is computed once more."""
-    rows = problem.output_size[0]
-    slab = 2 * max(SLAB_VALUES, 4 * problem.kernel_height * problem.padded_size[1])
-    again = TEMPORARIES * 4 * min(slab, (rows + problem.kernel_height) * problem.padded_size[1])
-    if problem.dtype == "float64":
-        again *= 2
-    return jit.border_bytes(problem, tile) + again
-
-
-def _correlate(plane: Plane, kernel: Plane, output: Plane, transformed: Transformed) -> None:
-    """Fill the output (oh, ow), which may be a part of a larger one, within the precision contract."""
-    surveys = transformed(plane, kernel, output)
-    sizes = [survey.size for survey in surveys]
-    finite = all(map(math.isfinite, sizes))
-    if not finite or (not math.isfinite(surveys[0].total) and not np.isfinite(kernel).all()):
-        _by_slabs(_beside_nonfinite, plane, kernel, output, transformed)
-        return
-    in_range = _in_range(max(sizes), surveys[0].norm, max(plane.shape) ** 2, plane.dtype)
-    if in_range and plane.dtype == np.float64:
-        return
-    if not in_range or not _reaches(output, least_output(max([survey.error for survey in surveys]))):
-        _by_slabs(_with_range, plane, kernel, output, transformed)
-
-
-def _in_range(size: float, norm: float, points: int, dtype: np.dtype[Any]) -> bool:
-    """Spectra of so many points neither overflow nor lose digits to underflow."""
-    least = LEAST[dtype]
-    return size * norm * points < LARGEST[dtype] and (
-        size == 0 or (size > least and norm > least * points and size * norm > least * points)
-    )
-
-
-def _by_slabs(
-    fill: Callable[[Plane, Plane, Plane, Transformed], None],
-    plane: Plane,
-    kernel: Plane,
-    output: Plane,
-    transformed: Transformed,
-) -> None:
-    """Fill some rows of the output after the other, to bound the memory that it takes."""
-    h, rows = len(kernel), len(output)
-    # Slabs are several times as tall as the kernel, or most rows would be read twice.
-    slabs = max(1, rows // max(SLAB_VALUES // plane.shape[1], 4 * h, LEAST_SIDE))
-    for slab in range(slabs):
-        first, last = slab * rows // slabs, (slab + 1) * rows // slabs
-        fill(plane[first : last + h - 1], kernel, output[first:last], transformed)
-
-
-def _beside_nonfinite(plane: Plane, kernel: Plane, output: Plane, transformed: Transformed) -> None:
-    """Fill the output from the finite values, then add the products that are not."""
-    seen = slice(0, output.shape[0]), slice(0, output.shape[1])
-    if not np.isfinite(kernel).all():
-        # Every output reads every tap, and is not finite.
-        output[...] = 0
-    elif (finite := np.isfinite(plane)).all():
-        _correlate(plane, kernel, output, transformed)
-        return
-    else:
-        # No output that reads such a pixel will be finite: any of the other values will do there.
-        other = plane.flat[int(finite.argmax())] if finite.any() else plane.dtype.type(0)
-        _correlate(np.where(finite, plane, other), kernel, output, transformed)
-        rows, columns = (np.flatnonzero(~finite.all(axis=axis)) for axis in (1, 0))
-        seen = _reading(rows, kernel.shape[0], output.shape[0]), _reading(columns, kernel.shape[1], output.shape[1])
-    read = tuple(slice(side.start, side.stop + taps - 1) for side, taps in zip(seen, kernel.shape, strict=True))
-    with np.errstate(over="ignore", invalid="ignore"):
-        nonfinite.add(output[seen], plane[read], kernel, functools.partial(_of_integers, transformed), np)
-
-
-def _reading(positions: NDArray[np.intp], taps: int, outputs: int) -> slice:
-    """The outputs that read any of the pixels from the first to the last position."""
-    first, last = max(0, int(positions[0]) - taps + 1), min(outputs, int(positions[-1]) + 1)
-    first = max(0, min(first, outputs - LEAST_SIDE))
-    return slice(first, min(outputs, max(last, first + LEAST_SIDE)))
-
-
-def _of_integers(transformed: Transformed, pixels: Plane, kernel: Plane) -> Plane:
-    output = np.empty(
-        tuple(side - taps + 1 for side, taps in zip(pixels.shape, kernel.shape, strict=True)), pixels.dtype
-    )
-    transformed(pixels, kernel, output)
-    return output
-
-
-def _with_range(pixels: Plane, kernel: Plane, output: Plane, transformed: Transformed) -> None:
-    """Fill the output in float64, in which spectra of float32 cannot overflow, or scaled by powers of two."""
-    if pixels.dtype == np.float32:
-        precise = np.empty(output.shape)
-        transformed(pixels.astype(np.float64), kernel.astype(np.float64), precise)
-        with np.errstate(over="ignore"):
-            output[...] = precise
-        return
-    of_pixels, of_kernel = (int(np.frexp(np.abs(values).max())[1]) for values in (pixels, kernel))
-    transformed(np.ldexp(pixels, -of_pixels), np.ldexp(kernel, -of_kernel), output)
-    with np.errstate(over="ignore"):
-        np.ldexp(output, of_pixels + of_kernel, out=output)
-
-
-def _reaches(output: Plane, size: float) -> bool:
-    """Numbers of at least that size are among the output, as far as some of its rows show: one, if that is enough."""
-    some = output[:: 1 + len(output) // SAMPLED_ROWS]
-    return bool(some[len(some) // 2].max() >= size or some.max() >= size or some.min() <= -size)
-
-
-def dtype_of(array: Plane) -> Dtype:
-    """The array's dtype, as problems name it."""
-    return "float32" if array.dtype == np.float32 else "float64"
+    def seen(self, dtype: np.dtype[Any]) -> Seen:
+        """What a transform of that type may be off by, among others."""
+        norm, middle = math.sqrt(self.squares), self.middle
+        radius = max(self.high - middle, middle - self.low)
+        return Seen(self.size, norm, UNIT[dtype] * (WORST * radius * norm + 2 * abs(middle * self.total)))
 
 
 def survey(plane: Plane, kernel: Plane) -> Survey:
@@ -225,7 +75,8 @@ def survey_of(parts: Sequence[Any], kernel: Any, number: Any, lanes: int) -> tup
     surveyed, middle, its_share, which = hl.Func("surveyed"), hl.Func("middle"), hl.Func("its_share"), hl.Var("which")
     double = hl.Float(64)
     surveyed[which] = hl.mux(which, [hl.cast(double, found) for found in (low, high, size, total, squares)])
-    middle[()] = low / 2 + high / 2
+    alike = ((high > 0) & (low + low >= high)) | ((low < 0) & (high + high <= low))
+    middle[()] = hl.select(alike, low / 2 + high / 2, hl.cast(number, 0))
     its_share[()] = hl.cast(number, hl.cast(double, middle[()]) * total)
     for func in (middle, its_share):
         func.compute_root()

@@ -87,6 +87,12 @@ def seconds(problem: Problem, machine: Machine) -> float:
     return machine.compiling + calls + sums / threads + jit.border_seconds(problem, (1, lanes))
 
 
+def operations(problem: Problem, machine: Machine) -> float:
+    """All products and their sums."""
+    del machine
+    return problem.operations
+
+
 def plan(problem: Problem, machine: Machine) -> Solve:
     """How to do it."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)

@@ -1,101 +1,298 @@
-"""The precision contract, as far as engines that transform must mind it.
+"""The precision that engines promise which do not sum directly, and the care that keeps them to it.
 
-With Y64 the exact answer and D32 a plain float32 summation, max|Y - Y64| <= 2 max|D32 - Y64| + 1e-6 max|Y64|. The
-second term alone is what is relied on here: where sums happen to be exact the first is nothing.
+With Y64 the exact output, S the sum of |x| |k| over one output's window, n the number of taps and u the unit roundoff,
+every output plane has max|Y - Y64| <= OF_OUTPUT max|Y64| + 4 sqrt(n) u max S; integers whose sums stay below 1 / (2u)
+come out exact. An engine estimates its own error. Where the estimate is above the bound, as far as a few windows show
+it, the plane is computed once more with more digits. Planes whose numbers are near the ends of the range are scaled by
+powers of two. Values that are not finite are left out and accounted for afterwards (core/engines/nonfinite.py).
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
-from core.engines import jit
+import numpy as np
+from numpy.typing import NDArray
 
-ROUNDING = 2.0**-24
-"""What rounding a number to float32 takes from it at most, relative to it."""
+from core.arrays import Solve
+from core.engines import jit, nonfinite
+from core.engines.jit import Plane
+from core.shapes import Dtype, Pair, Problem
 
-LARGEST_TYPICAL = 1e30
+SAMPLED_ROWS = 16
+"""Rows of the output that show how large it is, as a rule; where they mislead, the answer only takes longer."""
+
+SAMPLED_WINDOWS = 3
+"""Along each axis, windows in which sums of sizes are computed."""
+
+SLAB_VALUES = 1 << 18
+"""Values that are computed once more at a time, unless the kernel is tall: bounds the memory that it takes."""
+
+TEMPORARIES = 10
+"""Arrays of float32 as large as a slab, input or output, that computing it once more takes at most; measured."""
+
+LEAST_SIDE = 64
+"""Rows and columns of output that are computed at least, if there are as many: narrower ones save nothing."""
+
+UNIT: dict[np.dtype[Any], float] = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
+"""The largest relative error of rounding a number."""
+
+OF_OUTPUT: dict[np.dtype[Any], float] = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-14}
+"""The error that is allowed whatever the sizes are, as a share of the largest output."""
+
+LARGEST = {np.dtype(dtype): float(np.finfo(dtype).max) for dtype in (np.float32, np.float64)}
+LEAST = {np.dtype(dtype): float(np.finfo(dtype).tiny / np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
+"""Products of numbers above that have all their digits."""
 
 WORST = 8
-"""The largest error of a transform there and back, in roundings of a number as large as half the input's range times
-the kernel's norm. Seen were errors up to 2, over thousands of random images and kernels of every size."""
+"""The largest error of a transform there and back, in unit roundoffs of the largest number that is transformed times
+the kernel's Euclidean norm. Seen were errors up to 2, over thousands of random images and kernels of every size."""
+
+FEW_TAPS = 1024
+"""Taps that are summed directly, one after the other, where no transform has enough digits."""
+
+SAFE_TO_ROUND = 0.25
+"""An error below which rounding to integers is right."""
 
 
-def rounding_error(half_range: float, norm: float, share: float) -> float:
-    """What a correlation by float32 transforms may be off by.
+class Seen(NamedTuple):
+    """The size of a plane's largest pixel, which is not finite where one is not, the kernel's norm, and the error.
 
-    The input lies within half_range of its middle, norm is the kernel's Euclidean one, share the middle's part of the
-    output.
+    The error is the engine's own estimate of what the output may be off by.
     """
-    error = ROUNDING * (WORST * half_range * norm + abs(share))
-    return error if math.isfinite(error) else math.inf
+
+    size: float
+    norm: float
+    error: float
 
 
-def least_output(error: float) -> float:
-    """How large an output's largest value must be that may be off by that."""
-    return 1e6 * error
+Transformed: TypeAlias = Callable[[Plane, Plane, Plane], Sequence[Seen]]
+"""Plane (H, W), kernel (h, w), output (oh, ow) to fill -> what was seen, of the whole or of parts."""
 
 
-def centre(images: Any, total: Any, number: Any) -> tuple[Any, Any]:
-    """Funcs of n: a value such as the plane n of images (N, 1, H, W) has, and its share of the output.
+def allowed(dtype: np.dtype[Any], taps: int, output: float, sums: float) -> float:
+    """The error that is allowed for the largest output and the largest sum of |x| |k|."""
+    return OF_OUTPUT[dtype] * output + 4 * math.sqrt(taps) * UNIT[dtype] * sums
 
-    `total` is the sum of the kernel. The value is the middle one of five pixels, whom a lone outlier does not mislead,
-    in so few bits that what integers sum up to stays exact. It is 0 where subtracting it could overflow, or the kernel
-    has infinities.
-    """
-    hl = jit.halide()
-    n = hl.Var("n")
-    chosen, typical, its_share = hl.Func("chosen"), hl.Func("typical"), hl.Func("its_share")
-    width, height = images.dim(0).extent(), images.dim(1).extent()
-    middle, *others = (
-        hl.cast(hl.Float(32), images[column, row, 0, n])
-        for column, row in (
-            (width // 2, height // 2),
-            (width // 4, height // 4),
-            (3 * width // 4, height // 4),
-            (width // 4, 3 * height // 4),
-            (3 * width // 4, 3 * height // 4),
-        )
+
+def plan(problem: Problem, tile: Pair, transformed: Transformed) -> Solve:
+    """A solution within the bound, plane by plane; borders are no narrower than a tile."""
+
+    def fill_part(pixels: Plane, output: Plane, weight: Plane) -> None:
+        for plane, target in zip(pixels[:, 0], output[:, 0], strict=True):
+            correlate(plane, weight[0, 0], target, transformed)
+
+    return jit.solution(problem, jit.in_parts(problem, tile, lambda _: fill_part))
+
+
+def temporary_bytes(problem: Problem, tile: Pair) -> int:
+    """Memory of copies with a border, and of what is computed once more."""
+    rows = problem.output_size[0]
+    slab = 2 * max(SLAB_VALUES, 4 * problem.kernel_height * problem.padded_size[1])
+    again = TEMPORARIES * 4 * min(slab, (rows + problem.kernel_height) * problem.padded_size[1])
+    if problem.dtype == "float64":
+        again *= 3
+    return jit.border_bytes(problem, tile) + again
+
+
+def correlate(
+    plane: Plane, kernel: Plane, output: Plane, transformed: Transformed, bound: np.dtype[Any] | None = None
+) -> None:
+    """Fill the output (oh, ow), which may be a part of a larger one, within the bound for its type, or for another."""
+    bound = bound or plane.dtype
+    seen = transformed(plane, kernel, output)
+    size, norm, error = max(each.size for each in seen), seen[0].norm, max(each.error for each in seen)
+    if not all(math.isfinite(each.size) for each in seen) or not math.isfinite(norm):
+        if not (np.isfinite(plane).all() and np.isfinite(kernel).all()):
+            _by_slabs(_beside_nonfinite, plane, kernel, output, transformed)
+            return
+        size, norm, error = math.inf, math.inf, math.inf
+    if size <= LEAST[plane.dtype]:
+        # Compiled comparisons may take the smallest numbers for zero.
+        size = float(np.abs(plane).max())
+    if norm <= LEAST[plane.dtype]:
+        # Squares of the smallest numbers are zero.
+        norm = float(np.abs(kernel).max())
+    integers = _gives_integers(plane, kernel, size)
+    if not _in_range(size, norm, max(plane.shape) ** 2, plane.dtype):
+        _by_slabs(_with_range, plane, kernel, output, transformed)
+    elif not _keeps(plane, kernel, output, error, bound, integers=integers):
+        rows, columns = support(kernel)
+        if (inside := kernel[rows, columns]).shape != kernel.shape:
+            # Pixels that meet only zeros may be of any size.
+            read = plane[rows.start :, columns.start :][: len(output) + len(inside) - 1]
+            correlate(read[:, : output.shape[1] + inside.shape[1] - 1], inside, output, transformed, bound)
+        else:
+            _by_slabs(_with_more_digits, plane, kernel, output, transformed)
+    if integers:
+        round_to_integers(output)
+
+
+def support(kernel: NDArray[Any]) -> tuple[slice, slice]:
+    """The rows and columns of a kernel (..., h, w) outside which it is zero; all of them where it is zero itself."""
+    taps = (kernel != 0).reshape(-1, *kernel.shape[-2:]).any(0)
+    if not taps.any():
+        return slice(0, kernel.shape[-2]), slice(0, kernel.shape[-1])
+    sides = (np.flatnonzero(taps.any(axis)) for axis in (1, 0))
+    rows, columns = (slice(int(side[0]), int(side[-1]) + 1) for side in sides)
+    return rows, columns
+
+
+def round_to_integers(output: Plane) -> None:
+    """Round in place; what is rounded to zero has no sign."""
+    np.rint(output, out=output)
+    output += 0.0
+
+
+def _gives_integers(plane: Plane, kernel: Plane, size: float) -> bool:
+    """Whether all outputs are integers that the type holds exactly, and so are all partial sums."""
+    if not (kernel.item(0, 0).is_integer() and plane.item(0, 0).is_integer()):
+        return False
+    if not size * float(np.abs(kernel).sum(dtype=np.float64)) < 0.5 / UNIT[plane.dtype]:
+        return False
+    return bool((kernel == np.rint(kernel)).all()) and hold_integers(plane)
+
+
+def hold_integers(values: NDArray[Any]) -> bool:
+    """Whether all values are integers; looked at row by row, for most that are not show it in the first."""
+    rows = max(1, (1 << 15) // values.shape[-1])
+    flat = values.reshape(-1, values.shape[-1]) if values.ndim != 2 else values
+    return all(
+        bool((flat[first : first + rows] == np.rint(flat[first : first + rows])).all())
+        for first in range(0, len(flat), rows)
     )
-    low = hl.max(hl.min(others[0], others[1]), hl.min(others[2], others[3]))
-    high = hl.min(hl.max(others[0], others[1]), hl.max(others[2], others[3]))
-    median = hl.max(hl.min(low, high), hl.min(hl.max(low, high), middle))
-    bits = hl.reinterpret(hl.UInt(32), median) + hl.u32(0x8000) & hl.u32(0xFFFF0000)
-    chosen[n] = hl.reinterpret(hl.Float(32), bits)
-    tame = (hl.abs(chosen[n]) < hl.f32(LARGEST_TYPICAL)) & (hl.abs(total) < hl.f64(LARGEST_TYPICAL))
-    typical[n] = hl.select(tame, hl.cast(number, chosen[n]), hl.cast(number, 0))
-    share = hl.cast(hl.Float(64), chosen[n]) * total
-    its_share[n] = hl.select(tame, hl.cast(number, share), hl.cast(number, 0))
-    for func in (chosen, typical, its_share):
-        func.compute_root()
-    return typical, its_share
 
 
-def sum_of_taps(kernel: Any) -> Any:
-    """The sum of a kernel (1, 1, h, w), in float64."""
-    hl = jit.halide()
-    x, columns, total = hl.Var("x"), hl.Func("columns_of_taps"), hl.Func("total_of_taps")
-    across, down = (hl.RDom([hl.Range(0, kernel.dim(axis).extent())]) for axis in (0, 1))
-    columns[x] = hl.f64(0.0)
-    columns[x] += hl.cast(hl.Float(64), kernel[x, down.x, 0, 0])
-    total[()] = hl.f64(0.0)
-    total[()] += columns[across.x]
-    lanes, tail = jit.lanes("float64"), hl.TailStrategy.GuardWithIf
-    columns.compute_root().vectorize(x, lanes, tail).update().vectorize(x, lanes, tail)
-    total.compute_root()
-    return total[()]
+def _in_range(size: float, norm: float, points: int, dtype: np.dtype[Any]) -> bool:
+    """Numbers on the way, spectra of so many points among them, neither overflow nor lose digits to underflow."""
+    least = LEAST[dtype]
+    has_digits = size > least and norm > least * points and size * norm > least * points
+    return size * norm * points < LARGEST[dtype] and (size == 0 or norm == 0 or has_digits)
 
 
-def sum_of_products(columns: Any, rows: Any) -> Any:
-    """The sum of the kernel whose factors are columns (r, h) and rows (r, w), in float64."""
-    hl = jit.halide()
-    i = hl.Var("i")
-    down, along, total = hl.Func("sum_down"), hl.Func("sum_along"), hl.Func("total_of_products")
-    for sums, factor in ((down, columns), (along, rows)):
-        tap = hl.RDom([hl.Range(0, factor.dim(0).extent())])
-        sums[i] = hl.f64(0.0)
-        sums[i] += hl.cast(hl.Float(64), factor[tap.x, i])
-    rank = hl.RDom([hl.Range(0, columns.dim(1).extent())])
-    total[()] = hl.f64(0.0)
-    total[()] += down[rank.x] * along[rank.x]
-    for func in (down, along, total):
-        func.compute_root()
-    return total[()]
+def _keeps(plane: Plane, kernel: Plane, output: Plane, error: float, bound: np.dtype[Any], *, integers: bool) -> bool:
+    """Whether an output that may be off by that error is within the bound, as far as a few of its values show."""
+    if integers and error > SAFE_TO_ROUND:
+        return False
+    reached = 0.0
+    for some in (output[len(output) // 2], output[:: 1 + len(output) // SAMPLED_ROWS]):
+        reached = max(float(some.max()), -float(some.min()))
+        if error <= allowed(bound, kernel.size, reached, reached):
+            return True
+    return any(error <= allowed(bound, kernel.size, reached, sums) for sums in _sums_of_sizes(plane, kernel))
+
+
+def _sums_of_sizes(plane: Plane, kernel: Plane) -> Any:
+    """Sums of |x| |k| in some windows: the middle one, others, and that in which the largest pixel and tap meet."""
+    (h, w), taps = kernel.shape, np.abs(kernel).astype(np.float64)
+    rows, columns = plane.shape[0] - h, plane.shape[1] - w
+
+    def of_window(row: int, column: int) -> float:
+        return float((np.abs(plane[row : row + h, column : column + w]) * taps).sum())
+
+    places = [1 / 2, *(place / (SAMPLED_WINDOWS - 1) for place in range(SAMPLED_WINDOWS))]
+    for down in places:
+        for across in places:
+            yield of_window(int(rows * down), int(columns * across))
+    pixel, tap = (np.unravel_index(int(sizes.argmax()), sizes.shape) for sizes in (np.abs(plane), taps))
+    row, column = (int(at) - int(within) for at, within in zip(pixel, tap, strict=True))
+    yield of_window(min(max(0, row), rows), min(max(0, column), columns))
+
+
+def _by_slabs(
+    fill: Callable[[Plane, Plane, Plane, Transformed], None],
+    plane: Plane,
+    kernel: Plane,
+    output: Plane,
+    transformed: Transformed,
+) -> None:
+    """Fill some rows of the output after the other, to bound the memory that it takes."""
+    h, rows = len(kernel), len(output)
+    # Slabs are several times as tall as the kernel, or most rows would be read twice.
+    slabs = max(1, rows // max(SLAB_VALUES // plane.shape[1], 4 * h, LEAST_SIDE))
+    for slab in range(slabs):
+        first, last = slab * rows // slabs, (slab + 1) * rows // slabs
+        fill(plane[first : last + h - 1], kernel, output[first:last], transformed)
+
+
+def _beside_nonfinite(plane: Plane, kernel: Plane, output: Plane, transformed: Transformed) -> None:
+    """Fill the output from the finite values, then add the products that are not."""
+    seen = slice(0, output.shape[0]), slice(0, output.shape[1])
+    if not np.isfinite(kernel).all():
+        # Every output reads every tap, and is not finite.
+        output[...] = 0
+    elif (finite := np.isfinite(plane)).all():
+        correlate(plane, kernel, output, transformed)
+        return
+    else:
+        # No output that reads such a pixel will be finite: any of the other values will do there.
+        other = plane.flat[int(finite.argmax())] if finite.any() else plane.dtype.type(0)
+        correlate(np.where(finite, plane, other), kernel, output, transformed)
+        rows, columns = (np.flatnonzero(~finite.all(axis=axis)) for axis in (1, 0))
+        seen = _reading(rows, kernel.shape[0], output.shape[0]), _reading(columns, kernel.shape[1], output.shape[1])
+    read = tuple(slice(side.start, side.stop + taps - 1) for side, taps in zip(seen, kernel.shape, strict=True))
+    with np.errstate(over="ignore", invalid="ignore"):
+        nonfinite.add(output[seen], plane[read], kernel, functools.partial(_of_integers, transformed), np)
+
+
+def _reading(positions: NDArray[np.intp], taps: int, outputs: int) -> slice:
+    """The outputs that read any of the pixels from the first to the last position."""
+    first, last = max(0, int(positions[0]) - taps + 1), min(outputs, int(positions[-1]) + 1)
+    first = max(0, min(first, outputs - LEAST_SIDE))
+    return slice(first, min(outputs, max(last, first + LEAST_SIDE)))
+
+
+def _of_integers(transformed: Transformed, pixels: Plane, kernel: Plane) -> Plane:
+    output = np.empty(
+        tuple(side - taps + 1 for side, taps in zip(pixels.shape, kernel.shape, strict=True)), pixels.dtype
+    )
+    transformed(pixels, kernel, output)
+    return output
+
+
+def _with_range(pixels: Plane, kernel: Plane, output: Plane, transformed: Transformed) -> None:
+    """Fill the output in float64, in which products of float32 have all their digits, or scaled by powers of two."""
+    if pixels.dtype == np.float32:
+        _with_more_digits(pixels, kernel, output, transformed)
+        return
+    of_pixels, of_kernel = (int(np.frexp(np.abs(values).max())[1]) for values in (pixels, kernel))
+    correlate(np.ldexp(pixels, -of_pixels), np.ldexp(kernel, -of_kernel), output, transformed)
+    with np.errstate(over="ignore"):
+        np.ldexp(output, of_pixels + of_kernel, out=output)
+
+
+def _with_more_digits(pixels: Plane, kernel: Plane, output: Plane, transformed: Transformed) -> None:
+    """Fill the output in float64, or from float64 in what no transform of that type can be held against."""
+    if pixels.dtype == np.float32:
+        precise = np.empty(output.shape)
+        correlate(pixels.astype(np.float64), kernel.astype(np.float64), precise, transformed, pixels.dtype)
+        with np.errstate(over="ignore"):
+            output[...] = precise
+    else:
+        output[...] = most_precisely(pixels, kernel)
+
+
+def most_precisely(pixels: Plane, kernel: Plane) -> NDArray[Any]:
+    """The correlation (oh, ow) of float64, tap by tap, or by transforms in long double, which most platforms have."""
+    if np.count_nonzero(kernel) > FEW_TAPS:
+        return by_numpy(pixels, kernel, np.longdouble)
+    rows, columns = (side - taps + 1 for side, taps in zip(pixels.shape, kernel.shape, strict=True))
+    sums = np.zeros((rows, columns))
+    for row, column in np.argwhere(kernel):
+        sums += pixels[row : row + rows, column : column + columns] * kernel[row, column]
+    return sums
+
+
+def by_numpy(pixels: Plane, kernel: Plane, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """The correlation (oh, ow) by numpy's Fourier transforms in that type."""
+    size = pixels.shape
+    spectrum = np.fft.rfft2(pixels.astype(dtype), s=size)
+    spectrum *= np.conj(np.fft.rfft2(kernel.astype(dtype), s=size))
+    sums: NDArray[Any] = np.fft.irfft2(spectrum, s=size)
+    return sums[: size[0] - kernel.shape[0] + 1, : size[1] - kernel.shape[1] + 1]
+
+
+def dtype_of(array: Plane) -> Dtype:
+    """The array's dtype, as problems name it."""
+    return "float32" if array.dtype == np.float32 else "float64"

@@ -15,7 +15,6 @@ import numpy as np
 from core.arrays import Array, Solve, as_numpy
 from core.engines import jit
 from core.engines.jit import Fill, Plane, Recipe
-from core.engines.precision import centre, sum_of_taps
 from core.machine import Machine
 from core.shapes import Cuts, Dtype, Pair, Problem, extent
 
@@ -70,6 +69,12 @@ def seconds(problem: Problem, machine: Machine) -> float:
         work = arithmetic + size / ((4 if size < IN_SECOND_CACHE else 0.4) * machine.bandwidth)
     fixed = machine.compiling + calls * CALL + jit.border_seconds(problem, _tile(problem.dtype))
     return fixed + (work + jit.page_seconds(problem)) / threads
+
+
+def operations(problem: Problem, machine: Machine) -> float:
+    """All products and their sums."""
+    del machine
+    return problem.operations
 
 
 def plan(problem: Problem, machine: Machine) -> Solve:
@@ -179,13 +184,9 @@ def _tiles(dtype: Dtype) -> Recipe:
 
 @jit.compiled
 def _tall_tiles(dtype: Dtype) -> Recipe:
-    """The same for kernels of many rows.
-
-    A typical value is subtracted from every pixel and its share added in the end, and sums over four rows of taps are
-    summed: both keep what is added up small, and with it the rounding.
-    """
+    """The same for kernels of many rows: sums over four rows of taps are summed, which keeps the rounding small."""
     hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, kernel, tap, (x, y, c, n), total, output = _plane_sum(number, centred=True)
+    images, kernel, tap, (x, y, c, n), total, output = _plane_sum(number)
     tasks = _in_tiles(output, x, y, lanes, c, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     block, within, four = hl.RVar("block"), hl.RVar("within"), hl.Var("four")
@@ -320,7 +321,7 @@ def _taps_in_turn(layer: _Layer, update: Any, lanes: int) -> None:
     update.reorder(layer.x, layer.y, tap.x, tap.y, tap.z).vectorize(layer.x, lanes).unroll(layer.x).unroll(layer.y)
 
 
-def _plane_sum(number: Any, *, centred: bool = False) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], Any, Any]:
+def _plane_sum(number: Any) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], Any, Any]:
     """The formula for planes: images, kernel, taps, (x, y, c, n), the sum over the taps, and the output."""
     hl = jit.halide()
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
@@ -328,14 +329,8 @@ def _plane_sum(number: Any, *, centred: bool = False) -> tuple[Any, Any, Any, tu
     tap = hl.RDom([hl.Range(0, kernel.dim(0).extent()), hl.Range(0, kernel.dim(1).extent())], "tap")
     total, output = hl.Func("total"), hl.Func("output")
     total[x, y, c, n] = hl.cast(number, 0)
-    pixel, weight = images[x + tap.x, y + tap.y, c, n], kernel[tap.x, tap.y, 0, c]
-    if centred:
-        typical, its_share = centre(images, sum_of_taps(kernel), number)
-        total[x, y, c, n] += (pixel - typical[n]) * weight
-        output[x, y, c, n] = total[x, y, c, n] + its_share[n]
-    else:
-        total[x, y, c, n] += pixel * weight
-        output[x, y, c, n] = total[x, y, c, n]
+    total[x, y, c, n] += images[x + tap.x, y + tap.y, c, n] * kernel[tap.x, tap.y, 0, c]
+    output[x, y, c, n] = total[x, y, c, n]
     return images, kernel, tap, (x, y, c, n), total, output
 
 

@@ -99,17 +99,21 @@ def test_kernels_of_every_low_rank_are_factored_to_their_own_precision(
     rank: int, dtype: type[np.floating[Any]], rng: np.random.Generator
 ) -> None:
     kernel: NDArray[Any] = (rng.normal(size=(11, rank)) @ rng.normal(size=(rank, 9))).astype(dtype)
-    columns, rows = factors_of(kernel)
+    _, columns, rows, total, left = factors_of(kernel)
+    assert total >= float(np.abs(kernel).sum()) * (1 - 1e-6)
     assert columns.shape == (rank, 11)
+    assert (np.abs(columns).sum(1) <= 1).all()
+    assert left <= 99 * 50 * float(np.finfo(dtype).eps)
     np.testing.assert_allclose(columns.T @ rows, kernel, atol=50 * float(np.finfo(dtype).eps))
 
 
 def test_integers_of_rank_one_have_integer_factors() -> None:
     kernel = np.outer([3, 6, 9], [-2, 0, 2]).astype(np.float32)
-    columns, rows = factors_of(kernel)
+    _, columns, rows, *_ = factors_of(kernel)
     assert (columns.T @ rows == kernel).all()
-    assert (columns == np.rint(columns)).all()
-    assert (rows == np.rint(rows)).all()
+    # They are divided and multiplied by a power of two.
+    assert (np.abs(64 * columns) == [[6, 12, 18]]).all()
+    assert (np.abs(rows) == [[64, 0, 64]]).all()
 
 
 def test_a_kernel_of_zeros_has_rank_one_and_one_that_is_not_finite_none() -> None:
