@@ -82,6 +82,9 @@ class State(ServerState):
     draining = False
     """The server is going down: every answer is the last on its connection."""
 
+    ending = 0
+    """Connections that have been ended and are gone as soon as the event loop has its turn."""
+
     def __init__(self) -> None:
         super().__init__()
         self._by_claim: list[Protocol] = []
@@ -182,6 +185,10 @@ class HeadWithBody:
         """Nothing more can be sent."""
         return self.lingers or self._transport.is_closing()
 
+    def ends(self) -> bool:
+        """Nothing more is read either."""
+        return self._transport.is_closing()
+
     def close(self) -> None:
         """Send what is kept and close; where more is owed, say that it was the last, but go on reading first.
 
@@ -246,6 +253,7 @@ class Protocol(HttpToolsProtocol):
         self._came = 0
         self._chunks = 0
         self._over_limit = False
+        self._ending = False
         self._refused = False
         self._dropped = 0
         self._taken = 0
@@ -259,7 +267,7 @@ class Protocol(HttpToolsProtocol):
         head_with_body = HeadWithBody(transport, self.loop, self._is_owed, self._is_last)
         super().connection_made(cast("asyncio.Transport", head_with_body))
         self.flow = Flow(cast("asyncio.Transport", self.transport))
-        above = len(self.connections) - self.limits.connections
+        above = len(self.connections) - self.server_state.ending - self.limits.connections
         if above > 0:
             evicted = self.server_state.evict(self.limits, self.loop.time(), sparing=self)
             self._over_limit = above > evicted
@@ -269,7 +277,7 @@ class Protocol(HttpToolsProtocol):
     def evict(self) -> bool:
         """End the connection for the sake of another, unless it is in a phase by now in which it may not be ended."""
         phase = self.progress()[0]
-        if phase not in CLAIM or (self._refused and phase not in AT_ANY_TIME):
+        if self._ending or phase not in CLAIM or (self._refused and phase not in AT_ANY_TIME):
             return False
         if phase is Phase.BODY:
             self._refuse(
@@ -284,11 +292,16 @@ class Protocol(HttpToolsProtocol):
         else:
             # What it has been sent still arrives.
             self.transport.close()
+        if self.transport.ends():
+            self._ending = True
+            self.server_state.ending += 1
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End a connection, and what refers to it in circles: each would stay until the garbage collector looks."""
         super().connection_lost(exc)
+        if self._ending:
+            self.server_state.ending -= 1
         self._rest = b""
         self.transport.forget()
         self.cycle = None  # type: ignore[assignment]  # as uvicorn has it before the first request

@@ -317,6 +317,8 @@ def test_80_health_is_answered_with_few_file_descriptors(tmp_path: Path) -> None
         wait_until_served(address)
         assert re.search(r'"connections":38,.*"connections reduced', log.read_text())
         opened.enter_context(begun(address, min(300, limits[0] // 2), BEGUN["a body"]))
+        # A busy machine accepts all of them at once, more than it has descriptors for.
+        wait_until_served(address)
         healthy(address)
 
 
