@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 INTERVAL_S = 0.002
 
-TRIES = 3
+TRIES = 5
 """A loop that is held up is held up each time; a busy machine holds it up now and then."""
 
 

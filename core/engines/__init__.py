@@ -234,7 +234,7 @@ def outlook(problem: Problem, method: Method, machine: Machine, engines: tuple[s
     for rank in range(1, separable.MAX_RANK + 1):
         look, waste = separable.seconds_to_look(problem, rank), separable.seconds_to_reject(problem, rank)
         saved = choice.seconds - separable.seconds(_of_rank(problem, rank), machine)
-        if waste < WASTE * choice.seconds and look < GAIN * saved:
+        if waste < WASTE * choice.seconds and look < GAIN * (saved + look):
             worth.append(rank)
     return choice, max(worth, default=0)
 

@@ -74,7 +74,7 @@ def obstacle(problem: Problem) -> str | None:
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, and the larger of arithmetic and memory."""
+    """A call, the factors, and the larger of arithmetic and memory."""
     rows, columns = problem.output_size
     tile_rows, tile_columns = _tile(problem.dtype)
     filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
@@ -86,7 +86,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if (problem.rank or 1) > 1:
         arithmetic += problem.input_bytes / machine.bandwidth
     threads = jit.threads(machine, arithmetic)
-    return machine.compiling + CALL + (max(arithmetic, memory) + jit.page_seconds(problem)) / threads
+    found = seconds_to_look(problem, problem.rank or 1)
+    return machine.compiling + CALL + found + (max(arithmetic, memory) + jit.page_seconds(problem)) / threads
 
 
 def operations(problem: Problem, machine: Machine) -> float:

@@ -152,7 +152,7 @@ def computations() -> Iterator[Request]:
         yield refused(f"48 {option} {value}", 422, body, path="/conv2d")
     body = json.dumps({"input": image, "weight": [[1]], "padding": 10**9})
     yield refused("48 padding of a billion", 413, body, path="/conv2d")
-    costly = f"/correlate?kernel={quote('gaussian(200, 1001)')}&mode=full"
+    costly = f"/correlate?kernel={quote('gaussian(200, 1001)')}&mode=full&method=direct"
     yield refused("49 tiny and costly", 413, saved(np.ones((1000, 1000), np.uint8)), NPY, costly)
     for option, value in (
         ("steps", 0),
