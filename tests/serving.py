@@ -116,8 +116,13 @@ def refusal_to_serve(*flags: str, **variables: str) -> str:
 
 def workers_of(supervisor: int) -> list[int]:
     """Its children that serve, as /proc names them; the other one looks after shared memory."""
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = []
+    for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
+        # One that has just ended is gone by now.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                workers.append(int(pid))
+    return workers
 
 
 def wait_until_ready(send: Send) -> None:
