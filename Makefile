@@ -14,7 +14,7 @@ help:  ## list the targets
 serve: .venv/serve.stamp  ## start the service (settings: CORR2D_* or `corr2d serve --help`)
 	@exec $(BIN)/corr2d serve
 
-test: .venv/dev.stamp  ## run the tests (15 minutes)
+test: .venv/dev.stamp  ## run the tests (20 minutes)
 	$(BIN)/pytest -n 2 --dist loadfile
 
 coverage: .venv/dev.stamp  ## run the tests with branch coverage, which takes half as long again

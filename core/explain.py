@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.arrays import DTYPES, Array, as_numpy
 from core.engines import ENGINES, Method, Result, choose, solve
-from core.engines.precision import UNIT, allowed
+from core.engines.precision import UNIT, allowed, largest
 from core.errors import MethodUnavailable
 from core.kernels import named_kernel
 from core.machine import Machine, this_machine
@@ -60,10 +61,10 @@ def explain(
 
 
 def with_error_bound(verb: Callable[..., Result]) -> Callable[..., Result]:
-    """Make correlate or conv2d say what its output may be off by: the precision contract as one number.
+    """Return correlate or conv2d with an `error_bound` in its result: the precision contract as one number.
 
     (m + 1) u S for an engine that sums directly, 1e-6 max|Y| + 4 sqrt(m) u S for others (1e-14 in float64), with m taps
-    and S at most the largest |input| times the largest sum of the |taps| of one filter. None where that is not finite.
+    and S at most the largest |input| times the largest sum of the |taps| of one filter. None if that is not finite.
     """
 
     def bounded(**arguments: Any) -> Result:
@@ -75,26 +76,22 @@ def with_error_bound(verb: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def _error_bound(result: Result, arguments: Mapping[str, Any], kernel: Any) -> float | None:
-    weight, pixels, bias, output = (
-        np.abs(np.asarray(values.numpy(force=True) if isinstance(values, Tensor) else values, np.float64))
-        for values in (
-            named_kernel(kernel) if isinstance(kernel, str) else kernel,
-            arguments["input"],
-            0.0 if arguments.get("bias") is None else arguments["bias"],
-            result.array,
-        )
-    )
-    dtype = np.dtype(arguments.get("dtype", "float32"))
-    unit, filters = UNIT[dtype], weight.reshape(-1, *weight.shape[-3:]) if weight.ndim == 4 else weight[None]
-    taps = int((filters != 0).reshape(len(filters), -1).sum(1).max())
+    taps = np.abs(_as_numpy(named_kernel(kernel) if isinstance(kernel, str) else kernel), dtype=np.float64)
+    filters = taps.reshape(len(taps) if taps.ndim == 4 else 1, -1)
+    bias = 0.0 if arguments.get("bias") is None else largest(_as_numpy(arguments["bias"]))
+    output, dtype = largest(_as_numpy(result.array)), np.dtype(arguments.get("dtype", "float32"))
+    pixel = max(largest(_as_numpy(arguments["input"])), abs(arguments.get("fill_value", 0.0)))
     with np.errstate(over="ignore", invalid="ignore"):
-        largest = max(float(pixels.max()), abs(arguments.get("fill_value", 0.0)))
-        sums = largest * float(filters.reshape(len(filters), -1).sum(1).max())
+        sums = pixel * float(filters.sum(1).max())
         if ENGINES[result.engine].METHOD == "direct":
-            bound = (taps + 1) * unit * (sums + float(bias.max()))
+            bound = (int(np.count_nonzero(filters, axis=1).max()) + 1) * UNIT[dtype] * (sums + bias)
         else:
-            bound = allowed(dtype, filters[0].size, float(output.max()), sums) + unit * float(bias.max() + output.max())
+            bound = float(allowed(dtype, filters.shape[1], output, sums)) + UNIT[dtype] * (bias + output)
     return bound if math.isfinite(bound) else None
+
+
+def _as_numpy(values: Any) -> NDArray[Any]:
+    return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _shortest(problem: Problem, engine: str, method: Method, machine: Machine) -> float:

@@ -4,13 +4,14 @@ The oracle is a direct sum in a wider type: float64 for float32, long double for
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core import ENGINES, Dtype
+from tests.reference import NUMPY_PAD
 
 Array = NDArray[Any]
 
@@ -29,8 +30,8 @@ class Case:
     dtype: Dtype
     images: Array
     weight: Array
-    options: dict[str, Any]
-    kinds: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=lambda: {"groups": 1, "padding": (0, 0, 0, 0)})
+    kinds: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def right(case: Case) -> Right:
     wide = WIDER[case.dtype]
     images, weight, options = case.images, case.weight, case.options
     top, bottom, left, right_ = options["padding"]
-    mode = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}[options.get("padding_mode", "zeros")]
+    mode = NUMPY_PAD[options.get("padding_mode", "zeros")]
     padded = np.pad(images.astype(wide), ((0, 0), (0, 0), (top, bottom), (left, right_)), mode)  # type: ignore[call-overload]
     (down, across), (apart, beside) = options.get("stride", (1, 1)), options.get("dilation", (1, 1))
     filters, depth, h, w = weight.shape

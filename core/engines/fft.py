@@ -4,11 +4,11 @@ The correlation theorem on whole images, or tile by tile where that is cheaper (
 Discrete-Time Signal Processing, 8.7), which makes the cost linear in the size of the image. A kernel's size hardly
 matters. Spectra are made for blocks of images, filters and channels that together keep within SPECTRA_BYTES.
 
-Where the smallest pixel of a channel is at least half as large as the largest, the middle of their range is subtracted
-first and its share added to the output: exact, and it takes most of the error away. Each image is held against the
-bound of core/engines/precision.py, filter by filter. Images that may not keep to it, or whose spectra could overflow,
-are transformed in float64; in float64, they are scaled by powers of two, or transformed in long double. Values that are
-not finite are left out and accounted for afterwards (core/engines/nonfinite.py).
+If the smallest pixel of a channel is at least half as large as the largest, the middle of their range is subtracted
+first, and its part of the output added in the end: both are exact, and most of the error disappears. The error of each
+image is checked against the bound of core/engines/precision.py, filter by filter. Images that may exceed it, or whose
+spectra could overflow, are transformed in float64; in float64, they are scaled by powers of two, or computed tap by tap
+or in long double. Values that are not finite are left out and added afterwards (core/engines/nonfinite.py).
 """
 
 import bisect
@@ -133,6 +133,11 @@ class _Images(NamedTuple):
     finite: bool = True
     exponents: Tensor | None = None
 
+    def finite_pixels(self, image: int) -> Tensor:
+        """Return the pixels (C, H, W) of one image, 0 instead of those that are not finite."""
+        pixels = self.pixels[image]
+        return pixels if self.finite else pixels.masked_fill(~pixels.isfinite(), 0)
+
     def spectra(self, chosen: Sequence[int], channels: slice, corner: Pair, tile: Pair) -> Tensor:
         """Return the spectra of a tile of some of the images and channels."""
         some = _index(chosen)
@@ -187,9 +192,8 @@ def _range(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _middle(low: Tensor, high: Tensor) -> Tensor:
-    """The middle of each channel's range, or 0 where pixels are small beside others."""
-    alike = ((high > 0) & (2 * low >= high)) | ((low < 0) & (2 * high <= low))
-    return torch.where(alike, low / 2 + high / 2, 0)
+    """Return the middle of each channel's range, or 0 if its pixels are not alike."""
+    return torch.where(precision.are_alike(low, high), low / 2 + high / 2, 0)
 
 
 def _finite_range(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +234,8 @@ def _within_contract(
         least = numbers.tiny / numbers.eps
         lost = (np.minimum(spectra, norm) <= least * points) | (largest <= least)
         wild = ~((spectra * points < numbers.max) & (~lost | (largest == 0) | (sizes.max(1) == 0))).all(1)
-        bound, unit = _Bound(problem, bound_of or NUMPY_DTYPES[problem.dtype]), UNIT[NUMPY_DTYPES[problem.dtype]]
+        own = NUMPY_DTYPES[problem.dtype]
+        bound, unit = bound_of or own, UNIT[own]
         integers = _give_integers(images, weight, _over_channels(peaks, sizes, groups) < 0.5 / unit)
         radii = np.maximum(highs - middles, middles - lows)
         spread = np.sqrt(_over_channels(radii**2, norms**2, groups))
@@ -243,45 +248,38 @@ def _within_contract(
             _scaled(problem, images, weight, torch.maximum(-low, high)[image], output, image)
         for image in np.flatnonzero(~wild).tolist() if problem.device == "cpu" else []:
             whole = bool(integers[image])
-            if not bound.holds(images, weight, output, image, errors[image], integers=whole):
+            if not _keeps(problem, images, weight, output, image, errors[image], bound, integers=whole):
                 _most_precisely(problem, images, weight, output, image)
     else:
         redone = [
             image
             for image, whole in enumerate(integers.tolist())
-            if wild[image] or not bound.holds(images, weight, output, image, errors[image], integers=whole)
+            if wild[image] or not _keeps(problem, images, weight, output, image, errors[image], bound, integers=whole)
         ]
-        rows, columns = precision.support(weight.numpy(force=True))
-        if redone and weight[:, :, rows, columns].shape != weight.shape:
+        if redone:
+            rows, columns = precision.support(weight.numpy(force=True))
             # Pixels that meet only zeros may be of any size.
-            _inside(problem, images, weight, (rows, columns), output, redone)
-        else:
+            cropped = weight[:, :, rows, columns].shape != weight.shape
             for image in redone:
-                _in_float64(problem, images, weight, (low, high), output, image)
+                if cropped:
+                    _inside(problem, images, weight, (rows, columns), output, image)
+                else:
+                    _in_float64(problem, images, weight, (low, high), output, image)
     for image in np.flatnonzero(integers).tolist():
         output[image].round_().add_(0.0)
 
 
 def _inside(
-    problem: Problem, images: _Images, weight: Tensor, taps: tuple[slice, slice], output: Tensor, which: Sequence[int]
+    problem: Problem, images: _Images, weight: Tensor, taps: tuple[slice, slice], output: Tensor, image: int
 ) -> None:
-    """Fill the outputs of some images from the rows and columns of taps outside which all are zero."""
+    """Fill the outputs of one image from the rows and columns of taps outside which all are zero."""
     rows, columns = taps
     inside = weight[:, :, rows, columns]
-    height, width = (outputs + side - 1 for outputs, side in zip(problem.output_size, inside.shape[2:], strict=True))
-    part = replace(
-        problem,
-        batch=1,
-        height=height,
-        width=width,
-        kernel_height=inside.shape[2],
-        kernel_width=inside.shape[3],
-    )
-    for image in which:
-        pixels = images.pixels[image : image + 1, :, rows.start :, columns.start :][:, :, :height, :width]
-        if not images.finite:
-            pixels = pixels.masked_fill(~pixels.isfinite(), 0)
-        _correlate(part, pixels, inside, output[image : image + 1])
+    h, w = inside.shape[2:]
+    height, width = problem.output_size[0] + h - 1, problem.output_size[1] + w - 1
+    part = replace(problem, batch=1, height=height, width=width, kernel_height=h, kernel_width=w)
+    pixels = images.finite_pixels(image)[None, :, rows.start :, columns.start :][:, :, :height, :width]
+    _correlate(part, pixels, inside, output[image : image + 1])
 
 
 def _in_float64(
@@ -297,18 +295,17 @@ def _in_float64(
 
 
 def _give_integers(images: _Images, weight: Tensor, small: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """For each image, whether all its outputs are integers that the type holds exactly, and so are all partial sums.
+    """Return for each image whether all outputs, and all partial sums, are integers that the type represents exactly.
 
-    small (N, O): the sums of sizes leave room for that.
+    small (N, O): whether the sums of |x| |k| are small enough.
     """
-    none = np.zeros(len(small), bool)
-    if not small.all(1).any() or not _is_integer(weight.flatten()[:1]) or not _is_integer(weight):
-        return none
-    fits = np.all(small, axis=1)
+    fits = np.logical_and.reduce(small, axis=1)
+    if not fits.any() or not _is_integer(weight.flatten()[:1]) or not _is_integer(weight):
+        return np.zeros(len(fits), bool)
     return np.array(
         [
-            bool(fits[index]) and _is_integer(image.flatten()[:1]) and all(map(_is_integer, image))
-            for index, image in enumerate(images.pixels)
+            fit and _is_integer(image.flatten()[:1]) and all(map(_is_integer, image))
+            for fit, image in zip(fits.tolist(), images.pixels, strict=True)
         ]
     )
 
@@ -317,74 +314,63 @@ def _is_integer(values: Tensor) -> bool:
     return bool((values == values.round()).all())
 
 
-class _Bound(NamedTuple):
-    """The bound of core/engines/precision.py, for the outputs of an image."""
+def _keeps(
+    problem: Problem,
+    images: _Images,
+    weight: Tensor,
+    output: Tensor,
+    image: int,
+    errors: NDArray[np.float64],
+    bound: np.dtype[Any],
+    *,
+    integers: bool,
+) -> bool:
+    """Return whether the bound of core/engines/precision.py allows these errors (O) of the outputs of one image.
 
-    problem: Problem
-    dtype: np.dtype[Any]
-
-    @property
-    def unit(self) -> float:
-        """The unit roundoff."""
-        return UNIT[self.dtype]
-
-    def holds(
-        self,
-        images: _Images,
-        weight: Tensor,
-        output: Tensor,
-        image: int,
-        errors: NDArray[np.float64],
-        *,
-        integers: bool,
-    ) -> bool:
-        """Whether outputs (O, oh, ow) that may be off by these errors (O) are within it, as far as some show."""
-        if integers and errors.max() > precision.SAFE_TO_ROUND:
-            return False
-        reached = output[image].abs().amax((1, 2)).double().numpy(force=True)
-        doubtful = errors > self._allowed(reached, reached)
+    The bound for the type `bound`, estimated from the outputs and from samples of the input.
+    """
+    if integers and errors.max() > precision.SAFE_TO_ROUND:
+        return False
+    low, high = output[image].amin((1, 2)), output[image].amax((1, 2))
+    reached = torch.maximum(-low, high).double().numpy(force=True)
+    doubtful = errors > precision.allowed(bound, problem.taps, reached, reached)
+    if not doubtful.any():
+        return True
+    for sums in _sums_of_sizes(problem, images.finite_pixels(image), weight):
+        doubtful &= errors > precision.allowed(bound, problem.taps, reached, sums)
         if not doubtful.any():
             return True
-        pixels = images.pixels[image]
-        if not images.finite:
-            pixels = pixels.masked_fill(~pixels.isfinite(), 0)
-        for sums in _sums_of_sizes(self.problem, pixels, weight):
-            doubtful &= errors > self._allowed(reached, sums)
-            if not doubtful.any():
-                return True
-        return False
-
-    def _allowed(self, output: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        share = precision.OF_OUTPUT[self.dtype]
-        return share * output + 4 * math.sqrt(self.problem.taps) * self.unit * sums
+    return False
 
 
 def _sums_of_sizes(problem: Problem, pixels: Tensor, weight: Tensor) -> Iterator[NDArray[np.float64]]:
-    """The sums of |x| |k| (O) in some windows of an image (C, H, W)."""
+    """Compute sums of |x| |k| (O) in a few windows of an image (C, H, W).
+
+    The last is that in which the largest pixel and the largest of the taps that read its channel meet.
+    """
     h, w, precise = problem.kernel_height, problem.kernel_width, _precise(problem)
-    taps = weight.abs().to(precise).reshape(problem.groups, -1, problem.taps)
-    rows, columns = pixels.shape[1] - h, pixels.shape[2] - w
-    parts = (1 / 2, 0, 1)
-    places = [(int(rows * down), int(columns * across)) for down in parts for across in parts]
-    sizes = pixels.abs()
-    channel, row, column = np.unravel_index(int(sizes.argmax()), sizes.shape)
-    of_channel = weight.abs().reshape(problem.groups, -1, *weight.shape[1:])[:, :, channel % weight.shape[1]]
-    down, across = np.unravel_index(int(of_channel.amax((0, 1)).argmax()), (h, w))
-    places.append((min(max(0, int(row - down)), rows), min(max(0, int(column - across)), columns)))
-    for top, left in places:
-        window = sizes[:, top : top + h, left : left + w].to(precise).reshape(problem.groups, problem.taps, 1)
-        yield (taps @ window).flatten().double().numpy(force=True)
+    sizes, of_taps = pixels.abs(), weight.abs().reshape(problem.groups, -1, *weight.shape[1:])
+    taps = of_taps.to(precise).flatten(2)
+    most = pixels.shape[1] - h, pixels.shape[2] - w
+
+    def of_window(row: int, column: int) -> NDArray[np.float64]:
+        window = sizes[:, row : row + h, column : column + w].to(precise).reshape(problem.groups, problem.taps, 1)
+        return (taps @ window).flatten().double().numpy(force=True)
+
+    yield from itertools.starmap(of_window, precision.sampled_corners(most))
+    channel, *pixel = np.unravel_index(int(sizes.argmax()), sizes.shape)
+    largest = of_taps[:, :, int(channel) % weight.shape[1]].amax((0, 1))
+    tap = np.unravel_index(int(largest.argmax()), (h, w))
+    yield of_window(*precision.corner_that_meets(pixel, tap, most))
 
 
 def _most_precisely(problem: Problem, images: _Images, weight: Tensor, output: Tensor, image: int) -> None:
-    """Fill the outputs of one image in float64, filter by filter, as precisely as can be."""
-    pixels, taps = images.pixels[image], weight.numpy(force=True)
-    if not images.finite:
-        pixels = pixels.masked_fill(~pixels.isfinite(), 0)
+    """Fill the outputs of one image in float64, filter by filter, as precisely as possible."""
+    pixels, taps = images.finite_pixels(image).numpy(force=True), weight.numpy(force=True)
     depth, each = taps.shape[1], problem.filters // problem.groups
     for filter_ in range(problem.filters):
         first = filter_ // each * depth
-        channels = pixels[first : first + depth].numpy(force=True)
+        channels = pixels[first : first + depth]
         sums = sum(
             precision.most_precisely(channel, kernel) for channel, kernel in zip(channels, taps[filter_], strict=True)
         )

@@ -1,7 +1,7 @@
-"""What engines share whose transforms are compiled: the transforms, and a survey of the numbers that go into them.
+"""Fourier transforms that are compiled, and a survey of their input, for the engines that use them.
 
-Where the smallest pixel is at least half as large as the largest, the middle of their range is subtracted first and its
-share added to the output: exact, and it takes most of the error away.
+If the smallest pixel is at least half as large as the largest, the middle of their range is subtracted first, and its
+part of the output added in the end: both are exact, and most of the error disappears.
 """
 
 import cmath
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from core.engines import jit
 from core.engines.jit import Plane, Recipe
-from core.engines.precision import UNIT, WORST, Seen, dtype_of
+from core.engines.precision import UNIT, WORST, Seen, are_alike, dtype_of
 from core.shapes import Dtype
 
 SURVEYED_ROWS = 4
@@ -36,13 +36,11 @@ class Survey(NamedTuple):
 
     @property
     def middle(self) -> float:
-        """What is subtracted from every pixel: the middle of the range, unless pixels are small beside others."""
-        alike = self.high > 0 and 2 * self.low >= self.high
-        alike = alike or (self.low < 0 and 2 * self.high <= self.low)
-        return self.low / 2 + self.high / 2 if alike else 0.0
+        """Number that is subtracted from every pixel: the middle of the range if pixels are alike, else 0."""
+        return self.low / 2 + self.high / 2 if are_alike(self.low, self.high) else 0.0
 
     def seen(self, dtype: np.dtype[Any]) -> Seen:
-        """What a transform of that type may be off by, among others."""
+        """Return the size and the norm, and estimate the error of a transform in that type."""
         norm, middle = math.sqrt(self.squares), self.middle
         radius = max(self.high - middle, middle - self.low)
         return Seen(self.size, norm, UNIT[dtype] * (WORST * radius * norm + 2 * abs(middle * self.total)))
@@ -75,8 +73,7 @@ def survey_of(parts: Sequence[Any], kernel: Any, number: Any, lanes: int) -> tup
     surveyed, middle, its_share, which = hl.Func("surveyed"), hl.Func("middle"), hl.Func("its_share"), hl.Var("which")
     double = hl.Float(64)
     surveyed[which] = hl.mux(which, [hl.cast(double, found) for found in (low, high, size, total, squares)])
-    alike = ((high > 0) & (low + low >= high)) | ((low < 0) & (high + high <= low))
-    middle[()] = hl.select(alike, low / 2 + high / 2, hl.cast(number, 0))
+    middle[()] = hl.select(are_alike(low, high), low / 2 + high / 2, hl.cast(number, 0))
     its_share[()] = hl.cast(number, hl.cast(double, middle[()]) * total)
     for func in (middle, its_share):
         func.compute_root()

@@ -1,15 +1,16 @@
-"""The precision that engines promise which do not sum directly, and the care that keeps them to it.
+"""Precision of the engines that do not sum directly: the error bound, and the computations that keep to it.
 
 With Y64 the exact output, S the sum of |x| |k| over one output's window, n the number of taps and u the unit roundoff,
 every output plane has max|Y - Y64| <= OF_OUTPUT max|Y64| + 4 sqrt(n) u max S; integers whose sums stay below 1 / (2u)
-come out exact. An engine estimates its own error. Where the estimate is above the bound, as far as a few windows show
-it, the plane is computed once more with more digits. Planes whose numbers are near the ends of the range are scaled by
-powers of two. Values that are not finite are left out and accounted for afterwards (core/engines/nonfinite.py).
+are exact. An engine estimates its own error. If the estimate exceeds the bound, for which S is sampled in a few
+windows, the plane is computed again with more digits. Planes with numbers near the ends of the range are scaled by
+powers of two. Values that are not finite are left out and added afterwards (core/engines/nonfinite.py).
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,9 +23,6 @@ from core.shapes import Dtype, Pair, Problem
 
 SAMPLED_ROWS = 16
 """Rows of the output that show how large it is, as a rule; where they mislead, the answer only takes longer."""
-
-SAMPLED_WINDOWS = 3
-"""Along each axis, windows in which sums of sizes are computed."""
 
 SLAB_VALUES = 1 << 18
 """Values that are computed once more at a time, unless the kernel is tall: bounds the memory that it takes."""
@@ -71,9 +69,23 @@ Transformed: TypeAlias = Callable[[Plane, Plane, Plane], Sequence[Seen]]
 """Plane (H, W), kernel (h, w), output (oh, ow) to fill -> what was seen, of the whole or of parts."""
 
 
-def allowed(dtype: np.dtype[Any], taps: int, output: float, sums: float) -> float:
-    """The error that is allowed for the largest output and the largest sum of |x| |k|."""
+def allowed(dtype: np.dtype[Any], taps: int, output: Any, sums: Any) -> Any:
+    """Return the error that is allowed for the largest output and the largest sum of |x| |k|: numbers or arrays."""
     return OF_OUTPUT[dtype] * output + 4 * math.sqrt(taps) * UNIT[dtype] * sums
+
+
+def largest(values: NDArray[Any]) -> float:
+    """Return the largest absolute value, without a copy; NaN if a value is NaN."""
+    return max(float(values.max()), -float(values.min()))
+
+
+def are_alike(low: Any, high: Any) -> Any:
+    """Return whether all of a range has one sign and its smallest magnitude is at least half of its largest.
+
+    Then the middle of the range can be subtracted from its numbers exactly (Sterbenz, Floating-Point Computation,
+    1974). For numbers, tensors and Halide's expressions.
+    """
+    return ((high > 0) & (low + low >= high)) | ((low < 0) & (high + high <= low))
 
 
 def plan(problem: Problem, tile: Pair, transformed: Transformed) -> Solve:
@@ -110,10 +122,10 @@ def correlate(
         size, norm, error = math.inf, math.inf, math.inf
     if size <= LEAST[plane.dtype]:
         # Compiled comparisons may take the smallest numbers for zero.
-        size = float(np.abs(plane).max())
+        size = largest(plane)
     if norm <= LEAST[plane.dtype]:
         # Squares of the smallest numbers are zero.
-        norm = float(np.abs(kernel).max())
+        norm = largest(kernel)
     integers = _gives_integers(plane, kernel, size)
     if not _in_range(size, norm, max(plane.shape) ** 2, plane.dtype):
         _by_slabs(_with_range, plane, kernel, output, transformed)
@@ -126,11 +138,13 @@ def correlate(
         else:
             _by_slabs(_with_more_digits, plane, kernel, output, transformed)
     if integers:
-        round_to_integers(output)
+        np.rint(output, out=output)
+        # Zeros have no sign.
+        output += 0.0
 
 
 def support(kernel: NDArray[Any]) -> tuple[slice, slice]:
-    """The rows and columns of a kernel (..., h, w) outside which it is zero; all of them where it is zero itself."""
+    """Return the rows and columns of a kernel (..., h, w) outside which it is zero; all of them if it is all zeros."""
     taps = (kernel != 0).reshape(-1, *kernel.shape[-2:]).any(0)
     if not taps.any():
         return slice(0, kernel.shape[-2]), slice(0, kernel.shape[-1])
@@ -139,65 +153,64 @@ def support(kernel: NDArray[Any]) -> tuple[slice, slice]:
     return rows, columns
 
 
-def round_to_integers(output: Plane) -> None:
-    """Round in place; what is rounded to zero has no sign."""
-    np.rint(output, out=output)
-    output += 0.0
-
-
 def _gives_integers(plane: Plane, kernel: Plane, size: float) -> bool:
-    """Whether all outputs are integers that the type holds exactly, and so are all partial sums."""
+    """Return whether all outputs, and all partial sums, are integers that the type represents exactly."""
     if not (kernel.item(0, 0).is_integer() and plane.item(0, 0).is_integer()):
         return False
     if not size * float(np.abs(kernel).sum(dtype=np.float64)) < 0.5 / UNIT[plane.dtype]:
         return False
-    return bool((kernel == np.rint(kernel)).all()) and hold_integers(plane)
+    return bool((kernel == np.rint(kernel)).all()) and _has_integers(plane)
 
 
-def hold_integers(values: NDArray[Any]) -> bool:
-    """Whether all values are integers; looked at row by row, for most that are not show it in the first."""
-    rows = max(1, (1 << 15) // values.shape[-1])
-    flat = values.reshape(-1, values.shape[-1]) if values.ndim != 2 else values
-    return all(
-        bool((flat[first : first + rows] == np.rint(flat[first : first + rows])).all())
-        for first in range(0, len(flat), rows)
-    )
+def _has_integers(plane: Plane) -> bool:
+    """Return whether all values are integers. Most planes with others have one in the first rows."""
+    rows = max(1, (1 << 15) // plane.shape[1])
+    parts = (plane[first : first + rows] for first in range(0, len(plane), rows))
+    return all(bool((part == np.rint(part)).all()) for part in parts)
 
 
 def _in_range(size: float, norm: float, points: int, dtype: np.dtype[Any]) -> bool:
-    """Numbers on the way, spectra of so many points among them, neither overflow nor lose digits to underflow."""
+    """Return whether intermediate results, such as spectra of so many points, neither overflow nor underflow."""
     least = LEAST[dtype]
     has_digits = size > least and norm > least * points and size * norm > least * points
     return size * norm * points < LARGEST[dtype] and (size == 0 or norm == 0 or has_digits)
 
 
 def _keeps(plane: Plane, kernel: Plane, output: Plane, error: float, bound: np.dtype[Any], *, integers: bool) -> bool:
-    """Whether an output that may be off by that error is within the bound, as far as a few of its values show."""
+    """Return whether the bound, estimated from samples of output and input, allows that error."""
     if integers and error > SAFE_TO_ROUND:
         return False
     reached = 0.0
     for some in (output[len(output) // 2], output[:: 1 + len(output) // SAMPLED_ROWS]):
-        reached = max(float(some.max()), -float(some.min()))
+        reached = largest(some)
         if error <= allowed(bound, kernel.size, reached, reached):
             return True
     return any(error <= allowed(bound, kernel.size, reached, sums) for sums in _sums_of_sizes(plane, kernel))
 
 
-def _sums_of_sizes(plane: Plane, kernel: Plane) -> Any:
-    """Sums of |x| |k| in some windows: the middle one, others, and that in which the largest pixel and tap meet."""
+def _sums_of_sizes(plane: Plane, kernel: Plane) -> Iterator[float]:
+    """Compute sums of |x| |k| in a few windows, the last of which is that in which the largest pixel and tap meet."""
     (h, w), taps = kernel.shape, np.abs(kernel).astype(np.float64)
-    rows, columns = plane.shape[0] - h, plane.shape[1] - w
+    most = plane.shape[0] - h, plane.shape[1] - w
 
     def of_window(row: int, column: int) -> float:
         return float((np.abs(plane[row : row + h, column : column + w]) * taps).sum())
 
-    places = [1 / 2, *(place / (SAMPLED_WINDOWS - 1) for place in range(SAMPLED_WINDOWS))]
-    for down in places:
-        for across in places:
-            yield of_window(int(rows * down), int(columns * across))
+    yield from itertools.starmap(of_window, sampled_corners(most))
     pixel, tap = (np.unravel_index(int(sizes.argmax()), sizes.shape) for sizes in (np.abs(plane), taps))
-    row, column = (int(at) - int(within) for at, within in zip(pixel, tap, strict=True))
-    yield of_window(min(max(0, row), rows), min(max(0, column), columns))
+    yield of_window(*corner_that_meets(pixel, tap, most))
+
+
+def sampled_corners(most: Pair) -> list[Pair]:
+    """Return the first row and column of nine windows, the middle one first; `most`: those of the last window."""
+    parts = (1 / 2, 0, 1)
+    return [(int(most[0] * down), int(most[1] * across)) for down in parts for across in parts]
+
+
+def corner_that_meets(pixel: Sequence[Any], tap: Sequence[Any], most: Pair) -> Pair:
+    """Return the first row and column of the window in which that tap reads that pixel, or of the nearest window."""
+    row, column = (min(max(0, int(at) - int(within)), last) for at, within, last in zip(pixel, tap, most, strict=True))
+    return row, column
 
 
 def _by_slabs(
@@ -263,7 +276,7 @@ def _with_range(pixels: Plane, kernel: Plane, output: Plane, transformed: Transf
 
 
 def _with_more_digits(pixels: Plane, kernel: Plane, output: Plane, transformed: Transformed) -> None:
-    """Fill the output in float64, or from float64 in what no transform of that type can be held against."""
+    """Fill the output in float64 if the input is float32, otherwise as precisely as possible."""
     if pixels.dtype == np.float32:
         precise = np.empty(output.shape)
         correlate(pixels.astype(np.float64), kernel.astype(np.float64), precise, transformed, pixels.dtype)
@@ -274,7 +287,7 @@ def _with_more_digits(pixels: Plane, kernel: Plane, output: Plane, transformed: 
 
 
 def most_precisely(pixels: Plane, kernel: Plane) -> NDArray[Any]:
-    """The correlation (oh, ow) of float64, tap by tap, or by transforms in long double, which most platforms have."""
+    """Compute the correlation (oh, ow) tap by tap, or by transforms in long double if there are many taps."""
     if np.count_nonzero(kernel) > FEW_TAPS:
         return by_numpy(pixels, kernel, np.longdouble)
     rows, columns = (side - taps + 1 for side, taps in zip(pixels.shape, kernel.shape, strict=True))

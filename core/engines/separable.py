@@ -2,8 +2,8 @@
 
 A kernel of rank r needs r (h + w) products an output value instead of h w. Four output rows at a time are summed down
 the columns into a buffer that stays in the cache, then along the rows: the image is read once and nothing but the
-output is written. A sum of several products is held against the bound of core/engines/precision.py; one product is
-within it by itself, as far as its numbers are in the range of the type.
+output is written. The error of a sum of several products is checked against the bound of core/engines/precision.py;
+that of one product is always within it if no number overflows or underflows.
 """
 
 import functools
@@ -48,12 +48,11 @@ DRIFT = 8
 """Terms of a sum that add one unit roundoff to the error that is expected of it."""
 
 LONGEST = 256
-"""How many times as long as wide a kernel may be: beyond, sums along its longer side round more often than the sums of
-the bound."""
+"""Largest ratio of the sides of a kernel: in a longer one, sums along one side may exceed the bound."""
 
 EPSILON = {np.dtype(dtype): float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
 
-LEAST = {np.dtype(dtype): float(np.finfo(dtype).smallest_subnormal) for dtype in (np.float32, np.float64)}
+SMALLEST = {np.dtype(dtype): float(np.finfo(dtype).smallest_subnormal) for dtype in (np.float32, np.float64)}
 
 LARGEST_INTEGER = 2**31
 
@@ -193,7 +192,7 @@ def find_factors(weight: Array, limit: int) -> Factors | None:
         if left <= tolerance:  # never where the kernel is not finite
             if rank > 1:
                 return _of_low_rank(kernel, np.stack(columns), np.stack(rows))
-            if beyond <= LEAST[kernel.dtype]:
+            if beyond <= SMALLEST[kernel.dtype]:
                 return _integers(kernel, column) or _scaled(kernel, column[None], row[None])
         rest = less
     return None
@@ -247,14 +246,14 @@ def _integers(kernel: Plane, column: NDArray[np.float64]) -> Factors | None:
 
 
 def _product(problem: Problem, machine: Machine, size: Pair) -> Fill:
-    """What fills outputs of that size, which may be parts of a larger one, from planes and one column and row."""
+    """Return the function that fills outputs of that size, or such parts of them, from planes, a column and a row."""
     dtype = np.dtype(problem.dtype)
     passes, of_one = (_passes_over(count, size, 1, problem, machine) for count in (problem.batch, 1))
     step = 1 + size[0] // precision.SAMPLED_ROWS
 
     def fill(pixels: Plane, output: Plane, factors: Factors) -> None:
         columns, rows = factors.columns.astype(dtype), factors.rows
-        of_rows = math.frexp(max(rows.max(), -rows.min()))[1]
+        of_rows = math.frexp(precision.largest(rows))[1]
         in_range = np.zeros(len(pixels), bool)
         if abs(of_rows) <= FAR:
             passes(pixels, columns, rows.astype(dtype), output)
@@ -292,7 +291,7 @@ def _transformed(
     problem: Problem, machine: Machine, factors: Factors, plane: Plane, kernel: Plane, output: Plane
 ) -> list[Seen]:
     """Fill the output from a plane and the kernel, or by Fourier transforms from another kernel."""
-    size, dtype = float(np.abs(plane).max()), plane.dtype
+    size, dtype = precision.largest(plane), plane.dtype
     with np.errstate(over="ignore"):
         norm = float(np.sqrt(np.square(kernel, dtype=np.float64).sum()))
     if kernel is not factors.kernel and not (kernel == factors.kernel).all():
@@ -308,7 +307,7 @@ def _transformed(
 def _passes_over(
     batch: int, size: Pair, rank: int, problem: Problem, machine: Machine, dtype: Dtype | None = None
 ) -> Fill:
-    """What sums down and along for outputs of that size: (pixels, columns, rows, output)."""
+    """Return the function (pixels, columns, rows, output) that makes both passes for outputs of that size."""
     passes, tile = _passes(dtype or problem.dtype), _tile(dtype or problem.dtype)
     groups = -(-size[0] // TILE_ROWS) * batch
     taps = rank * (problem.kernel_height + problem.kernel_width)

@@ -168,8 +168,6 @@ def test_float32_keeps_to_the_precision_contract(
         "float32",
         image.astype(np.float32)[None, None],
         kernel.astype(np.float32)[None, None],
-        {"groups": 1, "padding": (0, 0, 0, 0)},
-        (),
     )
     assert contract.fault(case, np.asarray(result.array)[None, None]) is None
 

@@ -8,8 +8,9 @@ import scipy.signal
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
-from core import Boundary, Operation, correlate
+from core import Boundary, Mode, Operation, correlate
 from tests.reference import NUMPY_PAD
 
 SCIPY_BOUNDARIES: dict[Boundary, dict[str, Any]] = {
@@ -27,6 +28,21 @@ def integers(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.flo
 
 def fill_of(boundary: Boundary) -> float:
     return 1.5 if boundary == "constant" else 0.0
+
+
+def by_direct_sums(
+    image: NDArray[np.float64], kernel: NDArray[np.float64], mode: Mode, boundary: Boundary, operation: Operation
+) -> Tensor:
+    return correlate(
+        image,
+        kernel,
+        mode=mode,
+        boundary=boundary,
+        fill_value=fill_of(boundary),
+        operation=operation,
+        method="direct",
+        dtype="float64",
+    ).output
 
 
 def full_by_scipy(
@@ -54,16 +70,7 @@ def test_each_operation_is_its_namesake_in_scipy(
 ) -> None:
     rng = np.random.default_rng(seed)
     image, kernel = integers(rng, size), integers(rng, kernel_size)
-    output = correlate(
-        image,
-        kernel,
-        mode=mode,
-        boundary=boundary,
-        fill_value=fill_of(boundary),
-        operation=operation,
-        method="direct",
-        dtype="float64",
-    ).output
+    output = by_direct_sums(image, kernel, mode, boundary, operation)
     namesake = scipy.signal.convolve2d if operation == "convolve" else scipy.signal.correlate2d
     expected = namesake(image, kernel, mode=mode, **SCIPY_BOUNDARIES[boundary])
     np.testing.assert_array_equal(output, expected)
@@ -82,16 +89,7 @@ def test_same_is_a_part_of_full(
     """The part begins at (size - 1) // 2 of `convolve`, and at size // 2 of `correlate`."""
     rng = np.random.default_rng(seed)
     image, kernel = integers(rng, size), integers(rng, kernel_size)
-    output = correlate(
-        image,
-        kernel,
-        mode="same",
-        boundary=boundary,
-        fill_value=fill_of(boundary),
-        operation=operation,
-        method="direct",
-        dtype="float64",
-    ).output
+    output = by_direct_sums(image, kernel, "same", boundary, operation)
     top, left = ((side - 1) // 2 if operation == "convolve" else side // 2 for side in kernel_size)
     full = full_by_scipy(image, kernel, boundary, operation)
     np.testing.assert_array_equal(output, full[top : top + size[0], left : left + size[1]])
