@@ -144,7 +144,7 @@ def plan_fit_kernel(
             problem = replace(problem, batch=1)
         passages.append(passage(example, problem, machine, apart=batch_size is not None))
     layout = Layout(start.kernel_shape, layer.groups, bias, examples.filters_weighted_apart)
-    way = choose_way(passages, layout, options, machine)
+    way = choose_way(passages, layout, options, machine, limits)
     cost = Cost(way.megabytes, way.gflop, way.seconds)
     if limits is not None:
         limits.require(cost)

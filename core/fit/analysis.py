@@ -1,4 +1,8 @@
-"""What the normal equations tell: the best kernel, how well it is determined, and how far another is from it."""
+"""The best kernel, how well it is determined, and how far another is from it.
+
+All of it follows from the normal equations if they are well conditioned. If not, it follows from the triangular factor
+of the matrix of all windows, whose condition number is the square root of theirs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,56 +12,76 @@ import numpy as np
 from core.fit.exact import Minimum, minimum
 from core.fit.gram import NormalEquations
 from core.fit.layout import Unknowns
-from core.fit.objective import Images, Objective, Quadratic
-from core.fit.spectrum import Floats, Inverse, extremes, invert, modes
+from core.fit.objective import FactoredQuadratic, Images, Objective, Quadratic
+from core.fit.spectrum import Floats, GramSpectrum, Spectrum, decompose_factors, invert
 from core.fit.steps import Steps
 from core.fit.targets import Targets
+from core.fit.tsqr import Compressed, combine, with_ridge
+
+MAX_ROUNDING = 1e-2
+"""Rounding error of what a kernel makes of the images, relative to the part of the target that it is fitted to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """hessian: of the loss, ridge included, and its largest and smallest eigenvalue; 0 if something is not determined.
+    """spectrum: of the loss's Hessian, ridge included; `largest` and `smallest` are its eigenvalues, 0 for none.
 
-    rank: of the examples alone. objective: the loss without the images.
+    rank: of the examples alone. precise: the rank is that of the windows, not only of their normal equations.
+    largest_left_out: the largest singular value that counts as zero, relative to the largest. objective: the loss
+    without the images.
     """
 
-    hessian: Floats
-    inverse: Inverse
+    spectrum: Spectrum
     largest: float
     smallest: float
     minimum: Minimum
     rank: int
+    precise: bool
+    largest_left_out: float
     objective: Objective
 
     def excess(self, unknowns: Unknowns) -> Steps[float]:
-        """How much the loss there is above the smallest possible one."""
+        """Return the loss there minus the smallest possible one."""
         away = unknowns - self.minimum.at
         return max(0.0, 0.5 * float(np.vdot(away, (yield from self.objective.hessian_product(away)))))
 
     def errors_along(self, unknowns: Unknowns) -> Steps[tuple[Floats, Floats]]:
-        """Curvatures, and how far the unknowns are from the best ones along the directions of each."""
-        return (yield from modes(self.hessian, unknowns - self.minimum.at))
+        """Return curvatures, and how far the unknowns are from the best ones along the directions of each."""
+        return (yield from self.spectrum.modes(unknowns - self.minimum.at))
 
     def standard_errors(self, targets: Targets) -> Steps[Unknowns | None]:
-        """Of the best kernel: sqrt(v diag (A'A)^-1), v the residual variance of each filter.
+        """Return those of the best kernel: sqrt(v diag (A'A)^-1), v the residual variance of each filter.
 
-        None where the kernel is not determined, pulled by a ridge, or fits by having as many unknowns.
+        None if the kernel is not determined, pulled by a ridge, or fits by having as many unknowns.
         """
         layout = self.objective.layout
         freedom = (targets.counted - layout.size).reshape(layout.blocks, layout.columns)
         if self.rank < layout.unknowns or self.objective.ridge or not (freedom > 0).all():
             return None
         variances = np.sum(self.minimum.losses, axis=0) / freedom
-        inverse = 2 * self.objective.scale * (yield from self.inverse.diagonals())
-        errors: Unknowns = np.sqrt(inverse[:, :, None] * variances[:, None, :])
+        inverse = 2 * self.objective.scale * (yield from self.spectrum.diagonals())
+        errors: Unknowns = np.sqrt(inverse[:, :, None]) * np.sqrt(variances[:, None, :])
         return errors
 
 
 def analyse(images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]) -> Steps[Analysis | None]:
-    """The same loss as `images`, of these terms, whose equations these are.
+    """Analyse the same loss as `images`, of these terms, by their normal equations.
 
-    None where a sum of squares on the way is too large for float64.
+    None if they are not well conditioned: then they say too little.
     """
+    return (yield from _by_equations(images, terms, equations, only_if_well_conditioned=True))
+
+
+def analyse_roughly(
+    images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]
+) -> Steps[Analysis | None]:
+    """Analyse by normal equations however they are conditioned, without what is below their precision."""
+    return (yield from _by_equations(images, terms, equations, only_if_well_conditioned=False))
+
+
+def _by_equations(
+    images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations], *, only_if_well_conditioned: bool
+) -> Steps[Analysis | None]:
     layout, gram, moments = images.layout, equations[0].gram, equations[0].moments
     if len(equations) > 1:
         gram, moments = gram.copy(), moments.copy()
@@ -73,18 +97,54 @@ def analyse(images: Objective, terms: Sequence[Images], equations: Sequence[Norm
         return None
     yield
     inverse = yield from invert(hessian)
-    ranks = (yield from invert(gram)).ranks if images.ridge else inverse.ranks
+    of_examples = (yield from invert(gram)) if images.ridge else inverse
+    if only_if_well_conditioned and not of_examples.well_conditioned:
+        return None
     found = yield from minimum(images, terms, inverse, (yield from inverse.solve(2 * images.scale * moments)))
     if not np.isfinite(found.loss):
         return None
-    largest, smallest = yield from extremes(hessian, inverse)
-    without_images = replace(images, terms=_without_images(terms, found, equations))
-    return Analysis(hessian, inverse, largest, smallest, found, int(ranks.sum()) * layout.columns, without_images)
-
-
-def _without_images(terms: Sequence[Images], found: Minimum, equations: Sequence[NormalEquations]) -> list[Quadratic]:
-    """The terms by the equations, around the point that the images were looked at from."""
-    return [
+    spectrum = GramSpectrum(hessian, inverse)
+    largest, smallest = yield from spectrum.extremes()
+    quadratics = [
         Quadratic(found.seen, float(losses.sum()), gradient, part.gram, term.weight)
         for term, losses, gradient, part in zip(terms, found.losses, found.gradients, equations, strict=True)
     ]
+    rank, well = int(of_examples.ranks.sum()) * layout.columns, of_examples.well_conditioned
+    without_images = replace(images, terms=quadratics)
+    return Analysis(spectrum, largest, smallest, found, rank, well, largest_left_out=0.0, objective=without_images)
+
+
+def _is_rounding(factors: Floats, unknowns: Unknowns, right: Unknowns) -> bool:
+    """Return whether entries are so large that rounding them to float64 costs about as much as they explain."""
+    rounding = np.finfo(np.float64).eps * np.linalg.norm(np.abs(factors) @ np.abs(unknowns))
+    explained, left = np.linalg.norm(right), np.linalg.norm(factors @ unknowns - right)
+    return bool(rounding > MAX_ROUNDING * explained or left > explained)
+
+
+def analyse_factors(images: Objective, terms: Sequence[Images], problems: Sequence[Compressed]) -> Steps[Analysis]:
+    """Analyse the same loss as `images`, of these terms, by the triangular factors of their windows."""
+    layout = images.layout
+    together = yield from combine(problems)
+    of_examples = yield from decompose_factors(together.factor, together.rows)
+    pulled, root = together, float(np.sqrt(2 * images.scale))
+    if images.ridge:
+        pulled = yield from with_ridge(together, images.ridge / images.scale, layout.taps)
+        spectrum = yield from decompose_factors(root * pulled.factor, pulled.rows)
+    else:
+        spectrum = of_examples.times(root)
+    factor, right = root * pulled.factor, root * pulled.right
+    at = yield from spectrum.least_squares(factor, right)
+    while _is_rounding(factor, at, right) and spectrum.ranks.any():
+        threshold = 10 * spectrum.threshold
+        spectrum, of_examples = spectrum.with_threshold(threshold), of_examples.with_threshold(threshold)
+        at = yield from spectrum.least_squares(factor, right)
+    quadratics = [FactoredQuadratic.around(at, part, term.weight) for part, term in zip(problems, terms, strict=True)]
+    losses = [quadratic.losses_at_start for quadratic in quadratics]
+    objective = replace(images, terms=quadratics)
+    loss, _ = yield from objective(at)
+    largest, smallest = yield from spectrum.extremes()
+    rank, left_out = int(of_examples.ranks.sum()) * layout.columns, of_examples.largest_left_out
+    found = Minimum(at, loss, at, losses, [])
+    return Analysis(
+        spectrum, largest, smallest, found, rank, precise=True, largest_left_out=left_out, objective=objective
+    )

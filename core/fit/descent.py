@@ -5,7 +5,7 @@ lesson's loop, so its history is this one's.
 """
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,11 @@ from core.fit.layout import Unknowns
 from core.fit.objective import Objective
 from core.fit.result import Status, Step
 from core.fit.rules import Update
+from core.fit.steps import Steps
 
 HOPELESS_GROWTH = 1e6
-"""A loss this many times its start (or the targets' own size, where it started near zero) never comes back."""
+"""Ratio of the last loss to the first (or that of a kernel of zeros, if larger) from which a descent of unknown
+prospects has diverged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +47,27 @@ def descend(
     steps: int,
     tolerance: float | None,
     scale: float,
-    falls: bool,
-    doomed: bool = False,
+    excess: Callable[[Unknowns], Steps[float]] | None,
+    diverges: bool,
+    monotonic: bool,
 ) -> Generator[Step | None, None, Descent]:
     """Yield a Step for each update, and None within long ones; return the Descent. Close it to stop early.
 
-    `objectives` gives one for each step and one more for the end. `scale` is the loss of a kernel of zeros. `falls`:
-    at a rate that converges the loss never rises, so that one that does has diverged. `doomed`: the rate is known not
-    to converge, so that a loss above its start has diverged.
+    `objectives` gives one for each step and one more for the end. `scale` is the loss of a kernel of zeros. `excess`
+    returns a loss minus the smallest possible one, if that is known. `diverges`: the rate is known not to converge, so
+    that a loss above its start has diverged; `monotonic`: one above its least, too.
 
-    With a tolerance the descent ends where the gradient is shorter than that share of its first length or, where the
-    loss only falls, where a step lowers it by less than that share of it.
+    With a tolerance the descent ends when the excess is at most that fraction of its first value or, if it is not
+    known, when the gradient is shorter than that fraction of its first length. All steps are taken while the numbers
+    are finite.
     """
     history: list[float] = []
     unknowns, (value, gradient) = start, (yield from next(objectives)(start))
     least = value
-    enough = None if tolerance is None else tolerance * float(np.linalg.norm(gradient))
+    enough = None
+    if tolerance is not None:
+        first = float(np.linalg.norm(gradient)) if excess is None else (yield from excess(start))
+        enough = tolerance * first
     status, overflowed = Status.COMPLETED, False
     for number in range(1, steps + 1):
         history.append(value)
@@ -71,17 +78,17 @@ def descend(
         if not math.isfinite(new_value) or not np.isfinite(updated).all():
             status, overflowed = Status.DIVERGED, True
             break
-        settled = falls and tolerance is not None and 0 <= value - new_value <= tolerance * new_value
         unknowns, value, gradient = updated, new_value, new_gradient
-        if value > HOPELESS_GROWTH * max(history[0], scale):
+        if enough is not None:
+            left = float(np.linalg.norm(gradient)) if excess is None else (yield from excess(unknowns))
+            if left <= enough:
+                status = Status.CONVERGED
+                break
+    if status is Status.COMPLETED:
+        bound = HOPELESS_GROWTH * max(history[0], scale)
+        if diverges:
+            # Rounding may raise a loss a little.
+            bound = least * (1 + 1e-6) + 1e-12 * max(history[0], scale) if monotonic else history[0]
+        if value > bound:
             status = Status.DIVERGED
-            break
-        if enough is not None and (settled or float(np.linalg.norm(gradient)) <= enough):
-            status = Status.CONVERGED
-            break
-    # It may rise a little by rounding, once it cannot fall any further.
-    if falls and value > least * (1 + 1e-6) + 1e-12 * max(history[0], scale):
-        status = Status.DIVERGED
-    if doomed and value > history[0]:
-        status = Status.DIVERGED
     return Descent(unknowns, history, history[0], value, least, status, overflowed)

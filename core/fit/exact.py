@@ -27,6 +27,9 @@ LANCZOS_TOLERANCE = 1e-4
 CG_TOLERANCE = 1e-12
 """Of the gradient at a kernel of zeros."""
 
+ITERATIONS_BETWEEN_EVALUATIONS = 25
+"""After so many conjugate gradients loss and gradient are computed anew: updating them collects rounding errors."""
+
 MOST_ITERATIONS = 750
 """Conjugate gradients that one fit may take: five times as many as its estimate counts with."""
 
@@ -80,15 +83,17 @@ def steepest_curvature(objective: Objective, shape: tuple[int, ...]) -> Steps[fl
     """
     # A random direction has a part along the steepest one; a gradient need not have.
     start = np.random.default_rng(0).standard_normal(shape)
-    return (yield from lanczos(objective.hessian_product, start, LANCZOS_STEPS, LANCZOS_TOLERANCE)).largest
+    found = yield from lanczos(objective.hessian_product, start, LANCZOS_STEPS, LANCZOS_TOLERANCE, LANCZOS_STEPS)
+    return found.largest
 
 
 def conjugate_gradients(
     objective: Objective, start: Unknowns, tolerance: float | None
 ) -> Generator[Step | None, None, Descent]:
-    """The best kernel from `start` on, every filter for itself.
+    """Descend to the best kernel from `start` on, every filter for itself.
 
-    Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems (1952).
+    Source: Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, 1952; van der Vorst and Ye,
+    Residual Replacement Strategies for Krylov Subspace Methods, SIAM J. Sci. Comput. 22, 2000.
     """
 
     def dot(one: Unknowns, other: Unknowns) -> NDArray[np.float64]:
@@ -112,8 +117,12 @@ def conjugate_gradients(
         # A filter that is done waits for the others: going on, it would only collect rounding.
         length = np.where(size > enough, ratio(size, dot(direction, image)), 0)
         unknowns = unknowns + length * direction
-        loss -= 0.5 * float((length * size).sum())
-        residual = residual - length * image
+        if number % ITERATIONS_BETWEEN_EVALUATIONS:
+            loss = max(0.0, loss - 0.5 * float((length * size).sum()))
+            residual = residual - length * image
+        else:
+            loss, gradient = yield from objective(unknowns)
+            residual = -gradient
         before, size = size, dot(residual, residual)
         if (size <= enough).all():
             status = Status.CONVERGED

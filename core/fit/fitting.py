@@ -2,17 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from core.errors import InvalidOption
-from core.fit.analysis import Analysis, analyse
+from core.fit.analysis import Analysis, analyse, analyse_factors, analyse_roughly
 from core.fit.descent import Descent, descend
-from core.fit.exact import conjugate_gradients, steepest_curvature
-from core.fit.gram import NormalEquations, Sums
+from core.fit.exact import LANCZOS_STEPS, conjugate_gradients, steepest_curvature
+from core.fit.gram import Sums
 from core.fit.layout import Layout, Unknowns
 from core.fit.losses import LOSSES
 from core.fit.objective import Images, Objective
@@ -27,12 +28,26 @@ from core.fit.sentences import (
     divergence_sentence,
     exact_sentence,
     forecast_sentence,
+    rank_sentence,
 )
 from core.fit.start import Start
 from core.fit.steps import Steps, Value, quietly
 from core.fit.targets import Targets, sum_up
+from core.fit.tsqr import MAX_FACTORED_SIZE, Factorization
+from core.fit.units import UNSCALED, Units, choose_units
 from core.fit.way import Method, Passage
 from core.machine import Machine
+
+LIMIT_TOLERANCE = 1e-9
+"""Relative distance from the largest stable rate within which rounding decides whether a descent converges."""
+
+LANCZOS_ERROR = 0.02
+"""Relative error of a largest eigenvalue that Lanczos's method finds: it is never too large, and seldom too small."""
+
+DIFFERENCE_PRECISION = 1e-6
+"""Difference of two losses, relative to them, below which it is computed from the distance of their kernels."""
+
+Accumulator = TypeVar("Accumulator", Sums, Factorization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +63,35 @@ class Fitting:
     method: Method
     device: torch.device
     machine: Machine
+    units: Units = UNSCALED
 
     def steps(self) -> Generator[Progress, None, FitResult]:
         """Read the examples, foretell, solve or descend, and report."""
         return quietly(self._steps())
 
     def _steps(self) -> Generator[Progress, None, FitResult]:
-        options = self.options
-        targets = yield from self._telling(sum_up([passage.example for passage in self.passages], self.device), 0)
+        if not self.options.criterion.square:
+            return (yield from self._in_units())
+        examples = [passage.example for passage in self.passages]
+        units = yield from self._with_progress(choose_units(examples), 0)
+        return (yield from Fitting._in_units(replace(self, units=units)))
+
+    def _in_units(self) -> Generator[Progress, None, FitResult]:
+        options, units = self.options, self.units
+        examples = [passage.example for passage in self.passages]
+        targets = yield from self._with_progress(sum_up(examples, self.device, units), 0)
         terms = self._terms(targets)
-        images = Objective(terms, self.layout, options.criterion.mean, options.ridge)
+        images = Objective(terms, self.layout, options.criterion.mean, units.scaled_ridge(options.ridge))
         analysis, steepest = yield from self._looked_through(images, terms, targets)
-        if steepest is not None and not math.isfinite(steepest):
+        overflow = steepest is not None and not math.isfinite(units.curvature(steepest))
+        if options.solver == "exact":
+            # The unscaled loss and curvature may overflow: the kernel does not need them.
+            overflow = analysis is None and steepest is not None and not math.isfinite(steepest)
+        elif options.criterion.square:
+            overflow = overflow or not math.isfinite(units.loss(targets.squares))
+        if overflow:
             return (yield from self._too_large(targets, terms))
-        forecast, best_rate = yield from self._telling(self._forecast(analysis, steepest), self._count)
+        forecast, best_rate = yield from self._with_progress(self._forecast(analysis, steepest), self._count)
         if options.refuse_divergence and forecast.prediction == "diverges":
             rate, stable = forecast.learning_rate or 0.0, forecast.largest_stable_learning_rate or 0.0
             raise InvalidOption(
@@ -71,8 +101,8 @@ class Fitting:
         if options.solver == "exact":
             solved = self._solved(analysis, images, targets)
         else:
-            solved = self._descended(analysis.objective if analysis else images, forecast, targets)
-        descent = yield from self._telling(solved, self._count)
+            solved = self._descended(analysis, images, forecast, targets)
+        descent = yield from self._with_progress(solved, self._count)
         return (yield from self._report(descent, targets, terms, analysis, forecast, best_rate))
 
     @property
@@ -81,9 +111,14 @@ class Fitting:
         return sum(passage.terms for passage in self.passages)
 
     @property
+    def _whole(self) -> bool:
+        """Whether every step goes over all examples."""
+        return self.options.batch_size is None or self.options.batch_size >= self._count
+
+    @property
     def _beginning(self) -> Unknowns:
-        """Where a descent starts."""
-        return self.layout.packed(*self.start.weights(self.seed))
+        """Where a descent starts, for the scaled examples."""
+        return self.units.scaled_unknowns(self.layout.packed(*self.start.weights(self.seed)))
 
     def _looked_through(
         self, images: Objective, terms: Sequence[Images], targets: Targets
@@ -94,17 +129,16 @@ class Fitting:
         """
         square, finite = self.options.criterion.square, math.isfinite(targets.squares)
         if self.method == "normal equations" and finite:
-            equations = yield from self._read()
-            analysis = yield from self._telling(analyse(images, terms, equations), self._count)
+            analysis = yield from self._analysed(images, terms)
             if analysis is not None:
                 return analysis, analysis.largest
-        yield from self._telling(require_finite([passage.example for passage in self.passages]), self._count)
+        yield from self._with_progress(require_finite([passage.example for passage in self.passages]), self._count)
         if not square:
             return None, None
         if self.method == "normal equations" or not finite:
             return None, math.inf
         curvature = steepest_curvature(images, self.layout.zeros.shape)
-        return None, (yield from self._telling(curvature, self._count))
+        return None, (yield from self._with_progress(curvature, self._count))
 
     def _terms(self, targets: Targets) -> list[Images]:
         """The loss from the images: of all together or, for batches, of each."""
@@ -118,27 +152,45 @@ class Fitting:
         ]
 
     def _term(self, parts: Sequence[Part], weight: float) -> Images:
-        return Images(parts, self.layout, self.options.criterion, self.device, self.machine, weight)
+        return Images(parts, self.layout, self.options.criterion, self.device, self.machine, weight, self.units)
 
-    def _read(self) -> Generator[Progress, None, list[NormalEquations]]:
-        """The normal equations: of all examples together or, for batches, of each image."""
-        equations: list[NormalEquations] = []
-        together = Sums.zeros(self.layout, self.machine, self.device)
+    def _analysed(self, images: Objective, terms: Sequence[Images]) -> Generator[Progress, None, Analysis | None]:
+        """Analyse the examples by their normal equations or, if those say too little, by their windows themselves.
+
+        None if a sum of squares is too large for float64.
+        """
+        equations = yield from self._read(lambda: Sums.zeros(self.layout, self.machine, self.device))
+        found = [sums.equations for sums in equations]
+        finite = all(np.isfinite(part.gram).all() and np.isfinite(part.moments).all() for part in found)
+        if finite:
+            analysis = yield from self._with_progress(analyse(images, terms, found), self._count)
+            if analysis is not None:
+                return analysis
+        yield from self._with_progress(require_finite([passage.example for passage in self.passages]), self._count)
+        if self.layout.size > MAX_FACTORED_SIZE:
+            return (yield from self._with_progress(analyse_roughly(images, terms, found), self._count))
+        del equations, found
+        factorizations = yield from self._read(lambda: Factorization(self.layout, self.device))
+        problems = [factorization.compressed for factorization in factorizations]
+        return (yield from self._with_progress(analyse_factors(images, terms, problems), self._count))
+
+    def _read(self, create: Callable[[], Accumulator]) -> Generator[Progress, None, list[Accumulator]]:
+        """Add the examples to an accumulator: all examples to one or, for batches, each image to one of its own."""
+        batches = self.options.batch_size is not None
+        accumulators = [] if batches else [create()]
         done = 0
         for passage in self.passages:
-            for parts in [passage.readings] if self.options.batch_size is None else passage.apart(passage.readings):
-                if self.options.batch_size is not None:
-                    together = Sums.zeros(self.layout, self.machine, self.device)
+            for parts in passage.apart(passage.readings) if batches else [passage.readings]:
+                if batches:
+                    accumulators.append(create())
                 for part in parts:
-                    added = together.add(part.load(self.device), part.problem)
-                    yield from self._telling(added, done)
-                if self.options.batch_size is not None:
-                    equations.append(together.equations)
+                    added = accumulators[-1].add(part.load(self.device, self.units), part.problem)
+                    yield from self._with_progress(added, done)
                 done += 1
         yield Reading(done, self._count)
-        return equations or [together.equations]
+        return accumulators
 
-    def _telling(self, parts: Generator[Step | None, None, Value], done: int) -> Generator[Progress, None, Value]:
+    def _with_progress(self, parts: Generator[Step | None, None, Value], done: int) -> Generator[Progress, None, Value]:
         """Say after each part how many examples are read, so that whoever listens may end it there."""
         while True:
             try:
@@ -146,20 +198,25 @@ class Fitting:
             except StopIteration as finished:
                 value: Value = finished.value
                 return value
-            yield event or Reading(done, self._count)
+            yield self._in_loss_units(event) if event else Reading(done, self._count)
+
+    def _in_loss_units(self, step: Step) -> Step:
+        return replace(step, loss=self.units.loss(step.loss)) if self.units.target else step
 
     def _forecast(self, analysis: Analysis | None, steepest: float | None) -> Steps[tuple[Forecast, float | None]]:
         """What is known beforehand, and the rate that "auto" would take."""
         options, unknowns = self.options, self.layout.unknowns
         # The exact solver takes no steps; what those of gradient descent could be is told all the same.
         rule = options.rule or GradientDescent()
-        smallest = analysis.smallest if analysis else None
+        smallest = self.units.curvature(analysis.smallest) if analysis else None
+        steepest = None if steepest is None else self.units.curvature(steepest)
         rank = analysis.rank if analysis else None
         stable = best = None
         # A batch is a share of the examples, and so is the curvature of a sum over it.
         share = 1.0 if options.batch_size is None or options.criterion.mean else options.batch_size / self._count
         if steepest:
             stable = rule.largest_stable_rate(share * steepest)
+            stable = stable if stable and math.isfinite(stable) else None
             if options.learning_rate == "auto" or (stable is not None and options.learning_rate >= stable):
                 # To find it takes a while: it is looked for only where it is used or told.
                 best = yield from self._best_rate(analysis, rule, steepest, share)
@@ -167,26 +224,33 @@ class Fitting:
         if options.solver != "exact":
             # Where nothing is curved, nothing moves at any rate.
             rate = (best or 1.0) if options.learning_rate == "auto" else options.learning_rate
-        prediction: Prediction | None = None
-        if rate is not None and stable is not None:
-            prediction = "diverges" if rate >= stable else "converges"
-        if prediction == "converges" and options.batch_size is not None:
-            steepest_batch = self._steepest_batch(analysis)
-            if not (steepest_batch and rate and rate < 2 / steepest_batch):
-                prediction = None
+        prediction = self._predict(rate, stable, analysis)
         forecast = Forecast(
             learning_rate=rate,
             prediction=prediction,
             largest_stable_learning_rate=stable,
-            largest_eigenvalue=steepest,
+            largest_eigenvalue=steepest if steepest is not None and math.isfinite(steepest) else None,
             smallest_eigenvalue=smallest,
-            condition_number=steepest / smallest if steepest and smallest else None,
+            condition_number=analysis.largest / analysis.smallest if analysis and analysis.smallest else None,
             rank=rank,
             unknowns=unknowns,
-            best_possible_loss=analysis.minimum.loss if analysis else None,
-            message=forecast_sentence(options, rate, stable, best, rank, unknowns),
+            best_possible_loss=self.units.loss(analysis.minimum.loss) if analysis else None,
+            message=forecast_sentence(options, rate, stable, prediction, best, _rank_note(analysis, unknowns)),
         )
         return forecast, best
+
+    def _predict(self, rate: float | None, stable: float | None, analysis: Analysis | None) -> Prediction | None:
+        """Predict the descent; None if its end is not sure."""
+        if rate is None or stable is None:
+            return None
+        if self._whole:
+            if rate > stable * (1 + LIMIT_TOLERANCE):
+                return "diverges"
+            exact = self.layout.unknowns <= LANCZOS_STEPS if analysis is None else analysis.spectrum.exact
+            return "converges" if rate < stable * (1 - (LIMIT_TOLERANCE if exact else LANCZOS_ERROR)) else None
+        # Batches of other curvature may bring back what one of them drives apart: only that it stays is ever sure.
+        steepest_batch = self._steepest_batch(analysis)
+        return "converges" if steepest_batch and rate < 2 / steepest_batch else None
 
     def _best_rate(self, analysis: Analysis | None, rule: Rule, steepest: float, share: float) -> Steps[float | None]:
         """The rate that "auto" takes."""
@@ -196,6 +260,7 @@ class Fitting:
         best = None
         if analysis is not None and self.options.solver != "exact":
             curvatures, errors = yield from analysis.errors_along(self._beginning)
+            curvatures = np.ldexp(curvatures, 2 * self.units.input)
             best = yield from best_rate(rule, curvatures, errors, self.options.steps, largest)
         # That one never lets the loss rise.
         best = 1 / steepest if best is None else best
@@ -210,12 +275,12 @@ class Fitting:
         if analysis is None or options.batch_size is None:
             return None
         curvatures = [
-            (analysis.objective.steepness(term) / (term.weight if options.criterion.mean else 1.0))
+            (analysis.objective.curvature_bound(term) / (term.weight if options.criterion.mean else 1.0))
             for term in analysis.objective.terms
             if term.weight
         ]
         together = 1 if options.criterion.mean else options.batch_size
-        return max(curvatures) * together + 2 * options.ridge
+        return self.units.curvature(max(curvatures) * together) + 2 * options.ridge
 
     def _solved(
         self, analysis: Analysis | None, images: Objective, targets: Targets
@@ -228,25 +293,27 @@ class Fitting:
         return Descent(analysis.minimum.at, [loss], loss, analysis.minimum.loss, loss, Status.CONVERGED)
 
     def _descended(
-        self, objective: Objective, forecast: Forecast, targets: Targets
+        self, analysis: Analysis | None, images: Objective, forecast: Forecast, targets: Targets
     ) -> Generator[Step | None, None, Descent]:
         options, rule = self.options, self.options.rule
+        objective = analysis.objective if analysis else images
         assert rule is not None  # noqa: S101 - "exact" is not descended
         assert forecast.learning_rate is not None  # noqa: S101 - every rule has one
-        whole, square = options.batch_size is None, options.criterion.square
+        whole = options.batch_size is None
         batches = itertools.repeat(objective) if whole else self._batches(objective)
         scale = targets.loss_of_zeros(mean=objective.mean)
-        if not square:
+        if not options.criterion.square:
             scale, _ = yield from objective(self.layout.zeros)
         descent = yield from descend(
             batches,
-            rule.update(forecast.learning_rate),
+            rule.update(self.units.scaled_rate(forecast.learning_rate)),
             self._beginning,
             steps=options.steps,
             tolerance=options.tolerance,
             scale=scale,
-            falls=whole and options.solver == "sgd" and square,
-            doomed=whole and forecast.prediction == "diverges",
+            excess=analysis.excess if analysis is not None and whole else None,
+            diverges=whole and forecast.prediction == "diverges",
+            monotonic=options.solver == "sgd",
         )
         if whole:
             return descent
@@ -285,23 +352,49 @@ class Fitting:
         best_rate: float | None,
     ) -> Generator[Progress, None, FitResult]:
         options, exact = self.options, self.options.solver == "exact"
-        best, excess, errors, best_explained = forecast.best_possible_loss, None, None, None
+        best, excess, errors, best_explained = None, None, None, None
         if analysis is not None:
-            excess = yield from self._telling(analysis.excess(descent.unknowns), self._count)
-            errors = yield from self._telling(analysis.standard_errors(targets), self._count)
+            errors = yield from self._with_progress(analysis.standard_errors(targets), self._count)
             best_explained = self._explained(analysis.minimum.at, analysis.minimum.loss, targets)
-        elif exact and descent.status is Status.CONVERGED:
-            best, excess = descent.final_loss, 0.0
+            best = analysis.minimum.loss
+            excess = descent.final_loss - best
+            if excess <= DIFFERENCE_PRECISION * best:
+                # The difference has lost digits.
+                excess = yield from self._with_progress(analysis.excess(descent.unknowns), self._count)
+                descent = replace(descent, final_loss=best + excess)
         if options.criterion.square or not math.isfinite(descent.final_loss):
             explained = self._explained(descent.unknowns, descent.final_loss, targets)
         else:
-            explained = yield from self._telling(self._explained_by(descent.unknowns, terms, targets), self._count)
-        if not math.isfinite(descent.start_loss):
+            explained = yield from self._with_progress(
+                self._explained_by(descent.unknowns, terms, targets), self._count
+            )
+        units, rank_note = self.units, _rank_note(analysis, forecast.unknowns)
+        descent = replace(
+            descent,
+            unknowns=units.unknowns(descent.unknowns),
+            loss_history=[units.loss(loss) for loss in descent.loss_history],
+            start_loss=units.loss(descent.start_loss),
+            final_loss=units.loss(descent.final_loss),
+            least_loss=units.loss(descent.least_loss),
+        )
+        best = None if best is None else units.loss(best)
+        excess = None if excess is None else units.loss(excess)
+        errors = None if errors is None else units.unknowns(errors)
+        if not math.isfinite(descent.start_loss) and descent.status is Status.DIVERGED:
             message = f"diverged: {TOO_LARGE_TO_SQUARE}"
         elif exact:
-            message = exact_sentence(forecast, descent, explained)
+            message = exact_sentence(forecast, descent, explained, self._notes(analysis, rank_note))
         else:
-            message = descent_sentence(options, forecast, descent, excess, best_explained, best_rate)
+            loss_of_zeros = units.loss(targets.loss_of_zeros(mean=options.criterion.mean))
+            message = descent_sentence(
+                options,
+                replace(forecast, best_possible_loss=best),
+                descent,
+                loss_of_zeros,
+                best_explained,
+                best_rate,
+                rank_note,
+            )
         drawn = not exact and (not self.start.complete or options.batch_size is not None)
         known = {field.name: getattr(forecast, field.name) for field in fields(Known)}
         return FitResult(
@@ -323,6 +416,14 @@ class Fitting:
             seed=self.seed if drawn else None,
         )
 
+    def _notes(self, analysis: Analysis | None, rank_note: str | None) -> list[str]:
+        """Say what the best kernel is if the examples do not determine one."""
+        if analysis is None or rank_note is None:
+            return []
+        if bool((analysis.spectrum.ranks == self.layout.size).all()):
+            return [rank_note, "the ridge makes the solution unique"]
+        return [rank_note, "this is the solution of least norm"]
+
     def _kernel(self, unknowns: Unknowns) -> torch.Tensor:
         kernel = self.layout.kernel(unknowns)
         return (kernel[0, 0] if self.single_planes else kernel).to(self.device)
@@ -335,7 +436,7 @@ class Fitting:
         """R squared of a kernel of that sum, or mean, of squares."""
         if not math.isfinite(loss):
             return None
-        mean, ridge = self.options.criterion.mean, self.options.ridge
+        mean, ridge = self.options.criterion.mean, self.units.scaled_ridge(self.options.ridge)
         penalty = ridge * float(np.square(unknowns[:, : self.layout.taps]).sum())
         return targets.explained((loss - penalty) * (targets.weight if mean else 1.0))
 
@@ -344,3 +445,9 @@ class Fitting:
         squares = Objective([replace(term, criterion=LOSSES["sum"]) for term in terms], self.layout, mean=False)
         left, _ = yield from squares(unknowns)
         return targets.explained(left)
+
+
+def _rank_note(analysis: Analysis | None, unknowns: int) -> str | None:
+    if analysis is None:
+        return None
+    return rank_sentence(analysis.rank, unknowns, precise=analysis.precise, largest_left_out=analysis.largest_left_out)

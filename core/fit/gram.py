@@ -80,7 +80,7 @@ def adjoint(
                 # Or there would be two while the next is made.
                 del chunk
         if layout.bias:
-            result[block, layout.taps] += some.sum((0, 2, 3))
+            result[block, layout.taps] += part.one * some.sum((0, 2, 3))
     return as_numpy(result.cpu())
 
 
@@ -93,7 +93,8 @@ def _add_lags(part: Numbers, problem: Problem, layout: Layout, gram: Tensor, mom
         moments[block, :taps] += yield from lags.moments(seen, targets, size)
         if layout.bias:
             count = targets[:, 0].numel()
-            _add_bias(gram[block], moments[block], lags.window_sums(seen, size), count, targets.sum((0, 2, 3)))
+            sums, values = lags.window_sums(seen, size), targets.sum((0, 2, 3))
+            _add_bias(gram[block], moments[block], sums, count, values, part.one)
         yield
 
 
@@ -111,15 +112,15 @@ def _add_windows(part: Numbers, problem: Problem, layout: Layout, gram: Tensor, 
             gram[block, :taps, :taps].addmm_(weighted, chunk.windows.T)
             moments[block, :taps].addmm_(chunk.windows, values.T)
             if layout.bias:
-                _add_bias(gram[block], moments[block], weighted.sum(1), count, values.sum(1))
+                _add_bias(gram[block], moments[block], weighted.sum(1), count, values.sum(1), part.one)
             # Or there would be two of each while the next are made.
             del chunk, weighted, values
             yield
 
 
-def _add_bias(gram: Tensor, moments: Tensor, sums: Tensor, count: float, values: Tensor) -> None:
-    """The row and column of the bias, which sees a 1 in every window."""
-    gram[-1, :-1] += sums
-    gram[:-1, -1] += sums
-    gram[-1, -1] += count
-    moments[-1] += values
+def _add_bias(gram: Tensor, moments: Tensor, sums: Tensor, count: float, values: Tensor, one: float) -> None:
+    """Add the row and column of the bias, which is multiplied by `one` in every window."""
+    gram[-1, :-1] += one * sums
+    gram[:-1, -1] += one * sums
+    gram[-1, -1] += one * one * count
+    moments[-1] += one * values

@@ -21,6 +21,9 @@ Product = Callable[[Unknowns], Steps[Unknowns]]
 LONG = 10_000
 """Numbers of a vector above which orthogonalization takes long enough to yield after each step."""
 
+EXHAUSTED = 1e-12
+"""Length of the next vector, relative to the largest eigenvalue, that is only rounding: the space holds no other."""
+
 CHECKED_EACH = 10
 """Steps up to which the eigenvalues are checked after each step; later after every fifth."""
 
@@ -38,10 +41,12 @@ class Ritz:
         return float(self.values[-1]) if self.values.size else 0.0
 
 
-def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float) -> Steps[Ritz]:
+def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float, min_steps: int = 1) -> Steps[Ritz]:
     """Take steps until the largest eigenvalue is known to the tolerance, relative to itself, or the space is exhausted.
 
-    With a negative tolerance all steps are taken.
+    With a negative tolerance all steps are taken. An eigenvalue that only looks like the largest converges after few
+    steps: `min_steps` are taken in any case (Kuczynski and Wozniakowski, Estimating the largest eigenvalue by the power
+    and Lanczos algorithms with a random start, SIAM J. Matrix Anal. Appl. 13, 1992).
 
     Every vector is orthogonalized against all before it. Values that are not finite come back as infinity.
     """
@@ -70,7 +75,11 @@ def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float) -> 
             off = beside[:step]
             values, vectors = np.linalg.eigh(np.diag(diagonal[: step + 1]) + np.diag(off, 1) + np.diag(off, -1))
             # The second is how far the found pair is from an eigenvector, and so its value from an eigenvalue.
-            if last or beside[step] * abs(float(vectors[-1, -1])) <= tolerance * abs(float(values[-1])):
+            converged = step + 1 >= min_steps and beside[step] * abs(float(vectors[-1, -1])) <= tolerance * abs(
+                float(values[-1])
+            )
+            exhausted = beside[step] <= EXHAUSTED * abs(float(values[-1]))
+            if last or converged or exhausted:
                 break
         vector = (image / beside[step]).reshape(start.shape)
     return Ritz(values, length**2 * np.square(vectors[0]))

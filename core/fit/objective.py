@@ -20,6 +20,8 @@ from core.fit.losses import Criterion
 from core.fit.parts import Numbers, Part
 from core.fit.spectrum import multiply
 from core.fit.steps import OPERATIONS, SECONDS, Steps, paced
+from core.fit.tsqr import Compressed
+from core.fit.units import UNSCALED, Units
 from core.machine import Machine
 
 WITHOUT_ROUNDING = tuple(name for name in ALL if name != "separable")
@@ -61,6 +63,7 @@ class Images:
     device: torch.device
     machine: Machine
     weight: float
+    units: Units = UNSCALED
 
     @property
     def seconds(self) -> float:
@@ -79,7 +82,7 @@ class Images:
             if part is None:
                 yield
                 continue
-            numbers = part.load(self.device)
+            numbers = part.load(self.device, self.units)
             residual = self._output(part, numbers, unknowns) - numbers.targets
             of_part = _weighted(self.criterion.of(residual), numbers).sum((0, 2, 3))
             losses += as_numpy(of_part.cpu()).reshape(losses.shape)
@@ -93,7 +96,7 @@ class Images:
             if part is None:
                 yield
                 continue
-            numbers = part.load(self.device)
+            numbers = part.load(self.device, self.units)
             image += yield from self._back(part, numbers, 2 * self._output(part, numbers, direction))
         return image
 
@@ -101,7 +104,7 @@ class Images:
         """What kernel and bias make of the images."""
         kernel = as_array("kernel", self.layout.kernel(unknowns), "float64", self.device)
         offsets = self.layout.offsets(unknowns)
-        bias = None if offsets is None else as_array("bias", offsets, "float64", self.device)
+        bias = None if offsets is None else as_array("bias", offsets * numbers.one, "float64", self.device)
         images = as_numpy(numbers.images) if self.device.type == "cpu" else numbers.images
         shape = tuple(numbers.targets.shape)
         result = solve(part.problem, images, kernel, bias, shape, machine=self.machine, engines=WITHOUT_ROUNDING)
@@ -133,6 +136,11 @@ class Quadratic:
         """Of one product with the matrix."""
         return 2 * SECONDS / OPERATIONS * float(self.gram.size * self.at.shape[2])
 
+    @property
+    def curvature_bound(self) -> float:
+        """A curvature that this term does not exceed: the largest sum of a row's sizes (Gershgorin)."""
+        return 2 * float(np.abs(self.gram).sum(2).max())
+
     def evaluate(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
         """The loss and its gradient."""
         away = unknowns - self.at
@@ -145,6 +153,50 @@ class Quadratic:
         """How the gradient changes along a direction."""
         image: Unknowns = 2 * (yield from multiply(self.gram, direction))
         return image
+
+
+@dataclass(frozen=True, slots=True)
+class FactoredQuadratic:
+    """A sum of squares as |factor (x - at) + residual|^2 + rest: never negative, and exact at any condition number."""
+
+    at: Unknowns
+    factor: NDArray[np.float64]
+    residual: Unknowns
+    rest: NDArray[np.float64]
+    weight: float
+
+    @staticmethod
+    def around(at: Unknowns, problem: Compressed, weight: float) -> "FactoredQuadratic":
+        """Expand a least squares problem around unknowns."""
+        return FactoredQuadratic(at, problem.factor, problem.factor @ at - problem.right, problem.rest, weight)
+
+    @property
+    def seconds(self) -> float:
+        """Of two products with the factor."""
+        return 4 * SECONDS / OPERATIONS * float(self.factor.size * self.at.shape[2])
+
+    @property
+    def losses_at_start(self) -> NDArray[np.float64]:
+        """The loss at `at`, by filter (blocks, columns)."""
+        losses: NDArray[np.float64] = np.square(self.residual).sum(1) + self.rest
+        return losses
+
+    @property
+    def curvature_bound(self) -> float:
+        """A curvature that this term does not exceed."""
+        return 2 * float(np.square(np.linalg.norm(self.factor, axis=(1, 2))).max())
+
+    def evaluate(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
+        """Compute the loss and its gradient."""
+        residual = (yield from multiply(self.factor, unknowns - self.at)) + self.residual
+        gradient = 2 * (yield from multiply(self.factor.swapaxes(1, 2), residual))
+        return float(np.square(residual).sum() + self.rest.sum()), gradient
+
+    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
+        """Compute how the gradient changes along a direction."""
+        image = yield from multiply(self.factor, direction)
+        product: Unknowns = 2 * (yield from multiply(self.factor.swapaxes(1, 2), image))
+        return product
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +260,10 @@ class Objective:
         return gradient + pulled
 
     @staticmethod
-    def steepness(term: Term) -> float:
-        """A curvature that a term by the equations does not exceed: the largest sum of a row's sizes (Gershgorin)."""
-        assert isinstance(term, Quadratic)  # noqa: S101 - asked of such only
-        return 2 * float(np.abs(term.gram).sum(2).max())
+    def curvature_bound(term: Term) -> float:
+        """Return a curvature that a term without images does not exceed."""
+        assert isinstance(term, Quadratic | FactoredQuadratic)  # noqa: S101 - only such terms are batched
+        return term.curvature_bound
 
     def of(self, chosen: Sequence[int]) -> "Objective":
         """The same of some of the terms."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from core.borders import window
 from core.fit.problem import Example
 from core.fit.steps import SECONDS
+from core.fit.units import UNSCALED, Units
 from core.shapes import Pair, Problem, extent
 
 PART_VALUES = 1 << 22
@@ -21,11 +22,15 @@ PART_VALUES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A part in float64: images (N, C, H, W) with their border, targets and, perhaps, weights (N, O, oh, ow)."""
+    """A part in float64: images (N, C, H, W) with their border, targets and, perhaps, weights (N, O, oh, ow).
+
+    one: the number that the bias is multiplied by.
+    """
 
     images: Tensor
     targets: Tensor
     weights: Tensor | None
+    one: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +50,12 @@ class Part:
     problem: Problem
     seconds: float
 
-    def load(self, device: torch.device) -> Numbers:
-        """The numbers in float64 there."""
+    def load(self, device: torch.device, units: Units = UNSCALED) -> Numbers:
+        """Return the numbers in float64 on a device, in these units."""
 
-        def moved(array: Tensor) -> Tensor:
-            return array.to(device=device, dtype=torch.float64).contiguous()
+        def moved(array: Tensor, exponent: int = 0) -> Tensor:
+            array = array.to(device=device, dtype=torch.float64).contiguous()
+            return array * math.ldexp(1.0, -exponent) if exponent else array
 
         example, (first, last), height = self.example, self.source, self.whole.height
         columns = -self.whole.padding[2], self.whole.width + self.whole.padding[3]
@@ -64,8 +70,9 @@ class Part:
             images = images[:, :, start:stop]
             first, last = first - start, last - start
         weights = None if example.weights is None else moved(example.weights[self.images, :, self.rows])
-        bordered = window(images.to(device, torch.float64), (first, last), columns, self.whole.boundary)
-        return Numbers(bordered.contiguous(), moved(example.targets[self.images, :, self.rows]), weights)
+        bordered = window(moved(images, units.input), (first, last), columns, self.whole.boundary)
+        targets = moved(example.targets[self.images, :, self.rows], units.target)
+        return Numbers(bordered.contiguous(), targets, weights, units.one)
 
     def of_image(self, index: int) -> "Part":
         """The same rows of another image."""

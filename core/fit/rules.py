@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,19 @@ Solver = Literal["exact", "sgd", "momentum", "nesterov", "adam"]
 Update: TypeAlias = Callable[[Unknowns, Unknowns], Unknowns]
 """Where the kernel is and the gradient there -> where it goes. It remembers what its rule remembers."""
 
-ZOOMS = 4
-"""Each narrows the rates that are tried to about a tenth."""
+ZOOMS, POINTS_PER_ZOOM = 4, 20
+"""Each zoom narrows the rates that are tried to about a tenth."""
 
-LEAST_STAKE = 1e-4
+MIN_RATES, MAX_RATES, RATES_PER_STEP = 420, 6000, 10
+"""Rates that are tried first: the loss that momentum leaves oscillates with the rate, about once for each step."""
+
+MAX_RATES_BY_MODES = 2_000_000
+"""Rates times curvatures that are tried first, at most."""
+
+BASINS = 12
+"""Local minima among the rates tried first that are searched more closely."""
+
+LEAST_STAKE = 1e-9
 """Of the largest share of the loss: what every direction is taken to have. A rate for less would stand on the edge."""
 
 MODES_TOGETHER = 1 << 18
@@ -60,6 +69,9 @@ class Mode(NamedTuple):
 class Rule(Protocol):
     """One way to descend."""
 
+    oscillates: ClassVar[bool]
+    """Whether the error along an eigenvector may oscillate over many steps, other than from one to the next."""
+
     def update(self, learning_rate: float) -> Update:
         """A descent's update, from its start."""
 
@@ -73,6 +85,8 @@ class Rule(Protocol):
 @dataclass(frozen=True, slots=True)
 class GradientDescent:
     """x <- x - rate * gradient: torch.optim.SGD."""
+
+    oscillates: ClassVar[bool] = False
 
     def update(self, learning_rate: float) -> Update:
         """Remembers nothing."""
@@ -94,6 +108,8 @@ class Momentum:
     Polyak's heavy ball: x <- x - rate * velocity. Nesterov's looks ahead: x <- x - rate * (gradient + momentum *
     velocity).
     """
+
+    oscillates: ClassVar[bool] = True
 
     momentum: float
     nesterov: bool = False
@@ -124,6 +140,8 @@ class Momentum:
 @dataclass(frozen=True, slots=True)
 class Adam:
     """torch.optim.Adam: steps of about the rate's size, whatever the gradient's."""
+
+    oscillates: ClassVar[bool] = True
 
     betas: tuple[float, float]
 
@@ -168,16 +186,51 @@ def best_rate(
         return None
     # Dense towards both ends: many steps of a flat valley want the last thousandth below the largest rate.
     ends = np.geomspace(1e-6, 1e-2, 60, endpoint=False)
-    rates = largest * np.concatenate([ends, np.linspace(1e-2, 1 - 1e-2, 300), 1 - ends[::-1]])
-    for _ in range(ZOOMS):
+    # An oscillation's phase goes with the square root of the rate at small rates.
+    angles = np.linspace(0, np.pi, _rates_tried(rule, len(curvatures), steps) + 2)[1:-1]
+    rates = largest * np.sort(np.concatenate([ends, (1 - np.cos(angles)) / 2, 1 - ends]))
+    left = yield from _losses(rule, curvatures, stakes, rates, steps)
+    while left.min() == 0 and steps > 1:
+        # Below the smallest number: what is best after fewer steps is best after these.
+        steps //= 2
         left = yield from _losses(rule, curvatures, stakes, rates, steps)
-        while left.min() == 0 and steps > 1:
-            # Beyond all digits: what is best after fewer steps is best after these.
-            steps //= 2
-            left = yield from _losses(rule, curvatures, stakes, rates, steps)
-        best = int(left.argmin())
-        rates = np.linspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 20)
-    return float(rates[int((yield from _losses(rule, curvatures, stakes, rates, steps)).argmin())])
+    return (yield from _search_basins(rule, curvatures, stakes, rates, left, steps))
+
+
+def _rates_tried(rule: Rule, curvatures: int, steps: int) -> int:
+    if not rule.oscillates:
+        return MIN_RATES
+    return max(MIN_RATES, min(MAX_RATES, RATES_PER_STEP * steps, MAX_RATES_BY_MODES // curvatures))
+
+
+def rates_tried(rule: Rule, curvatures: int, steps: int) -> int:
+    """Return the number of rates for which best_rate computes the loss."""
+    return _rates_tried(rule, curvatures, steps) + 120 + BASINS * ZOOMS * POINTS_PER_ZOOM
+
+
+def _search_basins(
+    rule: Rule,
+    curvatures: NDArray[np.float64],
+    stakes: NDArray[np.float64],
+    rates: NDArray[np.float64],
+    left: NDArray[np.float64],
+    steps: int,
+) -> Steps[float]:
+    """Search around the lowest local minima of the losses `left` at these rates; return the best rate."""
+    walled = np.concatenate([[np.inf], left, [np.inf]])
+    minima = np.flatnonzero((left <= walled[:-2]) & (left <= walled[2:]))
+    minima = minima[np.argsort(left[minima], kind="stable")[:BASINS]]
+    best_rate, least = float(rates[minima[0]]), float(left[minima[0]])
+    for index in minima.tolist():
+        low, high = rates[max(index - 1, 0)], rates[min(index + 1, len(rates) - 1)]
+        for _ in range(ZOOMS):
+            tried = np.linspace(low, high, POINTS_PER_ZOOM)
+            found = yield from _losses(rule, curvatures, stakes, tried, steps)
+            best = int(found.argmin())
+            if found[best] < least:
+                best_rate, least = float(tried[best]), float(found[best])
+            low, high = tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)]
+    return best_rate
 
 
 def _losses(

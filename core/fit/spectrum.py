@@ -5,9 +5,12 @@ nothing can end: a pivoted Cholesky factorization and Lanczos's method find the 
 """
 
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from core.fit.cholesky import BLOCK, Factor, factorize
@@ -27,6 +30,13 @@ CALL = 5e5
 NARROW = 64
 """Columns that are orthogonalized together."""
 
+WELL_CONDITIONED = 1e-9
+"""Smallest eigenvalue of equations with a diagonal of ones, relative to the largest, from which they are trusted: a
+kernel's error and that of its loss are then below about 1e-6 of what lies along that eigenvector."""
+
+MAX_NORM_RATIO = 128.0
+"""Ratio of the largest to the smallest norm of a factor's columns up to which they are decomposed as they are."""
+
 ROUNDING = 100 * np.finfo(np.float64).eps
 """Of the largest eigenvalue: what the normal equations are rounded by, with room. Smaller eigenvalues are noise."""
 
@@ -34,6 +44,7 @@ VANISHING = 1e-290
 """What is smaller has lost its digits near the end of float64."""
 
 LANCZOS_STEPS = 100
+MIN_LANCZOS_STEPS = 40
 LANCZOS_TOLERANCE = 1e-7
 """For the largest eigenvalue: its error is about the square of the tolerance."""
 
@@ -73,6 +84,9 @@ class Inverse(Protocol):
     ranks: NDArray[np.intp]
     """How many combinations of a block's unknowns are determined, (blocks)."""
 
+    well_conditioned: bool
+    """Whether every eigenvalue is far above rounding, so that nothing is lost by the square of the condition number."""
+
     def solve(self, right: Unknowns) -> Steps[Floats]:
         """X (blocks, size, columns) with matrices @ x = right, of least norm where several are solutions."""
 
@@ -108,7 +122,9 @@ def extremes(matrices: Floats, inverse: Inverse) -> Steps[tuple[float, float]]:
     else:
         largest, smallest = (yield from _largest(matrices)), 0.0
         if determined:
-            flattest = yield from lanczos(inverse.solve, _random(matrices), LANCZOS_STEPS, LANCZOS_TOLERANCE)
+            flattest = yield from lanczos(
+                inverse.solve, _random(matrices), LANCZOS_STEPS, LANCZOS_TOLERANCE, MIN_LANCZOS_STEPS
+            )
             smallest = 1 / flattest.largest
     return largest if largest > VANISHING else 0.0, smallest if determined else 0.0
 
@@ -132,7 +148,11 @@ def modes(matrices: Floats, unknowns: Unknowns) -> Steps[tuple[Floats, Floats]]:
 
 def _largest(matrices: Floats) -> Steps[float]:
     found = yield from lanczos(
-        lambda vector: multiply(matrices, vector), _random(matrices), LANCZOS_STEPS, LANCZOS_TOLERANCE
+        lambda vector: multiply(matrices, vector),
+        _random(matrices),
+        LANCZOS_STEPS,
+        LANCZOS_TOLERANCE,
+        MIN_LANCZOS_STEPS,
     )
     return found.largest
 
@@ -162,6 +182,165 @@ def _decompose(matrices: Floats, scale: Floats | None = None) -> Steps[tuple[Flo
     return values, vectors
 
 
+class Spectrum(Protocol):
+    """The eigenvalues of the Hessian of a loss, in blocks, and what follows from them."""
+
+    @property
+    def ranks(self) -> NDArray[np.intp]:
+        """How many combinations of a block's unknowns are determined, (blocks)."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the eigenvalues are right but for rounding."""
+
+    def diagonals(self) -> Steps[Floats]:
+        """Return the diagonals of the inverse matrices, (blocks, size), if all is determined."""
+
+    def extremes(self) -> Steps[tuple[float, float]]:
+        """Return the largest and the smallest eigenvalue; 0 for one that vanishes."""
+
+    def modes(self, unknowns: Unknowns) -> Steps[tuple[Floats, Floats]]:
+        """Return eigenvalues, 0 for those that vanish, and the length of the unknowns along their eigenvectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class GramSpectrum:
+    """The spectrum of a Hessian (blocks, size, size) that the normal equations give."""
+
+    hessian: Floats
+    inverse: Inverse
+
+    @property
+    def ranks(self) -> NDArray[np.intp]:
+        """Of each block."""
+        return self.inverse.ranks
+
+    @property
+    def exact(self) -> bool:
+        """Whether they are not Lanczos's."""
+        return int(self.hessian.shape[1]) <= LARGEST_DECOMPOSED
+
+    def diagonals(self) -> Steps[Floats]:
+        """Of the inverse."""
+        return self.inverse.diagonals()
+
+    def extremes(self) -> Steps[tuple[float, float]]:
+        """The largest and the smallest eigenvalue."""
+        return extremes(self.hessian, self.inverse)
+
+    def modes(self, unknowns: Unknowns) -> Steps[tuple[Floats, Floats]]:
+        """Eigenvalues and lengths along their eigenvectors."""
+        return modes(self.hessian, unknowns)
+
+
+class FactorSpectrum:
+    """The spectrum of a Hessian F'F, by the singular values of F (blocks, size, size).
+
+    The rank is that which numpy.linalg.lstsq gives a matrix of `rows` rows with this factor: singular values above eps
+    * max(rows, size) of the largest. Columns of very different norm are scaled by powers of two first, so that the rank
+    does not depend on their units.
+    """
+
+    exact = True
+
+    def __init__(self, scale: Floats, left: Floats, values: Floats, right: Floats, unscaled: Floats, rows: int) -> None:
+        self._scale, self._left, self._values, self._right, self._unscaled = scale, left, values, right, unscaled
+        self.threshold = float(np.finfo(np.float64).eps) * max(rows, values.shape[1])
+        self._truncate()
+
+    def _truncate(self) -> None:
+        self._determined = self._values > np.maximum(self.threshold * self._values[:, :1], VANISHING)
+        self._inverse = np.divide(1.0, self._values, out=np.zeros_like(self._values), where=self._determined)[..., None]
+        self.ranks = self._determined.sum(1)
+
+    def with_threshold(self, threshold: float) -> "FactorSpectrum":
+        """Return the same with another threshold for singular values, relative to the largest."""
+        other = copy(self)
+        other.threshold = threshold
+        other._truncate()  # noqa: SLF001 - its own copy
+        return other
+
+    def times(self, factor: float) -> "FactorSpectrum":
+        """Return the spectrum of factor * F."""
+        other = copy(self)
+        other._values, other._inverse = factor * self._values, self._inverse / factor  # noqa: SLF001 - its own copy
+        other._unscaled = factor * self._unscaled  # noqa: SLF001 - its own copy
+        return other
+
+    @property
+    def largest_left_out(self) -> float:
+        """The largest singular value that counts as zero, relative to the largest of its block."""
+        left_out = np.where(self._determined, 0, self._values)
+        return float((left_out / np.maximum(self._values[:, :1], VANISHING)).max())
+
+    def least_squares(self, factors: Floats, values: Unknowns) -> Steps[Unknowns]:
+        """Return x (blocks, size, columns) that minimises |F x - values|, of least norm if several do.
+
+        `factors` are F itself: unlike singular vectors, they have the rounding errors of the values.
+        """
+        if self._determined.all():
+            yield
+            solved: Unknowns = torch.linalg.solve_triangular(
+                torch.from_numpy(factors), torch.from_numpy(values), upper=True
+            ).numpy()
+            return solved
+        solution = yield from self._pseudoinverse(values)
+        deficient = np.flatnonzero(~self._determined.all(1) & (self._scale != 1).any((1, 2)))
+        for block in deficient:
+            free = ~self._determined[block]
+            null = yield from _orthonormal(self._scale[block] * self._right[block][free].T)
+            solution[block] -= null @ (null.T @ solution[block])
+        if deficient.size:
+            # The projection rounds large unknowns, which multiply small columns, and small ones alike.
+            solution += yield from self._pseudoinverse(values - (yield from multiply(factors, solution)))
+        return solution
+
+    def _pseudoinverse(self, values: Unknowns) -> Steps[Unknowns]:
+        """Apply the pseudoinverse of F, of least norm in scaled units."""
+        along = yield from multiply(self._left.swapaxes(1, 2), values)
+        solution: Unknowns = self._scale * (yield from multiply(self._right.swapaxes(1, 2), self._inverse * along))
+        return solution
+
+    def diagonals(self) -> Steps[Floats]:
+        """Of the inverse."""
+        sums = np.square(self._inverse * self._right).sum(1)
+        yield
+        diagonals: Floats = np.square(self._scale[:, :, 0]) * sums
+        return diagonals
+
+    def extremes(self) -> Steps[tuple[float, float]]:
+        """The largest and the smallest eigenvalue, without the scale."""
+        yield
+        largest, smallest = float(self._unscaled.max()), float(self._unscaled.min())
+        return largest * largest, smallest * smallest if self._determined.all() else 0.0
+
+    def modes(self, unknowns: Unknowns) -> Steps[tuple[Floats, Floats]]:
+        """Eigenvalues and lengths along their eigenvectors, for scaled columns those of the scaled unknowns."""
+        along = yield from multiply(self._right, unknowns / self._scale)
+        values = np.where(self._determined, self._values, 0)
+        return np.square(values).ravel(), np.sqrt(np.square(along).sum(2)).ravel()
+
+
+def decompose_factors(factors: Floats, rows: int) -> Steps[FactorSpectrum]:
+    """Compute the singular values of triangular factors (blocks, size, size) of matrices with that many rows."""
+    blocks, size = factors.shape[:2]
+    scale = np.ones((blocks, size, 1))
+    left, right, values = np.empty_like(factors), np.empty_like(factors), np.empty((blocks, size))
+    unscaled = np.empty((blocks, size))
+    for block, factor in enumerate(factors):
+        peaks = np.maximum(np.abs(factor).max(0), np.finfo(np.float64).tiny)
+        norms = peaks * np.linalg.norm(factor / peaks, axis=0)
+        counted = norms[norms > np.finfo(np.float64).tiny]
+        unlike = counted.size and counted.max() > MAX_NORM_RATIO * counted.min()
+        if unlike:
+            scale[block, norms > np.finfo(np.float64).tiny, 0] = np.exp2(-np.round(np.log2(counted)))
+        left[block], values[block], right[block] = np.linalg.svd(factor * scale[block].T)
+        yield
+        unscaled[block] = np.linalg.svd(factor, compute_uv=False) if unlike else values[block]
+        yield
+    return FactorSpectrum(scale, left, values, right, unscaled, rows)
+
+
 class _Decomposed:
     """By eigenvectors; eigenvalues that are noise have no inverse."""
 
@@ -170,6 +349,7 @@ class _Decomposed:
         self._determined = values > noise(values[:, -1:], values.shape[1])
         self._inverse = np.divide(1.0, values, out=np.zeros_like(values), where=self._determined)[..., None]
         self.ranks = self._determined.sum(1)
+        self.well_conditioned = bool((values[:, 0] > WELL_CONDITIONED * values[:, -1]).all())
 
     def solve(self, right: Unknowns) -> Steps[Floats]:
         """X (blocks, size, columns)."""
@@ -198,6 +378,11 @@ class _Factored:
         self._scale, self._factors = scale, factors
         self._bases: dict[int, Floats] = {}
         self.ranks = np.array([factor.rank for factor in factors])
+        # The last pivot is usually below the smallest eigenvalue times their number.
+        self.well_conditioned = all(
+            factor.rank == len(factor.lower) and factor.lower[-1, -1] ** 2 > WELL_CONDITIONED * factor.rank
+            for factor in factors
+        )
 
     def solve(self, right: Unknowns) -> Steps[Floats]:
         """X (blocks, size, columns)."""

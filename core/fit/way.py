@@ -15,23 +15,28 @@ from core.fit.objective import WITHOUT_ROUNDING
 from core.fit.options import Options
 from core.fit.parts import Part, split
 from core.fit.problem import Example
+from core.fit.rules import GradientDescent, rates_tried
 from core.fit.spectrum import LANCZOS_STEPS, LARGEST_DECOMPOSED, QUADRATURE_STEPS
+from core.limits import Limits
 from core.machine import Machine
 from core.shapes import Problem
 
 Method = Literal["normal equations", "convolutions"]
 
-MOST_UNKNOWNS = 4096
-"""Of one filter: more make equations that take longer to look through than anybody waits."""
+MOST_UNKNOWNS = 16_384
+"""Of one filter: more make equations that take minutes to factorize."""
 
 COPIES = 6
-"""Of the equations, while their eigenvalues are looked for."""
+COPIES_FACTORED = 4
+"""Of the equations, while eigenvectors or a factorization are computed."""
 
-MOST_ENTRIES = 8 * MOST_UNKNOWNS**2
-"""Of all copies, and of the equations that are kept apart for batches: a gigabyte."""
+MOST_MEGABYTES = 4000.0
+"""Memory of all copies, and of the equations that are kept apart for batches."""
 
 WORTH_THE_TRUTH = 3.0
-"""Seconds that eigenvalues, rank and standard errors may cost where passes over the images would be faster."""
+WORTH_THE_MINIMUM = 60.0
+"""Seconds that the normal equations may cost if passes over the images would be faster: of a descent, for eigenvalues,
+rank and standard errors; of the exact solver, for a kernel that is known to be the best."""
 
 EIGENVECTORS = 5e-10
 CHOLESKY = 5e-11
@@ -47,14 +52,13 @@ PART = 4e-4
 """Seconds for a fit, a decomposition, a step, a term of a batch and a part of the images, however small; measured."""
 
 MODE = 2e-8
-RATES = 540
-"""Seconds to try a rate on a curvature for each doubling of the steps, and how many are tried for "auto"."""
+"""Seconds to try a rate on a curvature for each doubling of the steps."""
 
 TERM_MEGABYTES = 3e-3
 HISTORY = 6e-5
 """MB for a term and for a step, however small."""
 
-PASSES_BEFORE = 12
+PASSES_BEFORE = 30
 PASSES_TO_SOLVE = 150
 """Passes over the images to find the steepest curvature, and for conjugate gradients, which take 30 to 750."""
 
@@ -101,25 +105,36 @@ class Way:
     megabytes: float
 
 
-def choose_way(passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine) -> Way:
-    """The normal equations, where the loss is a sum of squares and they are not much dearer than what they save.
+def choose_way(
+    passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine, limits: Limits | None = None
+) -> Way:
+    """Choose the normal equations if the loss is a sum of squares, they fit the limits and are worth their time.
 
-    A pure function: the same fit goes the same way.
+    A pure function: the same fit is computed in the same way.
     """
     exact, batch = options.solver == "exact", options.batch_size
     terms = sum(passage.terms for passage in passages) if batch is not None else 1
     # A step goes over a batch, the end over all.
     share = 1.0 if batch is None else batch / terms
+    limits = limits or Limits()
     passes: float = min(PASSES_TO_SOLVE, layout.size) if exact else options.steps * share + PASSES_AFTER
     if options.criterion.square:
         passes += PASSES_BEFORE
     convolutions = _convolutions(passages, layout, machine, passes)
     convolutions = _with_history(convolutions, 0 if exact else options.steps)
-    entries = layout.blocks * layout.size**2 * (COPIES + terms)
-    if not options.criterion.square or layout.size > MOST_UNKNOWNS or entries > MOST_ENTRIES:
+    if not options.criterion.square or layout.size > MOST_UNKNOWNS:
         return convolutions
     equations = _with_history(_equations(passages, layout, options, machine, terms), 0 if exact else options.steps)
-    return equations if equations.seconds <= max(convolutions.seconds, WORTH_THE_TRUTH) else convolutions
+    if equations.megabytes > MOST_MEGABYTES:
+        return convolutions
+    if not _within(equations, limits) and _within(convolutions, limits):
+        return convolutions
+    worth = WORTH_THE_MINIMUM if exact else WORTH_THE_TRUTH
+    return equations if equations.seconds <= max(convolutions.seconds, worth) else convolutions
+
+
+def _within(way: Way, limits: Limits) -> bool:
+    return way.megabytes <= limits.megabytes and way.gflop <= limits.gflop and way.seconds <= limits.seconds
 
 
 def _with_history(way: Way, steps: int) -> Way:
@@ -143,8 +158,12 @@ def _equations(passages: Sequence[Passage], layout: Layout, options: Options, ma
         seconds += products * (TERM + PRODUCT * entries * layout.columns)
         operations += 2.0 * entries * layout.columns * products
     after = _convolutions(passages, layout, machine, PASSES_AFTER)
-    megabytes = after.megabytes + 8e-6 * (entries * (COPIES + terms) + 4 * terms * layout.unknowns)
+    megabytes = after.megabytes + 8e-6 * (entries * (_copies(layout) + terms) + 4 * terms * layout.unknowns)
     return Way("normal equations", FIT + seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
+
+
+def _copies(layout: Layout) -> int:
+    return COPIES if layout.size <= LARGEST_DECOMPOSED else COPIES_FACTORED
 
 
 def _positions(problem: Problem) -> int:
@@ -169,7 +188,8 @@ def _to_analyse(layout: Layout, options: Options, rank: int) -> tuple[float, flo
         seconds = (twice + 0.5) * CHOLESKY * cube * rank / size + PRODUCT / 2 * (lanczos + solving)
         operations = (twice + 1) / 3 * cube * rank / size + lanczos + solving
     if options.learning_rate == "auto" and options.solver != "exact":
-        tried = RATES * min(layout.blocks * size, QUADRATURE_STEPS if size > LARGEST_DECOMPOSED else math.inf)
+        curvatures = QUADRATURE_STEPS if size > LARGEST_DECOMPOSED else layout.blocks * size
+        tried = curvatures * rates_tried(options.rule or GradientDescent(), curvatures, options.steps)
         seconds += MODE * tried * math.log2(2 * options.steps)
     return seconds, operations
 

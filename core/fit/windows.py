@@ -27,14 +27,17 @@ class Chunk:
         return planes[self.images, :, self.rows, self.columns].transpose(0, 1).flatten(1)
 
 
-def chunks(bordered: Tensor, problem: Problem) -> Iterator[Chunk]:
-    """All windows of images (N, C, H, W) that have their border already; N and C may differ from the problem's."""
+def chunks(bordered: Tensor, problem: Problem, most_bytes: int | None = None, least: int = 1) -> Iterator[Chunk]:
+    """All windows of images (N, C, H, W) that have their border already; N and C may differ from the problem's.
+
+    A chunk takes at most `most_bytes`, or CHUNK_BYTES, but has at least `least` windows if there are as many.
+    """
     count, channels = bordered.shape[:2]
     rows, columns = problem.output_size
     taps = channels * problem.kernel_height * problem.kernel_width
-    positions = max(1, CHUNK_BYTES // (bordered.element_size() * taps))
+    positions = max(1, (most_bytes or CHUNK_BYTES) // (bordered.element_size() * taps))
     # And no longer to multiply than a step should take.
-    positions = min(positions, max(1, int(OPERATIONS / taps**2)))
+    positions = max(least, min(positions, int(OPERATIONS / taps**2)))
     wide = min(columns, positions)
     high = min(rows, max(1, positions // columns))
     together = max(1, positions // (rows * columns))

@@ -136,7 +136,7 @@ def test_a_blur_is_learned_from_the_picture_before_and_after(tmp_path: Path) -> 
     np.testing.assert_allclose(np.load(kernel), np.pad(np.full((3, 3), 1 / 9), 1), atol=2e-3)
     first, message, sparks, written, known, drawn = result.stdout.splitlines()
     assert first.startswith("learning from the inner 508 x 508 of 512 x 512 pixels: nobody knows what lies outside")
-    assert message.startswith("the best kernel there is: loss ")
+    assert message.startswith("the best kernel: loss ")
     assert sparks == "loss █▁ (log scale)"
     assert written == f"kernel (5, 5) -> {kernel}"
     assert re.fullmatch(r"smallest possible loss [\d.]+, rank 25 of 25, condition number [\d.e+]+", known)

@@ -12,7 +12,9 @@ from tests.reference import Floats
 class Best:
     """The best kernel of least norm and what is known of it.
 
-    loss: the weighted sum of squares, without the ridge's share. singular_values: of every filter's matrix.
+    loss: the weighted sum of squares, without the ridge's share. singular_values: of every filter's matrix. norm_ratio:
+    the largest norm of a matrix's columns divided by the smallest. threshold: singular values below it, relative to the
+    largest, count as zero.
     kernel_errors, bias_errors and r_squared are NaN where they are not defined.
     """
 
@@ -21,6 +23,8 @@ class Best:
     loss: float
     rank: int
     singular_values: list[Floats]
+    norm_ratio: float
+    threshold: float
     kernel_errors: Floats
     bias_errors: Floats | None
     r_squared: float
@@ -28,8 +32,18 @@ class Best:
     @property
     def clear(self) -> bool:
         """Every singular value is either noise or far above it, so that nobody's rounding decides about the rank."""
+        if self.norm_ratio > 100:
+            # lstsq leaves small columns out; a fit scales them.
+            return False
         shares = [values / values.max() for values in self.singular_values if values.max() > 0]
         return all(bool(((share < 1e-13) | (share > 1e-3)).all()) for share in shares)
+
+    @property
+    def decided(self) -> bool:
+        """No singular value lies near the threshold, where rounding decides about the rank."""
+        shares = [values / values.max() for values in self.singular_values if values.max() > 0]
+        near = [(share > self.threshold / 30) & (share < self.threshold * 30) for share in shares]
+        return self.norm_ratio <= 100 and not any(share.any() for share in near)
 
 
 def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
@@ -37,7 +51,7 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
     layer = lesson.layer
     taps = int(np.prod(layer.kernel_shape[1:]))
     columns, errors, values = [], [], []
-    loss, spread, squares, rank = 0.0, 0.0, 0.0, 0
+    loss, spread, squares, rank, norm_ratio = 0.0, 0.0, 0.0, 0, 1.0
     for filter_ in range(layer.filters):
         group = filter_ // (layer.filters // layer.groups)
         matrix = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
@@ -49,6 +63,8 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
         )
         root = np.sqrt(weights)
         rows, right = matrix * root[:, None], target * root
+        norms = np.linalg.norm(rows, axis=0)
+        norm_ratio = max(norm_ratio, float(norms.max() / norms[norms > 0].min())) if norms.any() else norm_ratio
         rank += int(np.linalg.matrix_rank(rows))
         values.append(np.linalg.svd(rows, compute_uv=False))
         pulled = np.sqrt(ridge) * np.eye(taps, matrix.shape[1])
@@ -60,9 +76,10 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
             spread += float(weights @ (target - np.average(target, weights=weights)) ** 2)
         freedom = int(np.count_nonzero(weights)) - matrix.shape[1]
         variance = left / freedom if freedom > 0 else np.nan
-        normal = rows.T @ rows
-        determined = np.linalg.matrix_rank(rows) == len(normal)
-        diagonal = np.diag(np.linalg.inv(normal)) if determined else np.full(len(normal), np.nan)
+        determined = np.linalg.matrix_rank(rows) == rows.shape[1]
+        _, sizes, directions = np.linalg.svd(rows, full_matrices=False)
+        undefined = np.full(rows.shape[1], np.nan)
+        diagonal = np.square(directions.T / sizes).sum(1) if determined else undefined
         columns.append(solution)
         errors.append(np.sqrt(variance * diagonal))
     together, errors_together = np.stack(columns), np.stack(errors)
@@ -72,6 +89,8 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
         loss=loss,
         rank=rank,
         singular_values=values,
+        norm_ratio=norm_ratio,
+        threshold=float(np.finfo(np.float64).eps) * max(matrix.shape),
         kernel_errors=errors_together[:, :taps].reshape(layer.kernel_shape),
         bias_errors=errors_together[:, taps] if layer.bias else None,
         r_squared=1 - loss / spread if spread > 1e-20 * squares else np.nan,

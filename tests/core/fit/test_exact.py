@@ -271,7 +271,7 @@ def test_a_constant_target_has_no_variance_to_explain(rng: np.random.Generator) 
 def test_the_message_says_what_the_best_kernel_is_worth() -> None:
     image, edges = lesson_pair()
     fit = fit_kernel(image, edges, solver="exact")
-    assert fit.message == f"the best kernel there is: loss {fit.final_loss:.6g}, R squared 1"
+    assert fit.message == f"the best kernel: loss {fit.final_loss:.6g}, R squared 1"
     assert torch.allclose(fit.kernel, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
     assert fit.kernel.shape == (1, 2)
     assert fit.loss_history == [12]

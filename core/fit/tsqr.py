@@ -1,0 +1,134 @@
+"""QR factorization of the matrix of all windows, a chunk of windows at a time.
+
+The normal equations square the condition number of that matrix; its triangular factor does not. Memory is that of one
+chunk and of the factor, whatever the number of windows.
+Source: Demmel, Grigori, Hoemmen and Langou, Communication-optimal parallel and sequential QR and LU factorizations,
+SIAM J. Sci. Comput. 34, 2012.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.arrays import as_numpy
+from core.fit import windows
+from core.fit.layout import Layout, Unknowns
+from core.fit.parts import Numbers
+from core.fit.steps import Steps
+from core.shapes import Problem
+
+MAX_FACTORED_SIZE = 1024
+"""Unknowns of one filter: the singular values of a larger factor take more than a second, in one call."""
+
+WHOLE_BYTES = 24_000_000
+CHUNK_BYTES = 4_000_000
+"""Memory of the windows of a part up to which they are factorized at once, which rounds least; and of a chunk of larger
+ones, which is fastest. They are copied a few times."""
+
+ROWS_PER_COLUMN = 2
+"""The least rows of a chunk for each column: with fewer, the factor itself takes most of the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """Least squares problems with as many rows as unknowns: |A x - y|^2 = |factor x - right|^2 + rest for every x.
+
+    factor (blocks, size, size), upper triangular; right (blocks, size, columns); rest (blocks, columns); rows: those of
+    A.
+    """
+
+    factor: NDArray[np.float64]
+    right: Unknowns
+    rest: NDArray[np.float64]
+    rows: int
+
+
+class Factorization:
+    """The QR factorization of the windows of parts of examples, in float64 on their device."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self._layout = layout
+        self._factor = torch.zeros((layout.blocks, layout.size, layout.size), **options)
+        self._right = torch.zeros((layout.blocks, layout.size, layout.columns), **options)
+        self._rest = torch.zeros((layout.blocks, layout.columns), **options)
+        self._rows = 0
+
+    def add(self, part: Numbers, problem: Problem) -> Steps[None]:
+        """Add the windows of a part."""
+        layout = self._layout
+        for block in range(layout.blocks):
+            filters = layout.filters_of(block)
+            seen = part.images[:, layout.channels_of(block)]
+            positions = part.targets[:, 0].numel()
+            whole = 8 * positions * layout.size <= WHOLE_BYTES
+            least = positions if whole else ROWS_PER_COLUMN * layout.size
+            for chunk in windows.chunks(seen, problem, CHUNK_BYTES, least):
+                rows, values = chunk.windows.T, chunk.of(part.targets[:, filters]).T
+                if layout.bias:
+                    rows = torch.cat([rows, rows.new_full((len(rows), 1), part.one)], 1)
+                if part.weights is not None:
+                    # The same for all filters of a block.
+                    roots = chunk.of(part.weights[:, filters])[:1].T.sqrt()
+                    rows, values = rows * roots, values * roots
+                self._add_rows(block, rows, values)
+                # Or there would be two while the next is made.
+                del chunk, rows, values
+                yield
+        self._rows += part.targets[:, 0].numel()
+
+    @property
+    def compressed(self) -> Compressed:
+        """The factor of all that was added."""
+        factor, right, rest = (as_numpy(array.cpu()) for array in (self._factor, self._right, self._rest))
+        return Compressed(factor, right, rest, self._rows)
+
+    def _add_rows(self, block: int, rows: Tensor, values: Tensor) -> None:
+        self._factor[block], self._right[block], rest = reduce_rows(
+            torch.cat([self._factor[block], rows]), torch.cat([self._right[block], values])
+        )
+        self._rest[block] += rest
+
+
+def reduce_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduce rows (m, n), m >= n, and values (m, c) to a triangle (n, n), values (n, c) and squares left over (c)."""
+    size, columns = rows.shape[1], values.shape[1]
+    if columns <= size:
+        # Rounded in the same way as the rows, values that are combinations of them stay so.
+        triangle = torch.geqrf(torch.cat([rows, values], 1))[0][: size + columns].triu()
+        return triangle[:size, :size], triangle[:size, size:], triangle[size:, size:].square().sum(0)
+    reflectors, scales = torch.geqrf(rows)
+    turned = torch.ormqr(reflectors, scales, values, transpose=True)
+    return reflectors[:size].triu(), turned[:size], turned[size:].square().sum(0)
+
+
+def combine(problems: Sequence[Compressed]) -> Steps[Compressed]:
+    """Stack least squares problems and reduce them to one."""
+    first = problems[0]
+    if len(problems) == 1:
+        return first
+    factor, right, rest = first.factor.copy(), first.right.copy(), sum((part.rest for part in problems[1:]), first.rest)
+    for other in problems[1:]:
+        for block in range(len(factor)):
+            rows = torch.from_numpy(np.concatenate([factor[block], other.factor[block]]))
+            values = torch.from_numpy(np.concatenate([right[block], other.right[block]]))
+            reduced = reduce_rows(rows, values)
+            factor[block], right[block] = reduced[0].numpy(), reduced[1].numpy()
+            rest[block] += reduced[2].numpy()
+            yield
+    return Compressed(factor, right, rest, sum(part.rows for part in problems))
+
+
+def with_ridge(problem: Compressed, ridge: float, taps: int) -> Steps[Compressed]:
+    """Add ridge times the squares of the first `taps` unknowns."""
+    blocks, size, columns = problem.right.shape
+    rows = np.zeros((blocks, size, size))
+    entries = np.arange(taps)
+    rows[:, entries, entries] = np.sqrt(ridge)
+    pulled = Compressed(rows, np.zeros((blocks, size, columns)), np.zeros((blocks, columns)), 0)
+    return (yield from combine([problem, pulled]))

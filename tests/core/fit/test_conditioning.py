@@ -1,0 +1,218 @@
+"""Fits of ill-conditioned examples against numpy.linalg.lstsq on the matrix of all windows."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from core import FitResult, fit_kernel
+from core.fit import fitting
+from tests.core.fit.layers import Layer, Lesson
+from tests.core.fit.test_exact import CAMERA
+from tests.reference import Floats
+
+PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)[:180, :180]
+
+
+def windows(image: Floats, size: tuple[int, int], *, bias: bool = False) -> Floats:
+    """Return a row for every window of an image (H, W), with a 1 for the bias."""
+    rows = np.lib.stride_tricks.sliding_window_view(image, size).reshape(-1, size[0] * size[1])
+    return np.hstack([rows, np.ones((len(rows), 1))]) if bias else rows
+
+
+def response(image: Floats, kernel: Floats) -> Floats:
+    shape = image.shape[0] - kernel.shape[0] + 1, image.shape[1] - kernel.shape[1] + 1
+    return (windows(image, kernel.shape) @ kernel.ravel()).reshape(shape)
+
+
+def assert_as_good_as_lstsq(image: Floats, target: Floats, kernel: Floats, *, bias: float | None = None) -> FitResult:
+    """Fit, and compare rank, loss and the distance from the kernel that made the target."""
+    fit = fit_kernel(image, target, kernel_size=kernel.shape, bias=bias is not None, solver="exact")
+    matrix = windows(image, kernel.shape, bias=bias is not None)
+    expected, _, rank, _ = np.linalg.lstsq(matrix, target.ravel())
+    truth = kernel.ravel() if bias is None else np.append(kernel.ravel(), bias)
+    found = fit.kernel.numpy().ravel()
+    if bias is not None:
+        assert fit.bias is not None
+        found = np.append(found, fit.bias.item())
+    error, allowed = (np.linalg.norm(solution - truth) / np.linalg.norm(truth) for solution in (found, expected))
+    assert fit.rank == rank
+    if allowed < 1e-3:
+        assert error <= 10 * allowed + 1e-13
+    left = float(np.sum((matrix @ expected - target.ravel()) ** 2))
+    # Either way rounds the target's values, and the products that make them.
+    rounding = target.size * (1e-15 * np.abs(matrix).max() * np.abs(expected).sum()) ** 2
+    assert fit.final_loss <= left * (1 + 1e-6) + rounding
+    assert fit.best_possible_loss == fit.final_loss
+    assert fit.excess_loss == pytest.approx(0, abs=rounding)
+    return fit
+
+
+@pytest.mark.parametrize("offset", [1, 1e3, 1e5, 1e6, 1e7, 1e9])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_an_offset_costs_no_more_digits_than_lstsq_loses(offset: float, noise: float) -> None:
+    rng = np.random.default_rng(1)
+    image, kernel = offset + 0.1 * rng.normal(size=(40, 40)), rng.normal(size=(3, 3))
+    target = response(image, kernel)
+    fit = assert_as_good_as_lstsq(image, target + noise * rng.normal(size=target.shape), kernel)
+    assert fit.rank == 9
+    assert "rank" not in fit.message
+
+
+def test_an_exact_target_of_large_integers_is_fitted_exactly() -> None:
+    rng = np.random.default_rng(2)
+    image, kernel = (
+        np.asarray(4194304.0 + rng.integers(0, 4, (40, 40)), np.float64),
+        rng.integers(-3, 4, (16, 16)).astype(float),
+    )
+    fit = assert_as_good_as_lstsq(image, response(image, kernel), kernel)
+    np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-6)
+
+
+def test_a_bias_beside_a_bright_sky_is_determined() -> None:
+    rng = np.random.default_rng(3)
+    image, kernel = 1000 + 0.03 * rng.normal(size=(80, 80)), rng.normal(size=(15, 15))
+    fit = assert_as_good_as_lstsq(image, response(image, kernel) + 5, kernel, bias=5)
+    assert fit.rank == 226
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1, 2, 4])
+@pytest.mark.parametrize("side", [3, 7, 15])
+def test_blurred_photographs_are_fitted_as_lstsq_fits_them(sigma: float, side: int) -> None:
+    image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, sigma)
+    kernel = np.random.default_rng(side).normal(size=(side, side))
+    fit = assert_as_good_as_lstsq(image, response(image, kernel), kernel)
+    assert ("below the precision of float64" in fit.message) == (fit.rank != side * side)
+
+
+def test_961_unknowns_of_a_blurred_photograph_are_all_determined() -> None:
+    image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, 1)
+    kernel = np.random.default_rng(31).normal(size=(31, 31))
+    fit = fit_kernel(image, response(image, kernel), solver="exact")
+    # numpy.linalg.lstsq: rank 961, and the kernel to 3e-10.
+    assert fit.rank == 961
+    np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1e5, 1e9])
+def test_bands_of_unlike_size_are_fitted_as_lstsq_fits_them(size: float) -> None:
+    rng = np.random.default_rng(4)
+    layer = Layer((3, 3), channels=3, filters=2, bias=True)
+    images = (5 + rng.normal(size=(1, 3, 24, 24))) * np.array([1, size, 300])[:, None, None]
+    kernel, bias = rng.normal(size=layer.kernel_shape) / np.array([1, size, 300])[:, None, None], rng.normal(size=2)
+    targets = layer.output(images, kernel, bias) + 0.01 * rng.normal(size=(1, 2, 22, 22))
+    fit = fit_kernel(images, targets, solver="exact", **layer.options)
+    matrix = np.hstack([layer.windows(images), np.ones((484, 1))])
+    norms = np.linalg.norm(matrix, axis=0)
+    expected = np.linalg.lstsq(matrix / norms, targets[0].reshape(2, -1).T)[0].T / norms
+    assert fit.rank == fit.unknowns == 56
+    np.testing.assert_allclose(fit.kernel.numpy().reshape(2, -1), expected[:, :27], rtol=1e-7)
+    assert fit.standard_errors is not None
+    variances = np.sum((matrix @ expected.T - targets[0].reshape(2, -1).T) ** 2, 0) / (484 - 28)
+    inverse = np.linalg.inv(np.linalg.qr(matrix / norms)[1])
+    errors = np.sqrt(np.outer(variances, np.sum(inverse**2, 1))) / norms
+    np.testing.assert_allclose(fit.standard_errors.numpy().reshape(2, -1), errors[:, :27], rtol=1e-6)
+
+
+def test_a_history_beside_an_offset_is_that_of_long_doubles() -> None:
+    rng = np.random.default_rng(5)
+    image, kernel = 1e4 + 0.1 * rng.normal(size=(20, 20)), rng.normal(size=(3, 3))
+    target = response(image, kernel) + 1e-3 * rng.normal(size=(18, 18))
+    start = rng.normal(size=(3, 3))
+    # A rate that leaves the offset alone after a step: then the loss is that of the contrast.
+    fit = fit_kernel(image, target, initial_kernel=start, learning_rate="auto", steps=30)
+    assert fit.learning_rate is not None
+    matrix, values = windows(image, (3, 3)).astype(np.longdouble), target.ravel().astype(np.longdouble)
+    current, history = start.ravel().astype(np.longdouble), []
+    for _ in range(30):
+        residual = matrix @ current - values
+        history.append(float(residual @ residual))
+        current = current - fit.learning_rate * 2 * (matrix.T @ residual)
+    assert fit.loss_history == pytest.approx(history, rel=1e-6)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Lesson, dict[str, Any]]:
+    """Examples of every conditioning and scale, and a fit of them."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    layer = Layer(
+        (draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        channels=draw(st.integers(1, 2)),
+        filters=draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+    )
+    side = draw(st.integers(5, 14))
+    images = rng.normal(size=(draw(st.integers(1, 2)), layer.channels, side, side))
+    images = scipy.ndimage.gaussian_filter(images, (0, 0, *2 * [draw(st.sampled_from([0, 0, 0.7, 2, 6]))]))
+    images = images * 10.0 ** draw(st.integers(-12, 12)) + draw(st.sampled_from([0, 0, 1, 1e4, 1e9]))
+    if layer.channels > 1:
+        images[:, 1] = images[:, 0] if draw(st.booleans()) else images[:, 1] * 10.0 ** draw(st.integers(-9, 9))
+    kernel, bias = rng.normal(size=layer.kernel_shape), rng.normal(size=layer.filters) if layer.bias else None
+    targets = layer.output(images, kernel, bias)
+    targets = targets + draw(st.sampled_from([0, 1e-6, 1])) * np.abs(targets).max() * rng.normal(size=targets.shape)
+    options: dict[str, Any] = {
+        "solver": draw(st.sampled_from(["exact", "sgd", "momentum", "nesterov"])),
+        "loss": draw(st.sampled_from(["sum", "mean"])),
+        "ridge": draw(st.sampled_from([0.0, 0.0, 0.1])),
+        "learning_rate": "auto",
+        "steps": 20,
+        "seed": 0,
+    }
+    if options["solver"] == "sgd" and len(images) > 1 and draw(st.booleans()):
+        options["batch_size"] = 1
+    return Lesson(layer, [(images, targets, None)]), options
+
+
+@given(problems())
+def test_the_losses_of_a_fit_never_contradict_each_other(drawn: tuple[Lesson, dict[str, Any]]) -> None:
+    lesson, options = drawn
+    fit = fit_kernel(pairs=lesson.pairs, **lesson.layer.options, **options)
+    losses = [*fit.loss_history, fit.final_loss, fit.best_possible_loss, fit.excess_loss]
+    assert all(loss is not None and loss >= 0 and math.isfinite(loss) for loss in losses)
+    assert fit.best_possible_loss is not None
+    assert fit.excess_loss is not None
+    assert fit.best_possible_loss <= fit.final_loss
+    # What rounding of the targets, and of the sums that are compared with them, leaves of a loss of zero.
+    scale = 1 if options["loss"] == "sum" else lesson.weight
+    squares = sum(float(np.sum(y**2)) for _, y, _ in lesson.pairs) / scale
+    rounding = 1e-9 * fit.final_loss + 1e-24 * max(squares, fit.loss_history[0])
+    assert fit.excess_loss == pytest.approx(fit.final_loss - fit.best_possible_loss, abs=rounding)
+    if "batch_size" not in options:
+        assert fit.best_possible_loss <= min(fit.loss_history) + rounding
+
+
+def test_more_unknowns_than_are_factored_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MAX_FACTORED_SIZE", 8)
+    rng = np.random.default_rng(6)
+    image = 1e9 + rng.normal(size=(40, 40))
+    fit = fit_kernel(image, rng.normal(size=(38, 38)), solver="exact")
+    assert fit.rank is not None
+    assert fit.rank < 9
+    assert "below the precision of the normal equations, which these examples may still determine" in fit.message
+
+
+@pytest.mark.parametrize(
+    ("input_size", "target_size"), [(1e100, 1e-100), (1e-147, 1), (1e200, 1), (1, 1e200), (1e-300, 1e-5)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_size_of_numbers_changes_an_exact_fit(input_size: float, target_size: float, bias: bool) -> None:
+    rng = np.random.default_rng(7)
+    image, target = rng.normal(size=(12, 12)), rng.normal(size=(10, 10))
+    plain = fit_kernel(image, target, solver="exact", bias=bias)
+    fit = fit_kernel(input_size * image, target_size * target, solver="exact", bias=bias)
+    ratio = target_size / input_size
+    np.testing.assert_allclose(fit.kernel.numpy() / ratio, plain.kernel.numpy(), rtol=1e-9)
+    assert fit.standard_errors is not None
+    assert plain.standard_errors is not None
+    np.testing.assert_allclose(fit.standard_errors.numpy() / ratio, plain.standard_errors.numpy(), rtol=1e-9)
+    assert fit.rank == fit.unknowns
+    assert fit.r_squared == pytest.approx(plain.r_squared, rel=1e-9)
+    if bias:
+        assert fit.bias is not None
+        assert plain.bias is not None
+        assert fit.bias.item() / target_size == pytest.approx(plain.bias.item(), rel=1e-9)
