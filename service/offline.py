@@ -222,6 +222,10 @@ def _known(result: core.FitResult) -> str:
         said.append(f"rank {result.rank} of {result.unknowns}")
     if result.condition_number is not None:
         said.append(f"condition number {result.condition_number:.4g}")
+    if result.residual_std is not None:
+        said.append(
+            f"residual standard deviation {', '.join(f'{value:.4g}' for value in result.residual_std.tolist())}"
+        )
     return ", ".join(said)
 
 

@@ -16,10 +16,22 @@ from core.fit.objective import FactoredQuadratic, Images, Objective, Quadratic
 from core.fit.spectrum import Floats, GramSpectrum, Spectrum, decompose_factors, invert
 from core.fit.steps import Steps
 from core.fit.targets import Targets
-from core.fit.tsqr import Compressed, combine, with_ridge
+from core.fit.tsqr import MAX_FACTORED_SIZE, Compressed, combine, with_ridge
 
 MAX_ROUNDING = 1e-2
 """Rounding error of what a kernel makes of the images, relative to the part of the target that it is fitted to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Degrees of freedom and residual standard deviations (blocks, columns), and standard errors (Unknowns).
+
+    The standard deviation is that of a target value of weight 1.
+    """
+
+    freedom: Floats
+    residual_std: Floats
+    standard_errors: Unknowns
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +40,7 @@ class Analysis:
 
     rank: of the examples alone. precise: the rank is that of the windows, not only of their normal equations.
     largest_left_out: the largest singular value that counts as zero, relative to the largest. objective: the loss
-    without the images.
+    without the images. gram: the matrix of the normal equations, without the ridge.
     """
 
     spectrum: Spectrum
@@ -39,6 +51,7 @@ class Analysis:
     precise: bool
     largest_left_out: float
     objective: Objective
+    gram: Floats
 
     def excess(self, unknowns: Unknowns) -> Steps[float]:
         """Return the loss there minus the smallest possible one."""
@@ -49,19 +62,29 @@ class Analysis:
         """Return curvatures, and how far the unknowns are from the best ones along the directions of each."""
         return (yield from self.spectrum.modes(unknowns - self.minimum.at))
 
-    def standard_errors(self, targets: Targets) -> Steps[Unknowns | None]:
-        """Return those of the best kernel: sqrt(v diag (A'A)^-1), v the residual variance of each filter.
+    def precision(self, targets: Targets) -> Steps[Precision | None]:
+        """Return how precisely noisy targets determine the best kernel.
 
-        None if the kernel is not determined, pulled by a ridge, or fits by having as many unknowns.
+        None if the unknowns are not determined, or as many as the values, or too many to invert beside a ridge.
+        Source: Seber and Lee, Linear Regression Analysis, 2nd ed., 3.3; with a ridge, Hastie, Tibshirani and Friedman,
+        The Elements of Statistical Learning, 2nd ed., 3.4.1.
         """
-        layout = self.objective.layout
-        freedom = (targets.counted - layout.size).reshape(layout.blocks, layout.columns)
-        if self.rank < layout.unknowns or self.objective.ridge or not (freedom > 0).all():
+        layout, scale = self.objective.layout, self.objective.scale
+        if self.spectrum.ranks.min() != layout.size or (self.objective.ridge and layout.size > MAX_FACTORED_SIZE):
             return None
-        variances = np.sum(self.minimum.losses, axis=0) / freedom
-        inverse = 2 * self.objective.scale * (yield from self.spectrum.diagonals())
-        errors: Unknowns = np.sqrt(inverse[:, :, None]) * np.sqrt(variances[:, None, :])
-        return errors
+        if self.objective.ridge:
+            inverses = 2 * scale * (yield from self.spectrum.inverses())
+            images = self.gram @ inverses
+            parameters = np.trace(images, axis1=1, axis2=2)
+            diagonals = np.einsum("bij,bij->bj", inverses, images)
+        else:
+            parameters = np.full(layout.blocks, float(layout.size))
+            diagonals = 2 * scale * (yield from self.spectrum.diagonals())
+        freedom = targets.counted.reshape(layout.blocks, layout.columns) - parameters[:, None]
+        if not (freedom > 0).all():
+            return None
+        deviations = np.sqrt(np.sum(self.minimum.losses, axis=0) / freedom)
+        return Precision(freedom, deviations, np.sqrt(diagonals[:, :, None]) * deviations[:, None, :])
 
 
 def analyse(images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]) -> Steps[Analysis | None]:
@@ -111,7 +134,9 @@ def _by_equations(
     ]
     rank, well = int(of_examples.ranks.sum()) * layout.columns, of_examples.well_conditioned
     without_images = replace(images, terms=quadratics)
-    return Analysis(spectrum, largest, smallest, found, rank, well, largest_left_out=0.0, objective=without_images)
+    return Analysis(
+        spectrum, largest, smallest, found, rank, well, largest_left_out=0.0, objective=without_images, gram=gram
+    )
 
 
 def _is_rounding(factors: Floats, unknowns: Unknowns, right: Unknowns) -> bool:
@@ -145,6 +170,15 @@ def analyse_factors(images: Objective, terms: Sequence[Images], problems: Sequen
     largest, smallest = yield from spectrum.extremes()
     rank, left_out = int(of_examples.ranks.sum()) * layout.columns, of_examples.largest_left_out
     found = Minimum(at, loss, at, losses, [])
+    gram = together.factor.swapaxes(1, 2) @ together.factor
     return Analysis(
-        spectrum, largest, smallest, found, rank, precise=True, largest_left_out=left_out, objective=objective
+        spectrum,
+        largest,
+        smallest,
+        found,
+        rank,
+        precise=True,
+        largest_left_out=left_out,
+        objective=objective,
+        gram=gram,
     )

@@ -4,13 +4,14 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import scipy.special
 import torch
 
 from core.errors import InvalidOption
-from core.fit.analysis import Analysis, analyse, analyse_factors, analyse_roughly
+from core.fit.analysis import Analysis, Precision, analyse, analyse_factors, analyse_roughly
 from core.fit.descent import Descent, descend
 from core.fit.exact import LANCZOS_STEPS, conjugate_gradients, steepest_curvature
 from core.fit.gram import Sums
@@ -20,7 +21,7 @@ from core.fit.objective import Images, Objective
 from core.fit.options import Options
 from core.fit.parts import Part
 from core.fit.problem import require_finite
-from core.fit.result import FitResult, Forecast, Known, Prediction, Progress, Reading, Status, Step
+from core.fit.result import CONFIDENCE_LEVEL, FitResult, Forecast, Known, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import GradientDescent, Rule, best_rate
 from core.fit.sentences import (
     TOO_LARGE_TO_SQUARE,
@@ -46,6 +47,17 @@ LANCZOS_ERROR = 0.02
 
 DIFFERENCE_PRECISION = 1e-6
 """Difference of two losses, relative to them, below which it is computed from the distance of their kernels."""
+
+_NOTHING_KNOWN: dict[str, Any] = dict.fromkeys(
+    (
+        "standard_errors",
+        "bias_standard_errors",
+        "confidence_intervals",
+        "bias_confidence_intervals",
+        "residual_std",
+        "degrees_of_freedom",
+    )
+)
 
 Accumulator = TypeVar("Accumulator", Sums, Factorization)
 
@@ -352,9 +364,9 @@ class Fitting:
         best_rate: float | None,
     ) -> Generator[Progress, None, FitResult]:
         options, exact = self.options, self.options.solver == "exact"
-        best, excess, errors, best_explained = None, None, None, None
+        best, excess, precision, best_explained = None, None, None, None
         if analysis is not None:
-            errors = yield from self._with_progress(analysis.standard_errors(targets), self._count)
+            precision = yield from self._with_progress(analysis.precision(targets), self._count)
             best_explained = self._explained(analysis.minimum.at, analysis.minimum.loss, targets)
             best = analysis.minimum.loss
             excess = descent.final_loss - best
@@ -379,7 +391,9 @@ class Fitting:
         )
         best = None if best is None else units.loss(best)
         excess = None if excess is None else units.loss(excess)
-        errors = None if errors is None else units.unknowns(errors)
+        uncertainty = (
+            _NOTHING_KNOWN if analysis is None or precision is None else self._uncertainty(analysis, precision)
+        )
         if not math.isfinite(descent.start_loss) and descent.status is Status.DIVERGED:
             message = f"diverged: {TOO_LARGE_TO_SQUARE}"
         elif exact:
@@ -409,8 +423,8 @@ class Fitting:
             message=message,
             solver=options.solver,
             method=self.method,
-            standard_errors=None if errors is None else self._kernel(errors),
-            bias_standard_errors=None if errors is None else self._offsets(errors),
+            **uncertainty,
+            values=int(targets.counted.sum()),
             r_squared=explained,
             device=str(self.device),
             seed=self.seed if drawn else None,
@@ -423,6 +437,23 @@ class Fitting:
         if bool((analysis.spectrum.ranks == self.layout.size).all()):
             return [rank_note, "the ridge makes the solution unique"]
         return [rank_note, "this is the solution of least norm"]
+
+    def _uncertainty(self, analysis: Analysis, precision: Precision) -> dict[str, Any]:
+        """Return the fields of FitResult that say how precisely the best kernel is known."""
+        units = self.units
+        errors, best = units.unknowns(precision.standard_errors), units.unknowns(analysis.minimum.at)
+        reach = scipy.special.stdtrit(precision.freedom, (1 + CONFIDENCE_LEVEL) / 2)[:, None, :] * errors
+        ends = None if self.options.ridge else (best - reach, best + reach)
+        offsets = [offset for end in ends or () if (offset := self._offsets(end)) is not None]
+        deviations = np.ldexp(precision.residual_std, units.target).ravel()
+        return {
+            "standard_errors": self._kernel(errors),
+            "bias_standard_errors": self._offsets(errors),
+            "confidence_intervals": None if ends is None else torch.stack([self._kernel(end) for end in ends]),
+            "bias_confidence_intervals": torch.stack(offsets) if offsets else None,
+            "residual_std": torch.from_numpy(deviations).to(self.device),
+            "degrees_of_freedom": torch.from_numpy(precision.freedom.ravel()).to(self.device),
+        }
 
     def _kernel(self, unknowns: Unknowns) -> torch.Tensor:
         kernel = self.layout.kernel(unknowns)

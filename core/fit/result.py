@@ -6,6 +6,9 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+CONFIDENCE_LEVEL = 0.95
+"""Probability that a confidence interval contains the true value."""
+
 Prediction = Literal["converges", "diverges"]
 
 
@@ -73,10 +76,16 @@ class FitResult(Known):
 
     kernel (h, w) where every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;
     both float64, on the fit's device where that has float64. loss_history[i] is the loss before update i + 1,
-    final_loss the loss of the kernel that is returned, all of them with the ridge's share. excess_loss is how much of
-    final_loss is above best_possible_loss. standard_errors (like kernel) and bias_standard_errors (like bias) are those
-    of the best kernel, for noise that is alike and independent in all of a filter's target values. r_squared is the
-    share of the target's variance about its mean that the returned kernel explains. `method` says how it was computed.
+    final_loss the loss of the kernel that is returned, all of them with the ridge's share. excess_loss is
+    final_loss - best_possible_loss. r_squared is the share of the target's variance about its mean that the returned
+    kernel explains. `method` says how it was computed.
+
+    For noise that is independent and of equal variance in all of a filter's target values (or of variance 1 / weight):
+    standard_errors (like kernel) and bias_standard_errors (like bias) of the best kernel; confidence_intervals (2, *
+    like kernel) and bias_confidence_intervals (2, O), which contain the true values with probability CONFIDENCE_LEVEL;
+    residual_std (O), the noise's standard deviation; degrees_of_freedom (O), values less unknowns (with a ridge, less
+    the effective number of unknowns). A ridge biases the kernel: standard errors leave that out, and there are no
+    intervals. values: target values of weight above 0.
     """
 
     kernel: Tensor
@@ -91,6 +100,11 @@ class FitResult(Known):
     method: str
     standard_errors: Tensor | None
     bias_standard_errors: Tensor | None
+    confidence_intervals: Tensor | None
+    bias_confidence_intervals: Tensor | None
+    residual_std: Tensor | None
+    degrees_of_freedom: Tensor | None
+    values: int
     r_squared: float | None
     device: str
     seed: int | None

@@ -28,7 +28,7 @@ MAX_RATES_BY_MODES = 2_000_000
 BASINS = 12
 """Local minima among the rates tried first that are searched more closely."""
 
-LEAST_STAKE = 1e-9
+LEAST_STAKE = 1e-4
 """Of the largest share of the loss: what every direction is taken to have. A rate for less would stand on the edge."""
 
 MODES_TOGETHER = 1 << 18

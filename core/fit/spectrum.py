@@ -196,6 +196,9 @@ class Spectrum(Protocol):
     def diagonals(self) -> Steps[Floats]:
         """Return the diagonals of the inverse matrices, (blocks, size), if all is determined."""
 
+    def inverses(self) -> Steps[Floats]:
+        """Return the inverse matrices, (blocks, size, size), if all is determined."""
+
     def extremes(self) -> Steps[tuple[float, float]]:
         """Return the largest and the smallest eigenvalue; 0 for one that vanishes."""
 
@@ -223,6 +226,11 @@ class GramSpectrum:
     def diagonals(self) -> Steps[Floats]:
         """Of the inverse."""
         return self.inverse.diagonals()
+
+    def inverses(self) -> Steps[Floats]:
+        """The inverse matrices."""
+        identity = np.broadcast_to(np.eye(self.hessian.shape[1]), self.hessian.shape)
+        return self.inverse.solve(np.ascontiguousarray(identity))
 
     def extremes(self) -> Steps[tuple[float, float]]:
         """The largest and the smallest eigenvalue."""
@@ -307,6 +315,13 @@ class FactorSpectrum:
         yield
         diagonals: Floats = np.square(self._scale[:, :, 0]) * sums
         return diagonals
+
+    def inverses(self) -> Steps[Floats]:
+        """The inverse matrices."""
+        roots = self._scale * (self._inverse * self._right).swapaxes(1, 2)
+        yield
+        inverses: Floats = roots @ roots.swapaxes(1, 2)
+        return inverses
 
     def extremes(self) -> Steps[tuple[float, float]]:
         """The largest and the smallest eigenvalue, without the scale."""

@@ -91,6 +91,18 @@ LINKS = {
     ),
 }
 
+ARRAYS = (
+    "kernel",
+    "bias",
+    "standard_errors",
+    "bias_standard_errors",
+    "confidence_intervals",
+    "bias_confidence_intervals",
+    "residual_std",
+    "degrees_of_freedom",
+)
+"""Fields of the response that are arrays."""
+
 MAX_PAIRS = 1000
 MAX_HISTORY = 1000
 LARGEST = sys.float_info.max
@@ -226,6 +238,13 @@ class TrainKernelAnswer(BaseModel):
     unknowns: int
     standard_errors: Array | None = Field(description="of the best kernel, in the kernel's shape")
     bias_standard_errors: Array | None
+    confidence_intervals: Array | None = Field(
+        description="95 % confidence intervals of the best kernel: its lower ends, then its upper ends"
+    )
+    bias_confidence_intervals: Array | None = Field(description="likewise, (2, O)")
+    residual_std: Array | None = Field(description="(O), standard deviation of the noise in a target value of weight 1")
+    degrees_of_freedom: Array | None = Field(description="(O), values less unknowns (with a ridge: effective unknowns)")
+    values: int = Field(description="target values of weight above 0")
     r_squared: float | None = Field(description="the share of the target's variance that this kernel explains")
     device: str
     seed: int | None = Field(description="what was drawn from; null where nothing was drawn")
@@ -265,7 +284,7 @@ async def train_kernel(request: Request) -> Response:
 def _fields(fit: core.FitResult, *, thin: bool) -> Fields:
     """The answer's, arrays as numpy's, in its order."""
     fields: dict[str, Any] = {name: getattr(fit, name, None) for name in TrainKernelAnswer.model_fields}
-    for name in ("kernel", "bias", "standard_errors", "bias_standard_errors"):
+    for name in ARRAYS:
         fields[name] = None if fields[name] is None else as_numpy(fields[name])
     # No list: as series of numbers, those become arrays in binary formats.
     fields["kernel_shape"] = tuple(fit.kernel.shape)

@@ -350,8 +350,8 @@ def test_a_learned_kernel_comes_in_every_format(send: Send, bias: str) -> None:
     plain = learned(JSON).json()
     kernel = np.load(io.BytesIO(learned(NPY).content))
     np.testing.assert_array_equal(kernel, np.array(plain["kernel"], kernel.dtype))
-    names = {"kernel", "loss_history", "standard_errors"}
-    names |= {"bias", "bias_standard_errors"} if bias == "true" else set()
+    names = {"kernel", "loss_history", "standard_errors", "confidence_intervals", "residual_std", "degrees_of_freedom"}
+    names |= {"bias", "bias_standard_errors", "bias_confidence_intervals"} if bias == "true" else set()
     for named in (np.load(io.BytesIO(learned(NPZ).content)), safetensors.numpy.load(learned(SAFETENSORS).content)):
         assert set(named) == names
         for name in names:

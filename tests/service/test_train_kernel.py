@@ -159,7 +159,9 @@ def test_binary_answers_hold_every_array_and_series(send: Send) -> None:
     )
     arrays = npz.decode(response.content, 10**6)
     names = {"kernel", "bias", "loss_history", "loss_history_steps", "standard_errors", "bias_standard_errors"}
-    assert set(arrays) == names
+    uncertainty = {"confidence_intervals", "bias_confidence_intervals", "residual_std", "degrees_of_freedom"}
+    assert set(arrays) == names | uncertainty
+    assert arrays["confidence_intervals"].shape == (2, 1, 2)
     assert arrays["loss_history_steps"].tolist() == list(range(1, len(arrays["loss_history"]) + 1))
     assert json.loads(response.headers["Corr2d-Result"])["kernel_shape"] == [1, 2]
 

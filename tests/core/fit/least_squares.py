@@ -28,6 +28,8 @@ class Best:
     kernel_errors: Floats
     bias_errors: Floats | None
     r_squared: float
+    freedom: list[float]
+    residual_std: list[float]
 
     @property
     def clear(self) -> bool:
@@ -50,7 +52,7 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
     """Filter by filter. `ridge` times the squares of the kernel is added to the sum of squares."""
     layer = lesson.layer
     taps = int(np.prod(layer.kernel_shape[1:]))
-    columns, errors, values = [], [], []
+    columns, errors, values, degrees, deviations = [], [], [], [], []
     loss, spread, squares, rank, norm_ratio = 0.0, 0.0, 0.0, 0, 1.0
     for filter_ in range(layer.filters):
         group = filter_ // (layer.filters // layer.groups)
@@ -74,14 +76,21 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
         squares += float(weights @ target**2)
         if weights.any():
             spread += float(weights @ (target - np.average(target, weights=weights)) ** 2)
-        freedom = int(np.count_nonzero(weights)) - matrix.shape[1]
-        variance = left / freedom if freedom > 0 else np.nan
         determined = np.linalg.matrix_rank(rows) == rows.shape[1]
         _, sizes, directions = np.linalg.svd(rows, full_matrices=False)
-        undefined = np.full(rows.shape[1], np.nan)
-        diagonal = np.square(directions.T / sizes).sum(1) if determined else undefined
+        diagonal, parameters = np.full(rows.shape[1], np.nan), float(rows.shape[1])
+        if ridge and np.linalg.matrix_rank(np.vstack([rows, pulled])) == rows.shape[1]:
+            gram = rows.T @ rows
+            inverse = np.linalg.inv(gram + pulled.T @ pulled)
+            diagonal, parameters = np.diag(inverse @ gram @ inverse), float(np.trace(gram @ inverse))
+        elif not ridge and determined:
+            diagonal = np.square(directions.T / sizes).sum(1)
+        freedom = int(np.count_nonzero(weights)) - parameters
+        variance = left / freedom if freedom > 0 else np.nan
+        degrees.append(freedom)
+        deviations.append(np.sqrt(variance))
         columns.append(solution)
-        errors.append(np.sqrt(variance * diagonal))
+        errors.append(np.sqrt(np.maximum(variance * diagonal, 0)))
     together, errors_together = np.stack(columns), np.stack(errors)
     return Best(
         kernel=together[:, :taps].reshape(layer.kernel_shape),
@@ -93,5 +102,7 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
         threshold=float(np.finfo(np.float64).eps) * max(matrix.shape),
         kernel_errors=errors_together[:, :taps].reshape(layer.kernel_shape),
         bias_errors=errors_together[:, taps] if layer.bias else None,
+        freedom=degrees,
+        residual_std=deviations,
         r_squared=1 - loss / spread if spread > 1e-20 * squares else np.nan,
     )

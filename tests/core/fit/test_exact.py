@@ -13,7 +13,7 @@ from PIL import Image
 from core import FitResult, Status, fit_kernel
 from core.fit import way
 from tests.core.fit.layers import Layer, Lesson, lessons
-from tests.core.fit.least_squares import least_squares
+from tests.core.fit.least_squares import Best, least_squares
 from tests.core.fit.lesson import lesson_pair
 from tests.reference import Floats, valid_by_windows
 
@@ -30,6 +30,21 @@ def assert_close(found: torch.Tensor | None, expected: Floats | None, tolerance:
         return
     assert found is not None
     np.testing.assert_allclose(found.numpy(), expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max()))
+
+
+def assert_intervals(fit: FitResult, best: Best) -> None:
+    """Compare the intervals with scipy's of Student's distribution."""
+    reach = scipy.stats.t(best.freedom).ppf(0.975)
+    assert fit.confidence_intervals is not None
+    away = reach[:, None, None, None] * best.kernel_errors
+    for found, expected in zip(fit.confidence_intervals, (best.kernel - away, best.kernel + away), strict=True):
+        assert_close(found, expected, 1e-6)
+    if best.bias is not None:
+        assert fit.bias_confidence_intervals is not None
+        assert best.bias_errors is not None
+        ends = (best.bias - reach * best.bias_errors, best.bias + reach * best.bias_errors)
+        for found, expected in zip(fit.bias_confidence_intervals, ends, strict=True):
+            assert_close(found, expected, 1e-6)
 
 
 @given(lesson=lessons(noises=(0.0, 0.1, 1.0)))
@@ -68,9 +83,14 @@ def test_what_is_said_of_the_best_kernel_is_what_the_textbook_says(lesson: Lesso
     if determined and np.isfinite(best.kernel_errors).all():
         assert_close(fit.standard_errors, best.kernel_errors, 1e-6)
         assert_close(fit.bias_standard_errors, best.bias_errors, 1e-6)
+        assert_close(fit.residual_std, np.array(best.residual_std), 1e-8)
+        assert_close(fit.degrees_of_freedom, np.array(best.freedom), 0)
+        assert_intervals(fit, best)
     else:
-        assert fit.standard_errors is None
-        assert fit.bias_standard_errors is None
+        uncertainty = (fit.standard_errors, fit.confidence_intervals, fit.residual_std, fit.degrees_of_freedom)
+        assert uncertainty == (None, None, None, None)
+        assert (fit.bias_standard_errors, fit.bias_confidence_intervals) == (None, None)
+    assert fit.values == sum(y.size if w is None else np.count_nonzero(w) for _, y, w in lesson.pairs)
     if np.isfinite(best.r_squared):
         assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-9, abs=1e-9)
 
@@ -103,7 +123,12 @@ def test_a_ridge_adds_rows_to_the_matrix_and_none_for_the_bias(lesson: Lesson, r
     penalty = ridge * float(np.sum(best.kernel**2))
     assert fit.final_loss == pytest.approx(best.loss / share + penalty, rel=1e-9)
     assert fit.rank == best.rank
-    assert fit.standard_errors is None
+    assert (fit.confidence_intervals, fit.bias_confidence_intervals) == (None, None)
+    if np.isfinite(best.kernel_errors).all():
+        assert_close(fit.standard_errors, best.kernel_errors, 1e-6)
+        assert_close(fit.bias_standard_errors, best.bias_errors, 1e-6)
+        assert_close(fit.residual_std, np.array(best.residual_std), 1e-7)
+        assert_close(fit.degrees_of_freedom, np.array(best.freedom), 1e-7)
     if np.isfinite(best.r_squared):
         assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-7, abs=1e-7)
 
@@ -243,6 +268,28 @@ def test_the_truth_lies_within_the_errors_as_often_as_it_should(loss: Any, bias:
         assert fit.bias_standard_errors is not None
         reach = student.ppf(0.975) * fit.bias_standard_errors.numpy()
         assert (np.abs(fit.bias.numpy() - 5) <= reach).mean() == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("layer", [Layer((3, 3)), Layer((3, 2), bias=True), Layer((2, 3), channels=2, bias=True)])
+def test_intervals_cover_the_truth_in_95_of_100_cases(layer: Layer, weighted: bool) -> None:
+    rng = np.random.default_rng(21)
+    runs, images = 2000, 3 + rng.normal(size=(1, layer.channels, 12, 12))
+    kernel, bias = rng.normal(size=layer.kernel_shape), np.array([5.0]) if layer.bias else None
+    truth = layer.output(images, kernel, bias)
+    deviations = rng.uniform(0.2, 2, truth.shape[2:]) if weighted else np.ones(truth.shape[2:])
+    # A filter is a run: all see the same image, each has noise of its own.
+    targets = truth + deviations * rng.normal(size=(1, runs, *truth.shape[2:]))
+    weights = deviations**-2 if weighted else None
+    fit = fit_kernel(images, targets, weights=weights, solver="exact", bias=layer.bias)
+    assert fit.confidence_intervals is not None
+    low, high = fit.confidence_intervals.numpy()
+    assert ((low <= kernel) & (kernel <= high)).mean() == pytest.approx(0.95, abs=0.01)
+    if layer.bias:
+        assert fit.bias_confidence_intervals is not None
+        low, high = fit.bias_confidence_intervals.numpy()
+        # The standard deviation of a share of 2000 is 0.005.
+        assert ((low <= 5) & (high >= 5)).mean() == pytest.approx(0.95, abs=0.015)
 
 
 def test_the_errors_are_those_of_the_best_kernel_wherever_a_descent_has_come_to(rng: np.random.Generator) -> None:
