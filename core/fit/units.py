@@ -77,7 +77,8 @@ def _exponent(arrays: Sequence[torch.Tensor]) -> Steps[int]:
     largest, seen = 0.0, 0
     for array in arrays:
         for block in blocks(array.shape):
-            largest = max(largest, float(array[block].abs().max()))
+            least, most = torch.aminmax(array[block])
+            largest = max(largest, -float(least), float(most))
             seen += array[block].numel()
             if seen > BLOCK_VALUES:
                 seen = 0
