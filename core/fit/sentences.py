@@ -161,11 +161,13 @@ def _outlook(options: Options, forecast: Forecast, last: float, loss_of_zeros: f
         return [f"with more steps it will diverge: {divergence_sentence(options, rate, stable, None)}"]
     if best is None:
         return []
+    at_the_limit = options.batch_size is None and stable is not None and forecast.prediction is None
+    remedy = "take a smaller learning_rate" if at_the_limit else "take more steps"
     if last - best <= AS_GOOD_AS_BEST * best:
         return [f"the smallest possible is {best:.6g}"]
     if best > ZERO_LOSS * loss_of_zeros:
-        return [f'the smallest possible is {best:.6g}: take more steps, or solver "exact"']
-    return ['it can become 0: take more steps, or solver "exact"'] if last > ZERO_LOSS * loss_of_zeros else []
+        return [f'the smallest possible is {best:.6g}: {remedy}, or solver "exact"']
+    return [f'it can become 0: {remedy}, or solver "exact"'] if last > ZERO_LOSS * loss_of_zeros else []
 
 
 def _limit(stable: float, rate: float) -> str:
