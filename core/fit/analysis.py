@@ -18,6 +18,9 @@ from core.fit.steps import Steps
 from core.fit.targets import Targets
 from core.fit.tsqr import MAX_FACTORED_SIZE, Compressed, combine, with_ridge
 
+MIN_FREEDOM = 1e-6
+"""Degrees of freedom: with a ridge they may be any number above 0, and fewer are rounding."""
+
 MAX_ROUNDING = 1e-2
 """Rounding error of what a kernel makes of the images, relative to the part of the target that it is fitted to."""
 
@@ -81,10 +84,10 @@ class Analysis:
             parameters = np.full(layout.blocks, float(layout.size))
             diagonals = 2 * scale * (yield from self.spectrum.diagonals())
         freedom = targets.counted.reshape(layout.blocks, layout.columns) - parameters[:, None]
-        if not (freedom > 0).all():
+        if not (freedom > MIN_FREEDOM).all():
             return None
         deviations = np.sqrt(np.sum(self.minimum.losses, axis=0) / freedom)
-        return Precision(freedom, deviations, np.sqrt(diagonals[:, :, None]) * deviations[:, None, :])
+        return Precision(freedom, deviations, np.sqrt(np.maximum(diagonals, 0))[:, :, None] * deviations[:, None, :])
 
 
 def analyse(images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]) -> Steps[Analysis | None]:

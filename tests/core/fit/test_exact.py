@@ -124,10 +124,10 @@ def test_a_ridge_adds_rows_to_the_matrix_and_none_for_the_bias(lesson: Lesson, r
     assert fit.final_loss == pytest.approx(best.loss / share + penalty, rel=1e-9)
     assert fit.rank == best.rank
     assert (fit.confidence_intervals, fit.bias_confidence_intervals) == (None, None)
-    if np.isfinite(best.kernel_errors).all():
+    if np.isfinite(best.kernel_errors).all() and min(best.freedom) > 1e-3:
         assert_close(fit.standard_errors, best.kernel_errors, 1e-6)
         assert_close(fit.bias_standard_errors, best.bias_errors, 1e-6)
-        assert_close(fit.residual_std, np.array(best.residual_std), 1e-7)
+        assert_close(fit.residual_std, np.array(best.residual_std), 1e-6)
         assert_close(fit.degrees_of_freedom, np.array(best.freedom), 1e-7)
     if np.isfinite(best.r_squared):
         assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-7, abs=1e-7)
