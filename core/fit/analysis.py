@@ -90,24 +90,14 @@ class Analysis:
         return Precision(freedom, deviations, np.sqrt(np.maximum(diagonals, 0))[:, :, None] * deviations[:, None, :])
 
 
-def analyse(images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]) -> Steps[Analysis | None]:
-    """Analyse the same loss as `images`, of these terms, by their normal equations.
-
-    None if they are not well conditioned: then they say too little.
-    """
-    return (yield from _by_equations(images, terms, equations, only_if_well_conditioned=True))
-
-
-def analyse_roughly(
-    images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations]
-) -> Steps[Analysis | None]:
-    """Analyse by normal equations however they are conditioned, without what is below their precision."""
-    return (yield from _by_equations(images, terms, equations, only_if_well_conditioned=False))
-
-
-def _by_equations(
+def analyse_equations(
     images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations], *, only_if_well_conditioned: bool
 ) -> Steps[Analysis | None]:
+    """Analyse the same loss as `images`, of these terms, by their normal equations.
+
+    None if they are not well conditioned, unless those are to be analysed as well, without what is below their
+    precision; and if a sum of squares on the way is too large for float64.
+    """
     layout, gram, moments = images.layout, equations[0].gram, equations[0].moments
     if len(equations) > 1:
         gram, moments = gram.copy(), moments.copy()

@@ -4,14 +4,14 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import scipy.special
 import torch
 
 from core.errors import InvalidOption
-from core.fit.analysis import Analysis, Precision, analyse, analyse_factors, analyse_roughly
+from core.fit.analysis import Analysis, Precision, analyse_equations, analyse_factors
 from core.fit.descent import Descent, descend
 from core.fit.exact import LANCZOS_STEPS, conjugate_gradients, steepest_curvature
 from core.fit.gram import Sums
@@ -21,7 +21,18 @@ from core.fit.objective import Images, Objective
 from core.fit.options import Options
 from core.fit.parts import Part
 from core.fit.problem import require_finite
-from core.fit.result import CONFIDENCE_LEVEL, FitResult, Forecast, Known, Prediction, Progress, Reading, Status, Step
+from core.fit.result import (
+    CONFIDENCE_LEVEL,
+    FitResult,
+    Forecast,
+    Known,
+    Prediction,
+    Progress,
+    Reading,
+    Status,
+    Step,
+    Uncertainty,
+)
 from core.fit.rules import GradientDescent, Rule, best_rate
 from core.fit.sentences import (
     TOO_LARGE_TO_SQUARE,
@@ -48,17 +59,6 @@ LANCZOS_ERROR = 0.02
 DIFFERENCE_PRECISION = 1e-6
 """Difference of two losses, relative to them, below which it is computed from the distance of their kernels."""
 
-_NOTHING_KNOWN: dict[str, Any] = dict.fromkeys(
-    (
-        "standard_errors",
-        "bias_standard_errors",
-        "confidence_intervals",
-        "bias_confidence_intervals",
-        "residual_std",
-        "degrees_of_freedom",
-    )
-)
-
 Accumulator = TypeVar("Accumulator", Sums, Factorization)
 
 
@@ -83,12 +83,13 @@ class Fitting:
 
     def _steps(self) -> Generator[Progress, None, FitResult]:
         if not self.options.criterion.square:
-            return (yield from self._in_units())
+            return (yield from self.steps_in_units())
         examples = [passage.example for passage in self.passages]
         units = yield from self._with_progress(choose_units(examples), 0)
-        return (yield from Fitting._in_units(replace(self, units=units)))
+        return (yield from replace(self, units=units).steps_in_units())
 
-    def _in_units(self) -> Generator[Progress, None, FitResult]:
+    def steps_in_units(self) -> Generator[Progress, None, FitResult]:
+        """Fit the examples, scaled by the units."""
         options, units = self.options, self.units
         examples = [passage.example for passage in self.passages]
         targets = yield from self._with_progress(sum_up(examples, self.device, units), 0)
@@ -124,7 +125,7 @@ class Fitting:
 
     @property
     def _whole(self) -> bool:
-        """Whether every step goes over all examples."""
+        """True if a batch holds all examples."""
         return self.options.batch_size is None or self.options.batch_size >= self._count
 
     @property
@@ -173,14 +174,15 @@ class Fitting:
         """
         equations = yield from self._read(lambda: Sums.zeros(self.layout, self.machine, self.device))
         found = [sums.equations for sums in equations]
-        finite = all(np.isfinite(part.gram).all() and np.isfinite(part.moments).all() for part in found)
-        if finite:
-            analysis = yield from self._with_progress(analyse(images, terms, found), self._count)
+        factored = self.layout.size <= MAX_FACTORED_SIZE
+        if all(np.isfinite(part.gram).all() and np.isfinite(part.moments).all() for part in found):
+            by_equations = analyse_equations(images, terms, found, only_if_well_conditioned=factored)
+            analysis = yield from self._with_progress(by_equations, self._count)
             if analysis is not None:
                 return analysis
+        if not factored:
+            return None
         yield from self._with_progress(require_finite([passage.example for passage in self.passages]), self._count)
-        if self.layout.size > MAX_FACTORED_SIZE:
-            return (yield from self._with_progress(analyse_roughly(images, terms, found), self._count))
         del equations, found
         factorizations = yield from self._read(lambda: Factorization(self.layout, self.device))
         problems = [factorization.compressed for factorization in factorizations]
@@ -391,9 +393,9 @@ class Fitting:
         )
         best = None if best is None else units.loss(best)
         excess = None if excess is None else units.loss(excess)
-        uncertainty = (
-            _NOTHING_KNOWN if analysis is None or precision is None else self._uncertainty(analysis, precision)
-        )
+        uncertainty = Uncertainty()
+        if analysis is not None and precision is not None:
+            uncertainty = self._uncertainty(analysis, precision)
         if not math.isfinite(descent.start_loss) and descent.status is Status.DIVERGED:
             message = f"diverged: {TOO_LARGE_TO_SQUARE}"
         elif exact:
@@ -411,6 +413,7 @@ class Fitting:
             )
         drawn = not exact and (not self.start.complete or options.batch_size is not None)
         known = {field.name: getattr(forecast, field.name) for field in fields(Known)}
+        known |= {field.name: getattr(uncertainty, field.name) for field in fields(Uncertainty)}
         return FitResult(
             **{**known, "best_possible_loss": best},
             kernel=self._kernel(descent.unknowns),
@@ -423,7 +426,6 @@ class Fitting:
             message=message,
             solver=options.solver,
             method=self.method,
-            **uncertainty,
             values=int(targets.counted.sum()),
             r_squared=explained,
             device=str(self.device),
@@ -438,22 +440,22 @@ class Fitting:
             return [rank_note, "the ridge makes the solution unique"]
         return [rank_note, "this is the solution of least norm"]
 
-    def _uncertainty(self, analysis: Analysis, precision: Precision) -> dict[str, Any]:
-        """Return the fields of FitResult that say how precisely the best kernel is known."""
+    def _uncertainty(self, analysis: Analysis, precision: Precision) -> Uncertainty:
+        """Return standard errors and intervals of the best kernel on the examples as they are."""
         units = self.units
         errors, best = units.unknowns(precision.standard_errors), units.unknowns(analysis.minimum.at)
         reach = scipy.special.stdtrit(precision.freedom, (1 + CONFIDENCE_LEVEL) / 2)[:, None, :] * errors
         ends = None if self.options.ridge else (best - reach, best + reach)
         offsets = [offset for end in ends or () if (offset := self._offsets(end)) is not None]
         deviations = np.ldexp(precision.residual_std, units.target).ravel()
-        return {
-            "standard_errors": self._kernel(errors),
-            "bias_standard_errors": self._offsets(errors),
-            "confidence_intervals": None if ends is None else torch.stack([self._kernel(end) for end in ends]),
-            "bias_confidence_intervals": torch.stack(offsets) if offsets else None,
-            "residual_std": torch.from_numpy(deviations).to(self.device),
-            "degrees_of_freedom": torch.from_numpy(precision.freedom.ravel()).to(self.device),
-        }
+        return Uncertainty(
+            standard_errors=self._kernel(errors),
+            bias_standard_errors=self._offsets(errors),
+            confidence_intervals=None if ends is None else torch.stack([self._kernel(end) for end in ends]),
+            bias_confidence_intervals=torch.stack(offsets) if offsets else None,
+            residual_std=torch.from_numpy(deviations).to(self.device),
+            degrees_of_freedom=torch.from_numpy(precision.freedom.ravel()).to(self.device),
+        )
 
     def _kernel(self, unknowns: Unknowns) -> torch.Tensor:
         kernel = self.layout.kernel(unknowns)

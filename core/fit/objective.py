@@ -172,7 +172,7 @@ class FactoredQuadratic:
 
     @property
     def seconds(self) -> float:
-        """Of two products with the factor."""
+        """Predicted time of two products with the factor."""
         return 4 * SECONDS / OPERATIONS * float(self.factor.size * self.at.shape[2])
 
     @property

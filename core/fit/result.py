@@ -70,22 +70,36 @@ class Step:
 Progress: TypeAlias = Reading | Forecast | Step
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitResult(Known):
-    """A learned kernel and what can be said about it; None where that is not defined or would take too long.
-
-    kernel (h, w) where every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;
-    both float64, on the fit's device where that has float64. loss_history[i] is the loss before update i + 1,
-    final_loss the loss of the kernel that is returned, all of them with the ridge's share. excess_loss is
-    final_loss - best_possible_loss. r_squared is the share of the target's variance about its mean that the returned
-    kernel explains. `method` says how it was computed.
+# Without slots: a class can have only one base with them.
+@dataclass(frozen=True, kw_only=True)
+class Uncertainty:
+    """Precision of the best kernel; None if it is not defined.
 
     For noise that is independent and of equal variance in all of a filter's target values (or of variance 1 / weight):
     standard_errors (like kernel) and bias_standard_errors (like bias) of the best kernel; confidence_intervals (2, *
     like kernel) and bias_confidence_intervals (2, O), which contain the true values with probability CONFIDENCE_LEVEL;
     residual_std (O), the noise's standard deviation; degrees_of_freedom (O), values less unknowns (with a ridge, less
     the effective number of unknowns). A ridge biases the kernel: standard errors leave that out, and there are no
-    intervals. values: target values of weight above 0.
+    intervals.
+    """
+
+    standard_errors: Tensor | None = None
+    bias_standard_errors: Tensor | None = None
+    confidence_intervals: Tensor | None = None
+    bias_confidence_intervals: Tensor | None = None
+    residual_std: Tensor | None = None
+    degrees_of_freedom: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult(Known, Uncertainty):
+    """A learned kernel and what can be said about it; None where that is not defined or would take too long.
+
+    kernel (h, w) where every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;
+    both float64, on the fit's device where that has float64. loss_history[i] is the loss before update i + 1,
+    final_loss the loss of the kernel that is returned, all of them with the ridge's share. excess_loss is
+    final_loss - best_possible_loss. r_squared is the share of the target's variance about its mean that the returned
+    kernel explains. `method` says how it was computed. values: target values of weight above 0.
     """
 
     kernel: Tensor
@@ -98,12 +112,6 @@ class FitResult(Known):
     message: str
     solver: str
     method: str
-    standard_errors: Tensor | None
-    bias_standard_errors: Tensor | None
-    confidence_intervals: Tensor | None
-    bias_confidence_intervals: Tensor | None
-    residual_std: Tensor | None
-    degrees_of_freedom: Tensor | None
     values: int
     r_squared: float | None
     device: str

@@ -70,7 +70,7 @@ class Rule(Protocol):
     """One way to descend."""
 
     oscillates: ClassVar[bool]
-    """Whether the error along an eigenvector may oscillate over many steps, other than from one to the next."""
+    """True if the error along an eigenvector may oscillate with a period of more than two steps."""
 
     def update(self, learning_rate: float) -> Update:
         """A descent's update, from its start."""

@@ -5,7 +5,6 @@ nothing can end: a pivoted Cholesky factorization and Lanczos's method find the 
 """
 
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,7 +84,7 @@ class Inverse(Protocol):
     """How many combinations of a block's unknowns are determined, (blocks)."""
 
     well_conditioned: bool
-    """Whether every eigenvalue is far above rounding, so that nothing is lost by the square of the condition number."""
+    """True if every eigenvalue is so far above rounding errors that squaring the condition number loses nothing."""
 
     def solve(self, right: Unknowns) -> Steps[Floats]:
         """X (blocks, size, columns) with matrices @ x = right, of least norm where several are solutions."""
@@ -187,11 +186,11 @@ class Spectrum(Protocol):
 
     @property
     def ranks(self) -> NDArray[np.intp]:
-        """How many combinations of a block's unknowns are determined, (blocks)."""
+        """Number of combinations of unknowns that are determined, for each block (blocks)."""
 
     @property
     def exact(self) -> bool:
-        """Whether the eigenvalues are right but for rounding."""
+        """True if the eigenvalues are exact except for rounding errors."""
 
     def diagonals(self) -> Steps[Floats]:
         """Return the diagonals of the inverse matrices, (blocks, size), if all is determined."""
@@ -215,20 +214,20 @@ class GramSpectrum:
 
     @property
     def ranks(self) -> NDArray[np.intp]:
-        """Of each block."""
+        """Number of combinations of unknowns that are determined, for each block (blocks)."""
         return self.inverse.ranks
 
     @property
     def exact(self) -> bool:
-        """Whether they are not Lanczos's."""
+        """True if an eigenvalue decomposition gives them, not the Lanczos method."""
         return int(self.hessian.shape[1]) <= LARGEST_DECOMPOSED
 
     def diagonals(self) -> Steps[Floats]:
-        """Of the inverse."""
+        """Return the diagonals of the inverse matrices, (blocks, size)."""
         return self.inverse.diagonals()
 
     def inverses(self) -> Steps[Floats]:
-        """The inverse matrices."""
+        """Return the inverse matrices, (blocks, size, size)."""
         identity = np.broadcast_to(np.eye(self.hessian.shape[1]), self.hessian.shape)
         return self.inverse.solve(np.ascontiguousarray(identity))
 
@@ -244,36 +243,29 @@ class GramSpectrum:
 class FactorSpectrum:
     """The spectrum of a Hessian F'F, by the singular values of F (blocks, size, size).
 
-    The rank is that which numpy.linalg.lstsq gives a matrix of `rows` rows with this factor: singular values above eps
-    * max(rows, size) of the largest. Columns of very different norm are scaled by powers of two first, so that the rank
-    does not depend on their units.
+    The rank is the number of singular values above `threshold` times the largest. Columns of very different norm are
+    scaled by powers of two first, so that the rank does not depend on their units.
     """
 
     exact = True
 
-    def __init__(self, scale: Floats, left: Floats, values: Floats, right: Floats, unscaled: Floats, rows: int) -> None:
+    def __init__(
+        self, scale: Floats, left: Floats, values: Floats, right: Floats, unscaled: Floats, threshold: float
+    ) -> None:
         self._scale, self._left, self._values, self._right, self._unscaled = scale, left, values, right, unscaled
-        self.threshold = float(np.finfo(np.float64).eps) * max(rows, values.shape[1])
-        self._truncate()
-
-    def _truncate(self) -> None:
-        self._determined = self._values > np.maximum(self.threshold * self._values[:, :1], VANISHING)
-        self._inverse = np.divide(1.0, self._values, out=np.zeros_like(self._values), where=self._determined)[..., None]
+        self.threshold = threshold
+        self._determined = values > np.maximum(threshold * values[:, :1], VANISHING)
+        self._inverse = np.divide(1.0, values, out=np.zeros_like(values), where=self._determined)[..., None]
         self.ranks = self._determined.sum(1)
 
     def with_threshold(self, threshold: float) -> "FactorSpectrum":
         """Return the same with another threshold for singular values, relative to the largest."""
-        other = copy(self)
-        other.threshold = threshold
-        other._truncate()  # noqa: SLF001 - its own copy
-        return other
+        return FactorSpectrum(self._scale, self._left, self._values, self._right, self._unscaled, threshold)
 
     def times(self, factor: float) -> "FactorSpectrum":
         """Return the spectrum of factor * F."""
-        other = copy(self)
-        other._values, other._inverse = factor * self._values, self._inverse / factor  # noqa: SLF001 - its own copy
-        other._unscaled = factor * self._unscaled  # noqa: SLF001 - its own copy
-        return other
+        values, unscaled = factor * self._values, factor * self._unscaled
+        return FactorSpectrum(self._scale, self._left, values, self._right, unscaled, self.threshold)
 
     @property
     def largest_left_out(self) -> float:
@@ -310,14 +302,14 @@ class FactorSpectrum:
         return solution
 
     def diagonals(self) -> Steps[Floats]:
-        """Of the inverse."""
+        """Return the diagonals of the inverse matrices, (blocks, size)."""
         sums = np.square(self._inverse * self._right).sum(1)
         yield
         diagonals: Floats = np.square(self._scale[:, :, 0]) * sums
         return diagonals
 
     def inverses(self) -> Steps[Floats]:
-        """The inverse matrices."""
+        """Return the inverse matrices, (blocks, size, size)."""
         roots = self._scale * (self._inverse * self._right).swapaxes(1, 2)
         yield
         inverses: Floats = roots @ roots.swapaxes(1, 2)
@@ -337,7 +329,10 @@ class FactorSpectrum:
 
 
 def decompose_factors(factors: Floats, rows: int) -> Steps[FactorSpectrum]:
-    """Compute the singular values of triangular factors (blocks, size, size) of matrices with that many rows."""
+    """Compute the singular values of triangular factors (blocks, size, size) of matrices with that many rows.
+
+    The threshold is that of numpy.linalg.lstsq for such matrices: eps * max(rows, size).
+    """
     blocks, size = factors.shape[:2]
     scale = np.ones((blocks, size, 1))
     left, right, values = np.empty_like(factors), np.empty_like(factors), np.empty((blocks, size))
@@ -353,7 +348,8 @@ def decompose_factors(factors: Floats, rows: int) -> Steps[FactorSpectrum]:
         yield
         unscaled[block] = np.linalg.svd(factor, compute_uv=False) if unlike else values[block]
         yield
-    return FactorSpectrum(scale, left, values, right, unscaled, rows)
+    threshold = float(np.finfo(np.float64).eps) * max(rows, size)
+    return FactorSpectrum(scale, left, values, right, unscaled, threshold)
 
 
 class _Decomposed:

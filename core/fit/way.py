@@ -24,11 +24,11 @@ from core.shapes import Problem
 Method = Literal["normal equations", "convolutions"]
 
 MOST_UNKNOWNS = 16_384
-"""Of one filter: more make equations that take minutes to factorize."""
+"""Maximum unknowns of one filter for normal equations: larger ones take minutes to factorize."""
 
 COPIES = 6
 COPIES_FACTORED = 4
-"""Of the equations, while eigenvectors or a factorization are computed."""
+"""Copies of the normal equations in memory while eigenvectors, or a factorization, are computed."""
 
 MOST_MEGABYTES = 4000.0
 """Memory of all copies, and of the equations that are kept apart for batches."""

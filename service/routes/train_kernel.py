@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
+from torch import Tensor
 
 import core
 from service import loss_curve
@@ -90,18 +91,6 @@ LINKS = {
         requestBody={"input": "$request.body#/input", "weight": "$response.body#/kernel"},
     ),
 }
-
-ARRAYS = (
-    "kernel",
-    "bias",
-    "standard_errors",
-    "bias_standard_errors",
-    "confidence_intervals",
-    "bias_confidence_intervals",
-    "residual_std",
-    "degrees_of_freedom",
-)
-"""Fields of the response that are arrays."""
 
 MAX_PAIRS = 1000
 MAX_HISTORY = 1000
@@ -284,8 +273,7 @@ async def train_kernel(request: Request) -> Response:
 def _fields(fit: core.FitResult, *, thin: bool) -> Fields:
     """The answer's, arrays as numpy's, in its order."""
     fields: dict[str, Any] = {name: getattr(fit, name, None) for name in TrainKernelAnswer.model_fields}
-    for name in ARRAYS:
-        fields[name] = None if fields[name] is None else as_numpy(fields[name])
+    fields = {name: as_numpy(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
     # No list: as series of numbers, those become arrays in binary formats.
     fields["kernel_shape"] = tuple(fit.kernel.shape)
     del fields["nonfinite"]

@@ -81,7 +81,9 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
         diagonal, parameters = np.full(rows.shape[1], np.nan), float(rows.shape[1])
         if ridge and np.linalg.matrix_rank(np.vstack([rows, pulled])) == rows.shape[1]:
             gram = rows.T @ rows
-            inverse = np.linalg.inv(gram + pulled.T @ pulled)
+            # The matrix that is to be inverted may be singular to float64 although its root is not.
+            _, with_ridge, axes = np.linalg.svd(np.vstack([rows, pulled]), full_matrices=False)
+            inverse = (axes.T / with_ridge**2) @ axes
             diagonal, parameters = np.diag(inverse @ gram @ inverse), float(np.trace(gram @ inverse))
         elif not ridge and determined:
             diagonal = np.square(directions.T / sizes).sum(1)

@@ -14,20 +14,15 @@ from core import FitResult, fit_kernel
 from core.fit import fitting
 from tests.core.fit.layers import Layer, Lesson
 from tests.core.fit.test_exact import CAMERA
-from tests.reference import Floats
+from tests.reference import Floats, valid_by_windows
 
 PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)[:180, :180]
 
 
 def windows(image: Floats, size: tuple[int, int], *, bias: bool = False) -> Floats:
     """Return a row for every window of an image (H, W), with a 1 for the bias."""
-    rows = np.lib.stride_tricks.sliding_window_view(image, size).reshape(-1, size[0] * size[1])
+    rows = Layer(size).windows(image[None, None])
     return np.hstack([rows, np.ones((len(rows), 1))]) if bias else rows
-
-
-def response(image: Floats, kernel: Floats) -> Floats:
-    shape = image.shape[0] - kernel.shape[0] + 1, image.shape[1] - kernel.shape[1] + 1
-    return (windows(image, kernel.shape) @ kernel.ravel()).reshape(shape)
 
 
 def assert_as_good_as_lstsq(image: Floats, target: Floats, kernel: Floats, *, bias: float | None = None) -> FitResult:
@@ -58,7 +53,7 @@ def assert_as_good_as_lstsq(image: Floats, target: Floats, kernel: Floats, *, bi
 def test_an_offset_costs_no_more_digits_than_lstsq_loses(offset: float, noise: float) -> None:
     rng = np.random.default_rng(1)
     image, kernel = offset + 0.1 * rng.normal(size=(40, 40)), rng.normal(size=(3, 3))
-    target = response(image, kernel)
+    target = valid_by_windows(image, kernel)
     fit = assert_as_good_as_lstsq(image, target + noise * rng.normal(size=target.shape), kernel)
     assert fit.rank == 9
     assert "rank" not in fit.message
@@ -70,14 +65,14 @@ def test_an_exact_target_of_large_integers_is_fitted_exactly() -> None:
         np.asarray(4194304.0 + rng.integers(0, 4, (40, 40)), np.float64),
         rng.integers(-3, 4, (16, 16)).astype(float),
     )
-    fit = assert_as_good_as_lstsq(image, response(image, kernel), kernel)
+    fit = assert_as_good_as_lstsq(image, valid_by_windows(image, kernel), kernel)
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-6)
 
 
 def test_a_bias_beside_a_bright_sky_is_determined() -> None:
     rng = np.random.default_rng(3)
     image, kernel = 1000 + 0.03 * rng.normal(size=(80, 80)), rng.normal(size=(15, 15))
-    fit = assert_as_good_as_lstsq(image, response(image, kernel) + 5, kernel, bias=5)
+    fit = assert_as_good_as_lstsq(image, valid_by_windows(image, kernel) + 5, kernel, bias=5)
     assert fit.rank == 226
 
 
@@ -86,14 +81,14 @@ def test_a_bias_beside_a_bright_sky_is_determined() -> None:
 def test_blurred_photographs_are_fitted_as_lstsq_fits_them(sigma: float, side: int) -> None:
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, sigma)
     kernel = np.random.default_rng(side).normal(size=(side, side))
-    fit = assert_as_good_as_lstsq(image, response(image, kernel), kernel)
+    fit = assert_as_good_as_lstsq(image, valid_by_windows(image, kernel), kernel)
     assert ("below the precision of float64" in fit.message) == (fit.rank != side * side)
 
 
 def test_961_unknowns_of_a_blurred_photograph_are_all_determined() -> None:
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, 1)
     kernel = np.random.default_rng(31).normal(size=(31, 31))
-    fit = fit_kernel(image, response(image, kernel), solver="exact")
+    fit = fit_kernel(image, valid_by_windows(image, kernel), solver="exact")
     # numpy.linalg.lstsq: rank 961, and the kernel to 3e-10.
     assert fit.rank == 961
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-7)
@@ -122,7 +117,7 @@ def test_bands_of_unlike_size_are_fitted_as_lstsq_fits_them(size: float) -> None
 def test_a_history_beside_an_offset_is_that_of_long_doubles() -> None:
     rng = np.random.default_rng(5)
     image, kernel = 1e4 + 0.1 * rng.normal(size=(20, 20)), rng.normal(size=(3, 3))
-    target = response(image, kernel) + 1e-3 * rng.normal(size=(18, 18))
+    target = valid_by_windows(image, kernel) + 1e-3 * rng.normal(size=(18, 18))
     start = rng.normal(size=(3, 3))
     # A rate that leaves the offset alone after a step: then the loss is that of the contrast.
     fit = fit_kernel(image, target, initial_kernel=start, learning_rate="auto", steps=30)

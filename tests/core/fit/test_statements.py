@@ -1,4 +1,4 @@
-"""What a fit says of itself, read back from its sentences and compared with what the examples really give."""
+"""The claims of a fit's messages, compared with least squares on the matrix of all windows."""
 
 import math
 import re
@@ -19,8 +19,8 @@ from core.fit.steps import finish
 from tests.core.fit.layers import Lesson, lessons
 from tests.core.fit.least_squares import least_squares
 from tests.core.fit.lesson import lesson_pair
-from tests.core.fit.test_conditioning import problems, response
-from tests.reference import Floats
+from tests.core.fit.test_conditioning import problems
+from tests.reference import Floats, valid_by_windows
 
 NUMBER = r"([-+0-9.e]+)"
 
@@ -166,7 +166,7 @@ def test_conjugate_gradients_claim_no_smallest_loss(monkeypatch: pytest.MonkeyPa
 def test_more_than_4096_unknowns_are_solved_for_by_the_equations() -> None:
     rng = np.random.default_rng(3)
     image, kernel = rng.normal(size=(200, 200)), rng.normal(size=(65, 65))
-    fit = fit_kernel(image, response(image, kernel), solver="exact")
+    fit = fit_kernel(image, valid_by_windows(image, kernel), solver="exact")
     assert fit.method == "normal equations"
     assert fit.rank == 4225
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-8)
