@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import core
+from service.allocator import keep_little as limit_malloc_arenas
 
 VALUES = ("normal", "infinite", "huge", "subnormal", "offset")
 LONGEST_SECONDS = 3.0
@@ -123,7 +124,9 @@ def change(image: NDArray[Any], values: str, rng: np.random.Generator) -> None:
         image *= numbers.max / 10 if values == "huge" else numbers.tiny / 10
 
 
-def measure(request: Request, values: str, rng: np.random.Generator, longest: float) -> Outcome | None:
+def measure(
+    request: Request, values: str, rng: np.random.Generator, longest: float, machine: core.Machine
+) -> Outcome | None:
     """Run the request; None if no engine can, or it is predicted to take longer than that."""
     verb: Callable[..., core.Result] = core.correlate if request.verb == "correlate" else core.conv2d
     name = "kernel" if request.verb == "correlate" else "weight"
@@ -131,7 +134,7 @@ def measure(request: Request, values: str, rng: np.random.Generator, longest: fl
         "input": np.broadcast_to(np.float32(0), request.input),
         name: np.broadcast_to(np.float32(0), request.kernel),
     }
-    options = {**request.options, "method": core.ENGINES[request.options["engines"][0]].METHOD}
+    options = {**request.options, "method": core.ENGINES[request.options["engines"][0]].METHOD, "machine": machine}
     try:
         cost = core.cost_of(verb, **shapes, **options)
     except core.CoreError:
@@ -183,11 +186,15 @@ def main() -> int:
     outcomes: list[Outcome] = []
     drawn = 0
     np.seterr(all="ignore")
+    # As the service does when it starts.
+    limit_malloc_arenas()
+    machine = core.measure_machine(core.Machine(core.usable_cores()))
+    print(f"{machine.flops / 1e9:.0f} Gflop/s and {machine.bandwidth / 1e9:.1f} GB/s a thread", flush=True)
     while len(outcomes) < options.requests and drawn < 20 * options.requests:
         drawn += 1
         draw = DRAW[str(rng.choice(options.kinds.split(",")))]
         request = draw(rng, str(rng.choice(options.engines.split(","))), str(rng.choice(options.dtypes.split(","))))
-        outcome = measure(request, options.values, rng, options.seconds)
+        outcome = measure(request, options.values, rng, options.seconds, machine)
         if outcome is None:
             continue
         outcomes.append(outcome)

@@ -18,10 +18,7 @@ UNCOUNTED = 1 << 16
 """Bytes of a body, or of an answer, that nobody counts: they are many, and no more than their connections hold."""
 
 REMEMBERED_S = 0.05
-"""How long a refusal speaks for those like it, if the queue does not move meanwhile."""
-
-SHORT_OF_MEMORY = 3 / 4
-"""Fraction of the memory above which slow readers of responses get less time."""
+"""Seconds for which a rejection holds for requests like the rejected one; then one of them is tried."""
 
 SHARE_OF_BODIES = 3 / 8
 SHARE_OF_A_COMPUTATION = 1 / 2
@@ -122,19 +119,26 @@ class Admission:
         if self.taken >= self.queue.places:
             raise self._full()
         last = self._refusals.get(path)
-        if last is not None and size >= last.size and time.monotonic() < last.until:
-            raise Busy(last.reason, headers=self.advice())
+        if last is not None and size >= last.size:
+            now = time.monotonic()
+            if now < last.until:
+                raise Busy(last.reason, headers=self.advice())
+            # This one is tried; until it is accepted or rejected, those after it need not be decoded.
+            self._refusals[path] = last._replace(until=now + REMEMBERED_S)
         self.bodies.require(size)
 
-    def remember(self, path: str, size: int, reason: str) -> None:
-        """A body for that path was decoded in vain: nor is a larger one decoded for a moment, or until `forget`.
+    def remember(self, path: str, size: int, reason: str | None) -> None:
+        """Reject bodies of that size and more for that path for a moment, or, without a reason, no longer.
 
-        A larger one may ask for less, and would have been served: its next try may come first.
+        A larger one may need less than the rejected one, and would be served: its next try may come first.
         """
-        self._refusals[path] = Refusal(reason, size, time.monotonic() + REMEMBERED_S)
+        if reason is not None:
+            self._refusals[path] = Refusal(reason, size, time.monotonic() + REMEMBERED_S)
+        elif self._refusals:
+            self._refusals.pop(path, None)
 
     def forget(self) -> None:
-        """The queue has moved."""
+        """Accept requests of every kind again: the queue is empty, or shorter than predicted."""
         self._refusals.clear()
 
     def fits(self, size: int, result: int, *, is_short: bool, yields: bool = False) -> Partition | None:
@@ -262,8 +266,8 @@ class Share:
             self._admission.enter()
             self._entered = True
 
-    def refused(self, reason: str) -> None:
-        """All of it was in vain."""
+    def refused(self, reason: str | None) -> None:
+        """Reject requests like this one for a moment, for that reason; None: accept them again."""
         if self.declared:
             self._admission.remember(self._path, self.declared, reason)
 

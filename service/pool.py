@@ -164,10 +164,10 @@ class WorkerPool:
         return {"Retry-After": str(max(1, min(LONGEST_ADVICE, math.ceil(seconds))))}
 
     def start_next(self) -> None:
-        """Start the jobs that can be started now: somebody is gone, or memory has been given back."""
-        if self.admission.queue is self:
-            self.admission.forget()
+        """Start the jobs that can be started now: a job is done, or memory has been given back."""
         self._start_waiting()
+        if not self._waiting:
+            self._clear_rejections()
 
     def close(self) -> None:
         """Drop what waits; what runs is left to end."""
@@ -185,6 +185,15 @@ class WorkerPool:
         if objection is not None:
             raise self._refusal(objection)
         self._start_waiting()
+        if may_refuse and self.admission.queue is self:
+            # Most requests that follow are like this one: if one like it would be rejected, they need not be decoded.
+            with self._lock:
+                objection = self._objection(job)
+            job.share.refused(self._explained(objection) if objection else None)
+
+    def _clear_rejections(self) -> None:
+        if self.admission.queue is self:
+            self.admission.forget()
 
     def _objection(self, job: Job) -> str | None:
         """Why it is not even to wait; None where it may, or may begin at once."""
@@ -206,10 +215,11 @@ class WorkerPool:
         )
 
     def _refusal(self, reason: str) -> Busy:
-        return Busy(
-            f"{reason}: try again later; the operator can change that by CORR2D_QUEUE and CORR2D_QUEUE_TIMEOUT_S",
-            headers=self.advice(),
-        )
+        return Busy(self._explained(reason), headers=self.advice())
+
+    @staticmethod
+    def _explained(reason: str) -> str:
+        return f"{reason}: try again later; the operator can change that by CORR2D_QUEUE and CORR2D_QUEUE_TIMEOUT_S"
 
     def _seconds_before(self, job: Job) -> float:
         """How long it should take until its turn: for a short one, at the latest in the lane that is kept for such."""
@@ -312,8 +322,9 @@ class WorkerPool:
                 return False
             self._waiting.remove(job)
         job.share.count("wait", milliseconds_since(job.arrived))
-        # It may have been the one that held up others.
-        self.start_next()
+        # The queue is shorter than it was predicted to be, and this job may have held up others.
+        self._clear_rejections()
+        self._start_waiting()
         return True
 
     def _free_lane(self, job: Job) -> None:
@@ -324,7 +335,8 @@ class WorkerPool:
             self._running.remove(job)
             self._abandoned.add(job)
             self._count_places()
-        self.start_next()
+        self._clear_rejections()
+        self._start_waiting()
 
     def _count_places(self) -> None:
         """Count how many requests could run or wait now: one more would be decoded in vain."""

@@ -410,3 +410,39 @@ def test_but_only_for_a_moment() -> None:
     share.refused("too many")
     time.sleep(REMEMBERED_S)
     admission.require_hope("/correlate", 1000)
+
+
+def test_one_request_is_tried_when_a_rejection_is_over_and_the_others_wait_for_its_outcome() -> None:
+    admission = pool_of().admission
+    share = Share(admission, "/correlate")
+    share.declared = 1000
+    share.refused("too many")
+    time.sleep(REMEMBERED_S)
+    admission.require_hope("/correlate", 1000)
+    with pytest.raises(Busy, match="too many"):
+        admission.require_hope("/correlate", 1000)
+    share.refused(None)
+    admission.require_hope("/correlate", 1000)
+
+
+async def test_the_job_that_fills_the_queue_rejects_those_like_it_by_their_headers() -> None:
+    pool = pool_of(lanes=1, queue=9, queue_timeout_s=1.5)
+    async with held(pool, LONG):
+        shares = [Share(pool.admission, "/train-kernel") for _ in range(9)]
+        jobs = []
+        for accepted, share in enumerate(shares):
+            share.declared = 1000
+            try:
+                pool.admission.require_hope("/train-kernel", 1000)
+            except Busy as rejection:
+                assert "its turn would not come" in rejection.detail
+                break
+            jobs.append(asyncio.ensure_future(pool.run(share, Cost(0, 0, 0.5), lambda _: None)))
+            await asyncio.sleep(0)
+        assert 1 <= accepted < 9
+        assert pool.depth == accepted
+        # One that leaves makes room for another one.
+        jobs.pop().cancel()
+        await asyncio.sleep(0.01)
+        pool.admission.require_hope("/train-kernel", 1000)
+    await asyncio.gather(*jobs)
