@@ -20,8 +20,8 @@ from core.shapes import Cuts, Problem, Sides, extent
 
 METHOD = "direct"
 
-UNROLLED_BYTES = 32_000_000
-"""The most memory that the unrolled windows of one strip of output rows may take."""
+UNROLLED_BYTES = 4_000_000
+"""Maximum memory of the unrolled windows of one strip of output rows: more is no faster."""
 
 WORTH_A_LAYOUT = 20_000
 """Input values from which on laying the channels of a pixel side by side pays. (`.contiguous` would leave the strides
@@ -34,11 +34,16 @@ OF_A_VALUE = 1e-9
 SEVERAL_FILTERS_A_CHANNEL = 0.3
 """Speed of layers whose groups have one channel and several filters, relative to others."""
 
-OF_AN_UNROLLED_VALUE, OF_A_DILATED_VALUE = 0.9e-9, 2.5e-9
-"""Seconds to write one value of unrolled windows, measured."""
+SECONDS_PER_IMAGE_AND_GROUP = 2.5e-6
+SECONDS_PER_UNROLLED_VALUE, SECONDS_PER_DILATED_VALUE, SECONDS_PER_UNROLLED_ROW = 1.1e-9, 4e-9, 3e-9
+SECONDS_PER_FLOAT64_INPUT, SECONDS_PER_FLOAT64_OUTPUT, SECONDS_PER_GROUPED_VALUE = 1e-8, 1.5e-9, 3e-9
+"""Of convolutions in float64, fitted on layers: 90 % of them take 0.55 to 2 times the prediction."""
 
-UNROLLED_EFFICIENCY = 0.25
-"""Speed of their product, as a multiple of the machine's in float32."""
+LARGEST_UNROLLED_ROW_BYTES = 32_000_000
+"""Unrolled windows of one row of outputs above which the caches of the processor hold too little of them."""
+
+UNROLLED_EFFICIENCY = 0.17
+"""Speed of the product with unrolled windows, as a multiple of the machine's in float32."""
 
 FEW_FILTERS = 18
 """Fewer, and part of each vector is idle."""
@@ -59,18 +64,33 @@ def seconds(problem: Problem, machine: Machine) -> float:
         return 5e-5 + problem.operations / 2e12
     values = problem.batch * (problem.channels * problem.height * problem.width + problem.filters * rows * columns)
     if problem.dtype == "float64":
-        unrolled = problem.batch * problem.groups * problem.taps * rows * columns
-        each = OF_AN_UNROLLED_VALUE if problem.dilation == (1, 1) else OF_A_DILATED_VALUE
-        # Unrolled windows that do not even fit row by row are bound by memory.
-        each *= 4 if 8 * problem.taps * columns > UNROLLED_BYTES else 1
-        work = each * unrolled + problem.operations / (UNROLLED_EFFICIENCY * machine.flops * machine.threads)
-    else:
-        together = problem.filters // problem.groups
-        rate = min(1.0, together / FEW_FILTERS)
-        if problem.channels == problem.groups < problem.filters:
-            rate *= SEVERAL_FILTERS_A_CHANNEL
-        work = problem.operations / (rate * machine.flops * machine.threads)
+        return CALL + _float64_seconds(problem, machine)
+    together = problem.filters // problem.groups
+    rate = min(1.0, together / FEW_FILTERS)
+    if problem.channels == problem.groups < problem.filters:
+        rate *= SEVERAL_FILTERS_A_CHANNEL
+    work = problem.operations / (rate * machine.flops * machine.threads)
     return CALL + OF_A_VALUE * values / machine.threads + work
+
+
+def _float64_seconds(problem: Problem, machine: Machine) -> float:
+    """Predict the time to unroll windows, a group of an image at a time, and to multiply them."""
+    rows, columns = problem.output_size
+    calls = problem.batch * problem.groups
+    inputs = problem.batch * problem.channels * problem.height * problem.width
+    outputs = problem.batch * problem.filters * rows * columns
+    unrolled_rows = calls * problem.taps * rows
+    each = SECONDS_PER_UNROLLED_VALUE if problem.dilation == (1, 1) else SECONDS_PER_DILATED_VALUE
+    # Unrolled windows that do not even fit row by row are bound by memory.
+    each *= 4 if 8 * problem.taps * columns > LARGEST_UNROLLED_ROW_BYTES else 1
+    return (
+        SECONDS_PER_IMAGE_AND_GROUP * calls
+        + unrolled_rows * (SECONDS_PER_UNROLLED_ROW + each * columns)
+        + SECONDS_PER_FLOAT64_INPUT * inputs
+        + SECONDS_PER_FLOAT64_OUTPUT * outputs
+        + (SECONDS_PER_GROUPED_VALUE * (inputs + outputs) if problem.groups > 1 else 0)
+        + problem.operations / (UNROLLED_EFFICIENCY * machine.flops * machine.threads)
+    )
 
 
 def operations(problem: Problem, machine: Machine) -> float:

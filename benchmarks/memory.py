@@ -1,0 +1,168 @@
+"""Compare the peak memory of the service under drawn requests of every kind with CORR2D_MEMORY_MB.
+
+    python benchmarks/memory.py [--requests 2000] [--memory-mb 600] [--seed 0] [--clients 8]
+
+Planes and layers on every engine and in both dtypes, some with infinite, huge or subnormal values; fits of every
+solver; small requests in every format. Eight clients send them at a time. Requests may be rejected (413, 503 and 504),
+and no other status but 200 is right. The peak is VmHWM of /proc, of the server and its children. The exit code is 1 if
+it exceeds what the server holds when it is ready (libraries and compiled code, about 400 MB) by more than the setting
+and 300 MB, or if a response is not right.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import estimates
+import fit_estimates
+import httpx
+import numpy as np
+from servers.processes import family
+
+import core
+from tests.soaking import SERVICE, served
+from tests.traffic import good
+
+ALLOWED_ABOVE_MB = 300
+MAX_BODY_MB = 64
+SHARES = {"plane": 0.35, "layer": 0.35, "fit": 0.2, "small": 0.1}
+"""Fractions of the requests."""
+
+REJECTED = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+OPTIONS = ("mode", "boundary", "stride", "dilation", "padding", "groups", "padding_mode", "dtype", "method")
+
+
+class Posted(NamedTuple):
+    """A request over HTTP."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+    text: str
+
+
+def drawn(count: int, seed: int) -> Iterator[Posted]:
+    """Draw requests of every kind."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+        if kind == "small":
+            request = good.drawn(rng)
+            yield Posted(request.method, request.path, request.headers, request.body, f"small {request.path}")
+        elif kind == "fit":
+            yield of_fit(fit_estimates.drawn(rng))
+        elif (posted := convolution(kind, rng)) is not None:
+            yield posted
+
+
+def convolution(kind: str, rng: np.random.Generator) -> Posted | None:
+    """Draw a convolution, sent as npz; None if its engine cannot compute it."""
+    engine, dtype = str(rng.choice(list(core.ENGINES))), str(rng.choice(["float32", "float64"]))
+    values = str(rng.choice(["normal", "normal", "normal", *estimates.VALUES]))
+    request = estimates.DRAW["plane" if engine == "separable" else kind](rng, engine, dtype)
+    options = {**request.options, "method": core.ENGINES[engine].METHOD if rng.random() < 0.5 else "auto"}
+    verb, name = (core.correlate, "kernel") if request.verb == "correlate" else (core.conv2d, "weight")
+    shapes = {"input": np.broadcast_to(np.float32(0), request.input)}
+    shapes[name] = np.broadcast_to(np.float32(0), request.kernel)
+    try:
+        core.cost_of(verb, **shapes, **options)
+    except core.CoreError:
+        return None
+    image, kernel = estimates.arrays(rng, request, values)
+    query = {option: _text(options[option]) for option in OPTIONS if option in options}
+    accept = str(rng.choice(["application/x-npy", "application/x-npz", "application/json"]))
+    return _npz(f"/{request.verb}", {"input": image, name: kernel}, query, accept, str(request))
+
+
+def of_fit(arguments: dict[str, Any]) -> Posted:
+    """Send a fit as npz, or as JSON if it has pairs."""
+    text = fit_estimates.described(arguments)
+    if "pairs" in arguments:
+        pairs = [{"input": _array(pair[0]), "target": _array(pair[1])} for pair in arguments["pairs"]]
+        content = json.dumps({**arguments, "pairs": pairs}).encode()
+        return Posted("POST", "/train-kernel", {"Content-Type": "application/json"}, content, text)
+    arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    query = {name: _text(value) for name, value in arguments.items() if name not in arrays}
+    return _npz("/train-kernel", arrays, query, "application/json", text)
+
+
+def _npz(path: str, arrays: Mapping[str, Any], query: Mapping[str, str], accept: str, text: str) -> Posted:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    headers = {"Content-Type": "application/x-npz", "Accept": accept}
+    return Posted("POST", f"{path}?{urlencode(query)}", headers, file.getvalue(), text)
+
+
+def _array(values: Any) -> dict[str, Any]:
+    data = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+    return {"shape": values.shape, "dtype": str(values.dtype), "data": data}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def memory_mb(pid: int, field: str = "VmHWM") -> float:
+    """Return the resident memory of a process and its children, at most until now, in 10^6 bytes."""
+    statuses = (Path(f"/proc/{one}/status").read_text(encoding="ascii") for one in family(pid))
+    return sum(int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e6 for status in statuses)
+
+
+def main() -> int:
+    """Send, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--memory-mb", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=int, default=8)
+    options = parser.parse_args()
+    os.environ["CORR2D_MEMORY_MB"] = str(options.memory_mb)
+    statuses: Counter[int] = Counter()
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, served(SERVICE, Path(folder) / "log") as (address, pid):
+        ready = memory_mb(pid, "VmRSS")
+        print(f"before the first request: {ready:.0f} MB", flush=True)
+        client = httpx.Client(base_url=address, timeout=120)
+        highest = memory_mb(pid)
+
+        def send(posted: Posted) -> None:
+            nonlocal highest
+            response = client.request(posted.method, posted.path, content=posted.body, headers=posted.headers)
+            statuses[response.status_code] += 1
+            if response.status_code not in (HTTPStatus.OK, *REJECTED):
+                wrong.append(f"{response.status_code} {response.text[:300]} for {posted.text}")
+            if (peak := memory_mb(pid)) > highest + 20:
+                highest = peak
+                print(f"{sum(statuses.values()):5} requests: {peak:6.0f} MB, after {posted.text}", flush=True)
+
+        with ThreadPoolExecutor(options.clients) as clients:
+            waiting: list[Any] = []
+            for posted in drawn(options.requests, options.seed):
+                waiting = [future for future in waiting if not future.done()]
+                if len(waiting) >= 2 * options.clients:
+                    waiting.pop(0).result()
+                waiting.append(clients.submit(send, posted))
+            for future in waiting:
+                future.result()
+        peak = memory_mb(pid)
+    print("\n".join(wrong))
+    counted = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
+    above = peak - ready - options.memory_mb
+    print(f"{counted}; peak {peak:.0f} MB: {above:+.0f} MB beside CORR2D_MEMORY_MB, {ALLOWED_ABOVE_MB} are allowed")
+    return 1 if wrong or above > ALLOWED_ABOVE_MB else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
