@@ -58,7 +58,7 @@ ArrayFile = Annotated[Path | None, typer.Option(help="to begin with; unset: rand
 
 
 def setting_text(value: object) -> str:
-    """A setting's value as help texts and the README show it."""
+    """A setting's value as help texts and docs/http-api.md show it."""
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)

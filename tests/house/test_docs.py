@@ -1,4 +1,4 @@
-"""The tables of the README and of docs against the code."""
+"""Tables and links of the README and of docs against the code."""
 
 import re
 from pathlib import Path
@@ -14,12 +14,13 @@ from service.problems import ERRORS
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+API_PAGE = (ROOT / "docs" / "http-api.md").read_text()
+ARCHITECTURE_PAGE = (ROOT / "docs" / "architecture.md").read_text()
 FORMATS_PAGE = (ROOT / "docs" / "formats.md").read_text()
 MONITORING_PAGE = (ROOT / "docs" / "monitoring.md").read_text()
 
 
-def rows(heading: str, page: str = README) -> list[list[str]]:
+def rows(heading: str, page: str = API_PAGE) -> list[list[str]]:
     """The cells of the table under a heading, its head left out."""
     section = page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")]
@@ -71,9 +72,25 @@ def test_the_content_codings_are_listed() -> None:
 
 
 def test_the_layout_names_what_is_there() -> None:
-    for paths, _ in rows("How it is laid out"):
+    for paths, _ in rows("Layout", ARCHITECTURE_PAGE):
         for path in re.findall(r"`([^`]+)`", paths):
             assert (ROOT / path).exists(), path
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"({page.name})" in index or page.name == "README.md"
 
 
 def test_every_make_target_is_in_contributing() -> None:

@@ -1,10 +1,10 @@
-"""docs/hazards.md and tests/hazards beside each other: every hazard has its row and its tests."""
+"""docs/robustness.md and tests/hazards beside each other: every hazard has its row and its tests."""
 
 import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-PAGE = (TESTS.parent / "docs" / "hazards.md").read_text()
+PAGE = (TESTS.parent / "docs" / "robustness.md").read_text()
 MAKEFILE = (TESTS.parent / "Makefile").read_text()
 
 NUMBERS = [*range(1, 66), *range(70, 83)]
