@@ -22,7 +22,7 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """One field a setting; its description is the flag's help, a line of `corr2d config` and a row of docs/http-api.md."""
+    """Settings: each description is the help of a flag, a line of `corr2d config` and a row of docs/http-api.md."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
