@@ -430,16 +430,16 @@ async def test_the_job_that_fills_the_queue_rejects_those_like_it_by_their_heade
     async with held(pool, LONG):
         jobs = []
 
-        async def send() -> None:
-            pool.admission.require_hope("/train-kernel", 1000)
-            share = Share(pool.admission, "/train-kernel")
-            share.declared = 1000
-            jobs.append(asyncio.ensure_future(pool.run(share, Cost(0, 0, 0.5), lambda _: None)))
-            await asyncio.sleep(0)
+        async def send(requests: int) -> None:
+            for _ in range(requests):
+                pool.admission.require_hope("/train-kernel", 1000)
+                share = Share(pool.admission, "/train-kernel")
+                share.declared = 1000
+                jobs.append(asyncio.ensure_future(pool.run(share, Cost(0, 0, 0.5), lambda _: None)))
+                await asyncio.sleep(0)
 
         with pytest.raises(Busy, match="its turn would not come"):
-            for _ in range(9):
-                await send()
+            await send(9)
         assert pool.depth == len(jobs) >= 1
         # One that leaves makes room for another one.
         jobs.pop().cancel()
