@@ -50,6 +50,9 @@ DRIFT = 8
 LONGEST = 256
 """Largest ratio of the sides of a kernel: in a longer one, sums along one side may exceed the bound."""
 
+MAX_CACHED_TAPS, CACHED_KERNELS = 2048, 64
+"""Largest kernel, and number of kernels, whose factors are kept."""
+
 EPSILON = {np.dtype(dtype): float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
 
 SMALLEST = {np.dtype(dtype): float(np.finfo(dtype).smallest_subnormal) for dtype in (np.float32, np.float64)}
@@ -151,13 +154,14 @@ def prepare() -> None:
 class Factors(NamedTuple):
     """A kernel (h, w), columns (r, h) and rows (r, w) whose products sum up to it, and what they leave.
 
-    No column's sizes sum up to more than 1. `total` is the sum of the sizes of all products, `left` that of
-    |kernel - products|.
+    No column's sizes sum up to more than 1. `exponent` is the binary exponent of the largest number of the rows. `total`
+    is the sum of the sizes of all products, `left` that of |kernel - products|.
     """
 
     kernel: Plane
     columns: NDArray[np.float64]
     rows: NDArray[np.float64]
+    exponent: int
     total: float
     left: float = 0.0
 
@@ -172,9 +176,21 @@ def find_factors(weight: Array, limit: int) -> Factors | None:
     are exact stay exact.
     """
     kernel = as_numpy(weight)[0, 0]
-    height, width = kernel.shape
     if limit == 1 and _has_a_minor(kernel):
         return None
+    if kernel.size > MAX_CACHED_TAPS:
+        return _find_factors(kernel, limit)
+    return _cached_factors(kernel.tobytes(), kernel.dtype, kernel.shape, limit)
+
+
+@functools.lru_cache(maxsize=CACHED_KERNELS)
+def _cached_factors(content: bytes, dtype: np.dtype[Any], shape: Pair, limit: int) -> Factors | None:
+    """Find the factors of a small kernel: requests often repeat one, and finding them takes as long as small images."""
+    return _find_factors(np.frombuffer(content, dtype).reshape(shape), limit)
+
+
+def _find_factors(kernel: Plane, limit: int) -> Factors | None:
+    height, width = kernel.shape
     rest = kernel.astype(np.float64, order="C")
     sizes = np.empty(3)
     eps, tolerance = EPSILON[kernel.dtype], math.nan
@@ -211,7 +227,9 @@ def _scaled(kernel: Plane, columns: NDArray[np.float64], rows: NDArray[np.float6
     sums = np.abs(columns).sum(1)
     exponents = np.frexp(sums)[1][:, None]
     total = float(sums @ np.abs(rows).sum(1))
-    return Factors(kernel, np.ldexp(columns, -exponents), np.ldexp(rows, exponents), total)
+    rows = np.ldexp(rows, exponents)
+    exponent = math.frexp(precision.largest(rows))[1]
+    return Factors(kernel, np.ldexp(columns, -exponents), rows, exponent, total)
 
 
 def _has_a_minor(kernel: Plane) -> bool:
@@ -253,7 +271,7 @@ def _product(problem: Problem, machine: Machine, size: Pair) -> Fill:
 
     def fill(pixels: Plane, output: Plane, factors: Factors) -> None:
         columns, rows = factors.columns.astype(dtype), factors.rows
-        of_rows = math.frexp(precision.largest(rows))[1]
+        of_rows = factors.exponent
         in_range = np.zeros(len(pixels), bool)
         if abs(of_rows) <= FAR:
             passes(pixels, columns, rows.astype(dtype), output)
