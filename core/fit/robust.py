@@ -60,8 +60,8 @@ ROUNDED_GRADIENT = 1e-10
 """Length of the gradient, relative to that at a kernel of zeros, or to what the images make of the kernel, that may be
 rounding."""
 
-ZERO_LOSS = 1e-20
-"""Loss relative to that of a kernel of zeros, below which its changes do not count."""
+ZERO_LOSS = 1e-25
+"""Loss, relative to that of a kernel of zeros, that is rounding: it counts as zero, the least loss that there is."""
 
 MIN_GAIN = 0.1
 """Decrease of the loss, relative to that of the quadratic model, from which an iteration is accepted."""
@@ -199,8 +199,7 @@ class Reweighted:
         damping, best, status = 1.0, False, Status.COMPLETED
         while True:
             length = float(np.linalg.norm(gradient))
-            if length <= GRADIENT * first:
-                best = True
+            best = best or length <= GRADIENT * first or loss <= floor
             if best or (tolerance is not None and length <= tolerance * first):
                 status = Status.CONVERGED
                 break

@@ -193,7 +193,7 @@ def normalized_mad(residuals: Floats) -> float:
 
 def auto_by_numpy(matrix: Floats, target: Floats) -> tuple[Floats, float]:
     """Reweighted least squares whose delta follows from the residuals; rows repeated as often as they count."""
-    at: Floats = np.linalg.lstsq(matrix, target)[0]
+    at: Any = np.linalg.lstsq(matrix, target)[0]
     for _ in range(1000):
         residual = target - matrix @ at
         delta = 1.345 * normalized_mad(residual)
