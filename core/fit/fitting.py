@@ -114,7 +114,7 @@ class Fitting:
             yield from self._with_progress(require_finite(examples), count)
         else:
             start = analysis.minimum.at
-        problem = Reweighted.of(squares, ridge, analysis)
+        problem = yield from self._with_progress(Reweighted.of(squares, ridge, analysis), count)
         start = repacked(start, self.layout, problem.layout)
         if options.huber_delta == "auto":
             chosen = yield from self._with_progress(problem.choose_delta(start), count)

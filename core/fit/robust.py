@@ -27,7 +27,7 @@ from core.fit.median import weighted_median
 from core.fit.objective import Images, Objective
 from core.fit.parts import Numbers
 from core.fit.result import Status, Step
-from core.fit.spectrum import GramSpectrum, decompose_factors, invert
+from core.fit.spectrum import FactorSpectrum, decompose_factors, invert, multiply
 from core.fit.steps import Steps, paced
 from core.fit.tsqr import MAX_FACTORED_SIZE, Compressed, Factorization, combine
 
@@ -67,9 +67,8 @@ MIN_GAIN = 0.1
 """Decrease of the loss, relative to that of the quadratic model, from which an iteration is accepted."""
 
 LESS_DAMPING = 0.1
-MORE_DAMPING = 100.0
 MIN_DAMPING = 1e-7
-"""Factors of the damping after an iteration that is accepted, and one that is not; and the smallest damping."""
+"""Smallest factor of the damping after an iteration that is accepted, and the smallest damping."""
 
 
 class Residuals(NamedTuple):
@@ -133,21 +132,26 @@ class Reweighted:
     """Least squares on images whose weights follow from residuals; every filter has equations of its own.
 
     images: all of them, in one term. ridge: added to the mean Huber loss, times the sum of the kernel's squares.
-    threshold: of singular values, relative to the largest, if the windows need a QR factorization; None if their normal
-    equations serve.
+    threshold: of singular values, relative to the largest, if a QR factorization of the windows gave them.
+    null: projections (O, size, size) onto what the windows leave open; None if that is nothing.
     """
 
     images: Images
     ridge: float
-    threshold: float | None
+    threshold: float | None = None
+    null: Floats | None = None
 
     @staticmethod
-    def of(images: Images, ridge: float, analysis: Analysis | None) -> "Reweighted":
+    def of(images: Images, ridge: float, analysis: Analysis | None) -> Steps["Reweighted"]:
         """Return the same images with a layout of one filter a block; `analysis` is that of their least squares."""
+        apart = replace(images, layout=replace(images.layout, apart=True))
         spectrum = None if analysis is None else analysis.spectrum
-        normal = spectrum is None or isinstance(spectrum, GramSpectrum)
-        threshold = None if normal else float(getattr(spectrum, "threshold", 0.0))
-        return Reweighted(replace(images, layout=replace(images.layout, apart=True)), ridge, threshold)
+        if not isinstance(spectrum, FactorSpectrum):
+            return Reweighted(apart, ridge)
+        null = None
+        if spectrum.ranks.min() < images.layout.size:
+            null = np.repeat((yield from spectrum.null_projections()), images.layout.columns, 0)
+        return Reweighted(apart, ridge, spectrum.threshold, null)
 
     @property
     def layout(self) -> Layout:
@@ -196,7 +200,7 @@ class Reweighted:
         loss_at_start, gradient_at_start = yield from objective(start)
         if loss_at_start <= loss:
             unknowns, loss, gradient = start, loss_at_start, gradient_at_start
-        damping, best, status = 1.0, False, Status.COMPLETED
+        damping, less, best, status = 1.0, LESS_DAMPING, False, Status.COMPLETED
         while True:
             length = float(np.linalg.norm(gradient))
             best = best or length <= GRADIENT * first or loss <= floor
@@ -227,7 +231,10 @@ class Reweighted:
                     break
             if accepted:
                 unknowns, loss, gradient = unknowns + step, new_loss, new_gradient
-            damping = max(MIN_DAMPING, LESS_DAMPING * damping) if accepted else min(1.0, MORE_DAMPING * damping)
+                damping, less = max(MIN_DAMPING, less * damping), max(LESS_DAMPING, less**1.5)
+            else:
+                # The next reductions are smaller.
+                damping, less = min(1.0, damping / less), less**0.5
         return Minimized(Descent(unknowns, history, history[0], loss, min(*history, loss), status), best)
 
     def spread(self, unknowns: Unknowns, delta: float) -> Steps[Spread]:
@@ -251,23 +258,9 @@ class Reweighted:
 
     def _step(self, unknowns: Unknowns, gradient: Unknowns, delta: float, damping: float) -> Steps[Unknowns]:
         """Return the way to the solution of the reweighted problem; of least norm if it is not determined."""
-        scale, size = 1 / self.images.weight, self.layout.size
-        if self.threshold is None:
-            sums = Sums.zeros(self.layout, self.images.machine, self.images.device)
-            for part in paced(self.images.parts):
-                if part is None:
-                    yield
-                    continue
-                numbers = part.load(self.images.device, self.images.units)
-                residuals = self.images.residuals(part, numbers, unknowns)
-                yield from sums.add(_reweight(numbers, residuals, delta, damping), part.problem)
-            hessian = scale * sums.equations.gram
-            taps = np.arange(self.layout.taps)
-            hessian[:, taps, taps] += 2 * self.ridge
-            inverse = yield from invert(hessian)
-            if inverse.well_conditioned or size > MAX_FACTORED_SIZE:
-                step: Unknowns = -(yield from inverse.solve(gradient))
-                return step
+        step = yield from self._step_by_equations(unknowns, gradient, delta, damping)
+        if step is not None:
+            return step
         factorization = Factorization(self.layout, self.images.device)
         for part in paced(self.images.parts):
             if part is None:
@@ -283,6 +276,30 @@ class Reweighted:
         if self.threshold is not None and self.threshold > spectrum.threshold:
             spectrum = spectrum.with_threshold(self.threshold)
         return (yield from spectrum.least_squares(problem.factor, problem.right))
+
+    def _step_by_equations(
+        self, unknowns: Unknowns, gradient: Unknowns, delta: float, damping: float
+    ) -> Steps[Unknowns | None]:
+        """Return the same by normal equations; None if a QR factorization is possible and better conditioned."""
+        sums = Sums.zeros(self.layout, self.images.machine, self.images.device)
+        for part in paced(self.images.parts):
+            if part is None:
+                yield
+                continue
+            numbers = part.load(self.images.device, self.images.units)
+            residuals = self.images.residuals(part, numbers, unknowns)
+            yield from sums.add(_reweight(numbers, residuals, delta, damping), part.problem)
+        hessian = sums.equations.gram / self.images.weight
+        taps = np.arange(self.layout.taps)
+        hessian[:, taps, taps] += 2 * self.ridge
+        if self.null is not None:
+            # Nothing curves along what is open: any curvature there makes the matrix regular, and leaves the step.
+            hessian += np.diagonal(hessian, axis1=1, axis2=2).max(1)[:, None, None] * self.null
+        inverse = yield from invert(hessian)
+        if not inverse.well_conditioned and self.layout.size <= MAX_FACTORED_SIZE:
+            return None
+        step: Unknowns = -(yield from inverse.solve(gradient))
+        return step if self.null is None else step - (yield from multiply(self.null, step))
 
     def _pull(self, unknowns: Unknowns) -> Compressed:
         """Return the ridge as a least squares problem for the step."""

@@ -63,8 +63,12 @@ PASSES_BEFORE = 30
 PASSES_TO_SOLVE = 150
 """Passes over the images to find the steepest curvature, and for conjugate gradients, which take 30 to 750."""
 
-REWEIGHTINGS = 10
+REWEIGHTINGS = 12
+REWEIGHTINGS_FOR_DELTA = 20
 """Weighted least squares problems that a Huber loss usually takes, and those before them to choose its delta."""
+
+REWEIGHTING = 2e-3
+"""Seconds for each of them, however small; measured."""
 
 PASSES_OF_REWEIGHTING = 2
 """Passes over the images for each of them: for the gradient and for the weights."""
@@ -171,7 +175,7 @@ def _reweighted(
     first = _equations(passages, layout, replace(squares, learning_rate=1.0), machine, 1)
     apart = replace(layout, apart=True)
     entries = apart.blocks * apart.size**2
-    megabytes = first.megabytes + 8e-6 * entries * (_copies(layout) + 2)
+    megabytes = first.megabytes + 8e-6 * entries * (_copies(layout) + 3)
     if layout.size > MOST_UNKNOWNS or megabytes > MOST_MEGABYTES:
         subject = 'solver "exact" with loss "huber"' if exact else 'huber_delta "auto"'
         raise InvalidOption(
@@ -182,7 +186,7 @@ def _reweighted(
             got="exact" if exact else "auto",
             limit=f"{MOST_UNKNOWNS} unknowns of a filter, {MOST_MEGABYTES:,.0f} MB",
         )
-    iterations = REWEIGHTINGS * (exact + auto)
+    iterations = REWEIGHTINGS * exact + REWEIGHTINGS_FOR_DELTA * auto
     seconds, operations, largest, values = 0.0, 0.0, 0.0, 0
     for entry in passages:
         for part, count in _distinct(entry.parts):
@@ -194,9 +198,9 @@ def _reweighted(
             values += times * positions * part.filters
             largest = max(largest, _bytes_of_pass(part, layout, machine, weighted=True))
     solving = _to_analyse(apart, replace(squares, learning_rate=1.0), apart.size)
-    seconds, operations = iterations * (seconds + solving[0]), iterations * (operations + solving[1])
+    seconds, operations = iterations * (REWEIGHTING + seconds + solving[0]), iterations * (operations + solving[1])
     if auto:
-        seconds += REWEIGHTINGS * SECONDS_OF_MEDIANS * values
+        seconds += REWEIGHTINGS_FOR_DELTA * SECONDS_OF_MEDIANS * values
     megabytes += largest / 1e6 + (8e-6 * COPIES_OF_RESIDUALS * values if auto else 0.0)
     found = Way("normal equations", first.seconds + seconds, first.gflop + operations / 1e9, megabytes)
     if exact:
