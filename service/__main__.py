@@ -247,11 +247,14 @@ def train(
         Path | None, typer.Option(help="what each of the target's values counts", exists=True, dir_okay=False)
     ] = None,
     solver: Annotated[
-        str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (least squares)")
+        str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (the best kernel)")
     ] = "sgd",
     learning_rate: Annotated[str, typer.Option(help="a number, or auto: from the curvature")] = "0.03",
     steps: Annotated[int, typer.Option(help="updates of the kernel")] = 10,
     loss: Annotated[str, typer.Option(help="of the differences: sum (of squares), mean, huber or l1")] = "sum",
+    huber_delta: Annotated[
+        str | None, typer.Option(help="of loss huber: a number, unset: 1; or auto: from the residuals")
+    ] = None,
     tolerance: Annotated[float | None, typer.Option(help="end early, at this share of the first gradient")] = None,
     ridge: Annotated[float, typer.Option(help="times the kernel's squares is added to the loss")] = 0.0,
     momentum: Annotated[float | None, typer.Option(help="of momentum and nesterov; unset: 0.9")] = None,
@@ -296,6 +299,7 @@ def train(
             learning_rate=_numbers(learning_rate),
             steps=steps,
             loss=loss,
+            huber_delta=None if huber_delta is None else _numbers(huber_delta),
             tolerance=tolerance,
             ridge=ridge,
             momentum=momentum,

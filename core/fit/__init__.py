@@ -60,6 +60,7 @@ def plan_fit_kernel(
     learning_rate: float | Auto = 0.03,
     steps: int = 10,
     loss: Loss = "sum",
+    huber_delta: float | Auto | None = None,
     tolerance: float | None = None,
     ridge: float = 0.0,
     momentum: float | None = None,
@@ -83,12 +84,13 @@ def plan_fit_kernel(
     say what each of the target's values counts; 0 leaves it out.
 
     `loss` is the sum of the squared differences, their mean, or the mean of what torch.nn.HuberLoss or L1Loss makes of
-    them; `ridge` times the sum of the kernel's squares is added to it. `solver` "exact" gives the best kernel itself
-    (of least norm where several are best); the others descend as torch.optim defines them: "sgd" (all examples at
-    once, or `batch_size` images at a time in an order drawn from the seed), "momentum" and "nesterov" (`momentum`
-    0.9), "adam" (`betas` 0.9, 0.999). `learning_rate` "auto" is the rate that leaves the smallest loss after these
-    steps. `tolerance` ends the descent where the gradient is shorter than that share of its first length, or a step
-    lowers the loss by less than that share of it.
+    them: HuberLoss with `huber_delta` as its delta, 1.0 by default, or "auto": 1.345 robust standard deviations of the
+    residuals. `ridge` times the sum of the kernel's squares is added to it. `solver` "exact" gives the best kernel
+    itself (of least norm where several are best), for loss "huber" by reweighted least squares; the others descend as
+    torch.optim defines them: "sgd" (all examples at once, or `batch_size` images at a time in an order drawn from the
+    seed), "momentum" and "nesterov" (`momentum` 0.9), "adam" (`betas` 0.9, 0.999). `learning_rate` "auto" is the rate
+    that leaves the smallest loss after these steps. `tolerance` ends the descent where the gradient is shorter than
+    that share of its first length, or a step lowers the loss by less than that share of it.
 
     Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
     no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
@@ -111,6 +113,7 @@ def plan_fit_kernel(
         betas,
         batch_size,
         refuse_divergence,
+        huber_delta,
     )
     one_of("padding_mode", padding_mode, PaddingMode)
     wanted = resolve_device(device)

@@ -15,7 +15,7 @@ from core.fit.analysis import Analysis, Precision, analyse_equations, analyse_fa
 from core.fit.descent import Descent, descend
 from core.fit.exact import LANCZOS_STEPS, conjugate_gradients, steepest_curvature
 from core.fit.gram import Sums
-from core.fit.layout import Layout, Unknowns
+from core.fit.layout import Layout, Unknowns, repacked
 from core.fit.losses import LOSSES
 from core.fit.objective import Images, Objective
 from core.fit.options import Options
@@ -33,14 +33,17 @@ from core.fit.result import (
     Step,
     Uncertainty,
 )
+from core.fit.robust import Reweighted, Spread
 from core.fit.rules import GradientDescent, Rule, best_rate
 from core.fit.sentences import (
     TOO_LARGE_TO_SQUARE,
+    delta_sentence,
     descent_sentence,
     divergence_sentence,
     exact_sentence,
     forecast_sentence,
     rank_sentence,
+    robust_sentence,
 )
 from core.fit.start import Start
 from core.fit.steps import Steps, Value, quietly
@@ -82,11 +85,106 @@ class Fitting:
         return quietly(self._steps())
 
     def _steps(self) -> Generator[Progress, None, FitResult]:
+        if self.options.reweighted:
+            return (yield from self._reweighted_steps())
         if not self.options.criterion.square:
             return (yield from self.steps_in_units())
         examples = [passage.example for passage in self.passages]
         units = yield from self._with_progress(choose_units(examples), 0)
         return (yield from replace(self, units=units).steps_in_units())
+
+    def _reweighted_steps(self) -> Generator[Progress, None, FitResult]:
+        """Choose huber_delta, if that is "auto", and descend or minimise the Huber loss by reweighted least squares."""
+        options, count, examples = self.options, self._count, [passage.example for passage in self.passages]
+        units = yield from self._with_progress(choose_units(examples), 0)
+        whole = replace(
+            self,
+            options=replace(options, batch_size=None),
+            passages=[passage.together for passage in self.passages],
+            units=units,
+        )
+        targets = yield from self._with_progress(sum_up(examples, self.device, units), 0)
+        ridge = units.scaled_ridge(options.ridge)
+        squares = replace(whole._terms(targets)[0], criterion=LOSSES["mean"])  # noqa: SLF001 - of the same class
+        start, note = self.layout.zeros, None
+        # Half a mean of squares and the ridge have the same minimum as it and twice the ridge.
+        objective = Objective([squares], self.layout, mean=True, ridge=2 * ridge)
+        analysis = yield from whole._analysed(objective, [squares])  # noqa: SLF001
+        if analysis is None:
+            yield from self._with_progress(require_finite(examples), count)
+        else:
+            start = analysis.minimum.at
+        problem = yield from self._with_progress(Reweighted.of(squares, ridge, analysis), count)
+        start = repacked(start, self.layout, problem.layout)
+        if options.huber_delta == "auto":
+            chosen = yield from self._with_progress(problem.choose_delta(start), count)
+            delta, start = float(np.ldexp(chosen.value, units.target)), chosen.at
+            if chosen.kind == "no target":
+                delta = chosen.value
+            options, note = replace(options, huber_delta=delta), delta_sentence(chosen.kind, delta)
+        if options.solver == "exact":
+            solving = replace(whole, options=replace(options, batch_size=None))
+            result = yield from solving._minimise(problem, start, analysis, targets)  # noqa: SLF001
+        else:
+            result = yield from replace(self, options=options).steps()
+        return result if note is None else replace(result, message=f"{result.message}; {note}")
+
+    def _minimise(
+        self, problem: Reweighted, start: Unknowns, analysis: Analysis | None, targets: Targets
+    ) -> Generator[Progress, None, FitResult]:
+        """Minimise the Huber loss; `analysis` is that of least squares on the same examples."""
+        options, units, count = self.options, self.units, self._count
+        rank_note = _rank_note(analysis, self.layout.unknowns)
+        forecast = Forecast(
+            rank=None if analysis is None else analysis.rank,
+            unknowns=self.layout.unknowns,
+            message="; ".join(filter(None, ["the Huber loss is minimised by reweighted least squares", rank_note])),
+        )
+        yield forecast
+        delta = float(np.ldexp(options.delta, -units.target))
+        found = yield from self._with_progress(problem.minimize(start, delta, options.tolerance), count)
+        spread = yield from self._with_progress(problem.spread(found.descent.unknowns, delta), count)
+        outside = 1 - float(spread.inside.sum() / spread.counted.sum())
+        at = repacked(found.descent.unknowns, problem.layout, self.layout)
+        descent, terms = replace(found.descent, unknowns=at), self._terms(targets)
+        result = yield from self._report(descent, targets, terms, None, forecast, None)
+        uncertainty = Uncertainty()
+        if analysis is not None and found.best and not options.ridge:
+            uncertainty = yield from self._with_progress(self._robust_uncertainty(at, spread, analysis), count)
+        notes = [] if rank_note is None else [rank_note]
+        if rank_note is not None and forecast.rank:
+            notes.append("this solution has no component along them")
+        descent = replace(descent, final_loss=result.final_loss)
+        message = robust_sentence(descent, options.delta, outside, result.r_squared, notes, best=found.best)
+        return replace(
+            result,
+            **{field.name: getattr(uncertainty, field.name) for field in fields(Uncertainty)},
+            best_possible_loss=result.final_loss if found.best else None,
+            excess_loss=0.0 if found.best else None,
+            message=message,
+        )
+
+    def _robust_uncertainty(self, at: Unknowns, spread: Spread, analysis: Analysis) -> Steps[Uncertainty]:
+        """Return standard errors and intervals of the kernel of least Huber loss."""
+        layout, units = self.layout, self.units
+        variances = spread.variances(layout.size)
+        if variances is None or analysis.spectrum.ranks.min() != layout.size:
+            return Uncertainty()
+        diagonals = 2 * analysis.objective.scale * (yield from analysis.spectrum.diagonals())
+        variances = diagonals[:, :, None] * variances.reshape(layout.blocks, 1, layout.columns)
+        errors, best = units.unknowns(np.sqrt(np.maximum(variances, 0))), units.unknowns(at)
+        freedom = spread.counted - layout.size
+        quantiles = scipy.special.stdtrit(freedom, (1 + CONFIDENCE_LEVEL) / 2)
+        reach = quantiles.reshape(layout.blocks, 1, layout.columns) * errors
+        ends = best - reach, best + reach
+        offsets = [offset for end in ends if (offset := self._offsets(end)) is not None]
+        return Uncertainty(
+            standard_errors=self._kernel(errors),
+            bias_standard_errors=self._offsets(errors),
+            confidence_intervals=torch.stack([self._kernel(end) for end in ends]),
+            bias_confidence_intervals=torch.stack(offsets) if offsets else None,
+            degrees_of_freedom=torch.from_numpy(freedom).to(self.device),
+        )
 
     def steps_in_units(self) -> Generator[Progress, None, FitResult]:
         """Fit the examples, scaled by the units."""
@@ -425,6 +523,7 @@ class Fitting:
             status=descent.status,
             message=message,
             solver=options.solver,
+            huber_delta=options.delta if options.loss == "huber" else None,
             method=self.method,
             values=int(targets.counted.sum()),
             r_squared=explained,

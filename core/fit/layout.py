@@ -80,3 +80,8 @@ class Layout:
     def offsets(self, unknowns: NDArray[np.float64]) -> Tensor | None:
         """The bias among them, (O), if there is one."""
         return torch.from_numpy(unknowns[:, self.taps].reshape(-1).copy()) if self.bias else None
+
+
+def repacked(unknowns: Unknowns, layout: Layout, other: Layout) -> Unknowns:
+    """Return the same kernel and bias as Unknowns of another layout."""
+    return other.packed(layout.kernel(unknowns), layout.offsets(unknowns))

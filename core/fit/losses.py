@@ -23,15 +23,26 @@ class Criterion:
     square: bool = False
 
 
-def _huber(residual: Tensor) -> Tensor:
-    size = residual.abs()
-    return (0.5 * residual.square()).where(size < 1, size - 0.5)
-
+DEFAULT_HUBER_DELTA = 1.0
+"""That of torch.nn.HuberLoss, in the target's units."""
 
 LOSSES: Mapping[Loss, Criterion] = {
     "sum": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=False, square=True),
     "mean": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=True, square=True),
-    # torch.nn.HuberLoss and torch.nn.L1Loss as they are by default: means, with a delta of 1.
-    "huber": Criterion(_huber, lambda residual: residual.clamp(-1, 1), mean=True),
+    # torch.nn.L1Loss as it is by default: a mean.
     "l1": Criterion(lambda residual: residual.abs(), lambda residual: residual.sign(), mean=True),
 }
+"""Losses without a parameter; `huber` returns the other one."""
+
+
+def huber(delta: float = DEFAULT_HUBER_DELTA) -> Criterion:
+    """Return torch.nn.HuberLoss(delta=delta): r^2 / 2 up to |r| = delta, delta (|r| - delta / 2) beyond; a mean.
+
+    Source: Huber, Robust Estimation of a Location Parameter, Ann. Math. Statist. 35, 1964.
+    """
+
+    def of(residual: Tensor) -> Tensor:
+        size = residual.abs()
+        return (0.5 * residual.square()).where(size <= delta, delta * (size - 0.5 * delta))
+
+    return Criterion(of, lambda residual: residual.clamp(-delta, delta), mean=True)

@@ -83,7 +83,7 @@ class Images:
                 yield
                 continue
             numbers = part.load(self.device, self.units)
-            residual = self._output(part, numbers, unknowns) - numbers.targets
+            residual = self.residuals(part, numbers, unknowns)
             of_part = _weighted(self.criterion.of(residual), numbers).sum((0, 2, 3))
             losses += as_numpy(of_part.cpu()).reshape(losses.shape)
             gradient += yield from self._back(part, numbers, self.criterion.slope(residual))
@@ -99,6 +99,10 @@ class Images:
             numbers = part.load(self.device, self.units)
             image += yield from self._back(part, numbers, 2 * self._output(part, numbers, direction))
         return image
+
+    def residuals(self, part: Part, numbers: Numbers, unknowns: Unknowns) -> Tensor:
+        """Return output less targets of a part, (N, O, oh, ow)."""
+        return self._output(part, numbers, unknowns) - numbers.targets
 
     def _output(self, part: Part, numbers: Numbers, unknowns: Unknowns) -> Tensor:
         """What kernel and bias make of the images."""

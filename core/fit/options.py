@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from core.errors import InvalidOption
-from core.fit.losses import LOSSES, Criterion, Loss
+from core.fit.losses import DEFAULT_HUBER_DELTA, LOSSES, Criterion, Loss, huber
 from core.fit.rules import Adam, GradientDescent, Momentum, Rule, Solver
 from core.shapes import is_real, one_of, positive, shown
 
@@ -36,6 +36,7 @@ class Options:
     betas: Sequence[float] | None
     batch_size: int | None
     refuse_divergence: bool
+    huber_delta: float | Auto | None = None
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what makes no sense."""
@@ -60,13 +61,15 @@ class Options:
             )
         self._require_rate()
         self._require_numbers()
-        if self.solver == "exact" and not self.criterion.square:
+        self._require_delta()
+        if self.solver == "exact" and self.loss == "l1":
             raise InvalidOption(
-                f'solver "exact" solves least squares, loss "{self.loss}" is none: take loss "sum" or "mean", '
+                'solver "exact" does not minimise loss "l1": take loss "sum", "mean" or "huber" (with a small '
+                "huber_delta it is close to l1), "
                 f"or solver {', '.join(name for name in get_args(Solver) if name != 'exact')}",
                 field="loss",
                 got=self.loss,
-                limit="sum, mean",
+                limit="sum, mean, huber",
             )
 
     def _require_numbers(self) -> None:
@@ -87,7 +90,18 @@ class Options:
     @property
     def criterion(self) -> Criterion:
         """What is made small."""
-        return LOSSES[self.loss]
+        return LOSSES[self.loss] if self.loss != "huber" else huber(self.delta)
+
+    @property
+    def delta(self) -> float:
+        """The Huber loss's delta; the default until "auto" is settled."""
+        given = self.huber_delta
+        return DEFAULT_HUBER_DELTA if given is None or given == "auto" else float(given)
+
+    @property
+    def reweighted(self) -> bool:
+        """True if reweighted least squares minimise the Huber loss, or choose its delta."""
+        return self.loss == "huber" and (self.solver == "exact" or self.huber_delta == "auto")
 
     @property
     def rule(self) -> Rule | None:
@@ -118,6 +132,21 @@ class Options:
                 )
         elif not is_real(self.learning_rate) or not 0 < self.learning_rate < math.inf:
             raise _out_of_range("learning_rate", self.learning_rate, 'above 0, or "auto"')
+
+    def _require_delta(self) -> None:
+        if self.huber_delta is None:
+            return
+        if self.loss != "huber":
+            raise InvalidOption(
+                f'huber_delta means nothing to loss "{self.loss}": leave it out, or take loss "huber"',
+                field="huber_delta",
+                got=shown(self.huber_delta),
+                limit='loss "huber"',
+            )
+        if isinstance(self.huber_delta, str) and self.huber_delta == "auto":
+            return
+        if not is_real(self.huber_delta) or not 0 < self.huber_delta < math.inf:
+            raise _out_of_range("huber_delta", self.huber_delta, 'above 0, or "auto"')
 
 
 def _within(field: str, value: float, *, below: float, above: float | None = None, least: float = 0) -> None:

@@ -99,7 +99,8 @@ class FitResult(Known, Uncertainty):
     both float64, on the fit's device where that has float64. loss_history[i] is the loss before update i + 1,
     final_loss the loss of the kernel that is returned, all of them with the ridge's share. excess_loss is
     final_loss - best_possible_loss. r_squared is the share of the target's variance about its mean that the returned
-    kernel explains. `method` says how it was computed. values: target values of weight above 0.
+    kernel explains. `method` says how it was computed. values: target values of weight above 0. huber_delta: that of
+    loss "huber".
     """
 
     kernel: Tensor
@@ -111,6 +112,7 @@ class FitResult(Known, Uncertainty):
     status: Status
     message: str
     solver: str
+    huber_delta: float | None
     method: str
     values: int
     r_squared: float | None

@@ -117,6 +117,36 @@ def exact_sentence(forecast: Forecast, descent: Descent, r_squared: float | None
     return "; ".join([said, *notes])
 
 
+def robust_sentence(
+    descent: Descent, delta: float, outside: float, r_squared: float | None, notes: Sequence[str], *, best: bool
+) -> str:
+    """Describe the result of reweighted least squares; `outside` is the fraction of residuals above delta."""
+    times = f"{len(descent.loss_history)} iteration{'' if len(descent.loss_history) == 1 else 's'}"
+    if descent.status is Status.COMPLETED:
+        found = f"after {times} of reweighted least squares, which did not converge"
+    else:
+        found = "the kernel of least Huber loss" if best else f"the tolerance is reached after {times}"
+    said = f"{found}: loss {descent.final_loss:.6g}"
+    if r_squared is not None:
+        said += f", R squared {r_squared:.4g}"
+    said += f"; {100 * outside:.3g} % of the residuals are above huber_delta {delta:.6g}"
+    return "; ".join([said, *notes])
+
+
+def delta_sentence(kind: str, delta: float) -> str | None:
+    """Describe a delta that "auto" could not choose in the usual way."""
+    if kind == "zero":
+        return (
+            f"at least half of the residuals are zero, so that huber_delta became {delta:.3g}, the smallest one that "
+            '"auto" chooses: the fit is close to one of least absolute differences'
+        )
+    if kind == "no target":
+        return f"the target is zero, so that huber_delta became {delta:g}"
+    if kind == "unsettled":
+        return f"the scale of the residuals did not settle: huber_delta {delta:.6g} is that of the last iteration"
+    return None
+
+
 def descent_sentence(
     options: Options,
     forecast: Forecast,

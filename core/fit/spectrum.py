@@ -295,6 +295,15 @@ class FactorSpectrum:
             solution += yield from self._pseudoinverse(values - (yield from multiply(factors, solution)))
         return solution
 
+    def null_projections(self) -> Steps[Floats]:
+        """Return the projections onto the null spaces, (blocks, size, size)."""
+        projections = np.zeros_like(self._right)
+        for block in np.flatnonzero(~self._determined.all(1)):
+            free = ~self._determined[block]
+            null = yield from _orthonormal(self._scale[block] * self._right[block][free].T)
+            projections[block] = null @ null.T
+        return projections
+
     def _pseudoinverse(self, values: Unknowns) -> Steps[Unknowns]:
         """Apply the pseudoinverse of F, of least norm in scaled units."""
         along = yield from multiply(self._left.swapaxes(1, 2), values)

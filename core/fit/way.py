@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from core.engines import outlook, peak_bytes
+from core.errors import InvalidOption
 from core.fit import lags, windows
 from core.fit.gram import by_lags
 from core.fit.layout import Layout
@@ -62,6 +63,23 @@ PASSES_BEFORE = 30
 PASSES_TO_SOLVE = 150
 """Passes over the images to find the steepest curvature, and for conjugate gradients, which take 30 to 750."""
 
+REWEIGHTINGS = 12
+REWEIGHTINGS_FOR_DELTA = 20
+"""Weighted least squares problems that a Huber loss usually takes, and those before them to choose its delta."""
+
+REWEIGHTING = 2e-3
+"""Seconds for each of them, however small; measured."""
+
+PASSES_OF_REWEIGHTING = 2
+"""Passes over the images for each of them: for the gradient and for the weights."""
+
+WEIGHTED_WINDOWS = 1.5
+"""Time of normal equations with weights, relative to those without; measured."""
+
+SECONDS_OF_MEDIANS = 8e-8
+COPIES_OF_RESIDUALS = 6
+"""Seconds for two medians of residuals, for each of them, and copies of the residuals in memory."""
+
 PASSES_AFTER = 2
 """To see the best kernel's residuals where it comes from the equations."""
 
@@ -82,6 +100,14 @@ class Passage:
     def apart(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
         """The parts of each image."""
         return ([part.of_image(image) for part in parts] for image in range(self.terms))
+
+    @property
+    def together(self) -> "Passage":
+        """The same with one sum for all images."""
+        if self.terms == 1:
+            return self
+        parts, readings = ([part for some in self.apart(each) for part in some] for each in (self.parts, self.readings))
+        return replace(self, terms=1, parts=parts, readings=readings)
 
 
 def passage(example: Example, problem: Problem, machine: Machine, *, apart: bool) -> Passage:
@@ -112,6 +138,8 @@ def choose_way(
 
     A pure function: the same fit is computed in the same way.
     """
+    if options.reweighted:
+        return _reweighted(passages, layout, options, machine, limits)
     exact, batch = options.solver == "exact", options.batch_size
     terms = sum(passage.terms for passage in passages) if batch is not None else 1
     # A step goes over a batch, the end over all.
@@ -131,6 +159,59 @@ def choose_way(
         return convolutions
     worth = WORTH_THE_MINIMUM if exact else WORTH_THE_TRUTH
     return equations if equations.seconds <= max(convolutions.seconds, worth) else convolutions
+
+
+def _reweighted(
+    passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine, limits: Limits | None
+) -> Way:
+    """Reweighted least squares and, if they choose huber_delta for a descent, that descent.
+
+    Raises InvalidOption if there are too many unknowns for equations.
+    """
+    exact, auto = options.solver == "exact", options.huber_delta == "auto"
+    squares = replace(
+        options, solver="exact", loss="mean", huber_delta=None, momentum=None, betas=None, batch_size=None
+    )
+    first = _equations(passages, layout, replace(squares, learning_rate=1.0), machine, 1)
+    apart = replace(layout, apart=True)
+    entries = apart.blocks * apart.size**2
+    megabytes = first.megabytes + 8e-6 * entries * (_copies(layout) + 3)
+    if layout.size > MOST_UNKNOWNS or megabytes > MOST_MEGABYTES:
+        subject = 'solver "exact" with loss "huber"' if exact else 'huber_delta "auto"'
+        raise InvalidOption(
+            f"{subject} solves equations of {layout.size} unknowns for each of {apart.blocks} filters, "
+            f"{megabytes:,.0f} MB; at most {MOST_UNKNOWNS} unknowns and {MOST_MEGABYTES:,.0f} MB are allowed: use a "
+            f"smaller kernel or {'solver adam' if exact else 'a number as huber_delta'}",
+            field="solver" if exact else "huber_delta",
+            got="exact" if exact else "auto",
+            limit=f"{MOST_UNKNOWNS} unknowns of a filter, {MOST_MEGABYTES:,.0f} MB",
+        )
+    iterations = REWEIGHTINGS * exact + REWEIGHTINGS_FOR_DELTA * auto
+    seconds, operations, largest, values = 0.0, 0.0, 0.0, 0
+    for entry in passages:
+        for part, count in _distinct(entry.parts):
+            times = entry.terms * count
+            positions, blocks = _positions(part), apart.blocks / part.groups
+            passes = PASSES_OF_REWEIGHTING * seconds_of_pass(part, machine)
+            seconds += times * (PART + passes + blocks * WEIGHTED_WINDOWS * windows.seconds(part, machine))
+            operations += times * (blocks * windows.operations(part) + PASSES_OF_REWEIGHTING * 2 * part.operations)
+            values += times * positions * part.filters
+            largest = max(largest, _bytes_of_pass(part, layout, machine, weighted=True))
+    solving = _to_analyse(apart, replace(squares, learning_rate=1.0), apart.size)
+    seconds, operations = iterations * (REWEIGHTING + seconds + solving[0]), iterations * (operations + solving[1])
+    if auto:
+        seconds += REWEIGHTINGS_FOR_DELTA * SECONDS_OF_MEDIANS * values
+    megabytes += largest / 1e6 + (8e-6 * COPIES_OF_RESIDUALS * values if auto else 0.0)
+    found = Way("normal equations", first.seconds + seconds, first.gflop + operations / 1e9, megabytes)
+    if exact:
+        return found
+    descent = choose_way(passages, layout, replace(options, huber_delta=None), machine, limits)
+    return Way(
+        descent.method,
+        found.seconds + descent.seconds,
+        found.gflop + descent.gflop,
+        max(found.megabytes, descent.megabytes),
+    )
 
 
 def _within(way: Way, limits: Limits) -> bool:

@@ -104,7 +104,8 @@ Seed = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": 2**63 - 
 Share = Annotated[float, Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})]
 
 Rate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
-"""core checks it: the rule and its message stand there."""
+HuberDelta = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
+"""core checks them: the rules and their messages stand there."""
 
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
@@ -165,6 +166,11 @@ class TrainKernelRequest(FiniteArrays):
     loss: core.Loss = Field(
         "sum", description="of the squared differences: their sum, or mean; or the mean of their Huber or absolute loss"
     )
+    huber_delta: HuberDelta | None = Field(
+        None,
+        description="of loss huber, in the target's units: larger residuals count as outliers; 1 if it is not given; "
+        "auto takes 1.345 robust standard deviations of the residuals",
+    )
     tolerance: Tolerance | None = Field(
         None, description="end early, where gradient or loss change by less than that share of them"
     )
@@ -216,6 +222,7 @@ class TrainKernelAnswer(BaseModel):
     status: core.Status
     message: str
     solver: core.Solver
+    huber_delta: float | None = Field(description="delta of the Huber loss, a number; null for other losses")
     method: str = Field(description="how it was computed: by normal equations, or by convolutions in every step")
     learning_rate: float | None = Field(description="the one that was used; null for solver exact")
     prediction: core.Prediction | None = Field(description="what that rate was to lead to, before the first step")

@@ -67,6 +67,9 @@ def test_the_lessons_names_and_pairs_are_taken(send: Send) -> None:
         {"solver": "exact", "ridge": 0.5},
         {"solver": "sgd", "learning_rate": "auto", "refuse_divergence": True},
         {"solver": "sgd", "loss": "huber"},
+        {"solver": "adam", "loss": "huber", "huber_delta": 0.25},
+        {"solver": "sgd", "loss": "huber", "huber_delta": "auto", "batch_size": 1},
+        {"solver": "exact", "loss": "huber", "huber_delta": "auto"},
     ],
 )
 def test_every_option_reaches_core(send: Send, rng: np.random.Generator, options: dict[str, Any]) -> None:
@@ -137,6 +140,47 @@ def test_a_pixel_can_be_left_out(send: Send) -> None:
         np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=1e-12)
 
 
+@pytest.mark.parametrize("delta", [0.01, "auto"])
+def test_outliers_do_not_spoil_a_huber_fit(send: Send, delta: Any) -> None:
+    spoiled = [[0, -1, 0, 0, 0, 1, 99], *LESSON["target"][1:]]
+    body = {"input": LESSON["input"], "target": spoiled, "solver": "exact", "loss": "huber", "huber_delta": delta}
+    answer = send("POST", "/train-kernel", json=body).json()
+    np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=0.01)
+    assert answer["status"] == "converged"
+    assert answer["best_possible_loss"] == answer["final_loss"]
+    assert answer["huber_delta"] == (0.01 if delta == 0.01 else pytest.approx(0, abs=1e-6))
+    assert (
+        np.abs(
+            np.array(send("POST", "/train-kernel", json={**body, "loss": "sum", "huber_delta": None}).json()["kernel"])
+            - [[-1, 1]]
+        ).max()
+        > 1
+    )
+
+
+@pytest.mark.parametrize(("delta", "got"), [(0, "0"), (-1, "-1"), ("wide", "'wide'"), (True, "true")])
+def test_a_faulty_huber_delta_is_rejected(send: Send, delta: Any, got: str) -> None:
+    response = send("POST", "/train-kernel", json={**LESSON, "loss": "huber", "huber_delta": delta})
+    error = first_error(response, 422)
+    assert error["field"] == "huber_delta"
+    assert 'is not a number above 0, or "auto"' in error["message"]
+    error = first_error(send("POST", "/train-kernel", json={**LESSON, "huber_delta": 1}), 422)
+    assert 'huber_delta means nothing to loss "sum"' in error["message"]
+
+
+def test_a_huber_fit_can_be_streamed(send: Send) -> None:
+    body = {**LESSON, "target": [[0, -1, 0, 0, 9, 1, 0]] * 6, "solver": "exact", "loss": "huber", "huber_delta": 0.1}
+    response = send("POST", "/train-kernel", json=body, headers={"Accept": "application/x-ndjson"})
+    events = [json.loads(line) for line in response.text.splitlines()]
+    result = events[-1]
+    assert result["event"] == "result"
+    assert result["kernel"] == send("POST", "/train-kernel", json=body).json()["kernel"]
+    names = [event["event"] for event in events]
+    # Steps that follow one another faster than the stream's events are left out.
+    assert [name for name in names if name not in ("reading", "step")] == ["forecast", "result"]
+    assert events[names.index("forecast")]["message"] == "the Huber loss is minimised by reweighted least squares"
+
+
 def test_a_long_history_can_be_thinned(send: Send) -> None:
     body = {**LESSON, "seed": 1, "steps": 5000, "learning_rate": 1e-4}
     full = send("POST", "/train-kernel", json=body).json()
@@ -195,6 +239,9 @@ def test_the_loss_comes_as_a_picture(send: Send, media_type: str, start: bytes) 
         ({"solver": "momentum", "learning_rate": 0.09}, "diverged", "gradient descent with this momentum"),
         ({"solver": "adam", "learning_rate": 1e9}, "diverged", "try a smaller one"),
         ({"loss": "huber", "learning_rate": 1.0}, "completed", "the loss fell from"),
+        ({"loss": "huber", "solver": "exact"}, "converged", "the kernel of least Huber loss: loss"),
+        ({"loss": "huber", "huber_delta": "auto"}, "completed", "at least half of the residuals are zero"),
+        ({"input": [[1] * 8] * 6, "loss": "huber", "solver": "exact"}, "converged", "has no component along them"),
         ({"input": [[1e200] * 8] * 6}, "diverged", "too large to square"),
         ({"input": [[1e200] * 8] * 6, "solver": "exact"}, "converged", "the best kernel: loss"),
         ({"input": [[1e200] * 8] * 6, "loss": "l1", "solver": "adam"}, "completed", "the loss stayed at"),
