@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from core.errors import InvalidOption
+from core.fit.constraints import UNCONSTRAINED, Constraints
 from core.fit.losses import LOSSES, Criterion, Loss
 from core.fit.rules import Adam, GradientDescent, Momentum, Rule, Solver
 from core.shapes import is_real, one_of, positive, shown
@@ -36,6 +37,7 @@ class Options:
     betas: Sequence[float] | None
     batch_size: int | None
     refuse_divergence: bool
+    constraints: Constraints = UNCONSTRAINED
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what makes no sense."""
@@ -58,6 +60,7 @@ class Options:
                 got=shown(self.tolerance),
                 limit="no batch_size",
             )
+        self.constraints.require_solver(self.solver, self.loss, self.ridge)
         self._require_rate()
         self._require_numbers()
         if self.solver == "exact" and not self.criterion.square:

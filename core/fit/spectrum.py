@@ -240,6 +240,10 @@ class GramSpectrum:
         return modes(self.hessian, unknowns)
 
 
+Threshold = float | Floats
+"""For all blocks, or (blocks, 1)."""
+
+
 class FactorSpectrum:
     """The spectrum of a Hessian F'F, by the singular values of F (blocks, size, size).
 
@@ -250,7 +254,7 @@ class FactorSpectrum:
     exact = True
 
     def __init__(
-        self, scale: Floats, left: Floats, values: Floats, right: Floats, unscaled: Floats, threshold: float
+        self, scale: Floats, left: Floats, values: Floats, right: Floats, unscaled: Floats, threshold: Threshold
     ) -> None:
         self._scale, self._left, self._values, self._right, self._unscaled = scale, left, values, right, unscaled
         self.threshold = threshold
@@ -258,7 +262,7 @@ class FactorSpectrum:
         self._inverse = np.divide(1.0, values, out=np.zeros_like(values), where=self._determined)[..., None]
         self.ranks = self._determined.sum(1)
 
-    def with_threshold(self, threshold: float) -> "FactorSpectrum":
+    def with_threshold(self, threshold: Threshold) -> "FactorSpectrum":
         """Return the same with another threshold for singular values, relative to the largest."""
         return FactorSpectrum(self._scale, self._left, self._values, self._right, self._unscaled, threshold)
 
@@ -326,6 +330,21 @@ class FactorSpectrum:
         along = yield from multiply(self._right, unknowns / self._scale)
         values = np.where(self._determined, self._values, 0)
         return np.square(values).ravel(), np.sqrt(np.square(along).sum(2)).ravel()
+
+
+def column_norms(matrix: Floats) -> Floats:
+    """Return the norms of columns whose squares may be outside of float64."""
+    peaks = np.maximum(np.abs(matrix).max(0), np.finfo(np.float64).tiny)
+    norms: Floats = peaks * np.linalg.norm(matrix / peaks, axis=0)
+    return norms
+
+
+def choose_scale(matrix: Floats) -> Floats:
+    """Return for each column the power of two that brings its norm near 1; 1 for columns that vanish."""
+    norms = column_norms(matrix)
+    exponents = np.log2(norms, out=np.zeros_like(norms), where=norms > np.finfo(np.float64).tiny)
+    scale: Floats = np.exp2(-np.round(exponents))
+    return scale
 
 
 def decompose_factors(factors: Floats, rows: int) -> Steps[FactorSpectrum]:
