@@ -15,7 +15,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from core.fit.constraints import reflect
-from core.fit.spectrum import choose_scale
+from core.fit.spectrum import choose_scale, orthonormal_range, solve_least_squares
 from core.fit.steps import OPERATIONS, Steps
 
 Floats = NDArray[np.float64]
@@ -23,9 +23,6 @@ Mask = NDArray[np.bool_]
 
 MAX_RELEASES_PER_UNKNOWN = 30
 """Number of unknowns let go, or tried in vain, for each unknown of the problem, after which the search ends."""
-
-DEPENDENT_COLUMNS = 1e-10
-"""Ratio of the smallest to the largest pivot of a QR factorization up to which it is repeated with column pivoting."""
 
 ROUNDING_OF_GRADIENT = 64 * np.finfo(np.float64).eps
 """Rounding error of a gradient, relative to the products of norms that it consists of."""
@@ -141,7 +138,7 @@ def _search(
 def _settle(problem: SignedProblem, state: _State, solve: PassiveSolver) -> Steps[_State]:
     """Move towards the best values of the passive unknowns; those that would become negative stop at zero."""
     values, passive = state.values, state.passive
-    pause = max(1, int(OPERATIONS / (4.0 * max(1, len(values)) ** 3)))
+    pause = max(1, int(OPERATIONS / (40.0 * max(1, len(values)) ** 3)))
     for count in range(len(values) + 1):
         best = np.zeros(len(values))
         best[passive] = solve(passive)
@@ -184,9 +181,7 @@ def _falls_by_factor(problem: SignedProblem, state: _State) -> Floats:
     These parts may be small beside the columns: they show falls that a gradient loses in rounding errors.
     """
     columns, _, _ = _without_sum(problem, state.passive)
-    seen, triangle, _ = scipy.linalg.qr(columns, mode="economic", pivoting=True, check_finite=False)
-    pivots = np.abs(triangle.diagonal())
-    seen = seen[:, pivots > np.finfo(np.float64).eps * max(columns.shape) * pivots.max(initial=0)]
+    seen = orthonormal_range(columns)
     residual = problem.right - problem.factor @ state.values
     directions = problem.factor
     if problem.total is not None:
@@ -232,7 +227,7 @@ def _without_sum(problem: SignedProblem, passive: Mask) -> tuple[Floats, Floats,
 def _solve_by_factor(problem: SignedProblem, passive: Mask) -> Floats:
     """Return the best passive values by a QR factorization of the factor's columns."""
     columns, right, complete = _without_sum(problem, passive)
-    return complete(_least_squares(columns, right))
+    return complete(solve_least_squares(columns, right))
 
 
 def _solve_by_equations(problem: SignedProblem, gram: Floats, moments: Floats, passive: Mask) -> Floats:
@@ -256,24 +251,13 @@ def _solve_by_equations(problem: SignedProblem, gram: Floats, moments: Floats, p
     return values
 
 
-def _least_squares(columns: Floats, right: Floats) -> Floats:
-    """Return the solution, by a factorization with column pivoting if the columns are nearly dependent."""
-    if not columns.shape[1]:
-        return np.zeros(0)
-    triangle: Floats = np.asarray(np.linalg.qr(np.column_stack([columns, right]), mode="r"))[: columns.shape[1]]
-    pivots = np.abs(triangle.diagonal())
-    if pivots.min() > DEPENDENT_COLUMNS * pivots.max():
-        values: Floats = scipy.linalg.solve_triangular(triangle[:, :-1], triangle[:, -1], check_finite=False)
-        return values
-    threshold = np.finfo(np.float64).eps * max(columns.shape)
-    solution: Floats = scipy.linalg.lstsq(columns, right, cond=threshold, lapack_driver="gelsy", check_finite=False)[0]
-    return solution
-
-
 def _solve_definite(matrix: Floats, right: Floats) -> Floats:
     if not len(right):
         return np.zeros(0)
-    solution: Floats = scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, check_finite=False), right)
+    # numpy's LAPACK: a second library would have threads of its own.
+    lower = np.linalg.cholesky(matrix)
+    half = scipy.linalg.solve_triangular(lower, right, lower=True, check_finite=False)
+    solution: Floats = scipy.linalg.solve_triangular(lower, half, lower=True, trans="T", check_finite=False)
     return solution
 
 

@@ -11,10 +11,9 @@ filters, IEEE Trans. Geosci. Electron. 9, 1971.
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
-from core.fit.spectrum import choose_scale
+from core.fit.spectrum import choose_scale, solve_least_squares
 from core.fit.steps import Steps
 
 Floats = NDArray[np.float64]
@@ -68,11 +67,7 @@ class PlaneProblem:
     def _least_squares(self, matrix: Floats, entries: int) -> tuple[Floats, Floats]:
         """Return the solution with columns scaled by powers of two: the first entries, and the others."""
         scale = choose_scale(matrix)
-        threshold = np.finfo(np.float64).eps * max(matrix.shape)
-        scaled = scipy.linalg.lstsq(
-            matrix * scale, self.right, cond=threshold, lapack_driver="gelsy", check_finite=False
-        )[0]
-        solution = scale * scaled
+        solution = scale * solve_least_squares(matrix * scale, self.right)
         return solution[:entries], solution[entries:]
 
 

@@ -60,7 +60,7 @@ TERM_MEGABYTES = 3e-3
 HISTORY = 6e-5
 """MB for a term and for a step, however small."""
 
-CONSTRAINED_OPERATION = 5e-11
+CONSTRAINED_OPERATION = 1e-10
 SWEEP = 3e-4
 """Seconds of an operation of the search under constraints, and of a sweep of alternating least squares; measured."""
 
