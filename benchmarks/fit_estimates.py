@@ -79,6 +79,10 @@ def drawn(rng: np.random.Generator) -> dict[str, Any]:
             arguments["learning_rate"] = "auto"
         if arguments["solver"] == "sgd" and images > 1 and rng.random() < 0.5:
             arguments["batch_size"] = int(rng.integers(1, images + 1))
+    constrained = arguments["solver"] == "exact" and channels // groups * math.prod(kernel) in range(2, 1024)
+    if constrained and rng.random() < 0.4:
+        options: list[dict[str, Any]] = [{"nonnegative": True}, {"sum_to": 1}, {"separable": 1}, {"smoothness": 1.0}]
+        arguments |= options[rng.integers(len(options))]
     if images > 1 and rng.random() < 0.3 and "weights" not in arguments:
         arguments["pairs"] = list(zip(arguments.pop("input"), arguments.pop("target"), strict=True))
     return arguments

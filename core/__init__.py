@@ -26,6 +26,7 @@ from core.errors import (
 )
 from core.explain import Candidate, explain, with_error_bound
 from core.fit import FitPlan, exhaust, fit_kernel, fit_kernel_steps, plan_fit_kernel
+from core.fit.constraints import Symmetry
 from core.fit.losses import Loss
 from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import Solver
@@ -71,6 +72,7 @@ __all__ = [
     "Solver",
     "Status",
     "Step",
+    "Symmetry",
     "TooLarge",
     "UnknownKernel",
     "available_devices",

@@ -257,6 +257,18 @@ def train(
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="end early, at this share of the first gradient")] = None,
     ridge: Annotated[float, typer.Option(help="times the kernel's squares is added to the loss")] = 0.0,
+    nonnegative: Annotated[
+        bool, typer.Option("--nonnegative", help="no kernel entry below 0 (constraints need --solver exact)")
+    ] = False,
+    sum_to: Annotated[float | None, typer.Option(help="sum of the kernel entries of each filter")] = None,
+    symmetric: Annotated[
+        str | None,
+        typer.Option(help="equal kernel entries: horizontal, vertical, both, rotation, transpose or full"),
+    ] = None,
+    separable: Annotated[int | None, typer.Option(help="maximum rank of each plane of the kernel")] = None,
+    smoothness: Annotated[
+        float, typer.Option(help="times the squared differences of neighbouring entries is added to the loss")
+    ] = 0.0,
     momentum: Annotated[float | None, typer.Option(help="of momentum and nesterov; unset: 0.9")] = None,
     betas: Annotated[str | None, typer.Option(help="of adam; unset: 0.9,0.999")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images a step; unset: all")] = None,
@@ -302,6 +314,11 @@ def train(
             huber_delta=None if huber_delta is None else _numbers(huber_delta),
             tolerance=tolerance,
             ridge=ridge,
+            nonnegative=nonnegative,
+            sum_to=sum_to,
+            symmetric=symmetric,
+            separable=separable,
+            smoothness=smoothness,
             momentum=momentum,
             betas=None if betas is None else _numbers(betas),
             batch_size=batch_size,

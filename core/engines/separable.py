@@ -154,8 +154,8 @@ def prepare() -> None:
 class Factors(NamedTuple):
     """A kernel (h, w), columns (r, h) and rows (r, w) whose products sum up to it, and what they leave.
 
-    No column's sizes sum up to more than 1. `exponent` is the binary exponent of the largest number of the rows. `total`
-    is the sum of the sizes of all products, `left` that of |kernel - products|.
+    No column's sizes sum up to more than 1. `exponent` is that of the largest number of the rows (binary), `total`
+    the sum of the sizes of all products, `left` that of |kernel - products|.
     """
 
     kernel: Plane

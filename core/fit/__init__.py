@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 from core.arrays import ArrayLike
 from core.device import CPU, resolve_device
 from core.errors import Cost, InvalidArgument, InvalidOption
+from core.fit.constraints import Constraints, Symmetry, read_rank
 from core.fit.fitting import Fitting
 from core.fit.layout import Layout
 from core.fit.losses import Loss
@@ -63,6 +64,11 @@ def plan_fit_kernel(
     huber_delta: float | Auto | None = None,
     tolerance: float | None = None,
     ridge: float = 0.0,
+    nonnegative: bool = False,
+    sum_to: float | None = None,
+    symmetric: Symmetry | None = None,
+    separable: int | bool | None = None,
+    smoothness: float = 0.0,
     momentum: float | None = None,
     betas: Sequence[float] | None = None,
     batch_size: int | None = None,
@@ -92,6 +98,12 @@ def plan_fit_kernel(
     that leaves the smallest loss after these steps. `tolerance` ends the descent where the gradient is shorter than
     that share of its first length, or a step lowers the loss by less than that share of it.
 
+    Solver "exact" takes constraints on each filter's kernel: `nonnegative` (no entry below 0), `sum_to` (the sum of the
+    entries), `symmetric` (equal entries: "horizontal", K[i, j] = K[i, w-1-j]; "vertical", K[i, j] = K[h-1-i, j];
+    "both"; "rotation", K[i, j] = K[h-1-i, w-1-j]; "transpose", K = K'; "full", all eight symmetries of the square) and
+    `separable` (the maximum rank of each plane; True is 1). `smoothness` times the sum of the squared differences of
+    neighbouring entries is added to the loss. All but `separable` can be combined with each other.
+
     Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
     no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
     InvalidOption of the forecast.
@@ -114,6 +126,7 @@ def plan_fit_kernel(
         batch_size,
         refuse_divergence,
         huber_delta,
+        Constraints(nonnegative, sum_to, symmetric, read_rank(separable), smoothness),
     )
     one_of("padding_mode", padding_mode, PaddingMode)
     wanted = resolve_device(device)
@@ -129,6 +142,7 @@ def plan_fit_kernel(
         bias=bias,
         initial_bias=initial_bias,
     )
+    options = replace(options, constraints=options.constraints.for_kernel(start.kernel_shape, bias=bias))
     if batch_size is not None:
         count = sum(len(example.images) for example in examples.pairs)
         if batch_size > count:

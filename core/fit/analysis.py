@@ -56,6 +56,21 @@ class Analysis:
     objective: Objective
     gram: Floats
 
+    @property
+    def smallest_loss(self) -> float | None:
+        """The smallest possible loss, if it is known."""
+        return self.minimum.loss
+
+    @property
+    def solved(self) -> bool:
+        """True if the minimum was found, False if a search for it stopped before."""
+        return True
+
+    @property
+    def unknowns(self) -> int:
+        """Number of unknowns of all filters."""
+        return self.objective.layout.unknowns
+
     def excess(self, unknowns: Unknowns) -> Steps[float]:
         """Return the loss there minus the smallest possible one."""
         away = unknowns - self.minimum.at
@@ -132,7 +147,7 @@ def analyse_equations(
     )
 
 
-def _is_rounding(factors: Floats, unknowns: Unknowns, right: Unknowns) -> bool:
+def is_rounding(factors: Floats, unknowns: Unknowns, right: Unknowns) -> bool:
     """Return whether entries are so large that rounding them to float64 costs about as much as they explain."""
     rounding = np.finfo(np.float64).eps * np.linalg.norm(np.abs(factors) @ np.abs(unknowns))
     explained, left = np.linalg.norm(right), np.linalg.norm(factors @ unknowns - right)
@@ -152,7 +167,7 @@ def analyse_factors(images: Objective, terms: Sequence[Images], problems: Sequen
         spectrum = of_examples.times(root)
     factor, right = root * pulled.factor, root * pulled.right
     at = yield from spectrum.least_squares(factor, right)
-    while _is_rounding(factor, at, right) and spectrum.ranks.any():
+    while is_rounding(factor, at, right) and spectrum.ranks.any():
         threshold = 10 * spectrum.threshold
         spectrum, of_examples = spectrum.with_threshold(threshold), of_examples.with_threshold(threshold)
         at = yield from spectrum.least_squares(factor, right)

@@ -12,6 +12,7 @@ import torch
 
 from core.errors import InvalidOption
 from core.fit.analysis import Analysis, Precision, analyse_equations, analyse_factors
+from core.fit.constrained import ConstrainedAnalysis, analyse_constrained, compress_equations
 from core.fit.descent import Descent, descend
 from core.fit.exact import LANCZOS_STEPS, conjugate_gradients, steepest_curvature
 from core.fit.gram import Sums
@@ -37,6 +38,7 @@ from core.fit.robust import Reweighted, Spread
 from core.fit.rules import GradientDescent, Rule, best_rate
 from core.fit.sentences import (
     TOO_LARGE_TO_SQUARE,
+    constrained_sentence,
     delta_sentence,
     descent_sentence,
     divergence_sentence,
@@ -270,6 +272,8 @@ class Fitting:
 
         None if a sum of squares is too large for float64.
         """
+        if self.options.constraints.active:
+            return (yield from self._analysed_with_constraints(images, terms))
         equations = yield from self._read(lambda: Sums.zeros(self.layout, self.machine, self.device))
         found = [sums.equations for sums in equations]
         factored = self.layout.size <= MAX_FACTORED_SIZE
@@ -285,6 +289,22 @@ class Fitting:
         factorizations = yield from self._read(lambda: Factorization(self.layout, self.device))
         problems = [factorization.compressed for factorization in factorizations]
         return (yield from self._with_progress(analyse_factors(images, terms, problems), self._count))
+
+    def _analysed_with_constraints(
+        self, images: Objective, terms: Sequence[Images]
+    ) -> Generator[Progress, None, ConstrainedAnalysis | None]:
+        """Find the best kernel under the constraints; None if the sum that its filters are to have overflows."""
+        constraints = self.options.constraints.in_units(self.units)
+        if constraints.sum_to is not None and not math.isfinite(constraints.sum_to):
+            return None
+        sums = yield from self._read(lambda: Sums.zeros(self.layout, self.machine, self.device))
+        problem = yield from self._with_progress(compress_equations(sums[0].equations), self._count)
+        from_equations = problem is not None
+        if problem is None:
+            yield from self._with_progress(require_finite([passage.example for passage in self.passages]), self._count)
+            problem = (yield from self._read(lambda: Factorization(self.layout, self.device)))[0].compressed
+        analysis = analyse_constrained(images, terms, problem, constraints, from_equations=from_equations)
+        return (yield from self._with_progress(analysis, self._count))
 
     def _read(self, create: Callable[[], Accumulator]) -> Generator[Progress, None, list[Accumulator]]:
         """Add the examples to an accumulator: all examples to one or, for batches, each image to one of its own."""
@@ -317,7 +337,8 @@ class Fitting:
 
     def _forecast(self, analysis: Analysis | None, steepest: float | None) -> Steps[tuple[Forecast, float | None]]:
         """What is known beforehand, and the rate that "auto" would take."""
-        options, unknowns = self.options, self.layout.unknowns
+        options = self.options
+        unknowns = self.layout.unknowns if analysis is None else analysis.unknowns
         # The exact solver takes no steps; what those of gradient descent could be is told all the same.
         rule = options.rule or GradientDescent()
         smallest = self.units.curvature(analysis.smallest) if analysis else None
@@ -326,7 +347,8 @@ class Fitting:
         stable = best = None
         # A batch is a share of the examples, and so is the curvature of a sum over it.
         share = 1.0 if options.batch_size is None or options.criterion.mean else options.batch_size / self._count
-        if steepest:
+        # No solver that takes steps keeps to constraints.
+        if steepest and not options.constraints.active:
             stable = rule.largest_stable_rate(share * steepest)
             stable = stable if stable and math.isfinite(stable) else None
             if options.learning_rate == "auto" or (stable is not None and options.learning_rate >= stable):
@@ -346,10 +368,15 @@ class Fitting:
             condition_number=analysis.largest / analysis.smallest if analysis and analysis.smallest else None,
             rank=rank,
             unknowns=unknowns,
-            best_possible_loss=self.units.loss(analysis.minimum.loss) if analysis else None,
+            best_possible_loss=self._smallest_loss(analysis),
             message=forecast_sentence(options, rate, stable, prediction, best, _rank_note(analysis, unknowns)),
         )
         return forecast, best
+
+    def _smallest_loss(self, analysis: Analysis | None) -> float | None:
+        """The smallest possible loss on the examples as they are, if it is known."""
+        scaled = None if analysis is None else analysis.smallest_loss
+        return None if scaled is None else self.units.loss(scaled)
 
     def _predict(self, rate: float | None, stable: float | None, analysis: Analysis | None) -> Prediction | None:
         """Predict the descent; None if its end is not sure."""
@@ -402,7 +429,8 @@ class Fitting:
             return (yield from conjugate_gradients(images, self.layout.zeros, self.options.tolerance))
         loss = targets.loss_of_zeros(mean=images.mean)
         yield Step(1, loss)
-        return Descent(analysis.minimum.at, [loss], loss, analysis.minimum.loss, loss, Status.CONVERGED)
+        status = Status.CONVERGED if analysis.solved else Status.COMPLETED
+        return Descent(analysis.minimum.at, [loss], loss, analysis.minimum.loss, loss, status)
 
     def _descended(
         self, analysis: Analysis | None, images: Objective, forecast: Forecast, targets: Targets
@@ -468,7 +496,8 @@ class Fitting:
         if analysis is not None:
             precision = yield from self._with_progress(analysis.precision(targets), self._count)
             best_explained = self._explained(analysis.minimum.at, analysis.minimum.loss, targets)
-            best = analysis.minimum.loss
+            best = analysis.smallest_loss
+        if analysis is not None and best is not None:
             excess = descent.final_loss - best
             if excess <= DIFFERENCE_PRECISION * best:
                 # The difference has lost digits.
@@ -496,6 +525,8 @@ class Fitting:
             uncertainty = self._uncertainty(analysis, precision)
         if not math.isfinite(descent.start_loss) and descent.status is Status.DIVERGED:
             message = f"diverged: {TOO_LARGE_TO_SQUARE}"
+        elif isinstance(analysis, ConstrainedAnalysis):
+            message = constrained_sentence(options, analysis, descent.final_loss, explained, rank_note)
         elif exact:
             message = exact_sentence(forecast, descent, explained, self._notes(analysis, rank_note))
         else:
@@ -544,7 +575,8 @@ class Fitting:
         units = self.units
         errors, best = units.unknowns(precision.standard_errors), units.unknowns(analysis.minimum.at)
         reach = scipy.special.stdtrit(precision.freedom, (1 + CONFIDENCE_LEVEL) / 2)[:, None, :] * errors
-        ends = None if self.options.ridge else (best - reach, best + reach)
+        biased = self.options.ridge or self.options.constraints.smoothness
+        ends = None if biased else (best - reach, best + reach)
         offsets = [offset for end in ends or () if (offset := self._offsets(end)) is not None]
         deviations = np.ldexp(precision.residual_std, units.target).ravel()
         return Uncertainty(
@@ -570,6 +602,9 @@ class Fitting:
             return None
         mean, ridge = self.options.criterion.mean, self.units.scaled_ridge(self.options.ridge)
         penalty = ridge * float(np.square(unknowns[:, : self.layout.taps]).sum())
+        constraints = self.options.constraints.in_units(self.units)
+        if constraints.smoothness:
+            penalty += constraints.smoothness * constraints.roughness(self.layout, unknowns)
         return targets.explained((loss - penalty) * (targets.weight if mean else 1.0))
 
     def _explained_by(self, unknowns: Unknowns, terms: Sequence[Images], targets: Targets) -> Steps[float | None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from core.errors import InvalidOption
+from core.fit.constraints import UNCONSTRAINED, Constraints
 from core.fit.losses import DEFAULT_HUBER_DELTA, LOSSES, Criterion, Loss, huber
 from core.fit.rules import Adam, GradientDescent, Momentum, Rule, Solver
 from core.shapes import is_real, one_of, positive, shown
@@ -37,6 +38,7 @@ class Options:
     batch_size: int | None
     refuse_divergence: bool
     huber_delta: float | Auto | None = None
+    constraints: Constraints = UNCONSTRAINED
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what makes no sense."""
@@ -59,6 +61,7 @@ class Options:
                 got=shown(self.tolerance),
                 limit="no batch_size",
             )
+        self.constraints.require_solver(self.solver, self.loss, self.ridge)
         self._require_rate()
         self._require_numbers()
         self._require_delta()

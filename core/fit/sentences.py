@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from decimal import ROUND_DOWN, Decimal
 
+from core.fit.constrained import ConstrainedAnalysis
 from core.fit.descent import Descent
 from core.fit.options import Options
 from core.fit.result import Forecast, Prediction, Status
@@ -74,7 +75,7 @@ def forecast_sentence(
     """Say what is known before the first step."""
     said = []
     if options.solver == "exact":
-        said.append("no step is needed: the best kernel follows from the examples at once")
+        said.append(f"no step is needed: {options.constraints.best_kernel} follows from the examples at once")
     elif rate is not None and stable is not None:
         said.append(_rate_sentence(options, rate, stable, prediction, best))
     if rank_note is not None:
@@ -145,6 +146,38 @@ def delta_sentence(kind: str, delta: float) -> str | None:
     if kind == "unsettled":
         return f"the scale of the residuals did not settle: huber_delta {delta:.6g} is that of the last iteration"
     return None
+def constrained_sentence(
+    options: Options, analysis: ConstrainedAnalysis, loss: float, r_squared: float | None, rank_note: str | None
+) -> str:
+    """Say under which constraints a kernel is the best one, and if it is the only one."""
+    constraints = options.constraints
+    said = f"{constraints.best_kernel}: loss {loss:.6g}"
+    if r_squared is not None:
+        said += f", R squared {r_squared:.4g}"
+    notes = [said]
+    if constraints.separable is not None:
+        notes.append("alternating least squares find a local minimum, which need not be the smallest")
+        if not analysis.solved:
+            notes.append("they stopped after the maximum number of sweeps: a smaller loss may be possible nearby")
+    elif not analysis.solved:
+        notes[0] = f"a kernel within the constraints: loss {loss:.6g}; the search stopped before it found the best one"
+    if rank_note is not None:
+        notes += [rank_note, *_uniqueness(options, analysis)]
+    return "; ".join(notes)
+
+
+def _uniqueness(options: Options, analysis: ConstrainedAnalysis) -> list[str]:
+    """Say if a kernel is the only best one although the examples leave some of it open."""
+    constraints = options.constraints
+    if constraints.separable is not None:
+        return []
+    if analysis.unique:
+        penalties = {"ridge": bool(options.ridge), "smoothness": bool(constraints.smoothness)}
+        used = [name for name, is_used in penalties.items() if is_used]
+        return [f"the {' and the '.join(used)} make{'' if len(used) > 1 else 's'} the solution unique"]
+    if constraints.nonnegative:
+        return ["other kernels within the constraints may have the same loss"]
+    return ["this is the solution of least norm"]
 
 
 def descent_sentence(

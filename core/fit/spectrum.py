@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
@@ -46,6 +47,9 @@ LANCZOS_STEPS = 100
 MIN_LANCZOS_STEPS = 40
 LANCZOS_TOLERANCE = 1e-7
 """For the largest eigenvalue: its error is about the square of the tolerance."""
+
+DEPENDENT_COLUMNS = 1e-10
+"""Ratio of the smallest to the largest pivot of a QR factorization up to which it is repeated with column pivoting."""
 
 QUADRATURE_STEPS = 64
 """Nodes by which an error is spread over the curvatures."""
@@ -240,6 +244,10 @@ class GramSpectrum:
         return modes(self.hessian, unknowns)
 
 
+Threshold = float | Floats
+"""For all blocks, or (blocks, 1)."""
+
+
 class FactorSpectrum:
     """The spectrum of a Hessian F'F, by the singular values of F (blocks, size, size).
 
@@ -250,7 +258,7 @@ class FactorSpectrum:
     exact = True
 
     def __init__(
-        self, scale: Floats, left: Floats, values: Floats, right: Floats, unscaled: Floats, threshold: float
+        self, scale: Floats, left: Floats, values: Floats, right: Floats, unscaled: Floats, threshold: Threshold
     ) -> None:
         self._scale, self._left, self._values, self._right, self._unscaled = scale, left, values, right, unscaled
         self.threshold = threshold
@@ -258,7 +266,7 @@ class FactorSpectrum:
         self._inverse = np.divide(1.0, values, out=np.zeros_like(values), where=self._determined)[..., None]
         self.ranks = self._determined.sum(1)
 
-    def with_threshold(self, threshold: float) -> "FactorSpectrum":
+    def with_threshold(self, threshold: Threshold) -> "FactorSpectrum":
         """Return the same with another threshold for singular values, relative to the largest."""
         return FactorSpectrum(self._scale, self._left, self._values, self._right, self._unscaled, threshold)
 
@@ -335,6 +343,48 @@ class FactorSpectrum:
         along = yield from multiply(self._right, unknowns / self._scale)
         values = np.where(self._determined, self._values, 0)
         return np.square(values).ravel(), np.sqrt(np.square(along).sum(2)).ravel()
+
+
+def column_norms(matrix: Floats) -> Floats:
+    """Return the norms of columns whose squares may be outside of float64."""
+    peaks = np.maximum(np.abs(matrix).max(0), np.finfo(np.float64).tiny)
+    norms: Floats = peaks * np.linalg.norm(matrix / peaks, axis=0)
+    return norms
+
+
+def choose_scale(matrix: Floats) -> Floats:
+    """Return for each column the power of two that brings its norm near 1; 1 for columns that vanish."""
+    norms = column_norms(matrix)
+    exponents = np.log2(norms, out=np.zeros_like(norms), where=norms > np.finfo(np.float64).tiny)
+    scale: Floats = np.exp2(-np.round(exponents))
+    return scale
+
+
+def orthonormal_range(columns: Floats) -> Floats:
+    """Return an orthonormal basis of what columns of similar norm span, with pivoting if they are nearly dependent."""
+    basis: Floats
+    basis, triangle = np.linalg.qr(columns)
+    pivots = np.abs(triangle.diagonal())
+    if not len(pivots) or pivots.min() > DEPENDENT_COLUMNS * pivots.max():
+        return basis
+    basis, triangle, _ = scipy.linalg.qr(columns, mode="economic", pivoting=True, check_finite=False)
+    pivots = np.abs(triangle.diagonal())
+    return basis[:, pivots > np.finfo(np.float64).eps * max(columns.shape) * pivots.max()]
+
+
+def solve_least_squares(columns: Floats, right: Floats) -> Floats:
+    """Return x (n) that minimises |columns x - right|, with pivoting if the columns (m, n) are nearly dependent."""
+    count = columns.shape[1]
+    if not count:
+        return np.zeros(0)
+    triangle: Floats = np.asarray(np.linalg.qr(np.column_stack([columns, right]), mode="r"))[:count]
+    pivots = np.abs(triangle.diagonal())
+    if len(triangle) == count and pivots.min() > DEPENDENT_COLUMNS * pivots.max():
+        solution: Floats = scipy.linalg.solve_triangular(triangle[:, :-1], triangle[:, -1], check_finite=False)
+        return solution
+    threshold = np.finfo(np.float64).eps * max(columns.shape)
+    found = scipy.linalg.lstsq(columns, right, cond=threshold, lapack_driver="gelsy", check_finite=False)
+    return np.asarray(found[0], np.float64)
 
 
 def decompose_factors(factors: Floats, rows: int) -> Steps[FactorSpectrum]:

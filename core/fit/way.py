@@ -12,12 +12,14 @@ from core.errors import InvalidOption
 from core.fit import lags, windows
 from core.fit.gram import by_lags
 from core.fit.layout import Layout
+from core.fit.low_rank import RANDOM_STARTS
 from core.fit.objective import WITHOUT_ROUNDING
 from core.fit.options import Options
 from core.fit.parts import Part, split
 from core.fit.problem import Example
 from core.fit.rules import GradientDescent, rates_tried
 from core.fit.spectrum import LANCZOS_STEPS, LARGEST_DECOMPOSED, QUADRATURE_STEPS
+from core.fit.tsqr import MAX_FACTORED_SIZE
 from core.limits import Limits
 from core.machine import Machine
 from core.shapes import Problem
@@ -58,6 +60,16 @@ MODE = 2e-8
 TERM_MEGABYTES = 3e-3
 HISTORY = 6e-5
 """MB for a term and for a step, however small."""
+
+CONSTRAINED_OPERATION = 1e-10
+SWEEP = 3e-4
+"""Seconds of an operation of the search under constraints, and of a sweep of alternating least squares; measured."""
+
+EXPECTED_SWEEPS = 60
+"""Number of sweeps of alternating least squares; they take 5 to 1000."""
+
+CONSTRAINED_COPIES = 10
+"""Copies of the equations in memory while they are reduced and decomposed, in addition to those without constraints."""
 
 PASSES_BEFORE = 30
 PASSES_TO_SOLVE = 150
@@ -145,6 +157,8 @@ def choose_way(
     # A step goes over a batch, the end over all.
     share = 1.0 if batch is None else batch / terms
     limits = limits or Limits()
+    if options.constraints.active:
+        return _with_constraints(passages, layout, options, machine)
     passes: float = min(PASSES_TO_SOLVE, layout.size) if exact else options.steps * share + PASSES_AFTER
     if options.criterion.square:
         passes += PASSES_BEFORE
@@ -212,6 +226,36 @@ def _reweighted(
         found.gflop + descent.gflop,
         max(found.megabytes, descent.megabytes),
     )
+
+
+def _with_constraints(passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine) -> Way:
+    """Return the normal equations with the search under constraints. Raises InvalidOption if it needs too much."""
+    options.constraints.require_size(layout.size, MAX_FACTORED_SIZE)
+    equations = _equations(passages, layout, options, machine, 1)
+    seconds, operations = _to_constrain(layout, options)
+    copies = 8e-6 * CONSTRAINED_COPIES * layout.blocks * layout.size**2
+    return Way(
+        "normal equations",
+        equations.seconds + seconds,
+        equations.gflop + operations / 1e9,
+        equations.megabytes + copies,
+    )
+
+
+def _to_constrain(layout: Layout, options: Options) -> tuple[float, float]:
+    """Seconds and operations for reductions and decompositions, and for the search under inequalities or a rank."""
+    constraints, size = options.constraints, layout.size
+    cube, filters = float(size) ** 3, layout.blocks * layout.columns
+    operations = 40 * layout.blocks * cube
+    if constraints.nonnegative:
+        operations += filters * cube * max(1, size / 8)
+    if constraints.separable is not None:
+        _, depth, rows, columns = layout.kernel_shape
+        narrow = depth * max(rows, columns) * constraints.separable + layout.bias
+        sweeps = EXPECTED_SWEEPS * (RANDOM_STARTS + 1) * filters
+        operations += sweeps * 4 * size * narrow * (narrow + size / max(rows, columns))
+        return CONSTRAINED_OPERATION * operations + SWEEP * sweeps, operations
+    return CONSTRAINED_OPERATION * operations, operations
 
 
 def _within(way: Way, limits: Limits) -> bool:

@@ -107,6 +107,9 @@ Rate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMin
 HuberDelta = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
 """core checks them: the rules and their messages stand there."""
 
+Rank = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "boolean"}]})]
+"""An integer from 1 on, or true for 1. core checks it."""
+
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
 
@@ -179,6 +182,24 @@ class TrainKernelRequest(FiniteArrays):
         description="added to the loss, times the sum of the kernel's squares",
         json_schema_extra={"minimum": 0},
     )
+    nonnegative: bool = Field(default=False, description="solver exact: no kernel entry is below 0; the bias is free")
+    sum_to: float | None = Field(None, description="solver exact: the sum of the kernel entries of each filter")
+    symmetric: core.Symmetry | None = Field(
+        None,
+        description="solver exact: which entries of each plane (h, w) are equal. horizontal: K[i,j] = K[i,w-1-j]; "
+        "vertical: K[i,j] = K[h-1-i,j]; both; rotation: K[i,j] = K[h-1-i,w-1-j]; transpose: K = K'; full: all eight "
+        "symmetries of the square",
+    )
+    separable: Rank | None = Field(
+        None,
+        description="solver exact: maximum rank of each plane (h, w) of the kernel, true for 1; a local minimum, by "
+        "alternating least squares. Not with nonnegative, sum_to or symmetric",
+    )
+    smoothness: float = Field(
+        0.0,
+        description="solver exact: added to the loss, times the sum of the squared differences of neighbouring entries",
+        json_schema_extra={"minimum": 0},
+    )
     momentum: Share | None = Field(None, description="of solver momentum or nesterov; 0.9 where it is not given")
     betas: list[Share] | None = Field(
         None, min_length=2, max_length=2, description="of solver adam; 0.9 and 0.999 where they are not given"
@@ -216,7 +237,9 @@ class TrainKernelAnswer(BaseModel):
         None, description="the steps of loss_history, counted from 1; only with ?history=thin"
     )
     final_loss: float | None = Field(description="the loss of the kernel that is returned")
-    best_possible_loss: float | None = Field(description="the smallest loss that any kernel has")
+    best_possible_loss: float | None = Field(
+        description="the smallest loss that any kernel within the constraints has; null if only a local one is known"
+    )
     excess_loss: float | None = Field(description="how much of final_loss is above that")
     steps: int
     status: core.Status
@@ -231,7 +254,7 @@ class TrainKernelAnswer(BaseModel):
     smallest_eigenvalue: float | None = Field(description="likewise; 0 where the examples leave something open")
     condition_number: float | None = Field(description="the largest divided by the smallest")
     rank: int | None = Field(description="how many combinations of the unknowns the examples determine")
-    unknowns: int
+    unknowns: int = Field(description="kernel entries and biases, as far as symmetric and sum_to leave them free")
     standard_errors: Array | None = Field(description="of the best kernel, in the kernel's shape")
     bias_standard_errors: Array | None
     confidence_intervals: Array | None = Field(

@@ -65,6 +65,8 @@ def test_the_lessons_names_and_pairs_are_taken(send: Send) -> None:
         {"solver": "nesterov", "momentum": 0.5},
         {"solver": "adam", "betas": [0.8, 0.9]},
         {"solver": "exact", "ridge": 0.5},
+        {"solver": "exact", "nonnegative": True, "sum_to": 1.5, "symmetric": "both", "smoothness": 0.5},
+        {"solver": "exact", "separable": True},
         {"solver": "sgd", "learning_rate": "auto", "refuse_divergence": True},
         {"solver": "sgd", "loss": "huber"},
         {"solver": "adam", "loss": "huber", "huber_delta": 0.25},
@@ -97,7 +99,8 @@ def test_every_option_reaches_core(send: Send, rng: np.random.Generator, options
     answer = response.json()
     assert response.status_code == 200, answer
     assert answer["kernel_shape"] == [4, 1, 3, 2]
-    assert answer["unknowns"] == 4 * 6 + 4
+    # Each filter of 3 x 2 entries with both symmetries has 2 free ones, of which the sum leaves 1.
+    assert answer["unknowns"] == (4 * 1 + 4 if "symmetric" in options else 4 * 6 + 4)
     assert answer["seed"] == (None if options["solver"] == "exact" else 9)
     expected = core.fit_kernel(**body)
     for name in TrainKernelAnswer.model_fields:
@@ -266,3 +269,40 @@ def test_nothing_is_learned_from_what_is_not_finite(send: Send) -> None:
     error = first_error(send("POST", "/train-kernel", content=body, headers={"Content-Type": npz.MEDIA_TYPE}), 422)
     assert error["field"] == "input[1][2]"
     assert "holds 1 values that are NaN or infinite" in error["message"]
+
+
+def test_constraints_are_options_of_the_body_and_of_the_query_string(send: Send, rng: np.random.Generator) -> None:
+    body = {"input": rng.normal(size=(9, 9)).tolist(), "target": rng.normal(size=(7, 7)).tolist(), "bias": True}
+    options = {"solver": "exact", "nonnegative": True, "sum_to": 1, "symmetric": "full", "smoothness": 0.5}
+    answer = send("POST", "/train-kernel", json={**body, **options}).json()
+    query = {name: str(value).lower() for name, value in options.items()}
+    assert send("POST", "/train-kernel", json=body, params=query).json() == answer
+    kernel = np.array(answer["kernel"])
+    assert kernel.min() >= 0
+    assert kernel.sum() == pytest.approx(1, rel=1e-9)
+    assert (kernel == kernel[::-1]).all()
+    assert (kernel == kernel.T).all()
+    assert answer["message"].startswith("the best nonnegative, fully symmetric kernel with sum 1 in each filter: loss ")
+    assert (answer["rank"], answer["unknowns"], answer["standard_errors"]) == (3, 3, None)
+    for params in ({"separable": "true"}, {"separable": "1"}):
+        answer = send("POST", "/train-kernel", json={**body, "solver": "exact"}, params=params).json()
+        assert np.linalg.matrix_rank(answer["kernel"], tol=1e-6) == 1
+        assert answer["best_possible_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "message"),
+    [
+        ({"nonnegative": True}, "nonnegative", 'constraints need solver "exact" and loss "sum" or "mean"'),
+        ({"solver": "exact", "symmetric": "full"}, "symmetric", "exchanges rows and columns, but the kernel is (1, 2)"),
+        ({"solver": "exact", "separable": 0}, "separable", "separable 0 is not a rank: an integer from 1 on"),
+        ({"solver": "exact", "nonnegative": True, "sum_to": -1}, "sum_to", "cannot have a negative sum"),
+        ({"solver": "exact", "smoothness": -1.0}, "smoothness", "smoothness -1.0 is not a number from 0 on"),
+    ],
+)
+def test_constraints_that_cannot_be_kept_are_validation_errors(
+    send: Send, options: dict[str, Any], field: str, message: str
+) -> None:
+    error = first_error(send("POST", "/train-kernel", json={**LESSON, **options}), 422)
+    assert error["field"] == field
+    assert message in error["message"]

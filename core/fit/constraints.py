@@ -1,0 +1,286 @@
+"""Constraints on a learned kernel: ties between its entries, their sum, their sign, their rank and their smoothness.
+
+Ties and sums are linear: kernels that satisfy them are base + basis @ z for any z. The columns of the basis are
+orthonormal and orthogonal to the base, so that |kernel|^2 = |base|^2 + |z|^2: a ridge on the kernel is one on z, and
+the least norm of z gives the least norm of the kernel.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import InvalidOption
+from core.fit.layout import Layout, Unknowns
+from core.fit.units import Units
+from core.shapes import is_integer, is_real, one_of, shown, sized
+
+Floats = NDArray[np.float64]
+
+Symmetry = Literal["horizontal", "vertical", "both", "rotation", "transpose", "full"]
+
+SYMMETRIC_KERNELS: Mapping[Symmetry, str] = {
+    "horizontal": "horizontally symmetric",
+    "vertical": "vertically symmetric",
+    "both": "horizontally and vertically symmetric",
+    "rotation": "point-symmetric",
+    "transpose": "transpose-symmetric",
+    "full": "fully symmetric",
+}
+"""Adjective of a kernel with each symmetry, for messages."""
+
+SQUARE_SYMMETRIES = ("transpose", "full")
+"""Symmetries that exchange rows and columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """Constraints on a kernel, and the smoothness that its loss adds.
+
+    nonnegative: no entry is below 0. sum_to: sum of the entries of each filter. symmetric: which entries are equal.
+    separable: maximum rank of each plane (h, w); True is 1. smoothness: factor of the squared differences of
+    neighbouring entries in the loss.
+    """
+
+    nonnegative: bool = False
+    sum_to: float | None = None
+    symmetric: Symmetry | None = None
+    separable: int | None = None
+    smoothness: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for values that are not allowed, and for combinations that have no solution."""
+        if not isinstance(self.nonnegative, bool):
+            raise _rejection("nonnegative", self.nonnegative, "true or false")
+        if self.sum_to is not None and not (is_real(self.sum_to) and math.isfinite(self.sum_to)):
+            raise _rejection("sum_to", self.sum_to, "a finite number")
+        if self.symmetric is not None:
+            one_of("symmetric", self.symmetric, Symmetry)
+        if self.separable is not None and not (is_integer(self.separable) and self.separable >= 1):
+            raise _rejection("separable", self.separable, "a rank: an integer from 1 on, or true for 1")
+        if not is_real(self.smoothness) or not 0 <= self.smoothness < math.inf:
+            raise _rejection("smoothness", self.smoothness, "a number from 0 on")
+        if self.nonnegative and self.sum_to is not None and self.sum_to < 0:
+            raise InvalidOption(
+                f"sum_to {self.sum_to:g} with nonnegative: entries from 0 on cannot have a negative sum; "
+                "use a sum_to from 0 on, or leave nonnegative out",
+                field="sum_to",
+                got=self.sum_to,
+                limit="from 0 on",
+            )
+        if self.separable is not None and (others := [name for name in self._names if name in LINEAR_AND_SIGNS]):
+            raise InvalidOption(
+                f"separable and {' and '.join(others)} cannot be combined: leave one of them out",
+                field="separable",
+                got=self.separable,
+                limit=f"without {', '.join(others)}",
+            )
+
+    @property
+    def _names(self) -> list[str]:
+        """Options that are in use."""
+        used = {
+            "nonnegative": self.nonnegative,
+            "sum_to": self.sum_to is not None,
+            "symmetric": self.symmetric is not None,
+            "separable": self.separable is not None,
+            "smoothness": self.smoothness > 0,
+        }
+        return [name for name, is_used in used.items() if is_used]
+
+    @property
+    def active(self) -> bool:
+        """True if at least one constraint, or the smoothness, is in use."""
+        return bool(self._names)
+
+    def require_solver(self, solver: str, loss: str, ridge: object) -> None:
+        """Raise InvalidOption unless these options can be combined with the constraints in use."""
+        for name in self._names:
+            if solver != "exact" or loss not in ("sum", "mean"):
+                raise InvalidOption(
+                    f'{name} with solver "{solver}" and loss "{loss}": constraints need solver "exact" and loss "sum" '
+                    f'or "mean"; use these, or leave {name} out',
+                    field=name,
+                    got=shown(getattr(self, name)),
+                    limit='solver "exact", loss "sum" or "mean"',
+                )
+            if isinstance(ridge, str):
+                raise InvalidOption(
+                    f'ridge "{ridge}" with {name}: beside constraints the ridge must be a number; give one, or leave '
+                    f"{name} out",
+                    field="ridge",
+                    got=ridge,
+                    limit="a number from 0 on",
+                )
+
+    def for_kernel(self, kernel_shape: tuple[int, int, int, int], *, bias: bool) -> "Constraints":
+        """Return the constraints on a kernel of a shape (O, C/groups, h, w), without a rank that each plane has anyway.
+
+        Raises InvalidOption if the kernel cannot have the symmetry, or has no free entry left.
+        """
+        rows, columns = kernel_shape[2:]
+        if self.symmetric in SQUARE_SYMMETRIES and rows != columns:
+            allowed = ", ".join(name for name in get_args(Symmetry) if name not in SQUARE_SYMMETRIES)
+            raise InvalidOption(
+                f'symmetric "{self.symmetric}" exchanges rows and columns, but the kernel is {sized((rows, columns))}: '
+                f"use a square kernel_size, or one of: {allowed}",
+                field="symmetric",
+                got=self.symmetric,
+                limit=allowed,
+            )
+        without_rank = self.separable is not None and self.separable >= min(rows, columns)
+        constraints = replace(self, separable=None) if without_rank else self
+        if constraints.free_unknowns(Layout(kernel_shape, 1, bias)) == 0:
+            raise InvalidOption(
+                f"sum_to {self.sum_to:g} leaves nothing to learn: the kernel has one free entry for each filter and no "
+                "bias; use a larger kernel_size, or leave sum_to out",
+                field="sum_to",
+                got=self.sum_to,
+                limit="a kernel of at least 2 free entries",
+            )
+        return constraints
+
+    def require_size(self, size: int, limit: int) -> None:
+        """Raise InvalidOption if a filter has more unknowns than constraints can be solved for."""
+        if size > limit:
+            name = self._names[0]
+            raise InvalidOption(
+                f"{name} with {size} unknowns in each filter: constraints are solved for up to {limit}; use a smaller "
+                f"kernel_size, more groups, or leave {name} out",
+                field=name,
+                got=size,
+                limit=limit,
+            )
+
+    def free_unknowns(self, layout: Layout) -> int:
+        """Return the number of unknowns of one filter that ties and the sum leave free, the bias included."""
+        tied = self.tied_entries(layout)
+        return int(tied.max()) + 1 + layout.bias - (self.sum_to is not None)
+
+    def in_units(self, units: Units) -> "Constraints":
+        """Return the constraints on the kernel of the scaled examples."""
+        total = None if self.sum_to is None else float(np.ldexp(self.sum_to, units.input - units.target))
+        return replace(self, sum_to=total, smoothness=units.scaled_ridge(self.smoothness))
+
+    def tied_entries(self, layout: Layout) -> NDArray[np.intp]:
+        """Return for each entry of a filter (taps) the number of its class, from 0: entries of a class are equal."""
+        _, depth, rows, columns = layout.kernel_shape
+        plane = np.arange(rows * columns).reshape(rows, columns)
+        images = [plane]
+        if self.symmetric in ("horizontal", "both", "full"):
+            images += [image[:, ::-1] for image in images]
+        if self.symmetric in ("vertical", "both", "full"):
+            images += [image[::-1] for image in images]
+        if self.symmetric == "rotation":
+            images += [plane[::-1, ::-1]]
+        if self.symmetric in SQUARE_SYMMETRIES:
+            images += [image.T for image in images]
+        _, classes = np.unique(np.minimum.reduce(images).ravel(), return_inverse=True)
+        numbers: NDArray[np.intp] = classes + (classes.max() + 1) * np.arange(depth)[:, None]
+        return numbers.ravel()
+
+    def differences(self, layout: Layout) -> Floats:
+        """Return the matrix (differences, taps) of a filter's neighbouring entries, along rows and columns."""
+        _, depth, rows, columns = layout.kernel_shape
+        down = np.kron(np.diff(np.eye(rows), axis=0), np.eye(columns))
+        across = np.kron(np.eye(rows), np.diff(np.eye(columns), axis=0))
+        matrix: Floats = np.asarray(np.kron(np.eye(depth), np.vstack([down, across])), np.float64)
+        return matrix
+
+    def roughness(self, layout: Layout, unknowns: Unknowns) -> float:
+        """Return the sum of squared differences of neighbouring entries, along rows and columns within each plane."""
+        kernel = layout.kernel(unknowns).numpy()
+        return float(sum(np.square(np.diff(kernel, axis=axis)).sum() for axis in (2, 3)))
+
+    @property
+    def best_kernel(self) -> str:
+        """The kernel that a fit finds, for messages."""
+        if self.separable is not None:
+            return f"a kernel whose planes have at most rank {self.separable}"
+        adjectives = ["nonnegative"] if self.nonnegative else []
+        if self.symmetric is not None:
+            adjectives.append(SYMMETRIC_KERNELS[self.symmetric])
+        total = "" if self.sum_to is None else f" with sum {self.sum_to:g} in each filter"
+        return f"the best{' ' if adjectives else ''}{', '.join(adjectives)} kernel{total}"
+
+
+LINEAR_AND_SIGNS = ("nonnegative", "sum_to", "symmetric")
+
+UNCONSTRAINED = Constraints()
+
+
+def _rejection(field: str, value: object, allowed: str) -> InvalidOption:
+    return InvalidOption(f"{field} {shown(value)} is not {allowed}", field=field, got=shown(value), limit=allowed)
+
+
+def read_rank(separable: object) -> int | None:
+    """Return the rank that the option `separable` means: True is 1, False none. Constraints check other values."""
+    if isinstance(separable, bool):
+        return 1 if separable else None
+    return separable  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class TiedUnknowns:
+    """The free unknowns of a filter whose entries are tied: one for each class of entries and, last, the bias.
+
+    basis (size, tied) has orthonormal columns. sums (tied): the sum of a filter's entries is sums @ tied unknowns.
+    """
+
+    classes: NDArray[np.intp]
+    roots: Floats
+    bias: bool
+
+    @staticmethod
+    def of(constraints: Constraints, layout: Layout) -> "TiedUnknowns":
+        """Return the unknowns that the symmetry leaves."""
+        classes = constraints.tied_entries(layout)
+        return TiedUnknowns(classes, np.sqrt(np.bincount(classes)), layout.bias)
+
+    @property
+    def basis(self) -> Floats:
+        """Orthonormal columns (size, tied)."""
+        return self.expand(np.eye(len(self.roots) + self.bias))
+
+    @property
+    def sums(self) -> Floats:
+        """Weights of the unknowns in the sum of a filter's entries (tied)."""
+        return np.append(self.roots, np.zeros(int(self.bias)))
+
+    @property
+    def bounded(self) -> NDArray[np.bool_]:
+        """True for unknowns whose sign is that of entries, False for the bias (tied)."""
+        return self.sums > 0
+
+    def expand(self, tied: Floats) -> Floats:
+        """Return unknowns (size, columns) from tied ones (tied, columns); entries of a class are bitwise equal."""
+        entries = (tied[: len(self.roots)] / self.roots[:, None])[self.classes]
+        return np.vstack([entries, tied[len(self.roots) :]])
+
+    def with_sum(self, tied: Floats, total: float | None) -> Floats:
+        """Return the nearest tied unknowns (tied, columns) whose filters have that sum."""
+        if total is None:
+            return tied
+        sums = self.sums
+        return tied + np.outer(sums / (sums @ sums), total - sums @ tied)
+
+
+def reflect(sums: Floats) -> tuple[Floats, int]:
+    """Return v and i so that the reflection 1 - v v' maps `sums`, which are not all 0, to a multiple of axis i.
+
+    Source: Householder, Unitary triangularization of a nonsymmetric matrix, J. ACM 5, 1958.
+    """
+    vector = sums / np.linalg.norm(sums)
+    pivot = int(np.abs(vector).argmax())
+    vector[pivot] += math.copysign(1.0, vector[pivot])
+    return vector * math.sqrt(2 / float(vector @ vector)), pivot
+
+
+def null_space(sums: Floats) -> Floats:
+    """Return an orthonormal basis (size, size - 1) of all x with sums @ x = 0, for sums that are not all 0."""
+    vector, pivot = reflect(sums)
+    basis: Floats = np.delete(np.eye(len(sums)) - np.outer(vector, vector), pivot, axis=1)
+    return basis

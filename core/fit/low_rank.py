@@ -1,0 +1,114 @@
+"""Kernels whose planes have a low rank, by alternating least squares.
+
+A plane (h, w) of rank r is left @ right.T with factors (h, r) and (w, r). The loss is a sum of squares in the left
+factors and the bias if the right ones are fixed, and the other way round: each is solved for in turn, so that the loss
+never rises. It ends in a local minimum, which need not be the smallest one.
+Source: Kroonenberg and de Leeuw, Principal component analysis of three-mode data by means of alternating least squares
+algorithms, Psychometrika 45, 1980; for separable filters Treitel and Shanks, The design of multistage separable planar
+filters, IEEE Trans. Geosci. Electron. 9, 1971.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.fit.spectrum import choose_scale, solve_least_squares
+from core.fit.steps import Steps
+
+Floats = NDArray[np.float64]
+
+MAX_SWEEPS = 1000
+"""Number of times that both factors are solved for, from one start."""
+
+SETTLED_CHANGE = 1e-12
+"""Change of the output in a sweep, relative to the target, below which the factors have converged."""
+
+VALUES_BETWEEN_YIELDS = 200_000
+"""Values of the factor that are used in sweeps between two yields, which takes about 0.05 seconds."""
+
+RANDOM_STARTS = 3
+"""Number of starts with random factors, in addition to the truncated singular value decomposition."""
+
+
+class PlaneProblem:
+    """Minimise |factor x - right|^2 over x: a kernel (depth, h, w) of planes of a maximum rank and, perhaps, a bias."""
+
+    def __init__(self, factor: Floats, right: Floats, shape: tuple[int, int, int], rank: int) -> None:
+        depth, rows, columns = shape
+        self.factor, self.right, self.shape, self.rank = factor, right, shape, rank
+        self.taps = depth * rows * columns
+        images = factor[:, : self.taps].reshape(len(right), depth, rows, columns)
+        self._by_columns = np.ascontiguousarray(images.transpose(1, 0, 2, 3)).reshape(depth, -1, columns)
+        self._by_rows = np.ascontiguousarray(images.transpose(1, 0, 3, 2)).reshape(depth, -1, rows)
+
+    def planes(self, unknowns: Floats) -> Floats:
+        """Return the kernel (depth, h, w) among the unknowns (size)."""
+        return unknowns[: self.taps].reshape(self.shape)
+
+    def loss(self, unknowns: Floats) -> float:
+        """Return the sum of squares."""
+        return float(np.square(self.factor @ unknowns - self.right).sum())
+
+    def solve(self, fixed: Floats, *, left: bool) -> tuple[Floats, Floats]:
+        """Return the best factors (depth, side, rank), the left or the right ones, beside fixed others, and unknowns.
+
+        The fixed factors have orthonormal columns.
+        """
+        size, (depth, rows, columns) = len(self.right), self.shape
+        side = rows if left else columns
+        seen = (self._by_columns if left else self._by_rows) @ fixed
+        design = seen.reshape(depth, size, side, self.rank).transpose(1, 0, 2, 3).reshape(size, -1)
+        found, offsets = self._least_squares(np.hstack([design, self.factor[:, self.taps :]]), design.shape[1])
+        factors = found.reshape(depth, side, self.rank)
+        planes = factors @ fixed.swapaxes(1, 2) if left else fixed @ factors.swapaxes(1, 2)
+        return factors, np.append(planes.ravel(), offsets)
+
+    def _least_squares(self, matrix: Floats, entries: int) -> tuple[Floats, Floats]:
+        """Return the solution with columns scaled by powers of two: the first entries, and the others."""
+        scale = choose_scale(matrix)
+        solution = scale * solve_least_squares(matrix * scale, self.right)
+        return solution[:entries], solution[entries:]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankSolution:
+    """Unknowns (size) whose planes have the rank. converged: another sweep would not change them."""
+
+    unknowns: Floats
+    converged: bool
+
+
+def solve_low_rank(problem: PlaneProblem, start: Floats, random_starts: int) -> Steps[LowRankSolution]:
+    """Return the best of the local minima that are reached from a kernel cut to the rank, and from random factors."""
+    columns = np.linalg.svd(problem.planes(start))[2].swapaxes(1, 2)[:, :, : problem.rank]
+    best = yield from _alternate(problem, columns)
+    generator = np.random.default_rng(0)
+    for _ in range(random_starts):
+        columns = np.linalg.qr(generator.standard_normal(columns.shape))[0]
+        found = yield from _alternate(problem, columns)
+        if problem.loss(found.unknowns) < problem.loss(best.unknowns):
+            best = found
+    return best
+
+
+def _alternate(problem: PlaneProblem, columns: Floats) -> Steps[LowRankSolution]:
+    """Solve for the left and the right factors in turn, from orthonormal right ones (depth, w, rank) on."""
+    pause = max(1, VALUES_BETWEEN_YIELDS // problem.factor.size)
+    left, unknowns = problem.solve(columns, left=True)
+    loss, output = problem.loss(unknowns), problem.factor @ unknowns
+    enough = SETTLED_CHANGE * float(np.linalg.norm(problem.right))
+    for sweep in range(MAX_SWEEPS):
+        right, _ = problem.solve(np.linalg.qr(left)[0], left=False)
+        left, candidate = problem.solve(np.linalg.qr(right)[0], left=True)
+        candidate_loss, candidate_output = problem.loss(candidate), problem.factor @ candidate
+        if candidate_loss > loss:
+            # Only rounding errors raise it.
+            return LowRankSolution(unknowns, converged=True)
+        change = float(np.linalg.norm(candidate_output - output))
+        unknowns, loss, output = candidate, candidate_loss, candidate_output
+        if change <= enough:
+            return LowRankSolution(unknowns, converged=True)
+        if sweep % pause == 0:
+            yield
+    return LowRankSolution(unknowns, converged=False)

@@ -1,0 +1,198 @@
+"""Conditions that the best kernel under constraints satisfies, from the matrix of all windows alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from core import FitResult
+from tests.core.fit.layers import Layer, Lesson
+from tests.reference import Floats
+
+IMAGES: dict[str, list[Callable[[int, int, int, int], tuple[int, int]]]] = {
+    "horizontal": [lambda i, j, h, w: (i, w - 1 - j)],
+    "vertical": [lambda i, j, h, w: (h - 1 - i, j)],
+    "both": [lambda i, j, h, w: (i, w - 1 - j), lambda i, j, h, w: (h - 1 - i, j)],
+    "rotation": [lambda i, j, h, w: (h - 1 - i, w - 1 - j)],
+    "transpose": [lambda i, j, h, w: (j, i)],
+    "full": [lambda i, j, h, w: (i, w - 1 - j), lambda i, j, h, w: (j, i)],
+}
+"""Maps of an entry's row and column to those of an entry that is equal, h and w the sides of the kernel."""
+
+
+def ties(layer: Layer, symmetric: str | None) -> Floats:
+    """Return a matrix with a row for each pair of entries of a filter that are to be equal: it maps them to 0."""
+    _, depth, h, w = layer.kernel_shape
+    number = np.arange(depth * h * w).reshape(depth, h, w)
+    rows = [np.zeros(depth * h * w)]
+    for image in IMAGES.get(symmetric or "", []):
+        for channel, i, j in np.ndindex(depth, h, w):
+            row = np.zeros(depth * h * w)
+            row[number[channel, i, j]] += 1
+            row[number[(channel, *image(i, j, h, w))]] -= 1
+            rows.append(row)
+    return np.array(rows)
+
+
+def differences(layer: Layer) -> Floats:
+    """Return a matrix with a row for each pair of neighbours in a plane: it maps a filter to their differences."""
+    _, depth, h, w = layer.kernel_shape
+    number = np.arange(depth * h * w).reshape(depth, h, w)
+    rows = [np.zeros(depth * h * w)]
+    for channel, i, j in np.ndindex(depth, h, w):
+        for other in ((i + 1, j), (i, j + 1)):
+            if other[0] < h and other[1] < w:
+                row = np.zeros(depth * h * w)
+                row[number[channel, i, j]], row[number[(channel, *other)]] = -1, 1
+                rows.append(row)
+    return np.array(rows)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One filter's problem: minimise |matrix x - target|^2, of which the last `penalties` rows are not examples.
+
+    taps: entries of the kernel, before the bias. loss_scale: what the sum of squares is multiplied by.
+    """
+
+    matrix: Floats
+    target: Floats
+    penalties: int
+    taps: int
+    loss_scale: float
+    counted: int
+
+    def gradient(self, unknowns: Floats) -> Floats:
+        """Return the gradient of the loss."""
+        gradient: Floats = 2 * self.loss_scale * self.matrix.T @ (self.matrix @ unknowns - self.target)
+        return gradient
+
+    def loss(self, unknowns: Floats) -> float:
+        """Return the loss, penalties included."""
+        return self.loss_scale * float(np.sum((self.matrix @ unknowns - self.target) ** 2))
+
+
+def filters(lesson: Lesson, options: dict[str, Any]) -> list[Filter]:
+    """Return the problem of every filter."""
+    layer, result = lesson.layer, []
+    taps = int(np.prod(layer.kernel_shape[1:]))
+    scale = 1 / lesson.weight if options.get("loss") == "mean" else 1.0
+    for index in range(layer.filters):
+        group = index // (layer.filters // layer.groups)
+        rows = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
+        if layer.bias:
+            rows = np.hstack([rows, np.ones((len(rows), 1))])
+        target = np.concatenate([y[:, index].ravel() for _, y, _ in lesson.pairs])
+        weights = np.concatenate([(np.ones_like(y) if w is None else w)[:, index].ravel() for _, y, w in lesson.pairs])
+        ridge = np.sqrt(options.get("ridge", 0.0) / scale) * np.eye(taps, rows.shape[1])
+        smooth = np.sqrt(options.get("smoothness", 0.0) / scale) * differences(layer)
+        smooth = np.hstack([smooth, np.zeros((len(smooth), rows.shape[1] - taps))])
+        penalties = np.vstack([ridge, smooth])
+        result.append(
+            Filter(
+                np.vstack([rows * np.sqrt(weights)[:, None], penalties]),
+                np.append(target * np.sqrt(weights), np.zeros(len(penalties))),
+                len(penalties),
+                taps,
+                scale,
+                int(np.count_nonzero(weights)),
+            )
+        )
+    return result
+
+
+def unknowns_of(fit: FitResult, lesson: Lesson) -> Floats:
+    """Return kernel and bias, (O, size)."""
+    kernel = fit.kernel.numpy().reshape(lesson.layer.filters, -1)
+    return kernel if fit.bias is None else np.hstack([kernel, fit.bias.numpy()[:, None]])
+
+
+def assert_satisfied(fit: FitResult, lesson: Lesson, options: dict[str, Any]) -> None:
+    """Check the constraints themselves."""
+    kernel = fit.kernel.numpy().reshape(lesson.layer.kernel_shape)
+    _, _, h, w = kernel.shape
+    for image in IMAGES.get(options.get("symmetric", ""), []):
+        for i, j in np.ndindex(h, w):
+            other = image(i, j, h, w)
+            assert (kernel[:, :, i, j] == kernel[:, :, other[0], other[1]]).all()
+    if options.get("nonnegative"):
+        assert (kernel >= 0).all()
+    if options.get("sum_to") is not None:
+        error = np.abs(kernel.sum((1, 2, 3)) - options["sum_to"])
+        assert (error <= 1e-12 * np.abs(kernel).sum((1, 2, 3))).all()
+
+
+def assert_optimal(fit: FitResult, lesson: Lesson, options: dict[str, Any], tolerance: float = 1e-9) -> None:
+    """Check the conditions of Karush, Kuhn and Tucker, which are sufficient: the problem is convex.
+
+    The tolerance is relative to the gradient at zero and, with a sum, at equal entries.
+    """
+    classes = scipy.linalg.null_space(ties(lesson.layer, options.get("symmetric")))
+    projection = classes @ classes.T
+    loss = rounding = 0.0
+    for part, unknowns in zip(filters(lesson, options), unknowns_of(fit, lesson), strict=True):
+        total = options.get("sum_to")
+        equal = np.where(np.arange(len(unknowns)) < part.taps, (total or 0.0) / part.taps, 0)
+        reference = max(np.linalg.norm(part.gradient(at)) for at in (np.zeros(len(unknowns)), equal))
+        # The products that the gradient is summed from are rounded, by the test as well.
+        products = np.abs(part.matrix) @ np.abs(unknowns) + np.abs(part.target)
+        sizes = np.abs(part.matrix).T @ products
+        allowed = tolerance * reference + 1e-14 * 2 * part.loss_scale * np.linalg.norm(sizes)
+        gradient = part.gradient(unknowns)
+        # The mean over each class of equal entries.
+        slopes = projection @ gradient[: part.taps]
+        active = (unknowns[: part.taps] == 0) & bool(options.get("nonnegative"))
+        if total is not None:
+            slopes = slopes - (slopes[~active].mean() if not active.all() else slopes.min())
+        assert np.linalg.norm(slopes[~active]) <= allowed
+        assert (slopes[active] >= -allowed).all()
+        assert (np.abs(gradient[part.taps :]) <= allowed).all()
+        loss += part.loss(unknowns)
+        rounding += 1e-15 * np.sqrt(part.loss_scale) * float(np.linalg.norm(products))
+    assert abs(fit.final_loss - loss) <= 1e-9 * loss + rounding * (2 * np.sqrt(loss) + rounding)
+
+
+@dataclass(frozen=True)
+class LinearBest:
+    """The best kernel of one filter under ties and a sum, of least norm, with its precision.
+
+    errors are NaN if the free unknowns are not determined.
+    """
+
+    unknowns: Floats
+    errors: Floats
+    rank: int
+    free: int
+    freedom: float
+    residual_std: float
+    clear: bool
+
+
+def solve_linear(part: Filter, layer: Layer, options: dict[str, Any]) -> LinearBest:
+    """Solve by numpy.linalg.lstsq in an orthonormal basis of all that the constraints leave free."""
+    size = part.matrix.shape[1]
+    rows = ties(layer, options.get("symmetric"))
+    right = np.zeros(len(rows))
+    if options.get("sum_to") is not None:
+        rows, right = np.vstack([rows, np.ones(part.taps)]), np.append(right, options["sum_to"])
+    rows = np.hstack([rows, np.zeros((len(rows), size - part.taps))])
+    base, basis = np.linalg.lstsq(rows, right)[0], scipy.linalg.null_space(rows)
+    matrix, examples = part.matrix @ basis, part.matrix[: len(part.matrix) - part.penalties] @ basis
+    free = np.linalg.lstsq(matrix, part.target - part.matrix @ base)[0]
+    unknowns = base + basis @ free
+    values = np.linalg.svd(examples, compute_uv=False)
+    shares = values / values.max() if values.size and values.max() > 0 else values
+    clear = bool(((shares < 1e-13) | (shares > 1e-3)).all())
+    rank = int((shares > 1e-8).sum())
+    left = float(np.sum((part.matrix @ unknowns - part.target)[: len(examples)] ** 2))
+    errors, freedom, deviation = np.full(size, np.nan), np.nan, np.nan
+    if np.linalg.matrix_rank(matrix) == basis.shape[1]:
+        inverse = np.linalg.inv(matrix.T @ matrix)
+        gram = examples.T @ examples
+        freedom = part.counted - float(np.trace(inverse @ gram))
+        if freedom > 1e-6:
+            deviation = float(np.sqrt(left / freedom))
+            errors = deviation * np.sqrt(np.maximum(np.diag(basis @ inverse @ gram @ inverse @ basis.T), 0))
+    return LinearBest(unknowns, errors, rank, basis.shape[1], freedom, deviation, clear)

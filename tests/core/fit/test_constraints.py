@@ -1,0 +1,453 @@
+"""Kernels under constraints, against the conditions of Karush, Kuhn and Tucker on the matrix of all windows."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.optimize
+import scipy.stats
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import core
+from core import FitResult, InvalidOption, Status, fit_kernel
+from core.fit import active_set, low_rank
+from tests.core.fit.constrained_oracle import (
+    assert_optimal,
+    assert_satisfied,
+    differences,
+    filters,
+    solve_linear,
+    ties,
+    unknowns_of,
+)
+from tests.core.fit.layers import Layer, Lesson, lessons
+from tests.core.fit.test_exact import CAMERA
+from tests.reference import Floats, valid_by_windows
+
+PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)
+
+SYMMETRIES = ["horizontal", "vertical", "both", "rotation", "transpose", "full"]
+
+
+@st.composite
+def constraints(draw: st.DrawFn, *, signs: bool = True, penalties: bool = True) -> dict[str, Any]:
+    options: dict[str, Any] = {"loss": draw(st.sampled_from(["sum", "mean"]))}
+    if draw(st.booleans()):
+        options["symmetric"] = draw(st.sampled_from(SYMMETRIES))
+    if draw(st.booleans()):
+        options["sum_to"] = draw(st.sampled_from([0.0, 1.0, 2.5, -1.5]))
+    if signs and draw(st.booleans()):
+        options["nonnegative"] = True
+        if "sum_to" in options:
+            options["sum_to"] = abs(options["sum_to"])
+    if penalties and draw(st.booleans()):
+        options["smoothness"] = draw(st.sampled_from([0.01, 1.0, 100.0]))
+    if penalties and draw(st.booleans()):
+        options["ridge"] = draw(st.sampled_from([0.01, 1.0]))
+    assume(options.keys() - {"loss", "ridge"})
+    return options
+
+
+@st.composite
+def ill_conditioned(draw: st.DrawFn) -> Lesson:
+    """Blurred parts of a photograph, or noise beside a large offset, with exact or noisy targets."""
+    layer = Layer(
+        draw(st.tuples(st.integers(1, 5), st.integers(1, 5))),
+        channels=draw(st.integers(1, 2)),
+        filters=draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if draw(st.booleans()):
+        blurred = scipy.ndimage.gaussian_filter(PHOTOGRAPH, draw(st.sampled_from([0.5, 1.0, 3.0])))
+        corners = rng.integers(0, 470, (layer.channels, 2))
+        images = np.stack([blurred[row : row + 40, column : column + 40] for row, column in corners])[None]
+    else:
+        images = rng.normal(size=(1, layer.channels, 30, 30)) + draw(st.sampled_from([1e2, 1e4, 1e6]))
+    kernel = rng.normal(size=layer.kernel_shape) + draw(st.sampled_from([0.0, 1.0]))
+    targets = layer.output(images, kernel, rng.normal(size=layer.filters) if layer.bias else None)
+    targets = targets + draw(st.sampled_from([0.0, 0.1, 1.0])) * targets.std() * rng.normal(size=targets.shape)
+    return Lesson(layer, [(images, targets, None)])
+
+
+def learned(lesson: Lesson, options: dict[str, Any]) -> FitResult:
+    """Fit; drawn kernels that cannot have the constraints, or have nothing left to learn, are not counted."""
+    rows, columns = lesson.layer.kernel_size
+    assume(options.get("symmetric") not in ("transpose", "full") or rows == columns)
+    size = int(np.prod(lesson.layer.kernel_shape[1:])) + lesson.layer.bias
+    free = size - np.linalg.matrix_rank(ties(lesson.layer, options.get("symmetric")))
+    assume(free > ("sum_to" in options))
+    return fit_kernel(pairs=lesson.pairs, solver="exact", **lesson.layer.options, **options)
+
+
+@settings(max_examples=300)
+@given(lesson=lessons(noises=(0.0, 0.1, 1.0)), options=constraints())
+def test_the_best_kernel_satisfies_constraints_and_optimality(lesson: Lesson, options: dict[str, Any]) -> None:
+    fit = learned(lesson, options)
+    assert_satisfied(fit, lesson, options)
+    assert_optimal(fit, lesson, options)
+    assert fit.status is Status.CONVERGED
+    assert fit.best_possible_loss == fit.final_loss
+    assert fit.excess_loss == 0
+    assert fit.largest_stable_learning_rate is None
+
+
+@settings(max_examples=200)
+@given(lesson=ill_conditioned(), options=constraints())
+def test_ill_conditioned_examples_change_no_condition(lesson: Lesson, options: dict[str, Any]) -> None:
+    fit = learned(lesson, options)
+    assert_satisfied(fit, lesson, options)
+    assert_optimal(fit, lesson, options)
+
+
+@settings(max_examples=200)
+@given(lesson=lessons(largest=10), options=constraints(signs=False))
+def test_linear_constraints_agree_with_lstsq(lesson: Lesson, options: dict[str, Any]) -> None:
+    fit = learned(lesson, options)
+    best = [solve_linear(part, lesson.layer, options) for part in filters(lesson, options)]
+    assume(all(part.clear for part in best))
+    assert fit.unknowns == sum(part.free for part in best)
+    assert fit.rank == sum(part.rank for part in best)
+    found = unknowns_of(fit, lesson)
+    expected = np.stack([part.unknowns for part in best])
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-7 * max(1, np.abs(expected).max()))
+    if not all(part.freedom > 1e-3 for part in best):
+        return
+    assert fit.standard_errors is not None
+    assert fit.residual_std is not None
+    assert fit.degrees_of_freedom is not None
+    taps = found.shape[1] - lesson.layer.bias
+    errors = np.stack([part.errors for part in best])
+    tolerance = 1e-7 * max(1, float(np.max(errors**2)))
+    np.testing.assert_allclose(
+        fit.standard_errors.numpy().reshape(len(best), -1) ** 2, errors[:, :taps] ** 2, rtol=1e-6, atol=tolerance
+    )
+    np.testing.assert_allclose(fit.residual_std, [part.residual_std for part in best], rtol=1e-6)
+    np.testing.assert_allclose(fit.degrees_of_freedom, [part.freedom for part in best], rtol=1e-7)
+    if options.get("ridge") or options.get("smoothness"):
+        assert (fit.confidence_intervals, fit.bias_confidence_intervals) == (None, None)
+        return
+    assert fit.confidence_intervals is not None
+    reach = scipy.stats.t([part.freedom for part in best]).ppf(0.975)[:, None] * errors
+    for end, sign in zip(fit.confidence_intervals.numpy(), (-1, 1), strict=True):
+        expected_end = (expected + sign * reach)[:, :taps]
+        np.testing.assert_allclose(
+            end.reshape(len(best), -1), expected_end, rtol=1e-6, atol=1e-6 * max(1, np.abs(expected_end).max())
+        )
+    if lesson.layer.bias:
+        assert fit.bias_standard_errors is not None
+        np.testing.assert_allclose(fit.bias_standard_errors, errors[:, taps], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_nonnegative_kernels_agree_with_scipy(seed: int, bias: bool) -> None:
+    rng = np.random.default_rng(seed)
+    layer = Layer((5, 4), bias=bias)
+    images = rng.normal(size=(1, 1, 14, 14)) + rng.choice([0, 1])
+    targets = layer.output(images, rng.normal(size=layer.kernel_shape), np.ones(1)) + rng.normal(size=(1, 1, 10, 11))
+    fit = fit_kernel(images[0, 0], targets[0, 0], bias=bias, solver="exact", nonnegative=True)
+    matrix = layer.windows(images)
+    if bias:
+        matrix = np.hstack([matrix, np.ones((len(matrix), 1))])
+        limits = (np.append(np.zeros(20), -np.inf), np.inf)
+        expected = scipy.optimize.lsq_linear(matrix, targets.ravel(), limits, method="bvls", tol=1e-15).x
+    else:
+        expected = scipy.optimize.nnls(matrix, targets.ravel())[0]
+    found = np.append(fit.kernel.numpy().ravel(), [] if fit.bias is None else fit.bias.numpy())
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    assert (found[:20][expected[:20] == 0] == 0).all()
+    assert fit.final_loss == pytest.approx(np.sum((matrix @ expected - targets.ravel()) ** 2), rel=1e-9)
+    assert (fit.standard_errors, fit.confidence_intervals, fit.residual_std, fit.degrees_of_freedom) == 4 * (None,)
+    assert fit.message.startswith("the best nonnegative kernel: loss ")
+    assert (fit.rank, fit.unknowns) == (20 + bias, 20 + bias)
+
+
+@pytest.mark.parametrize("loss", ["sum", "mean"])
+@pytest.mark.parametrize("smoothness", [1e-3, 1.0, 1e3])
+def test_smoothness_is_least_squares_with_added_rows(loss: str, smoothness: float) -> None:
+    rng = np.random.default_rng(1)
+    layer = Layer((4, 3), channels=2, filters=2, bias=True)
+    images, targets = rng.normal(size=(1, 2, 12, 12)), rng.normal(size=(1, 2, 9, 10))
+    fit = fit_kernel(images, targets, bias=True, solver="exact", loss=loss, smoothness=smoothness)  # type: ignore[arg-type]
+    plain = fit_kernel(images, targets, bias=True, solver="exact", loss=loss)  # type: ignore[arg-type]
+    scale = 180 if loss == "mean" else 1
+    rows = np.sqrt(smoothness * scale) * np.hstack([differences(layer), np.zeros((len(differences(layer)), 1))])
+    matrix = np.vstack([np.hstack([layer.windows(images), np.ones((90, 1))]), rows])
+    values = np.vstack([targets[0].reshape(2, -1).T, np.zeros((len(rows), 2))])
+    expected = np.linalg.lstsq(matrix, values)[0]
+    assert fit.bias is not None
+    np.testing.assert_allclose(fit.kernel.numpy().reshape(2, -1), expected[:-1].T, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(fit.bias, expected[-1], rtol=1e-8, atol=1e-10)
+    assert fit.final_loss == pytest.approx(np.sum((matrix @ expected - values) ** 2) / scale, rel=1e-9)
+    assert fit.best_possible_loss == fit.final_loss
+    # R squared leaves the share of the smoothness out.
+    left = np.sum((matrix @ expected - values)[:90] ** 2)
+    spread = np.sum((values[:90] - values[:90].mean(0)) ** 2)
+    assert fit.r_squared == pytest.approx(1 - left / spread, rel=1e-9)
+    assert fit.degrees_of_freedom is not None
+    assert plain.degrees_of_freedom is not None
+    assert (fit.degrees_of_freedom > plain.degrees_of_freedom).all()
+
+
+@pytest.mark.parametrize("options", [{"symmetric": "rotation"}, {"sum_to": 2.0}, {"symmetric": "full", "sum_to": 2.0}])
+def test_intervals_contain_the_true_values_in_95_percent(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(2)
+    image, kernel = rng.normal(size=(9, 9)), rng.normal(size=(3, 3))
+    kernel = kernel + kernel[::-1, ::-1]
+    kernel = kernel + kernel.T
+    kernel = kernel + kernel[:, ::-1]
+    kernel *= 2 / kernel.sum()
+    clean = valid_by_windows(image, kernel)
+    # As many filters are as many independent runs.
+    targets = clean + 0.3 * rng.normal(size=(2000, *clean.shape))
+    fit = fit_kernel(image, targets, kernel_size=3, solver="exact", **options)
+    assert fit.confidence_intervals is not None
+    low, high = fit.confidence_intervals.numpy()[:, :, 0]
+    for i, j in np.ndindex(3, 3):
+        covered = np.mean((low[:, i, j] <= kernel[i, j]) & (kernel[i, j] <= high[:, i, j]))
+        assert 0.935 <= covered <= 0.965
+    assert 0.94 <= np.mean((low <= kernel) & (kernel <= high)) <= 0.96
+
+
+def test_a_sum_of_zero_without_negative_entries_leaves_the_bias() -> None:
+    rng = np.random.default_rng(3)
+    image, target = rng.normal(size=(8, 8)), rng.normal(size=(6, 6)) + 3
+    fit = fit_kernel(image, target, bias=True, solver="exact", nonnegative=True, sum_to=0)
+    assert (fit.kernel == 0).all()
+    assert fit.bias is not None
+    assert fit.bias.item() == pytest.approx(target.mean())
+    assert fit.final_loss == pytest.approx(np.sum((target - target.mean()) ** 2))
+    without = fit_kernel(image, target, solver="exact", nonnegative=True, sum_to=0)
+    assert (without.kernel == 0).all()
+    assert without.final_loss == pytest.approx(np.sum(target**2))
+
+
+def test_undetermined_entries_are_shared_by_least_norm() -> None:
+    fit = fit_kernel(np.ones((8, 8)), 3 * np.ones((6, 6)), solver="exact", symmetric="full", sum_to=1)
+    np.testing.assert_allclose(fit.kernel, np.full((3, 3), 1 / 9), atol=1e-14)
+    assert (fit.rank, fit.unknowns) == (0, 2)
+    assert fit.message.endswith("this is the solution of least norm")
+    smooth = fit_kernel(np.ones((8, 8)), 3 * np.ones((6, 6)), solver="exact", smoothness=1)
+    np.testing.assert_allclose(smooth.kernel, np.full((3, 3), 1 / 3), atol=1e-12)
+    assert smooth.message.endswith("the smoothness makes the solution unique")
+    signed = fit_kernel(np.ones((8, 8)), 3 * np.ones((6, 6)), solver="exact", nonnegative=True)
+    assert signed.message.endswith("other kernels within the constraints may have the same loss")
+    assert signed.final_loss == pytest.approx(0, abs=1e-20)
+
+
+@pytest.mark.parametrize(("rank", "shape"), [(1, (5, 5)), (2, (5, 5)), (1, (7, 3)), (2, (3, 6)), (3, (7, 7))])
+@pytest.mark.parametrize("bias", [False, True])
+def test_separable_kernels_come_back_from_exact_data(rank: int, shape: tuple[int, int], bias: bool) -> None:
+    rng = np.random.default_rng(rank)
+    layer = Layer(shape, channels=2, filters=2, bias=bias)
+    kernel = rng.normal(size=(2, 2, shape[0], rank)) @ rng.normal(size=(2, 2, rank, shape[1]))
+    images = rng.normal(size=(1, 2, 30, 30))
+    offsets = np.array([1.0, -2.0]) if bias else None
+    fit = fit_kernel(images, layer.output(images, kernel, offsets), bias=bias, solver="exact", separable=rank)
+    np.testing.assert_allclose(fit.kernel, kernel, atol=1e-9)
+    assert (np.linalg.matrix_rank(fit.kernel.numpy(), tol=1e-10) == rank).all()
+    assert fit.best_possible_loss is None
+    assert fit.excess_loss is None
+    assert fit.standard_errors is None
+    assert fit.final_loss <= 1e-18 * fit.loss_history[0]
+    assert "alternating least squares find a local minimum, which need not be the smallest" in fit.message
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_separable_kernels_are_stationary_and_beat_truncation(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(2, 6)), int(rng.integers(3, 6))
+    rank = min(int(rng.integers(1, 3)), min(size) - 1)
+    layer = Layer(size, channels=int(rng.integers(1, 3)), filters=2, bias=bool(rng.integers(2)))
+    images = rng.normal(size=(2, layer.channels, 12, 13)) + rng.choice([0, 1])
+    if seed % 4 == 0:
+        images = scipy.ndimage.gaussian_filter(images, (0, 0, 1, 1))
+    targets = layer.output(images, rng.normal(size=layer.kernel_shape)) + rng.normal(
+        size=(2, 2, 13 - size[0], 14 - size[1])
+    )
+    options: dict[str, Any] = {"loss": str(rng.choice(["sum", "mean"]))}
+    if seed % 3 == 0:
+        options |= {"smoothness": 0.5, "ridge": 0.1}
+    lesson = Lesson(layer, [(images, targets, None)])
+    plain = fit_kernel(images, targets, solver="exact", **layer.options, **options)
+    fit = fit_kernel(images, targets, solver="exact", **layer.options, **options, separable=rank)
+    kernel, best = fit.kernel.numpy(), plain.kernel.numpy()
+    left, values, right = np.linalg.svd(best, full_matrices=False)
+    values[..., rank:] = 0
+    truncated = (left * values[..., None, :]) @ right
+    assert (np.linalg.matrix_rank(kernel, tol=1e-10 * np.abs(kernel).max()) <= rank).all()
+    total = 0.0
+    for index, (part, unknowns) in enumerate(zip(filters(lesson, options), unknowns_of(fit, lesson), strict=True)):
+        cut = np.append(truncated[index].ravel(), [] if plain.bias is None else plain.bias[index].numpy())
+        assert part.loss(unknowns) <= part.loss(cut) * (1 + 1e-9)
+        gradient, at_zero = part.gradient(unknowns), np.linalg.norm(part.gradient(np.zeros(len(unknowns))))
+        slopes = gradient[: part.taps].reshape(layer.kernel_shape[1:])
+        rows, _, columns = np.linalg.svd(kernel[index], full_matrices=False)
+        # Gradients in the left factors beside the right ones, and the other way round.
+        assert np.abs(slopes @ columns[:, :rank].swapaxes(1, 2)).max() <= 1e-6 * at_zero
+        assert np.abs(rows[:, :, :rank].swapaxes(1, 2) @ slopes).max() <= 1e-6 * at_zero
+        assert np.abs(gradient[part.taps :]).sum() <= 1e-6 * at_zero
+        total += part.loss(unknowns)
+    assert fit.final_loss == pytest.approx(total, rel=1e-8)
+    assert fit.final_loss >= plain.final_loss * (1 - 1e-9)
+
+
+def test_a_rank_that_every_kernel_has_is_no_constraint() -> None:
+    rng = np.random.default_rng(4)
+    pair = rng.normal(size=(12, 12)), rng.normal(size=(10, 9))
+    fit, plain = fit_kernel(*pair, solver="exact", separable=3), fit_kernel(*pair, solver="exact")
+    assert fit.message == plain.message
+    assert (fit.kernel == plain.kernel).all()
+    assert fit.best_possible_loss == plain.best_possible_loss
+    switched_off: list[dict[str, Any]] = [{"separable": False}, {"nonnegative": False}, {"smoothness": 0.0}]
+    for off in switched_off:
+        assert (fit_kernel(*pair, solver="exact", **off).kernel == plain.kernel).all()
+
+
+@pytest.mark.parametrize("symmetric", SYMMETRIES)
+def test_a_symmetric_kernel_comes_back_from_exact_data(symmetric: Any) -> None:
+    rng = np.random.default_rng(5)
+    kernel = rng.normal(size=(5, 5))
+    steps: dict[str, list[Callable[[Floats], Floats]]] = {
+        "horizontal": [lambda k: k[:, ::-1]],
+        "vertical": [lambda k: k[::-1]],
+        "both": [lambda k: k[::-1], lambda k: k[:, ::-1]],
+        "rotation": [lambda k: k[::-1, ::-1]],
+        "transpose": [lambda k: k.T],
+        "full": [lambda k: k[::-1], lambda k: k[:, ::-1], lambda k: k.T],
+    }
+    for step in steps[symmetric]:
+        kernel = kernel + step(kernel)
+    image = rng.normal(size=(20, 20))
+    fit = fit_kernel(image, valid_by_windows(image, kernel), solver="exact", symmetric=symmetric)
+    np.testing.assert_allclose(fit.kernel, kernel, atol=1e-12)
+    classes = {"horizontal": 15, "vertical": 15, "both": 9, "rotation": 13, "transpose": 15, "full": 6}
+    assert (fit.rank, fit.unknowns) == (classes[symmetric], classes[symmetric])
+
+
+def test_a_blurred_photograph_keeps_the_accuracy_of_qr() -> None:
+    blurred = scipy.ndimage.gaussian_filter(PHOTOGRAPH[:120, :120], 2)
+    kernel = np.random.default_rng(6).random((5, 5))
+    kernel = kernel + kernel[::-1, ::-1]
+    kernel /= kernel.sum()
+    target = valid_by_windows(blurred, kernel)
+    assert np.linalg.cond(Layer((5, 5)).windows(blurred[None, None])) > 1e6
+    fit = fit_kernel(blurred, target, solver="exact", symmetric="rotation", sum_to=1, nonnegative=True)
+    np.testing.assert_allclose(fit.kernel, kernel, atol=1e-7)
+
+
+@pytest.mark.parametrize(("input_size", "target_size"), [(1e-200, 1.0), (1e180, 1e180), (1.0, 1e-220)])
+def test_constraints_hold_for_numbers_of_any_size(input_size: float, target_size: float) -> None:
+    rng = np.random.default_rng(7)
+    image, target = rng.normal(size=(12, 12)), rng.normal(size=(10, 10))
+    ratio = target_size / input_size
+    options: dict[str, Any] = {"solver": "exact", "nonnegative": True, "symmetric": "both", "bias": True}
+    plain = fit_kernel(image, target, sum_to=2.0, **options)
+    fit = fit_kernel(input_size * image, target_size * target, sum_to=2.0 * ratio, **options)
+    np.testing.assert_allclose(fit.kernel.numpy() / ratio, plain.kernel, rtol=1e-9, atol=1e-12)
+
+
+def test_filters_are_solved_for_on_their_own() -> None:
+    rng = np.random.default_rng(8)
+    image, targets = rng.normal(size=(12, 12)), rng.normal(size=(3, 10, 10))
+    options: dict[str, Any] = {"solver": "exact", "nonnegative": True, "sum_to": 1.0, "bias": True}
+    together = fit_kernel(image, targets, kernel_size=3, **options)
+    for index, target in enumerate(targets):
+        alone = fit_kernel(image, target, **options)
+        np.testing.assert_allclose(together.kernel[index, 0], alone.kernel, atol=1e-10)
+
+
+def test_a_search_that_is_stopped_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    pair = rng.normal(size=(20, 20)), rng.normal(size=(14, 14))
+    best = fit_kernel(*pair, solver="exact", nonnegative=True)
+    monkeypatch.setattr(active_set, "MAX_RELEASES_PER_UNKNOWN", -1)
+    fit = fit_kernel(*pair, solver="exact", nonnegative=True)
+    assert fit.status is Status.COMPLETED
+    assert (fit.best_possible_loss, fit.excess_loss) == (None, None)
+    assert "the search stopped before it found the best one" in fit.message
+    assert (fit.kernel >= 0).all()
+    assert fit.final_loss >= best.final_loss
+    monkeypatch.setattr(low_rank, "MAX_SWEEPS", 1)
+    fit = fit_kernel(*pair, solver="exact", separable=1)
+    assert fit.status is Status.COMPLETED
+    assert "they stopped after the maximum number of sweeps" in fit.message
+
+
+ONE_OPTION: list[dict[str, Any]] = [
+    {"nonnegative": True},
+    {"sum_to": 1},
+    {"symmetric": "both"},
+    {"separable": 1},
+    {"smoothness": 1.0},
+]
+OTHER_SOLVERS: list[dict[str, Any]] = [{"solver": "sgd"}, {"solver": "adam", "loss": "huber"}, {"loss": "l1"}]
+
+PAIR: dict[str, Any] = {"input": np.ones((6, 8)), "target": np.ones((5, 6))}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonnegative": 1}, "nonnegative 1 is not true or false"),
+        *[({"sum_to": total}, f"sum_to {total!r} is not a finite number") for total in (math.inf, math.nan, "1", True)],
+        ({"symmetric": "square"}, 'symmetric "square" is not one of: horizontal, vertical, both, rotation, transpose'),
+        *[({"separable": rank}, f"separable {rank!r} is not a rank: an integer from 1") for rank in (0, -1, 1.5, "1")],
+        *[
+            ({"smoothness": value}, f"smoothness {value!r} is not a number from 0 on")
+            for value in (-1.0, math.nan, "1")
+        ],
+        (
+            {"nonnegative": True, "sum_to": -1},
+            "sum_to -1 with nonnegative: entries from 0 on cannot have a negative sum",
+        ),
+        ({"separable": 1, "nonnegative": True}, "separable and nonnegative cannot be combined: leave one of them out"),
+        ({"separable": 1, "sum_to": 1, "symmetric": "both"}, "separable and sum_to and symmetric cannot be combined"),
+        ({"symmetric": "full"}, 'symmetric "full" exchanges rows and columns, but the kernel is (2, 3): use a square'),
+        ({"symmetric": "transpose"}, 'symmetric "transpose" exchanges rows and columns'),
+        (
+            {"nonnegative": True, "ridge": "auto"},
+            'ridge "auto" with nonnegative: beside constraints the ridge must be a',
+        ),
+        *[
+            ({**option, **change}, 'constraints need solver "exact" and loss "sum" or "mean"; use these, or leave')
+            for option, change in itertools.product(ONE_OPTION, OTHER_SOLVERS)
+        ],
+    ],
+)
+def test_constraints_that_cannot_be_kept_are_rejected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOption) as caught:
+        core.plan_fit_kernel(**PAIR, **{"solver": "exact", **options})
+    assert message in str(caught.value)
+    assert caught.value.field in options
+    assert caught.value.limit is not None
+
+
+def test_too_many_or_no_unknowns_are_rejected_before_the_fit() -> None:
+    with pytest.raises(
+        InvalidOption, match="nonnegative with 1089 unknowns in each filter: constraints are solved for"
+    ):
+        core.plan_fit_kernel(np.ones((60, 60)), np.ones((28, 28)), solver="exact", nonnegative=True)
+    with pytest.raises(InvalidOption, match="sum_to 1 leaves nothing to learn"):
+        core.plan_fit_kernel(np.ones((6, 6)), np.ones((6, 6)), solver="exact", sum_to=1)
+    with pytest.raises(InvalidOption, match="sum_to 1 leaves nothing to learn"):
+        core.plan_fit_kernel(np.ones((6, 6)), np.ones((6, 5)), solver="exact", sum_to=1, symmetric="horizontal")
+    biased = fit_kernel(np.eye(6), 2 * np.eye(6) + 1, solver="exact", sum_to=2, bias=True)
+    assert biased.kernel.item() == 2
+    assert biased.bias is not None
+    assert biased.bias.item() == pytest.approx(1)
+
+
+def test_no_call_of_a_search_takes_long() -> None:
+    rng = np.random.default_rng(10)
+    image = rng.normal(size=(60, 60))
+    plan = core.plan_fit_kernel(image, rng.normal(size=(44, 44)), solver="exact", nonnegative=True)
+    yields = sum(1 for _ in plan.steps())
+    assert yields > 10
