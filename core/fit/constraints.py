@@ -36,6 +36,10 @@ SQUARE_SYMMETRIES = ("transpose", "full")
 """Symmetries that exchange rows and columns."""
 
 
+MAX_TIED_ENTRIES = 8
+"""Number of entries that a symmetry makes equal: those at the eight images of a point of the square."""
+
+
 @dataclass(frozen=True, slots=True)
 class Constraints:
     """Constraints on a kernel, and the smoothness that its loss adds.
@@ -133,7 +137,8 @@ class Constraints:
             )
         without_rank = self.separable is not None and self.separable >= min(rows, columns)
         constraints = replace(self, separable=None) if without_rank else self
-        if constraints.free_unknowns(Layout(kernel_shape, 1, bias)) == 0:
+        layout = Layout(kernel_shape, 1, bias)
+        if layout.taps <= MAX_TIED_ENTRIES and constraints.free_unknowns(layout) == 0:
             raise InvalidOption(
                 f"sum_to {self.sum_to:g} leaves nothing to learn: the kernel has one free entry for each filter and no "
                 "bias; use a larger kernel_size, or leave sum_to out",

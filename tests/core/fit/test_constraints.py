@@ -451,3 +451,9 @@ def test_no_call_of_a_search_takes_long() -> None:
     plan = core.plan_fit_kernel(image, rng.normal(size=(44, 44)), solver="exact", nonnegative=True)
     yields = sum(1 for _ in plan.steps())
     assert yields > 10
+
+
+@pytest.mark.parametrize("options", [{"symmetric": "full"}, {"sum_to": 1.0}, {"smoothness": 1.0}, {"separable": 1}])
+def test_a_kernel_beyond_memory_is_rejected_by_its_size(options: dict[str, Any]) -> None:
+    with pytest.raises(core.InvalidShape, match="is larger than the input"):
+        core.plan_fit_kernel(**PAIR, kernel_size=2**31 - 1, solver="exact", **options)
