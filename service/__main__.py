@@ -246,6 +246,18 @@ def train(
     weights: Annotated[
         Path | None, typer.Option(help="what each of the target's values counts", exists=True, dir_okay=False)
     ] = None,
+    validation_input: Annotated[
+        Path | None, typer.Option(help="a file that the kernel is not fitted to", exists=True, dir_okay=False)
+    ] = None,
+    validation_target: Annotated[
+        Path | None, typer.Option(help="the target that belongs to it", exists=True, dir_okay=False)
+    ] = None,
+    validation_weights: Annotated[
+        Path | None, typer.Option(help="the weights of that target's values", exists=True, dir_okay=False)
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="steps without a smaller validation loss after which to stop; unset: never")
+    ] = None,
     solver: Annotated[
         str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (least squares)")
     ] = "sgd",
@@ -285,6 +297,9 @@ def train(
                 "input": input,
                 "target": target,
                 "weights": weights,
+                "validation_input": validation_input,
+                "validation_target": validation_target,
+                "validation_weights": validation_weights,
                 "initial_kernel": initial_kernel,
                 "initial_bias": initial_bias,
             },
@@ -292,6 +307,7 @@ def train(
             plot=plot,
             kernel_size=None if kernel_size is None else _integers(kernel_size),
             bias=bias,
+            patience=patience,
             solver=solver,
             learning_rate=_numbers(learning_rate),
             steps=steps,

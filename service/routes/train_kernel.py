@@ -149,6 +149,15 @@ class TrainKernelRequest(FiniteArrays):
         fail_fast=True,
         description="instead of input and target: up to 1000 pairs of any sizes",
     )
+    validation: list[TrainingPair] | None = Field(
+        None,
+        max_length=MAX_PAIRS,
+        fail_fast=True,
+        description="pairs that the kernel is not fitted to: the kernel of least loss on them is returned",
+    )
+    patience: Positive | None = Field(
+        None, description="stop when the validation loss has not fallen below its least for so many steps"
+    )
     kernel_size: IntegerOrPair | None = Field(
         None, description="inferred from the shapes where padding is 0 and stride 1"
     )
@@ -193,8 +202,11 @@ class TrainKernelRequest(FiniteArrays):
 
     def arguments(self) -> dict[str, object]:
         """Core takes pairs as tuples."""
-        pairs = None if self.pairs is None else [(pair.input, pair.target, pair.weights) for pair in self.pairs]
-        return {**super().arguments(), "pairs": pairs}
+        return {**super().arguments(), "pairs": _tuples(self.pairs), "validation": _tuples(self.validation)}
+
+
+def _tuples(pairs: list[TrainingPair] | None) -> list[tuple[Any, Any, Any]] | None:
+    return None if pairs is None else [(pair.input, pair.target, pair.weights) for pair in pairs]
 
 
 class TrainKernelAnswer(BaseModel):
@@ -209,6 +221,11 @@ class TrainKernelAnswer(BaseModel):
     loss_history_steps: list[int] | None = Field(
         None, description="the steps of loss_history, counted from 1; only with ?history=thin"
     )
+    validation_history: list[float | None] | None = Field(
+        description="the validation loss before each of these updates; null without validation and for solver exact"
+    )
+    validation_loss: float | None = Field(description="the validation loss of the kernel that is returned")
+    best_step: int | None = Field(description="updates that led to the kernel of least validation loss; 0: none")
     final_loss: float | None = Field(description="the loss of the kernel that is returned")
     best_possible_loss: float | None = Field(description="the smallest loss that any kernel has")
     excess_loss: float | None = Field(description="how much of final_loss is above that")
@@ -280,6 +297,8 @@ def _fields(fit: core.FitResult, *, thin: bool) -> Fields:
     if thin:
         steps = _thinned(len(fit.loss_history))
         fields["loss_history"] = [fit.loss_history[step - 1] for step in steps]
+        if fit.validation_history is not None:
+            fields["validation_history"] = [fit.validation_history[step - 1] for step in steps]
         fields["loss_history_steps"] = steps
     else:
         del fields["loss_history_steps"]
