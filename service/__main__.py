@@ -238,7 +238,10 @@ def train(
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="draw the loss, step by step: .svg or .png")] = None,
     kernel_size: Annotated[
-        str | None, typer.Option(help="an integer, or rows,columns; unset: from the sizes of the files")
+        str | None, typer.Option(help="an integer, rows,columns, or auto; unset: from the sizes of the files")
+    ] = None,
+    max_kernel_size: Annotated[
+        str | None, typer.Option(help="largest size that auto compares: an integer, or rows,columns; unset: 13")
     ] = None,
     bias: Annotated[bool, typer.Option("--bias", help="learn a bias as well")] = False,
     initial_kernel: ArrayFile = None,
@@ -306,6 +309,7 @@ def train(
             output,
             plot=plot,
             kernel_size=None if kernel_size is None else _integers(kernel_size),
+            max_kernel_size=None if max_kernel_size is None else _integers(max_kernel_size),
             bias=bias,
             patience=patience,
             solver=solver,

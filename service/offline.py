@@ -179,6 +179,7 @@ def _inside(
     arrays: Mapping[str, NDArray[Any]],
     *,
     kernel_size: object,
+    max_kernel_size: object,
     stride: object,
     dilation: object,
     padding_mode: str,
@@ -186,10 +187,14 @@ def _inside(
 ) -> tuple[slice, slice] | None:
     """The rows and columns of a target as large as its input that the kernel can make without a border.
 
-    They lie as in correlate's mode "same". None where that is all of them, or for core to refuse.
+    They lie as in correlate's mode "same", for kernel_size "auto" as those of the largest kernel. None if that is all of
+    them, or if core rejects the options.
     """
     size = arrays["input"].shape[-2:]
     taps, apart = _pair(kernel_size), _pair(dilation)
+    if kernel_size == "auto":
+        largest = _pair(core.DEFAULT_LARGEST_SIZE if max_kernel_size is None else max_kernel_size)
+        taps = None if largest is None else (min(largest[0], size[0]), min(largest[1], size[1]))
     if taps is None and "initial_kernel" in arrays:
         taps = _pair(arrays["initial_kernel"].shape[-2:])
     if taps is None or apart is None or len(size) != 2 or _pair(stride) != (1, 1) or padding_mode != "zeros":

@@ -16,12 +16,13 @@ from core.fit.problem import Layer, Pairing, load_examples
 from core.fit.result import FitResult, Progress
 from core.fit.rules import Solver
 from core.fit.setup import Setup
+from core.fit.size_selection import SizeSelection, find_frame, require_selectable
 from core.fit.start import settled_seed, starting_point
 from core.fit.validation import load_validation, require_patience, validation_problem
 from core.fit.way import Method
 from core.limits import Limits
 from core.machine import Machine, this_machine
-from core.shapes import PaddingMode, one_of
+from core.shapes import PaddingMode, one_of, positive, shown
 
 Arguments = ParamSpec("Arguments")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -36,7 +37,7 @@ class FitPlan:
 
     cost: Cost
     method: Method
-    _fitting: Fitting
+    _fitting: Fitting | SizeSelection
 
     def steps(self) -> Generator[Progress, None, FitResult]:
         """Return a generator that computes the fit.
@@ -55,7 +56,8 @@ def plan_fit_kernel(
     pairs: Sequence[ExamplePair] | None = None,
     validation: Sequence[ExamplePair] | None = None,
     patience: int | None = None,
-    kernel_size: int | Sequence[int] | None = None,
+    kernel_size: int | Sequence[int] | Auto | None = None,
+    max_kernel_size: int | Sequence[int] | None = None,
     bias: bool = False,
     initial_kernel: ArrayLike | None = None,
     initial_bias: ArrayLike | None = None,
@@ -93,6 +95,9 @@ def plan_fit_kernel(
     steps. `tolerance` ends the descent where the gradient is shorter than that share of its first length, or a step
     lowers the loss by less than that share of it.
 
+    `kernel_size` "auto" compares all sizes, up to `max_kernel_size`, that lie centred in the largest one, and fits that
+    of the smallest Bayesian information criterion (Schwarz, Annals of Statistics 6, 1978), on the same target values.
+
     `validation` takes pairs like `pairs` that the kernel is not fitted to: their loss (without the ridge) is computed
     before each update, and the kernel for which it is least is returned. `patience` ends the descent when it has not
     fallen below its least for that many steps.
@@ -127,6 +132,19 @@ def plan_fit_kernel(
     examples = load_examples(_pairings(input, target, weights, pairs))
     require_patience(patience, options, validated=validation is not None)
     held_out = None if validation is None else load_validation(_named("validation", validation), examples)
+    frame = None
+    if kernel_size == "auto":
+        require_selectable(options, initial_kernel=initial_kernel is not None)
+        depth = max(examples.channels // positive("groups", layer.groups), 1)
+        frame = find_frame(examples, layer, max_kernel_size, depth=depth, bias=bias)
+        kernel_size = frame.outer
+    elif max_kernel_size is not None:
+        raise InvalidOption(
+            'max_kernel_size is given, but kernel_size is not "auto": set kernel_size to "auto", or leave it out',
+            field="max_kernel_size",
+            got=shown(max_kernel_size),
+            limit='null unless kernel_size is "auto"',
+        )
     start = starting_point(
         examples,
         layer,
@@ -166,7 +184,12 @@ def plan_fit_kernel(
         machine=machine,
         limits=limits,
     )
-    fitting, way = setup.fit(problems, held_out_problems)
+    fitting: Fitting | SizeSelection
+    if frame is None:
+        fitting, way = setup.fit(problems, held_out_problems)
+    else:
+        fitting = SizeSelection(setup, frame, problems, held_out_problems)
+        way = fitting.plan()
     cost = Cost(way.megabytes, way.gflop, way.seconds)
     if limits is not None:
         limits.require(cost)

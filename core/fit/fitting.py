@@ -124,6 +124,19 @@ class Fitting:
             descent = replace(descent, validated=Validated(None, loss, None, descent.final_loss))
         return (yield from self._report(descent, targets, terms, analysis, forecast, best_rate))
 
+    def analyse(self) -> Generator[Progress, None, tuple[Analysis | None, Targets]]:
+        """Analyse the sum of squares of the examples, scaled by the units, by its equations.
+
+        None if squares are too large for float64.
+        """
+        examples = [passage.example for passage in self.passages]
+        targets = yield from self._with_progress(sum_up(examples, self.device, self.units), 0)
+        if not math.isfinite(targets.squares):
+            yield from self._with_progress(require_finite(examples), self._count)
+            return None, targets
+        terms = self._terms(targets)
+        return (yield from self._analysed(Objective(terms, self.layout, mean=False), terms)), targets
+
     @property
     def _count(self) -> int:
         """Examples, or images if there are batches."""

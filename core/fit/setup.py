@@ -19,7 +19,7 @@ from core.shapes import Problem
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Checked arguments of a fit. `start` has the kernel's size of the request or, until one is chosen, the largest."""
+    """Checked arguments of a fit; `start` has the kernel's size."""
 
     options: Options
     examples: Examples

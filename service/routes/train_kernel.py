@@ -106,6 +106,16 @@ Share = Annotated[float, Field(json_schema_extra={"minimum": 0, "exclusiveMaximu
 Rate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
 """core checks it: the rule and its message stand there."""
 
+_SIDE = {"type": "integer", "minimum": 1}
+
+KernelSize = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [_SIDE, {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}, {"const": "auto"}]}
+    ),
+]
+"""An integer, [rows, columns] or "auto". core checks it."""
+
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
 
@@ -158,8 +168,13 @@ class TrainKernelRequest(FiniteArrays):
     patience: Positive | None = Field(
         None, description="stop when the validation loss has not fallen below its least for so many steps"
     )
-    kernel_size: IntegerOrPair | None = Field(
-        None, description="inferred from the shapes where padding is 0 and stride 1"
+    kernel_size: KernelSize | None = Field(
+        None,
+        description="inferred from the shapes where padding is 0 and stride 1; auto chooses it by the Bayesian "
+        "information criterion",
+    )
+    max_kernel_size: IntegerOrPair | None = Field(
+        None, description="the largest size that kernel_size auto compares; default: from the shapes, or up to 13 x 13"
     )
     bias: bool = Field(default=False, description="learn a bias as well")
     initial_kernel: Array | None = Field(None, description="drawn from the seed where it is not given")
@@ -215,6 +230,12 @@ class TrainKernelAnswer(BaseModel):
     kernel: Array = Field(description="(h, w) where all arrays were (H, W), (O, C/groups, h, w) otherwise")
     bias: Array | None
     kernel_shape: list[int]
+    kernel_sizes: Array | None = Field(description="(n, 2), the sizes that kernel_size auto compared; null otherwise")
+    kernel_sizes_bic: Array | None = Field(description="(n), their Bayesian information criterion")
+    kernel_sizes_loss: Array | None = Field(description="(n), their smallest possible loss, without the ridge")
+    kernel_offset: list[int] | None = Field(
+        description="rows and columns of the input, or of its padding, that the chosen size crops on each side"
+    )
     loss_history: list[float | None] = Field(
         description="the loss before each update, of its batch where there are batches"
     )

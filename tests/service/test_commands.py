@@ -294,6 +294,20 @@ def test_every_option_of_a_fit_is_a_flag(
         assert plain.shape != wanted.kernel.shape or (plain - wanted.kernel).abs().max() > 1e-4
 
 
+def test_training_chooses_the_size(tmp_path: Path, rng: np.random.Generator) -> None:
+    image, kernel = rng.normal(size=(30, 30)), rng.normal(size=(3, 5))
+    whole = np.zeros((30, 30))
+    whole[1:-1, 2:-2] = core.correlate(image, kernel, dtype="float64").output
+    files = saved(tmp_path / "x.npy", image), saved(tmp_path / "y.npy", whole)
+    output = tmp_path / "k.npy"
+    for largest in ((), ("--max-kernel-size", "5,7")):
+        result = corr2d("train", *files, "--kernel-size", "auto", *largest, "--solver", "exact", "-o", output)
+        assert result.exit_code == 0, result.output
+        np.testing.assert_allclose(np.load(output), kernel, atol=1e-9)
+        assert "kernel_size (3, 5) has the smallest BIC of" in result.stdout
+        assert f"up to {'(5, 7)' if largest else '(13, 13)'}" in result.stdout
+
+
 def test_training_stops_by_the_loss_on_other_files(tmp_path: Path, rng: np.random.Generator) -> None:
     arrays = {name: rng.normal(size=(20, 20)) for name in ("x", "y", "other", "theirs", "w")}
     arrays["w"] = np.square(arrays["w"])

@@ -300,3 +300,34 @@ def test_steps_are_streamed_with_their_validation_loss(send: Send) -> None:
 )
 def test_validation_that_cannot_be_used_is_rejected(send: Send, change: dict[str, Any], field: str) -> None:
     assert first_error(send("POST", "/train-kernel", json={**LESSON, **change}), 422)["field"] == field
+
+
+def test_a_size_is_chosen(send: Send) -> None:
+    rng = np.random.default_rng(2)
+    image, kernel = rng.normal(size=(30, 30)), rng.normal(size=(3, 5))
+    target = reference.valid(image, kernel)[2:-2, 1:-1]
+    target += 0.1 * rng.normal(size=target.shape)
+    body = {"input": image.tolist(), "target": target.tolist(), "kernel_size": "auto", "solver": "exact"}
+    answer = send("POST", "/train-kernel", json=body).json()
+    assert answer["kernel_shape"] == [3, 5]
+    assert answer["kernel_offset"] == [2, 1]
+    assert answer["kernel_sizes"] == [[rows, columns] for rows in (1, 3, 5, 7) for columns in (1, 3, 5, 7)]
+    assert answer["kernel_sizes"][int(np.argmin(answer["kernel_sizes_bic"]))] == [3, 5]
+    expected = core.fit_kernel(image, target, kernel_size="auto", solver="exact")
+    assert expected.kernel_sizes_bic is not None
+    assert answer["kernel_sizes_bic"] == pytest.approx(expected.kernel_sizes_bic.tolist())
+    assert answer["message"] == expected.message
+    response = send(
+        "POST",
+        "/train-kernel?kernel_size=auto&max_kernel_size=[3,5]&solver=exact",
+        content=b"".join(npz.encode({"input": image, "target": target})),
+        headers={"Content-Type": npz.MEDIA_TYPE, "Accept": npz.MEDIA_TYPE},
+    )
+    arrays = npz.decode(response.content, 10**6)
+    assert arrays["kernel_sizes"].tolist() == [[1, 1], [1, 3], [1, 5], [3, 1], [3, 3], [3, 5]]
+    assert arrays["kernel_sizes_loss"].shape == arrays["kernel_sizes_bic"].shape == (6,)
+    assert json.loads(response.headers["Corr2d-Result"])["kernel_offset"] == [2, 1]
+    plain = send("POST", "/train-kernel", json={**LESSON, "seed": 1}).json()
+    assert [plain[name] for name in ("kernel_sizes", "kernel_sizes_bic", "kernel_offset")] == [None] * 3
+    error = first_error(send("POST", "/train-kernel", json={**body, "solver": "sgd", "loss": "l1"}), 422)
+    assert error["field"] == "loss"

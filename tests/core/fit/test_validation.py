@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import core
 from core import FitResult, Progress, Status, Step, exhaust, fit_kernel, plan_fit_kernel
 from core.fit import tsqr, validation
+from core.fit.fitting import Fitting
 from tests.core.fit.layers import Lesson, lessons
 from tests.core.fit.lesson import lesson_pair
 from tests.core.fit.test_against_torch import LOSSES, OPTIMIZERS, optimizer
@@ -395,7 +396,8 @@ def test_equations_or_passes_are_chosen_by_their_time() -> None:
     chosen = {}
     for steps in (1, 10_000):
         plan = plan_fit_kernel(*noisy_pair(40, 1.0), validation=[large], steps=steps)
-        held_out = plan._fitting.validation  # noqa: SLF001
-        assert held_out is not None
-        chosen[steps] = held_out.prefers_equations
+        fitting = plan._fitting  # noqa: SLF001
+        assert isinstance(fitting, Fitting)
+        assert fitting.validation is not None
+        chosen[steps] = fitting.validation.prefers_equations
     assert chosen == {1: False, 10_000: True}
