@@ -187,8 +187,8 @@ def _inside(
 ) -> tuple[slice, slice] | None:
     """The rows and columns of a target as large as its input that the kernel can make without a border.
 
-    They lie as in correlate's mode "same", for kernel_size "auto" as those of the largest kernel. None if that is all of
-    them, or if core rejects the options.
+    They lie as in correlate's mode "same", for kernel_size "auto" as those of the largest kernel. None if that is all
+    of them, or if core rejects the options.
     """
     size = arrays["input"].shape[-2:]
     taps, apart = _pair(kernel_size), _pair(dilation)
