@@ -30,12 +30,14 @@ from core.fit.constraints import Symmetry
 from core.fit.losses import Loss
 from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import Solver
+from core.fit.size_selection import DEFAULT_LARGEST_SIZE
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits, cost_of
 from core.machine import Machine, measure_machine, use_one_blas_thread
 from core.shapes import OVERFLOW_THRESHOLDS, Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
+    "DEFAULT_LARGEST_SIZE",
     "ENGINES",
     "IN_CALLING_THREAD",
     "KERNELS",

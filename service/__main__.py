@@ -238,13 +238,28 @@ def train(
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="draw the loss, step by step: .svg or .png")] = None,
     kernel_size: Annotated[
-        str | None, typer.Option(help="an integer, or rows,columns; unset: from the sizes of the files")
+        str | None, typer.Option(help="an integer, rows,columns, or auto; unset: from the sizes of the files")
+    ] = None,
+    max_kernel_size: Annotated[
+        str | None, typer.Option(help="largest size that auto compares: an integer, or rows,columns; unset: 13")
     ] = None,
     bias: Annotated[bool, typer.Option("--bias", help="learn a bias as well")] = False,
     initial_kernel: ArrayFile = None,
     initial_bias: ArrayFile = None,
     weights: Annotated[
         Path | None, typer.Option(help="what each of the target's values counts", exists=True, dir_okay=False)
+    ] = None,
+    validation_input: Annotated[
+        Path | None, typer.Option(help="a file that the kernel is not fitted to", exists=True, dir_okay=False)
+    ] = None,
+    validation_target: Annotated[
+        Path | None, typer.Option(help="the target that belongs to it", exists=True, dir_okay=False)
+    ] = None,
+    validation_weights: Annotated[
+        Path | None, typer.Option(help="the weights of that target's values", exists=True, dir_okay=False)
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="steps without a smaller validation loss after which to stop; unset: never")
     ] = None,
     solver: Annotated[
         str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (the best kernel)")
@@ -300,13 +315,18 @@ def train(
                 "input": input,
                 "target": target,
                 "weights": weights,
+                "validation_input": validation_input,
+                "validation_target": validation_target,
+                "validation_weights": validation_weights,
                 "initial_kernel": initial_kernel,
                 "initial_bias": initial_bias,
             },
             output,
             plot=plot,
             kernel_size=None if kernel_size is None else _integers(kernel_size),
+            max_kernel_size=None if max_kernel_size is None else _integers(max_kernel_size),
             bias=bias,
+            patience=patience,
             solver=solver,
             learning_rate=_numbers(learning_rate),
             steps=steps,

@@ -154,7 +154,8 @@ class Compute:
 
             return convert(exhaust(plan.steps(), report))
 
-        result = max(1e6 * plan.cost.result_megabytes, FIT_STEP_BYTES * arguments["steps"])
+        histories = 1 if arguments["validation"] is None else 2
+        result = max(1e6 * plan.cost.result_megabytes, histories * FIT_STEP_BYTES * arguments["steps"])
         return await self._in_turn(share, plan.cost, answer.bytes_for(result), run)
 
     async def _in_turn(self, share: Share, cost: Cost, result: float, run: Callable[[Check], Value]) -> Value:
@@ -209,8 +210,9 @@ def _numbers(arguments: Iterable[Any]) -> int:
 def _examples(arguments: Mapping[str, Any]) -> tuple[list[Any], int]:
     """The arrays of a fit, and how many images there are in them."""
     arrays = [arguments[name] for name in ("input", "target", "weights")]
-    for pair in arguments["pairs"] or ():
-        arrays += pair
+    for name in ("pairs", "validation"):
+        for pair in arguments[name] or ():
+            arrays += pair
     inputs = [array for array in arrays if isinstance(array, np.ndarray)]
     return inputs, sum(len(array) if array.ndim == 4 else 1 for array in inputs)
 

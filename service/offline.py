@@ -30,6 +30,9 @@ PLOT_WIDTH = 60
 BETWEEN_DRAWINGS = 0.05
 """Seconds; a step may take microseconds, which drawing each would multiply."""
 
+PAIR = ("input", "target", "weights")
+"""The arrays of a pair, in the order in which core takes them."""
+
 PICTURES: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {".svg": loss_curve.svg, ".png": loss_curve.png}
 """What draws a loss history, by the file's suffix."""
 
@@ -103,7 +106,8 @@ def train(
 ) -> None:
     """Learn the kernel that leads from one file to another, with a progress bar, and write or print it.
 
-    files: those of fit_kernel's arguments that are arrays, `input` and `target` at least. Where no padding is given and
+    files: those of fit_kernel's arguments that are arrays, `input` and `target` at least; those of a validation pair
+    are named `validation_input`, `validation_target` and `validation_weights`. Where no padding is given and
     the target is as large as the input, the kernel is learned from the pixels that it can make from the input alone.
     """
     # Before anything is learned that could not be kept.
@@ -111,6 +115,7 @@ def train(
         if path is not None:
             _require_place(path, written)
     arrays: dict[str, Any] = {name: read_array(path) for name, path in files.items() if path is not None}
+    held_out = _validation_pair(arrays)
     size = arrays["target"].shape[-2:]
     inside = _inside(arrays, **options) if padding is None and arrays["input"].shape[-2:] == size else None
     if inside is not None:
@@ -119,10 +124,11 @@ def train(
             f"learning from the inner {rows} x {columns} of {size[0]} x {size[1]} pixels: "
             f"nobody knows what lies outside {files['input']} (--padding same takes zeros)"
         )
-        for name in ("target", "weights"):
-            if name in arrays and arrays[name].shape[-2:] == size:
-                arrays[name] = arrays[name][(..., *inside)]
-    fit = core.fit_kernel_steps(**arrays, padding=0 if padding is None else padding, **options)
+        _crop(arrays, inside, size)
+    if padding is None and held_out:
+        _crop_to_inside(held_out, arrays, **options)
+    validation: list[Any] | None = [tuple(held_out.get(name) for name in PAIR)] if held_out else None
+    fit = core.fit_kernel_steps(**arrays, validation=validation, padding=0 if padding is None else padding, **options)
     result = watched(
         fit,
         steps=None if options["solver"] == "exact" else options["steps"],
@@ -146,10 +152,34 @@ def train(
         typer.echo(f"loss, step by step -> {plot}")
 
 
+def _validation_pair(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Take the arrays of the validation pair out of the others. Raises ValueError if only one of two is there."""
+    held_out = {name: arrays.pop(f"validation_{name}") for name in PAIR if f"validation_{name}" in arrays}
+    if held_out and not {"input", "target"} <= held_out.keys():
+        raise ValueError("a validation pair needs both --validation-input and --validation-target")
+    return held_out
+
+
+def _crop_to_inside(held_out: dict[str, Any], arrays: Mapping[str, Any], **options: Any) -> None:
+    """Keep the inside of a validation target that is as large as its input."""
+    size = held_out["target"].shape[-2:]
+    inside = _inside({**arrays, **held_out}, **options) if held_out["input"].shape[-2:] == size else None
+    if inside is not None:
+        _crop(held_out, inside, size)
+
+
+def _crop(arrays: dict[str, NDArray[Any]], inside: tuple[slice, slice], size: Sequence[int]) -> None:
+    """Keep the inside of a target of that size, and of its weights."""
+    for name in ("target", "weights"):
+        if name in arrays and arrays[name].shape[-2:] == size:
+            arrays[name] = arrays[name][(..., *inside)]
+
+
 def _inside(
     arrays: Mapping[str, NDArray[Any]],
     *,
     kernel_size: object,
+    max_kernel_size: object,
     stride: object,
     dilation: object,
     padding_mode: str,
@@ -157,10 +187,14 @@ def _inside(
 ) -> tuple[slice, slice] | None:
     """The rows and columns of a target as large as its input that the kernel can make without a border.
 
-    They lie as in correlate's mode "same". None where that is all of them, or for core to refuse.
+    They lie as in correlate's mode "same", for kernel_size "auto" as those of the largest kernel. None if that is all
+    of them, or if core rejects the options.
     """
     size = arrays["input"].shape[-2:]
     taps, apart = _pair(kernel_size), _pair(dilation)
+    if kernel_size == "auto":
+        largest = _pair(core.DEFAULT_LARGEST_SIZE if max_kernel_size is None else max_kernel_size)
+        taps = None if largest is None else (min(largest[0], size[0]), min(largest[1], size[1]))
     if taps is None and "initial_kernel" in arrays:
         taps = _pair(arrays["initial_kernel"].shape[-2:])
     if taps is None or apart is None or len(size) != 2 or _pair(stride) != (1, 1) or padding_mode != "zeros":
@@ -205,7 +239,9 @@ def watched(
                 if isinstance(progress, core.Reading):
                     bar.update(task, completed=progress.done, total=progress.of)
                 else:
-                    bar.update(task, completed=progress.number, loss=f"loss {progress.loss:.6g}")
+                    held_out = progress.validation_loss
+                    shown = "" if held_out is None else f", validation loss {held_out:.6g}"
+                    bar.update(task, completed=progress.number, loss=f"loss {progress.loss:.6g}{shown}")
                 drawn = time.monotonic()
 
         result = core.exhaust(fit, show)

@@ -13,7 +13,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from core import Forecast, Progress, Reading
+from core import Forecast, Progress, Reading, Step
 from service.codec_work import run_codec
 from service.codecs import Fields, json
 from service.codecs.options import AnswerOptions
@@ -137,5 +137,8 @@ class ProgressStream(Response):
         if not isinstance(progress, Forecast) and now - self._told < BETWEEN_EVENTS:
             return
         self._told = now
-        event = self._write(type(progress).__name__.lower(), orjson.dumps(asdict(progress)))
+        fields = asdict(progress)
+        if isinstance(progress, Step) and progress.validation_loss is None:
+            del fields["validation_loss"]
+        event = self._write(type(progress).__name__.lower(), orjson.dumps(fields))
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from core.arrays import ArrayLike
@@ -11,17 +11,19 @@ from core.device import CPU, resolve_device
 from core.errors import Cost, InvalidArgument, InvalidOption
 from core.fit.constraints import Constraints, Symmetry, read_rank
 from core.fit.fitting import Fitting
-from core.fit.layout import Layout
 from core.fit.losses import Loss
 from core.fit.options import Auto, Options
 from core.fit.problem import Layer, Pairing, load_examples
 from core.fit.result import FitResult, Progress
 from core.fit.rules import Solver
+from core.fit.setup import Setup
+from core.fit.size_selection import SizeSelection, find_frame, require_selectable
 from core.fit.start import settled_seed, starting_point
-from core.fit.way import Method, choose_way, passage
+from core.fit.validation import load_validation, require_patience, validation_problem
+from core.fit.way import Method
 from core.limits import Limits
 from core.machine import Machine, this_machine
-from core.shapes import PaddingMode, one_of
+from core.shapes import PaddingMode, one_of, positive, shown
 
 Arguments = ParamSpec("Arguments")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -36,7 +38,7 @@ class FitPlan:
 
     cost: Cost
     method: Method
-    _fitting: Fitting
+    _fitting: Fitting | SizeSelection
 
     def steps(self) -> Generator[Progress, None, FitResult]:
         """Return a generator that computes the fit.
@@ -53,7 +55,10 @@ def plan_fit_kernel(
     *,
     weights: ArrayLike | None = None,
     pairs: Sequence[ExamplePair] | None = None,
-    kernel_size: int | Sequence[int] | None = None,
+    validation: Sequence[ExamplePair] | None = None,
+    patience: int | None = None,
+    kernel_size: int | Sequence[int] | Auto | None = None,
+    max_kernel_size: int | Sequence[int] | None = None,
     bias: bool = False,
     initial_kernel: ArrayLike | None = None,
     initial_bias: ArrayLike | None = None,
@@ -104,6 +109,13 @@ def plan_fit_kernel(
     `separable` (the maximum rank of each plane; True is 1). `smoothness` times the sum of the squared differences of
     neighbouring entries is added to the loss. All but `separable` can be combined with each other.
 
+    `kernel_size` "auto" compares all sizes, up to `max_kernel_size`, that lie centred in the largest one, and fits that
+    of the smallest Bayesian information criterion (Schwarz, Annals of Statistics 6, 1978), on the same target values.
+
+    `validation` takes pairs like `pairs` that the kernel is not fitted to: their loss (without the ridge) is computed
+    before each update, and the kernel for which it is least is returned. `patience` ends the descent when it has not
+    fallen below its least for that many steps.
+
     Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
     no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
     InvalidOption of the forecast.
@@ -134,6 +146,21 @@ def plan_fit_kernel(
     machine = machine or this_machine()
     layer = Layer(stride, padding, dilation, groups, padding_mode)
     examples = load_examples(_pairings(input, target, weights, pairs))
+    require_patience(patience, options, validated=validation is not None)
+    held_out = None if validation is None else load_validation(_named("validation", validation), examples)
+    frame = None
+    if kernel_size == "auto":
+        require_selectable(options, initial_kernel=initial_kernel is not None)
+        depth = max(examples.channels // positive("groups", layer.groups), 1)
+        frame = find_frame(examples, layer, max_kernel_size, depth=depth, bias=bias)
+        kernel_size = frame.outer
+    elif max_kernel_size is not None:
+        raise InvalidOption(
+            'max_kernel_size is given, but kernel_size is not "auto": set kernel_size to "auto", or leave it out',
+            field="max_kernel_size",
+            got=shown(max_kernel_size),
+            limit='null unless kernel_size is "auto"',
+        )
     start = starting_point(
         examples,
         layer,
@@ -142,7 +169,6 @@ def plan_fit_kernel(
         bias=bias,
         initial_bias=initial_bias,
     )
-    options = replace(options, constraints=options.constraints.for_kernel(start.kernel_shape, bias=bias))
     if batch_size is not None:
         count = sum(len(example.images) for example in examples.pairs)
         if batch_size > count:
@@ -153,29 +179,36 @@ def plan_fit_kernel(
                 limit=count,
             )
     kernel_name = "kernel_size" if initial_kernel is None else "initial_kernel"
-    passages = []
+    problems = []
     for example in examples.pairs:
         problem = layer.problem(example.images, start.kernel_shape, device=torch_device.type, kernel_name=kernel_name)
         example.require_reachable(problem)
-        if batch_size is not None:
-            problem = replace(problem, batch=1)
-        passages.append(passage(example, problem, machine, apart=batch_size is not None))
-    layout = Layout(start.kernel_shape, layer.groups, bias, examples.filters_weighted_apart)
-    way = choose_way(passages, layout, options, machine, limits)
+        problems.append(problem)
+    held_out_problems = [
+        validation_problem(pair, layer, start.kernel_shape, device=torch_device.type, kernel_name=kernel_name)
+        for pair in (held_out.pairs if held_out else ())
+    ]
+    setup = Setup(
+        options=options,
+        examples=examples,
+        held_out=held_out,
+        patience=patience,
+        start=start,
+        groups=layer.groups,
+        seed=settled_seed(seed),
+        device=torch_device,
+        machine=machine,
+        limits=limits,
+    )
+    fitting: Fitting | SizeSelection
+    if frame is None:
+        fitting, way = setup.fit(problems, held_out_problems)
+    else:
+        fitting = SizeSelection(setup, frame, problems, held_out_problems)
+        way = fitting.plan()
     cost = Cost(way.megabytes, way.gflop, way.seconds)
     if limits is not None:
         limits.require(cost)
-    fitting = Fitting(
-        options=options,
-        passages=passages,
-        layout=layout,
-        start=start,
-        seed=settled_seed(seed),
-        single_planes=examples.single_planes,
-        method=way.method,
-        device=torch_device,
-        machine=machine,
-    )
     return FitPlan(cost, way.method, fitting)
 
 
@@ -186,7 +219,7 @@ def steps_of(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, Generato
     def steps(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Generator[Progress, None, FitResult]:
         return plan(*args, **kwargs).steps()
 
-    return _named(steps, plan, "fit_kernel_steps", Generator[Progress, None, FitResult])
+    return _signed(steps, plan, "fit_kernel_steps", Generator[Progress, None, FitResult])
 
 
 def run_to_end(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, FitResult]:
@@ -196,10 +229,10 @@ def run_to_end(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, FitRes
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> FitResult:
         return exhaust(plan(*args, **kwargs).steps())
 
-    return _named(run, plan, "fit_kernel", FitResult)
+    return _signed(run, plan, "fit_kernel", FitResult)
 
 
-def _named(function: Function, plan: Callable[..., object], name: str, returned: object) -> Function:
+def _signed(function: Function, plan: Callable[..., object], name: str, returned: object) -> Function:
     """The function with a name, and the signature of the plan but for what it returns: what help() shows."""
     function.__name__ = function.__qualname__ = name
     function.__signature__ = inspect.signature(plan).replace(return_annotation=returned)  # type: ignore[attr-defined]
@@ -229,21 +262,26 @@ def _pairings(
     pairs: Sequence[ExamplePair] | None,
 ) -> list[Pairing]:
     if pairs is not None and input is None and target is None and weights is None:
-        for index, pair in enumerate(pairs):
-            if not 2 <= len(pair) <= 3:
-                raise InvalidArgument(
-                    f"pairs[{index}] has {len(pair)} arrays: an input, its target and, perhaps, weights",
-                    field=f"pairs[{index}]",
-                    got=len(pair),
-                    limit="2 or 3",
-                )
-        return [
-            Pairing(pair[0], pair[1], pair[2] if len(pair) > 2 else None, f"pairs[{index}].")
-            for index, pair in enumerate(pairs)
-        ]
+        return _named("pairs", pairs)
     if pairs is None and input is not None and target is not None:
         return [Pairing(input, target, weights)]
     raise InvalidArgument(
         "give either input and target (and weights), or pairs of them",
         field="pairs" if pairs is not None else "target" if input is not None else "input",
     )
+
+
+def _named(field: str, pairs: Sequence[ExamplePair]) -> list[Pairing]:
+    """Return pairs with their names for messages."""
+    for index, pair in enumerate(pairs):
+        if not 2 <= len(pair) <= 3:
+            raise InvalidArgument(
+                f"{field}[{index}] has {len(pair)} arrays: an input, its target and, perhaps, weights",
+                field=f"{field}[{index}]",
+                got=len(pair),
+                limit="2 or 3",
+            )
+    return [
+        Pairing(pair[0], pair[1], pair[2] if len(pair) > 2 else None, f"{field}[{index}].")
+        for index, pair in enumerate(pairs)
+    ]

@@ -15,6 +15,7 @@ from core.fit.objective import Objective
 from core.fit.result import Status, Step
 from core.fit.rules import Update
 from core.fit.steps import Steps
+from core.fit.validation import Validated, ValidationCurve
 
 HOPELESS_GROWTH = 1e6
 """Ratio of the last loss to the first (or that of a kernel of zeros, if larger) from which a descent of unknown
@@ -37,6 +38,19 @@ class Descent:
     least_loss: float
     status: Status
     overflowed: bool = False
+    validated: Validated | None = None
+
+    @property
+    def end_loss(self) -> float:
+        """The loss of the last kernel; with validation, `unknowns` and `final_loss` may be those of an earlier one."""
+        validated = self.validated
+        return self.final_loss if validated is None or self.ends_with_best else validated.end_loss
+
+    @property
+    def ends_with_best(self) -> bool:
+        """True if the last kernel is the returned one."""
+        validated = self.validated
+        return validated is None or validated.best_step in (None, len(self.loss_history))
 
 
 def descend(
@@ -50,12 +64,14 @@ def descend(
     excess: Callable[[Unknowns], Steps[float]] | None,
     diverges: bool,
     monotonic: bool,
+    validation: ValidationCurve | None = None,
 ) -> Generator[Step | None, None, Descent]:
     """Yield a Step for each update, and None within long ones; return the Descent. Close it to stop early.
 
     `objectives` gives one for each step and one more for the end. `scale` is the loss of a kernel of zeros. `excess`
     returns a loss minus the smallest possible one, if that is known. `diverges`: the rate is known not to converge, so
-    that a loss above its start has diverged; `monotonic`: one above its least, too.
+    that a loss above its start has diverged; `monotonic`: one above its least, too. `validation` records the
+    validation loss of each kernel, and ends the descent when its patience does.
 
     With a tolerance the descent ends when the excess is at most that fraction of its first value or, if it is not
     known, when the gradient is shorter than that fraction of its first length. All steps are taken while the numbers
@@ -69,9 +85,10 @@ def descend(
         first = float(np.linalg.norm(gradient)) if excess is None else (yield from excess(start))
         enough = tolerance * first
     status, overflowed = Status.COMPLETED, False
+    held_out = None if validation is None else (yield from validation.add(start))
     for number in range(1, steps + 1):
         history.append(value)
-        yield Step(number, value)
+        yield Step(number, value, held_out)
         least = min(least, value)
         updated = update(unknowns, gradient)
         new_value, new_gradient = yield from next(objectives)(updated)
@@ -79,11 +96,15 @@ def descend(
             status, overflowed = Status.DIVERGED, True
             break
         unknowns, value, gradient = updated, new_value, new_gradient
+        held_out = None if validation is None else (yield from validation.add(unknowns))
         if enough is not None:
             left = float(np.linalg.norm(gradient)) if excess is None else (yield from excess(unknowns))
             if left <= enough:
                 status = Status.CONVERGED
                 break
+        if validation is not None and validation.is_over:
+            status = Status.STOPPED_EARLY
+            break
     if status is Status.COMPLETED:
         bound = HOPELESS_GROWTH * max(history[0], scale)
         if diverges:

@@ -52,6 +52,7 @@ from core.fit.steps import Steps, Value, quietly
 from core.fit.targets import Targets, sum_up
 from core.fit.tsqr import MAX_FACTORED_SIZE, Factorization
 from core.fit.units import UNSCALED, Units, choose_units
+from core.fit.validation import Validated, Validation, ValidationCurve
 from core.fit.way import Method, Passage
 from core.machine import Machine
 
@@ -81,6 +82,7 @@ class Fitting:
     device: torch.device
     machine: Machine
     units: Units = UNSCALED
+    validation: Validation | None = None
 
     def steps(self) -> Generator[Progress, None, FitResult]:
         """Read the examples, foretell, solve or descend, and report."""
@@ -210,13 +212,30 @@ class Fitting:
             raise InvalidOption(
                 divergence_sentence(options, rate, stable, best_rate), field="learning_rate", got=rate, limit=stable
             )
+        curve = yield from self._with_progress(self._validation_curve(terms[0], analysis), self._count)
         yield forecast
         if options.solver == "exact":
             solved = self._solved(analysis, images, targets)
         else:
-            solved = self._descended(analysis, images, forecast, targets)
+            solved = self._descended(analysis, images, forecast, targets, curve)
         descent = yield from self._with_progress(solved, self._count)
+        if curve is not None and options.solver == "exact":
+            loss = yield from self._with_progress(curve.add(descent.unknowns), self._count)
+            descent = replace(descent, validated=Validated(None, loss, None, descent.final_loss))
         return (yield from self._report(descent, targets, terms, analysis, forecast, best_rate))
+
+    def analyse(self) -> Generator[Progress, None, tuple[Analysis | None, Targets]]:
+        """Analyse the sum of squares of the examples, scaled by the units, by its equations.
+
+        None if squares are too large for float64.
+        """
+        examples = [passage.example for passage in self.passages]
+        targets = yield from self._with_progress(sum_up(examples, self.device, self.units), 0)
+        if not math.isfinite(targets.squares):
+            yield from self._with_progress(require_finite(examples), self._count)
+            return None, targets
+        terms = self._terms(targets)
+        return (yield from self._analysed(Objective(terms, self.layout, mean=False), terms)), targets
 
     @property
     def _count(self) -> int:
@@ -333,7 +352,10 @@ class Fitting:
             yield self._in_loss_units(event) if event else Reading(done, self._count)
 
     def _in_loss_units(self, step: Step) -> Step:
-        return replace(step, loss=self.units.loss(step.loss)) if self.units.target else step
+        if not self.units.target:
+            return step
+        held_out = None if step.validation_loss is None else self.units.loss(step.validation_loss)
+        return replace(step, loss=self.units.loss(step.loss), validation_loss=held_out)
 
     def _forecast(self, analysis: Analysis | None, steepest: float | None) -> Steps[tuple[Forecast, float | None]]:
         """What is known beforehand, and the rate that "auto" would take."""
@@ -432,8 +454,25 @@ class Fitting:
         status = Status.CONVERGED if analysis.solved else Status.COMPLETED
         return Descent(analysis.minimum.at, [loss], loss, analysis.minimum.loss, loss, status)
 
+    def _validation_curve(self, like: Images, analysis: Analysis | None) -> Steps[ValidationCurve | None]:
+        """Return a curve of the losses on the validation pairs, if there are any."""
+        validation = self.validation
+        if validation is None:
+            return None
+        yield from validation.require_finite()
+        if analysis is not None and validation.prefers_equations:
+            loss_of = yield from validation.loss_by_equations(like, analysis.minimum.at)
+        else:
+            loss_of = validation.loss_by_images(like)
+        return ValidationCurve(loss_of, validation.patience)
+
     def _descended(
-        self, analysis: Analysis | None, images: Objective, forecast: Forecast, targets: Targets
+        self,
+        analysis: Analysis | None,
+        images: Objective,
+        forecast: Forecast,
+        targets: Targets,
+        curve: ValidationCurve | None,
     ) -> Generator[Step | None, None, Descent]:
         options, rule = self.options, self.options.rule
         objective = analysis.objective if analysis else images
@@ -454,13 +493,22 @@ class Fitting:
             excess=analysis.excess if analysis is not None and whole else None,
             diverges=whole and forecast.prediction == "diverges",
             monotonic=options.solver == "sgd",
+            validation=curve,
         )
-        if whole:
+        if not whole:
+            # A history of batches says nothing of all images together.
+            start_loss, _ = yield from objective(self._beginning)
+            final_loss, _ = yield from objective(descent.unknowns)
+            descent = replace(descent, start_loss=start_loss, final_loss=final_loss)
+        if curve is None or curve.best is None:
             return descent
-        # A history of batches says nothing of all images together.
-        start_loss, _ = yield from objective(self._beginning)
-        final_loss, _ = yield from objective(descent.unknowns)
-        return replace(descent, start_loss=start_loss, final_loss=final_loss)
+        steps, best_step, final_loss = len(descent.loss_history), curve.best_step, descent.final_loss
+        if best_step < steps:
+            final_loss = descent.loss_history[best_step]
+            if not whole:
+                final_loss, _ = yield from objective(curve.best)
+        validated = Validated(curve.losses[:steps], curve.least, best_step, descent.final_loss)
+        return replace(descent, unknowns=curve.best, final_loss=final_loss, validated=validated)
 
     def _batches(self, objective: Objective) -> Iterator[Objective]:
         """Batches without end; every epoch goes through all images in a new order."""
@@ -480,6 +528,12 @@ class Fitting:
             unknowns=self.layout.unknowns,
             message=TOO_LARGE_TO_SQUARE,
         )
+        curve = yield from self._with_progress(self._validation_curve(terms[0], None), self._count)
+        if curve is not None:
+            loss = yield from self._with_progress(curve.add(descent.unknowns), self._count)
+            exact = self.options.solver == "exact"
+            validated = Validated(None if exact else [loss], loss, None if exact else 0, math.inf)
+            descent = replace(descent, validated=validated)
         return (yield from self._report(descent, targets, terms, None, forecast, None))
 
     def _report(
@@ -517,6 +571,7 @@ class Fitting:
             start_loss=units.loss(descent.start_loss),
             final_loss=units.loss(descent.final_loss),
             least_loss=units.loss(descent.least_loss),
+            validated=None if descent.validated is None else descent.validated.scaled(units),
         )
         best = None if best is None else units.loss(best)
         excess = None if excess is None else units.loss(excess)
@@ -560,6 +615,9 @@ class Fitting:
             r_squared=explained,
             device=str(self.device),
             seed=self.seed if drawn else None,
+            validation_history=descent.validated.history if descent.validated else None,
+            validation_loss=descent.validated.loss if descent.validated else None,
+            best_step=descent.validated.best_step if descent.validated else None,
         )
 
     def _notes(self, analysis: Analysis | None, rank_note: str | None) -> list[str]:

@@ -82,12 +82,20 @@ class Images:
             if part is None:
                 yield
                 continue
-            numbers = part.load(self.device, self.units)
-            residual = self.residuals(part, numbers, unknowns)
-            of_part = _weighted(self.criterion.of(residual), numbers).sum((0, 2, 3))
-            losses += as_numpy(of_part.cpu()).reshape(losses.shape)
+            numbers, residual = self._residual(part, unknowns)
+            losses += self._losses_of(numbers, residual)
             gradient += yield from self._back(part, numbers, self.criterion.slope(residual))
         return Evaluation(losses, gradient)
+
+    def losses(self, unknowns: Unknowns) -> Steps[NDArray[np.float64]]:
+        """Compute the loss of every filter (blocks, columns), without the gradient."""
+        losses = np.zeros((self.layout.blocks, self.layout.columns))
+        for part in paced(self.parts):
+            if part is None:
+                yield
+                continue
+            losses += self._losses_of(*self._residual(part, unknowns))
+        return losses
 
     def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
         """How the gradient of a sum of squares changes along a direction."""
@@ -103,6 +111,14 @@ class Images:
     def residuals(self, part: Part, numbers: Numbers, unknowns: Unknowns) -> Tensor:
         """Return output less targets of a part, (N, O, oh, ow)."""
         return self._output(part, numbers, unknowns) - numbers.targets
+
+    def _residual(self, part: Part, unknowns: Unknowns) -> tuple[Numbers, Tensor]:
+        numbers = part.load(self.device, self.units)
+        return numbers, self.residuals(part, numbers, unknowns)
+
+    def _losses_of(self, numbers: Numbers, residual: Tensor) -> NDArray[np.float64]:
+        of_part = _weighted(self.criterion.of(residual), numbers).sum((0, 2, 3))
+        return as_numpy(of_part.cpu()).reshape(self.layout.blocks, self.layout.columns)
 
     def _output(self, part: Part, numbers: Numbers, unknowns: Unknowns) -> Tensor:
         """What kernel and bias make of the images."""

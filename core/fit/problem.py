@@ -159,6 +159,27 @@ def load_examples(pairings: Sequence[Pairing]) -> Examples:
     """
     if not pairings:
         raise InvalidArgument("pairs is empty: a kernel is learned from at least one pair", field="pairs", got="[]")
+    examples = load_pairs(pairings)
+    if not has_weight(examples.pairs):
+        raise InvalidNumbers(
+            "weights are zero everywhere: nothing is left to learn from",
+            field="weights",
+            got=0,
+            limit="some weight above 0",
+        )
+    return examples
+
+
+def has_weight(pairs: Sequence[Example]) -> bool:
+    """Return whether any target value has a weight above 0."""
+    return any(pair.weights is None or bool(_stored(pair.weights).double().any()) for pair in pairs)
+
+
+def load_pairs(pairings: Sequence[Pairing]) -> Examples:
+    """Return one or more pairs as tensors.
+
+    Raises InvalidShape and InvalidNumbers, naming the array at fault.
+    """
     pairs: list[Example] = []
     single_planes = True
     for pairing in pairings:
@@ -166,21 +187,14 @@ def load_examples(pairings: Sequence[Pairing]) -> Examples:
         targets = as_numbers(pairing.name("target"), pairing.target).detach()
         single_planes = single_planes and inputs.ndim == targets.ndim == 2
         images, planes = as_images(pairing.name("input"), inputs), as_images(pairing.name("target"), targets)
-        _require_same("images", pairing.name("target"), planes.shape[0], pairing.name("input"), images.shape[0])
+        require_same("images", pairing.name("target"), planes.shape[0], pairing.name("input"), images.shape[0])
         pairs.append(Example(images, planes, _weights(pairing, planes), pairing))
     first = pairs[0]
     for pair in pairs[1:]:
         for field in ("input", "target"):
             arrays = [example.images if field == "input" else example.targets for example in (pair, first)]
             channels, expected = (array.shape[1] for array in arrays)
-            _require_same("channels", pair.pairing.name(field), channels, first.pairing.name(field), expected)
-    if all(pair.weights is not None and not _stored(pair.weights).double().any() for pair in pairs):
-        raise InvalidNumbers(
-            "weights are zero everywhere: nothing is left to learn from",
-            field="weights",
-            got=0,
-            limit="some weight above 0",
-        )
+            require_same("channels", pair.pairing.name(field), channels, first.pairing.name(field), expected)
     return Examples(tuple(pairs), single_planes)
 
 
@@ -254,7 +268,8 @@ def _filters_differ(weights: Tensor) -> bool:
     return any(bool((image.double() != image[:1].double()).any()) for image in stored) if len(stored[0]) > 1 else False
 
 
-def _require_same(what: str, name: str, count: int, other: str, expected: int) -> None:
+def require_same(what: str, name: str, count: int, other: str, expected: int) -> None:
+    """Raise InvalidShape unless two arrays have as many images or channels."""
     if count != expected:
         raise InvalidShape(
             f"{name} has {count} {what}, {other} has {expected}: they must be as many",

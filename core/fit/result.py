@@ -21,8 +21,11 @@ class Status(StrEnum):
     COMPLETED = "completed"
     """All steps are done."""
 
+    STOPPED_EARLY = "stopped_early"
+    """The validation loss did not fall below its least for as many steps as `patience`."""
+
     DIVERGED = "diverged"
-    """The loss is not finite, or grew past any use; the kernel is the last finite one."""
+    """The loss is not finite, or grew past any use; the kernel is the last finite one or, with validation, the best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,11 @@ class Forecast(Known):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One update: its number from 1, and the loss before it."""
+    """One update: its number from 1, and the loss before it; with validation also the validation loss before it."""
 
     number: int
     loss: float
+    validation_loss: float | None = None
 
 
 Progress: TypeAlias = Reading | Forecast | Step
@@ -101,6 +105,13 @@ class FitResult(Known, Uncertainty):
     final_loss - best_possible_loss. r_squared is the share of the target's variance about its mean that the returned
     kernel explains. `method` says how it was computed. values: target values of weight above 0. huber_delta: that of
     loss "huber".
+
+    With validation, validation_history[i] is the validation loss before update i + 1 (None for solver exact),
+    validation_loss that of the returned kernel, and best_step the number of updates that led to it (None for exact).
+
+    With kernel_size "auto", kernel_sizes (n, 2) are the sizes compared, kernel_sizes_bic and kernel_sizes_loss (n)
+    their Bayesian information criterion and smallest possible loss (without the ridge). kernel_offset: pixels (rows,
+    columns) by which the kernel's windows begin after those of the size that the shapes or max_kernel_size give.
     """
 
     kernel: Tensor
@@ -118,3 +129,10 @@ class FitResult(Known, Uncertainty):
     r_squared: float | None
     device: str
     seed: int | None
+    validation_history: list[float] | None = None
+    validation_loss: float | None = None
+    best_step: int | None = None
+    kernel_sizes: Tensor | None = None
+    kernel_sizes_bic: Tensor | None = None
+    kernel_sizes_loss: Tensor | None = None
+    kernel_offset: tuple[int, int] | None = None

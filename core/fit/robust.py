@@ -151,7 +151,7 @@ class Reweighted:
         null = None
         if spectrum.ranks.min() < images.layout.size:
             null = np.repeat((yield from spectrum.null_projections()), images.layout.columns, 0)
-        return Reweighted(apart, ridge, spectrum.threshold, null)
+        return Reweighted(apart, ridge, float(np.max(spectrum.threshold)), null)
 
     @property
     def layout(self) -> Layout:

@@ -1,5 +1,6 @@
 """What a fit says of itself, in a sentence that a person can act on."""
 
+import math
 from collections.abc import Sequence
 from decimal import ROUND_DOWN, Decimal
 
@@ -7,6 +8,7 @@ from core.fit.constrained import ConstrainedAnalysis
 from core.fit.descent import Descent
 from core.fit.options import Options
 from core.fit.result import Forecast, Prediction, Status
+from core.fit.validation import Validated
 
 NAMES = {
     "sgd": "gradient descent",
@@ -108,13 +110,16 @@ def exact_sentence(forecast: Forecast, descent: Descent, r_squared: float | None
     """Say what the best kernel is worth."""
     if descent.status is Status.COMPLETED:
         times = f"{len(descent.loss_history)} conjugate gradients"
-        return f"the loss is {descent.final_loss:.6g} after {times}, which did not reach the tolerance"
+        said = f"the loss is {descent.final_loss:.6g} after {times}, which did not reach the tolerance"
+        return said if descent.validated is None else f"{said}; validation loss {descent.validated.loss:.6g}"
     found = (
         "the best kernel" if forecast.best_possible_loss is not None else "the kernel that conjugate gradients found"
     )
     said = f"{found}: loss {descent.final_loss:.6g}"
     if r_squared is not None:
         said += f", R squared {r_squared:.4g}"
+    if descent.validated is not None:
+        said += f", validation loss {descent.validated.loss:.6g}"
     return "; ".join([said, *notes])
 
 
@@ -146,6 +151,8 @@ def delta_sentence(kind: str, delta: float) -> str | None:
     if kind == "unsettled":
         return f"the scale of the residuals did not settle: huber_delta {delta:.6g} is that of the last iteration"
     return None
+
+
 def constrained_sentence(
     options: Options, analysis: ConstrainedAnalysis, loss: float, r_squared: float | None, rank_note: str | None
 ) -> str:
@@ -190,7 +197,7 @@ def descent_sentence(
     rank_note: str | None,
 ) -> str:
     """Say how the descent went and, if it went wrong or not far enough, what to change."""
-    first, last, steps = descent.start_loss, descent.final_loss, len(descent.loss_history)
+    first, last, steps = descent.start_loss, descent.end_loss, len(descent.loss_history)
     times = f"{steps} step{'' if steps == 1 else 's'}"
     if descent.status is Status.DIVERGED:
         said = [_diverged(options, forecast, descent, best_rate, times)]
@@ -198,7 +205,9 @@ def descent_sentence(
         said = [f"the loss stayed at {first:.6g} for {times}: its gradient is zero here, or the rate too small to see"]
     else:
         said = [f"the loss {'fell' if last < first else 'rose'} from {first:.6g} to {last:.6g} in {times}"]
-    if descent.status is not Status.DIVERGED:
+    if descent.validated is not None:
+        said += validation_sentences(descent, descent.validated)
+    if descent.status is not Status.DIVERGED and (descent.ends_with_best or forecast.prediction == "diverges"):
         said += _outlook(options, forecast, last, loss_of_zeros)
     if rank_note is not None:
         said.append(rank_note)
@@ -209,12 +218,31 @@ def descent_sentence(
 
 def _diverged(options: Options, forecast: Forecast, descent: Descent, best_rate: float | None, times: str) -> str:
     least = descent.start_loss if options.batch_size is not None else descent.least_loss
-    reached = "past every finite number" if descent.overflowed else f"to {descent.final_loss:.6g}"
+    reached = "past every finite number" if descent.overflowed else f"to {descent.end_loss:.6g}"
     went = f"the loss went from {least:.6g} {reached} in {times}"
     rate, stable = forecast.learning_rate, forecast.largest_stable_learning_rate
     if forecast.prediction == "diverges" and rate is not None and stable is not None:
         return f"diverged: {divergence_sentence(options, rate, stable, best_rate)} ({went})"
     return f"diverged: {went} with learning_rate {rate:g}; try a smaller one"
+
+
+def validation_sentences(descent: Descent, validated: Validated) -> list[str]:
+    """Say which kernel of a descent is returned, and why the descent ended."""
+    best_step, least, steps = validated.best_step, validated.loss, len(descent.loss_history)
+    if best_step is None:
+        return [f"validation loss {least:.6g}"]
+    if not math.isfinite(least):
+        return ["the validation loss is not finite for any of its kernels, the initial one is returned"]
+    later = steps - best_step - descent.overflowed
+    after = f"after {best_step} step{'' if best_step == 1 else 's'}"
+    if descent.status is Status.STOPPED_EARLY:
+        waited = f"{later} step{'' if later == 1 else 's'}"
+        said = f"stopped early: the validation loss has not fallen for {waited} below {least:.6g}"
+        return [f"{said}, that of the kernel {after}, which is returned (its loss: {descent.final_loss:.6g})"]
+    if not later:
+        return [f"the validation loss is least at the end: {least:.6g}"]
+    said = f"the validation loss was least {after}, {least:.6g}"
+    return [f"{said}: that kernel is returned (its loss: {descent.final_loss:.6g})"]
 
 
 def _outlook(options: Options, forecast: Forecast, last: float, loss_of_zeros: float) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -144,11 +144,17 @@ class Way:
 
 
 def choose_way(
-    passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine, limits: Limits | None = None
+    passages: Sequence[Passage],
+    layout: Layout,
+    options: Options,
+    machine: Machine,
+    limits: Limits | None = None,
+    include: Callable[[Way], Way] = lambda way: way,
 ) -> Way:
     """Choose the normal equations if the loss is a sum of squares, they fit the limits and are worth their time.
 
-    A pure function: the same fit is computed in the same way.
+    `include` adds to each way what the fit computes in addition. A pure function: the same fit is computed in the same
+    way.
     """
     if options.reweighted:
         return _reweighted(passages, layout, options, machine, limits)
@@ -163,10 +169,11 @@ def choose_way(
     if options.criterion.square:
         passes += PASSES_BEFORE
     convolutions = _convolutions(passages, layout, machine, passes)
-    convolutions = _with_history(convolutions, 0 if exact else options.steps)
+    convolutions = include(_with_history(convolutions, 0 if exact else options.steps))
     if not options.criterion.square or layout.size > MOST_UNKNOWNS:
         return convolutions
     equations = _with_history(_equations(passages, layout, options, machine, terms), 0 if exact else options.steps)
+    equations = include(equations)
     if equations.megabytes > MOST_MEGABYTES:
         return convolutions
     if not _within(equations, limits) and _within(convolutions, limits):
@@ -270,12 +277,8 @@ def _equations(passages: Sequence[Passage], layout: Layout, options: Options, ma
     entries = layout.blocks * layout.size**2
     positions = sum(entry.terms * _positions(part.problem) for entry in passages for part in entry.parts)
     seconds, operations = _to_analyse(layout, options, min(layout.size, positions))
-    for entry in passages:
-        weighted = entry.example.weights is not None
-        for part, count in _distinct(entry.readings):
-            build = lags if by_lags(part, machine, weighted=weighted) else windows
-            seconds += entry.terms * count * (PART + build.seconds(part, machine))
-            operations += entry.terms * count * build.operations(part)
+    seconds_to_read, operations_to_read = cost_of_reading(passages, machine)
+    seconds, operations = seconds + seconds_to_read, operations + operations_to_read
     if options.solver != "exact":
         batch = options.batch_size or 1
         products = options.steps * batch + 2 * terms
@@ -285,6 +288,35 @@ def _equations(passages: Sequence[Passage], layout: Layout, options: Options, ma
     after = _convolutions(passages, layout, machine, PASSES_AFTER)
     megabytes = after.megabytes + 8e-6 * (entries * (_copies(layout) + terms) + 4 * terms * layout.unknowns)
     return Way("normal equations", FIT + seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
+
+
+def cost_of_equations(passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine) -> Way:
+    """Predict the cost of the best kernel by normal equations of all examples together."""
+    return _equations(passages, layout, options, machine, 1)
+
+
+def cost_of_reading(passages: Sequence[Passage], machine: Machine) -> tuple[float, float]:
+    """Predict seconds and operations to build the normal equations of examples."""
+    seconds, operations = 0.0, 0.0
+    for entry in passages:
+        weighted = entry.example.weights is not None
+        for part, count in _distinct(entry.readings):
+            build = lags if by_lags(part, machine, weighted=weighted) else windows
+            seconds += entry.terms * count * (PART + build.seconds(part, machine))
+            operations += entry.terms * count * build.operations(part)
+    return seconds, operations
+
+
+def cost_of_losses(passages: Sequence[Passage], layout: Layout, machine: Machine) -> tuple[float, float, float]:
+    """Predict seconds, operations and bytes to compute the loss of examples once by convolutions."""
+    seconds, operations, largest = 0.0, 0.0, 0.0
+    for entry in passages:
+        weighted = entry.example.weights is not None
+        for part, count in _distinct(entry.parts):
+            seconds += entry.terms * count * seconds_of_losses(part, machine)
+            operations += entry.terms * count * part.operations
+            largest = max(largest, _bytes_of_pass(part, layout, machine, weighted=weighted))
+    return seconds, operations, largest
 
 
 def _copies(layout: Layout) -> int:
@@ -352,12 +384,18 @@ def _bytes_of_pass(problem: Problem, layout: Layout, machine: Machine, *, weight
 @lru_cache(maxsize=1024)
 def seconds_of_pass(problem: Problem, machine: Machine) -> float:
     """Predicted time to go over images that have their border: loss and gradient."""
+    return seconds_of_losses(problem, machine) + _seconds_back(problem, machine)
+
+
+@lru_cache(maxsize=1024)
+def seconds_of_losses(problem: Problem, machine: Machine) -> float:
+    """Predicted time to go over images that have their border: the loss alone."""
     rows, columns = problem.output_size
     outputs = problem.batch * problem.filters * rows * columns
     inputs = problem.batch * problem.channels * problem.height * problem.width
     moved = 8 * (4 * inputs + 16 * outputs) / machine.bandwidth
     forward = outlook(problem, "auto", machine, WITHOUT_ROUNDING)[0].seconds
-    return PART + moved + forward + _seconds_back(problem, machine)
+    return PART + moved + forward
 
 
 def _seconds_back(problem: Problem, machine: Machine) -> float:

@@ -110,6 +110,16 @@ HuberDelta = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclus
 Rank = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "boolean"}]})]
 """An integer from 1 on, or true for 1. core checks it."""
 
+_SIDE = {"type": "integer", "minimum": 1}
+
+KernelSize = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [_SIDE, {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}, {"const": "auto"}]}
+    ),
+]
+"""An integer, [rows, columns] or "auto". core checks it."""
+
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
 
@@ -153,8 +163,22 @@ class TrainKernelRequest(FiniteArrays):
         fail_fast=True,
         description="instead of input and target: up to 1000 pairs of any sizes",
     )
-    kernel_size: IntegerOrPair | None = Field(
-        None, description="inferred from the shapes where padding is 0 and stride 1"
+    validation: list[TrainingPair] | None = Field(
+        None,
+        max_length=MAX_PAIRS,
+        fail_fast=True,
+        description="pairs that the kernel is not fitted to: the kernel of least loss on them is returned",
+    )
+    patience: Positive | None = Field(
+        None, description="stop when the validation loss has not fallen below its least for so many steps"
+    )
+    kernel_size: KernelSize | None = Field(
+        None,
+        description="inferred from the shapes where padding is 0 and stride 1; auto chooses it by the Bayesian "
+        "information criterion",
+    )
+    max_kernel_size: IntegerOrPair | None = Field(
+        None, description="the largest size that kernel_size auto compares; default: from the shapes, or up to 13 x 13"
     )
     bias: bool = Field(default=False, description="learn a bias as well")
     initial_kernel: Array | None = Field(None, description="drawn from the seed where it is not given")
@@ -220,8 +244,11 @@ class TrainKernelRequest(FiniteArrays):
 
     def arguments(self) -> dict[str, object]:
         """Core takes pairs as tuples."""
-        pairs = None if self.pairs is None else [(pair.input, pair.target, pair.weights) for pair in self.pairs]
-        return {**super().arguments(), "pairs": pairs}
+        return {**super().arguments(), "pairs": _tuples(self.pairs), "validation": _tuples(self.validation)}
+
+
+def _tuples(pairs: list[TrainingPair] | None) -> list[tuple[Any, Any, Any]] | None:
+    return None if pairs is None else [(pair.input, pair.target, pair.weights) for pair in pairs]
 
 
 class TrainKernelAnswer(BaseModel):
@@ -230,12 +257,23 @@ class TrainKernelAnswer(BaseModel):
     kernel: Array = Field(description="(h, w) where all arrays were (H, W), (O, C/groups, h, w) otherwise")
     bias: Array | None
     kernel_shape: list[int]
+    kernel_sizes: Array | None = Field(description="(n, 2), the sizes that kernel_size auto compared; null otherwise")
+    kernel_sizes_bic: Array | None = Field(description="(n), their Bayesian information criterion")
+    kernel_sizes_loss: Array | None = Field(description="(n), their smallest possible loss, without the ridge")
+    kernel_offset: list[int] | None = Field(
+        description="rows and columns of the input, or of its padding, that the chosen size crops on each side"
+    )
     loss_history: list[float | None] = Field(
         description="the loss before each update, of its batch where there are batches"
     )
     loss_history_steps: list[int] | None = Field(
         None, description="the steps of loss_history, counted from 1; only with ?history=thin"
     )
+    validation_history: list[float | None] | None = Field(
+        description="the validation loss before each of these updates; null without validation and for solver exact"
+    )
+    validation_loss: float | None = Field(description="the validation loss of the kernel that is returned")
+    best_step: int | None = Field(description="updates that led to the kernel of least validation loss; 0: none")
     final_loss: float | None = Field(description="the loss of the kernel that is returned")
     best_possible_loss: float | None = Field(
         description="the smallest loss that any kernel within the constraints has; null if only a local one is known"
@@ -310,6 +348,8 @@ def _fields(fit: core.FitResult, *, thin: bool) -> Fields:
     if thin:
         steps = _thinned(len(fit.loss_history))
         fields["loss_history"] = [fit.loss_history[step - 1] for step in steps]
+        if fit.validation_history is not None:
+            fields["validation_history"] = [fit.validation_history[step - 1] for step in steps]
         fields["loss_history_steps"] = steps
     else:
         del fields["loss_history_steps"]

@@ -99,7 +99,8 @@ def test_kernels_of_every_low_rank_are_factored_to_their_own_precision(
     rank: int, dtype: type[np.floating[Any]], rng: np.random.Generator
 ) -> None:
     kernel: NDArray[Any] = (rng.normal(size=(11, rank)) @ rng.normal(size=(rank, 9))).astype(dtype)
-    _, columns, rows, total, left = factors_of(kernel)
+    factors = factors_of(kernel)
+    columns, rows, total, left = factors.columns, factors.rows, factors.total, factors.left
     assert total >= float(np.abs(kernel).sum()) * (1 - 1e-6)
     assert columns.shape == (rank, 11)
     assert (np.abs(columns).sum(1) <= 1).all()

@@ -300,6 +300,48 @@ def test_every_option_of_a_fit_is_a_flag(
         assert plain.shape != wanted.kernel.shape or (plain - wanted.kernel).abs().max() > 1e-4
 
 
+def test_training_chooses_the_size(tmp_path: Path, rng: np.random.Generator) -> None:
+    image, kernel = rng.normal(size=(30, 30)), rng.normal(size=(3, 5))
+    whole = np.zeros((30, 30))
+    whole[1:-1, 2:-2] = core.correlate(image, kernel, dtype="float64").output
+    files = saved(tmp_path / "x.npy", image), saved(tmp_path / "y.npy", whole)
+    output = tmp_path / "k.npy"
+    for largest in ((), ("--max-kernel-size", "5,7")):
+        result = corr2d("train", *files, "--kernel-size", "auto", *largest, "--solver", "exact", "-o", output)
+        assert result.exit_code == 0, result.output
+        np.testing.assert_allclose(np.load(output), kernel, atol=1e-9)
+        assert "kernel_size (3, 5) has the smallest BIC of" in result.stdout
+        assert f"up to {'(5, 7)' if largest else '(13, 13)'}" in result.stdout
+
+
+def test_training_stops_by_the_loss_on_other_files(tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = {name: rng.normal(size=(20, 20)) for name in ("x", "y", "other", "theirs", "w")}
+    arrays["w"] = np.square(arrays["w"])
+    files = {name: saved(tmp_path / f"{name}.npy", array) for name, array in arrays.items()}
+    output = tmp_path / "k.npy"
+    options = ("--kernel-size", 3, "--seed", 1, "--learning-rate", "1e-3", "--steps", 200, "-o", output)
+    held_out = ("--validation-input", files["other"], "--validation-target", files["theirs"])
+    weighted = ("--validation-weights", files["w"], "--patience", 4)
+    result = corr2d("train", files["x"], files["y"], *options, *held_out, *weighted)
+    assert result.exit_code == 0, result.output
+    inside = np.s_[1:-1, 1:-1]
+    fit = core.fit_kernel(
+        arrays["x"],
+        arrays["y"][inside],
+        validation=[(arrays["other"], arrays["theirs"][inside], arrays["w"][inside])],
+        patience=4,
+        seed=1,
+        learning_rate=1e-3,
+        steps=200,
+    )
+    assert fit.status is core.Status.STOPPED_EARLY
+    assert fit.message in result.stdout
+    np.testing.assert_allclose(np.load(output), fit.kernel, rtol=1e-9)
+    half = corr2d("train", files["x"], files["y"], *options, *held_out[:2])
+    assert half.exit_code == 1
+    assert half.stderr == "corr2d: a validation pair needs both --validation-input and --validation-target\n"
+
+
 def test_a_divergence_is_foretold_and_can_be_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     files = [saved(tmp_path / f"{name}.npy", rng.normal(size=(9, 9))) for name in "xy"]
     output = tmp_path / "k.npy"

@@ -306,3 +306,115 @@ def test_constraints_that_cannot_be_kept_are_validation_errors(
     error = first_error(send("POST", "/train-kernel", json={**LESSON, **options}), 422)
     assert error["field"] == field
     assert message in error["message"]
+
+
+NOISE = np.random.default_rng(8)
+HELD_OUT = {"input": NOISE.normal(size=(9, 9)).tolist(), "target": NOISE.normal(size=(9, 8)).tolist()}
+
+
+def test_validation_reaches_core(send: Send) -> None:
+    body: dict[str, Any] = {
+        **LESSON,
+        "seed": 1,
+        "steps": 200,
+        "learning_rate": "auto",
+        "validation": [HELD_OUT],
+        "patience": 2,
+    }
+    answer = send("POST", "/train-kernel", json=body).json()
+    expected = core.fit_kernel(**{**body, "validation": [(HELD_OUT["input"], HELD_OUT["target"])]})
+    assert answer["status"] == "stopped_early"
+    assert answer["validation_history"] == pytest.approx(expected.validation_history)
+    assert answer["validation_loss"] == pytest.approx(expected.validation_loss)
+    assert (answer["best_step"], answer["steps"]) == (expected.best_step, expected.steps)
+    np.testing.assert_allclose(answer["kernel"], expected.kernel)
+    plain = send("POST", "/train-kernel", json={**LESSON, "seed": 1}).json()
+    assert plain["validation_history"] is plain["validation_loss"] is plain["best_step"] is None
+
+
+def test_validation_comes_in_the_query_of_binary_bodies(send: Send) -> None:
+    arrays = {name: np.asarray(value, np.float64) for name, value in LESSON.items()}
+    response = send(
+        "POST",
+        "/train-kernel",
+        params={"validation": json.dumps([HELD_OUT]), "seed": "1", "steps": "30", "history": "thin"},
+        content=b"".join(npz.encode(arrays)),
+        headers={"Content-Type": npz.MEDIA_TYPE, "Accept": npz.MEDIA_TYPE},
+    )
+    assert response.status_code == 200, response.text
+    options: dict[str, Any] = {**LESSON, "seed": 1, "steps": 30}
+    expected = core.fit_kernel(**options, validation=[(HELD_OUT["input"], HELD_OUT["target"])]).validation_history
+    assert expected is not None
+    np.testing.assert_allclose(npz.decode(response.content, 10**6)["validation_history"], expected)
+    assert json.loads(response.headers["Corr2d-Result"])["best_step"] >= 0
+
+
+def test_a_validation_history_is_thinned_like_that_of_the_loss(send: Send) -> None:
+    body = {**LESSON, "seed": 1, "steps": 5000, "learning_rate": 1e-4, "validation": [HELD_OUT]}
+    full = send("POST", "/train-kernel", json=body).json()
+    thin = send("POST", "/train-kernel?history=thin", json=body).json()
+    steps = thin["loss_history_steps"]
+    assert len(steps) <= 1000
+    assert thin["validation_history"] == [full["validation_history"][step - 1] for step in steps]
+
+
+def test_steps_are_streamed_with_their_validation_loss(send: Send) -> None:
+    body = {**LESSON, "seed": 1, "steps": 200_000, "learning_rate": 1e-4}
+    for validation, has_loss in (([HELD_OUT], True), (None, False)):
+        response = send(
+            "POST",
+            "/train-kernel?history=thin",
+            json={**body, "validation": validation},
+            headers={"Accept": "application/x-ndjson"},
+        )
+        events = [json.loads(line) for line in response.text.splitlines()]
+        steps = [event for event in events if event["event"] == "step"]
+        assert steps
+        assert {"validation_loss" in event for event in steps} == {has_loss}
+        assert events[-1]["event"] == "result"
+        assert (events[-1]["validation_history"] is not None) == has_loss
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"validation": []}, "validation"),
+        ({"validation": [{"input": [[1]]}]}, "validation[0].target"),
+        ({"validation": [{"input": [[1, 2]], "target": [[1, 2]]}]}, "validation[0].target"),
+        ({"patience": 5}, "patience"),
+        ({"patience": 5, "solver": "exact", "validation": [HELD_OUT]}, "patience"),
+    ],
+)
+def test_validation_that_cannot_be_used_is_rejected(send: Send, change: dict[str, Any], field: str) -> None:
+    assert first_error(send("POST", "/train-kernel", json={**LESSON, **change}), 422)["field"] == field
+
+
+def test_a_size_is_chosen(send: Send) -> None:
+    rng = np.random.default_rng(2)
+    image, kernel = rng.normal(size=(30, 30)), rng.normal(size=(3, 5))
+    target = reference.valid(image, kernel)[2:-2, 1:-1]
+    target += 0.1 * rng.normal(size=target.shape)
+    body = {"input": image.tolist(), "target": target.tolist(), "kernel_size": "auto", "solver": "exact"}
+    answer = send("POST", "/train-kernel", json=body).json()
+    assert answer["kernel_shape"] == [3, 5]
+    assert answer["kernel_offset"] == [2, 1]
+    assert answer["kernel_sizes"] == [[rows, columns] for rows in (1, 3, 5, 7) for columns in (1, 3, 5, 7)]
+    assert answer["kernel_sizes"][int(np.argmin(answer["kernel_sizes_bic"]))] == [3, 5]
+    expected = core.fit_kernel(image, target, kernel_size="auto", solver="exact")
+    assert expected.kernel_sizes_bic is not None
+    assert answer["kernel_sizes_bic"] == pytest.approx(expected.kernel_sizes_bic.tolist())
+    assert answer["message"] == expected.message
+    response = send(
+        "POST",
+        "/train-kernel?kernel_size=auto&max_kernel_size=[3,5]&solver=exact",
+        content=b"".join(npz.encode({"input": image, "target": target})),
+        headers={"Content-Type": npz.MEDIA_TYPE, "Accept": npz.MEDIA_TYPE},
+    )
+    arrays = npz.decode(response.content, 10**6)
+    assert arrays["kernel_sizes"].tolist() == [[1, 1], [1, 3], [1, 5], [3, 1], [3, 3], [3, 5]]
+    assert arrays["kernel_sizes_loss"].shape == arrays["kernel_sizes_bic"].shape == (6,)
+    assert json.loads(response.headers["Corr2d-Result"])["kernel_offset"] == [2, 1]
+    plain = send("POST", "/train-kernel", json={**LESSON, "seed": 1}).json()
+    assert [plain[name] for name in ("kernel_sizes", "kernel_sizes_bic", "kernel_offset")] == [None] * 3
+    error = first_error(send("POST", "/train-kernel", json={**body, "solver": "sgd", "loss": "l1"}), 422)
+    assert error["field"] == "loss"

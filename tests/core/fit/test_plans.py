@@ -13,6 +13,7 @@ import core
 from core import FitResult, exhaust, fit_kernel, plan_fit_kernel
 from core.arrays import as_numbers
 from core.fit import exact, parts, problem, targets, way
+from core.fit.fitting import Fitting
 from core.fit.steps import OPERATIONS
 from tests.core.fit.layers import Lesson, lessons
 from tests.core.fit.lesson import lesson_pair
@@ -74,7 +75,9 @@ def test_many_small_images_are_planned_about_as_quickly_as_one() -> None:
 def test_weights_of_a_plane_are_not_copied_for_every_filter() -> None:
     weights = torch.ones(10, 10)
     plan = plan_fit_kernel(np.ones((10, 10)), np.ones((4000, 10, 10)), weights=weights)
-    (passage,) = plan._fitting.passages  # noqa: SLF001
+    fitting = plan._fitting  # noqa: SLF001
+    assert isinstance(fitting, Fitting)
+    (passage,) = fitting.passages
     assert passage.example.weights is not None
     assert passage.example.weights.untyped_storage().nbytes() == 400
 
@@ -92,7 +95,9 @@ def test_a_fit_in_small_parts_is_the_same(lesson: Lesson) -> None:
                 patch.setattr(module, "BLOCK_VALUES", values)
             plans = [plan_fit_kernel(pairs=lesson.pairs, **{**options, **kind}) for kind in kinds]
             results.append([exhaust(plan.steps()) for plan in plans])
-            counts = [len(passage.parts) for passage in plans[0]._fitting.passages]  # noqa: SLF001
+            fitting = plans[0]._fitting  # noqa: SLF001
+            assert isinstance(fitting, Fitting)
+            counts = [len(passage.parts) for passage in fitting.passages]
     assume(max(counts) > 1)
     for whole, apart in zip(*results, strict=True):
         assert apart.loss_history == pytest.approx(whole.loss_history, rel=1e-9, abs=1e-12)
