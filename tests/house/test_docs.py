@@ -110,7 +110,7 @@ def test_the_tables_of_metrics_and_labels_are_complete() -> None:
     families = list(Families(create_app(Settings()).state.metrics, "").collect())
     suffix = {"counter": "_total", "info": "_info"}
     labels: dict[str, dict[str, None]] = {}
-    listed = rows("What is counted", MONITORING_PAGE)
+    listed = rows("Metrics", MONITORING_PAGE)
     for family, row in zip(families, listed[: len(families)], strict=True):
         names = list(dict.fromkeys(name for sample in family.samples for name in sample.labels if name != "le"))
         written = ", ".join(f"`{name}`" for name in names) or "none"
