@@ -58,16 +58,16 @@ def test_the_table_of_errors_is_complete() -> None:
 
 
 def test_the_tables_of_formats_are_complete() -> None:
-    listed = rows("What carries what", FORMATS_PAGE)
+    listed = rows("Media types", FORMATS_PAGE)
     assert [media_type.strip("`") for media_type, _, _ in listed] == list(FORMATS)
     for media_type, body, answer in listed:
         assert (body != "none") == (media_type.strip("`") in DECODED)
         assert (answer != "none") == (media_type.strip("`") in ENCODED)
-    assert dict(rows("Numbers", FORMATS_PAGE))["dtypes"] == ", ".join(f"`{dtype}`" for dtype in DTYPES)
+    assert dict(rows("Data types", FORMATS_PAGE))["dtypes"] == ", ".join(f"`{dtype}`" for dtype in DTYPES)
 
 
 def test_the_content_codings_are_listed() -> None:
-    section = FORMATS_PAGE.split("\n## Compressed\n", 1)[1].split("\n## ", 1)[0]
+    section = FORMATS_PAGE.split("\n## Compression\n", 1)[1].split("\n## ", 1)[0]
     assert set(re.findall("[a-z]+", " ".join(re.findall("`([^`]+)`", section)))) >= {*CODINGS.split(", "), *COMPRESSORS}
 
 
@@ -110,7 +110,7 @@ def test_the_tables_of_metrics_and_labels_are_complete() -> None:
     families = list(Families(create_app(Settings()).state.metrics, "").collect())
     suffix = {"counter": "_total", "info": "_info"}
     labels: dict[str, dict[str, None]] = {}
-    listed = rows("What is counted", MONITORING_PAGE)
+    listed = rows("Metrics", MONITORING_PAGE)
     for family, row in zip(families, listed[: len(families)], strict=True):
         names = list(dict.fromkeys(name for sample in family.samples for name in sample.labels if name != "le"))
         written = ", ".join(f"`{name}`" for name in names) or "none"
