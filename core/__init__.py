@@ -27,7 +27,7 @@ from core.errors import (
 from core.explain import Candidate, explain, with_error_bound
 from core.fit import FitPlan, exhaust, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit.losses import Loss
-from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
+from core.fit.result import RIDGE_PATH_FIELDS, FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import Solver
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits, cost_of
@@ -39,6 +39,7 @@ __all__ = [
     "IN_CALLING_THREAD",
     "KERNELS",
     "OVERFLOW_THRESHOLDS",
+    "RIDGE_PATH_FIELDS",
     "Boundary",
     "Candidate",
     "Check",

@@ -253,7 +253,14 @@ def train(
     steps: Annotated[int, typer.Option(help="updates of the kernel")] = 10,
     loss: Annotated[str, typer.Option(help="of the differences: sum (of squares), mean, huber or l1")] = "sum",
     tolerance: Annotated[float | None, typer.Option(help="end early, at this share of the first gradient")] = None,
-    ridge: Annotated[float, typer.Option(help="times the kernel's squares is added to the loss")] = 0.0,
+    ridge: Annotated[
+        str,
+        typer.Option(help="a number: times the kernel's squares is added to the loss; or auto: by cross-validation"),
+    ] = "0",
+    ridge_path: Annotated[
+        Path | None, typer.Option(help="write the kernels of 50 ridges, and their cross-validation: .npz")
+    ] = None,
+    covariance: Annotated[Path | None, typer.Option(help="write the covariance of the unknowns: .npy")] = None,
     momentum: Annotated[float | None, typer.Option(help="of momentum and nesterov; unset: 0.9")] = None,
     betas: Annotated[str | None, typer.Option(help="of adam; unset: 0.9,0.999")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images a step; unset: all")] = None,
@@ -297,7 +304,9 @@ def train(
             steps=steps,
             loss=loss,
             tolerance=tolerance,
-            ridge=ridge,
+            ridge=_numbers(ridge),
+            ridge_path=ridge_path,
+            covariance=covariance,
             momentum=momentum,
             betas=None if betas is None else _numbers(betas),
             batch_size=batch_size,

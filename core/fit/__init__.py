@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 from core.arrays import ArrayLike
 from core.device import CPU, resolve_device
 from core.errors import Cost, InvalidArgument, InvalidOption
+from core.fit.cross_validation import require_equations, require_searchable
 from core.fit.fitting import Fitting
 from core.fit.layout import Layout
 from core.fit.losses import Loss
@@ -17,7 +18,7 @@ from core.fit.problem import Layer, Pairing, load_examples
 from core.fit.result import FitResult, Progress
 from core.fit.rules import Solver
 from core.fit.start import settled_seed, starting_point
-from core.fit.way import Method, choose_way, passage
+from core.fit.way import Method, choose_way, extra_megabytes, passage
 from core.limits import Limits
 from core.machine import Machine, this_machine
 from core.shapes import PaddingMode, one_of
@@ -61,11 +62,13 @@ def plan_fit_kernel(
     steps: int = 10,
     loss: Loss = "sum",
     tolerance: float | None = None,
-    ridge: float = 0.0,
+    ridge: float | Auto = 0.0,
     momentum: float | None = None,
     betas: Sequence[float] | None = None,
     batch_size: int | None = None,
     refuse_divergence: bool = False,
+    ridge_path: bool = False,
+    covariance: bool = False,
     seed: int | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
@@ -90,6 +93,10 @@ def plan_fit_kernel(
     steps. `tolerance` ends the descent where the gradient is shorter than that share of its first length, or a step
     lowers the loss by less than that share of it.
 
+    `ridge` "auto" is the one that minimises generalised cross-validation (Golub, Heath and Wahba, Technometrics 21,
+    1979), for a sum or mean of squares. `ridge_path` adds the kernels of ridges of all sizes to the result,
+    `covariance` that of each filter's unknowns.
+
     Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
     no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
     InvalidOption of the forecast.
@@ -111,6 +118,8 @@ def plan_fit_kernel(
         betas,
         batch_size,
         refuse_divergence,
+        ridge_path,
+        covariance,
     )
     one_of("padding_mode", padding_mode, PaddingMode)
     wanted = resolve_device(device)
@@ -144,8 +153,10 @@ def plan_fit_kernel(
             problem = replace(problem, batch=1)
         passages.append(passage(example, problem, machine, apart=batch_size is not None))
     layout = Layout(start.kernel_shape, layer.groups, bias, examples.filters_weighted_apart)
+    require_searchable(options, layout, lambda: sum(example.values for example in examples.pairs))
     way = choose_way(passages, layout, options, machine, limits)
-    cost = Cost(way.megabytes, way.gflop, way.seconds)
+    require_equations(options, way.method)
+    cost = Cost(way.megabytes, way.gflop, way.seconds, extra_megabytes(layout, options))
     if limits is not None:
         limits.require(cost)
     fitting = Fitting(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from core.engines import outlook, peak_bytes
 from core.fit import lags, windows
+from core.fit.cross_validation import PATH_RIDGES
 from core.fit.gram import by_lags
 from core.fit.layout import Layout
 from core.fit.objective import WITHOUT_ROUNDING
@@ -28,7 +29,9 @@ MOST_UNKNOWNS = 16_384
 
 COPIES = 6
 COPIES_FACTORED = 4
-"""Copies of the normal equations in memory while eigenvectors, or a factorization, are computed."""
+COPIES_DECOMPOSED = 4
+"""Copies of the normal equations in memory while eigenvectors, or a factorization, are computed; and those in addition
+for a search among ridges."""
 
 MOST_MEGABYTES = 4000.0
 """Memory of all copies, and of the equations that are kept apart for batches."""
@@ -39,6 +42,7 @@ WORTH_THE_MINIMUM = 60.0
 rank and standard errors; of the exact solver, for a kernel that is known to be the best."""
 
 EIGENVECTORS = 5e-10
+SINGULAR_VECTORS = 1.3e-9
 CHOLESKY = 5e-11
 PRODUCT = 2.5e-10
 """Seconds for the cube of the unknowns, and for an entry of the equations in a product with a vector; measured."""
@@ -61,6 +65,9 @@ HISTORY = 6e-5
 PASSES_BEFORE = 30
 PASSES_TO_SOLVE = 150
 """Passes over the images to find the steepest curvature, and for conjugate gradients, which take 30 to 750."""
+
+RESULT_COPIES = 4
+"""Copies of the large arrays of a result in memory while they are computed and scaled."""
 
 PASSES_AFTER = 2
 """To see the best kernel's residuals where it comes from the equations."""
@@ -127,6 +134,8 @@ def choose_way(
     equations = _with_history(_equations(passages, layout, options, machine, terms), 0 if exact else options.steps)
     if equations.megabytes > MOST_MEGABYTES:
         return convolutions
+    if options.searches_ridges or options.covariance:
+        return equations
     if not _within(equations, limits) and _within(convolutions, limits):
         return convolutions
     worth = WORTH_THE_MINIMUM if exact else WORTH_THE_TRUTH
@@ -157,9 +166,19 @@ def _equations(passages: Sequence[Passage], layout: Layout, options: Options, ma
         seconds += options.steps * (ADAM_STEP if options.solver == "adam" else STEP)
         seconds += products * (TERM + PRODUCT * entries * layout.columns)
         operations += 2.0 * entries * layout.columns * products
-    after = _convolutions(passages, layout, machine, PASSES_AFTER)
-    megabytes = after.megabytes + 8e-6 * (entries * (_copies(layout) + terms) + 4 * terms * layout.unknowns)
+    # With a search for ridges the best kernel without one is computed as well.
+    after = _convolutions(passages, layout, machine, PASSES_AFTER * (1 + options.searches_ridges))
+    copies = _copies(layout) + terms + COPIES_DECOMPOSED * options.searches_ridges
+    megabytes = after.megabytes + 8e-6 * (entries * copies + 4 * terms * layout.unknowns)
+    megabytes += RESULT_COPIES * extra_megabytes(layout, options)
     return Way("normal equations", FIT + seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
+
+
+def extra_megabytes(layout: Layout, options: Options) -> float:
+    """Return the memory of the large arrays of a result, on request: a path of ridges, and covariances."""
+    path = PATH_RIDGES * layout.unknowns if options.ridge_path else 0
+    covariance = layout.kernel_shape[0] * layout.size**2 if options.covariance else 0
+    return 8e-6 * (path + covariance)
 
 
 def _copies(layout: Layout) -> int:
@@ -175,8 +194,10 @@ def _positions(problem: Problem) -> int:
 def _to_analyse(layout: Layout, options: Options, rank: int) -> tuple[float, float]:
     """Seconds and operations for eigenvalues or factorizations, solutions and rates; the rank is at most that."""
     size, cube = layout.size, layout.blocks * layout.size**3
-    twice = 2 if options.ridge else 1
+    twice = (2 if options.ridge else 1) + options.searches_ridges
     solving = 12 * cube / size * layout.columns
+    if options.ridge_path:
+        solving += 2 * PATH_RIDGES * cube / size * layout.columns
     if size <= LARGEST_DECOMPOSED:
         times = twice + 0.4 + (options.learning_rate == "auto")
         seconds = times * (EIGENVECTORS * cube + layout.blocks * CALL) + PRODUCT / 2 * solving
@@ -187,6 +208,12 @@ def _to_analyse(layout: Layout, options: Options, rank: int) -> tuple[float, flo
             lanczos += 2 * QUADRATURE_STEPS * cube / size * layout.columns
         seconds = (twice + 0.5) * CHOLESKY * cube * rank / size + PRODUCT / 2 * (lanczos + solving)
         operations = (twice + 1) / 3 * cube * rank / size + lanczos + solving
+    if options.searches_ridges:
+        seconds += (SINGULAR_VECTORS + CHOLESKY) * cube + 2 * layout.blocks * CALL
+        operations += 20.0 * cube
+    if options.covariance:
+        seconds += PRODUCT * 2 * cube / 2
+        operations += 4.0 * cube
     if options.learning_rate == "auto" and options.solver != "exact":
         curvatures = QUADRATURE_STEPS if size > LARGEST_DECOMPOSED else layout.blocks * size
         tried = curvatures * rates_tried(options.rule or GradientDescent(), curvatures, options.steps)
