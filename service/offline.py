@@ -150,6 +150,14 @@ def train(
         typer.echo(f"bias {json.dumps(result.bias.cpu().numpy().round(6)).decode()}")
     if known := _known(result):
         typer.echo(known)
+    _write_analysis(result, ridge_path, covariance)
+    if plot is not None:
+        plot.write_bytes(PICTURES[plot.suffix.lower()]({name: getattr(result, name) for name in loss_curve.FIELDS}))
+        typer.echo(f"loss, step by step -> {plot}")
+
+
+def _write_analysis(result: core.FitResult, ridge_path: Path | None, covariance: Path | None) -> None:
+    """Write the arrays of a result that are requested by files of their own."""
     if ridge_path is not None:
         arrays_of_path = {name: getattr(result, name) for name in core.RIDGE_PATH_FIELDS}
         found = {name: _array(array) for name, array in arrays_of_path.items() if array is not None}
@@ -160,9 +168,6 @@ def train(
         else:
             matrix = _array(result.covariance)
             _write_parts(covariance, npy.encode(matrix), f"covariance {matrix.shape}")
-    if plot is not None:
-        plot.write_bytes(PICTURES[plot.suffix.lower()]({name: getattr(result, name) for name in loss_curve.FIELDS}))
-        typer.echo(f"loss, step by step -> {plot}")
 
 
 def _inside(

@@ -97,6 +97,8 @@ class Analysis:
         errors = np.sqrt(np.maximum(diagonals, 0))[:, :, None] * deviations[:, None, :]
         if matrices is not None:
             matrices = (matrices + matrices.swapaxes(1, 2)) / 2
+            entries = np.arange(layout.size)
+            matrices[:, entries, entries] = np.maximum(diagonals, 0)
         return Precision(freedom, deviations, errors, matrices)
 
 

@@ -41,9 +41,12 @@ RIDGES_PER_REFINEMENT = 17
 PATH_RIDGES = 50
 """Ridges of a path."""
 
-BELOW_SMALLEST = 1e-3
-ABOVE_LARGEST = 1e4
-"""Smallest and largest ridge, relative to the smallest and largest squared singular value: 0 and infinity in effect."""
+SMALLEST_RIDGE = 1e-10
+SMALLEST_PATH_RIDGE = 1e-3
+"""Smallest ridges of a search and of a path, relative to the smallest squared singular value: what it takes from a kernel."""
+
+LARGEST_RIDGE = 1e4
+"""Largest ridge, relative to the largest squared singular value: the inverse of what it leaves of a kernel."""
 
 NEGLIGIBLE_RIDGE = 1e-16
 """Ridge relative to the largest squared singular value, if some vanish: what it takes from a kernel is rounding."""
@@ -124,15 +127,14 @@ class RidgeFamily:
     spare: int
     determined: bool
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest ridge that make a difference."""
+    def bounds(self, smallest_ridge: float) -> tuple[float, float]:
+        """Return the smallest and the largest ridge, the smallest relative to the smallest squared singular value."""
         squares = np.square(self.values[self.values > 0])
         smallest, largest = (float(squares.min()), float(squares.max())) if squares.size else (1.0, 1.0)
-        least = BELOW_SMALLEST * smallest
+        least = smallest_ridge * smallest
         if not self.determined:
             least = min(least, NEGLIGIBLE_RIDGE * largest)
-        return max(least, VANISHING), ABOVE_LARGEST * largest
+        return max(least, VANISHING), LARGEST_RIDGE * largest
 
     def evaluate(self, ridges: Floats) -> Steps[tuple[Floats, Floats, Floats]]:
         """Return GCV, sums of squares and effective degrees of freedom for each of the ridges, all above 0."""
@@ -168,7 +170,7 @@ class RidgeFamily:
 
     def path(self, scale: float) -> Steps[RidgePath]:
         """Return what ridges of all sizes give; those of the loss are `scale` times those of the sum of squares."""
-        ridges = np.geomspace(*self.bounds, PATH_RIDGES)
+        ridges = np.geomspace(*self.bounds(SMALLEST_PATH_RIDGE), PATH_RIDGES)
         gcv, left, freedom = yield from self.evaluate(ridges)
         unknowns = np.empty((len(ridges), self.layout.blocks, self.layout.size, self.layout.columns))
         for number, ridge in enumerate(ridges):
@@ -182,7 +184,7 @@ def choose_ridge(family: RidgeFamily) -> Steps[tuple[float, Chosen]]:
 
     GCV may have several minima: all sizes are tried, and the neighbourhood of the best is searched again.
     """
-    least, most = family.bounds
+    least, most = family.bounds(SMALLEST_RIDGE)
     ridges = np.geomspace(least, most, 1 + int(np.ceil(RIDGES_PER_DECADE * np.log10(most / least))))
     scores, _, _ = yield from family.evaluate(ridges)
     if not family.values.any() or not np.isfinite(scores).any():
@@ -224,7 +226,9 @@ def decompose(
         left, found, axes[block] = np.linalg.svd(factor[block])
         yield
         parts[block] = left.T @ right[block]
-        rank = min(int(np.count_nonzero(found > max(threshold * found[0], VANISHING))), max(available[block], 0))
+        # Centring leaves rounding errors of the columns as they were.
+        largest = np.linalg.norm(problem.factor[block][:, :taps])
+        rank = min(int(np.count_nonzero(found > max(threshold * largest, VANISHING))), max(available[block], 0))
         values[block, :rank] = found[:rank]
     rank = int(np.count_nonzero(values))
     if not determined and biases == blocks * layout.bias:

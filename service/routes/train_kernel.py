@@ -246,8 +246,8 @@ class TrainKernelAnswer(BaseModel):
     residual_std: Array | None = Field(description="(O), standard deviation of the noise in a target value of weight 1")
     degrees_of_freedom: Array | None = Field(description="(O), values less unknowns (with a ridge: effective unknowns)")
     covariance: Array | None = Field(
-        description="on request: (size, size) for a kernel (h, w), (O, size, size) otherwise, of a filter's entries row "
-        "by row, then its bias; for a ridge as if it were given"
+        description="on request: of a filter's entries row by row, then its bias, taking the ridge as given; (size, "
+        "size) for a kernel (h, w), (O, size, size) otherwise"
     )
     ridge_path: Array | None = Field(description="on request: (n), ridges of all sizes, ascending")
     ridge_path_gcv: Array | None = Field(

@@ -170,7 +170,7 @@ def test_binary_answers_hold_every_array_and_series(send: Send) -> None:
 
 def test_a_path_of_ridges_and_a_covariance_are_reported_on_request(send: Send, rng: np.random.Generator) -> None:
     image, target = rng.normal(size=(9, 9)), rng.normal(size=(2, 7, 8))
-    options = {"solver": "exact", "ridge": "auto", "bias": True}
+    options: dict[str, Any] = {"solver": "exact", "ridge": "auto", "bias": True}
     body = {"input": image.tolist(), "target": target.tolist(), **options, "ridge_path": True, "covariance": True}
     answer = send("POST", "/train-kernel", json=body).json()
     expected = core.fit_kernel(image, target, **options, ridge_path=True, covariance=True)

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.ndimage
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings
 from PIL import Image
 
 import core
@@ -65,6 +64,7 @@ def learned(lesson: Lesson, **options: Any) -> FitResult:
 
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
+@settings(max_examples=60)
 @given(lesson=lessons())
 def test_a_path_is_that_of_explicit_hat_matrices_and_augmented_rows(lesson: Lesson, loss: str) -> None:
     scale = 1 if loss == "sum" else lesson.weight
@@ -80,6 +80,7 @@ def test_a_path_is_that_of_explicit_hat_matrices_and_augmented_rows(lesson: Less
     for number in range(0, 50, 7):
         ridge = float(ridges[number]) * scale
         gcv, left, freedom = explicit(ridge)
+        best = least_squares(lesson, ridge)
         assert fit.ridge_path_losses is not None
         assert fit.ridge_path_losses[number] == pytest.approx(left / scale, rel=1e-6, abs=1e-12 * squares / scale)
         assert fit.ridge_path_degrees_of_freedom is not None
@@ -87,15 +88,19 @@ def test_a_path_is_that_of_explicit_hat_matrices_and_augmented_rows(lesson: Less
         assert fit.ridge_path_gcv is not None
         if explicit.count - freedom > 1e-2 and left > 1e-9 * squares:
             assert fit.ridge_path_gcv[number] == pytest.approx(gcv, rel=1e-3)
-        best = least_squares(lesson, ridge)
+        if ridge < 1e-9 * max(float(values.max()) ** 2 for values in best.singular_values):
+            # Rounding errors of the augmented rows are divided by the ridge.
+            continue
         np.testing.assert_allclose(fit.ridge_path_kernels[number], best.kernel, rtol=1e-5, atol=1e-5)
         if lesson.layer.bias:
             assert fit.ridge_path_biases is not None
+            assert best.bias is not None
             np.testing.assert_allclose(fit.ridge_path_biases[number], best.bias, rtol=1e-5, atol=1e-5)
         else:
             assert fit.ridge_path_biases is None
 
 
+@settings(max_examples=40)
 @given(lesson=lessons(noises=(0.1, 1.0, 10.0)))
 def test_the_chosen_ridge_has_the_smallest_cross_validation_of_all(lesson: Lesson) -> None:
     explicit = HatMatrices(lesson)
@@ -110,11 +115,14 @@ def test_the_chosen_ridge_has_the_smallest_cross_validation_of_all(lesson: Lesso
     assume(left[1] > 1e-9 * sum(float(target @ target) for _, target in explicit.systems))
     assume(explicit.count - explicit(0.0)[2] > 0.5)
     smallest = min(explicit(float(ridge))[0] for ridge in grid)
-    assert explicit(fit.ridge)[0] <= smallest * (1 + 1e-6)
+    # An infinite ridge may be better than any number.
+    tolerance = 1e-2 if "the largest that was tried" in fit.message else 1e-6
+    assert explicit(fit.ridge)[0] <= smallest * (1 + tolerance)
 
 
 @pytest.mark.parametrize("solver", ["exact", "sgd", "momentum", "nesterov", "adam"])
 @pytest.mark.parametrize("loss", ["sum", "mean"])
+@settings(max_examples=20)
 @given(lesson=lessons(noises=(1.0,)))
 def test_a_chosen_ridge_gives_the_fit_of_the_same_number(lesson: Lesson, solver: str, loss: str) -> None:
     assume(sum(len(matrix) for matrix, _ in systems(lesson)) > 1)
@@ -142,6 +150,8 @@ def test_a_ridge_for_batches_is_chosen_from_all_examples() -> None:
         whole = fit_kernel(seen, targets, solver="exact", ridge="auto", ridge_path=True)
         batches = fit_kernel(seen, targets, batch_size=2, ridge="auto", ridge_path=True, learning_rate=1e-3, seed=0)
         assert batches.ridge == pytest.approx(whole.ridge, rel=1e-6)
+        assert batches.ridge_path_kernels is not None
+        assert whole.ridge_path_kernels is not None
         np.testing.assert_allclose(batches.ridge_path_kernels, whole.ridge_path_kernels, rtol=1e-6, atol=1e-9)
 
 
@@ -152,12 +162,30 @@ def blurred(sigma: float, seed: int, side: int = 160) -> Floats:
     return scipy.ndimage.gaussian_filter(photograph, sigma)[row : row + side, column : column + side]
 
 
-def scene(seed: int) -> tuple[Lesson, Floats]:
+def diagonal(side: int) -> Floats:
+    """Return the kernel of a diagonal motion."""
+    return np.eye(side) / side
+
+
+def laplacian(side: int) -> Floats:
+    """Return the Laplacian of a Gaussian."""
+    kernel: Floats = scipy.ndimage.gaussian_laplace(np.pad([[1.0]], side // 2), 1.0)
+    return kernel
+
+
+def scene(seed: int) -> tuple[Lesson, Floats]:  # noqa: PLR0911 - one for each scene
     """Return the examples of a scene, and the kernel that made their targets."""
     rng = np.random.default_rng(seed)
 
-    def of(images: Floats, layer: Layer, noise: float, *, weighted: bool = False) -> tuple[Lesson, Floats]:
-        kernel = rng.normal(size=layer.kernel_shape)
+    def of(
+        images: Floats,
+        layer: Layer,
+        noise: float,
+        make: Callable[[int], Floats] | None = None,
+        *,
+        weighted: bool = False,
+    ) -> tuple[Lesson, Floats]:
+        kernel = rng.normal(size=layer.kernel_shape) if make is None else make(layer.kernel_size[0])[None, None]
         bias = rng.normal(size=layer.filters) if layer.bias else None
         targets = layer.output(images, kernel, bias)
         deviations = noise * targets.std() * (rng.uniform(0.2, 3, targets.shape) if weighted else np.ones(()))
@@ -166,8 +194,13 @@ def scene(seed: int) -> tuple[Lesson, Floats]:
 
     match seed:
         case 0 | 1 | 2 | 3:
-            sigma, side, noise = [(0.5, 9, 0.02), (1.0, 9, 0.01), (1.0, 13, 0.05), (2.0, 11, 0.01)][seed]
-            return of(blurred(sigma, seed)[None, None], Layer((side, side)), noise)
+            sigma, side, noise, make = [
+                (0.5, 9, 0.05, None),
+                (1.0, 9, 0.01, None),
+                (1.0, 13, 0.05, laplacian),
+                (2.0, 11, 0.01, diagonal),
+            ][seed]
+            return of(blurred(sigma, seed)[None, None], Layer((side, side)), noise, make)
         case 4:
             return of(rng.normal(size=(1, 1, 30, 30)), Layer((9, 9)), 1.0)
         case 5:
@@ -208,7 +241,6 @@ def test_the_chosen_ridge_is_about_as_good_as_the_best(seed: int) -> None:
     found = float(np.linalg.norm(fit.kernel.numpy() - kernel) / np.linalg.norm(kernel))
     assert fit.ridge is not None
     assert found == pytest.approx(error(fit.ridge), rel=1e-4)
-    print(f"scene {seed}: ridge {fit.ridge:.3g}, error {found:.3g}, oracle {oracle:.3g}, without {error(1e-30):.3g}")
     assert found <= 1.5 * oracle
 
 
@@ -237,9 +269,9 @@ def test_constant_examples_give_finite_numbers(image: float, target: float, bias
     fit = fit_kernel(*pair, solver="exact", ridge="auto", ridge_path=True, covariance=True, bias=bias)
     assert fit.ridge is not None
     assert np.isfinite(fit.ridge)
-    assert np.isfinite(fit.kernel).all()
+    assert np.isfinite(fit.kernel.numpy()).all()
     assert fit.ridge_path_kernels is not None
-    assert np.isfinite(fit.ridge_path_kernels).all()
+    assert np.isfinite(fit.ridge_path_kernels.numpy()).all()
     if not image or bias:
         assert fit.ridge == 0
         assert "does not distinguish ridges" in fit.message
@@ -258,11 +290,11 @@ def test_about_as_few_values_as_unknowns_give_finite_numbers(values: int) -> Non
     image, target = rng.normal(size=(2, values + 1)), rng.normal(size=(1, values))
     for bias in (False, True):
         fit = fit_kernel(image, target, solver="exact", ridge="auto", bias=bias, ridge_path=True)
-        assert np.isfinite(fit.kernel).all()
+        assert np.isfinite(fit.kernel.numpy()).all()
         assert fit.ridge is not None
         assert np.isfinite(fit.ridge)
         assert fit.ridge_path_gcv is not None
-        assert not np.isnan(fit.ridge_path_gcv).any()
+        assert not np.isnan(fit.ridge_path_gcv.numpy()).any()
 
 
 @pytest.mark.parametrize("size", [1e-180, 1e-100, 1e100, 1e140])
@@ -273,11 +305,14 @@ def test_ridges_of_very_large_and_small_values_scale_with_them(size: float) -> N
     plain = fit_kernel(image, target, solver="exact", ridge="auto", ridge_path=True, covariance=True, bias=True)
     fit = fit_kernel(size * image, target, solver="exact", ridge="auto", ridge_path=True, covariance=True, bias=True)
     assert plain.ridge
+    assert fit.ridge is not None
+    assert fit.covariance is not None
+    assert plain.covariance is not None
     if size > 1e-150:
         assert fit.ridge == pytest.approx(plain.ridge * size * size, rel=1e-4)
         np.testing.assert_allclose(fit.kernel * size, plain.kernel, rtol=1e-4)
-        np.testing.assert_allclose(fit.ridge_path_kernels * size, plain.ridge_path_kernels, rtol=1e-6)
-        np.testing.assert_allclose(fit.ridge_path_gcv, plain.ridge_path_gcv, rtol=1e-6)
+        for name, factor in (("ridge_path", size**2), ("ridge_path_kernels", 1 / size), ("ridge_path_gcv", 1.0)):
+            np.testing.assert_allclose(getattr(fit, name) / factor, getattr(plain, name), rtol=1e-6)
         np.testing.assert_allclose(fit.covariance[:9, :9] * size * size, plain.covariance[:9, :9], rtol=1e-4)
     same = fit_kernel(size * image, target, solver="exact", ridge=fit.ridge, bias=True)
     np.testing.assert_array_equal(fit.kernel, same.kernel)
@@ -306,11 +341,8 @@ def test_hundreds_of_unknowns_are_searched(blur: float) -> None:
     target = valid_by_windows(image, kernel)
     target += 0.1 * target.std() * rng.normal(size=target.shape)
     fit = fit_kernel(image, target, solver="exact", ridge="auto", covariance=True)
-    errors = [
-        np.linalg.norm(found.numpy() - kernel)
-        for found in (fit.kernel, fit_kernel(image, target, solver="exact").kernel)
-    ]
-    assert errors[0] < errors[1]
+    plain = fit_kernel(image, target, solver="exact")
+    assert np.linalg.norm(fit.kernel.numpy() - kernel) < np.linalg.norm(plain.kernel.numpy() - kernel)
     assert fit.covariance is not None
     assert fit.standard_errors is not None
     np.testing.assert_allclose(np.diag(fit.covariance), fit.standard_errors.numpy().ravel() ** 2, rtol=1e-6)
@@ -318,6 +350,7 @@ def test_hundreds_of_unknowns_are_searched(blur: float) -> None:
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("ridge", [0.0, 0.3, "auto"])
+@settings(max_examples=40)
 @given(lesson=lessons())
 def test_a_covariance_is_that_of_an_inverse(lesson: Lesson, ridge: Any, loss: str) -> None:
     scale = 1 if loss == "sum" else lesson.weight
@@ -358,8 +391,9 @@ def test_the_covariance_of_planes_is_a_matrix() -> None:
     np.testing.assert_array_equal(planes.covariance, images.covariance[0])
     assert fit_kernel(*pair, solver="exact").covariance is None
     # Without standard errors there is no covariance either.
-    for options in ({"loss": "huber"}, {"kernel_size": 8, "padding": [0, 6, 0, 5]}):
-        fit = fit_kernel(*pair, **{"covariance": True, "seed": 0, **options})
+    without: list[dict[str, Any]] = [{"loss": "huber"}, {"kernel_size": 8, "padding": [0, 6, 0, 5]}]
+    for options in without:
+        fit = fit_kernel(*pair, covariance=True, seed=0, **options)
         assert (fit.standard_errors, fit.covariance) == (None, None)
 
 
@@ -416,21 +450,20 @@ def test_a_search_takes_the_equations_that_are_not_worth_their_time_otherwise(mo
     monkeypatch.setattr(way, "PRODUCT", 1.0)
     pair = np.ones((12, 12)), np.ones((8, 8))
     assert plan_fit_kernel(*pair, steps=1).method == "convolutions"
-    for option in ({"ridge": "auto"}, {"ridge_path": True}, {"covariance": True}):
+    options: list[dict[str, Any]] = [{"ridge": "auto"}, {"ridge_path": True}, {"covariance": True}]
+    for option in options:
         assert plan_fit_kernel(*pair, steps=1, **option).method == "normal equations"
 
 
 def test_memory_and_time_of_searches_are_predicted() -> None:
     pair = np.ones((60, 60)), np.ones((20, 41, 41))
-    plans = {
-        name: plan_fit_kernel(*pair, solver="exact", **options).cost
-        for name, options in {
-            "plain": {},
-            "auto": {"ridge": "auto"},
-            "path": {"ridge_path": True},
-            "covariance": {"covariance": True},
-        }.items()
+    searches: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "auto": {"ridge": "auto"},
+        "path": {"ridge_path": True},
+        "covariance": {"covariance": True},
     }
+    plans = {name: plan_fit_kernel(*pair, solver="exact", **options).cost for name, options in searches.items()}
     assert plans["plain"].result_megabytes == 0
     assert plans["path"].result_megabytes == pytest.approx(8e-6 * 50 * 20 * 400)
     assert plans["covariance"].result_megabytes == pytest.approx(8e-6 * 20 * 400**2)
