@@ -30,14 +30,14 @@ MAX_ROUNDING = 1e-2
 class Precision:
     """Degrees of freedom and residual standard deviations (blocks, columns), and standard errors (Unknowns).
 
-    The standard deviation is that of a target value of weight 1. covariance (blocks, size, size): of the unknowns of a
-    filter, for noise of variance 1; None if not requested.
+    The standard deviation is that of a target value of weight 1. covariances (blocks, columns, size, size): of the
+    unknowns of each filter; None if not requested.
     """
 
     freedom: Floats
     residual_std: Floats
     standard_errors: Unknowns
-    covariance: Floats | None = None
+    covariances: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,17 @@ class Analysis:
             return None
         deviations = np.sqrt(np.sum(self.minimum.losses, axis=0) / freedom)
         errors = np.sqrt(np.maximum(diagonals, 0))[:, :, None] * deviations[:, None, :]
-        if matrices is not None:
-            matrices = (matrices + matrices.swapaxes(1, 2)) / 2
-            entries = np.arange(layout.size)
-            matrices[:, entries, entries] = np.maximum(diagonals, 0)
-        return Precision(freedom, deviations, errors, matrices)
+        if matrices is None:
+            return Precision(freedom, deviations, errors)
+        covariances = np.empty((*deviations.shape, layout.size, layout.size))
+        entries = np.arange(layout.size)
+        for block, matrix in enumerate(matrices):
+            symmetric = (matrix + matrix.T) / 2
+            symmetric[entries, entries] = np.maximum(diagonals[block], 0)
+            for column, deviation in enumerate(deviations[block]):
+                np.multiply(deviation * deviation, symmetric, out=covariances[block, column])
+                yield
+        return Precision(freedom, deviations, errors, covariances)
 
 
 def analyse_equations(

@@ -43,7 +43,8 @@ PATH_RIDGES = 50
 
 SMALLEST_RIDGE = 1e-10
 SMALLEST_PATH_RIDGE = 1e-3
-"""Smallest ridges of a search and of a path, relative to the smallest squared singular value: what it takes from a kernel."""
+"""Smallest ridges of a search and of a path, relative to the smallest squared singular value: what they take from a
+kernel."""
 
 LARGEST_RIDGE = 1e4
 """Largest ridge, relative to the largest squared singular value: the inverse of what it leaves of a kernel."""
@@ -307,7 +308,7 @@ def require_equations(options: Options, method: str) -> None:
         if getattr(options, field) in (True, "auto"):
             raise InvalidOption(
                 f"{field} follows from normal equations, which are too large for these examples (method {method}): "
-                f"{remedy}, or take a smaller kernel or a larger batch_size",
+                f"{remedy}, take a smaller kernel{'' if options.batch_size is None else ', or leave batch_size out'}",
                 field=field,
                 got="auto" if field == "ridge" else "true",
                 limit="normal equations",

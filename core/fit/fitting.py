@@ -490,10 +490,11 @@ class Fitting:
 
     def _covariance(self, precision: Precision) -> torch.Tensor | None:
         """Return the covariance of each filter's unknowns, (O, size, size), on the examples as they are."""
-        if precision.covariance is None:
+        if precision.covariances is None:
             return None
-        variances = np.square(precision.residual_std)[:, :, None, None]
-        matrices = self.units.unknowns(self.units.unknowns(variances * precision.covariance[:, None]))
+        matrices, exponent = precision.covariances, 2 * (self.units.target - self.units.input)
+        if exponent:
+            matrices = np.ldexp(matrices, exponent)
         matrices = matrices.reshape(-1, *matrices.shape[2:])
         return torch.from_numpy(matrices[0] if self.single_planes else matrices).to(self.device)
 

@@ -196,7 +196,7 @@ def test_a_path_of_ridges_and_a_covariance_are_reported_on_request(send: Send, r
 @pytest.mark.parametrize(
     ("change", "field", "message"),
     [
-        ({"ridge": "large"}, "ridge", 'ridge "large" is not a number from 0 on, or "auto"'),
+        ({"ridge": "large"}, "ridge", 'is not a number from 0 on, or "auto"'),
         ({"ridge": -1}, "ridge", 'ridge -1 is not a number from 0 on, or "auto"'),
         ({"ridge": "auto", "loss": "huber"}, "ridge", 'loss is "huber": give a number'),
         ({"ridge_path": True, "loss": "l1"}, "ridge_path", 'loss is "l1": leave ridge_path out'),

@@ -164,12 +164,15 @@ def blurred(sigma: float, seed: int, side: int = 160) -> Floats:
 
 def diagonal(side: int) -> Floats:
     """Return the kernel of a diagonal motion."""
-    return np.eye(side) / side
+    kernel: Floats = np.eye(side)
+    return kernel
 
 
 def laplacian(side: int) -> Floats:
     """Return the Laplacian of a Gaussian."""
-    kernel: Floats = scipy.ndimage.gaussian_laplace(np.pad([[1.0]], side // 2), 1.0)
+    kernel = np.zeros((side, side))
+    kernel[side // 2, side // 2] = 1
+    scipy.ndimage.gaussian_laplace(kernel.copy(), 1.0, output=kernel)
     return kernel
 
 
@@ -440,6 +443,9 @@ def test_equations_that_are_too_large_are_rejected(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(way, "MOST_MEGABYTES", 1e-3)
     with pytest.raises(InvalidOption, match=r"too large for these examples \(method convolutions\)"):
         fit_kernel_steps(np.ones((40, 40)), np.ones((9, 9)), **option)
+    images = np.ones((3, 1, 40, 40)), np.ones((3, 1, 9, 9))
+    with pytest.raises(InvalidOption, match=", or leave batch_size out"):
+        fit_kernel_steps(*images, batch_size=1, **option)
     # Passes over the images give no standard errors, and no covariance.
     assert plan_fit_kernel(np.ones((40, 40)), np.ones((9, 9)), covariance=True).method == "convolutions"
 
