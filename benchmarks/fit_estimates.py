@@ -26,6 +26,9 @@ import core
 WORTH_A_LOOK = 0.05
 """Seconds: predictions of less are not checked."""
 
+MAX_SEARCHED = 1024
+"""Unknowns of a filter up to which ridges are searched."""
+
 M_MMAP_THRESHOLD = -3
 """mallopt's name for it, of glibc's malloc.h."""
 
@@ -79,8 +82,13 @@ def drawn(rng: np.random.Generator) -> dict[str, Any]:
             arguments["learning_rate"] = "auto"
         if arguments["solver"] == "sgd" and images > 1 and rng.random() < 0.5:
             arguments["batch_size"] = int(rng.integers(1, images + 1))
+    unknowns = kernel[0] * kernel[1] * (channels // groups) + arguments["bias"]
+    if arguments.get("loss", "sum") in ("sum", "mean") and unknowns <= MAX_SEARCHED and rng.random() < 0.3:
+        arguments["ridge"] = "auto" if rng.random() < 0.7 else arguments["ridge"]
+        arguments["ridge_path"] = bool(rng.random() < 0.5)
+        arguments["covariance"] = bool(rng.random() < 0.5)
     constrained = arguments["solver"] == "exact" and channels // groups * math.prod(kernel) in range(2, 1024)
-    if constrained and rng.random() < 0.4:
+    if constrained and arguments["ridge"] != "auto" and not arguments.get("ridge_path") and rng.random() < 0.4:
         options: list[dict[str, Any]] = [{"nonnegative": True}, {"sum_to": 1}, {"separable": 1}, {"smoothness": 1.0}]
         arguments |= options[rng.integers(len(options))]
     if images > 1 and rng.random() < 0.3 and "weights" not in arguments:
@@ -124,6 +132,7 @@ def described(arguments: dict[str, Any]) -> str:
         name: value for name, value in arguments.items() if name not in ("input", "target", "weights", "pairs", "seed")
     }
     defaults = {"groups": 1, "stride": 1, "dilation": 1, "padding": 0, "bias": False, "ridge": 0.0, "loss": "sum"}
+    defaults |= {"ridge_path": False, "covariance": False}
     return ", ".join(shapes + [f"{name} {value}" for name, value in kept.items() if defaults.get(name) != value])
 
 
@@ -135,7 +144,11 @@ def fits(
     done = 0
     while done < count:
         arguments = drawn(rng)
-        plan = core.plan_fit_kernel(**arguments, machine=machine)
+        try:
+            plan = core.plan_fit_kernel(**arguments, machine=machine)
+        except core.InvalidOption:
+            # Equations that are too large for a search among ridges.
+            continue
         if plan.cost.seconds > longest or plan.cost.megabytes > 2000:
             continue
         before = peak(reset=True)

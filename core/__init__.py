@@ -28,7 +28,7 @@ from core.explain import Candidate, explain, with_error_bound
 from core.fit import FitPlan, exhaust, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit.constraints import Symmetry
 from core.fit.losses import Loss
-from core.fit.result import FitResult, Forecast, Prediction, Progress, Reading, Status, Step
+from core.fit.result import RIDGE_PATH_FIELDS, FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.rules import Solver
 from core.fit.size_selection import DEFAULT_LARGEST_SIZE
 from core.kernels import KERNELS, named_kernel
@@ -42,6 +42,7 @@ __all__ = [
     "IN_CALLING_THREAD",
     "KERNELS",
     "OVERFLOW_THRESHOLDS",
+    "RIDGE_PATH_FIELDS",
     "Boundary",
     "Candidate",
     "Check",

@@ -271,7 +271,14 @@ def train(
         str | None, typer.Option(help="of loss huber: a number, unset: 1; or auto: from the residuals")
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="end early, at this share of the first gradient")] = None,
-    ridge: Annotated[float, typer.Option(help="times the kernel's squares is added to the loss")] = 0.0,
+    ridge: Annotated[
+        str,
+        typer.Option(help="a number: times the kernel's squares is added to the loss; or auto: by cross-validation"),
+    ] = "0",
+    ridge_path: Annotated[
+        Path | None, typer.Option(help="write the kernels of 50 ridges, and their cross-validation: .npz")
+    ] = None,
+    covariance: Annotated[Path | None, typer.Option(help="write the covariance of the unknowns: .npy")] = None,
     nonnegative: Annotated[
         bool, typer.Option("--nonnegative", help="no kernel entry below 0 (constraints need --solver exact)")
     ] = False,
@@ -333,7 +340,9 @@ def train(
             loss=loss,
             huber_delta=None if huber_delta is None else _numbers(huber_delta),
             tolerance=tolerance,
-            ridge=ridge,
+            ridge=_numbers(ridge),
+            ridge_path=ridge_path,
+            covariance=covariance,
             nonnegative=nonnegative,
             sum_to=sum_to,
             symmetric=symmetric,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import core
 from service import loss_curve
-from service.codecs import FILE_READERS, FILE_WRITERS, json
+from service.codecs import FILE_READERS, FILE_WRITERS, json, npy, npz
 from service.errors import ServiceError
 
 COMPILING = 1.0
@@ -101,6 +101,8 @@ def train(
     output: Path | None,
     *,
     plot: Path | None,
+    ridge_path: Path | None,
+    covariance: Path | None,
     padding: int | Sequence[int] | str | None,
     **options: Any,
 ) -> None:
@@ -111,7 +113,8 @@ def train(
     the target is as large as the input, the kernel is learned from the pixels that it can make from the input alone.
     """
     # Before anything is learned that could not be kept.
-    for path, written in ((output, FILE_WRITERS), (plot, PICTURES)):
+    places = (output, FILE_WRITERS), (plot, PICTURES), (ridge_path, {".npz"}), (covariance, {".npy"})
+    for path, written in places:
         if path is not None:
             _require_place(path, written)
     arrays: dict[str, Any] = {name: read_array(path) for name, path in files.items() if path is not None}
@@ -128,7 +131,14 @@ def train(
     if padding is None and held_out:
         _crop_to_inside(held_out, arrays, **options)
     validation: list[Any] | None = [tuple(held_out.get(name) for name in PAIR)] if held_out else None
-    fit = core.fit_kernel_steps(**arrays, validation=validation, padding=0 if padding is None else padding, **options)
+    fit = core.fit_kernel_steps(
+        **arrays,
+        validation=validation,
+        padding=0 if padding is None else padding,
+        ridge_path=ridge_path is not None,
+        covariance=covariance is not None,
+        **options,
+    )
     result = watched(
         fit,
         steps=None if options["solver"] == "exact" else options["steps"],
@@ -147,6 +157,7 @@ def train(
         typer.echo(f"bias {json.dumps(result.bias.cpu().numpy().round(6)).decode()}")
     if known := _known(result):
         typer.echo(known)
+    _write_analysis(result, ridge_path, covariance)
     if plot is not None:
         plot.write_bytes(PICTURES[plot.suffix.lower()]({name: getattr(result, name) for name in loss_curve.FIELDS}))
         typer.echo(f"loss, step by step -> {plot}")
@@ -173,6 +184,20 @@ def _crop(arrays: dict[str, NDArray[Any]], inside: tuple[slice, slice], size: Se
     for name in ("target", "weights"):
         if name in arrays and arrays[name].shape[-2:] == size:
             arrays[name] = arrays[name][(..., *inside)]
+
+
+def _write_analysis(result: core.FitResult, ridge_path: Path | None, covariance: Path | None) -> None:
+    """Write the arrays of a result that are requested by files of their own."""
+    if ridge_path is not None:
+        arrays_of_path = {name: getattr(result, name) for name in core.RIDGE_PATH_FIELDS}
+        found = {name: _array(array) for name, array in arrays_of_path.items() if array is not None}
+        _write_parts(ridge_path, npz.encode(found), f"kernels of {len(found['ridge_path'])} ridges")
+    if covariance is not None:
+        if result.covariance is None:
+            typer.echo(f"the examples do not determine a covariance: {covariance} is not written")
+        else:
+            matrix = _array(result.covariance)
+            _write_parts(covariance, npy.encode(matrix), f"covariance {matrix.shape}")
 
 
 def _inside(
@@ -258,6 +283,8 @@ def _known(result: core.FitResult) -> str:
         said.append(f"rank {result.rank} of {result.unknowns}")
     if result.condition_number is not None:
         said.append(f"condition number {result.condition_number:.4g}")
+    if result.ridge:
+        said.append(f"ridge {result.ridge:.4g}")
     if result.residual_std is not None:
         said.append(
             f"residual standard deviation {', '.join(f'{value:.4g}' for value in result.residual_std.tolist())}"
@@ -287,7 +314,13 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _require_place(path: Path, written: Mapping[str, object]) -> None:
+def _write_parts(path: Path, parts: Sequence[bytes | memoryview], content: str) -> None:
+    """Write a file and say what it holds."""
+    path.write_bytes(b"".join(parts))
+    typer.echo(f"{content} -> {path}")
+
+
+def _require_place(path: Path, written: Collection[str]) -> None:
     """Raise ValueError for a suffix that is not written, FileNotFoundError for a folder that is not there."""
     if path.suffix.lower() not in written:
         raise ValueError(

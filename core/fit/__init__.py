@@ -20,7 +20,7 @@ from core.fit.setup import Setup
 from core.fit.size_selection import SizeSelection, find_frame, require_selectable
 from core.fit.start import settled_seed, starting_point
 from core.fit.validation import load_validation, require_patience, validation_problem
-from core.fit.way import Method
+from core.fit.way import Method, extra_megabytes
 from core.limits import Limits
 from core.machine import Machine, this_machine
 from core.shapes import PaddingMode, one_of, positive, shown
@@ -68,7 +68,7 @@ def plan_fit_kernel(
     loss: Loss = "sum",
     huber_delta: float | Auto | None = None,
     tolerance: float | None = None,
-    ridge: float = 0.0,
+    ridge: float | Auto = 0.0,
     nonnegative: bool = False,
     sum_to: float | None = None,
     symmetric: Symmetry | None = None,
@@ -78,6 +78,8 @@ def plan_fit_kernel(
     betas: Sequence[float] | None = None,
     batch_size: int | None = None,
     refuse_divergence: bool = False,
+    ridge_path: bool = False,
+    covariance: bool = False,
     seed: int | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
@@ -116,6 +118,10 @@ def plan_fit_kernel(
     before each update, and the kernel for which it is least is returned. `patience` ends the descent when it has not
     fallen below its least for that many steps.
 
+    `ridge` "auto" is the one that minimises generalised cross-validation (Golub, Heath and Wahba, Technometrics 21,
+    1979), for a sum or mean of squares. `ridge_path` adds the kernels of ridges of all sizes to the result,
+    `covariance` that of each filter's unknowns.
+
     Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
     no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
     InvalidOption of the forecast.
@@ -139,6 +145,8 @@ def plan_fit_kernel(
         refuse_divergence,
         huber_delta,
         Constraints(nonnegative, sum_to, symmetric, read_rank(separable), smoothness),
+        ridge_path,
+        covariance,
     )
     one_of("padding_mode", padding_mode, PaddingMode)
     wanted = resolve_device(device)
@@ -206,7 +214,7 @@ def plan_fit_kernel(
     else:
         fitting = SizeSelection(setup, frame, problems, held_out_problems)
         way = fitting.plan()
-    cost = Cost(way.megabytes, way.gflop, way.seconds)
+    cost = Cost(way.megabytes, way.gflop, way.seconds, extra_megabytes(setup.layout, options))
     if limits is not None:
         limits.require(cost)
     return FitPlan(cost, way.method, fitting)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from core.fit.cross_validation import RidgeSearch, RidgeSelection, factorize_equations
 from core.fit.exact import Minimum, minimum
 from core.fit.gram import NormalEquations
 from core.fit.layout import Unknowns
@@ -29,12 +30,14 @@ MAX_ROUNDING = 1e-2
 class Precision:
     """Degrees of freedom and residual standard deviations (blocks, columns), and standard errors (Unknowns).
 
-    The standard deviation is that of a target value of weight 1.
+    The standard deviation is that of a target value of weight 1. covariances (blocks, columns, size, size): of the
+    unknowns of each filter; None if not requested.
     """
 
     freedom: Floats
     residual_std: Floats
     standard_errors: Unknowns
+    covariances: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class Analysis:
 
     rank: of the examples alone. precise: the rank is that of the windows, not only of their normal equations.
     largest_left_out: the largest singular value that counts as zero, relative to the largest. objective: the loss
-    without the images. gram: the matrix of the normal equations, without the ridge.
+    without the images. gram: the matrix of the normal equations, without the ridge. selection: the result of a search
+    for ridges, if one was requested.
     """
 
     spectrum: Spectrum
@@ -55,6 +59,7 @@ class Analysis:
     largest_left_out: float
     objective: Objective
     gram: Floats
+    selection: RidgeSelection | None = None
 
     @property
     def smallest_loss(self) -> float | None:
@@ -80,7 +85,7 @@ class Analysis:
         """Return curvatures, and how far the unknowns are from the best ones along the directions of each."""
         return (yield from self.spectrum.modes(unknowns - self.minimum.at))
 
-    def precision(self, targets: Targets) -> Steps[Precision | None]:
+    def precision(self, targets: Targets, *, covariance: bool = False) -> Steps[Precision | None]:
         """Return how precisely noisy targets determine the best kernel.
 
         None if the unknowns are not determined, or as many as the values, or too many to invert beside a ridge.
@@ -95,14 +100,27 @@ class Analysis:
             images = self.gram @ inverses
             parameters = np.trace(images, axis1=1, axis2=2)
             diagonals = np.einsum("bij,bij->bj", inverses, images)
+            matrices = inverses @ images if covariance else None
         else:
             parameters = np.full(layout.blocks, float(layout.size))
+            matrices = 2 * scale * (yield from self.spectrum.inverses()) if covariance else None
             diagonals = 2 * scale * (yield from self.spectrum.diagonals())
         freedom = targets.counted.reshape(layout.blocks, layout.columns) - parameters[:, None]
         if not (freedom > MIN_FREEDOM).all():
             return None
         deviations = np.sqrt(np.sum(self.minimum.losses, axis=0) / freedom)
-        return Precision(freedom, deviations, np.sqrt(np.maximum(diagonals, 0))[:, :, None] * deviations[:, None, :])
+        errors = np.sqrt(np.maximum(diagonals, 0))[:, :, None] * deviations[:, None, :]
+        if matrices is None:
+            return Precision(freedom, deviations, errors)
+        covariances = np.empty((*deviations.shape, layout.size, layout.size))
+        entries = np.arange(layout.size)
+        for block, matrix in enumerate(matrices):
+            symmetric = (matrix + matrix.T) / 2
+            symmetric[entries, entries] = np.maximum(diagonals[block], 0)
+            for column, deviation in enumerate(deviations[block]):
+                np.multiply(deviation * deviation, symmetric, out=covariances[block, column])
+                yield
+        return Precision(freedom, deviations, errors, covariances)
 
 
 def analyse_equations(
@@ -147,6 +165,28 @@ def analyse_equations(
     )
 
 
+def analyse_equations_for_ridges(
+    images: Objective, terms: Sequence[Images], equations: Sequence[NormalEquations], search: RidgeSearch
+) -> Steps[Analysis | None]:
+    """Analyse like analyse_equations, with the ridge that a search chooses, if any, in place of that of `images`.
+
+    None if the equations are not well conditioned, or a sum of squares on the way is too large for float64.
+    """
+    plain = replace(images, ridge=0.0)
+    analysis = yield from analyse_equations(plain, terms, equations, only_if_well_conditioned=True)
+    if analysis is None:
+        return None
+    best = analysis.minimum
+    problem = yield from factorize_equations(analysis.gram, best.at, best.loss / images.scale)
+    selection = yield from search.run(problem, images.scale, determined=True)
+    ridge = images.ridge if selection.ridge is None else selection.ridge
+    if ridge:
+        del problem
+        with_ridge = replace(images, ridge=ridge)
+        analysis = yield from analyse_equations(with_ridge, terms, equations, only_if_well_conditioned=True)
+    return None if analysis is None else replace(analysis, selection=selection)
+
+
 def is_rounding(factors: Floats, unknowns: Unknowns, right: Unknowns) -> bool:
     """Return whether entries are so large that rounding them to float64 costs about as much as they explain."""
     rounding = np.finfo(np.float64).eps * np.linalg.norm(np.abs(factors) @ np.abs(unknowns))
@@ -154,10 +194,18 @@ def is_rounding(factors: Floats, unknowns: Unknowns, right: Unknowns) -> bool:
     return bool(rounding > MAX_ROUNDING * explained or left > explained)
 
 
-def analyse_factors(images: Objective, terms: Sequence[Images], problems: Sequence[Compressed]) -> Steps[Analysis]:
-    """Analyse the same loss as `images`, of these terms, by the triangular factors of their windows."""
+def analyse_factors(
+    images: Objective, terms: Sequence[Images], problems: Sequence[Compressed], search: RidgeSearch | None = None
+) -> Steps[Analysis]:
+    """Analyse the same loss as `images`, of these terms, by the triangular factors of their windows.
+
+    The ridge that a search chooses, if any, takes the place of that of `images`.
+    """
     layout = images.layout
     together = yield from combine(problems)
+    selection = None if search is None else (yield from search.run(together, images.scale))
+    if selection is not None and selection.ridge is not None:
+        images = replace(images, ridge=selection.ridge)
     of_examples = yield from decompose_factors(together.factor, together.rows)
     pulled, root = together, float(np.sqrt(2 * images.scale))
     if images.ridge:
@@ -189,4 +237,5 @@ def analyse_factors(images: Objective, terms: Sequence[Images], problems: Sequen
         largest_left_out=left_out,
         objective=objective,
         gram=gram,
+        selection=selection,
     )

@@ -71,7 +71,7 @@ class ConstrainedAnalysis(Analysis):
         yield
         return 0.0
 
-    def precision(self, targets: Targets) -> Steps[Precision | None]:
+    def precision(self, targets: Targets, *, covariance: bool = False) -> Steps[Precision | None]:
         """Return how precisely noisy targets determine the best kernel, for constraints that are linear.
 
         None if a sign or a rank is constrained, if the free unknowns are not determined, or as many as the values.
@@ -82,6 +82,7 @@ class ConstrainedAnalysis(Analysis):
         if self.constraints.nonnegative or self.constraints.separable is not None or not self.unique:
             return None
         parameters, variances = np.empty(layout.blocks), np.empty((layout.blocks, layout.size))
+        matrices: list[Floats] = []
         for block, (factor, penalised) in enumerate(zip(self.factor, self.with_penalties, strict=True)):
             half = scipy.linalg.solve_triangular(penalised, self.basis.T, trans="T", check_finite=False)
             parameters[block] = self.basis.shape[1]
@@ -90,12 +91,16 @@ class ConstrainedAnalysis(Analysis):
                 parameters[block] = float(np.square(ratio).sum())
                 half = ratio @ half
             variances[block] = np.square(half).sum(0)
+            if covariance:
+                matrices.append(half.T @ half)
             yield
         freedom = targets.counted.reshape(layout.blocks, layout.columns) - parameters[:, None]
         if not (freedom > MIN_FREEDOM).all():
             return None
         deviations = np.sqrt(np.sum(self.minimum.losses, axis=0) / freedom)
-        return Precision(freedom, deviations, np.sqrt(variances)[:, :, None] * deviations[:, None, :])
+        errors = np.sqrt(variances)[:, :, None] * deviations[:, None, :]
+        covariances = np.square(deviations)[:, :, None, None] * np.stack(matrices)[:, None] if covariance else None
+        return Precision(freedom, deviations, errors, covariances)
 
 
 @dataclass(frozen=True, slots=True)

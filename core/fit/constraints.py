@@ -100,7 +100,7 @@ class Constraints:
         """True if at least one constraint, or the smoothness, is in use."""
         return bool(self._names)
 
-    def require_solver(self, solver: str, loss: str, ridge: object) -> None:
+    def require_solver(self, solver: str, loss: str, ridge: object, *, ridge_path: bool) -> None:
         """Raise InvalidOption unless these options can be combined with the constraints in use."""
         for name in self._names:
             if solver != "exact" or loss not in ("sum", "mean"):
@@ -118,6 +118,13 @@ class Constraints:
                     field="ridge",
                     got=ridge,
                     limit="a number from 0 on",
+                )
+            if ridge_path:
+                raise InvalidOption(
+                    f"ridge_path with {name}: the path holds kernels without constraints; leave out one of them",
+                    field="ridge_path",
+                    got="true",
+                    limit="false",
                 )
 
     def for_kernel(self, kernel_shape: tuple[int, int, int, int], *, bias: bool) -> "Constraints":

@@ -11,13 +11,20 @@ import scipy.special
 import torch
 
 from core.errors import InvalidOption
-from core.fit.analysis import Analysis, Precision, analyse_equations, analyse_factors
+from core.fit.analysis import (
+    Analysis,
+    Precision,
+    analyse_equations,
+    analyse_equations_for_ridges,
+    analyse_factors,
+)
 from core.fit.constrained import ConstrainedAnalysis, analyse_constrained, compress_equations
+from core.fit.cross_validation import RidgePath, RidgeSearch
 from core.fit.descent import Descent, descend
 from core.fit.exact import LANCZOS_STEPS, conjugate_gradients, steepest_curvature
 from core.fit.gram import Sums
 from core.fit.layout import Layout, Unknowns, repacked
-from core.fit.losses import LOSSES
+from core.fit.losses import LOSSES, huber
 from core.fit.objective import Images, Objective
 from core.fit.options import Options
 from core.fit.parts import Part
@@ -45,6 +52,7 @@ from core.fit.sentences import (
     exact_sentence,
     forecast_sentence,
     rank_sentence,
+    ridge_sentence,
     robust_sentence,
 )
 from core.fit.start import Start
@@ -108,7 +116,7 @@ class Fitting:
             units=units,
         )
         targets = yield from self._with_progress(sum_up(examples, self.device, units), 0)
-        ridge = units.scaled_ridge(options.ridge)
+        ridge = units.scaled_ridge(options.given_ridge or 0.0)
         squares = replace(whole._terms(targets)[0], criterion=LOSSES["mean"])  # noqa: SLF001 - of the same class
         start, note = self.layout.zeros, None
         # Half a mean of squares and the ridge have the same minimum as it and twice the ridge.
@@ -151,6 +159,11 @@ class Fitting:
         outside = 1 - float(spread.inside.sum() / spread.counted.sum())
         at = repacked(found.descent.unknowns, problem.layout, self.layout)
         descent, terms = replace(found.descent, unknowns=at), self._terms(targets)
+        scaled = replace(terms[0], criterion=huber(delta))
+        curve = yield from self._with_progress(self._validation_curve(scaled, None), count)
+        if curve is not None:
+            loss = yield from self._with_progress(curve.add(at), count)
+            descent = replace(descent, validated=Validated(None, loss, None, descent.final_loss))
         result = yield from self._report(descent, targets, terms, None, forecast, None)
         uncertainty = Uncertainty()
         if analysis is not None and found.best and not options.ridge:
@@ -158,6 +171,8 @@ class Fitting:
         notes = [] if rank_note is None else [rank_note]
         if rank_note is not None and forecast.rank:
             notes.append("this solution has no component along them")
+        if result.validation_loss is not None:
+            notes.append(f"validation loss {result.validation_loss:.6g}")
         descent = replace(descent, final_loss=result.final_loss)
         message = robust_sentence(descent, options.delta, outside, result.r_squared, notes, best=found.best)
         return replace(
@@ -196,7 +211,7 @@ class Fitting:
         examples = [passage.example for passage in self.passages]
         targets = yield from self._with_progress(sum_up(examples, self.device, units), 0)
         terms = self._terms(targets)
-        images = Objective(terms, self.layout, options.criterion.mean, units.scaled_ridge(options.ridge))
+        images = Objective(terms, self.layout, options.criterion.mean, self._scaled_ridge(None))
         analysis, steepest = yield from self._looked_through(images, terms, targets)
         overflow = steepest is not None and not math.isfinite(units.curvature(steepest))
         if options.solver == "exact":
@@ -252,6 +267,18 @@ class Fitting:
         """Where a descent starts, for the scaled examples."""
         return self.units.scaled_unknowns(self.layout.packed(*self.start.weights(self.seed)))
 
+    def _scaled_ridge(self, analysis: Analysis | None) -> float:
+        """Return the ridge that an analysis uses or, without one, the given number, for the scaled examples."""
+        return analysis.objective.ridge if analysis else self.units.scaled_ridge(self.options.given_ridge or 0.0)
+
+    def _search(self, targets: Targets) -> RidgeSearch | None:
+        """Return the search for a ridge or its path, if one is requested."""
+        options = self.options
+        if not options.searches_ridges:
+            return None
+        choose = options.given_ridge is None
+        return RidgeSearch(choose, options.ridge_path, targets.counted, self.layout, self.units)
+
     def _looked_through(
         self, images: Objective, terms: Sequence[Images], targets: Targets
     ) -> Generator[Progress, None, tuple[Analysis | None, float | None]]:
@@ -261,7 +288,7 @@ class Fitting:
         """
         square, finite = self.options.criterion.square, math.isfinite(targets.squares)
         if self.method == "normal equations" and finite:
-            analysis = yield from self._analysed(images, terms)
+            analysis = yield from self._analysed(images, terms, self._search(targets))
             if analysis is not None:
                 return analysis, analysis.largest
         yield from self._with_progress(require_finite([passage.example for passage in self.passages]), self._count)
@@ -286,7 +313,9 @@ class Fitting:
     def _term(self, parts: Sequence[Part], weight: float) -> Images:
         return Images(parts, self.layout, self.options.criterion, self.device, self.machine, weight, self.units)
 
-    def _analysed(self, images: Objective, terms: Sequence[Images]) -> Generator[Progress, None, Analysis | None]:
+    def _analysed(
+        self, images: Objective, terms: Sequence[Images], search: RidgeSearch | None = None
+    ) -> Generator[Progress, None, Analysis | None]:
         """Analyse the examples by their normal equations or, if those say too little, by their windows themselves.
 
         None if a sum of squares is too large for float64.
@@ -298,6 +327,8 @@ class Fitting:
         factored = self.layout.size <= MAX_FACTORED_SIZE
         if all(np.isfinite(part.gram).all() and np.isfinite(part.moments).all() for part in found):
             by_equations = analyse_equations(images, terms, found, only_if_well_conditioned=factored)
+            if search is not None:
+                by_equations = analyse_equations_for_ridges(images, terms, found, search)
             analysis = yield from self._with_progress(by_equations, self._count)
             if analysis is not None:
                 return analysis
@@ -307,7 +338,7 @@ class Fitting:
         del equations, found
         factorizations = yield from self._read(lambda: Factorization(self.layout, self.device))
         problems = [factorization.compressed for factorization in factorizations]
-        return (yield from self._with_progress(analyse_factors(images, terms, problems), self._count))
+        return (yield from self._with_progress(analyse_factors(images, terms, problems, search), self._count))
 
     def _analysed_with_constraints(
         self, images: Objective, terms: Sequence[Images]
@@ -441,7 +472,7 @@ class Fitting:
             if term.weight
         ]
         together = 1 if options.criterion.mean else options.batch_size
-        return self.units.curvature(max(curvatures) * together) + 2 * options.ridge
+        return self.units.curvature(max(curvatures) * together + 2 * analysis.objective.ridge)
 
     def _solved(
         self, analysis: Analysis | None, images: Objective, targets: Targets
@@ -548,8 +579,9 @@ class Fitting:
         options, exact = self.options, self.options.solver == "exact"
         best, excess, precision, best_explained = None, None, None, None
         if analysis is not None:
-            precision = yield from self._with_progress(analysis.precision(targets), self._count)
-            best_explained = self._explained(analysis.minimum.at, analysis.minimum.loss, targets)
+            of_noise = analysis.precision(targets, covariance=options.covariance)
+            precision = yield from self._with_progress(of_noise, self._count)
+            best_explained = self._explained(analysis.minimum.at, analysis.minimum.loss, targets, analysis)
             best = analysis.smallest_loss
         if analysis is not None and best is not None:
             excess = descent.final_loss - best
@@ -558,7 +590,7 @@ class Fitting:
                 excess = yield from self._with_progress(analysis.excess(descent.unknowns), self._count)
                 descent = replace(descent, final_loss=best + excess)
         if options.criterion.square or not math.isfinite(descent.final_loss):
-            explained = self._explained(descent.unknowns, descent.final_loss, targets)
+            explained = self._explained(descent.unknowns, descent.final_loss, targets, analysis)
         else:
             explained = yield from self._with_progress(
                 self._explained_by(descent.unknowns, terms, targets), self._count
@@ -595,9 +627,13 @@ class Fitting:
                 best_rate,
                 rank_note,
             )
+        selection = analysis.selection if analysis else None
+        if selection is not None and selection.chosen is not None:
+            message += "; " + ridge_sentence(units.curvature(self._scaled_ridge(analysis)), selection.chosen)
         drawn = not exact and (not self.start.complete or options.batch_size is not None)
         known = {field.name: getattr(forecast, field.name) for field in fields(Known)}
         known |= {field.name: getattr(uncertainty, field.name) for field in fields(Uncertainty)}
+        known |= self._path(selection.path if selection else None)
         return FitResult(
             **{**known, "best_possible_loss": best},
             kernel=self._kernel(descent.unknowns),
@@ -611,6 +647,7 @@ class Fitting:
             solver=options.solver,
             huber_delta=options.delta if options.loss == "huber" else None,
             method=self.method,
+            ridge=self._ridge(analysis),
             values=int(targets.counted.sum()),
             r_squared=explained,
             device=str(self.device),
@@ -633,7 +670,7 @@ class Fitting:
         units = self.units
         errors, best = units.unknowns(precision.standard_errors), units.unknowns(analysis.minimum.at)
         reach = scipy.special.stdtrit(precision.freedom, (1 + CONFIDENCE_LEVEL) / 2)[:, None, :] * errors
-        biased = self.options.ridge or self.options.constraints.smoothness
+        biased = analysis.objective.ridge or self.options.constraints.smoothness
         ends = None if biased else (best - reach, best + reach)
         offsets = [offset for end in ends or () if (offset := self._offsets(end)) is not None]
         deviations = np.ldexp(precision.residual_std, units.target).ravel()
@@ -644,7 +681,42 @@ class Fitting:
             bias_confidence_intervals=torch.stack(offsets) if offsets else None,
             residual_std=torch.from_numpy(deviations).to(self.device),
             degrees_of_freedom=torch.from_numpy(precision.freedom.ravel()).to(self.device),
+            covariance=self._covariance(precision),
         )
+
+    def _covariance(self, precision: Precision) -> torch.Tensor | None:
+        """Return the covariance of each filter's unknowns, (O, size, size), on the examples as they are."""
+        if precision.covariances is None:
+            return None
+        matrices, exponent = precision.covariances, 2 * (self.units.target - self.units.input)
+        if exponent:
+            matrices = np.ldexp(matrices, exponent)
+        matrices = matrices.reshape(-1, *matrices.shape[2:])
+        return torch.from_numpy(matrices[0] if self.single_planes else matrices).to(self.device)
+
+    def _ridge(self, analysis: Analysis | None) -> float | None:
+        """Return the ridge of the fit, on the examples as they are; None if none could be chosen."""
+        given = self.options.given_ridge
+        return self.units.curvature(analysis.objective.ridge) if given is None and analysis else given
+
+    def _path(self, path: RidgePath | None) -> dict[str, torch.Tensor | None]:
+        """Return the fields of the result that hold a path of ridges, on the examples as they are."""
+        if path is None:
+            return {}
+        units = self.units
+        along = [units.unknowns(unknowns) for unknowns in path.unknowns]
+        offsets = [offset for unknowns in along if (offset := self._offsets(unknowns)) is not None]
+        series = {
+            "ridge_path": np.ldexp(path.ridges, 2 * units.input),
+            "ridge_path_gcv": np.ldexp(path.gcv, 2 * units.target),
+            "ridge_path_degrees_of_freedom": path.degrees_of_freedom,
+            "ridge_path_losses": np.ldexp(path.losses, 2 * units.target),
+        }
+        return {
+            **{name: torch.from_numpy(values).to(self.device) for name, values in series.items()},
+            "ridge_path_kernels": torch.stack([self._kernel(unknowns) for unknowns in along]),
+            "ridge_path_biases": torch.stack(offsets) if offsets else None,
+        }
 
     def _kernel(self, unknowns: Unknowns) -> torch.Tensor:
         kernel = self.layout.kernel(unknowns)
@@ -654,11 +726,11 @@ class Fitting:
         offsets = self.layout.offsets(unknowns)
         return None if offsets is None else offsets.to(self.device)
 
-    def _explained(self, unknowns: Unknowns, loss: float, targets: Targets) -> float | None:
+    def _explained(self, unknowns: Unknowns, loss: float, targets: Targets, analysis: Analysis | None) -> float | None:
         """R squared of a kernel of that sum, or mean, of squares."""
         if not math.isfinite(loss):
             return None
-        mean, ridge = self.options.criterion.mean, self.units.scaled_ridge(self.options.ridge)
+        mean, ridge = self.options.criterion.mean, self._scaled_ridge(analysis)
         penalty = ridge * float(np.square(unknowns[:, : self.layout.taps]).sum())
         constraints = self.options.constraints.in_units(self.units)
         if constraints.smoothness:

@@ -32,13 +32,15 @@ class Options:
     learning_rate: float | Auto
     steps: int
     tolerance: float | None
-    ridge: float
+    ridge: float | Auto
     momentum: float | None
     betas: Sequence[float] | None
     batch_size: int | None
     refuse_divergence: bool
     huber_delta: float | Auto | None = None
     constraints: Constraints = UNCONSTRAINED
+    ridge_path: bool = False
+    covariance: bool = False
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what makes no sense."""
@@ -61,7 +63,7 @@ class Options:
                 got=shown(self.tolerance),
                 limit="no batch_size",
             )
-        self.constraints.require_solver(self.solver, self.loss, self.ridge)
+        self.constraints.require_solver(self.solver, self.loss, self.ridge, ridge_path=self.ridge_path)
         self._require_rate()
         self._require_numbers()
         self._require_delta()
@@ -78,8 +80,7 @@ class Options:
     def _require_numbers(self) -> None:
         if self.tolerance is not None:
             _within("tolerance", self.tolerance, above=0, below=1)
-        if not is_real(self.ridge) or not 0 <= self.ridge < math.inf:
-            raise _out_of_range("ridge", self.ridge, "from 0 on")
+        self._require_ridge()
         if self.momentum is not None:
             _within("momentum", self.momentum, least=0, below=1)
         if self.betas is not None:
@@ -89,6 +90,40 @@ class Options:
                 _within("betas", beta, least=0, below=1)
         if self.batch_size is not None:
             positive("batch_size", self.batch_size)
+
+    def _require_ridge(self) -> None:
+        if not (isinstance(self.ridge, str) and self.ridge == "auto"):
+            if not is_real(self.ridge) or not 0 <= self.ridge < math.inf:
+                raise _out_of_range("ridge", self.ridge, 'from 0 on, or "auto"')
+        elif not self.criterion.square:
+            raise InvalidOption(
+                f'ridge "auto" is chosen by cross-validation of least squares, and loss is "{self.loss}": give a '
+                'number, or take loss "sum" or "mean"',
+                field="ridge",
+                got="auto",
+                limit="a number from 0 on",
+            )
+        for field in ("ridge_path", "covariance"):
+            if not isinstance(getattr(self, field), bool):
+                raise _out_of_range(field, getattr(self, field), "true, false", what="one of")
+        if self.ridge_path and not self.criterion.square:
+            raise InvalidOption(
+                f'ridge_path holds solutions of least squares, and loss is "{self.loss}": leave ridge_path out, or '
+                'take loss "sum" or "mean"',
+                field="ridge_path",
+                got="true",
+                limit="false",
+            )
+
+    @property
+    def given_ridge(self) -> float | None:
+        """The ridge as a number; None for "auto"."""
+        return None if isinstance(self.ridge, str) else self.ridge
+
+    @property
+    def searches_ridges(self) -> bool:
+        """True if ridges are compared: such a fit needs normal equations."""
+        return self.given_ridge is None or self.ridge_path
 
     @property
     def criterion(self) -> Criterion:

@@ -75,6 +75,13 @@ class Example:
         groups = torch.split(self.weights, max(1, BLOCK_VALUES // self.weights[0].numel()))
         return [weight for group in groups for weight in group.double().sum((1, 2, 3)).tolist()]
 
+    @property
+    def values(self) -> int:
+        """Number of target values of weight above 0."""
+        if self.weights is None:
+            return self.targets.numel()
+        return sum(int(torch.count_nonzero(self.weights[block].double())) for block in blocks(self.weights.shape))
+
     def require_reachable(self, problem: Problem) -> None:
         """Raise InvalidShape unless the convolution's output has the target's size."""
         size = self.targets.shape[-2], self.targets.shape[-1]

@@ -9,6 +9,16 @@ from torch import Tensor
 CONFIDENCE_LEVEL = 0.95
 """Probability that a confidence interval contains the true value."""
 
+RIDGE_PATH_FIELDS = (
+    "ridge_path",
+    "ridge_path_gcv",
+    "ridge_path_degrees_of_freedom",
+    "ridge_path_losses",
+    "ridge_path_kernels",
+    "ridge_path_biases",
+)
+"""Fields of a FitResult that hold a path of ridges."""
+
 Prediction = Literal["converges", "diverges"]
 
 
@@ -84,7 +94,9 @@ class Uncertainty:
     like kernel) and bias_confidence_intervals (2, O), which contain the true values with probability CONFIDENCE_LEVEL;
     residual_std (O), the noise's standard deviation; degrees_of_freedom (O), values less unknowns (with a ridge, less
     the effective number of unknowns). A ridge biases the kernel: standard errors leave that out, and there are no
-    intervals.
+    intervals. covariance, on request: that of a filter's unknowns (its entries row by row, then its bias), (size, size)
+    for a kernel (h, w), (O, size, size) otherwise; its diagonal holds the squares of the standard errors. A ridge that
+    was chosen from the examples counts as given.
     """
 
     standard_errors: Tensor | None = None
@@ -93,6 +105,7 @@ class Uncertainty:
     bias_confidence_intervals: Tensor | None = None
     residual_std: Tensor | None = None
     degrees_of_freedom: Tensor | None = None
+    covariance: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +125,11 @@ class FitResult(Known, Uncertainty):
     With kernel_size "auto", kernel_sizes (n, 2) are the sizes compared, kernel_sizes_bic and kernel_sizes_loss (n)
     their Bayesian information criterion and smallest possible loss (without the ridge). kernel_offset: pixels (rows,
     columns) by which the kernel's windows begin after those of the size that the shapes or max_kernel_size give.
+
+    ridge: the number that was used, None if "auto" found none as the squares overflow. On request, ridge_path (n) holds
+    ridges of all sizes, ascending, and for each ridge_path_gcv (n), generalised cross-validation N RSS / (N - df)^2;
+    ridge_path_degrees_of_freedom (n), effective unknowns df of all filters; ridge_path_losses (n), the sum or mean of
+    squares without the penalty; ridge_path_kernels (n, * like kernel) and ridge_path_biases (n, O).
     """
 
     kernel: Tensor
@@ -129,6 +147,13 @@ class FitResult(Known, Uncertainty):
     r_squared: float | None
     device: str
     seed: int | None
+    ridge: float | None
+    ridge_path: Tensor | None = None
+    ridge_path_gcv: Tensor | None = None
+    ridge_path_degrees_of_freedom: Tensor | None = None
+    ridge_path_losses: Tensor | None = None
+    ridge_path_kernels: Tensor | None = None
+    ridge_path_biases: Tensor | None = None
     validation_history: list[float] | None = None
     validation_loss: float | None = None
     best_step: int | None = None

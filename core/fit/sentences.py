@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from decimal import ROUND_DOWN, Decimal
 
 from core.fit.constrained import ConstrainedAnalysis
+from core.fit.cross_validation import Chosen
 from core.fit.descent import Descent
 from core.fit.options import Options
 from core.fit.result import Forecast, Prediction, Status
@@ -55,6 +56,22 @@ def rank_sentence(rank: int, unknowns: int, *, precise: bool, largest_left_out: 
             f"float64 (singular values up to {largest_left_out:.1g} of the largest)"
         )
     return f"rank {rank} of {unknowns}: these examples leave {combinations} open"
+
+
+def ridge_sentence(ridge: float, chosen: Chosen) -> str:
+    """Say which ridge was chosen, and why."""
+    match chosen:
+        case "best":
+            return f"ridge {ridge:.4g} minimises generalised cross-validation"
+        case "zero":
+            return "ridge 0 minimises generalised cross-validation"
+        case "largest":
+            return (
+                f"ridge {ridge:.4g} is the largest that was tried: by generalised cross-validation, a kernel of zeros "
+                "predicts the target best"
+            )
+        case "indifferent":
+            return "generalised cross-validation does not distinguish ridges on these examples: ridge 0 is used"
 
 
 def divergence_sentence(options: Options, rate: float, stable: float, best: float | None) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from core.fit.cross_validation import require_equations, require_searchable
 from core.fit.fitting import Fitting
 from core.fit.layout import Layout
 from core.fit.options import Options
@@ -60,8 +61,10 @@ class Setup:
             validation = plan_validation(
                 validated, self.patience, layout, options, machine, filters_weighted_apart=apart
             )
+        require_searchable(options, layout, lambda: sum(example.values for example in self.examples.pairs))
         include = include_validation(validation, layout, options, machine)
         way = choose_way(passages, layout, options, machine, self.limits, include)
+        require_equations(options, way.method)
         fitting = Fitting(
             options=options,
             passages=passages,

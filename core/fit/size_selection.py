@@ -456,6 +456,8 @@ def _least_squares(options: Options) -> Options:
         batch_size=None,
         refuse_divergence=False,
         constraints=UNCONSTRAINED,
+        ridge_path=False,
+        covariance=False,
     )
 
 

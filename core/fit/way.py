@@ -10,6 +10,7 @@ from typing import Literal
 from core.engines import outlook, peak_bytes
 from core.errors import InvalidOption
 from core.fit import lags, windows
+from core.fit.cross_validation import PATH_RIDGES
 from core.fit.gram import by_lags
 from core.fit.layout import Layout
 from core.fit.low_rank import RANDOM_STARTS
@@ -31,7 +32,9 @@ MOST_UNKNOWNS = 16_384
 
 COPIES = 6
 COPIES_FACTORED = 4
-"""Copies of the normal equations in memory while eigenvectors, or a factorization, are computed."""
+COPIES_DECOMPOSED = 4
+"""Copies of the normal equations in memory while eigenvectors, or a factorization, are computed; and those in addition
+for a search among ridges."""
 
 MOST_MEGABYTES = 4000.0
 """Memory of all copies, and of the equations that are kept apart for batches."""
@@ -42,6 +45,7 @@ WORTH_THE_MINIMUM = 60.0
 rank and standard errors; of the exact solver, for a kernel that is known to be the best."""
 
 EIGENVECTORS = 5e-10
+SINGULAR_VECTORS = 1.3e-9
 CHOLESKY = 5e-11
 PRODUCT = 2.5e-10
 """Seconds for the cube of the unknowns, and for an entry of the equations in a product with a vector; measured."""
@@ -91,6 +95,9 @@ WEIGHTED_WINDOWS = 1.5
 SECONDS_OF_MEDIANS = 8e-8
 COPIES_OF_RESIDUALS = 6
 """Seconds for two medians of residuals, for each of them, and copies of the residuals in memory."""
+
+RESULT_COPIES = 4
+"""Copies of the large arrays of a result in memory while they are computed and scaled."""
 
 PASSES_AFTER = 2
 """To see the best kernel's residuals where it comes from the equations."""
@@ -156,15 +163,14 @@ def choose_way(
     `include` adds to each way what the fit computes in addition. A pure function: the same fit is computed in the same
     way.
     """
-    if options.reweighted:
-        return _reweighted(passages, layout, options, machine, limits)
+    if options.reweighted or options.constraints.active:
+        special = _reweighted if options.reweighted else _with_constraints
+        return include(special(passages, layout, options, machine, limits))
     exact, batch = options.solver == "exact", options.batch_size
     terms = sum(passage.terms for passage in passages) if batch is not None else 1
     # A step goes over a batch, the end over all.
     share = 1.0 if batch is None else batch / terms
     limits = limits or Limits()
-    if options.constraints.active:
-        return _with_constraints(passages, layout, options, machine)
     passes: float = min(PASSES_TO_SOLVE, layout.size) if exact else options.steps * share + PASSES_AFTER
     if options.criterion.square:
         passes += PASSES_BEFORE
@@ -176,10 +182,11 @@ def choose_way(
     equations = include(equations)
     if equations.megabytes > MOST_MEGABYTES:
         return convolutions
-    if not _within(equations, limits) and _within(convolutions, limits):
-        return convolutions
     worth = WORTH_THE_MINIMUM if exact else WORTH_THE_TRUTH
-    return equations if equations.seconds <= max(convolutions.seconds, worth) else convolutions
+    is_affordable = _within(equations, limits) or not _within(convolutions, limits)
+    is_fast = equations.seconds <= max(convolutions.seconds, worth)
+    is_needed = options.searches_ridges or options.covariance
+    return equations if is_needed or (is_affordable and is_fast) else convolutions
 
 
 def _reweighted(
@@ -235,8 +242,11 @@ def _reweighted(
     )
 
 
-def _with_constraints(passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine) -> Way:
+def _with_constraints(
+    passages: Sequence[Passage], layout: Layout, options: Options, machine: Machine, limits: Limits | None
+) -> Way:
     """Return the normal equations with the search under constraints. Raises InvalidOption if it needs too much."""
+    del limits
     options.constraints.require_size(layout.size, MAX_FACTORED_SIZE)
     equations = _equations(passages, layout, options, machine, 1)
     seconds, operations = _to_constrain(layout, options)
@@ -285,8 +295,11 @@ def _equations(passages: Sequence[Passage], layout: Layout, options: Options, ma
         seconds += options.steps * (ADAM_STEP if options.solver == "adam" else STEP)
         seconds += products * (TERM + PRODUCT * entries * layout.columns)
         operations += 2.0 * entries * layout.columns * products
-    after = _convolutions(passages, layout, machine, PASSES_AFTER)
-    megabytes = after.megabytes + 8e-6 * (entries * (_copies(layout) + terms) + 4 * terms * layout.unknowns)
+    # With a search for ridges the best kernel without one is computed as well.
+    after = _convolutions(passages, layout, machine, PASSES_AFTER * (1 + options.searches_ridges))
+    copies = _copies(layout) + terms + COPIES_DECOMPOSED * options.searches_ridges
+    megabytes = after.megabytes + 8e-6 * (entries * copies + 4 * terms * layout.unknowns)
+    megabytes += RESULT_COPIES * extra_megabytes(layout, options)
     return Way("normal equations", FIT + seconds + after.seconds, operations / 1e9 + after.gflop, megabytes)
 
 
@@ -319,6 +332,13 @@ def cost_of_losses(passages: Sequence[Passage], layout: Layout, machine: Machine
     return seconds, operations, largest
 
 
+def extra_megabytes(layout: Layout, options: Options) -> float:
+    """Return the memory of the large arrays of a result, on request: a path of ridges, and covariances."""
+    path = PATH_RIDGES * layout.unknowns if options.ridge_path else 0
+    covariance = layout.kernel_shape[0] * layout.size**2 if options.covariance else 0
+    return 8e-6 * (path + covariance)
+
+
 def _copies(layout: Layout) -> int:
     return COPIES if layout.size <= LARGEST_DECOMPOSED else COPIES_FACTORED
 
@@ -332,8 +352,10 @@ def _positions(problem: Problem) -> int:
 def _to_analyse(layout: Layout, options: Options, rank: int) -> tuple[float, float]:
     """Seconds and operations for eigenvalues or factorizations, solutions and rates; the rank is at most that."""
     size, cube = layout.size, layout.blocks * layout.size**3
-    twice = 2 if options.ridge else 1
+    twice = (2 if options.ridge else 1) + options.searches_ridges
     solving = 12 * cube / size * layout.columns
+    if options.ridge_path:
+        solving += 2 * PATH_RIDGES * cube / size * layout.columns
     if size <= LARGEST_DECOMPOSED:
         times = twice + 0.4 + (options.learning_rate == "auto")
         seconds = times * (EIGENVECTORS * cube + layout.blocks * CALL) + PRODUCT / 2 * solving
@@ -344,6 +366,12 @@ def _to_analyse(layout: Layout, options: Options, rank: int) -> tuple[float, flo
             lanczos += 2 * QUADRATURE_STEPS * cube / size * layout.columns
         seconds = (twice + 0.5) * CHOLESKY * cube * rank / size + PRODUCT / 2 * (lanczos + solving)
         operations = (twice + 1) / 3 * cube * rank / size + lanczos + solving
+    if options.searches_ridges:
+        seconds += (SINGULAR_VECTORS + CHOLESKY) * cube + 2 * layout.blocks * CALL
+        operations += 20.0 * cube
+    if options.covariance:
+        seconds += PRODUCT * 2 * cube / 2
+        operations += 4.0 * cube
     if options.learning_rate == "auto" and options.solver != "exact":
         curvatures = QUADRATURE_STEPS if size > LARGEST_DECOMPOSED else layout.blocks * size
         tried = curvatures * rates_tried(options.rule or GradientDescent(), curvatures, options.steps)

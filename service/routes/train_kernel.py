@@ -120,6 +120,9 @@ KernelSize = Annotated[
 ]
 """An integer, [rows, columns] or "auto". core checks it."""
 
+Ridge = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "auto"}]})]
+"""A number from 0 on or "auto", which core checks."""
+
 INPUT = AliasChoices("input", "X")
 TARGET = AliasChoices("target", "Y")
 
@@ -201,10 +204,10 @@ class TrainKernelRequest(FiniteArrays):
     tolerance: Tolerance | None = Field(
         None, description="end early, where gradient or loss change by less than that share of them"
     )
-    ridge: float = Field(
+    ridge: Ridge = Field(
         0.0,
-        description="added to the loss, times the sum of the kernel's squares",
-        json_schema_extra={"minimum": 0},
+        description="added to the loss, times the sum of the kernel's squares; auto minimises generalised "
+        "cross-validation, for loss sum or mean",
     )
     nonnegative: bool = Field(default=False, description="solver exact: no kernel entry is below 0; the bias is free")
     sum_to: float | None = Field(None, description="solver exact: the sum of the kernel entries of each filter")
@@ -231,6 +234,12 @@ class TrainKernelRequest(FiniteArrays):
     batch_size: Positive | None = Field(None, description="images a step, for solver sgd; all where it is not given")
     refuse_divergence: bool = Field(
         default=False, description="answer with an error where the loss is bound to grow, instead of letting it"
+    )
+    ridge_path: bool = Field(
+        default=False, description="report the kernels of 50 ridges of all sizes, for loss sum or mean"
+    )
+    covariance: bool = Field(
+        default=False, description="report the covariance of each filter's unknowns, of which there may be 1024"
     )
     seed: Seed | None = Field(
         None, description="what initial values and batches are drawn from; drawn itself where it is not given"
@@ -286,6 +295,9 @@ class TrainKernelAnswer(BaseModel):
     huber_delta: float | None = Field(description="delta of the Huber loss, a number; null for other losses")
     method: str = Field(description="how it was computed: by normal equations, or by convolutions in every step")
     learning_rate: float | None = Field(description="the one that was used; null for solver exact")
+    ridge: float | None = Field(
+        description="the one that was used; null if auto found none, as the values are too large to square"
+    )
     prediction: core.Prediction | None = Field(description="what that rate was to lead to, before the first step")
     largest_stable_learning_rate: float | None = Field(description="from which on the loss is bound to grow")
     largest_eigenvalue: float | None = Field(description="of the loss's Hessian")
@@ -301,6 +313,18 @@ class TrainKernelAnswer(BaseModel):
     bias_confidence_intervals: Array | None = Field(description="likewise, (2, O)")
     residual_std: Array | None = Field(description="(O), standard deviation of the noise in a target value of weight 1")
     degrees_of_freedom: Array | None = Field(description="(O), values less unknowns (with a ridge: effective unknowns)")
+    covariance: Array | None = Field(
+        description="on request: of a filter's entries row by row, then its bias, taking the ridge as given; (size, "
+        "size) for a kernel (h, w), (O, size, size) otherwise"
+    )
+    ridge_path: Array | None = Field(description="on request: (n), ridges of all sizes, ascending")
+    ridge_path_gcv: Array | None = Field(
+        description="(n), generalised cross-validation N RSS / (N - df)^2 of each, N being values"
+    )
+    ridge_path_degrees_of_freedom: Array | None = Field(description="(n), df: effective unknowns of all filters")
+    ridge_path_losses: Array | None = Field(description="(n), sum or mean of squares, without the penalty")
+    ridge_path_kernels: Array | None = Field(description="(n, *kernel_shape)")
+    ridge_path_biases: Array | None = Field(description="(n, O), if a bias is learned")
     values: int = Field(description="target values of weight above 0")
     r_squared: float | None = Field(description="the share of the target's variance that this kernel explains")
     device: str

@@ -257,6 +257,7 @@ START = np.full((2, 2, 3, 3), 0.25)
         ("--solver exact --symmetric rotation", {"solver": "exact", "symmetric": "rotation"}),
         ("--solver exact --separable 2", {"solver": "exact", "separable": 2}),
         ("--solver exact --smoothness 3", {"solver": "exact", "smoothness": 3}),
+        ("--ridge auto --solver exact", {"ridge": "auto", "solver": "exact"}),
         ("--batch-size 2", {"batch_size": 2}),
         ("--seed 5", {"seed": 5}),
         ("--bias", {"bias": True}),
@@ -340,6 +341,30 @@ def test_training_stops_by_the_loss_on_other_files(tmp_path: Path, rng: np.rando
     half = corr2d("train", files["x"], files["y"], *options, *held_out[:2])
     assert half.exit_code == 1
     assert half.stderr == "corr2d: a validation pair needs both --validation-input and --validation-target\n"
+
+
+def test_a_path_of_ridges_and_a_covariance_are_written(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = rng.normal(size=(9, 9)), rng.normal(size=(7, 8))
+    files = saved(tmp_path / "x.npy", x), saved(tmp_path / "y.npy", y)
+    path, covariance = tmp_path / "path.npz", tmp_path / "covariance.npy"
+    flags = "--solver", "exact", "--bias", "--ridge", "auto", "--ridge-path", path, "--covariance", covariance
+    result = corr2d("train", *files, *flags)
+    assert result.exit_code == 0, result.output
+    assert f"kernels of 50 ridges -> {path}" in result.stdout
+    assert f"covariance (7, 7) -> {covariance}" in result.stdout
+    wanted = core.fit_kernel(x, y, solver="exact", bias=True, ridge="auto", ridge_path=True, covariance=True)
+    np.testing.assert_array_equal(np.load(covariance), wanted.covariance)
+    with np.load(path) as written:
+        assert set(written) == set(core.RIDGE_PATH_FIELDS)
+        for name in written:
+            np.testing.assert_array_equal(written[name], getattr(wanted, name))
+
+    undetermined = corr2d("train", saved(tmp_path / "x.npy", 0 * x), files[1], "--covariance", covariance)
+    assert undetermined.exit_code == 0
+    assert f"do not determine a covariance: {covariance} is not written" in undetermined.stdout
+    wrong = corr2d("train", *files, "--ridge-path", tmp_path / "path.npy")
+    assert wrong.exit_code != 0
+    assert "cannot write .npy; .npz can be" in wrong.stderr
 
 
 def test_a_divergence_is_foretold_and_can_be_refused(tmp_path: Path, rng: np.random.Generator) -> None:

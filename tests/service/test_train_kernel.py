@@ -67,6 +67,8 @@ def test_the_lessons_names_and_pairs_are_taken(send: Send) -> None:
         {"solver": "exact", "ridge": 0.5},
         {"solver": "exact", "nonnegative": True, "sum_to": 1.5, "symmetric": "both", "smoothness": 0.5},
         {"solver": "exact", "separable": True},
+        {"solver": "exact", "ridge": "auto", "ridge_path": True, "covariance": True},
+        {"solver": "momentum", "ridge": "auto", "ridge_path": True},
         {"solver": "sgd", "learning_rate": "auto", "refuse_divergence": True},
         {"solver": "sgd", "loss": "huber"},
         {"solver": "adam", "loss": "huber", "huber_delta": 0.25},
@@ -211,6 +213,54 @@ def test_binary_answers_hold_every_array_and_series(send: Send) -> None:
     assert arrays["confidence_intervals"].shape == (2, 1, 2)
     assert arrays["loss_history_steps"].tolist() == list(range(1, len(arrays["loss_history"]) + 1))
     assert json.loads(response.headers["Corr2d-Result"])["kernel_shape"] == [1, 2]
+
+
+def test_a_path_of_ridges_and_a_covariance_are_reported_on_request(send: Send, rng: np.random.Generator) -> None:
+    image, target = rng.normal(size=(9, 9)), rng.normal(size=(2, 7, 8))
+    options: dict[str, Any] = {"solver": "exact", "ridge": "auto", "bias": True}
+    body = {"input": image.tolist(), "target": target.tolist(), **options, "ridge_path": True, "covariance": True}
+    answer = send("POST", "/train-kernel", json=body).json()
+    expected = core.fit_kernel(image, target, **options, ridge_path=True, covariance=True)
+    names = [*core.RIDGE_PATH_FIELDS, "covariance"]
+    for name in names:
+        np.testing.assert_allclose(answer[name], getattr(expected, name), rtol=1e-12)
+    assert answer["ridge"] == expected.ridge
+    assert np.shape(answer["ridge_path_kernels"]) == (50, 2, 1, 3, 2)
+    assert np.shape(answer["ridge_path_biases"]) == (50, 2)
+    assert np.shape(answer["covariance"]) == (2, 7, 7)
+
+    binary = send("POST", "/train-kernel", json=body, headers={"Accept": npz.MEDIA_TYPE})
+    arrays = npz.decode(binary.content, 10**6)
+    for name in names:
+        assert arrays[name].dtype == np.float64
+        np.testing.assert_array_equal(arrays[name], getattr(expected, name))
+
+    without = send("POST", "/train-kernel", json={**body, "ridge_path": False, "covariance": False}).json()
+    assert [without[name] for name in names] == [None] * len(names)
+    assert without["ridge"] == expected.ridge
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "message"),
+    [
+        ({"ridge": "large"}, "ridge", 'is not a number from 0 on, or "auto"'),
+        ({"ridge": -1}, "ridge", 'ridge -1 is not a number from 0 on, or "auto"'),
+        ({"ridge": "auto", "loss": "huber"}, "ridge", 'loss is "huber": give a number'),
+        ({"ridge_path": True, "loss": "l1"}, "ridge_path", 'loss is "l1": leave ridge_path out'),
+        ({"input": [[1, 2]], "target": [[3]], "ridge": "auto"}, "ridge", "at least 2 are required: give a number"),
+        (
+            {"input": [[1] * 40] * 40, "target": [[1] * 5] * 5, "covariance": True},
+            "covariance",
+            "which has 1296 unknowns; at most 1024 are allowed: leave it out",
+        ),
+    ],
+)
+def test_ridges_that_cannot_be_searched_are_rejected(
+    send: Send, change: dict[str, Any], field: str, message: str
+) -> None:
+    error = first_error(send("POST", "/train-kernel", json={**LESSON, **change}), 422)
+    assert error["field"] == field
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize(("media_type", "start"), [("image/svg+xml", b"<?xml"), ("image/png", b"\x89PNG")])

@@ -153,7 +153,7 @@ def problems(draw: st.DrawFn) -> tuple[Lesson, dict[str, Any]]:
     options: dict[str, Any] = {
         "solver": draw(st.sampled_from(["exact", "sgd", "momentum", "nesterov"])),
         "loss": draw(st.sampled_from(["sum", "mean"])),
-        "ridge": draw(st.sampled_from([0.0, 0.0, 0.1])),
+        "ridge": draw(st.sampled_from([0.0, 0.0, 0.1, "auto"])),
         "learning_rate": "auto",
         "steps": 20,
         "seed": 0,

@@ -211,9 +211,10 @@ class Oracle:
     def __init__(self, fit: FitResult, lesson: Lesson, options: dict[str, Any]) -> None:
         scale = 1 if options["loss"] == "sum" else lesson.weight
         self.fit, self.options = fit, options
-        self.best = least_squares(lesson, options.get("ridge", 0.0) * scale)
+        assert fit.ridge is not None
+        self.best = least_squares(lesson, fit.ridge * scale)
         self.squares = sum(float(np.sum(y**2 * (1 if w is None else w))) for _, y, w in lesson.pairs) / scale
-        self.smallest = self.best.loss / scale + options.get("ridge", 0.0) * float(np.sum(self.best.kernel**2))
+        self.smallest = self.best.loss / scale + fit.ridge * float(np.sum(self.best.kernel**2))
         products = max(float(np.abs(x).max()) for x, _, _ in lesson.pairs) * float(np.abs(self.best.kernel).sum())
         products += 0 if self.best.bias is None else float(np.abs(self.best.bias).max())
         # Each of the two rounds the sums of products that it compares with the targets.
@@ -248,7 +249,12 @@ class Oracle:
             assert np.linalg.norm(self.fit.kernel.numpy()) <= np.linalg.norm(self.best.kernel) * (1 + 1e-6)
 
     def ridge(self, _: re.Match[str]) -> None:
-        assert self.options["ridge"] > 0
+        assert self.fit.ridge
+
+    def cross_validation(self, found: re.Match[str]) -> None:
+        assert self.options["ridge"] == "auto"
+        ridge = float(found[1]) if found.re.groups else 0.0
+        assert ridge == pytest.approx(self.fit.ridge, rel=1e-3)
 
     def diverged(self, _: re.Match[str]) -> None:
         assert self.fit.status is Status.DIVERGED
@@ -267,6 +273,9 @@ CLAIMS = {
     rf"no kernel of this size explains more than {NUMBER} of the target's variance": Oracle.explained,
     "this is the solution of least norm$": Oracle.least_norm,
     "the ridge makes the solution unique$": Oracle.ridge,
+    rf"ridge {NUMBER} minimises generalised cross-validation$": Oracle.cross_validation,
+    rf"ridge {NUMBER} is the largest that was tried: by generalised": Oracle.cross_validation,
+    "generalised cross-validation does not distinguish ridges": Oracle.cross_validation,
     "diverged: ": Oracle.diverged,
     "with more steps it will diverge: ": Oracle.nothing,
     "the loss stayed at ": Oracle.nothing,
