@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import scipy.special
 import torch
+from numpy.typing import NDArray
 
 from core.errors import InvalidOption
 from core.fit.analysis import (
@@ -189,9 +190,14 @@ class Fitting:
         variances = spread.variances(layout.size)
         if variances is None or analysis.spectrum.ranks.min() != layout.size:
             return Uncertainty()
-        diagonals = 2 * analysis.objective.scale * (yield from analysis.spectrum.diagonals())
-        variances = diagonals[:, :, None] * variances.reshape(layout.blocks, 1, layout.columns)
-        errors, best = units.unknowns(np.sqrt(np.maximum(variances, 0))), units.unknowns(at)
+        scale, variances = 2 * analysis.objective.scale, variances.reshape(layout.blocks, layout.columns)
+        diagonals = np.maximum(scale * (yield from analysis.spectrum.diagonals()), 0)
+        covariances = None
+        if self.options.covariance:
+            inverses = scale * (yield from analysis.spectrum.inverses())
+            covariances = variances[:, :, None, None] * inverses[:, None]
+        errors = units.unknowns(np.sqrt(diagonals[:, :, None] * variances[:, None, :]))
+        best = units.unknowns(at)
         freedom = spread.counted - layout.size
         quantiles = scipy.special.stdtrit(freedom, (1 + CONFIDENCE_LEVEL) / 2)
         reach = quantiles.reshape(layout.blocks, 1, layout.columns) * errors
@@ -203,6 +209,7 @@ class Fitting:
             confidence_intervals=torch.stack([self._kernel(end) for end in ends]),
             bias_confidence_intervals=torch.stack(offsets) if offsets else None,
             degrees_of_freedom=torch.from_numpy(freedom).to(self.device),
+            covariance=self._covariance(covariances),
         )
 
     def steps_in_units(self) -> Generator[Progress, None, FitResult]:
@@ -681,14 +688,14 @@ class Fitting:
             bias_confidence_intervals=torch.stack(offsets) if offsets else None,
             residual_std=torch.from_numpy(deviations).to(self.device),
             degrees_of_freedom=torch.from_numpy(precision.freedom.ravel()).to(self.device),
-            covariance=self._covariance(precision),
+            covariance=self._covariance(precision.covariances),
         )
 
-    def _covariance(self, precision: Precision) -> torch.Tensor | None:
+    def _covariance(self, matrices: NDArray[np.float64] | None) -> torch.Tensor | None:
         """Return the covariance of each filter's unknowns, (O, size, size), on the examples as they are."""
-        if precision.covariances is None:
+        if matrices is None:
             return None
-        matrices, exponent = precision.covariances, 2 * (self.units.target - self.units.input)
+        exponent = 2 * (self.units.target - self.units.input)
         if exponent:
             matrices = np.ldexp(matrices, exponent)
         matrices = matrices.reshape(-1, *matrices.shape[2:])
