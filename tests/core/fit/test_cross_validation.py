@@ -159,13 +159,13 @@ def blurred(sigma: float, seed: int, side: int = 160) -> Floats:
     """Return a part of a photograph, of values from 0 to 1, blurred."""
     photograph = np.asarray(Image.open(CAMERA), np.float64) / 255
     row, column = np.random.default_rng(seed).integers(0, 512 - side, 2)
-    return scipy.ndimage.gaussian_filter(photograph, sigma)[row : row + side, column : column + side]
+    part: Floats = scipy.ndimage.gaussian_filter(photograph, sigma)[row : row + side, column : column + side]
+    return part
 
 
 def diagonal(side: int) -> Floats:
     """Return the kernel of a diagonal motion."""
-    kernel: Floats = np.eye(side)
-    return kernel
+    return np.eye(side)
 
 
 def laplacian(side: int) -> Floats:
