@@ -279,18 +279,19 @@ def factorize_equations(gram: Floats, at: Unknowns, loss: float) -> Steps[Compre
 
 def require_searchable(options: Options, layout: Layout, count_values: Callable[[], int]) -> None:
     """Raise InvalidOption if the requested ridges, or the covariance, are of too many unknowns or of a single value."""
-    for field, remedy in (("covariance", "leave it out"), ("ridge", "give a number"), ("ridge_path", "leave it out")):
-        if getattr(options, field) in (True, "auto") and layout.size > MAX_FACTORED_SIZE:
-            received = getattr(options, field)
-            shown = '"auto"' if received == "auto" else "true"
+    requests = _requests(options)
+    if options.covariance:
+        requests["covariance"] = ("true", "leave it out")
+    if layout.size > MAX_FACTORED_SIZE:
+        for field, (received, remedy) in requests.items():
             raise InvalidOption(
-                f"{field} {shown} decomposes the matrix of a filter, which has {layout.size} unknowns; at most "
+                f"{field} {received} decomposes the matrix of a filter, which has {layout.size} unknowns; at most "
                 f"{MAX_FACTORED_SIZE} are allowed: {remedy}, or take a smaller kernel",
                 field=field,
                 got=layout.size,
                 limit=MAX_FACTORED_SIZE,
             )
-    if options.ridge == "auto" and (count := count_values()) <= 1:
+    if options.given_ridge is None and (count := count_values()) <= 1:
         raise InvalidOption(
             f'ridge "auto" is chosen by cross-validation, the target has {count} value{"" if count == 1 else "s"} of '
             "weight above 0; at least 2 are required: give a number",
@@ -304,12 +305,22 @@ def require_equations(options: Options, method: str) -> None:
     """Raise InvalidOption if ridges are to be searched without normal equations."""
     if method == "normal equations":
         return
-    for field, remedy in (("ridge", "give a number"), ("ridge_path", "leave it out")):
-        if getattr(options, field) in (True, "auto"):
-            raise InvalidOption(
-                f"{field} follows from normal equations, which are too large for these examples (method {method}): "
-                f"{remedy}, take a smaller kernel{'' if options.batch_size is None else ', or leave batch_size out'}",
-                field=field,
-                got="auto" if field == "ridge" else "true",
-                limit="normal equations",
-            )
+    for field, (received, remedy) in _requests(options).items():
+        batches = "" if options.batch_size is None else ", leave batch_size out"
+        raise InvalidOption(
+            f"{field} {received} follows from normal equations, which are too large for these examples (method "
+            f"{method}): {remedy}{batches}, or take a smaller kernel",
+            field=field,
+            got=received.strip('"'),
+            limit="normal equations",
+        )
+
+
+def _requests(options: Options) -> dict[str, tuple[str, str]]:
+    """Return the options that search among ridges: as received, and how to do without."""
+    requests = {}
+    if options.given_ridge is None:
+        requests["ridge"] = ('"auto"', "give a number")
+    if options.ridge_path:
+        requests["ridge_path"] = ("true", "leave it out")
+    return requests

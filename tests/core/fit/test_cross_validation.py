@@ -165,8 +165,7 @@ def blurred(sigma: float, seed: int, side: int = 160) -> Floats:
 
 def diagonal(side: int) -> Floats:
     """Return the kernel of a diagonal motion."""
-    kernel: Floats = np.eye(side)
-    return kernel
+    return np.eye(side)
 
 
 def laplacian(side: int) -> Floats:
@@ -437,6 +436,7 @@ def test_more_unknowns_than_1024_are_rejected(option: dict[str, Any]) -> None:
         fit_kernel_steps(np.ones((40, 40)), np.ones((8, 8)), **option)
     assert caught.value.field == field
     fit_kernel_steps(np.ones((40, 40)), np.ones((9, 9)), **option)
+    fit_kernel_steps(np.ones((40, 40)), np.ones((8, 8)), ridge=1.0)
 
 
 @pytest.mark.parametrize("option", [{"ridge": "auto"}, {"ridge_path": True}])
@@ -445,8 +445,9 @@ def test_equations_that_are_too_large_are_rejected(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InvalidOption, match=r"too large for these examples \(method convolutions\)"):
         fit_kernel_steps(np.ones((40, 40)), np.ones((9, 9)), **option)
     images = np.ones((3, 1, 40, 40)), np.ones((3, 1, 9, 9))
-    with pytest.raises(InvalidOption, match=", or leave batch_size out"):
+    with pytest.raises(InvalidOption, match=", leave batch_size out, or take a smaller kernel"):
         fit_kernel_steps(*images, batch_size=1, **option)
+    assert plan_fit_kernel(np.ones((40, 40)), np.ones((9, 9)), ridge=1.0).method == "convolutions"
     # Passes over the images give no standard errors, and no covariance.
     assert plan_fit_kernel(np.ones((40, 40)), np.ones((9, 9)), covariance=True).method == "convolutions"
 
