@@ -66,9 +66,10 @@ ZERO_LOSS = 1e-25
 MIN_GAIN = 0.1
 """Decrease of the loss, relative to that of the quadratic model, from which an iteration is accepted."""
 
-LESS_DAMPING = 0.1
+LESS_DAMPING, MORE_DAMPING = 0.1, 0.3
 MIN_DAMPING = 1e-7
-"""Smallest factor of the damping after an iteration that is accepted, and the smallest damping."""
+"""Smallest factor of the damping after an accepted iteration, largest divisor of it after another one, and the smallest
+damping."""
 
 
 class Residuals(NamedTuple):
@@ -233,8 +234,8 @@ class Reweighted:
                 unknowns, loss, gradient = unknowns + step, new_loss, new_gradient
                 damping, less = max(MIN_DAMPING, less * damping), max(LESS_DAMPING, less**1.5)
             else:
-                # The next reductions are smaller.
-                damping, less = min(1.0, damping / less), less**0.5
+                # The next reductions are smaller, but the damping always grows: at 1 an iteration is accepted.
+                damping, less = min(1.0, damping / min(less, MORE_DAMPING)), less**0.5
         return Minimized(Descent(unknowns, history, history[0], loss, min(*history, loss), status), best)
 
     def spread(self, unknowns: Unknowns, delta: float) -> Steps[Spread]:

@@ -97,7 +97,7 @@ def with_outliers(lesson: Lesson, seed: int, fraction: float = 0.1, size: float 
     return Lesson(lesson.layer, pairs)
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(
     lesson=lessons(),
     delta=st.sampled_from([0.03, 0.3, 1.0, 3.0, 100.0]),
