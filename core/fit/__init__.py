@@ -162,6 +162,13 @@ def plan_fit_kernel(
         depth = max(examples.channels // positive("groups", layer.groups), 1)
         frame = find_frame(examples, layer, max_kernel_size, depth=depth, bias=bias)
         kernel_size = frame.outer
+    elif isinstance(kernel_size, str):
+        raise InvalidArgument(
+            f'kernel_size {shown(kernel_size)} is neither an integer, nor [rows, columns], nor "auto"',
+            field="kernel_size",
+            got=shown(kernel_size),
+            limit='an integer, [rows, columns], "auto"',
+        )
     elif max_kernel_size is not None:
         raise InvalidOption(
             'max_kernel_size is given, but kernel_size is not "auto": set kernel_size to "auto", or leave it out',

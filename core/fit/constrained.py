@@ -13,6 +13,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from core.errors import InvalidOption
 from core.fit.active_set import SignedProblem, solve_nonnegative
 from core.fit.analysis import MIN_FREEDOM, Analysis, Precision, is_rounding
 from core.fit.constraints import Constraints, Floats, TiedUnknowns, null_space
@@ -26,8 +27,14 @@ from core.fit.steps import Steps, paced
 from core.fit.targets import Targets
 from core.fit.tsqr import Compressed, combine, reduce_rows
 
-CANCELLED = 4 * np.finfo(np.float64).eps
+CANCELLED = 16 * np.finfo(np.float64).eps
 """Sum of columns, relative to that of their absolute values and for each of them, that is a rounding error."""
+
+MAX_SMOOTHNESS = 1e16
+"""Smoothness, relative to the largest sum of squares of the input in a column of windows."""
+
+NEARLY_CANCELLED = 1e-8
+"""The same ratio up to which a sum says nothing of the rounding errors of the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +163,11 @@ class Reduction:
         """
         ratios = np.ones((self.layout.blocks, 1))
         for block, factor in enumerate(problem.factor):
-            summed, scale = np.abs(factor) @ np.abs(self.basis), choose_scale(factor @ self.basis)
-            left = float(np.linalg.norm(_combine_columns(factor, self.basis) * scale))
+            summed, columns = np.abs(factor) @ np.abs(self.basis), _combine_columns(factor, self.basis)
+            counted = column_norms(columns) > NEARLY_CANCELLED * column_norms(summed)
+            summed, columns = summed[:, counted], columns[:, counted]
+            scale = choose_scale(columns)
+            left = float(np.linalg.norm(columns * scale))
             ratios[block] = max(1.0, float(np.linalg.norm(summed * scale)) / left) if left else 1.0
         return ratios
 
@@ -290,6 +300,7 @@ def analyse_constrained(
 
     from_equations: the problem comes from the normal equations, so that the images are read to correct it.
     """
+    _require_moderate_smoothness(constraints.smoothness / images.scale, problem)
     reduction = Reduction.of(images, constraints)
     free = yield from reduction.restrict(problem, reduction.basis, reduction.base)
     penalised = yield from reduction.restrict((yield from reduction.penalise(problem)), reduction.basis, reduction.base)
@@ -327,6 +338,18 @@ def analyse_constrained(
         factor=free.factor,
         with_penalties=penalised.factor,
     )
+
+
+def _require_moderate_smoothness(smoothness: float, problem: Compressed) -> None:
+    """Raise InvalidOption if the penalty is so large that rounding it hides what the examples determine."""
+    largest = MAX_SMOOTHNESS * float(np.square(np.linalg.norm(problem.factor, axis=1)).max(initial=0.0))
+    if smoothness > largest > 0:
+        raise InvalidOption(
+            "smoothness is more than 1e16 times the sums of squares of the input, float64 cannot hold both: use a "
+            "smaller one",
+            field="smoothness",
+            limit="1e16 times the largest sum of squares of the input",
+        )
 
 
 def _correct(

@@ -14,7 +14,7 @@ Source: Golub, Heath and Wahba, Generalized Cross-Validation as a Method for Cho
 Technometrics 21, 1979, section 2.
 """
 
-import sys
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -99,7 +99,15 @@ class RidgeSearch:
         if self.choose:
             found, chosen = yield from choose_ridge(family)
             # The number that is reported gives the same fit when it is given.
-            reported = min(self.units.curvature(scale * found), sys.float_info.max)
+            reported = self.units.curvature(scale * found)
+            if not math.isfinite(reported) or (found and not reported):
+                raise InvalidOption(
+                    'ridge "auto" finds a ridge that float64 cannot hold, because of the size of the input: scale the '
+                    "input, or give a number",
+                    field="ridge",
+                    got="auto",
+                    limit="an input whose squares are within float64",
+                )
             ridge = self.units.scaled_ridge(reported)
         if self.path:
             path = yield from family.path(scale)

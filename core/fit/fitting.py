@@ -60,7 +60,7 @@ from core.fit.start import Start
 from core.fit.steps import Steps, Value, quietly
 from core.fit.targets import Targets, sum_up
 from core.fit.tsqr import MAX_FACTORED_SIZE, Factorization
-from core.fit.units import UNSCALED, Units, choose_units
+from core.fit.units import MAX_SCALED_SIZE, UNSCALED, Units, choose_units, require_in_range
 from core.fit.validation import Validated, Validation, ValidationCurve
 from core.fit.way import Method, Passage
 from core.machine import Machine
@@ -117,8 +117,8 @@ class Fitting:
             units=units,
         )
         targets = yield from self._with_progress(sum_up(examples, self.device, units), 0)
-        ridge = units.scaled_ridge(options.given_ridge or 0.0)
-        squares = replace(whole._terms(targets)[0], criterion=LOSSES["mean"])  # noqa: SLF001 - of the same class
+        ridge = whole._scaled_ridge(None)  # noqa: SLF001 - of the same class
+        squares = replace(whole._terms(targets)[0], criterion=LOSSES["mean"])  # noqa: SLF001
         start, note = self.layout.zeros, None
         # Half a mean of squares and the ridge have the same minimum as it and twice the ridge.
         objective = Objective([squares], self.layout, mean=True, ridge=2 * ridge)
@@ -276,7 +276,12 @@ class Fitting:
 
     def _scaled_ridge(self, analysis: Analysis | None) -> float:
         """Return the ridge that an analysis uses or, without one, the given number, for the scaled examples."""
-        return analysis.objective.ridge if analysis else self.units.scaled_ridge(self.options.given_ridge or 0.0)
+        if analysis:
+            return analysis.objective.ridge
+        given = self.options.given_ridge or 0.0
+        scaled = self.units.scaled_ridge(given)
+        require_in_range("ridge", given, scaled)
+        return scaled
 
     def _search(self, targets: Targets) -> RidgeSearch | None:
         """Return the search for a ridge or its path, if one is requested."""
@@ -350,10 +355,12 @@ class Fitting:
     def _analysed_with_constraints(
         self, images: Objective, terms: Sequence[Images]
     ) -> Generator[Progress, None, ConstrainedAnalysis | None]:
-        """Find the best kernel under the constraints; None if the sum that its filters are to have overflows."""
+        """Find the best kernel under the constraints. Raises InvalidOption if they are too large for the examples."""
+        smoothness, total = self.options.constraints.smoothness, self.options.constraints.sum_to
+        require_in_range("smoothness", smoothness, self.units.scaled_ridge(smoothness))
         constraints = self.options.constraints.in_units(self.units)
-        if constraints.sum_to is not None and not math.isfinite(constraints.sum_to):
-            return None
+        if total is not None:
+            require_in_range("sum_to", total, constraints.sum_to or 0.0, MAX_SCALED_SIZE)
         sums = yield from self._read(lambda: Sums.zeros(self.layout, self.machine, self.device))
         problem = yield from self._with_progress(compress_equations(sums[0].equations), self._count)
         from_equations = problem is not None
@@ -754,4 +761,6 @@ class Fitting:
 def _rank_note(analysis: Analysis | None, unknowns: int) -> str | None:
     if analysis is None:
         return None
+    if isinstance(analysis, ConstrainedAnalysis) and analysis.rank == 0 < unknowns:
+        return f"rank 0 of {unknowns}: the examples determine nothing that the constraints leave free"
     return rank_sentence(analysis.rank, unknowns, precise=analysis.precise, largest_left_out=analysis.largest_left_out)

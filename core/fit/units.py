@@ -1,6 +1,7 @@
 """Powers of two that bring examples to where float64 can square them, and results back."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from core.errors import InvalidOption
 from core.fit.problem import BLOCK_VALUES, Example, blocks
 from core.fit.steps import Steps
 
@@ -61,6 +63,21 @@ class Units:
 
 
 UNSCALED = Units()
+
+MAX_SCALED_SIZE = math.ldexp(1.0, 500)
+"""Size of an option, for the scaled examples, up to which its square is within float64."""
+
+
+def require_in_range(field: str, given: float, scaled: float, largest: float = sys.float_info.max) -> None:
+    """Raise InvalidOption if an option is too large for the scaled examples."""
+    if not abs(scaled) <= largest:
+        raise InvalidOption(
+            f"{field} {given:.6g} is too large for examples of this size, float64 cannot hold the loss: "
+            f"scale the examples, or use a smaller {field}",
+            field=field,
+            got=f"{given:.6g}",
+            limit="a loss within float64",
+        )
 
 
 def choose_units(examples: Sequence[Example]) -> Steps[Units]:

@@ -32,7 +32,7 @@ from core.fit.way import (
     cost_of_reading,
 )
 from core.machine import Machine
-from core.shapes import Problem, positive
+from core.shapes import Problem, positive, sized
 
 LossOf: TypeAlias = Callable[[Unknowns], Steps[float]]
 """Computes the validation loss of a kernel and bias."""
@@ -95,7 +95,8 @@ def validation_problem(
     try:
         problem = layer.problem(example.images, kernel_shape, device=device, kernel_name=kernel_name)
     except InvalidShape as error:
-        raise InvalidShape(f"{name}: {error.message}", field=name, got=error.got, limit=error.limit) from error
+        size = sized(tuple(example.images.shape[2:]))
+        raise InvalidShape(f"{name}: {error.message}", field=name, got=size, limit=f"at least {error.got}") from error
     example.require_reachable(problem)
     return problem
 

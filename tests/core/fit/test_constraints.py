@@ -457,3 +457,63 @@ def test_no_call_of_a_search_takes_long() -> None:
 def test_a_kernel_beyond_memory_is_rejected_by_its_size(options: dict[str, Any]) -> None:
     with pytest.raises(core.InvalidShape, match="is larger than the input"):
         core.plan_fit_kernel(**PAIR, kernel_size=2**31 - 1, solver="exact", **options)
+
+
+def integer_lessons() -> list[tuple[Floats, Floats, tuple[int, int], float, bool]]:
+    """Return small examples of integers, many of low rank, with kernel size, sum and bias."""
+    rng = np.random.default_rng(0)
+    drawn = [
+        (np.array([[1.0, 2], [3, 4]]), np.array([[6.0]]), (2, 2), 1.0, False),
+        (np.array([[1.0, 2, 3, 4, 5]]), np.array([[1.0, 3]]), (1, 4), 1.0, False),
+        (np.tile(2.0 ** np.arange(12), (8, 1)), np.arange(60.0).reshape(6, 10), (3, 3), 1.0, False),
+    ]
+    for _ in range(150):
+        h, w = (int(side) for side in rng.integers(1, 4, 2))
+        if h * w < 2:
+            continue
+        rows, columns = h + int(rng.integers(0, 3)), w + int(rng.integers(0, 3))
+        x = rng.integers(-5, 9, (rows, columns)).astype(float)
+        if rng.random() < 0.3:
+            x = np.tile(x[:1], (rows, 1))
+        x += float(rng.choice([0, 0, 10, 1000, 1e5]))
+        y = rng.integers(-5, 9, (rows - h + 1, columns - w + 1)).astype(float)
+        drawn.append((x, y, (h, w), float(rng.integers(-2, 4)), bool(rng.random() < 0.4)))
+    return drawn
+
+
+@pytest.mark.parametrize(("x", "y", "size", "total", "bias"), integer_lessons())
+def test_the_loss_under_a_sum_is_the_smallest_whatever_the_rank(
+    x: Floats, y: Floats, size: tuple[int, int], total: float, bias: bool
+) -> None:
+    windows = np.lib.stride_tricks.sliding_window_view(x, size).reshape(-1, size[0] * size[1])
+    # Differences of integers are exact: the last entry is the sum less the others.
+    free, left = windows[:, :-1] - windows[:, -1:], y.ravel() - total * windows[:, -1]
+    if bias:
+        free = np.hstack([free, np.ones((len(free), 1))])
+    solution = np.linalg.lstsq(free, left, rcond=1e-11)[0]
+    smallest = float(np.square(free @ solution - left).sum())
+    fit = fit_kernel(x, y, solver="exact", sum_to=total, bias=bias)
+    rounding = 1e-10 * max(1.0, np.abs(x).max() * max(1.0, abs(total))) ** 2
+    assert fit.final_loss == pytest.approx(smallest, rel=1e-6, abs=rounding)
+    assert fit.rank == np.linalg.matrix_rank(free, tol=1e-9 * max(1.0, np.abs(free).max()))
+
+
+@pytest.mark.parametrize(
+    ("scale", "options", "field"),
+    [
+        (1e-160, {"ridge": 1.0}, "ridge"),
+        (1e-160, {"ridge": 1.0, "loss": "huber"}, "ridge"),
+        (1e-160, {"smoothness": 1.0}, "smoothness"),
+        (1.0, {"smoothness": 1e30}, "smoothness"),
+        (1.0, {"sum_to": 1e160}, "sum_to"),
+        (1e200, {"ridge": "auto"}, "ridge"),
+        (1e-200, {"ridge": "auto"}, "ridge"),
+    ],
+)
+def test_options_that_float64_cannot_hold_with_the_examples_are_rejected(
+    scale: float, options: dict[str, Any], field: str, rng: np.random.Generator
+) -> None:
+    x, y = scale * rng.normal(size=(9, 9)), rng.normal(size=(7, 7))
+    with pytest.raises(InvalidOption, match="float64 cannot hold") as caught:
+        fit_kernel(x, y, solver="exact", **options)
+    assert caught.value.field == field
