@@ -34,10 +34,10 @@ OF_A_VALUE = 1e-9
 SEVERAL_FILTERS_A_CHANNEL = 0.3
 """Speed of layers whose groups have one channel and several filters, relative to others."""
 
-SECONDS_PER_IMAGE_AND_GROUP = 2.5e-6
-SECONDS_PER_UNROLLED_VALUE, SECONDS_PER_DILATED_VALUE, SECONDS_PER_UNROLLED_ROW = 1.1e-9, 4e-9, 3e-9
-SECONDS_PER_FLOAT64_INPUT, SECONDS_PER_FLOAT64_OUTPUT, SECONDS_PER_GROUPED_VALUE = 1e-8, 1.5e-9, 3e-9
-"""Of convolutions in float64, fitted on layers: 90 % of them take 0.55 to 2 times the prediction."""
+SECONDS_PER_IMAGE_AND_GROUP = 1.5e-6
+SECONDS_PER_UNROLLED_VALUE, SECONDS_PER_DILATED_VALUE, SECONDS_PER_UNROLLED_ROW = 0.7e-9, 2.5e-9, 2e-9
+SECONDS_PER_FLOAT64_INPUT, SECONDS_PER_FLOAT64_OUTPUT, SECONDS_PER_GROUPED_VALUE = 6e-9, 1e-9, 2e-9
+"""Of convolutions in float64, fitted on layers, for a core as fast as the defaults of Machine."""
 
 LARGEST_UNROLLED_ROW_BYTES = 32_000_000
 """Unrolled windows of one row of outputs above which the caches of the processor hold too little of them."""

@@ -513,7 +513,7 @@ def test_serve_has_a_flag_for_every_setting() -> None:
             "learning_rate 'fast' is not a number above 0, or \"auto\"",
         ),
         (["train", "{x}", "{x}", "--huber-delta", "2"], 'huber_delta means nothing to loss "sum"'),
-        (["train", "{x}", "{x}", "--loss", "huber", "--huber-delta", "0"], "huber_delta 0 is not a number above 0"),
+        (["train", "{x}", "{x}", "--loss", "huber", "--huber-delta", "0"], "huber_delta 0.0 is not a number above 0"),
         (["train", "{x}", "{x}", "--learning-rate", "nan"], "learning_rate nan is not a number above 0"),
         (["train", "{x}", "{x}", "--solver", "newton"], 'solver "newton" is not one of: exact, sgd'),
         (["train", "{x}", "{x}", "--solver", "adam", "--betas", "0.9"], "betas 0.9 is not two numbers"),

@@ -297,7 +297,10 @@ SENT: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]
             "target": [("[[1, 2]]", [[1, 2]])],
             "weights": [("[[1, 0]]", [[1, 0]])],
             "pairs": [('[{"input": [[1]], "target": [[2]]}]', [([[1]], [[2]], None)])],
-            "kernel_size": [("3", 3), ("[3,2]", [3, 2])],
+            "validation": [('[{"input": [[1]], "target": [[2]]}]', [([[1]], [[2]], None)])],
+            "patience": [("3", 3), ("null", None)],
+            "kernel_size": [("3", 3), ("[3,2]", [3, 2]), ("auto", "auto")],
+            "max_kernel_size": [("3", 3), ("[3,2]", [3, 2])],
             "bias": [("true", True), ("false", False)],
             "initial_kernel": [("[[1,0,-1]]", [[1, 0, -1]])],
             "initial_bias": [("0.5", 0.5), ("[1,2]", [1, 2])],
@@ -305,6 +308,7 @@ SENT: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]
             "learning_rate": [("0.01", 0.01), ("1", 1), ("auto", "auto")],
             "steps": [("25", 25)],
             "loss": [("mean", "mean")],
+            "huber_delta": [("0.5", 0.5), ("auto", "auto"), ("null", None)],
             "tolerance": [("1e-6", 1e-6), ("null", None)],
             "ridge": [("0.5", 0.5), ("auto", "auto")],
             "nonnegative": [("true", True)],
@@ -364,7 +368,7 @@ def test_every_option_of_the_query_string_reaches_core(
         assert "explain" not in arguments
         return
     got = arguments[name]
-    if name == "pairs":
+    if name in ("pairs", "validation"):
         got = [tuple(None if array is None else array.tolist() for array in pair) for pair in got]
     got = got.tolist() if isinstance(got, np.ndarray) else got
     assert got == expected
