@@ -39,7 +39,7 @@ def report_from_within(*walls: str, home: str, log: str) -> dict[str, Any]:
         [*NAMESPACES, "sh", "-c", script, "sh", sys.executable, __file__, log],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         env={**inherited, "HOME": home, "TMPDIR": home, "CORR2D_DEVICE": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
     )
