@@ -21,7 +21,7 @@ from core.shapes import Cuts, Problem, Sides, extent
 METHOD = "direct"
 
 UNROLLED_BYTES = 4_000_000
-"""Maximum memory of the unrolled windows of one strip of output rows: more is no faster."""
+"""Maximum memory of the unrolled windows of one strip of output rows: larger strips take as long."""
 
 WORTH_A_LAYOUT = 20_000
 """Input values from which on laying the channels of a pixel side by side pays. (`.contiguous` would leave the strides
@@ -37,7 +37,7 @@ SEVERAL_FILTERS_A_CHANNEL = 0.3
 SECONDS_PER_IMAGE_AND_GROUP = 1.5e-6
 SECONDS_PER_UNROLLED_VALUE, SECONDS_PER_DILATED_VALUE, SECONDS_PER_UNROLLED_ROW = 0.7e-9, 2.5e-9, 2e-9
 SECONDS_PER_FLOAT64_INPUT, SECONDS_PER_FLOAT64_OUTPUT, SECONDS_PER_GROUPED_VALUE = 6e-9, 1e-9, 2e-9
-"""Of convolutions in float64, fitted on layers, for a core as fast as the defaults of Machine."""
+"""Time per unit of work of float64 convolutions, fitted on layers and scaled to the default speeds of Machine."""
 
 LARGEST_UNROLLED_ROW_BYTES = 32_000_000
 """Unrolled windows of one row of outputs above which the caches of the processor hold too little of them."""

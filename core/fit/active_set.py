@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 MAX_RELEASES_PER_UNKNOWN = 30
-"""Number of unknowns let go, or tried in vain, for each unknown of the problem, after which the search ends."""
+"""Maximum number of releases of an active unknown, accepted or not, for each unknown of the problem."""
 
 ROUNDING_OF_GRADIENT = 64 * np.finfo(np.float64).eps
 """Rounding error of a gradient, relative to the products of norms that it consists of."""

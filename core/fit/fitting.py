@@ -186,7 +186,7 @@ class Fitting:
 
     def _robust_uncertainty(self, at: Unknowns, spread: Spread, analysis: Analysis) -> Steps[Uncertainty]:
         """Return standard errors and intervals of the kernel of least Huber loss."""
-        layout, units = self.layout, self.units
+        layout = self.layout
         variances = spread.variances(layout.size)
         if variances is None or analysis.spectrum.ranks.min() != layout.size:
             return Uncertainty()
@@ -196,21 +196,9 @@ class Fitting:
         if self.options.covariance:
             inverses = scale * (yield from analysis.spectrum.inverses())
             covariances = variances[:, :, None, None] * inverses[:, None]
-        errors = units.unknowns(np.sqrt(diagonals[:, :, None] * variances[:, None, :]))
-        best = units.unknowns(at)
-        freedom = spread.counted - layout.size
-        quantiles = scipy.special.stdtrit(freedom, (1 + CONFIDENCE_LEVEL) / 2)
-        reach = quantiles.reshape(layout.blocks, 1, layout.columns) * errors
-        ends = best - reach, best + reach
-        offsets = [offset for end in ends if (offset := self._offsets(end)) is not None]
-        return Uncertainty(
-            standard_errors=self._kernel(errors),
-            bias_standard_errors=self._offsets(errors),
-            confidence_intervals=torch.stack([self._kernel(end) for end in ends]),
-            bias_confidence_intervals=torch.stack(offsets) if offsets else None,
-            degrees_of_freedom=torch.from_numpy(freedom).to(self.device),
-            covariance=self._covariance(covariances),
-        )
+        errors = np.sqrt(diagonals[:, :, None] * variances[:, None, :])
+        freedom = (spread.counted - layout.size).reshape(layout.blocks, layout.columns)
+        return self._uncertainty(at, errors, freedom, covariances, is_biased=False)
 
     def steps_in_units(self) -> Generator[Progress, None, FitResult]:
         """Fit the examples, scaled by the units."""
@@ -623,7 +611,7 @@ class Fitting:
         excess = None if excess is None else units.loss(excess)
         uncertainty = Uncertainty()
         if analysis is not None and precision is not None:
-            uncertainty = self._uncertainty(analysis, precision)
+            uncertainty = self._least_squares_uncertainty(analysis, precision)
         if not math.isfinite(descent.start_loss) and descent.status is Status.DIVERGED:
             message = f"diverged: {TOO_LARGE_TO_SQUARE}"
         elif isinstance(analysis, ConstrainedAnalysis):
@@ -679,23 +667,38 @@ class Fitting:
             return [rank_note, "the ridge makes the solution unique"]
         return [rank_note, "this is the solution of least norm"]
 
-    def _uncertainty(self, analysis: Analysis, precision: Precision) -> Uncertainty:
-        """Return standard errors and intervals of the best kernel on the examples as they are."""
-        units = self.units
-        errors, best = units.unknowns(precision.standard_errors), units.unknowns(analysis.minimum.at)
-        reach = scipy.special.stdtrit(precision.freedom, (1 + CONFIDENCE_LEVEL) / 2)[:, None, :] * errors
-        biased = analysis.objective.ridge or self.options.constraints.smoothness
-        ends = None if biased else (best - reach, best + reach)
+    def _least_squares_uncertainty(self, analysis: Analysis, precision: Precision) -> Uncertainty:
+        """Return standard errors, intervals and the noise of least squares on the examples as they are."""
+        is_biased = bool(analysis.objective.ridge or self.options.constraints.smoothness)
+        at, errors = analysis.minimum.at, precision.standard_errors
+        found = self._uncertainty(at, errors, precision.freedom, precision.covariances, is_biased=is_biased)
+        deviations = np.ldexp(precision.residual_std, self.units.target).ravel()
+        return replace(found, residual_std=torch.from_numpy(deviations).to(self.device))
+
+    def _uncertainty(
+        self,
+        at: Unknowns,
+        errors: Unknowns,
+        freedom: NDArray[np.float64],
+        covariances: NDArray[np.float64] | None,
+        *,
+        is_biased: bool,
+    ) -> Uncertainty:
+        """Return standard errors and intervals of a kernel on the examples as they are; no intervals if it is biased.
+
+        freedom (blocks, columns) is Student's; covariances (blocks, columns, size, size).
+        """
+        errors, best = self.units.unknowns(errors), self.units.unknowns(at)
+        reach = scipy.special.stdtrit(freedom, (1 + CONFIDENCE_LEVEL) / 2)[:, None, :] * errors
+        ends = None if is_biased else (best - reach, best + reach)
         offsets = [offset for end in ends or () if (offset := self._offsets(end)) is not None]
-        deviations = np.ldexp(precision.residual_std, units.target).ravel()
         return Uncertainty(
             standard_errors=self._kernel(errors),
             bias_standard_errors=self._offsets(errors),
             confidence_intervals=None if ends is None else torch.stack([self._kernel(end) for end in ends]),
             bias_confidence_intervals=torch.stack(offsets) if offsets else None,
-            residual_std=torch.from_numpy(deviations).to(self.device),
-            degrees_of_freedom=torch.from_numpy(precision.freedom.ravel()).to(self.device),
-            covariance=self._covariance(precision.covariances),
+            degrees_of_freedom=torch.from_numpy(freedom.ravel()).to(self.device),
+            covariance=self._covariance(covariances),
         )
 
     def _covariance(self, matrices: NDArray[np.float64] | None) -> torch.Tensor | None:

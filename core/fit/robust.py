@@ -263,13 +263,7 @@ class Reweighted:
         if step is not None:
             return step
         factorization = Factorization(self.layout, self.images.device)
-        for part in paced(self.images.parts):
-            if part is None:
-                yield
-                continue
-            numbers = part.load(self.images.device, self.images.units)
-            residuals = self.images.residuals(part, numbers, unknowns)
-            yield from factorization.add(_reweight(numbers, residuals, delta, damping), part.problem)
+        yield from self._read(factorization, unknowns, delta, damping)
         problem = factorization.compressed
         if self.ridge:
             problem = yield from combine([problem, self._pull(unknowns)])
@@ -283,13 +277,7 @@ class Reweighted:
     ) -> Steps[Unknowns | None]:
         """Return the same by normal equations; None if a QR factorization is possible and better conditioned."""
         sums = Sums.zeros(self.layout, self.images.machine, self.images.device)
-        for part in paced(self.images.parts):
-            if part is None:
-                yield
-                continue
-            numbers = part.load(self.images.device, self.images.units)
-            residuals = self.images.residuals(part, numbers, unknowns)
-            yield from sums.add(_reweight(numbers, residuals, delta, damping), part.problem)
+        yield from self._read(sums, unknowns, delta, damping)
         hessian = sums.equations.gram / self.images.weight
         taps = np.arange(self.layout.taps)
         hessian[:, taps, taps] += 2 * self.ridge
@@ -301,6 +289,16 @@ class Reweighted:
             return None
         step: Unknowns = -(yield from inverse.solve(gradient))
         return step if self.null is None else step - (yield from multiply(self.null, step))
+
+    def _read(self, into: Sums | Factorization, unknowns: Unknowns, delta: float, damping: float) -> Steps[None]:
+        """Add the reweighted problem of all images to equations or to a factorization."""
+        for part in paced(self.images.parts):
+            if part is None:
+                yield
+                continue
+            numbers = part.load(self.images.device, self.images.units)
+            residuals = self.images.residuals(part, numbers, unknowns)
+            yield from into.add(_reweight(numbers, residuals, delta, damping), part.problem)
 
     def _pull(self, unknowns: Unknowns) -> Compressed:
         """Return the ridge as a least squares problem for the step."""

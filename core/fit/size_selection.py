@@ -89,7 +89,7 @@ def require_selectable(options: Options, *, initial_kernel: bool) -> None:
 def find_frame(
     examples: Examples, layer: Layer, max_kernel_size: int | Sequence[int] | None, *, depth: int, bias: bool
 ) -> Frame:
-    """Find the sizes that candidates lie in. Raises InvalidShape and InvalidOption if there are none."""
+    """Find the sizes that candidates lie in. Raises InvalidShape and InvalidOption if no size fits."""
     wanted = None if max_kernel_size is None else positive_pair("max_kernel_size", max_kernel_size)
     if layer.padding == "same":
         for example in examples.pairs:

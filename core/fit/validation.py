@@ -272,7 +272,7 @@ class ValidationCurve:
 class Validated:
     """Validation of a fit: losses before each update, that of the returned kernel, and the updates that led to it.
 
-    history and best_step are None for solver exact. end_loss: the training loss of the descent's last kernel.
+    history and best_step are None for solver exact. end_loss: the training loss after the last update.
     """
 
     history: list[float] | None

@@ -48,27 +48,33 @@ class Best:
         return self.norm_ratio <= 100 and not any(share.any() for share in near)
 
 
+def equations_of(lesson: Lesson, filter_: int) -> tuple[Floats, Floats, Floats]:
+    """Return the windows that a filter sees, with ones for a bias, its targets and their weights."""
+    layer = lesson.layer
+    group = filter_ // (layer.filters // layer.groups)
+    matrix = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
+    if layer.bias:
+        matrix = np.hstack([matrix, np.ones((len(matrix), 1))])
+    target = np.concatenate([y[:, filter_].ravel() for _, y, _ in lesson.pairs])
+    weights = np.concatenate([(np.ones_like(y) if w is None else w)[:, filter_].ravel() for _, y, w in lesson.pairs])
+    return matrix, target, weights
+
+
 def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
     """Filter by filter. `ridge` times the squares of the kernel is added to the sum of squares."""
     layer = lesson.layer
     taps = int(np.prod(layer.kernel_shape[1:]))
-    columns, errors, values, degrees, deviations = [], [], [], [], []
+    columns, errors, degrees, deviations = [], [], [], []
+    values: list[Floats] = []
     loss, spread, squares, rank, norm_ratio = 0.0, 0.0, 0.0, 0, 1.0
     for filter_ in range(layer.filters):
-        group = filter_ // (layer.filters // layer.groups)
-        matrix = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
-        if layer.bias:
-            matrix = np.hstack([matrix, np.ones((len(matrix), 1))])
-        target = np.concatenate([y[:, filter_].ravel() for _, y, _ in lesson.pairs])
-        weights = np.concatenate(
-            [(np.ones_like(y) if w is None else w)[:, filter_].ravel() for _, y, w in lesson.pairs]
-        )
+        matrix, target, weights = equations_of(lesson, filter_)
         root = np.sqrt(weights)
         rows, right = matrix * root[:, None], target * root
         norms = np.linalg.norm(rows, axis=0)
         norm_ratio = max(norm_ratio, float(norms.max() / norms[norms > 0].min())) if norms.any() else norm_ratio
         rank += int(np.linalg.matrix_rank(rows))
-        values.append(np.linalg.svd(rows, compute_uv=False))
+        values.append(np.linalg.svd(rows, compute_uv=False).astype(np.float64))
         pulled = np.sqrt(ridge) * np.eye(taps, matrix.shape[1])
         solution = np.linalg.lstsq(np.vstack([rows, pulled]), np.append(right, np.zeros(taps)))[0]
         left = float(np.sum((rows @ solution - right) ** 2))

@@ -13,7 +13,7 @@ import core
 from core import FitResult, InvalidOption, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit import way
 from tests.core.fit.layers import Layer, Lesson, lessons
-from tests.core.fit.least_squares import least_squares
+from tests.core.fit.least_squares import equations_of, least_squares
 from tests.core.fit.test_conditioning import PHOTOGRAPH
 from tests.core.fit.test_exact import CAMERA
 from tests.reference import Floats, valid_by_windows
@@ -23,14 +23,7 @@ def systems(lesson: Lesson) -> list[tuple[Floats, Floats]]:
     """Return matrix and right-hand side of each filter, multiplied by the roots of the weights."""
     layer, found = lesson.layer, []
     for filter_ in range(layer.filters):
-        group = filter_ // (layer.filters // layer.groups)
-        matrix = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
-        if layer.bias:
-            matrix = np.hstack([matrix, np.ones((len(matrix), 1))])
-        target = np.concatenate([y[:, filter_].ravel() for _, y, _ in lesson.pairs])
-        weights = np.concatenate(
-            [(np.ones_like(y) if w is None else w)[:, filter_].ravel() for _, y, w in lesson.pairs]
-        )
+        matrix, target, weights = equations_of(lesson, filter_)
         counted = weights > 0
         root = np.sqrt(weights[counted])
         found.append((matrix[counted] * root[:, None], target[counted] * root))
@@ -392,7 +385,7 @@ def test_the_covariance_of_planes_is_a_matrix() -> None:
     assert images.covariance.shape == (1, 7, 7)
     np.testing.assert_array_equal(planes.covariance, images.covariance[0])
     assert fit_kernel(*pair, solver="exact").covariance is None
-    # Without standard errors there is no covariance either.
+    # The covariance is null if the standard errors are.
     without: list[dict[str, Any]] = [{"loss": "huber"}, {"kernel_size": 8, "padding": [0, 6, 0, 5]}]
     for options in without:
         fit = fit_kernel(*pair, covariance=True, seed=0, **options)

@@ -18,6 +18,7 @@ from core.fit import median, robust, way
 from core.fit.median import weighted_median
 from core.fit.steps import finish
 from tests.core.fit.layers import Layer, Lesson, lessons
+from tests.core.fit.least_squares import equations_of
 from tests.core.fit.test_conditioning import PHOTOGRAPH
 from tests.reference import Floats, valid_by_windows
 
@@ -38,14 +39,7 @@ def rows_of(lesson: Lesson) -> list[Rows]:
     layer, filters = lesson.layer, []
     taps = int(np.prod(layer.kernel_shape[1:]))
     for filter_ in range(layer.filters):
-        group = filter_ // (layer.filters // layer.groups)
-        matrix = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
-        if layer.bias:
-            matrix = np.hstack([matrix, np.ones((len(matrix), 1))])
-        target = np.concatenate([y[:, filter_].ravel() for _, y, _ in lesson.pairs])
-        weights = np.concatenate(
-            [np.ones_like(y[:, filter_]).ravel() if w is None else w[:, filter_].ravel() for _, y, w in lesson.pairs]
-        )
+        matrix, target, weights = equations_of(lesson, filter_)
         filters.append(Rows(matrix, target, weights, (np.arange(matrix.shape[1]) < taps).astype(float)))
     return filters
 
