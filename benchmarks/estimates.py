@@ -1,6 +1,6 @@
 """Compare the estimates of time and memory with what drawn requests take: planes and layers, on every engine.
 
-    python benchmarks/estimates.py [--requests 200] [--seed 0] [--engines fft,tensor] [--kinds plane,layer]
+    python benchmarks/estimates.py [--requests 200] [--seed 0] [--engines torch_fft,torch] [--kinds plane,layer]
         [--seconds 2] [--values normal]
 
 Each request runs twice in this process; the first run compiles and is not counted. Time is the shorter of wall time and
@@ -87,7 +87,7 @@ def layer(rng: np.random.Generator, engine: str, dtype: str) -> Request:
     depth, each = (int(channels) for channels in np.exp(rng.uniform(0, np.log(128 if groups == 1 else 8), 2)))
     height, width = (int(side) for side in np.exp(rng.uniform(np.log(8), np.log(500), 2)))
     h, w = (int(side) for side in np.exp(rng.uniform(0, np.log(9), 2)))
-    plain = engine == "fft"
+    plain = engine == "torch_fft"
     stride, dilation = ((1, 1), (1, 1)) if plain else (tuple(map(int, rng.choice([1, 1, 2, 3], 2))) for _ in range(2))
     padding = tuple(int(side) for side in rng.choice([0, 1, 2, 5], 4))
     size = max(height, dilation[0] * h), max(width, dilation[1] * w)

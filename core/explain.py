@@ -52,7 +52,7 @@ def explain(
         try:
             alone = choose(problem, method, machine, (name,))
         except MethodUnavailable:
-            candidates.append(Candidate(name, engine.METHOD, obstacle=choice.obstacles[name]))
+            candidates.append(Candidate(name, engine.METHOD, obstacle=choice.unsupported[name]))
             continue
         runs = measure and alone.seconds <= LONGEST
         measured = _shortest(problem, name, method, machine) if runs else None

@@ -60,7 +60,7 @@ class Explanation(BaseModel):
     """The choice among engines. Times are in milliseconds."""
 
     predicted_ms: dict[str, float] = Field(description="what each engine that can was predicted to take")
-    obstacles: dict[str, str] = Field(description="what keeps the other engines from this problem")
+    unsupported: dict[str, str] = Field(description="engines that do not support this problem, and the reason")
     compute_ms: float = Field(description="what the chosen one took")
     error_bound: float | None = Field(
         None, description="no value of the output is off by more; absent where no finite bound is known"
@@ -107,7 +107,7 @@ def _explanation(result: Result) -> dict[str, object]:
     bound = {} if result.error_bound is None else {"error_bound": result.error_bound}
     return {
         "predicted_ms": {name: round(1000 * seconds, 4) for name, seconds in predicted},
-        "obstacles": dict(result.choice.obstacles),
+        "unsupported": dict(result.choice.unsupported),
         "compute_ms": round(1000 * result.seconds, 4),
         **bound,
     }

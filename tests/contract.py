@@ -15,7 +15,7 @@ from tests.reference import NUMPY_PAD
 
 Array = NDArray[Any]
 
-DIRECT = ("stencil", "implicit_gemm", "tensor")
+DIRECT = ("stencil", "implicit_gemm", "torch")
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 OF_OUTPUT = {"float32": 1e-6, "float64": 1e-14}
 WIDER = {"float32": np.float64, "float64": np.longdouble}

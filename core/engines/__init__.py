@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from core.arrays import Array, Solve, as_torch
-from core.engines import block_fft, column_fft, fft, implicit_gemm, separable, slices, stencil, tensor
+from core.engines import block_fft, column_fft, implicit_gemm, separable, slices, stencil, torch_conv, torch_fft
 from core.engines.slices import Check
 from core.errors import MethodUnavailable
 from core.machine import Machine, this_machine
@@ -53,16 +53,16 @@ class Engine(Protocol):
 ENGINES: Mapping[str, Engine] = {
     "stencil": stencil,
     "implicit_gemm": implicit_gemm,
-    "tensor": tensor,
+    "torch": torch_conv,
     "separable": separable,
     "column_fft": column_fft,
     "block_fft": block_fft,
-    "fft": fft,
+    "torch_fft": torch_fft,
 }
 
 ALL = tuple(ENGINES)
 
-IN_CALLING_THREAD = frozenset(ENGINES) - {"tensor", "fft"}
+IN_CALLING_THREAD = frozenset(ENGINES) - {"torch", "torch_fft"}
 """Engines that compute a small problem in the calling thread alone; torch's wait for the threads of a pool."""
 
 WASTE = 0.1
@@ -80,7 +80,7 @@ class Choice:
     engine: str
     seconds: float
     predictions: Mapping[str, float]
-    obstacles: Mapping[str, str]
+    unsupported: Mapping[str, str]
 
 
 class Result(NamedTuple):
@@ -131,7 +131,7 @@ def choose(
     """
     one_of("method", method, Method)
     machine = machine or this_machine()
-    obstacles: dict[str, str] = {}
+    unsupported: dict[str, str] = {}
     predictions: dict[str, float] = {}
     for name in engines:
         engine = ENGINES[name]
@@ -139,15 +139,15 @@ def choose(
         if reason is None:
             predictions[name] = engine.seconds(problem, machine)
         else:
-            obstacles[name] = reason
+            unsupported[name] = reason
     if not predictions:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in obstacles.items())
+        reasons = "; ".join(f"{name} {reason}" for name, reason in unsupported.items())
         methods = ", ".join(["auto", *sorted({ENGINES[name].METHOD for name in engines})])
         raise MethodUnavailable(
             f'no engine for method "{method}": {reasons}', field="method", got=method, limit=methods
         )
     fastest = min(predictions, key=predictions.__getitem__)
-    return Choice(fastest, predictions[fastest], predictions, obstacles)
+    return Choice(fastest, predictions[fastest], predictions, unsupported)
 
 
 def prepare() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import core
 from core import conv2d
-from core.engines import tensor
+from core.engines import torch_conv
 from tests import reference
 
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -67,7 +67,7 @@ def test_every_engine_gives_the_same_layer(
         output = conv2d(images, weight, bias, **options, padding_mode=mode, dtype="float64", engines=(engine,)).output
     except (core.MethodUnavailable, core.InvalidShape):
         return
-    expected = conv2d(images, weight, bias, **options, padding_mode=mode, dtype="float64", engines=("tensor",)).output
+    expected = conv2d(images, weight, bias, **options, padding_mode=mode, dtype="float64", engines=("torch",)).output
     torch.testing.assert_close(output, expected.contiguous(), rtol=1e-10, atol=1e-11)
 
 
@@ -174,7 +174,7 @@ def test_working_in_strips_changes_nothing(
 ) -> None:
     images, weight, bias = rng.normal(size=(5, 3, 23, 17)), rng.normal(size=(4, 3, 5, 3)), rng.normal(size=4)
     whole = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
-    monkeypatch.setattr(tensor, "UNROLLED_BYTES", unrolled_bytes)
+    monkeypatch.setattr(torch_conv, "UNROLLED_BYTES", unrolled_bytes)
     strips = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
     torch.testing.assert_close(strips, whole, rtol=1e-13, atol=1e-13)
 

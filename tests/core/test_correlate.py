@@ -285,8 +285,8 @@ def test_threads_share_the_engines(engine: str, rng: np.random.Generator) -> Non
         np.testing.assert_allclose(output, reference.valid_by_windows(image, kernel), rtol=1e-11, atol=1e-11)
 
 
-# Not fft: the transforms of torch's library differ in their last bits with the number of threads.
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "fft"])
+# Not torch_fft: the transforms of torch's library differ in their last bits with the number of threads.
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "torch_fft"])
 def test_results_do_not_depend_on_the_number_of_threads(engine: str, rng: np.random.Generator) -> None:
     image, kernel = rng.normal(size=(331, 333)), kernel_for(engine, (27, 17), rng)
     threads = torch.get_num_threads()

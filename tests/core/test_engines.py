@@ -33,13 +33,13 @@ def engine(method: str, seconds: float, obstacle: str | None = None) -> SimpleNa
 
 def test_the_engine_with_the_least_predicted_time_is_chosen() -> None:
     choice = choose(slow=engine("direct", 2.0), fast=engine("fft", 1.0))
-    assert (choice.engine, choice.seconds, choice.obstacles) == ("fast", 1.0, {})
+    assert (choice.engine, choice.seconds, choice.unsupported) == ("fast", 1.0, {})
     assert choice.predictions == {"slow": 2.0, "fast": 1.0}
 
 
 def test_an_engine_that_cannot_is_passed_over_with_its_reason() -> None:
     choice = choose(slow=engine("direct", 2.0), fast=engine("fft", 1.0, "rank too high"))
-    assert (choice.engine, choice.obstacles) == ("slow", {"fast": "rank too high"})
+    assert (choice.engine, choice.unsupported) == ("slow", {"fast": "rank too high"})
 
 
 def test_a_method_leaves_only_its_own_engines() -> None:
@@ -68,7 +68,7 @@ def test_the_same_problem_and_machine_get_the_same_choice_and_more_threads_no_lo
 def test_a_process_that_runs_once_does_not_compile_for_a_small_image() -> None:
     problem = replace(PROBLEM, height=64, width=64)
     assert core.choose(problem, "auto", core.Machine(2)).engine == "stencil"
-    assert core.choose(problem, "auto", core.Machine(2, compiling=1.0)).engine == "tensor"
+    assert core.choose(problem, "auto", core.Machine(2, compiling=1.0)).engine == "torch"
 
 
 def test_the_machines_speeds_are_measured() -> None:
@@ -131,8 +131,8 @@ def test_without_halide_the_others_serve(monkeypatch: pytest.MonkeyPatch, rng: n
     # Sizes that no other test has: what is remembered about problems knows nothing of the patch.
     image, kernel = rng.normal(size=(331, 77)), rng.normal(size=(3, 3))
     result = core.correlate(image, kernel, dtype="float64")
-    assert result.engine in ("tensor", "fft")
-    assert "needs Halide" in result.choice.obstacles["stencil"]
+    assert result.engine in ("torch", "torch_fft")
+    assert "needs Halide" in result.choice.unsupported["stencil"]
     np.testing.assert_allclose(result.output, reference.valid_by_windows(image, kernel), atol=1e-12)
 
 
@@ -147,7 +147,7 @@ def test_explain_shows_every_engine_and_what_is_in_the_way() -> None:
         assert entry.predicted_seconds is not None
         assert entry.measured_seconds is not None
     strided = {entry.engine: entry for entry in core.explain(replace(problem, stride=(2, 2)), measure=False)}
-    assert strided["fft"].obstacle == "works without stride or dilation"
+    assert strided["torch_fft"].obstacle == "works without stride or dilation"
     assert strided["stencil"].measured_seconds is None
 
 

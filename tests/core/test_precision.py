@@ -78,7 +78,7 @@ def test_nothing_typical_is_subtracted_before_plain_sums(rng: np.random.Generato
     beside = np.full((30, 30), 0.0012346, np.float32)
     beside[::2] = 1000
     for name, output in every(beside, identity).items():
-        assert name in ("column_fft", "block_fft", "fft") or (output == beside[3:-3, 3:-3]).all(), name
+        assert name in ("column_fft", "block_fft", "torch_fft") or (output == beside[3:-3, 3:-3]).all(), name
 
 
 def test_nothing_overflows_or_underflows_on_the_way(rng: np.random.Generator) -> None:
@@ -93,7 +93,7 @@ def test_nothing_overflows_or_underflows_on_the_way(rng: np.random.Generator) ->
     require(rng.normal(size=(50, 50)) * 1e-310, rng.normal(size=(9, 9)), "float64")
     images = (rng.normal(size=(2, 8, 60, 60)) * 1e36).astype(np.float32)
     weight = (rng.normal(size=(8, 8, 33, 33)) * 1e-8).astype(np.float32)
-    case = contract.Case("fft", "float32", images, weight)
+    case = contract.Case("torch_fft", "float32", images, weight)
     assert contract.fault(case, np.asarray(core.conv2d(**case.arguments).array)) is None
 
 
@@ -150,18 +150,20 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(
 ) -> None:
     images = (rng.random((2, 1, 70, 70)) * np.reshape(scales, (2, 1, 1, 1))).astype(np.float32)
     weight = rng.normal(size=(2, 1, 25, 25)).astype(np.float32)
-    alone = [np.asarray(core.conv2d(image[None], weight, method="fft", engines=("fft",)).array)[0] for image in images]
-    together = np.asarray(core.conv2d(images, weight, method="fft", engines=("fft",)).array)
+    alone = [
+        np.asarray(core.conv2d(image[None], weight, method="fft", engines=("torch_fft",)).array)[0] for image in images
+    ]
+    together = np.asarray(core.conv2d(images, weight, method="fft", engines=("torch_fft",)).array)
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-6 * float(np.abs(one).max()))
-    case = contract.Case("fft", "float32", images, weight)
+    case = contract.Case("torch_fft", "float32", images, weight)
     assert contract.fault(case, together) is None
 
 
 def test_a_band_does_not_depend_on_the_others_of_its_image(rng: np.random.Generator) -> None:
     images = (rng.random((1, 3, 80, 80)) * np.reshape([1, 300, 101325], (3, 1, 1))).astype(np.float32)
     weight = rng.normal(size=(3, 1, 31, 31)).astype(np.float32)
-    case = contract.Case("fft", "float32", images, weight, {"groups": 3, "padding": (0, 0, 0, 0)})
+    case = contract.Case("torch_fft", "float32", images, weight, {"groups": 3, "padding": (0, 0, 0, 0)})
     assert contract.fault(case, np.asarray(core.conv2d(**case.arguments).array)) is None
 
 

@@ -51,7 +51,7 @@ def test_slices_give_the_same_output(engine: str, seed: int, small_slices: None)
         options = draw(rng)
         filters, h, w = options.pop("weight_shape")
         images, groups = options.pop("input"), options["groups"]
-        if engine in ("fft", "column_fft", "block_fft", "separable"):
+        if engine in ("torch_fft", "column_fft", "block_fft", "separable"):
             options |= {"stride": 1, "dilation": 1}
         if engine in ("column_fft", "block_fft", "separable"):
             images, groups, filters = images[:, :1], 1, 1
@@ -61,7 +61,7 @@ def test_slices_give_the_same_output(engine: str, seed: int, small_slices: None)
             weight = weight[:, :, :, :1] * weight[:, :, :1]
         bias = rng.normal(size=filters)
         options |= {"dtype": "float64", "machine": MACHINE}
-        expected = core.conv2d(images, weight, bias, engines=("tensor",), **options)
+        expected = core.conv2d(images, weight, bias, engines=("torch",), **options)
         options["method"] = ENGINES[engine].METHOD
         try:
             result = core.conv2d(images, weight, bias, engines=(engine,), check=check, **options)
@@ -90,16 +90,16 @@ def test_slices_read_the_border_of_the_whole(
 
 def test_slices_bound_the_memory_of_the_estimate() -> None:
     problem = Problem(8, 64, 400, 400, 64, 3, 3, padding=(1, 1, 1, 1))
-    cost = limits._estimate(problem, "direct", MACHINE, ("tensor",))  # noqa: SLF001 - arrays would be large
+    cost = limits._estimate(problem, "direct", MACHINE, ("torch",))  # noqa: SLF001 - arrays would be large
     assert cost.megabytes < problem.bytes / 1e6 + 300
     assert cost.result_megabytes == problem.output_bytes / 1e6
-    assert cost.engine == "tensor"
+    assert cost.engine == "torch"
 
 
 def test_what_the_calling_thread_may_compute_is_a_limit() -> None:
     image = np.ones((40, 40))
     core.correlate(image, "box(3)", limits=core.Limits(engines=core.IN_CALLING_THREAD))
-    with pytest.raises(core.TooLarge, match="engine fft") as caught:
-        core.correlate(image, "box(3)", engines=("fft",), limits=core.Limits(engines=core.IN_CALLING_THREAD))
+    with pytest.raises(core.TooLarge, match="engine torch_fft") as caught:
+        core.correlate(image, "box(3)", engines=("torch_fft",), limits=core.Limits(engines=core.IN_CALLING_THREAD))
     assert caught.value.quantity == "engine"
-    assert caught.value.cost.engine == "fft"
+    assert caught.value.cost.engine == "torch_fft"

@@ -25,7 +25,7 @@ from tests.files import JSON, NPY, NPZ, PNG, SAFETENSORS
 from tests.hazards.watched import watched_service
 
 ALONE = core.Machine(1)
-TRANSFORMING = ("column_fft", "block_fft", "fft")
+TRANSFORMING = ("column_fft", "block_fft", "torch_fft")
 
 MEMORY = """
 import ctypes, sys
@@ -76,7 +76,7 @@ def drawn_layers(rng: np.random.Generator) -> list[tuple[str, tuple[int, ...], t
         kernel = tuple(int(size) for size in rng.integers(1, 8, 2))
         cases.append((engine, shape, (groups * each, depth, *kernel), options))
     # The request of 2.9 kB that took 2 GB of an estimated 40 MB.
-    cases.append(("fft", (1, 64, 200, 200), (64, 64, 3, 3), {"dtype": "float32"}))
+    cases.append(("torch_fft", (1, 64, 200, 200), (64, 64, 3, 3), {"dtype": "float32"}))
     return cases
 
 
@@ -96,8 +96,8 @@ def test_72_every_engine_keeps_to_its_memory_estimate(rng: np.random.Generator) 
 
 def test_72_an_fft_layer_is_estimated_with_its_spectra() -> None:
     images, weight = np.zeros((1, 64, 200, 200), np.float32), np.zeros((64, 64, 3, 3), np.float32)
-    cost = core.cost_of(core.conv2d, input=images, weight=weight, method="fft", engines=("fft",))
-    assert cost.engine == "fft"
+    cost = core.cost_of(core.conv2d, input=images, weight=weight, method="fft", engines=("torch_fft",))
+    assert cost.engine == "torch_fft"
     assert cost.result_megabytes == pytest.approx(64 * 198 * 198 * 4 / 1e6)
     assert 60 < cost.megabytes < 400
 
@@ -163,7 +163,7 @@ def classes(values: NDArray[Any]) -> NDArray[Any]:
 def test_73_outputs_are_finite_exactly_as_the_direct_sum_is(
     kind: str, dtype: core.Dtype, engine: str, rng: np.random.Generator
 ) -> None:
-    channels, filters = (3, 4) if engine == "fft" else (1, 1)
+    channels, filters = (3, 4) if engine == "torch_fft" else (1, 1)
     image = rng.normal(size=(2, channels, 90, 110)).astype(dtype)
     image[1] += 3
     kernel = rng.normal(size=(filters, channels, 7, 9)).astype(dtype)
@@ -213,11 +213,11 @@ def test_73_hostile_values_cost_a_few_times_more(kind: str, engine: str, rng: np
 LONG = {
     "stencil": Problem(1, 1, 5000, 5000, 1, 63, 63),
     "implicit_gemm": Problem(2, 256, 130, 130, 512, 5, 5),
-    "tensor": Problem(2, 256, 130, 130, 512, 5, 5),
+    "torch": Problem(2, 256, 130, 130, 512, 5, 5),
     "separable": Problem(1, 1, 6000, 6000, 1, 201, 201, rank=3),
     "column_fft": Problem(1, 1, 8000, 8000, 1, 101, 101),
     "block_fft": Problem(1, 1, 8000, 8000, 1, 101, 101),
-    "fft": Problem(1, 64, 500, 500, 64, 5, 5),
+    "torch_fft": Problem(1, 64, 500, 500, 64, 5, 5),
 }
 """Problems that take an engine alone much longer than a slice."""
 
@@ -313,5 +313,5 @@ def test_82_without_halide_planes_and_layers_in_every_format(tmp_path: Path) -> 
                     assert Image.open(io.BytesIO(response.content)).size[0] >= 29
             for form in ("nested", "flat", "base64"):
                 result = client.post(f"{path}?arrays={form}", json=body).json()
-                assert result["engine"] in ("tensor", "fft")
+                assert result["engine"] in ("torch", "torch_fft")
         assert client.get("/info").json()["engines"]

@@ -44,7 +44,7 @@ def test_a_pictures_edges_are_scipys_as_an_array(tmp_path: Path) -> None:
     result = corr2d("correlate", CAMERA, "--kernel", "sobel_x", "-o", output, *options)
     assert result.exit_code == 0, result.output
     assert "docs/images/camera.png (512, 512) -> " in result.output
-    assert "engine tensor on " in result.output
+    assert "engine torch on " in result.output
     expected = scipy.ndimage.sobel(np.asarray(Image.open(CAMERA)).astype(np.float64), axis=1, mode="reflect")
     assert np.abs(np.load(output) - expected).max() <= 1e-3 * 255
 

@@ -43,5 +43,5 @@ def test_a_method_that_no_engine_works_by_is_422_with_the_reason(send: Send, met
     body = {"input": [[1, 2, 3], [4, 5, 6]], "weight": [[1]], "method": method, "stride": 2}
     error = first_error(send("POST", "/conv2d", json=body), 422)
     assert error["field"] == "method"
-    assert "tensor works by direct" in error["message"]
+    assert "torch works by direct" in error["message"]
     assert "stride" in error["message"]

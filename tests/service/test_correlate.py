@@ -107,7 +107,7 @@ def test_explain_says_what_the_choice_was_made_by(send: Send) -> None:
     answer = send("POST", "/correlate", json={**request, "explain": True}).json()
     predicted = answer["explanation"]["predicted_ms"]
     assert predicted[answer["engine"]] == min(predicted.values())
-    assert set(predicted) | set(answer["explanation"]["obstacles"]) == set(core.ENGINES)
+    assert set(predicted) | set(answer["explanation"]["unsupported"]) == set(core.ENGINES)
     assert answer["explanation"]["compute_ms"] > 0
 
 
