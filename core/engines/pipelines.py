@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -310,40 +311,50 @@ def _start_child() -> "subprocess.Popen[bytes]":
 
 @functools.cache
 def _linker() -> Any:
-    """Return LLVM's engine with Halide's runtime in it. It lasts as long as the process: threads run in its code."""
+    """Return LLVM's linker with Halide's runtime in it. It lasts as long as the process: threads run in its code."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     _check_array_fields()
     target = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    # Its own memory manager keeps the sections of an object within reach of each other; LLVM's may lay them further
-    # apart than 32-bit offsets go, and then ends the process.
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(ON_ERROR), target, use_lmm=True)
-    engine._owned = True  # noqa: SLF001 - so that nothing frees it at exit
+    # JITLink places the sections of an object within reach of each other and reserves its whole offset table. The older
+    # RuntimeDyld ends the process if a section is out of reach, or if it has counted too few entries of that table.
+    linker = llvm.create_lljit_compiler(target, use_jit_link=sys.platform != "win32")
     runtime = build_name(*RUNTIME)
     built = read_kept(runtime) or _child.build(*RUNTIME)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(built.code))
-    engine.finalize_object()
+    library = llvm.JITLibraryBuilder().add_object_img(built.code).add_ir(ON_ERROR).add_current_process()
+    for symbol in ("ignore_error", *RUNTIME_SETTERS):
+        library.export_symbol(symbol)
+    addresses = _keep_for_ever(library.link(linker, RUNTIME_LIBRARY))
     # Errors become return codes; by default they end the process.
-    handler = engine.get_function_address("ignore_error")
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("halide_set_error_handler"))(handler)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(addresses["halide_set_error_handler"])(addresses["ignore_error"])
     # The pool would have as many threads as the host has cores, of which a container may have a part.
-    ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(engine.get_function_address("halide_set_num_threads"))(usable_cores())
-    return engine
+    ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(addresses["halide_set_num_threads"])(usable_cores())
+    return _keep_for_ever(linker)
 
+
+def _keep_for_ever(owner: Any) -> Any:
+    """Return an object of llvmlite of which nothing is freed at exit."""
+    owner._owned = True  # noqa: SLF001
+    return owner
+
+
+_library_numbers = itertools.count()
+
+RUNTIME_LIBRARY = "halide_runtime"
+RUNTIME_SETTERS = ("halide_set_error_handler", "halide_set_num_threads")
 
 ON_ERROR = "define void @ignore_error(ptr %context, ptr %message) { ret void }"
 
 
 def _link(function: str, built: Built) -> Pipeline:
     """Link an object file into this process and return its function."""
-    engine = _linker()
-    engine.add_object_file(llvm.ObjectFileRef.from_data(built.code))
-    engine.finalize_object()
-    address = engine.get_function_address(f"{function}_argv")
-    engine.add_module(llvm.parse_assembly(_adapter(function, address, built.arguments)))
-    engine.finalize_object()
+    library = llvm.JITLibraryBuilder().add_object_img(built.code).add_ir(_adapter(function, built.arguments))
+    library.add_jit_library(RUNTIME_LIBRARY).add_current_process().export_symbol(f"{function}_call")
+    linker = _linker()
+    # A name is taken for good, also by a library that could not be linked.
+    addresses = _keep_for_ever(library.link(linker, f"{function}_{next(_library_numbers)}"))
     types = [_ctype(argument) for argument in built.arguments]
-    call = ctypes.CFUNCTYPE(ctypes.c_int, *types)(engine.get_function_address(f"{function}_call"))
+    call = ctypes.CFUNCTYPE(ctypes.c_int, *types)(addresses[f"{function}_call"])
 
     def pipeline(*arguments: object) -> None:
         code = call(*arguments)
@@ -370,7 +381,7 @@ def _ctype(argument: Argument) -> Any:
     return {"int32": ctypes.c_int32, "float32": ctypes.c_float, "float64": ctypes.c_double}[argument.dtype]
 
 
-def _adapter(function: str, address: int, arguments: Sequence[Argument]) -> str:
+def _adapter(function: str, arguments: Sequence[Argument]) -> str:
     """Return LLVM's text of a function that takes numpy's arrays and numbers and calls a pipeline.
 
     It makes a halide_buffer_t of each array on the stack and checks its type and rank: Python needs ten times as long.
@@ -389,8 +400,7 @@ def _adapter(function: str, address: int, arguments: Sequence[Argument]) -> str:
         else:
             slot = _buffer(builder, at, np.dtype(argument.dtype), argument.dimensions, value)
         builder.store(builder.bitcast(slot, POINTER), builder.gep(pointers, [INT32(at)]))
-    # By its address, not its name: it may be further away than a 32-bit offset goes.
-    target = builder.inttoptr(INT64(address), ir.FunctionType(INT32, [POINTER.as_pointer()]).as_pointer())
+    target = ir.Function(module, ir.FunctionType(INT32, [POINTER.as_pointer()]), f"{function}_argv")
     builder.ret(builder.call(target, [pointers]))
     return str(module)
 

@@ -293,6 +293,38 @@ print(output.tolist())
     assert run.stdout == "[[[[8.0, 12.0], [20.0, 24.0]]]]\n", run.stderr
 
 
+def test_objects_link_whatever_the_size_of_their_data() -> None:
+    # RuntimeDyld reserves too little for the offset table of an object that calls many functions, which shows where its
+    # data almost fill their pages.
+    script = """
+import llvmlite.binding as llvm
+from core.engines.pipelines import Built, _link
+llvm.initialize_native_target()
+llvm.initialize_native_asmprinter()
+machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic")
+names = "abs atof atoi calloc free getenv labs malloc memmove qsort rand realloc srand strcat strcmp strcpy strlen"
+for size in range(3840, 4097, 8):
+    text = f'''
+@data = internal global [{size} x i8] c"{"1" * size}", align 8
+define i32 @data_{size}_argv(ptr %arguments) {{
+  %first = load volatile i8, ptr @data
+  %unchanged = icmp eq i8 %first, 49
+  br i1 %unchanged, label %done, label %calls
+done:
+  ret i32 0
+calls:
+'''
+    text += "".join(f"  call void @{name}()\\n" for name in names.split()) + "  ret i32 1\\n}\\n"
+    text += "".join(f"declare void @{name}()\\n" for name in names.split())
+    module = llvm.parse_assembly(text)
+    module.triple = llvm.get_process_triple()
+    _link(f"data_{size}", Built([], machine.emit_object(module)))()
+print("linked")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "linked\n"), run.stderr
+
+
 def test_where_the_child_process_cannot_compile_this_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Built:
         raise RuntimeError("Unable to create temp directory")
