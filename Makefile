@@ -21,14 +21,14 @@ coverage: .venv/dev.stamp  ## run the tests with branch coverage, which takes ha
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 
 test-without-halide: .venv/dev.stamp  ## run the tests of the service and of layers as where Halide has no wheel
-	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/hazards tests/core/test_conv2d.py
+	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/robustness tests/core/test_conv2d.py
 
 check: .venv/dev.stamp  ## lint, format, types, import rules, docs that match
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q -p no:randomly tests/house
+	$(BIN)/pytest -q -p no:randomly tests/project
 
 format: .venv/dev.stamp  ## put the code into its standard form
 	$(BIN)/ruff check --fix
@@ -50,7 +50,7 @@ soak: .venv/bench.stamp  ## twenty thousand good and bad requests, and what beco
 	$(BIN)/python benchmarks/soak.py --output benchmarks/soak.md --picture docs/images/soak.png
 
 fuzz: .venv/fuzz.stamp  ## thousands of requests made of the description, then a minute on every decoder (FUZZ_SECONDS=60)
-	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_description_holds.py
+	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_schema_fuzz.py
 	for format in json npy npz safetensors png jpeg gzip deflate zstd; do \
 		$(BIN)/python tests/fuzz/decoders.py $$format --seconds $(FUZZ_SECONDS) || exit 1; done
 
@@ -58,7 +58,7 @@ gpu: .venv/dev.stamp  ## check and time the engines on a GPU, where there is one
 	$(BIN)/python benchmarks/gpu.py
 
 monitoring: .venv/dev.stamp  ## check alerts and dashboard with promtool, where it is installed (apt-get install prometheus)
-	$(BIN)/pytest -q -rs -p no:randomly tests/house/test_monitoring.py
+	$(BIN)/pytest -q -rs -p no:randomly tests/project/test_monitoring.py
 
 estimates: .venv/dev.stamp  ## compare estimates of time and memory with 500 drawn requests (10 minutes)
 	$(BIN)/python benchmarks/estimates.py --requests 500

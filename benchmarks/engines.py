@@ -39,12 +39,22 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
-from peers import CONTENDERS, SUBJECT, Call, Cell, Kind, peers_of, reference, relative_error, task_for
+from peers import (
+    CONTENDERS,
+    SUBJECT_NAME,
+    Cell,
+    CellKind,
+    TimedCall,
+    compute_reference,
+    compute_relative_error,
+    create_task,
+    list_peers,
+)
 
 import core
 
-PLANES = (64, 128, 256, 512, 1024, 2048, 4096)
-KERNELS = (3, 5, 7, 8, 15, 16, 31, 63, 127)
+PLANE_SIDES = (64, 128, 256, 512, 1024, 2048, 4096)
+KERNEL_SIDES = (3, 5, 7, 8, 15, 16, 31, 63, 127)
 LAYERS = (
     Cell("conv2d", 512, 5),
     Cell("conv2d", 512, 5, filters=8),
@@ -55,36 +65,36 @@ LAYERS = (
     Cell("conv2d", 112, 3, channels=32, filters=32, groups=32),
     Cell("conv2d", 56, 1, channels=64, filters=128),
 )
-PICTURED_PLANE = 1024
+PLOTTED_PLANE_SIDE = 1024
 
 SECONDS_PER_ROW = 0.8
 
-SLOWEST_CALL = 0.5
+MAX_CALL_S = 0.5
 """Seconds: a peer, or a forced engine, that should need more for one call is left out of the row."""
 
-TURN = 0.005
+TURN_S = 0.005
 """Seconds of one turn. A single call would find caches and cores as the threads of whoever came before left them: with
 such turns, core and torch came out up to four times slower on two cores."""
 
-PAUSE = 0.004
+PAUSE_S = 0.004
 """Seconds before a turn: torch's threads go on spinning for milliseconds after a call, on the cores that whoever comes
 next needs."""
 
-LEAST_CALLS = 3
+MIN_TIMED_CALLS = 3
 """Timed calls of everybody, however slow."""
 
 TOLERANCES: Mapping[core.Dtype, float] = {"float32": 1e-5, "float64": 1e-10}
 """The largest error allowed, relative to the largest output: right answers in float32 stay about ten times below it."""
 
-MEASURABLE = 50e-6
+MIN_COMPARABLE_S = 50e-6
 """Seconds: rows whose best peer takes less are summed up apart, for there the cost of a call from Python decides."""
 
-GOOD_CHOICE = 1.15
+MAX_GOOD_CHOICE_RATIO = 1.15
 """A choice is good where the chosen engine takes at most this many times what the fastest one takes."""
 
-BEST_PEER_BY_CORE = 1.5
-TORCH_BY_CORE = 10.0
-SEP_FILTER_BY_CORE = 1.5
+BEST_PEER_TARGET = 1.5
+TORCH_TARGET = 10.0
+SEP_FILTER_TARGET = 1.5
 """Targets of the geometric means of the peer's time by core's."""
 
 
@@ -139,32 +149,32 @@ class Session:
 # Measuring.
 
 
-def measure(cell: Cell, session: Session, seconds: float, *, force: bool) -> Row:
+def measure_cell(cell: Cell, session: Session, seconds: float, *, force: bool) -> Row:
     """Check and time everybody who can solve the cell in acceptable time, and core's engines one by one if asked."""
-    expectations = {name: predicted_seconds(name, cell, session) for name in peers_of(cell)}
-    limit = max(SLOWEST_CALL, min(expectations.values()))
+    expectations = {name: predict_seconds(name, cell, session) for name in list_peers(cell)}
+    limit = max(MAX_CALL_S, min(expectations.values()))
     peers = [name for name, expected in expectations.items() if expected <= limit]
-    engines = [name for name in core.ENGINES if force and predicted_seconds(name, cell, session) <= SLOWEST_CALL]
+    engines = [name for name in core.ENGINES if force and predict_seconds(name, cell, session) <= MAX_CALL_S]
 
-    task = task_for(cell, session.machine)
-    expected = reference(task)
-    calls: dict[str, Call] = {}
+    task = create_task(cell, session.machine)
+    expected = compute_reference(task)
+    calls: dict[str, TimedCall] = {}
     predicted: dict[str, float] = {}
     engine = ""
-    for name in [SUBJECT, *peers, *engines]:
+    for name in [SUBJECT_NAME, *peers, *engines]:
         call = CONTENDERS[name](task)
         try:
             output = call()
         except core.MethodUnavailable:
-            if name == SUBJECT:
+            if name == SUBJECT_NAME:
                 raise
             continue
-        error, allowed = relative_error(output, expected, cell), TOLERANCES[cell.dtype]
+        error, allowed = compute_relative_error(output, expected, cell), TOLERANCES[cell.dtype]
         if isinstance(output, core.Result):
-            engine = output.engine if name == SUBJECT else engine
+            engine = output.engine if name == SUBJECT_NAME else engine
             predicted[name] = output.predicted_seconds
         if not error <= allowed:  # so written, NaN is an error too
-            by = f" by engine {engine}" if name == SUBJECT else ""
+            by = f" by engine {engine}" if name == SUBJECT_NAME else ""
             sys.exit(
                 f"{name}{by} is wrong on {cell}, {cell.setting}: "
                 f"off by {error:.1g} of the largest output, allowed is {allowed:g}"
@@ -173,50 +183,50 @@ def measure(cell: Cell, session: Session, seconds: float, *, force: bool) -> Row
         del output  # or it would be in memory until the next one is
     del expected
 
-    times = best_times(calls, seconds)
+    times = measure_best_times(calls, seconds)
     session.known.update({(name, cell): time for name, time in times.items()})
     able = [name for name in engines if name in times]
     return Row(
         cell,
         engine,
-        times[SUBJECT],
+        times[SUBJECT_NAME],
         {name: times[name] for name in peers},
         {name: times[name] for name in able},
         {name: predicted[name] for name in able},
     )
 
 
-def predicted_seconds(name: str, cell: Cell, session: Session) -> float:
+def predict_seconds(name: str, cell: Cell, session: Session) -> float:
     """What a call should take, by its time for a smaller cell, which is tried now if it was not measured.
 
     Unless that should already take too long itself: then its own prediction stands for it.
     """
-    below = smaller_cell(cell)
+    below = find_smaller_cell(cell)
     if below is None:
         return 0.0
     if (name, below) not in session.known:
-        expected = predicted_seconds(name, below, session)
-        session.known[name, below] = expected if expected > SLOWEST_CALL else try_once(name, below, session)
+        expected = predict_seconds(name, below, session)
+        session.known[name, below] = expected if expected > MAX_CALL_S else time_second_call(name, below, session)
     growth = cell.side / below.side if below.plane < cell.plane else cell.kernel / below.kernel
     return session.known[name, below] * growth**2
 
 
-def smaller_cell(cell: Cell) -> Cell | None:
+def find_smaller_cell(cell: Cell) -> Cell | None:
     """The cell whose time tells most: on the next smaller plane, as work grows with the output's area.
 
     Where that leaves less output than the kernel is large, it says little about planes where there is more: then it is
     the same plane under the next smaller kernel, as work grows with the taps at most. None where there is none smaller.
     """
-    planes = [plane for plane in PLANES if plane < cell.plane and replace(cell, plane=plane).side >= cell.kernel]
-    kernels = [kernel for kernel in KERNELS if kernel < cell.kernel]
+    planes = [plane for plane in PLANE_SIDES if plane < cell.plane and replace(cell, plane=plane).side >= cell.kernel]
+    kernels = [kernel for kernel in KERNEL_SIDES if kernel < cell.kernel]
     if planes:
         return replace(cell, plane=planes[-1])
     return replace(cell, kernel=kernels[-1]) if kernels else None
 
 
-def try_once(name: str, cell: Cell, session: Session) -> float:
+def time_second_call(name: str, cell: Cell, session: Session) -> float:
     """Seconds of a second call, for the first may have to compile; 0 where the contender cannot."""
-    call = CONTENDERS[name](task_for(cell, session.machine))
+    call = CONTENDERS[name](create_task(cell, session.machine))
     with contextlib.suppress(core.MethodUnavailable):
         call()
         start = perf_counter()
@@ -225,16 +235,16 @@ def try_once(name: str, cell: Cell, session: Session) -> float:
     return 0.0
 
 
-def best_times(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def measure_best_times(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """The shortest time of each call. The turn is always with whoever has had least time: A B C A B C ..."""
     best = dict.fromkeys(calls, math.inf)
     spent = dict.fromkeys(calls, 0.0)
     made = dict.fromkeys(calls, 0)
     share = seconds / len(calls)
-    while waiting := [name for name in calls if spent[name] < share or made[name] < LEAST_CALLS]:
+    while waiting := [name for name in calls if spent[name] < share or made[name] < MIN_TIMED_CALLS]:
         name = min(waiting, key=spent.__getitem__)
-        call, end_of_turn = calls[name], spent[name] + TURN
-        sleep(PAUSE)
+        call, end_of_turn = calls[name], spent[name] + TURN_S
+        sleep(PAUSE_S)
         while spent[name] < end_of_turn:
             start = perf_counter()
             call()
@@ -245,28 +255,28 @@ def best_times(calls: Mapping[str, Callable[[], object]], seconds: float) -> dic
     return best
 
 
-def against_the_hardware(machine: core.Machine, seconds: float) -> list[str]:
+def compare_with_hardware(machine: core.Machine, seconds: float) -> list[str]:
     """What small kernels leave of the memory's speed and larger ones of the arithmetic's, in sentences."""
     small, large = (Cell("general", *sizes, threads=machine.threads) for sizes in ((4096, 3), (1024, 15)))
-    task = task_for(small, machine)
+    task = create_task(small, machine)
     side = large.plane
     one, other = torch.rand(side, side), torch.rand(side, side)
     try:
-        memory = best_times({"stencil": CONTENDERS["stencil"](task), "copy": task.images[0].copy}, seconds)
-        calls = {"stencil": CONTENDERS["stencil"](task_for(large, machine)), "sgemm": lambda: torch.mm(one, other)}
-        arithmetic = best_times(calls, seconds)
+        memory = measure_best_times({"stencil": CONTENDERS["stencil"](task), "copy": task.images[0].copy}, seconds)
+        calls = {"stencil": CONTENDERS["stencil"](create_task(large, machine)), "sgemm": lambda: torch.mm(one, other)}
+        arithmetic = measure_best_times(calls, seconds)
     except core.MethodUnavailable as error:
         return [f"No stencil to hold against the hardware: {error}."]
-    copied = f"{milliseconds(memory['stencil'])} ms, {digits(memory['stencil'] / memory['copy'])} times a copy by numpy"
+    copied = f"{format_milliseconds(memory['stencil'])} ms, {format_number(memory['stencil'] / memory['copy'])} times a copy by numpy"
     sums, products = large.problem.operations / arithmetic["stencil"], 2 * side**3 / arithmetic["sgemm"]
-    rate = f"{digits(sums / 1e9)} Gflop/s, {digits(sums / products)} of torch's matrix product"
+    rate = f"{format_number(sums / 1e9)} Gflop/s, {format_number(sums / products)} of torch's matrix product"
     return [
-        f"Stencil, {small}, {small.setting}: reached {copied}, which takes {milliseconds(memory['copy'])} ms.",
-        f"Stencil, {large}, {large.setting}: reached {rate} ({side} x {side}), which does {digits(products / 1e9)}.",
+        f"Stencil, {small}, {small.setting}: reached {copied}, which takes {format_milliseconds(memory['copy'])} ms.",
+        f"Stencil, {large}, {large.setting}: reached {rate} ({side} x {side}), which does {format_number(products / 1e9)}.",
     ]
 
 
-def cost_of_choosing(cells: Iterable[Cell], machine: core.Machine) -> str:
+def measure_choice_cost(cells: Iterable[Cell], machine: core.Machine) -> str:
     """What finding the engine takes for a problem never seen, and for one that was, in a sentence."""
     problems = {cell.problem for cell in cells}
     unseen = replace(machine, flops=1.001 * machine.flops)  # what the engines remember, they remember by machine too
@@ -280,7 +290,7 @@ def cost_of_choosing(cells: Iterable[Cell], machine: core.Machine) -> str:
         for _ in range(calls):
             core.choose(problem, "auto", machine)
         again.append((perf_counter() - start) / calls)
-    new, known = (digits(statistics.median(times) * 1e6) for times in (first, again))
+    new, known = (format_number(statistics.median(times) * 1e6) for times in (first, again))
     return (
         f"Choosing an engine, median of {len(problems)} problems: reached {new} us, {known} us where it is remembered."
     )
@@ -289,12 +299,12 @@ def cost_of_choosing(cells: Iterable[Cell], machine: core.Machine) -> str:
 # Reporting: the same Markdown on the screen and in the file.
 
 
-WIDTH = 7
+COLUMN_WIDTH = 7
 """Letters of the longest number."""
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ResultTable:
     """The rows of one kind, dtype and number of threads; `with_engines` adds a column for every forced engine."""
 
     cells: Sequence[Cell]
@@ -309,14 +319,21 @@ class Table:
 
     def line(self, row: Row) -> str:
         """One line of the table."""
-        peers = [milliseconds(row.peers.get(name)) for name in self._peers]
-        engines = [milliseconds(row.forced.get(name)) for name in self._engines]
-        entries = [milliseconds(row.seconds), row.engine, *peers, row.best_peer, digits(row.ratio), *engines]
+        peers = [format_milliseconds(row.peers.get(name)) for name in self._peers]
+        engines = [format_milliseconds(row.forced.get(name)) for name in self._engines]
+        entries = [
+            format_milliseconds(row.seconds),
+            row.engine,
+            *peers,
+            row.best_peer,
+            format_number(row.ratio),
+            *engines,
+        ]
         return self._line(str(row.cell), entries)
 
     @property
     def _peers(self) -> list[str]:
-        return peers_of(self.cells[0])
+        return list_peers(self.cells[0])
 
     @property
     def _engines(self) -> list[str]:
@@ -325,54 +342,60 @@ class Table:
     def _line(self, label: str, entries: Sequence[str]) -> str:
         """One line, its columns as wide as their names so that a terminal shows a table too."""
         of_engines = max(map(len, core.ENGINES))
-        of_names = [max(WIDTH, len(name)) for name in [*self._peers, *self._engines]]
-        widths = [WIDTH, of_engines, *of_names[: len(self._peers)], max(map(len, self._peers)), len("core / best")]
+        of_names = [max(COLUMN_WIDTH, len(name)) for name in [*self._peers, *self._engines]]
+        widths = [
+            COLUMN_WIDTH,
+            of_engines,
+            *of_names[: len(self._peers)],
+            max(map(len, self._peers)),
+            len("core / best"),
+        ]
         padded = [
             entry.rjust(width) for entry, width in zip(entries, [*widths, *of_names[len(self._peers) :]], strict=True)
         ]
         return f"| {' | '.join([label.ljust(max(len(str(cell)) for cell in self.cells)), *padded])} |"
 
 
-def milliseconds(seconds: float | None) -> str:
+def format_milliseconds(seconds: float | None) -> str:
     """A time as the tables show it."""
-    return "-" if seconds is None else digits(seconds * 1e3)
+    return "-" if seconds is None else format_number(seconds * 1e3)
 
 
-def digits(number: float) -> str:
+def format_number(number: float) -> str:
     """Three digits at most, and never an exponent."""
     return f"{number:.3g}" if 1e-3 <= number < 999.5 else f"{number:.3f}" if number < 1 else f"{number:.0f}"
 
 
-def summary(rows: Sequence[Row]) -> list[str]:
+def summarize(rows: Sequence[Row]) -> list[str]:
     """Core against its peers, in sentences."""
     slower = sum(row.ratio > 1 for row in rows)
-    long = [row for row in rows if row.peers[row.best_peer] >= MEASURABLE]
-    short = [row for row in rows if row.peers[row.best_peer] < MEASURABLE]
+    long = [row for row in rows if row.peers[row.best_peer] >= MIN_COMPARABLE_S]
+    short = [row for row in rows if row.peers[row.best_peer] < MIN_COMPARABLE_S]
     general = [row for row in rows if row.cell.kind == "general" and row.cell.dtype == "float32"]
     separable = [row for row in rows if row.cell.kind == "separable" and row.cell.kernel >= 7]
     return [
         f"core is slower than its best peer in {slower} of {len(rows)} rows.",
-        worst(long, f"rows whose best peer takes {MEASURABLE * 1e6:g} us or more"),
-        worst(short, f"rows whose best peer takes less than {MEASURABLE * 1e6:g} us"),
-        mean_advantage(general, None, "general kernels, float32", BEST_PEER_BY_CORE),
-        mean_advantage(general, "torch conv2d", "general kernels, float32", TORCH_BY_CORE),
-        mean_advantage(separable, "OpenCV sepFilter2D", "separable kernels from 7 x 7", SEP_FILTER_BY_CORE),
+        describe_worst(long, f"rows whose best peer takes {MIN_COMPARABLE_S * 1e6:g} us or more"),
+        describe_worst(short, f"rows whose best peer takes less than {MIN_COMPARABLE_S * 1e6:g} us"),
+        describe_mean_advantage(general, None, "general kernels, float32", BEST_PEER_TARGET),
+        describe_mean_advantage(general, "torch conv2d", "general kernels, float32", TORCH_TARGET),
+        describe_mean_advantage(separable, "OpenCV sepFilter2D", "separable kernels from 7 x 7", SEP_FILTER_TARGET),
     ]
 
 
-def worst(rows: Sequence[Row], which: str) -> str:
+def describe_worst(rows: Sequence[Row], which: str) -> str:
     """The row where core does worst, in a sentence."""
     if not rows:
         return f"Worst core / best: there are no {which}."
     row = max(rows, key=lambda row: row.ratio)
     slower = sum(row.ratio > 1 for row in rows)
     return (
-        f"Worst core / best, {which}: {digits(row.ratio)} ({row.cell}, {row.cell.setting}, engine {row.engine}, "
+        f"Worst core / best, {which}: {format_number(row.ratio)} ({row.cell}, {row.cell.setting}, engine {row.engine}, "
         f"against {row.best_peer}); slower in {slower} of {len(rows)}."
     )
 
 
-def mean_advantage(rows: Sequence[Row], peer: str | None, which: str, target: float) -> str:
+def describe_mean_advantage(rows: Sequence[Row], peer: str | None, which: str, target: float) -> str:
     """The geometric mean of the peer's time by core's where it took part, in a sentence; None is the best peer."""
     ratios = {
         row.cell: row.peers[peer or row.best_peer] / row.seconds for row in rows if (peer or row.best_peer) in row.peers
@@ -384,40 +407,42 @@ def mean_advantage(rows: Sequence[Row], peer: str | None, which: str, target: fl
     by_setting: dict[str, list[float]] = {}
     for cell, ratio in ratios.items():
         by_setting.setdefault(cell.setting, []).append(ratio)
-    parts = "; ".join(f"{setting}: {digits(mean(part))}" for setting, part in by_setting.items())
-    return f"{what}, reached {digits(mean(ratios.values()))} in {len(ratios)} of {len(rows)} rows ({parts})."
+    parts = "; ".join(f"{setting}: {format_number(mean(part))}" for setting, part in by_setting.items())
+    return f"{what}, reached {format_number(mean(ratios.values()))} in {len(ratios)} of {len(rows)} rows ({parts})."
 
 
-def judged_choices(rows: Sequence[Row]) -> list[str]:
+def judge_choices(rows: Sequence[Row]) -> list[str]:
     """How often the choice among the engines was good, what it cost, and where it was not good, in sentences."""
-    misses = sorted((row for row in rows if row.regret > GOOD_CHOICE), key=lambda row: row.regret, reverse=True)
+    misses = sorted(
+        (row for row in rows if row.regret > MAX_GOOD_CHOICE_RATIO), key=lambda row: row.regret, reverse=True
+    )
     overheads = {row: row.seconds / row.engines[row.fastest_engine] for row in rows}
     worst_row = max(overheads, key=overheads.__getitem__)
-    good = sum(overhead <= GOOD_CHOICE for overhead in overheads.values())
-    of_fastest = f"takes at most {GOOD_CHOICE:g} times what the fastest takes: reached in"
-    at_worst = f"at worst {digits(overheads[worst_row])} times ({worst_row.cell}, {worst_row.cell.setting})"
+    good = sum(overhead <= MAX_GOOD_CHOICE_RATIO for overhead in overheads.values())
+    of_fastest = f"takes at most {MAX_GOOD_CHOICE_RATIO:g} times what the fastest takes: reached in"
+    at_worst = f"at worst {format_number(overheads[worst_row])} times ({worst_row.cell}, {worst_row.cell.setting})"
     return [
-        f"The chosen engine, forced, {of_fastest} {percent(len(rows) - len(misses), len(rows))}; misses stand below.",
-        f"core, choice and looks at the kernel included, {of_fastest} {percent(good, len(rows))}; {at_worst}.",
-        *map(miss, misses),
+        f"The chosen engine, forced, {of_fastest} {format_percent(len(rows) - len(misses), len(rows))}; misses stand below.",
+        f"core, choice and looks at the kernel included, {of_fastest} {format_percent(good, len(rows))}; {at_worst}.",
+        *map(describe_miss, misses),
     ]
 
 
-def percent(part: int, whole: int) -> str:
+def format_percent(part: int, whole: int) -> str:
     """A share of the rows."""
-    return f"{digits(100 * part / whole) if part else 0} % of {whole} rows"
+    return f"{format_number(100 * part / whole) if part else 0} % of {whole} rows"
 
 
-def miss(row: Row) -> str:
+def describe_miss(row: Row) -> str:
     """The chosen engine and the one that would have been right."""
     chosen, right = (
-        f"{name} {milliseconds(row.engines[name])} ms (predicted {milliseconds(row.predicted.get(name))})"
+        f"{name} {format_milliseconds(row.engines[name])} ms (predicted {format_milliseconds(row.predicted.get(name))})"
         for name in (row.engine, row.fastest_engine)
     )
-    return f"{row.cell}, {row.cell.setting}: {digits(row.regret)} times; chosen {chosen}, fastest {right}"
+    return f"{row.cell}, {row.cell.setting}: {format_number(row.regret)} times; chosen {chosen}, fastest {right}"
 
 
-def circumstances() -> str:
+def describe_environment() -> str:
     """When, on what and with what this was measured."""
     versions = {
         "Python": platform.python_version(),
@@ -430,10 +455,10 @@ def circumstances() -> str:
         versions["Halide"] = importlib.metadata.version("halide")
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     cores = core.usable_cores()
-    return f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {cores} core{'' if cores == 1 else 's'}; {listed}"
+    return f"{datetime.now(UTC):%Y-%m-%d}, {get_cpu_model()}, {cores} core{'' if cores == 1 else 's'}; {listed}"
 
 
-def cpu_model() -> str:
+def get_cpu_model() -> str:
     """The processor's name: Linux keeps it in a file, elsewhere Python knows something."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -447,9 +472,9 @@ def cpu_model() -> str:
 
 PEER_COLOURS = ("#9467bd", "#b07fd6", "#8c564b", "#e377c2", "#f08cc0", "#b5846f", "#d62728", "#ff7f0e", "#bcbd22")
 ENGINE_COLOURS = ("#1f6feb", "#17becf", "#2ca02c", "#0b7285", "#63a5f7", "#74c69d", "#3b3f8f")
-LABEL_GAP = 0.05
+MIN_LABEL_GAP = 0.05
 """The least distance of two labels, as a share of the picture's height."""
-CROWDED = 1.1
+MIN_LABEL_RATIO = 1.1
 """Below, two sizes of the kernel lie too close for the names of both."""
 
 
@@ -463,7 +488,7 @@ class Line:
     style: Mapping[str, Any]
 
 
-def lines_of(rows: Sequence[Row]) -> list[Line]:
+def build_lines(rows: Sequence[Row]) -> list[Line]:
     """Core, then its engines, then its peers, where they took part; core's is broad and lies below."""
     rows_of = {row.cell.kernel: row for row in sorted(rows, key=lambda row: row.cell.kernel)}
     whole = {"linewidth": 6, "alpha": 0.8, "zorder": 1.5, "solid_capstyle": "round"}
@@ -475,13 +500,13 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
     ]
     peers = [
         Line(name, {k: row.peers[name] for k, row in rows_of.items() if name in row.peers}, colour, dashed)
-        for name, colour in zip(peers_of(rows[0].cell), itertools.cycle(PEER_COLOURS), strict=False)
+        for name, colour in zip(list_peers(rows[0].cell), itertools.cycle(PEER_COLOURS), strict=False)
     ]
     chosen = Line("core", {k: row.seconds for k, row in rows_of.items()}, "black", whole)
     return [line for line in (chosen, *engines, *peers) if len(line.points) >= min(2, len(rows))]
 
 
-def plain_axes(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
     """Numbers as they are said, a faint grid, and no box around it."""
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -491,9 +516,9 @@ def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw_plot(rows: Sequence[Row], path: Path) -> None:
     """One line for core, each of its engines when forced, and each peer; each is named at the right, in its colour."""
-    lines, cell = lines_of(rows), rows[0].cell
+    lines, cell = build_lines(rows), rows[0].cell
     kernels = list(lines[0].points)
     figure = Figure(figsize=(12, 8), dpi=100, facecolor="white")
     axes = figure.add_axes((0.075, 0.085, 0.70, 0.82))
@@ -503,13 +528,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_title(f"One plane of {cell.plane} x {cell.plane} under one kernel of random numbers, {cell.setting}")
     axes.set_xlabel("rows and columns of the kernel")
     axes.set_ylabel("milliseconds, the best of many calls")
-    crowded = {after for before, after in itertools.pairwise(kernels) if after < CROWDED * before}
+    crowded = {after for before, after in itertools.pairwise(kernels) if after < MIN_LABEL_RATIO * before}
     axes.set_xticks(kernels, ["" if kernel in crowded else str(kernel) for kernel in kernels])
-    plain_axes(axes)
+    style_axes(axes)
 
     ends = {line.name: (max(line.points), line.points[max(line.points)] * 1e3) for line in lines}
     to_share = axes.transData + axes.transAxes.inverted()
-    heights = spread({name: float(to_share.transform(end)[1]) for name, end in ends.items()})
+    heights = spread_labels({name: float(to_share.transform(end)[1]) for name, end in ends.items()})
     for line in lines:
         axes.annotate(
             line.name,
@@ -518,17 +543,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             textcoords="axes fraction",
             color=line.colour,
             verticalalignment="center",
-            weight="bold" if line.name == SUBJECT else "normal",
+            weight="bold" if line.name == SUBJECT_NAME else "normal",
             arrowprops={"arrowstyle": "-", "color": line.colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2},
             annotation_clip=False,
         )
     figure.savefig(path)
 
 
-def spread(heights: Mapping[str, float]) -> dict[str, float]:
+def spread_labels(heights: Mapping[str, float]) -> dict[str, float]:
     """The heights from 0 to 1 moved as little as makes them LABEL_GAP apart, their order kept."""
     names = sorted(heights, key=heights.__getitem__)
-    gap = min(LABEL_GAP, 1 / len(names))
+    gap = min(MIN_LABEL_GAP, 1 / len(names))
     # Without the gaps that stand below each they only have to rise: what does so is their isotonic regression.
     wanted = [heights[name] - gap * place for place, name in enumerate(names)]
     fitted = [
@@ -545,7 +570,7 @@ def spread(heights: Mapping[str, float]) -> dict[str, float]:
 # The command line.
 
 
-def tables_of(threads: int, arguments: argparse.Namespace) -> list[Table]:
+def build_tables(threads: int, arguments: argparse.Namespace) -> list[ResultTable]:
     """All tables for so many threads, those without rows left out."""
     tables = []
     for dtype, kind in itertools.product(arguments.dtypes, arguments.kinds):
@@ -558,31 +583,31 @@ def tables_of(threads: int, arguments: argparse.Namespace) -> list[Table]:
         if kind == "conv2d":
             cells = [replace(layer, threads=threads) for layer in LAYERS if layer.dtype == dtype]
         if cells:
-            tables.append(Table(cells, with_engines=arguments.choice))
+            tables.append(ResultTable(cells, with_engines=arguments.choice))
     return tables
 
 
-def pictured(arguments: argparse.Namespace) -> set[Cell]:
+def select_plotted_cells(arguments: argparse.Namespace) -> set[Cell]:
     """The cells that the picture shows: one plane, float32, general kernels, the most threads; none without one."""
     if arguments.picture is None or "float32" not in arguments.dtypes or "general" not in arguments.kinds:
         return set()
-    plane = PICTURED_PLANE if PICTURED_PLANE in arguments.planes else max(arguments.planes)
+    plane = PLOTTED_PLANE_SIDE if PLOTTED_PLANE_SIDE in arguments.planes else max(arguments.planes)
     threads = max(arguments.threads)
     return {Cell("general", plane, kernel, threads=threads) for kernel in arguments.kernels if kernel < plane}
 
 
-def parsed_arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line, checked now rather than after 20 minutes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     cores = sorted({1, core.usable_cores()})
     for name, numbers, meaning in (
         ("threads", cores, "a sweep for each of these"),
-        ("planes", PLANES, "their sides, except for conv2d"),
-        ("kernels", KERNELS, "their sides, except for conv2d"),
+        ("planes", PLANE_SIDES, "their sides, except for conv2d"),
+        ("kernels", KERNEL_SIDES, "their sides, except for conv2d"),
     ):
         text = f"{meaning} (default: {' '.join(map(str, numbers))})"
         parser.add_argument(f"--{name}", nargs="+", metavar="N", type=int, default=numbers, help=text)
-    for name, allowed in (("dtypes", get_args(core.Dtype)), ("kinds", get_args(Kind))):
+    for name, allowed in (("dtypes", get_args(core.Dtype)), ("kinds", get_args(CellKind))):
         parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=allowed, help="(default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS_PER_ROW, help="time per row (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there too, as Markdown")
@@ -599,18 +624,18 @@ def parsed_arguments() -> argparse.Namespace:
             parser.error(f"{file}: there is no folder {file.parent}")
     if arguments.picture is not None and arguments.picture.suffix not in (".png", ".svg"):
         parser.error(f"--picture {arguments.picture}: a name that ends in .png or .svg")
-    if arguments.picture is not None and not pictured(arguments):
+    if arguments.picture is not None and not select_plotted_cells(arguments):
         parser.error("--picture shows general kernels in float32: they must be among --kinds, --dtypes and --kernels")
-    if not tables_of(1, arguments):
+    if not build_tables(1, arguments):
         parser.error("no rows: conv2d is measured in float32, and a kernel must be smaller than its plane")
     return arguments
 
 
 def main() -> None:
     """Measure, print, and write the files that were asked for."""
-    arguments = parsed_arguments()
-    in_picture = pictured(arguments)
-    parts = [circumstances()]
+    arguments = parse_arguments()
+    in_picture = select_plotted_cells(arguments)
+    parts = [describe_environment()]
     print(parts[0], flush=True)
     rows: list[Row] = []
     bounds: list[str] = []
@@ -620,25 +645,25 @@ def main() -> None:
         machine = core.measure_machine(core.Machine(threads=threads))
         session = Session(machine, {})
         with scipy.fft.set_workers(threads):
-            for table in tables_of(threads, arguments):
+            for table in build_tables(threads, arguments):
                 lines = [table.heading]
                 print("", table.heading, sep="\n", flush=True)
                 for cell in table.cells:
                     force = arguments.choice or cell in in_picture
-                    rows.append(measure(cell, session, arguments.seconds, force=force))
+                    rows.append(measure_cell(cell, session, arguments.seconds, force=force))
                     lines.append(table.line(rows[-1]))
                     print(lines[-1], flush=True)
                 parts.append("\n".join(lines))
-        bounds += against_the_hardware(machine, arguments.seconds)
-    verdict = [*summary(rows), cost_of_choosing((row.cell for row in rows), machine), *bounds]
+        bounds += compare_with_hardware(machine, arguments.seconds)
+    verdict = [*summarize(rows), measure_choice_cost((row.cell for row in rows), machine), *bounds]
     if arguments.choice:
-        verdict += judged_choices(rows)
+        verdict += judge_choices(rows)
     parts += ["## Summary", "\n".join(f"- {line}" for line in verdict)]
     print("", *parts[-2:], sep="\n")
     if arguments.output is not None:
         arguments.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if arguments.picture is not None:
-        draw([row for row in rows if row.cell in in_picture], arguments.picture)
+        draw_plot([row for row in rows if row.cell in in_picture], arguments.picture)
 
 
 if __name__ == "__main__":

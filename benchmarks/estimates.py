@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import core
-from service.allocator import keep_little as limit_malloc_arenas
+from service.server.malloc import limit_malloc_arenas
 
-VALUES = ("normal", "infinite", "huge", "subnormal", "offset")
-LONGEST_SECONDS = 3.0
-WORTH_SECONDS = 0.05
-MOST_TIMES = 5
-MEMORY_FACTOR = 1.2
-MEMORY_SLACK = 50.0
+VALUE_KINDS = ("normal", "infinite", "huge", "subnormal", "offset")
+MAX_REQUEST_S = 3.0
+MIN_CHECKED_S = 0.05
+MAX_TIME_RATIO = 5
+MAX_MEMORY_RATIO = 1.2
+MEMORY_SLACK_MB = 50.0
 
 
 class Request(NamedTuple):
@@ -66,11 +66,11 @@ class Outcome(NamedTuple):
     @property
     def off(self) -> bool:
         """A promise is broken."""
-        wrong = max(self.times, 1 / self.times) > MOST_TIMES and max(self.seconds, self.predicted) > WORTH_SECONDS
-        return wrong or self.megabytes > MEMORY_FACTOR * self.estimated + MEMORY_SLACK
+        wrong = max(self.times, 1 / self.times) > MAX_TIME_RATIO and max(self.seconds, self.predicted) > MIN_CHECKED_S
+        return wrong or self.megabytes > MAX_MEMORY_RATIO * self.estimated + MEMORY_SLACK_MB
 
 
-def plane(rng: np.random.Generator, engine: str, dtype: str) -> Request:
+def draw_plane(rng: np.random.Generator, engine: str, dtype: str) -> Request:
     """One kernel over one or several planes."""
     height, width = (int(side) for side in np.exp(rng.uniform(np.log(16), np.log(3000), 2)))
     h, w = (int(side) for side in np.exp(rng.uniform(0, np.log(100), 2)))
@@ -81,7 +81,7 @@ def plane(rng: np.random.Generator, engine: str, dtype: str) -> Request:
     return Request("correlate", (batch, max(height, h), max(width, w)), (h, w), options)
 
 
-def layer(rng: np.random.Generator, engine: str, dtype: str) -> Request:
+def draw_layer(rng: np.random.Generator, engine: str, dtype: str) -> Request:
     """A Conv2d layer."""
     groups = int(rng.choice([1, 1, 1, 2, 8, 32]))
     depth, each = (int(channels) for channels in np.exp(rng.uniform(0, np.log(128 if groups == 1 else 8), 2)))
@@ -98,10 +98,10 @@ def layer(rng: np.random.Generator, engine: str, dtype: str) -> Request:
     return Request("conv2d", shape, (groups * each, depth, h, w), options)
 
 
-DRAW = {"plane": plane, "layer": layer}
+DRAW_BY_KIND = {"plane": draw_plane, "layer": draw_layer}
 
 
-def arrays(rng: np.random.Generator, request: Request, values: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def build_arrays(rng: np.random.Generator, request: Request, values: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Input and kernel; one of rank 1 for the engine that needs it."""
     dtype = np.dtype(request.options["dtype"])
     image = rng.standard_normal(request.input, dtype=np.float32).astype(dtype, copy=False)
@@ -109,11 +109,11 @@ def arrays(rng: np.random.Generator, request: Request, values: str) -> tuple[NDA
         kernel = np.outer(rng.normal(size=request.kernel[0]), rng.normal(size=request.kernel[1])).astype(dtype)
     else:
         kernel = rng.normal(size=request.kernel).astype(dtype)
-    change(image, values, rng)
+    make_hostile(image, values, rng)
     return image, kernel
 
 
-def change(image: NDArray[Any], values: str, rng: np.random.Generator) -> None:
+def make_hostile(image: NDArray[Any], values: str, rng: np.random.Generator) -> None:
     """Make the values of an image hostile, in place."""
     numbers = np.finfo(image.dtype)
     if values == "infinite":
@@ -124,7 +124,7 @@ def change(image: NDArray[Any], values: str, rng: np.random.Generator) -> None:
         image *= numbers.max / 10 if values == "huge" else numbers.tiny / 10
 
 
-def measure(
+def measure_request(
     request: Request, values: str, rng: np.random.Generator, longest: float, machine: core.Machine
 ) -> Outcome | None:
     """Run the request; None if no engine can, or it is predicted to take longer than that."""
@@ -141,23 +141,23 @@ def measure(
         return None
     if cost.seconds > longest or cost.megabytes > 4000:
         return None
-    image, kernel = arrays(rng, request, values)
+    image, kernel = build_arrays(rng, request, values)
     call: Callable[[], core.Result] = partial(verb, image, kernel, **options)
     try:
         call()
     except core.CoreError:
         return None
-    trim()
-    before = memory(reset=True)
+    trim_heap()
+    before = read_peak_mb(reset=True)
     wall, processor = time.perf_counter(), time.process_time()
     result = call()
     processor, wall = time.process_time() - processor, time.perf_counter() - wall
-    peak = memory() - before + (image.nbytes + kernel.nbytes) / 1e6
+    peak = read_peak_mb() - before + (image.nbytes + kernel.nbytes) / 1e6
     seconds = min(wall, max(processor / core.usable_cores(), wall / 20))
     return Outcome(request, result.engine, cost.seconds, seconds, cost.megabytes, peak)
 
 
-def memory(*, reset: bool = False) -> float:
+def read_peak_mb(*, reset: bool = False) -> float:
     """The peak resident size in megabytes; since now, if it is reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -165,7 +165,7 @@ def memory(*, reset: bool = False) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Return freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -179,8 +179,8 @@ def main() -> int:
     parser.add_argument("--engines", default=",".join(core.ENGINES))
     parser.add_argument("--kinds", default="plane,layer")
     parser.add_argument("--dtypes", default="float32,float64")
-    parser.add_argument("--values", default="normal", choices=VALUES)
-    parser.add_argument("--seconds", type=float, default=LONGEST_SECONDS, help="longest predicted time that is run")
+    parser.add_argument("--values", default="normal", choices=VALUE_KINDS)
+    parser.add_argument("--seconds", type=float, default=MAX_REQUEST_S, help="longest predicted time that is run")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     outcomes: list[Outcome] = []
@@ -192,20 +192,20 @@ def main() -> int:
     print(f"{machine.flops / 1e9:.0f} Gflop/s and {machine.bandwidth / 1e9:.1f} GB/s a thread", flush=True)
     while len(outcomes) < options.requests and drawn < 20 * options.requests:
         drawn += 1
-        draw = DRAW[str(rng.choice(options.kinds.split(",")))]
+        draw = DRAW_BY_KIND[str(rng.choice(options.kinds.split(",")))]
         request = draw(rng, str(rng.choice(options.engines.split(","))), str(rng.choice(options.dtypes.split(","))))
-        outcome = measure(request, options.values, rng, options.seconds, machine)
+        outcome = measure_request(request, options.values, rng, options.seconds, machine)
         if outcome is None:
             continue
         outcomes.append(outcome)
         if outcome.off:
-            print(line(outcome), flush=True)
+            print(format_outcome(outcome), flush=True)
     print()
-    print(f"{len(outcomes)} requests; worst by engine: time / predicted (of at least {WORTH_SECONDS} s), memory")
+    print(f"{len(outcomes)} requests; worst by engine: time / predicted (of at least {MIN_CHECKED_S} s), memory")
     for engine in core.ENGINES:
         own = [outcome for outcome in outcomes if outcome.engine == engine]
-        long = [outcome.times for outcome in own if max(outcome.seconds, outcome.predicted) > WORTH_SECONDS]
-        excess = max((outcome.megabytes - MEMORY_FACTOR * outcome.estimated for outcome in own), default=0.0)
+        long = [outcome.times for outcome in own if max(outcome.seconds, outcome.predicted) > MIN_CHECKED_S]
+        excess = max((outcome.megabytes - MAX_MEMORY_RATIO * outcome.estimated for outcome in own), default=0.0)
         slowest, fastest = (f"{found:.2f}" if long else "-" for found in (max(long, default=0), min(long, default=0)))
         print(f"{engine:14} {len(own):4} slowest {slowest:>6} fastest {fastest:>6} memory over 1.2 x: {excess:7.1f} MB")
     off = [outcome for outcome in outcomes if outcome.off]
@@ -213,7 +213,7 @@ def main() -> int:
     return 1 if off else 0
 
 
-def line(outcome: Outcome) -> str:
+def format_outcome(outcome: Outcome) -> str:
     """One offender."""
     return (
         f"{outcome.seconds * 1000:8.1f} ms of {outcome.predicted * 1000:8.1f}  {outcome.megabytes:7.1f} MB of "

@@ -23,24 +23,24 @@ import torch
 
 import core
 
-WORTH_A_LOOK = 0.05
+MIN_CHECKED_S = 0.05
 """Seconds: predictions of less are not checked."""
 
-MAX_SEARCHED = 1024
+MAX_RIDGE_SEARCH_UNKNOWNS = 1024
 """Unknowns of a filter up to which ridges are searched."""
 
 M_MMAP_THRESHOLD = -3
 """mallopt's name for it, of glibc's malloc.h."""
 
-ROOM = 50.0
+MEMORY_SLACK_MB = 50.0
 """MB that a fit may take above 1.2 times its estimate."""
 
-TWICE = 2.0
-LONG = 0.3
+REMEASURED_RATIO = 2.0
+REMEASURED_PAUSE_S = 0.3
 """Fits whose time is off by this factor, or that pause for this many seconds, are measured again."""
 
 
-def drawn(rng: np.random.Generator) -> dict[str, Any]:
+def draw_fit(rng: np.random.Generator) -> dict[str, Any]:
     """The arguments of a fit: any solver, loss, size, number of images, weights, batches."""
     channels, filters = (int(rng.choice([1, 1, 1, 2, 3, 8, 32])) for _ in range(2))
     groups = channels if channels == filters and rng.random() < 0.2 else 1
@@ -83,7 +83,7 @@ def drawn(rng: np.random.Generator) -> dict[str, Any]:
         if arguments["solver"] == "sgd" and images > 1 and rng.random() < 0.5:
             arguments["batch_size"] = int(rng.integers(1, images + 1))
     unknowns = kernel[0] * kernel[1] * (channels // groups) + arguments["bias"]
-    if arguments.get("loss", "sum") in ("sum", "mean") and unknowns <= MAX_SEARCHED and rng.random() < 0.3:
+    if arguments.get("loss", "sum") in ("sum", "mean") and unknowns <= MAX_RIDGE_SEARCH_UNKNOWNS and rng.random() < 0.3:
         arguments["ridge"] = "auto" if rng.random() < 0.7 else arguments["ridge"]
         arguments["ridge_path"] = bool(rng.random() < 0.5)
         arguments["covariance"] = bool(rng.random() < 0.5)
@@ -96,7 +96,7 @@ def drawn(rng: np.random.Generator) -> dict[str, Any]:
     return arguments
 
 
-def peak(*, reset: bool = False) -> float:
+def read_peak_mb(*, reset: bool = False) -> float:
     """The most memory that this process has held since the last reset, in MB."""
     if reset:
         gc.collect()
@@ -106,7 +106,7 @@ def peak(*, reset: bool = False) -> float:
     return int(found[1]) * 1024 / 1e6 if found else math.nan
 
 
-def timed(plan: core.FitPlan) -> tuple[float, float]:
+def time_fit(plan: core.FitPlan) -> tuple[float, float]:
     """Seconds that the processor spends on a fit, and the most of them between two events."""
     pause, start = 0.0, time.process_time()
     last = start
@@ -116,12 +116,12 @@ def timed(plan: core.FitPlan) -> tuple[float, float]:
         now = time.process_time()
         pause, last = max(pause, now - last), now
 
-    core.exhaust(plan.steps(), listen)
+    core.run_to_end(plan.steps(), listen)
     listen(core.Reading(0, 0))
     return last - start, pause
 
 
-def described(arguments: dict[str, Any]) -> str:
+def describe_fit(arguments: dict[str, Any]) -> str:
     """A fit in a line."""
     shapes = [f"{name} {arguments[name].shape}" for name in ("input", "target", "weights") if name in arguments]
     if "pairs" in arguments:
@@ -136,14 +136,14 @@ def described(arguments: dict[str, Any]) -> str:
     return ", ".join(shapes + [f"{name} {value}" for name, value in kept.items() if defaults.get(name) != value])
 
 
-def fits(
+def measure_fits(
     count: int, seed: int, longest: float, machine: core.Machine
 ) -> Iterator[tuple[str, core.Cost, float, float, float, str]]:
     """Each fit: what it is, its cost, seconds of the processor and MB, the longest pause, the method."""
     rng = np.random.default_rng(seed)
     done = 0
     while done < count:
-        arguments = drawn(rng)
+        arguments = draw_fit(rng)
         try:
             plan = core.plan_fit_kernel(**arguments, machine=machine)
         except core.InvalidOption:
@@ -151,16 +151,16 @@ def fits(
             continue
         if plan.cost.seconds > longest or plan.cost.megabytes > 2000:
             continue
-        before = peak(reset=True)
-        seconds, pause = timed(plan)
-        grown = peak() - before
-        off = not 1 / TWICE < seconds / plan.cost.seconds < TWICE or pause > LONG
+        before = read_peak_mb(reset=True)
+        seconds, pause = time_fit(plan)
+        grown = read_peak_mb() - before
+        off = not 1 / REMEASURED_RATIO < seconds / plan.cost.seconds < REMEASURED_RATIO or pause > REMEASURED_PAUSE_S
         if off or grown > 1.2 * plan.cost.megabytes:
             # A pipeline may have been compiled, or another process in the way.
-            before = peak(reset=True)
-            seconds, pause = (min(pair) for pair in zip((seconds, pause), timed(plan), strict=True))
-            grown = peak() - before
-        yield described(arguments), plan.cost, seconds, grown, pause, plan.method
+            before = read_peak_mb(reset=True)
+            seconds, pause = (min(pair) for pair in zip((seconds, pause), time_fit(plan), strict=True))
+            grown = read_peak_mb() - before
+        yield describe_fit(arguments), plan.cost, seconds, grown, pause, plan.method
         done += 1
 
 
@@ -176,19 +176,21 @@ def main() -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 22)
     machine = core.measure_machine(core.Machine(1))
     # Compiled once a process, and counted with nothing.
-    list(fits(20, options.seed + 1, 0.2, machine))
+    list(measure_fits(20, options.seed + 1, 0.2, machine))
     slow, fast, memory, longest = 0.0, math.inf, -math.inf, 0.0
-    for text, cost, seconds, megabytes, pause, method in fits(options.fits, options.seed, options.seconds, machine):
+    for text, cost, seconds, megabytes, pause, method in measure_fits(
+        options.fits, options.seed, options.seconds, machine
+    ):
         ratio, above = seconds / cost.seconds, megabytes - 1.2 * cost.megabytes
-        worth = max(seconds, cost.seconds) > WORTH_A_LOOK
+        worth = max(seconds, cost.seconds) > MIN_CHECKED_S
         if worth:
             slow, fast = max(slow, ratio), min(fast, ratio)
         memory, longest = max(memory, above), max(longest, pause)
-        if (worth and not 1 / 3 < ratio < 3) or above > ROOM / 2 or pause > LONG:
+        if (worth and not 1 / 3 < ratio < 3) or above > MEMORY_SLACK_MB / 2 or pause > REMEASURED_PAUSE_S:
             measured = f"{ratio:6.2f} x {cost.seconds:7.3f} s  {megabytes:6.0f} of {cost.megabytes:6.0f} MB"
             print(f"{measured}  pause {pause:5.2f} s  {method}: {text}", flush=True)
     print(f"time: {fast:.2f} to {slow:.2f} times the prediction; longest pause {longest:.2f} s")
-    print(f"memory: {memory:.0f} MB above 1.2 times the estimate, {ROOM:.0f} are allowed")
+    print(f"memory: {memory:.0f} MB above 1.2 times the estimate, {MEMORY_SLACK_MB:.0f} are allowed")
 
 
 if __name__ == "__main__":

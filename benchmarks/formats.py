@@ -1,4 +1,4 @@
-"""What the constants in service/codecs/__init__.py and service/threads.py stand for, measured on this machine.
+"""What the constants in service/codecs/__init__.py and service/scheduling/threads.py stand for, measured on this machine.
 
 `python benchmarks/formats.py` prints, for every format, nanoseconds for a byte of a body and for a number of an answer,
 and how long work takes to a thread and back. The image is a photograph, neither flat nor noise.
@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from core import Cost
-from service import threads
-from service.admission import Admission, Share
 from service.codecs import FORMATS, Format, json, png
-from service.codecs.options import AnswerOptions
-from service.pool import WorkerPool
+from service.codecs.response_options import ResponseOptions
+from service.scheduling import threads
+from service.scheduling.admission import Admission, Reservation
+from service.scheduling.pool import WorkerPool
 
-SIDE = 1024
+IMAGE_SIDE = 1024
 REPETITIONS = 9
 ROUND_TRIPS = 2000
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
+IMAGE_PATH = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
 
 
-def best(work: Callable[[], object]) -> float:
+def measure_best_seconds(work: Callable[[], object]) -> float:
     """Seconds, the least of several runs."""
     times = []
     for _ in range(REPETITIONS):
@@ -36,32 +36,34 @@ def best(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def measure(served: Format) -> tuple[float, float, float]:
+def measure_format(served: Format) -> tuple[float, float, float]:
     """Nanoseconds for a byte of a body, measured and predicted, and for a number of an answer; NaN if not served."""
-    picture = png.decode(PICTURE.read_bytes(), limit=1 << 30).astype(np.float32)
-    image = np.tile(picture, (SIDE // picture.shape[0], SIDE // picture.shape[1])) + np.float32(1 / 3)
+    picture = png.decode(IMAGE_PATH.read_bytes(), limit=1 << 30).astype(np.float32)
+    image = np.tile(picture, (IMAGE_SIDE // picture.shape[0], IMAGE_SIDE // picture.shape[1])) + np.float32(1 / 3)
     fields = {"output": image}
     decoding = encoding = math.nan
     body = b""
     if served.encode is not None:
-        encoding = best(partial(served.encode, fields, AnswerOptions())) / image.size
-        body = b"".join(served.encode(fields, AnswerOptions()))
+        encoding = measure_best_seconds(partial(served.encode, fields, ResponseOptions())) / image.size
+        body = b"".join(served.encode(fields, ResponseOptions()))
         if served is FORMATS[json.MEDIA_TYPE]:
             body = body.replace(b"output", b"input")
     if served.decode is not None and body:
-        decoding = best(partial(served.decode, bytearray(body), 1 << 30)) / len(body)
-    predicted = served.seconds_to_decode(body, 1 << 30) / len(body) if served.decode is not None and body else math.nan
+        decoding = measure_best_seconds(partial(served.decode, bytearray(body), 1 << 30)) / len(body)
+    predicted = (
+        served.estimate_decode_seconds(body, 1 << 30) / len(body) if served.decode is not None and body else math.nan
+    )
     return 1e9 * decoding, 1e9 * predicted, 1e9 * encoding
 
 
-async def round_trip() -> float:
+async def measure_thread_round_trip() -> float:
     """Seconds for work that is none, to a thread and back: the median of many."""
     admission = Admission(10**9, timeout_s=60)
-    admission.queue = pool = WorkerPool(admission, lanes=2, queue=2, queue_timeout_s=60)
+    admission.queue = pool = WorkerPool(admission, concurrency=2, queue=2, queue_timeout_s=60)
     times = []
     for _ in range(ROUND_TRIPS):
         start = time.perf_counter()
-        await pool.run(Share(admission), Cost(0, 0, 1), lambda _: None)
+        await pool.run(Reservation(admission), Cost(0, 0, 1), lambda _: None)
         times.append(time.perf_counter() - start)
     pool.close()
     return sorted(times)[len(times) // 2]
@@ -72,11 +74,11 @@ def main() -> None:
     print("| format | ns a byte, decoded | predicted | ns a number, encoded | in the table |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for media_type, served in FORMATS.items():
-        decoding, predicted, encoding = measure(served)
-        tabled = predicted, 1e9 * served.seconds_to_encode
+        decoding, predicted, encoding = measure_format(served)
+        tabled = predicted, 1e9 * served.encode_seconds_per_number
         print(f"| {media_type} | {decoding:.2f} | {tabled[0]:.2f} | {encoding:.2f} | {tabled[1]:.2f} |")
-    hop = 1e6 * asyncio.run(round_trip())
-    print(f"to a thread and back: {hop:.0f} us; worth a thread: {1e6 * threads.WORTH_A_THREAD:.0f} us")
+    hop = 1e6 * asyncio.run(measure_thread_round_trip())
+    print(f"to a thread and back: {hop:.0f} us; worth a thread: {1e6 * threads.INLINE_THRESHOLD_S:.0f} us")
 
 
 if __name__ == "__main__":

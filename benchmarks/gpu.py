@@ -23,18 +23,18 @@ import torch
 
 import core
 
-SIZES = (((33, 47), (3, 3)), ((64, 50), (8, 5)), ((40, 90), (31, 33)), ((300, 280), (15, 15)))
-LAYERS = ((1, 1, 1), (3, 8, 1), (8, 8, 8), (16, 32, 2))
+PLANE_AND_KERNEL_SIZES = (((33, 47), (3, 3)), ((64, 50), (8, 5)), ((40, 90), (31, 33)), ((300, 280), (15, 15)))
+LAYER_CHANNELS = ((1, 1, 1), (3, 8, 1), (8, 8, 8), (16, 32, 2))
 """Channels, filters, groups."""
 
 TIMED_PLANES = (256, 1024, 4096)
 TIMED_KERNELS = (3, 15, 63, 127)
-SECONDS = 0.3
-GOOD_CHOICE = 1.15
+TIMING_S = 0.3
+MAX_GOOD_CHOICE_RATIO = 1.15
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class GpuCheck:
     """A call of core with everything but the engine and the device."""
 
     name: str
@@ -48,19 +48,19 @@ class Check:
         return result.output.cpu().double().numpy()
 
 
-def checks() -> Iterator[Check]:
+def build_checks() -> Iterator[GpuCheck]:
     """The whole matrix."""
     rng = np.random.default_rng(0)
-    for (size, kernel_size), mode in itertools.product(SIZES, get_args(core.Mode)):
+    for (size, kernel_size), mode in itertools.product(PLANE_AND_KERNEL_SIZES, get_args(core.Mode)):
         image, kernel = rng.normal(size=size), rng.normal(size=kernel_size)
         for boundary in get_args(core.Boundary) if mode != "valid" else ("zeros",):
             options = {"mode": mode, "boundary": boundary, "fill_value": 1.5 if boundary == "constant" else 0.0}
             for operation in get_args(core.Operation):
                 name = f"correlate {size} {kernel_size} {mode} {boundary} {operation}"
-                yield Check(name, core.correlate, (image, kernel), {**options, "operation": operation})
+                yield GpuCheck(name, core.correlate, (image, kernel), {**options, "operation": operation})
     steps = ((1, 1), (2, 2), (2, 3))
     for (channels, filters, groups), stride, dilation, padding_mode in itertools.product(
-        LAYERS, steps, steps, get_args(core.PaddingMode)
+        LAYER_CHANNELS, steps, steps, get_args(core.PaddingMode)
     ):
         arrays = (
             rng.normal(size=(2, channels, 40, 37)),
@@ -69,13 +69,13 @@ def checks() -> Iterator[Check]:
         )
         options = {"stride": stride, "dilation": dilation, "groups": groups, "padding": (2, 3)}
         name = f"conv2d {channels} -> {filters} in {groups}, stride {stride}, dilation {dilation}, {padding_mode}"
-        yield Check(name, core.conv2d, arrays, {**options, "padding_mode": padding_mode})
+        yield GpuCheck(name, core.conv2d, arrays, {**options, "padding_mode": padding_mode})
 
 
-def judge(device: str) -> tuple[int, list[str]]:
+def run_checks(device: str) -> tuple[int, list[str]]:
     """How many answers were held against the contract, and what broke it."""
     held, broken = 0, []
-    for check in checks():
+    for check in build_checks():
         exact = check.answer("cpu", "float64", ("torch",))
         plain = check.answer("cpu", "float32", ("torch",))
         largest = np.abs(exact).max()
@@ -95,19 +95,19 @@ def judge(device: str) -> tuple[int, list[str]]:
     return held, broken
 
 
-def times(device: str) -> Iterator[tuple[str, dict[str, float], str]]:
+def measure_times(device: str) -> Iterator[tuple[str, dict[str, float], str]]:
     """The shortest times in seconds by engine, and the engine that is chosen, for planes and for a layer."""
     generator = torch.Generator(device).manual_seed(0)
     for plane, kernel in itertools.product(TIMED_PLANES, TIMED_KERNELS):
         arrays = [torch.randn(side, side, device=device, generator=generator) for side in (plane, kernel)]
         if kernel < plane:
-            yield f"{plane} x {plane}, {kernel} x {kernel}", *timed(core.correlate, arrays, device)
+            yield f"{plane} x {plane}, {kernel} x {kernel}", *time_best(core.correlate, arrays, device)
     images = torch.randn(8, 64, 112, 112, device=device, generator=generator)
     weight = torch.randn(64, 64, 3, 3, device=device, generator=generator)
-    yield "8 x 64 -> 64, 112 x 112, 3 x 3", *timed(core.conv2d, [images, weight], device)
+    yield "8 x 64 -> 64, 112 x 112, 3 x 3", *time_best(core.conv2d, [images, weight], device)
 
 
-def timed(verb: Any, arrays: list[torch.Tensor], device: str) -> tuple[dict[str, float], str]:
+def time_best(verb: Any, arrays: list[torch.Tensor], device: str) -> tuple[dict[str, float], str]:
     """Best of many, the device's queue emptied each time."""
     best: dict[str, float] = {}
     for engine in core.ENGINES:
@@ -121,7 +121,7 @@ def timed(verb: Any, arrays: list[torch.Tensor], device: str) -> tuple[dict[str,
                 elapsed = perf_counter() - start
                 # The first call loads and compiles.
                 if math.isinf(end):
-                    end = perf_counter() + SECONDS
+                    end = perf_counter() + TIMING_S
                 else:
                     best[engine] = min(best.get(engine, math.inf), elapsed)
         except core.MethodUnavailable:
@@ -140,16 +140,16 @@ def main() -> int:
     device = str(core.resolve_device(wanted))
     model = next(entry["model"] for entry in core.describe_devices() if entry["device"] == device)
     print(f"{device}, {model or 'no model named'}, torch {torch.__version__}\n")
-    held, broken = judge(device)
+    held, broken = run_checks(device)
     print(f"{held} answers held against the precision contract, {len(broken)} broke it", *broken, sep="\n")
     print("\n| problem | chosen | times in ms |\n| --- | --- | --- |")
     good = total = 0
-    for name, best, chosen in times(device):
+    for name, best, chosen in measure_times(device):
         listed = ", ".join(f"{engine} {seconds * 1e3:.3g}" for engine, seconds in best.items())
         print(f"| {name} | {chosen} | {listed} |", flush=True)
         total += 1
-        good += best[chosen] <= GOOD_CHOICE * min(best.values())
-    print(f"\nThe choice is within {GOOD_CHOICE} of the fastest engine in {good} of {total} problems.")
+        good += best[chosen] <= MAX_GOOD_CHOICE_RATIO * min(best.values())
+    print(f"\nThe choice is within {MAX_GOOD_CHOICE_RATIO} of the fastest engine in {good} of {total} problems.")
     return 1 if broken else 0
 
 

@@ -28,22 +28,22 @@ import estimates
 import fit_estimates
 import httpx
 import numpy as np
-from servers.processes import family
+from servers.processes import list_process_tree
 
 import core
-from tests.soaking import SERVICE, served
-from tests.traffic import good
+from tests.soak import SERVICE_COMMAND, start_service
+from tests.traffic import valid_requests
 
 ALLOWED_ABOVE_MB = 300
 MAX_BODY_MB = 64
-SHARES = {"plane": 0.35, "layer": 0.35, "fit": 0.2, "small": 0.1}
+KIND_FRACTIONS = {"plane": 0.35, "layer": 0.35, "fit": 0.2, "small": 0.1}
 """Fractions of the requests."""
 
-REJECTED = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
-OPTIONS = ("mode", "boundary", "stride", "dilation", "padding", "groups", "padding_mode", "dtype", "method")
+REJECTION_STATUSES = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+OPTION_NAMES = ("mode", "boundary", "stride", "dilation", "padding", "groups", "padding_mode", "dtype", "method")
 
 
-class Posted(NamedTuple):
+class HttpRequest(NamedTuple):
     """A request over HTTP."""
 
     method: str
@@ -53,25 +53,25 @@ class Posted(NamedTuple):
     text: str
 
 
-def drawn(count: int, seed: int) -> Iterator[Posted]:
+def draw_requests(count: int, seed: int) -> Iterator[HttpRequest]:
     """Draw requests of every kind."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+        kind = str(rng.choice(list(KIND_FRACTIONS), p=list(KIND_FRACTIONS.values())))
         if kind == "small":
-            request = good.drawn(rng)
-            yield Posted(request.method, request.path, request.headers, request.body, f"small {request.path}")
+            request = valid_requests.draw_request(rng)
+            yield HttpRequest(request.method, request.path, request.headers, request.body, f"small {request.path}")
         elif kind == "fit":
-            yield of_fit(fit_estimates.drawn(rng))
-        elif (posted := convolution(kind, rng)) is not None:
+            yield build_fit_request(fit_estimates.draw_fit(rng))
+        elif (posted := draw_convolution(kind, rng)) is not None:
             yield posted
 
 
-def convolution(kind: str, rng: np.random.Generator) -> Posted | None:
+def draw_convolution(kind: str, rng: np.random.Generator) -> HttpRequest | None:
     """Draw a convolution, sent as npz; None if its engine cannot compute it."""
     engine, dtype = str(rng.choice(list(core.ENGINES))), str(rng.choice(["float32", "float64"]))
-    values = str(rng.choice(["normal", "normal", "normal", *estimates.VALUES]))
-    request = estimates.DRAW["plane" if engine == "separable" else kind](rng, engine, dtype)
+    values = str(rng.choice(["normal", "normal", "normal", *estimates.VALUE_KINDS]))
+    request = estimates.DRAW_BY_KIND["plane" if engine == "separable" else kind](rng, engine, dtype)
     options = {**request.options, "method": core.ENGINES[engine].METHOD if rng.random() < 0.5 else "auto"}
     verb, name = (core.correlate, "kernel") if request.verb == "correlate" else (core.conv2d, "weight")
     shapes = {"input": np.broadcast_to(np.float32(0), request.input)}
@@ -80,43 +80,45 @@ def convolution(kind: str, rng: np.random.Generator) -> Posted | None:
         core.cost_of(verb, **shapes, **options)
     except core.CoreError:
         return None
-    image, kernel = estimates.arrays(rng, request, values)
-    query = {option: _text(options[option]) for option in OPTIONS if option in options}
+    image, kernel = estimates.build_arrays(rng, request, values)
+    query = {option: _format_value(options[option]) for option in OPTION_NAMES if option in options}
     accept = str(rng.choice(["application/x-npy", "application/x-npz", "application/json"]))
-    return _npz(f"/{request.verb}", {"input": image, name: kernel}, query, accept, str(request))
+    return _build_npz_request(f"/{request.verb}", {"input": image, name: kernel}, query, accept, str(request))
 
 
-def of_fit(arguments: dict[str, Any]) -> Posted:
+def build_fit_request(arguments: dict[str, Any]) -> HttpRequest:
     """Send a fit as npz, or as JSON if it has pairs."""
-    text = fit_estimates.described(arguments)
+    text = fit_estimates.describe_fit(arguments)
     if "pairs" in arguments:
-        pairs = [{"input": _array(pair[0]), "target": _array(pair[1])} for pair in arguments["pairs"]]
+        pairs = [{"input": _to_array(pair[0]), "target": _to_array(pair[1])} for pair in arguments["pairs"]]
         content = json.dumps({**arguments, "pairs": pairs}).encode()
-        return Posted("POST", "/train-kernel", {"Content-Type": "application/json"}, content, text)
+        return HttpRequest("POST", "/train-kernel", {"Content-Type": "application/json"}, content, text)
     arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
-    query = {name: _text(value) for name, value in arguments.items() if name not in arrays}
-    return _npz("/train-kernel", arrays, query, "application/json", text)
+    query = {name: _format_value(value) for name, value in arguments.items() if name not in arrays}
+    return _build_npz_request("/train-kernel", arrays, query, "application/json", text)
 
 
-def _npz(path: str, arrays: Mapping[str, Any], query: Mapping[str, str], accept: str, text: str) -> Posted:
+def _build_npz_request(
+    path: str, arrays: Mapping[str, Any], query: Mapping[str, str], accept: str, text: str
+) -> HttpRequest:
     file = io.BytesIO()
     np.savez(file, **arrays)
     headers = {"Content-Type": "application/x-npz", "Accept": accept}
-    return Posted("POST", f"{path}?{urlencode(query)}", headers, file.getvalue(), text)
+    return HttpRequest("POST", f"{path}?{urlencode(query)}", headers, file.getvalue(), text)
 
 
-def _array(values: Any) -> dict[str, Any]:
+def _to_array(values: Any) -> dict[str, Any]:
     data = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
     return {"shape": values.shape, "dtype": str(values.dtype), "data": data}
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def memory_mb(pid: int, field: str = "VmHWM") -> float:
+def read_memory_mb(pid: int, field: str = "VmHWM") -> float:
     """Return the resident memory of a process and its children, at most until now, in 10^6 bytes."""
-    statuses = (Path(f"/proc/{one}/status").read_text(encoding="ascii") for one in family(pid))
+    statuses = (Path(f"/proc/{one}/status").read_text(encoding="ascii") for one in list_process_tree(pid))
     return sum(int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e6 for status in statuses)
 
 
@@ -131,32 +133,35 @@ def main() -> int:
     os.environ["CORR2D_MEMORY_MB"] = str(options.memory_mb)
     statuses: Counter[int] = Counter()
     wrong: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, served(SERVICE, Path(folder) / "log") as (address, pid):
-        ready = memory_mb(pid, "VmRSS")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start_service(SERVICE_COMMAND, Path(folder) / "log") as (address, pid),
+    ):
+        ready = read_memory_mb(pid, "VmRSS")
         print(f"before the first request: {ready:.0f} MB", flush=True)
         client = httpx.Client(base_url=address, timeout=120)
-        highest = memory_mb(pid)
+        highest = read_memory_mb(pid)
 
-        def send(posted: Posted) -> None:
+        def send(posted: HttpRequest) -> None:
             nonlocal highest
             response = client.request(posted.method, posted.path, content=posted.body, headers=posted.headers)
             statuses[response.status_code] += 1
-            if response.status_code not in (HTTPStatus.OK, *REJECTED):
+            if response.status_code not in (HTTPStatus.OK, *REJECTION_STATUSES):
                 wrong.append(f"{response.status_code} {response.text[:300]} for {posted.text}")
-            if (peak := memory_mb(pid)) > highest + 20:
+            if (peak := read_memory_mb(pid)) > highest + 20:
                 highest = peak
                 print(f"{sum(statuses.values()):5} requests: {peak:6.0f} MB, after {posted.text}", flush=True)
 
         with ThreadPoolExecutor(options.clients) as clients:
             waiting: list[Any] = []
-            for posted in drawn(options.requests, options.seed):
+            for posted in draw_requests(options.requests, options.seed):
                 waiting = [future for future in waiting if not future.done()]
                 if len(waiting) >= 2 * options.clients:
                     waiting.pop(0).result()
                 waiting.append(clients.submit(send, posted))
             for future in waiting:
                 future.result()
-        peak = memory_mb(pid)
+        peak = read_memory_mb(pid)
     print("\n".join(wrong))
     counted = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
     above = peak - ready - options.memory_mb

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import cast
 
-PATIENCE = 60.0
+RESPONSE_TIMEOUT_S = 60.0
 """Seconds to wait for answers when no more is sent."""
 
-STALE = 4.0
+MAX_IDLE_S = 4.0
 """Seconds after which an idle connection is not used again: the server closes it at twice that."""
 
-LOST = 0
+NO_RESPONSE_STATUS = 0
 """The status of what was not answered."""
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
+class TimedRequest:
     """A request's bytes, and the seconds that it takes a server that has nothing else to do."""
 
     content: bytes
@@ -32,7 +32,7 @@ class Posted:
 
 
 @dataclass(slots=True)
-class Sent:
+class SentRequest:
     """One request; all times by time.monotonic.
 
     `seconds`: what it takes alone. `fired`: when the generator came to it; `sent`: when its first byte left, which may
@@ -44,7 +44,7 @@ class Sent:
     seconds: float = 0.0
     sent: float = 0.0
     answered: float = 0.0
-    status: int = LOST
+    status: int = NO_RESPONSE_STATUS
     retry_after: bool = False
 
     @property
@@ -58,15 +58,15 @@ class Sent:
         return self.answered - self.sent
 
 
-class Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """A connection with one request on it at a time."""
 
     def __init__(self) -> None:
         self.idle_since = 0.0
         self.closed = False
         self._transport: asyncio.Transport | None = None
-        self._sent: Sent | None = None
-        self._over: Callable[[Connection], None] | None = None
+        self._sent: SentRequest | None = None
+        self._over: Callable[[ClientConnection], None] | None = None
         self._come = bytearray()
         self._length = -1
 
@@ -75,7 +75,7 @@ class Connection(asyncio.Protocol):
         # uvloop's is none by inheritance.
         self._transport = cast("asyncio.Transport", transport)
 
-    def send(self, request: bytes, sent: Sent, over: Callable[["Connection"], None]) -> None:
+    def send(self, request: bytes, sent: SentRequest, over: Callable[["ClientConnection"], None]) -> None:
         """Send it; `over` is called when its answer is there, or is sure not to come."""
         assert self._transport is not None  # noqa: S101 - for the type checker
         self._sent, self._over, self._length = sent, over, -1
@@ -105,7 +105,7 @@ class Connection(asyncio.Protocol):
         del exc
         self.closed = True
         if self._sent is not None:
-            self._sent.status = LOST
+            self._sent.status = NO_RESPONSE_STATUS
             self._finish()
 
     def close(self) -> None:
@@ -122,22 +122,22 @@ class Connection(asyncio.Protocol):
             over(self)
 
 
-class Clients:
+class ConnectionPool:
     """Connections to one server, as many as are needed, used again."""
 
     def __init__(self, host: str, port: int) -> None:
         self._address = host, port
-        self._idle = deque[Connection]()
+        self._idle = deque[ClientConnection]()
         self._waiting: set[asyncio.Task[None]] = set()
         self._pending = 0
         self._all_over = asyncio.Event()
 
-    def send(self, request: bytes, sent: Sent, then: Callable[[], object] = lambda: None) -> None:
+    def send(self, request: bytes, sent: SentRequest, then: Callable[[], object] = lambda: None) -> None:
         """Send it on a connection that is idle, or on a new one; `then` is called when it is over."""
         self._pending += 1
         self._all_over.clear()
 
-        def over(connection: Connection) -> None:
+        def over(connection: ClientConnection) -> None:
             self._pending -= 1
             if connection.closed:
                 connection.close()
@@ -149,7 +149,7 @@ class Clients:
 
         while self._idle:
             connection = self._idle.pop()
-            if not connection.closed and monotonic() - connection.idle_since < STALE:
+            if not connection.closed and monotonic() - connection.idle_since < MAX_IDLE_S:
                 connection.send(request, sent, over)
                 return
             connection.close()
@@ -157,12 +157,12 @@ class Clients:
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
 
-    async def _send_on_new(self, request: bytes, sent: Sent, over: Callable[[Connection], None]) -> None:
+    async def _send_on_new(self, request: bytes, sent: SentRequest, over: Callable[[ClientConnection], None]) -> None:
         try:
-            _, connection = await asyncio.get_running_loop().create_connection(Connection, *self._address)
+            _, connection = await asyncio.get_running_loop().create_connection(ClientConnection, *self._address)
         except OSError:
             sent.sent = sent.answered = monotonic()
-            connection = Connection()
+            connection = ClientConnection()
             connection.closed = True
             over(connection)
         else:
@@ -172,7 +172,7 @@ class Clients:
         """Wait until all is answered, or nobody would wait any more."""
         if self._pending:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._all_over.wait(), PATIENCE)
+                await asyncio.wait_for(self._all_over.wait(), RESPONSE_TIMEOUT_S)
 
     def close(self) -> None:
         """Close what is idle."""
@@ -181,39 +181,43 @@ class Clients:
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class RequestStream:
     """Requests of one kind: any of them, so many a second, at random times."""
 
-    requests: Sequence[Posted]
+    requests: Sequence[TimedRequest]
     rate: float
 
 
-async def offer(clients: Clients, stream: Stream, seconds: float, seed: int) -> list[Sent]:
+async def send_open_loop(
+    clients: ConnectionPool, stream: RequestStream, seconds: float, seed: int
+) -> list[SentRequest]:
     """Send for so many seconds, in a Poisson process, and wait for the answers of all."""
     drawn = random.Random(seed)  # noqa: S311 - arrivals, no secrets
-    everything: list[Sent] = []
+    everything: list[SentRequest] = []
     due = start = monotonic()
     while (due := due + drawn.expovariate(stream.rate)) < start + seconds:
         if (wait := due - monotonic()) > 0:
             await asyncio.sleep(wait)
         posted = drawn.choice(stream.requests)
-        sent = Sent(due, monotonic(), posted.seconds)
+        sent = SentRequest(due, monotonic(), posted.seconds)
         everything.append(sent)
         clients.send(posted.content, sent)
     await clients.settle()
     return everything
 
 
-async def keep_busy(clients: Clients, requests: Sequence[Posted], count: int, seconds: float, seed: int) -> list[Sent]:
+async def send_closed_loop(
+    clients: ConnectionPool, requests: Sequence[TimedRequest], count: int, seconds: float, seed: int
+) -> list[SentRequest]:
     """So many clients, each of which sends its next request when the last one is answered."""
     drawn = random.Random(seed)  # noqa: S311 - likewise
-    everything: list[Sent] = []
+    everything: list[SentRequest] = []
     end = monotonic() + seconds
 
     def send() -> None:
         if (now := monotonic()) < end:
             posted = drawn.choice(requests)
-            sent = Sent(now, now, posted.seconds)
+            sent = SentRequest(now, now, posted.seconds)
             everything.append(sent)
             clients.send(posted.content, sent, send)
 

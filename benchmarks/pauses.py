@@ -34,79 +34,86 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.loop_pauses import Pause, Paused, paused_service
-from tests.serving import talking_to
+from tests.event_loop_pauses import LoopPause, MonitoredServer, start_monitored_server
+from tests.servers import open_client
 from tests.traffic.exchanges import Request
-from tests.traffic.odd import ODD
+from tests.traffic.expensive_requests import EXPENSIVE_REQUESTS
 
-HERE = Path(__file__).parents[1]
+PROJECT_ROOT = Path(__file__).parents[1]
 JSON, NPY, NPZ = "application/json", "application/x-npy", "application/x-npz"
 BACKGROUND_S = 15.0
-LIVEZ = b"GET /livez HTTP/1.1\r\nHost: corr2d\r\n\r\n"
+LIVEZ_REQUEST = b"GET /livez HTTP/1.1\r\nHost: corr2d\r\n\r\n"
 SMALL_BODY = b'{"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}'
-SMALL = (
+SMALL_REQUEST = (
     b"POST /correlate HTTP/1.1\r\nHost: corr2d\r\nContent-Type: application/json\r\n"
     b"Content-Length: %d\r\n\r\n%b" % (len(SMALL_BODY), SMALL_BODY)
 )
-RANDOM = np.random.default_rng(70)
+RNG = np.random.default_rng(70)
 
 
-def npz(**arrays: Any) -> bytes:
+def save_npz(**arrays: Any) -> bytes:
     """An archive as numpy writes it."""
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
 
 
-def noise(*shape: int) -> NDArray[np.float32]:
+def draw_noise(*shape: int) -> NDArray[np.float32]:
     """An array of normal numbers."""
-    return RANDOM.normal(size=shape).astype(np.float32)
+    return RNG.normal(size=shape).astype(np.float32)
 
 
-def pixels(*shape: int) -> NDArray[np.uint8]:
+def draw_pixels(*shape: int) -> NDArray[np.uint8]:
     """An array of whole numbers, a quarter as large."""
-    return RANDOM.integers(0, 256, shape, np.uint8)
+    return RNG.integers(0, 256, shape, np.uint8)
 
 
-def computation(name: str, path: str, options: dict[str, Any], **arrays: Any) -> Request:
+def build_computation(name: str, path: str, options: dict[str, Any], **arrays: Any) -> Request:
     """A request in npz that is answered in npy."""
-    return Request(name, f"{path}?{urlencode(options)}", npz(**arrays), {"Content-Type": NPZ, "Accept": NPY})
+    return Request(name, f"{path}?{urlencode(options)}", save_npz(**arrays), {"Content-Type": NPZ, "Accept": NPY})
 
 
-def engines() -> Iterator[Request]:
+def engine_requests() -> Iterator[Request]:
     """Every engine, in both types: planes and layers, small and large."""
     sides = {"direct": (5200, 3), "separable": (5200, 31), "fft": (3000, 127), "auto": (2000, 15)}
     for dtype in ("float32", "float64"):
         for method, (side, taps) in sides.items():
-            line = noise(taps)
+            line = draw_noise(taps)
             arrays = {
-                "input": pixels(side, side),
-                "kernel": np.outer(line, line) if method == "separable" else noise(taps, taps),
+                "input": draw_pixels(side, side),
+                "kernel": np.outer(line, line) if method == "separable" else draw_noise(taps, taps),
             }
             options: dict[str, Any] = {"method": method, "dtype": dtype}
-            yield computation(f"plane {side}, {taps} x {taps}, {method}, {dtype}", "/correlate", options, **arrays)
+            yield build_computation(
+                f"plane {side}, {taps} x {taps}, {method}, {dtype}", "/correlate", options, **arrays
+            )
         for channels, side, taps in ((128, 180, 5), (64, 100, 3), (3, 512, 7)):
             for method in ("auto", "direct", "fft"):
                 if method == "fft" and channels == 128:
                     continue
-                arrays = {"input": noise(channels, side, side), "weight": noise(channels, channels, taps, taps)}
+                arrays = {
+                    "input": draw_noise(channels, side, side),
+                    "weight": draw_noise(channels, channels, taps, taps),
+                }
                 options = {"method": method, "dtype": dtype}
                 name = f"layer {channels} channels, {side}, {taps} x {taps}, {method}, {dtype}"
-                yield computation(name, "/conv2d", options, **arrays)
+                yield build_computation(name, "/conv2d", options, **arrays)
         for stride, dilation, groups in ((2, 1, 1), (1, 2, 1), (1, 1, 32)):
-            arrays = {"input": noise(32, 128, 128), "weight": noise(32, 32 // groups, 3, 3)}
+            arrays = {"input": draw_noise(32, 128, 128), "weight": draw_noise(32, 32 // groups, 3, 3)}
             options = {"stride": stride, "dilation": dilation, "groups": groups, "dtype": dtype}
-            yield computation(
+            yield build_computation(
                 f"layer, stride {stride}, dilation {dilation}, groups {groups}, {dtype}", "/conv2d", options, **arrays
             )
 
 
-def fits() -> Iterator[Request]:
+def fit_requests() -> Iterator[Request]:
     """Fits by all solvers, of many unknowns, many steps and many images."""
-    image, target = noise(600, 600), noise(570, 570)
+    image, target = draw_noise(600, 600), draw_noise(570, 570)
     for solver, loss in (("exact", "sum"), ("sgd", "sum"), ("adam", "huber"), ("momentum", "l1")):
         options: dict[str, Any] = {"solver": solver, "loss": loss, "steps": 20, "learning_rate": 1e-9}
-        yield computation(f"fit, 961 unknowns, {solver}, {loss}", "/train-kernel", options, input=image, target=target)
+        yield build_computation(
+            f"fit, 961 unknowns, {solver}, {loss}", "/train-kernel", options, input=image, target=target
+        )
     long = {"input": [[1, 2, 4]], "target": [[1, 3]], "steps": 500_000, "learning_rate": 1e-9}
     for accept in (JSON, NPZ):
         yield Request(
@@ -120,7 +127,7 @@ def fits() -> Iterator[Request]:
 def large_responses() -> Iterator[Request]:
     """Large results in every format."""
     file = io.BytesIO()
-    np.save(file, noise(4000, 3800))
+    np.save(file, draw_noise(4000, 3800))
     for accept in (JSON, NPY, NPZ, "application/x-safetensors", "image/png"):
         for form in ("nested", "base64") if accept == JSON else ("",):
             path = "/correlate?kernel=identity" + (f"&arrays={form}" if form else "")
@@ -129,20 +136,20 @@ def large_responses() -> Iterator[Request]:
             )
 
 
-GROUPS: dict[str, Callable[[], Iterator[Request] | Sequence[Request]]] = {
-    "engines": engines,
-    "fits": fits,
+REQUEST_GROUPS: dict[str, Callable[[], Iterator[Request] | Sequence[Request]]] = {
+    "engines": engine_requests,
+    "fits": fit_requests,
     "large responses": large_responses,
-    **ODD,
+    **EXPENSIVE_REQUESTS,
 }
 
 
-class Asker:
+class RepeatedRequest:
     """Sends a request again and again from a process of its own, for as long as the block lasts."""
 
     def __init__(self, address: str, request: bytes, interval_s: float) -> None:
         host, _, port = address.removeprefix("http://").rpartition(":")
-        self._command = (sys.executable, "-c", ASKER, host, port, str(interval_s), request.decode())
+        self._command = (sys.executable, "-c", REPEAT_SCRIPT, host, port, str(interval_s), request.decode())
         self.times: list[float] = []
 
     def __enter__(self) -> Self:
@@ -155,7 +162,7 @@ class Asker:
         self.times = [1e3 * float(line) for line in self._process.communicate("\n")[0].split()]
 
 
-ASKER = """
+REPEAT_SCRIPT = """
 import select, socket, sys, time
 host, port, interval, request = sys.argv[1:]
 connection = socket.create_connection((host, int(port)), timeout=60)
@@ -179,18 +186,18 @@ print(*times[1:] or times, sep="\\n")
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceUnderTest:
     """One checkout's, and a client of it."""
 
     name: str
-    paused: Paused
+    paused: MonitoredServer
     client: httpx.Client
 
-    def measure(self, request: Request) -> tuple[Pause, float, int]:
+    def measure(self, request: Request) -> tuple[LoopPause, float, int]:
         """The longest pause, the slowest /livez in ms, and the status."""
         status = 0
 
-        def take_place() -> None:
+        def run_exchange() -> None:
             nonlocal status
             try:
                 status = self.client.request(
@@ -199,8 +206,8 @@ class Service:
             except httpx.HTTPError:
                 status = 0
 
-        with Asker(self.paused.address, LIVEZ, 0.02) as asker:
-            pause = self.paused.during(take_place)
+        with RepeatedRequest(self.paused.address, LIVEZ_REQUEST, 0.02) as asker:
+            pause = self.paused.measure_pause(run_exchange)
         return pause, max(asker.times), status
 
     def small_while(self, body: bytes, path: str, headers: dict[str, str]) -> list[float]:
@@ -213,7 +220,7 @@ class Service:
                     client.post(path, content=body, headers=headers)
 
         clients = [threading.Thread(target=keep_sending) for _ in range(2)]
-        with Asker(self.paused.address, SMALL, 0.005) as asker:
+        with RepeatedRequest(self.paused.address, SMALL_REQUEST, 0.005) as asker:
             for client in clients:
                 client.start()
             for client in clients:
@@ -221,33 +228,37 @@ class Service:
         return asker.times
 
 
-def background() -> Iterator[tuple[str, str, bytes]]:
+def background_requests() -> Iterator[tuple[str, str, bytes]]:
     """Requests that are sent again and again while small requests are timed."""
-    plane = npz(input=pixels(5200, 1500), kernel=noise(9, 9))
+    plane = save_npz(input=draw_pixels(5200, 1500), kernel=draw_noise(9, 9))
     yield "direct sums, 5200 x 1500, 9 x 9", "/correlate?method=direct", plane
     yield "direct sums, 5200 x 5200, 3 x 3", "/correlate?method=direct&kernel=sobel_x", b""
-    yield "layers of 128 channels", "/conv2d", npz(input=noise(128, 90, 90), weight=noise(128, 128, 5, 5))
+    yield (
+        "layers of 128 channels",
+        "/conv2d",
+        save_npz(input=draw_noise(128, 90, 90), weight=draw_noise(128, 128, 5, 5)),
+    )
 
 
 def main() -> None:
     """Print a line for each case, with the figures of all checkouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkouts", nargs="*", type=Path, default=[HERE])
-    parser.add_argument("--only", choices=[*GROUPS, "small"], action="append")
+    parser.add_argument("checkouts", nargs="*", type=Path, default=[PROJECT_ROOT])
+    parser.add_argument("--only", choices=[*REQUEST_GROUPS, "small"], action="append")
     parser.add_argument("--tries", type=int, default=3)
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         services = []
         for number, checkout in enumerate(options.checkouts):
-            paused = stack.enter_context(paused_service(folder / f"log{number}", checkout=checkout.resolve()))
-            stack.enter_context(talking_to(paused.address))
+            paused = stack.enter_context(start_monitored_server(folder / f"log{number}", checkout=checkout.resolve()))
+            stack.enter_context(open_client(paused.address))
             client = stack.enter_context(httpx.Client(base_url=paused.address, timeout=300))
-            services.append(Service(str(checkout), paused, client))
+            services.append(ServiceUnderTest(str(checkout), paused, client))
         print(f"checkouts: {', '.join(service.name for service in services)}; {os.cpu_count()} cores; milliseconds")
         print("| case | status | first pause | least pause | computed | slowest livez, least |")
         print("| --- | --- | --- | --- | --- | --- |")
-        for group, requests in GROUPS.items():
+        for group, requests in REQUEST_GROUPS.items():
             if options.only and group not in options.only:
                 continue
             for request in requests():
@@ -269,7 +280,7 @@ def main() -> None:
         )
         file = io.BytesIO()
         np.save(file, np.ones((5200, 5200), np.uint8))
-        for name, path, body in background():
+        for name, path, body in background_requests():
             cells = []
             headers = {"Content-Type": NPZ if body else NPY, "Accept": NPY}
             for service in services:

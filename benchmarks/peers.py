@@ -19,12 +19,12 @@ from torch.nn import functional
 
 import core
 
-Kind: TypeAlias = Literal["general", "separable", "conv2d"]
+CellKind: TypeAlias = Literal["general", "separable", "conv2d"]
 """A plane under a kernel of random numbers, a plane under a product of a column and a row, or a layer."""
 
 Array: TypeAlias = NDArray[Any]
 Output: TypeAlias = Tensor | Array | core.Result
-Call: TypeAlias = Callable[[], Output]
+TimedCall: TypeAlias = Callable[[], Output]
 """One timed call; what it needs is prepared, its output it allocates."""
 
 
@@ -32,7 +32,7 @@ Call: TypeAlias = Callable[[], Output]
 class Cell:
     """A row's problem: square planes and kernels, mode valid, and how many threads may work on it."""
 
-    kind: Kind
+    kind: CellKind
     plane: int
     kernel: int
     dtype: core.Dtype = "float32"
@@ -78,7 +78,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Task:
+class CellTask:
     """A cell with its numbers and the machine as core knows it.
 
     images (C, P, P); weight (O, C / groups, k, k); factors (2, k), the column and the row whose product the kernel is,
@@ -92,7 +92,7 @@ class Task:
     factors: Array
 
 
-def task_for(cell: Cell, machine: core.Machine) -> Task:
+def create_task(cell: Cell, machine: core.Machine) -> CellTask:
     """The same numbers every time."""
     rng = np.random.default_rng(1)
     dtype = np.dtype(cell.dtype)
@@ -100,11 +100,11 @@ def task_for(cell: Cell, machine: core.Machine) -> Task:
     factors = rng.standard_normal((2 if separable else 0, cell.kernel), dtype=dtype)
     shape = cell.filters, cell.channels // cell.groups, cell.kernel, cell.kernel
     weight = np.outer(*factors).reshape(shape) if separable else rng.standard_normal(shape, dtype=dtype)
-    return Task(cell, machine, _images(cell.channels, cell.plane, cell.dtype), weight, factors)
+    return CellTask(cell, machine, _draw_images(cell.channels, cell.plane, cell.dtype), weight, factors)
 
 
 @lru_cache(maxsize=4)
-def _images(channels: int, plane: int, dtype: core.Dtype) -> Array:
+def _draw_images(channels: int, plane: int, dtype: core.Dtype) -> Array:
     """(C, P, P), kept for the next kernel."""
     return np.random.default_rng(0).standard_normal((channels, plane, plane), dtype=np.dtype(dtype))
 
@@ -112,12 +112,14 @@ def _images(channels: int, plane: int, dtype: core.Dtype) -> Array:
 # The right numbers.
 
 
-def reference(task: Task) -> Array:
+def compute_reference(task: CellTask) -> Array:
     """(O, oh, ow), by the correlation theorem in float64 with code that no contender uses, rounded to the dtype."""
     cell = task.cell
     together = cell.filters // cell.groups
     valid = cell.plane - cell.kernel + 1  # beyond, the kernel reads round the edge
-    spectra = _spectra(cell.channels, cell.plane, cell.dtype).reshape(cell.groups, -1, cell.plane, cell.plane // 2 + 1)
+    spectra = _compute_spectra(cell.channels, cell.plane, cell.dtype).reshape(
+        cell.groups, -1, cell.plane, cell.plane // 2 + 1
+    )
     expected = np.empty((cell.filters, cell.side, cell.side), cell.dtype)
     for number, filter in enumerate(task.weight):
         kernels = np.fft.rfft2(filter.astype(np.float64), (cell.plane, cell.plane))
@@ -128,18 +130,18 @@ def reference(task: Task) -> Array:
 
 
 @lru_cache(maxsize=1)
-def _spectra(channels: int, plane: int, dtype: core.Dtype) -> Array:
+def _compute_spectra(channels: int, plane: int, dtype: core.Dtype) -> Array:
     """(C, P, P // 2 + 1), kept for the next kernel: on large planes all contenders together take less time."""
-    return np.fft.rfft2(_images(channels, plane, dtype).astype(np.float64))
+    return np.fft.rfft2(_draw_images(channels, plane, dtype).astype(np.float64))
 
 
-def relative_error(output: Output, expected: Array, cell: Cell) -> float:
+def compute_relative_error(output: Output, expected: Array, cell: Cell) -> float:
     """The largest error by the largest value that is expected; NaN where the output has one."""
-    difference = valid_part(output, cell) - expected
+    difference = crop_valid(output, cell) - expected
     return float(max(difference.max(), -difference.min()) / max(expected.max(), -expected.min()))
 
 
-def valid_part(output: Output, cell: Cell) -> Array:
+def crop_valid(output: Output, cell: Cell) -> Array:
     """(O, oh, ow), cut out of the output where that has the input's size."""
     array = np.asarray(output.output if isinstance(output, core.Result) else output)
     array = array.reshape(cell.filters, *array.shape[-2:])
@@ -150,17 +152,17 @@ def valid_part(output: Output, cell: Cell) -> Array:
 # The contenders. Each prepares what a task holds and returns the call to be timed.
 
 
-def core_auto(task: Task) -> Call:
+def prepare_core_auto(task: CellTask) -> TimedCall:
     """The subject, as everybody calls it."""
-    return _core(task)
+    return _prepare_core(task)
 
 
-def core_forced(engine: str, task: Task) -> Call:
+def prepare_core_forced(engine: str, task: CellTask) -> TimedCall:
     """The subject with no choice; raises MethodUnavailable, when called, where that engine cannot."""
-    return _core(task, engines=(engine,))
+    return _prepare_core(task, engines=(engine,))
 
 
-def _core(task: Task, **options: Any) -> Call:
+def _prepare_core(task: CellTask, **options: Any) -> TimedCall:
     cell = task.cell
     options |= {"device": "cpu", "dtype": cell.dtype, "machine": task.machine}
     if cell.kind == "conv2d":
@@ -168,14 +170,14 @@ def _core(task: Task, **options: Any) -> Call:
     return partial(core.correlate, task.images[0], task.weight[0, 0], **options)
 
 
-def torch_conv2d(task: Task) -> Call:
+def prepare_torch_conv2d(task: CellTask) -> TimedCall:
     """torch, in the layout that everybody has."""
     cell = task.cell
     batch, filters = torch.from_numpy(task.images[None]), torch.from_numpy(task.weight)
     return lambda: functional.conv2d(batch, filters, stride=cell.stride, groups=cell.groups)
 
 
-def torch_channels_last(task: Task) -> Call:
+def prepare_torch_channels_last(task: CellTask) -> TimedCall:
     """torch, in the layout that it likes best; nobody pays for the way there or back."""
     # .contiguous() would leave one channel as it is: its strides mean nothing, and yet torch chooses by them.
     cell = task.cell
@@ -184,43 +186,43 @@ def torch_channels_last(task: Task) -> Call:
     return lambda: functional.conv2d(batch, filters, stride=cell.stride, groups=cell.groups)
 
 
-def scipy_correlate2d(task: Task) -> Call:
+def prepare_scipy_correlate2d(task: CellTask) -> TimedCall:
     """The plain loops, one thread."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: signal.correlate2d(image, kernel, mode="valid")
 
 
-def scipy_fftconvolve(task: Task) -> Call:
+def prepare_scipy_fftconvolve(task: CellTask) -> TimedCall:
     """One FFT over the whole plane; it convolves, so the kernel is flipped."""
     image, flipped = task.images[0], task.weight[0, 0, ::-1, ::-1].copy()
     return lambda: signal.fftconvolve(image, flipped, mode="valid")
 
 
-def scipy_oaconvolve(task: Task) -> Call:
+def prepare_scipy_oaconvolve(task: CellTask) -> TimedCall:
     """An FFT by tiles, overlapped and added; it convolves, so the kernel is flipped."""
     image, flipped = task.images[0], task.weight[0, 0, ::-1, ::-1].copy()
     return lambda: signal.oaconvolve(image, flipped, mode="valid")
 
 
-def scipy_ndimage(task: Task) -> Call:
+def prepare_scipy_ndimage(task: CellTask) -> TimedCall:
     """Loops for any number of dimensions, one thread; the output has the input's size."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: ndimage.correlate(image, kernel, mode="constant")
 
 
-def opencv_filter2d(task: Task) -> Call:
+def prepare_opencv_filter2d(task: CellTask) -> TimedCall:
     """Direct sums, for large kernels an FFT by tiles; the output has the input's size."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_CONSTANT)
 
 
-def opencv_sep_filter2d(task: Task) -> Call:
+def prepare_opencv_sep_filter2d(task: CellTask) -> TimedCall:
     """Two passes, for the two factors, which it need not find; the output has the input's size."""
     image, (column, row) = task.images[0], task.factors
     return lambda: cv2.sepFilter2D(image, -1, row, column, borderType=cv2.BORDER_CONSTANT)
 
 
-def opencv_match_template(task: Task) -> Call:
+def prepare_opencv_match_template(task: CellTask) -> TimedCall:
     """An FFT by tiles: template matching by plain correlation."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: cv2.matchTemplate(image, kernel, cv2.TM_CCORR)
@@ -230,33 +232,33 @@ def opencv_match_template(task: Task) -> Call:
 class Peer:
     """A contender other than core, and what it can solve."""
 
-    prepare: Callable[[Task], Call]
-    kinds: tuple[Kind, ...] = ("general", "separable")
+    prepare: Callable[[CellTask], TimedCall]
+    kinds: tuple[CellKind, ...] = ("general", "separable")
     dtypes: tuple[core.Dtype, ...] = ("float32", "float64")
 
 
 PEERS: Mapping[str, Peer] = {
-    "torch conv2d": Peer(torch_conv2d, ("general", "separable", "conv2d")),
-    "torch channels_last": Peer(torch_channels_last, ("general", "separable", "conv2d")),
-    "scipy correlate2d": Peer(scipy_correlate2d),
-    "scipy fftconvolve": Peer(scipy_fftconvolve),
-    "scipy oaconvolve": Peer(scipy_oaconvolve),
-    "scipy ndimage": Peer(scipy_ndimage),
-    "OpenCV filter2D": Peer(opencv_filter2d),
-    "OpenCV sepFilter2D": Peer(opencv_sep_filter2d, ("separable",)),
-    "OpenCV matchTemplate": Peer(opencv_match_template, dtypes=("float32",)),
+    "torch conv2d": Peer(prepare_torch_conv2d, ("general", "separable", "conv2d")),
+    "torch channels_last": Peer(prepare_torch_channels_last, ("general", "separable", "conv2d")),
+    "scipy correlate2d": Peer(prepare_scipy_correlate2d),
+    "scipy fftconvolve": Peer(prepare_scipy_fftconvolve),
+    "scipy oaconvolve": Peer(prepare_scipy_oaconvolve),
+    "scipy ndimage": Peer(prepare_scipy_ndimage),
+    "OpenCV filter2D": Peer(prepare_opencv_filter2d),
+    "OpenCV sepFilter2D": Peer(prepare_opencv_sep_filter2d, ("separable",)),
+    "OpenCV matchTemplate": Peer(prepare_opencv_match_template, dtypes=("float32",)),
 }
 
-SUBJECT = "core"
+SUBJECT_NAME = "core"
 
-CONTENDERS: Mapping[str, Callable[[Task], Call]] = {
-    SUBJECT: core_auto,
+CONTENDERS: Mapping[str, Callable[[CellTask], TimedCall]] = {
+    SUBJECT_NAME: prepare_core_auto,
     **{name: peer.prepare for name, peer in PEERS.items()},
-    **{engine: partial(core_forced, engine) for engine in core.ENGINES},
+    **{engine: partial(prepare_core_forced, engine) for engine in core.ENGINES},
 }
 """The subject, its peers, and its engines one by one."""
 
 
-def peers_of(cell: Cell) -> list[str]:
+def list_peers(cell: Cell) -> list[str]:
     """The names of the peers that can solve the cell."""
     return [name for name, peer in PEERS.items() if cell.kind in peer.kinds and cell.dtype in peer.dtypes]

@@ -32,31 +32,43 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
-from engines import cpu_model, plain_axes, spread
+from engines import get_cpu_model, spread_labels, style_axes
 from matplotlib.figure import Figure
-from wire import heading, progress
+from wire import format_heading, print_progress
 
-from tests.soaking import BETWEEN_SAMPLES, CLIENTS, CONTROL, MIB, SERVICE, Growth, Sample, Soak, growth, served, soaked
+from tests.soak import (
+    CLIENT_COUNT,
+    LEAKY_COMMAND,
+    MIB,
+    REQUESTS_PER_SAMPLE,
+    SERVICE_COMMAND,
+    MemoryGrowth,
+    MemorySample,
+    SoakReport,
+    estimate_growth,
+    run_soak,
+    start_service,
+)
 
-LIMIT = 5 * MIB
+GROWTH_LIMIT_BYTES = 5 * MIB
 
-FLAGS = ("--max-body-mb", "2")
+SERVER_FLAGS = ("--max-body-mb", "2")
 """What a bomb becomes, then."""
 
-LEAST_SAMPLES = 10
+MIN_SAMPLES = 10
 
-SHOWN_BELOW, LINES_APART = 15, 0.12
+PLOT_MARGIN_MIB, MIN_LABEL_GAP = 15, 0.12
 """Of the picture: MiB below where growth begins to count, and the share of its height between two labels."""
 
-GOOD_FIRST = 0.05
+WARM_UP_FRACTION = 0.05
 """The share of the requests before the first bad one."""
 
-FROM = 0.1
+GROWTH_START_FRACTION = 0.1
 """The share of them from which on growth counts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class SoakSubject:
     """Who is soaked: how it is started, what it keeps of each request, and what must be found."""
 
     name: str
@@ -66,39 +78,39 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SoakOutcome:
     """What was seen of one."""
 
-    soak: Soak
-    growth: Growth
+    soak: SoakReport
+    growth: MemoryGrowth
     seconds: float
 
 
-def seen_of(subject: Subject, requests: int, since: int, seed: int) -> Seen:
+def soak_subject(subject: SoakSubject, requests: int, since: int, seed: int) -> SoakOutcome:
     """Soak it."""
 
-    def each(sample: Sample) -> None:
+    def each(sample: MemorySample) -> None:
         if sample.requests % 1000 == 0:
-            progress(f"{subject.name}: {sample.requests} requests, {sample.resident / MIB:.1f} MiB")
+            print_progress(f"{subject.name}: {sample.requests} requests, {sample.resident / MIB:.1f} MiB")
 
     with tempfile.TemporaryDirectory() as folder:
         start = perf_counter()
-        with served(subject.command, Path(folder) / "log", *FLAGS, leak=subject.leak) as (address, pid):
-            soak = soaked(address, pid, requests, seed, int(GOOD_FIRST * requests), each)
-        return Seen(soak, growth(soak.samples, since), perf_counter() - start)
+        with start_service(subject.command, Path(folder) / "log", *SERVER_FLAGS, leak=subject.leak) as (address, pid):
+            soak = run_soak(address, pid, requests, seed, int(WARM_UP_FRACTION * requests), each)
+        return SoakOutcome(soak, estimate_growth(soak.samples, since), perf_counter() - start)
 
 
 # Reporting.
 
 
-def report(seen: Mapping[Subject, Seen], since: int, seed: int) -> str:
+def format_report(seen: Mapping[SoakSubject, SoakOutcome], since: int, seed: int) -> str:
     """What became of their memory, and whether all answers were right."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "uvicorn", "uvloop"))
     circumstances = (
-        f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
-        f"{packages}; {CLIENTS} clients at a time, seed {seed}"
+        f"{datetime.now(UTC):%Y-%m-%d}, {get_cpu_model()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
+        f"{packages}; {CLIENT_COUNT} clients at a time, seed {seed}"
     )
-    memory = heading(
+    memory = format_heading(
         "MiB",
         "requests",
         f"at {since}",
@@ -106,7 +118,7 @@ def report(seen: Mapping[Subject, Seen], since: int, seed: int) -> str:
         "anonymous, at the end",
         "growth by the line",
         "growth by the ends",
-        f"within {LIMIT / MIB:g}",
+        f"within {GROWTH_LIMIT_BYTES / MIB:g}",
         "expected",
         "minutes",
     )
@@ -121,7 +133,7 @@ def report(seen: Mapping[Subject, Seen], since: int, seed: int) -> str:
             f"{end.anonymous / MIB:.1f}",
             f"{one.growth.by_line / MIB:+.2f}",
             f"{one.growth.by_ends / MIB:+.2f}",
-            one.growth.verdict(LIMIT),
+            one.growth.verdict(GROWTH_LIMIT_BYTES),
             subject.verdict,
             f"{one.seconds / 60:.1f}",
         ]
@@ -138,7 +150,7 @@ def report(seen: Mapping[Subject, Seen], since: int, seed: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(seen: Mapping[Subject, Seen], since: int, path: Path) -> None:
+def draw_plot(seen: Mapping[SoakSubject, SoakOutcome], since: int, path: Path) -> None:
     """Memory over requests above what it is when growth begins to count, each named at its end."""
     figure = Figure(figsize=(9, 5), dpi=150, facecolor="white")
     axes = figure.add_axes((0.08, 0.11, 0.66, 0.8))
@@ -148,18 +160,18 @@ def draw(seen: Mapping[Subject, Seen], since: int, path: Path) -> None:
         begin = next(sample.resident for sample in samples if sample.requests >= since)
         counts, sizes = [sample.requests for sample in samples], [(each.resident - begin) / MIB for each in samples]
         axes.plot(counts, sizes, color=colour, linewidth=1.5)
-        label = f"{subject.name}:\n{one.growth.by_line / MIB:+.1f} MiB, {one.growth.verdict(LIMIT)}"
+        label = f"{subject.name}:\n{one.growth.by_line / MIB:+.1f} MiB, {one.growth.verdict(GROWTH_LIMIT_BYTES)}"
         ends[label], colours[label] = (counts[-1], sizes[-1]), colour
-    axes.axhspan(0, LIMIT / MIB, color="#7f7f7f", alpha=0.15, linewidth=0)
+    axes.axhspan(0, GROWTH_LIMIT_BYTES / MIB, color="#7f7f7f", alpha=0.15, linewidth=0)
     axes.axvline(since, color="#7f7f7f", linewidth=0.8, linestyle="--")
     axes.set_title("resident memory, MiB above that at the dashed line")
-    axes.set_xlabel(f"good and bad requests; grey: {LIMIT / MIB:g} MiB of growth, which may be")
-    axes.set_ylim(bottom=-SHOWN_BELOW)
-    plain_axes(axes)
+    axes.set_xlabel(f"good and bad requests; grey: {GROWTH_LIMIT_BYTES / MIB:g} MiB of growth, which may be")
+    axes.set_ylim(bottom=-PLOT_MARGIN_MIB)
+    style_axes(axes)
     to_share = axes.transData + axes.transAxes.inverted()
-    heights = spread({label: float(to_share.transform(end)[1]) for label, end in ends.items()})
-    if min(heights.values()) + LINES_APART > max(heights.values()):
-        heights[max(heights, key=heights.__getitem__)] = min(heights.values()) + LINES_APART
+    heights = spread_labels({label: float(to_share.transform(end)[1]) for label, end in ends.items()})
+    if min(heights.values()) + MIN_LABEL_GAP > max(heights.values()):
+        heights[max(heights, key=heights.__getitem__)] = min(heights.values()) + MIN_LABEL_GAP
     for label, height in heights.items():
         axes.text(1.02, height, label, color=colours[label], verticalalignment="center", transform=axes.transAxes)
     figure.savefig(path)
@@ -168,7 +180,7 @@ def draw(seen: Mapping[Subject, Seen], since: int, path: Path) -> None:
 # The command line.
 
 
-def parsed_arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line, checked now rather than after minutes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=20_000, help="to each (default: %(default)s)")
@@ -178,9 +190,9 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as Markdown")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw both, as .png or .svg")
     arguments = parser.parse_args()
-    arguments.since = int(FROM * arguments.requests) if arguments.since is None else arguments.since
-    if arguments.requests - arguments.since < LEAST_SAMPLES * BETWEEN_SAMPLES:
-        parser.error(f"--requests at least {LEAST_SAMPLES * BETWEEN_SAMPLES} above --since")
+    arguments.since = int(GROWTH_START_FRACTION * arguments.requests) if arguments.since is None else arguments.since
+    if arguments.requests - arguments.since < MIN_SAMPLES * REQUESTS_PER_SAMPLE:
+        parser.error(f"--requests at least {MIN_SAMPLES * REQUESTS_PER_SAMPLE} above --since")
     for file in (arguments.output, arguments.picture):
         if file is not None and not file.parent.is_dir():
             parser.error(f"{file}: there is no folder {file.parent}")
@@ -193,18 +205,23 @@ def parsed_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Soak, and print, write and draw what was asked for; the exit code is 1 where it is not as it must be."""
-    arguments = parsed_arguments()
+    arguments = parse_arguments()
     leak = f"control, {arguments.leak} bytes a request"
-    subjects = [Subject("corr2d", SERVICE, 0, "flat"), Subject(leak, CONTROL, arguments.leak, "leaks")]
-    seen = {subject: seen_of(subject, arguments.requests, arguments.since, arguments.seed) for subject in subjects}
-    text = report(seen, arguments.since, arguments.seed)
+    subjects = [
+        SoakSubject("corr2d", SERVICE_COMMAND, 0, "flat"),
+        SoakSubject(leak, LEAKY_COMMAND, arguments.leak, "leaks"),
+    ]
+    seen = {subject: soak_subject(subject, arguments.requests, arguments.since, arguments.seed) for subject in subjects}
+    text = format_report(seen, arguments.since, arguments.seed)
     if arguments.output is None:
         print(text, end="")
     else:
         arguments.output.write_text(text, encoding="utf-8")
     if arguments.picture is not None:
-        draw(seen, arguments.since, arguments.picture)
-    if any(one.soak.wrong or one.growth.verdict(LIMIT) != subject.verdict for subject, one in seen.items()):
+        draw_plot(seen, arguments.since, arguments.picture)
+    if any(
+        one.soak.wrong or one.growth.verdict(GROWTH_LIMIT_BYTES) != subject.verdict for subject, one in seen.items()
+    ):
         sys.exit("not as it must be")
 
 

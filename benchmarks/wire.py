@@ -37,33 +37,44 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, get_args
 
-from engines import cpu_model, digits, plain_axes, spread
+from engines import format_number, get_cpu_model, spread_labels, style_axes
 from matplotlib.figure import Figure
-from servers import SERVERS, SUBJECT, Server
-from servers.dialects import Dialect, Format, Problem
-from servers.processes import APPS, Running, Unavailable, running
+from servers import SERVERS, SUBJECT_NAME, BenchmarkedServer
+from servers.dialects import Dialect, ImageProblem, WireFormat
+from servers.processes import APPS_FOLDER, RunningServer, UnavailableError, run_server
 
-FORMATS: Sequence[Format] = get_args(Format)
-SIDES = (3, 64, 256, 1024)
-SMALL, LARGE = 3, 1024
+FORMATS: Sequence[WireFormat] = get_args(WireFormat)
+IMAGE_SIDES = (3, 64, 256, 1024)
+SMALL_SIDE, LARGE_SIDE = 3, 1024
 """What the promises call so."""
 
-CONNECTIONS, FEW_CONNECTIONS = 4, 2
+CONNECTION_COUNT, LARGE_BODY_CONNECTION_COUNT = 4, 2
 """As many keep a server busy; the fewer where bodies are LARGE."""
 
-LEAST_ANSWERS = 3
-LONGEST_TURN = 10
+MIN_RESPONSES_PER_TURN = 3
+MAX_TURN_S = 10
 """A turn is long enough for so many answers one after the other, and has at most so many seconds."""
 
-SMALL_REQUESTS = 300
-SMALL_SECONDS = 20.0
+SMALL_REQUEST_COUNT = 300
+MAX_SMALL_S = 20.0
 """So many small requests are timed while large ones come, in so many seconds at most."""
 
-VERSIONS = ("torch", "Halide", "numpy", "FastAPI", "Starlette", "uvicorn", "uvloop", "httptools", "pydantic", "orjson")
+VERSIONED_PACKAGES = (
+    "torch",
+    "Halide",
+    "numpy",
+    "FastAPI",
+    "Starlette",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "pydantic",
+    "orjson",
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class TurnPlan:
     """Seconds of a turn at least, how many each server has, and where files may lie meanwhile."""
 
     seconds: int
@@ -72,25 +83,25 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class WireCell:
     """What is posted."""
 
-    format: Format
+    format: WireFormat
     side: int
 
     def __str__(self) -> str:
         return f"{self.side} x {self.side} {self.format}"
 
 
-HEAVY = (Cell("npy", LARGE), Cell("JSON", LARGE))
+HEAVY_CELLS = (WireCell("npy", LARGE_SIDE), WireCell("JSON", LARGE_SIDE))
 """Requests whose memory is measured, and what they do to small ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class LoadTurn:
     """A server about to be posted one body again and again, by so many connections for so many seconds."""
 
-    one: Running
+    one: RunningServer
     dialect: Dialect
     body: Path
     connections: int
@@ -101,20 +112,27 @@ class Turn:
         """Wrk's."""
         options = [f"--connections={self.connections}", f"--duration={self.seconds}s", "--threads=1", "--timeout=600s"]
         posted = [str(self.body), self.dialect.media_type, self.dialect.media_type]
-        return ["wrk", *options, f"--script={APPS / 'post.lua'}", self.one.origin + self.dialect.path, "--", *posted]
+        return [
+            "wrk",
+            *options,
+            f"--script={APPS_FOLDER / 'post.lua'}",
+            self.one.origin + self.dialect.path,
+            "--",
+            *posted,
+        ]
 
     def rate(self, report: str) -> float:
         """Requests per second, by what wrk printed; raises Unavailable where some failed or none was answered."""
         begun, seconds, failed = map(float, report.strip().rpartition("\n")[2].split())
         if failed:
-            raise Unavailable(f"{failed:.0f} of {begun:.0f} requests failed")
+            raise UnavailableError(f"{failed:.0f} of {begun:.0f} requests failed")
         if begun <= self.connections:
-            raise Unavailable(f"no answer in {self.seconds} seconds")
+            raise UnavailableError(f"no answer in {self.seconds} seconds")
         return (begun - self.connections) / seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Delay:
+class SmallRequestDelay:
     """Milliseconds that small requests took, and how many large ones a second were answered meanwhile."""
 
     median: float
@@ -123,19 +141,19 @@ class Delay:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class WireResults:
     """What was measured, and in `notes` what was not, and why.
 
     `rates` are the rounds' requests per second by cell and server; `delays` those of small requests in JSON by what
     else came, None being nothing; `memory` is bytes above idle for each byte of a body.
     """
 
-    rates: dict[tuple[Cell, str], list[float]] = field(default_factory=dict)
-    delays: dict[Cell | None, Delay] = field(default_factory=dict)
-    memory: dict[Cell, float] = field(default_factory=dict)
+    rates: dict[tuple[WireCell, str], list[float]] = field(default_factory=dict)
+    delays: dict[WireCell | None, SmallRequestDelay] = field(default_factory=dict)
+    memory: dict[WireCell, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def median(self, cell: Cell, name: str) -> float | None:
+    def median(self, cell: WireCell, name: str) -> float | None:
         """Requests per second; None where they were not measured."""
         rates = self.rates.get((cell, name))
         return statistics.median(rates) if rates else None
@@ -145,46 +163,46 @@ class Results:
         """What turns out to be Unavailable within is noted, and the rest goes on."""
         try:
             yield
-        except Unavailable as reason:
+        except UnavailableError as reason:
             self.notes.append(f"{what}: {reason}")
-            progress(self.notes[-1])
+            print_progress(self.notes[-1])
 
 
 # Measuring.
 
 
-def measure_rates(cell: Cell, started: Sequence[Running], pace: Pace, results: Results) -> None:
+def measure_rates(cell: WireCell, started: Sequence[RunningServer], pace: TurnPlan, results: WireResults) -> None:
     """Let those who speak the format take turns: A B C A B C ..."""
-    turns: list[Turn] = []
+    turns: list[LoadTurn] = []
     for one in started:
         if cell.format in one.server.dialects:
             with results.or_note(f"{one.server.name}, {cell}"):
-                turns.append(checked_turn(one, cell, pace))
+                turns.append(create_checked_turn(one, cell, pace))
     for _ in range(pace.rounds):
         for turn in turns:
             name = turn.one.server.name
             with results.or_note(f"{name}, {cell}"):
-                results.rates.setdefault((cell, name), []).append(rate(turn))
+                results.rates.setdefault((cell, name), []).append(measure_rate(turn))
     for turn in turns:
         name = turn.one.server.name
-        progress(f"{cell}, {name}: {entry(results.rates.get((cell, name)))}")
+        print_progress(f"{cell}, {name}: {format_entry(results.rates.get((cell, name)))}")
 
 
-def checked_turn(one: Running, cell: Cell, pace: Pace) -> Turn:
+def create_checked_turn(one: RunningServer, cell: WireCell, pace: TurnPlan) -> LoadTurn:
     """A turn of a server that gave the right numbers, long enough for a few answers."""
-    dialect, problem = one.server.dialects[cell.format], Problem(cell.side)
+    dialect, problem = one.server.dialects[cell.format], ImageProblem(cell.side)
     body = dialect.write(problem)
     one.check(dialect, body, problem)  # and compile what has to be
     start = perf_counter()
     one.answer(dialect, body)
-    for_a_few = math.ceil(LEAST_ANSWERS * (perf_counter() - start))
+    for_a_few = math.ceil(MIN_RESPONSES_PER_TURN * (perf_counter() - start))
     file = pace.folder / f"{one.server.name}, {cell}"
     file.write_bytes(body)
-    connections = FEW_CONNECTIONS if cell.side >= LARGE else CONNECTIONS
-    return Turn(one, dialect, file, connections, max(pace.seconds, min(for_a_few, LONGEST_TURN)))
+    connections = LARGE_BODY_CONNECTION_COUNT if cell.side >= LARGE_SIDE else CONNECTION_COUNT
+    return LoadTurn(one, dialect, file, connections, max(pace.seconds, min(for_a_few, MAX_TURN_S)))
 
 
-def rate(turn: Turn) -> float:
+def measure_rate(turn: LoadTurn) -> float:
     """Requests per second in one turn."""
     turn.one.answer(turn.dialect, turn.body.read_bytes())  # wakes it up, after the others' turns
     done = subprocess.run(turn.command, capture_output=True, text=True, check=True)
@@ -192,22 +210,22 @@ def rate(turn: Turn) -> float:
     return turn.rate(done.stdout)
 
 
-def measure_subject(cells: Sequence[Cell], core: int, pace: Pace, results: Results) -> None:
+def measure_subject(cells: Sequence[WireCell], core: int, pace: TurnPlan, results: WireResults) -> None:
     """What large requests cost in memory, and what they do to small ones."""
-    subject = next(server for server in SERVERS if server.name == SUBJECT)
+    subject = next(server for server in SERVERS if server.name == SUBJECT_NAME)
     for cell in cells:
-        with results.or_note(f"memory of {cell}"), running(subject, core, pace.folder) as one:
-            results.memory[cell] = memory(one, cell)
-    with results.or_note(f"{SUBJECT} alone"), running(subject, core, pace.folder) as one:
+        with results.or_note(f"memory of {cell}"), run_server(subject, core, pace.folder) as one:
+            results.memory[cell] = measure_memory_per_byte(one, cell)
+    with results.or_note(f"{SUBJECT_NAME} alone"), run_server(subject, core, pace.folder) as one:
         for large in (None, *cells):
-            with results.or_note(f"{Cell('JSON', SMALL)} while {large or 'nothing'} comes"):
-                results.delays[large] = delay(one, large, pace)
+            with results.or_note(f"{WireCell('JSON', SMALL_SIDE)} while {large or 'nothing'} comes"):
+                results.delays[large] = measure_delay(one, large, pace)
 
 
-def memory(one: Running, cell: Cell) -> float:
+def measure_memory_per_byte(one: RunningServer, cell: WireCell) -> float:
     """Bytes above idle for each byte of the body, for one request to a process that has seen small ones only."""
     dialect = one.server.dialects[cell.format]
-    small, large = dialect.write(Problem(SMALL)), dialect.write(Problem(cell.side))
+    small, large = dialect.write(ImageProblem(SMALL_SIDE)), dialect.write(ImageProblem(cell.side))
     for _ in range(20):
         one.answer(dialect, small)
     one.settle()
@@ -217,30 +235,30 @@ def memory(one: Running, cell: Cell) -> float:
     return (one.peak() - idle) / len(large)
 
 
-def delay(one: Running, large: Cell | None, pace: Pace) -> Delay:
+def measure_delay(one: RunningServer, large: WireCell | None, pace: TurnPlan) -> SmallRequestDelay:
     """What small requests take, one after the other, while another client sends large ones likewise, or nothing."""
     large_rate = None
     if large is None:
-        taken = small_times(one)
+        taken = time_small_requests(one)
     else:
-        turn = replace(checked_turn(one, large, pace), connections=1, seconds=3600)
+        turn = replace(create_checked_turn(one, large, pace), connections=1, seconds=3600)
         with subprocess.Popen(turn.command, stdout=subprocess.PIPE, text=True) as wrk:
             try:
                 sleep(1)
-                taken = small_times(one)
+                taken = time_small_requests(one)
                 wrk.send_signal(signal.SIGINT)  # at which it reports
                 large_rate = turn.rate(wrk.communicate()[0])
             finally:
                 wrk.kill()
         one.settle()
-    return Delay(statistics.median(taken), sorted(taken)[math.ceil(0.99 * len(taken)) - 1], large_rate)
+    return SmallRequestDelay(statistics.median(taken), sorted(taken)[math.ceil(0.99 * len(taken)) - 1], large_rate)
 
 
-def small_times(one: Running) -> list[float]:
+def time_small_requests(one: RunningServer) -> list[float]:
     """Milliseconds that each of many small requests took, or of as many as there is time for."""
     dialect = one.server.dialects["JSON"]
-    body, taken, end = dialect.write(Problem(SMALL)), list[float](), perf_counter() + SMALL_SECONDS
-    while len(taken) < SMALL_REQUESTS and (start := perf_counter()) < end:
+    body, taken, end = dialect.write(ImageProblem(SMALL_SIDE)), list[float](), perf_counter() + MAX_SMALL_S
+    while len(taken) < SMALL_REQUEST_COUNT and (start := perf_counter()) < end:
         one.answer(dialect, body)
         taken.append((perf_counter() - start) * 1e3)
     return taken
@@ -261,92 +279,99 @@ class Claim:
 
     def line(self) -> str:
         """One line of the table."""
-        target = f"at {'most' if self.at_most else 'least'} {digits(self.target)}{self.unit}"
+        target = f"at {'most' if self.at_most else 'least'} {format_number(self.target)}{self.unit}"
         if self.reached is None:
             return f"| {self.what} | {target} | - | not measured |"
         holds = self.reached <= self.target if self.at_most else self.reached >= self.target
-        return f"| {self.what} | {target} | {digits(self.reached)}{self.unit} | {'yes' if holds else '**no**'} |"
+        return f"| {self.what} | {target} | {format_number(self.reached)}{self.unit} | {'yes' if holds else '**no**'} |"
 
 
-def claims(results: Results) -> Iterator[Claim]:
+def check_claims(results: WireResults) -> Iterator[Claim]:
     """All that the service promises."""
-    ratios: Sequence[tuple[Cell, str, float]] = (
-        (Cell("JSON", SMALL), "FastAPI async def", 1.5),
-        (Cell("JSON", SMALL), "echo", 0.5),
-        (Cell("JSON", 64), "FastAPI async def", 20),
-        (Cell("JSON", LARGE), "FastAPI async def", 25),
-        (Cell("JSON", LARGE), "MLServer", 5),
-        (Cell("npy", LARGE), "echo", 0.5),
+    ratios: Sequence[tuple[WireCell, str, float]] = (
+        (WireCell("JSON", SMALL_SIDE), "FastAPI async def", 1.5),
+        (WireCell("JSON", SMALL_SIDE), "echo", 0.5),
+        (WireCell("JSON", 64), "FastAPI async def", 20),
+        (WireCell("JSON", LARGE_SIDE), "FastAPI async def", 25),
+        (WireCell("JSON", LARGE_SIDE), "MLServer", 5),
+        (WireCell("npy", LARGE_SIDE), "echo", 0.5),
     )
     for cell, name, target in ratios:
-        ours, theirs = results.median(cell, SUBJECT), results.median(cell, name)
+        ours, theirs = results.median(cell, SUBJECT_NAME), results.median(cell, name)
         yield Claim(f"{cell}: requests by those of {name}", target, ours / theirs if ours and theirs else None)
-    for cell in HEAVY:
+    for cell in HEAVY_CELLS:
         yield Claim(f"{cell}: memory above idle by the body's", 4, results.memory.get(cell), at_most=True)
-    for cell in HEAVY:
+    for cell in HEAVY_CELLS:
         measured = results.delays.get(cell)
         reached = measured.median if measured else None
-        yield Claim(f"{Cell('JSON', SMALL)} while {cell} comes: median", 20, reached, " ms", at_most=True)
+        yield Claim(f"{WireCell('JSON', SMALL_SIDE)} while {cell} comes: median", 20, reached, " ms", at_most=True)
 
 
-def report(results: Results, servers: Sequence[Server], cells: Sequence[Cell]) -> str:
+def format_report(results: WireResults, servers: Sequence[BenchmarkedServer], cells: Sequence[WireCell]) -> str:
     """Everything, in Markdown."""
-    promised = [*heading("what", "target", "reached", "holds"), *(claim.line() for claim in claims(results))]
+    promised = [
+        *format_heading("what", "target", "reached", "holds"),
+        *(claim.line() for claim in check_claims(results)),
+    ]
     sections = {
-        "Requests per second": table_of_rates(results, servers, cells),
-        f"{Cell('JSON', SMALL)} while large requests come": table_of_delays(results.delays) if results.delays else "",
+        "Requests per second": format_rate_table(results, servers, cells),
+        f"{WireCell('JSON', SMALL_SIDE)} while large requests come": format_delay_table(results.delays)
+        if results.delays
+        else "",
         "What it must show": "\n".join(promised),
         "What could not be measured": "\n".join(f"- {note}" for note in results.notes),
     }
     parts = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
-    return "\n\n".join([circumstances(servers), *parts]) + "\n"
+    return "\n\n".join([describe_environment(servers), *parts]) + "\n"
 
 
-def table_of_rates(results: Results, servers: Sequence[Server], cells: Sequence[Cell]) -> str:
+def format_rate_table(results: WireResults, servers: Sequence[BenchmarkedServer], cells: Sequence[WireCell]) -> str:
     """A line for each format and server, a column for each size."""
     sides = sorted({cell.side for cell in cells})
-    lines = heading("median (best)", *(f"{side} x {side}" for side in sides))
+    lines = format_heading("median (best)", *(f"{side} x {side}" for side in sides))
     for format in dict.fromkeys(cell.format for cell in cells):
         for server in servers:
             if format in server.dialects:
-                entries = [entry(results.rates.get((Cell(format, side), server.name))) for side in sides]
+                entries = [format_entry(results.rates.get((WireCell(format, side), server.name))) for side in sides]
                 lines.append(f"| {' | '.join([f'{format}, {server.name}', *entries])} |")
     return "\n".join(lines)
 
 
-def entry(rates: Sequence[float] | None) -> str:
+def format_entry(rates: Sequence[float] | None) -> str:
     """What the rounds came to."""
-    return f"{digits(statistics.median(rates))} ({digits(max(rates))})" if rates else "-"
+    return f"{format_number(statistics.median(rates))} ({format_number(max(rates))})" if rates else "-"
 
 
-def table_of_delays(delays: Mapping[Cell | None, Delay]) -> str:
+def format_delay_table(delays: Mapping[WireCell | None, SmallRequestDelay]) -> str:
     """A line for each kind of large request."""
-    lines = heading("meanwhile", "a second", "median, ms", "99 of 100 within, ms")
+    lines = format_heading("meanwhile", "a second", "median, ms", "99 of 100 within, ms")
     for cell, delay in delays.items():
-        large_rate = "-" if delay.large_rate is None else digits(delay.large_rate)
-        lines.append(f"| {cell or 'nothing'} | {large_rate} | {digits(delay.median)} | {digits(delay.percentile_99)} |")
+        large_rate = "-" if delay.large_rate is None else format_number(delay.large_rate)
+        lines.append(
+            f"| {cell or 'nothing'} | {large_rate} | {format_number(delay.median)} | {format_number(delay.percentile_99)} |"
+        )
     return "\n".join(lines)
 
 
-def heading(label: str, *columns: str) -> list[str]:
+def format_heading(label: str, *columns: str) -> list[str]:
     """A table's first two lines."""
     return [f"| {' | '.join([label, *columns])} |", f"| --- {'| ---: ' * len(columns)}|"]
 
 
-def circumstances(servers: Sequence[Server]) -> str:
+def describe_environment(servers: Sequence[BenchmarkedServer]) -> str:
     """When, on what and with what this was measured."""
     versions = [f"Python {platform.python_version()}"]
-    for name in VERSIONS:
+    for name in VERSIONED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
     versions += [server.requirement.replace(f"{server.name.lower()}==", f"{server.name} ") for server in servers]
     wrk = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout
     versions.append(" ".join(wrk.split()[:2]))
     listed = ", ".join(filter(None, versions))
-    return f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {os.cpu_count()} cores; {listed}"
+    return f"{datetime.now(UTC):%Y-%m-%d}, {get_cpu_model()}, {os.cpu_count()} cores; {listed}"
 
 
-def progress(line: str) -> None:
+def print_progress(line: str) -> None:
     """For whoever waits."""
     print(line, file=sys.stderr, flush=True)
 
@@ -354,7 +379,7 @@ def progress(line: str) -> None:
 # The picture: requests per second against the image's size.
 
 PEER_COLOURS = ("#ff7f0e", "#d62728", "#8c564b", "#7f7f7f", "#9467bd", "#e377c2", "#2ca02c")
-SUBJECT_STYLES: Mapping[Format, Mapping[str, Any]] = {
+SUBJECT_STYLES: Mapping[WireFormat, Mapping[str, Any]] = {
     "JSON": {"color": "#1f6feb", "linewidth": 3.5, "marker": "o", "markersize": 5, "zorder": 3},
     "base64": {"color": "#0b7285", "linewidth": 1.5, "marker": "s", "markersize": 4, "linestyle": "--"},
     "npy": {"color": "#3b3f8f", "linewidth": 1.5, "marker": "D", "markersize": 4, "linestyle": "--"},
@@ -363,7 +388,7 @@ SUBJECT_STYLES: Mapping[Format, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlotLine:
     """A server's requests per second by side, and its style in the picture."""
 
     label: str
@@ -371,23 +396,26 @@ class Line:
     style: Mapping[str, Any]
 
 
-def lines_of(results: Results, servers: Sequence[Server], sides: Sequence[int]) -> list[Line]:
+def build_lines(results: WireResults, servers: Sequence[BenchmarkedServer], sides: Sequence[int]) -> list[PlotLine]:
     """The subject in every format, then its peers in JSON, where they were measured."""
 
-    def points(format: Format, name: str) -> dict[int, float]:
-        medians = {side: results.median(Cell(format, side), name) for side in sides}
+    def points(format: WireFormat, name: str) -> dict[int, float]:
+        medians = {side: results.median(WireCell(format, side), name) for side in sides}
         return {side: median for side, median in medians.items() if median is not None}
 
-    ours = [Line(f"{SUBJECT}, {format}", points(format, SUBJECT), style) for format, style in SUBJECT_STYLES.items()]
-    peers = (server.name for server in servers if server.name != SUBJECT)
+    ours = [
+        PlotLine(f"{SUBJECT_NAME}, {format}", points(format, SUBJECT_NAME), style)
+        for format, style in SUBJECT_STYLES.items()
+    ]
+    peers = (server.name for server in servers if server.name != SUBJECT_NAME)
     theirs = [
-        Line(name, points("JSON", name), {"color": colour, "linewidth": 1.5, "marker": "o", "markersize": 3.5})
+        PlotLine(name, points("JSON", name), {"color": colour, "linewidth": 1.5, "marker": "o", "markersize": 3.5})
         for name, colour in zip(peers, itertools.cycle(PEER_COLOURS), strict=False)
     ]
     return [line for line in (*ours, *theirs) if line.points]
 
 
-def draw(lines: Sequence[Line], path: Path) -> None:
+def draw_plot(lines: Sequence[PlotLine], path: Path) -> None:
     """One line for each; each is named at its right, in its colour."""
     sides = sorted({side for line in lines for side in line.points})
     figure = Figure(figsize=(9, 6), dpi=200, facecolor="white")
@@ -398,11 +426,11 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     axes.set_xlabel("rows and columns of the image; the kernel has 3 x 3")
     axes.set_ylabel("requests per second")
     axes.set_xticks(sides, [str(side) for side in sides])
-    plain_axes(axes)
+    style_axes(axes)
 
     ends = {line.label: max(line.points.items()) for line in lines}
     to_share = axes.transData + axes.transAxes.inverted()
-    heights = spread({label: float(to_share.transform(end)[1]) for label, end in ends.items()})
+    heights = spread_labels({label: float(to_share.transform(end)[1]) for label, end in ends.items()})
     for line in lines:
         colour = line.style["color"]
         axes.annotate(
@@ -412,7 +440,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             textcoords="axes fraction",
             color=colour,
             verticalalignment="center",
-            weight="bold" if line.label.startswith(SUBJECT) else "normal",
+            weight="bold" if line.label.startswith(SUBJECT_NAME) else "normal",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2},
             annotation_clip=False,
         )
@@ -422,15 +450,15 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 # The command line.
 
 
-def parsed_arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line, checked now rather than after ten minutes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    peers = [server.name for server in SERVERS if server.name != SUBJECT]
+    peers = [server.name for server in SERVERS if server.name != SUBJECT_NAME]
     listed = ", ".join(peers)
     parser.add_argument("--peers", nargs="*", choices=peers, default=peers, metavar="NAME", help=f"some of {listed}")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="(default: all)")
-    text = f"rows and columns of the images (default: {' '.join(map(str, SIDES))})"
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", default=SIDES, help=text)
+    text = f"rows and columns of the images (default: {' '.join(map(str, IMAGE_SIDES))})"
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", default=IMAGE_SIDES, help=text)
     parser.add_argument("--seconds", type=int, default=2, help="of one turn (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of turns (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as Markdown")
@@ -452,31 +480,31 @@ def parsed_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measure, and print, write and draw what was asked for."""
-    arguments = parsed_arguments()
-    servers = [server for server in SERVERS if server.name in (SUBJECT, *arguments.peers)]
-    cells = [Cell(format, side) for format in arguments.formats for side in sorted(set(arguments.sizes))]
+    arguments = parse_arguments()
+    servers = [server for server in SERVERS if server.name in (SUBJECT_NAME, *arguments.peers)]
+    cells = [WireCell(format, side) for format in arguments.formats for side in sorted(set(arguments.sizes))]
     core, load_core = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {load_core})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # after which servers are stopped
-    results = Results()
+    results = WireResults()
     with tempfile.TemporaryDirectory() as folder:
-        pace = Pace(arguments.seconds, arguments.rounds, Path(folder))
+        pace = TurnPlan(arguments.seconds, arguments.rounds, Path(folder))
         with contextlib.ExitStack() as stack:
-            started: list[Running] = []
+            started: list[RunningServer] = []
             for server in servers:
                 with results.or_note(server.name):
-                    started.append(stack.enter_context(running(server, core, pace.folder)))
+                    started.append(stack.enter_context(run_server(server, core, pace.folder)))
             for cell in cells:
                 measure_rates(cell, started, pace, results)
-        if heavy := [cell for cell in HEAVY if cell in cells]:
+        if heavy := [cell for cell in HEAVY_CELLS if cell in cells]:
             measure_subject(heavy, core, pace, results)
-    text = report(results, servers, cells)
+    text = format_report(results, servers, cells)
     if arguments.output is None:
         print(text, end="")
     else:
         arguments.output.write_text(text, encoding="utf-8")
     if arguments.picture is not None:
-        draw(lines_of(results, servers, arguments.sizes), arguments.picture)
+        draw_plot(build_lines(results, servers, arguments.sizes), arguments.picture)
 
 
 if __name__ == "__main__":

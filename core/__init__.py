@@ -9,7 +9,7 @@ tensor([[19., 25.],
 from core.conv2d import conv2d, conv2d_problem
 from core.correlate import correlate
 from core.device import available_devices, describe_devices, resolve_device, usable_cores, usable_memory
-from core.engines import ENGINES, IN_CALLING_THREAD, Choice, Method, Result, choose, prepare
+from core.engines import CALLING_THREAD_ENGINES, ENGINES, Choice, Method, Result, choose, warm_up
 from core.engines.pipelines import NotCompiled, compiled_only
 from core.engines.slices import Check
 from core.errors import (
@@ -25,21 +25,21 @@ from core.errors import (
     UnknownKernel,
 )
 from core.explain import Candidate, explain, with_error_bound
-from core.fit import FitPlan, exhaust, fit_kernel, fit_kernel_steps, plan_fit_kernel
+from core.fit import FitPlan, fit_kernel, fit_kernel_steps, plan_fit_kernel, run_to_end
 from core.fit.constraints import Symmetry
 from core.fit.losses import Loss
+from core.fit.optimizers import Solver
 from core.fit.result import RIDGE_PATH_FIELDS, FitResult, Forecast, Prediction, Progress, Reading, Status, Step
-from core.fit.rules import Solver
-from core.fit.size_selection import DEFAULT_LARGEST_SIZE
+from core.fit.size_selection import DEFAULT_MAX_KERNEL_SIZE
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits, cost_of
 from core.machine import Machine, measure_machine, use_one_blas_thread
 from core.shapes import OVERFLOW_THRESHOLDS, Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
 __all__ = [
-    "DEFAULT_LARGEST_SIZE",
+    "CALLING_THREAD_ENGINES",
+    "DEFAULT_MAX_KERNEL_SIZE",
     "ENGINES",
-    "IN_CALLING_THREAD",
     "KERNELS",
     "OVERFLOW_THRESHOLDS",
     "RIDGE_PATH_FIELDS",
@@ -86,17 +86,17 @@ __all__ = [
     "correlate",
     "cost_of",
     "describe_devices",
-    "exhaust",
     "explain",
     "fit_kernel",
     "fit_kernel_steps",
     "measure_machine",
     "named_kernel",
     "plan_fit_kernel",
-    "prepare",
     "resolve_device",
+    "run_to_end",
     "usable_cores",
     "usable_memory",
     "use_one_blas_thread",
+    "warm_up",
     "with_error_bound",
 ]

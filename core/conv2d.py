@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from core.arrays import AnyArray, ArrayLike, as_array, as_shaped
-from core.device import device_for
-from core.engines import ALL, Method, Result, solve
+from core.arrays import ArrayLike, ArrayT, as_array, as_shaped_array
+from core.device import resolve_device_for_dtype
+from core.engines import ALL_ENGINES, Method, Result, run_engine
 from core.engines.slices import Check
 from core.errors import InvalidShape
 from core.limits import Limits
@@ -13,12 +13,12 @@ from core.shapes import (
     Dtype,
     PaddingMode,
     Problem,
-    conv2d_padding,
-    one_of,
-    positive,
-    positive_pair,
-    require_spread,
-    sized,
+    format_shape,
+    parse_conv2d_padding,
+    require_kernel_fits,
+    require_one_of,
+    require_positive,
+    require_positive_pair,
 )
 
 
@@ -37,7 +37,7 @@ def conv2d(
     dtype: Dtype = "float32",
     limits: Limits | None = None,
     machine: Machine | None = None,
-    engines: tuple[str, ...] = ALL,
+    engines: tuple[str, ...] = ALL_ENGINES,
     check: Check | None = None,
 ) -> Result:
     """torch.nn.functional.conv2d with torch.nn.Conv2d's padding modes.
@@ -50,9 +50,9 @@ def conv2d(
     Raises InvalidShape, InvalidOption, InvalidNumbers, DeviceUnavailable, MethodUnavailable and, where `limits` are
     given, TooLarge. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
     """
-    one_of("padding_mode", padding_mode, PaddingMode)
-    resolved = device_for(device, dtype)
-    planes = as_shaped("input", input)
+    require_one_of("padding_mode", padding_mode, PaddingMode)
+    resolved = resolve_device_for_dtype(device, dtype)
+    planes = as_shaped_array("input", input)
     images = as_images("input", planes)
     filters = as_filters("weight", as_array("weight", weight, dtype, resolved))
     offsets = None if bias is None else as_array("bias", bias, dtype, resolved)
@@ -71,9 +71,9 @@ def conv2d(
     )
     if limits is not None:
         limits.check(problem, method=method, machine=machine, engines=engines)
-    shape = _matching_rank((problem.batch, problem.filters, *problem.output_size), planes.ndim)
+    shape = _match_input_rank((problem.batch, problem.filters, *problem.output_size), planes.ndim)
     batch = as_array("input", images, dtype, resolved)
-    return solve(problem, batch, filters, offsets, shape, method, machine, engines, check)
+    return run_engine(problem, batch, filters, offsets, shape, method, machine, engines, check)
 
 
 def conv2d_problem(
@@ -96,7 +96,7 @@ def conv2d_problem(
     """
     batch, channels, height, width = images_shape
     outputs, channels_per_group, h, w = filters_shape
-    groups = positive("groups", groups)
+    groups = require_positive("groups", groups)
     if channels % groups or outputs % groups:
         raise InvalidShape(
             f"groups {groups} must divide both the channels of the input ({channels}) and the filters ({outputs})",
@@ -105,24 +105,24 @@ def conv2d_problem(
             limit=f"a divisor of {channels} and {outputs}",
         )
     if channels_per_group * groups != channels:
-        expected = sized((outputs, channels // groups, h, w))
+        expected = format_shape((outputs, channels // groups, h, w))
         raise InvalidShape(
-            f"{weight_name} {sized(filters_shape)} reads {channels_per_group * groups} channels "
+            f"{weight_name} {format_shape(filters_shape)} reads {channels_per_group * groups} channels "
             f"in {groups} group{'' if groups == 1 else 's'}, the input has {channels}: {expected} would fit",
             field=weight_name,
-            got=sized(filters_shape),
+            got=format_shape(filters_shape),
             limit=expected,
         )
     if bias_shape is not None and tuple(bias_shape) != (outputs,):
         raise InvalidShape(
-            f"bias has shape {sized(bias_shape)}: {outputs} filter{'' if outputs == 1 else 's'} need ({outputs})",
+            f"bias has shape {format_shape(bias_shape)}: {outputs} filter{'' if outputs == 1 else 's'} need ({outputs})",
             field="bias",
-            got=sized(bias_shape),
+            got=format_shape(bias_shape),
             limit=f"({outputs})",
         )
-    steps, spacing = positive_pair("stride", stride), positive_pair("dilation", dilation)
-    sides = conv2d_padding(padding, (height, width), (h, w), steps, spacing)
-    require_spread(weight_name, (h, w), spacing, (height, width), sides)
+    steps, spacing = require_positive_pair("stride", stride), require_positive_pair("dilation", dilation)
+    sides = parse_conv2d_padding(padding, (height, width), (h, w), steps, spacing)
+    require_kernel_fits(weight_name, (h, w), spacing, (height, width), sides)
     return Problem(
         batch=batch,
         channels=channels,
@@ -141,32 +141,32 @@ def conv2d_problem(
     )
 
 
-def as_images(field: str, planes: AnyArray) -> AnyArray:
+def as_images(field: str, planes: ArrayT) -> ArrayT:
     """(H, W), (C, H, W) or (N, C, H, W) as (N, C, H, W)."""
     if not 2 <= planes.ndim <= 4:
         raise InvalidShape(
-            f"{field} has shape {sized(planes.shape)}: it needs (H, W), (C, H, W) or (N, C, H, W)",
+            f"{field} has shape {format_shape(planes.shape)}: it needs (H, W), (C, H, W) or (N, C, H, W)",
             field=field,
-            got=sized(planes.shape),
+            got=format_shape(planes.shape),
             limit="(H, W), (C, H, W) or (N, C, H, W)",
         )
     return planes.reshape(*(1,) * (4 - planes.ndim), *planes.shape)
 
 
-def as_filters(field: str, weight: AnyArray) -> AnyArray:
+def as_filters(field: str, weight: ArrayT) -> ArrayT:
     """(h, w) or (O, C/groups, h, w) as (O, C/groups, h, w)."""
     if weight.ndim not in (2, 4):
         raise InvalidShape(
-            f"{field} has shape {sized(weight.shape)}: it needs (O, C/groups, h, w), "
+            f"{field} has shape {format_shape(weight.shape)}: it needs (O, C/groups, h, w), "
             "or (h, w) for one channel in and one out",
             field=field,
-            got=sized(weight.shape),
+            got=format_shape(weight.shape),
             limit="(O, C/groups, h, w) or (h, w)",
         )
     return weight.reshape(1, 1, *weight.shape) if weight.ndim == 2 else weight
 
 
-def _matching_rank(shape: tuple[int, ...], input_rank: int) -> tuple[int, ...]:
+def _match_input_rank(shape: tuple[int, ...], input_rank: int) -> tuple[int, ...]:
     """(N, O, oh, ow) without the batch and channel axes that the input did not have."""
     if input_rank == 4:
         return shape

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from core.errors import DeviceUnavailable, InvalidOption
-from core.shapes import Dtype, one_of
+from core.shapes import Dtype, require_one_of
 
-UNKNOWN_MEMORY = 4 << 30
+DEFAULT_MEMORY_BYTES = 4 << 30
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
-CPU = torch.device("cpu")
+CPU_DEVICE = torch.device("cpu")
 """What `resolve_device` returns for the CPU: asking a device for its type takes longer than `is CPU`."""
 
 
@@ -40,22 +40,22 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
             got=name,
             limit=", ".join(["auto", *devices]),
         )
-    return CPU if wanted == "cpu" else torch.device(wanted)
+    return CPU_DEVICE if wanted == "cpu" else torch.device(wanted)
 
 
 @lru_cache(maxsize=64)
-def device_for(name: str | torch.device, dtype: Dtype) -> torch.device:
+def resolve_device_for_dtype(name: str | torch.device, dtype: Dtype) -> torch.device:
     """The device of that name, looked up once: asking the drivers takes longer than a small convolution.
 
     Raises DeviceUnavailable, and InvalidOption where there is no such dtype or the device cannot compute in it.
     """
-    one_of("dtype", dtype, Dtype)
+    require_one_of("dtype", dtype, Dtype)
     device = resolve_device(name)
-    require_dtype(device, dtype)
+    require_dtype_support(device, dtype)
     return device
 
 
-def require_dtype(device: torch.device, dtype: Dtype) -> None:
+def require_dtype_support(device: torch.device, dtype: Dtype) -> None:
     """Raise InvalidOption where the device cannot compute in that dtype."""
     if device.type == "mps" and dtype == "float64":
         raise InvalidOption(
@@ -78,7 +78,7 @@ def describe_devices() -> list[dict[str, object]]:
     return described
 
 
-def usable_cores(cgroup: Path = CGROUP) -> int:
+def usable_cores(cgroup: Path = CGROUP_ROOT) -> int:
     """The cores that this process may use: its affinity, further bounded by a container's CPU quota.
 
     A container started with `--cpus 2` still sees every core of its host. Its quota stands, in microseconds of CPU time
@@ -94,7 +94,7 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
     return cores
 
 
-def usable_memory(cgroup: Path = CGROUP) -> int:
+def usable_memory(cgroup: Path = CGROUP_ROOT) -> int:
     """The bytes of memory that this process may use: the machine's, further bounded by a container's limit.
 
     That stands in `memory.max` (cgroup v2) or `memory/memory.limit_in_bytes` (v1), where "max" or a number beyond every
@@ -103,7 +103,7 @@ def usable_memory(cgroup: Path = CGROUP) -> int:
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        memory = UNKNOWN_MEMORY
+        memory = DEFAULT_MEMORY_BYTES
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             return min(memory, int((cgroup / name).read_text()))

@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.arrays import DTYPES, Array, as_numpy
-from core.engines import ENGINES, Method, Result, choose, solve
-from core.engines.precision import UNIT, allowed, largest
+from core.arrays import TORCH_DTYPES, Array, as_numpy
+from core.engines import ENGINES, Method, Result, choose, run_engine
+from core.engines.precision import UNIT_ROUNDOFF, allowed_error, max_magnitude
 from core.errors import MethodUnavailable
 from core.kernels import named_kernel
 from core.machine import Machine, this_machine
 from core.shapes import Problem
 
-LONGEST = 2.0
+MAX_MEASURED_RUN_S = 2.0
 """Seconds: an engine that is predicted to take longer is not run."""
 
-ENOUGH = 0.2
+MEASUREMENT_BUDGET_S = 0.2
 """Seconds to spend on one engine, after a first call that may have to compile."""
 
 
@@ -35,7 +35,7 @@ class Candidate:
     chosen: bool = False
     predicted_seconds: float | None = None
     measured_seconds: float | None = None
-    obstacle: str | None = None
+    unsupported_reason: str | None = None
 
 
 def explain(
@@ -52,10 +52,10 @@ def explain(
         try:
             alone = choose(problem, method, machine, (name,))
         except MethodUnavailable:
-            candidates.append(Candidate(name, engine.METHOD, obstacle=choice.unsupported[name]))
+            candidates.append(Candidate(name, engine.METHOD, unsupported_reason=choice.unsupported[name]))
             continue
-        runs = measure and alone.seconds <= LONGEST
-        measured = _shortest(problem, name, method, machine) if runs else None
+        runs = measure and alone.seconds <= MAX_MEASURED_RUN_S
+        measured = _measure_seconds(problem, name, method, machine) if runs else None
         candidates.append(Candidate(name, engine.METHOD, name == choice.engine, alone.seconds, measured))
     return candidates
 
@@ -70,55 +70,55 @@ def with_error_bound(verb: Callable[..., Result]) -> Callable[..., Result]:
     def bounded(**arguments: Any) -> Result:
         result = verb(**arguments)
         kernel = arguments.get("kernel", arguments.get("weight"))
-        return result._replace(error_bound=_error_bound(result, arguments, kernel))
+        return result._replace(error_bound=_compute_error_bound(result, arguments, kernel))
 
     return bounded
 
 
-def _error_bound(result: Result, arguments: Mapping[str, Any], kernel: Any) -> float | None:
-    taps = np.abs(_as_numpy(named_kernel(kernel) if isinstance(kernel, str) else kernel), dtype=np.float64)
+def _compute_error_bound(result: Result, arguments: Mapping[str, Any], kernel: Any) -> float | None:
+    taps = np.abs(_to_numpy(named_kernel(kernel) if isinstance(kernel, str) else kernel), dtype=np.float64)
     filters = taps.reshape(len(taps) if taps.ndim == 4 else 1, -1)
-    bias = 0.0 if arguments.get("bias") is None else largest(_as_numpy(arguments["bias"]))
-    output, dtype = largest(_as_numpy(result.array)), np.dtype(arguments.get("dtype", "float32"))
-    pixel = max(largest(_as_numpy(arguments["input"])), abs(arguments.get("fill_value", 0.0)))
+    bias = 0.0 if arguments.get("bias") is None else max_magnitude(_to_numpy(arguments["bias"]))
+    output, dtype = max_magnitude(_to_numpy(result.array)), np.dtype(arguments.get("dtype", "float32"))
+    pixel = max(max_magnitude(_to_numpy(arguments["input"])), abs(arguments.get("fill_value", 0.0)))
     with np.errstate(over="ignore", invalid="ignore"):
         sums = pixel * float(filters.sum(1).max())
         if ENGINES[result.engine].METHOD == "direct":
-            bound = (int(np.count_nonzero(filters, axis=1).max()) + 1) * UNIT[dtype] * (sums + bias)
+            bound = (int(np.count_nonzero(filters, axis=1).max()) + 1) * UNIT_ROUNDOFF[dtype] * (sums + bias)
         else:
-            bound = float(allowed(dtype, filters.shape[1], output, sums)) + UNIT[dtype] * (bias + output)
+            bound = float(allowed_error(dtype, filters.shape[1], output, sums)) + UNIT_ROUNDOFF[dtype] * (bias + output)
     return bound if math.isfinite(bound) else None
 
 
-def _as_numpy(values: Any) -> NDArray[Any]:
+def _to_numpy(values: Any) -> NDArray[Any]:
     return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _shortest(problem: Problem, engine: str, method: Method, machine: Machine) -> float:
-    images, weight = _arrays(problem)
+def _measure_seconds(problem: Problem, engine: str, method: Method, machine: Machine) -> float:
+    images, weight = _random_arrays(problem)
     shape = problem.batch, problem.filters, *problem.output_size
 
-    def run() -> float:
+    def time_once() -> float:
         start = time.perf_counter()
-        solve(problem, images, weight, None, shape, method, machine, (engine,))
+        run_engine(problem, images, weight, None, shape, method, machine, (engine,))
         if problem.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    run()
-    best, end = math.inf, time.perf_counter() + ENOUGH
+    time_once()
+    best, end = math.inf, time.perf_counter() + MEASUREMENT_BUDGET_S
     while math.isinf(best) or time.perf_counter() < end:
-        best = min(best, run())
+        best = min(best, time_once())
     return best
 
 
-def _arrays(problem: Problem) -> tuple[Array, Array]:
+def _random_arrays(problem: Problem) -> tuple[Array, Array]:
     """Random images and weight of the problem's shapes, type and device, and of its rank where it has one.
 
     On the CPU as numpy's arrays, as they come from the wire.
     """
     generator = torch.Generator().manual_seed(0)
-    dtype = DTYPES[problem.dtype]
+    dtype = TORCH_DTYPES[problem.dtype]
     images = torch.randn(
         problem.batch, problem.channels, problem.height, problem.width, generator=generator, dtype=dtype
     )

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from core.errors import UnknownKernel
 
-MAX_SIDE = 1023
+MAX_NAMED_KERNEL_SIDE = 1023
 """The largest side of a kernel that a name may ask for; a larger one is sent as an array."""
 
-MAX_TEXT = 200
+MAX_KERNEL_NAME_CHARS = 200
 """The longest name that is looked at."""
 
-KEPT_BYTES = 1 << 25
+KERNEL_CACHE_BYTES = 1 << 25
 """The most memory of kernels that are kept: a request resolves its name more than once."""
 
 Kernel = NDArray[np.float64]
@@ -40,16 +40,16 @@ class KernelFamily:
     example: str
     description: str
     make: Callable[..., Kernel]
-    required: int = 0
-    optional: int = 0
+    required_arguments: int = 0
+    optional_arguments: int = 0
     rank: int | None = None
 
 
-class _Cache:
+class _KernelCache:
     """The kernels made last, up to a number of bytes. Safe to use from any thread."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._max_bytes = limit
         self._lock = threading.Lock()
         self._kernels: OrderedDict[str, Kernel] = OrderedDict()
         self._bytes = 0
@@ -64,14 +64,14 @@ class _Cache:
     def put(self, text: str, kernel: Kernel) -> None:
         """Keep a kernel, and drop those that were used longest ago if there are too many bytes."""
         with self._lock:
-            if kernel.nbytes <= self._limit and text not in self._kernels:
+            if kernel.nbytes <= self._max_bytes and text not in self._kernels:
                 self._kernels[text] = kernel
                 self._bytes += kernel.nbytes
-            while self._bytes > self._limit:
+            while self._bytes > self._max_bytes:
                 self._bytes -= self._kernels.popitem(last=False)[1].nbytes
 
 
-_made = _Cache(KEPT_BYTES)
+_kernel_cache = _KernelCache(KERNEL_CACHE_BYTES)
 
 
 def named_kernel(text: str) -> Kernel:
@@ -79,16 +79,16 @@ def named_kernel(text: str) -> Kernel:
 
     Raises UnknownKernel with the nearest names, or with the signature where the arguments do not fit it.
     """
-    kernel = _made.get(text)
+    kernel = _kernel_cache.get(text)
     if kernel is None:
-        kernel = _make(text)
+        kernel = _build_named_kernel(text)
         kernel.setflags(write=False)
-        _made.put(text, kernel)
+        _kernel_cache.put(text, kernel)
     return kernel
 
 
-def _make(text: str) -> Kernel:
-    call = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text) if len(text) <= MAX_TEXT else None
+def _build_named_kernel(text: str) -> Kernel:
+    call = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text) if len(text) <= MAX_KERNEL_NAME_CHARS else None
     name = call[1] if call else text[:60]
     family = KERNELS.get(name)
     if call is None or family is None:
@@ -98,7 +98,7 @@ def _make(text: str) -> Kernel:
             f'"{text[:60]}" is not a named kernel{hint}', field="kernel", got=text[:60], limit=", ".join(KERNELS)
         )
     try:
-        return _finite(family.make, _arguments(call[2] or "", family))
+        return _build_finite(family.make, _parse_arguments(call[2] or "", family))
     except ValueError as error:
         raise UnknownKernel(
             f'"{text[:60]}" does not fit {family.signature} ({error}); for example "{family.example}"',
@@ -108,7 +108,7 @@ def _make(text: str) -> Kernel:
         ) from error
 
 
-def _finite(make: Callable[..., Kernel], arguments: list[float]) -> Kernel:
+def _build_finite(make: Callable[..., Kernel], arguments: list[float]) -> Kernel:
     with np.errstate(all="ignore"):
         try:
             kernel = make(*arguments)
@@ -119,16 +119,16 @@ def _finite(make: Callable[..., Kernel], arguments: list[float]) -> Kernel:
     return kernel
 
 
-def _arguments(text: str, family: KernelFamily) -> list[float]:
+def _parse_arguments(text: str, family: KernelFamily) -> list[float]:
     arguments = [float(word) for word in text.split(",")] if text.strip() else []
-    if not family.required <= len(arguments) <= family.required + family.optional:
+    if not family.required_arguments <= len(arguments) <= family.required_arguments + family.optional_arguments:
         raise ValueError(f"it has {len(arguments)} arguments")
     return arguments
 
 
 def box(n: float) -> Kernel:
     """The mean over n x n pixels."""
-    side = _whole("n", n)
+    side = _require_side("n", n)
     return np.full((side, side), 1 / side**2)
 
 
@@ -137,30 +137,30 @@ def gaussian(sigma: float, n: float | None = None) -> Kernel:
 
     The cut and the normalisation are scipy.ndimage.gaussian_filter's.
     """
-    line = _gaussian_line(sigma, n)
+    line = _gaussian_1d(sigma, n)
     kernel: Kernel = np.outer(line, line)
     return kernel
 
 
-def log(sigma: float) -> Kernel:
+def laplacian_of_gaussian(sigma: float) -> Kernel:
     """The Laplacian of a Gaussian of standard deviation sigma (pixels), shifted to sum 0.
 
     (r^2 - 2 sigma^2) / sigma^4 times the sum-1 Gaussian; Marr and Hildreth, "Theory of edge detection", 1980.
     """
-    x = _offsets(sigma, None)
-    line = _gaussian_line(sigma, None)
+    x = _centered_coordinates(sigma, None)
+    line = _gaussian_1d(sigma, None)
     curved = (x**2 - sigma**2) / sigma**4 * line
     kernel: Kernel = np.stack([curved, line], 1) @ np.stack([line, curved])
     kernel -= kernel.mean()
     return kernel
 
 
-def motion(n: float, angle: float) -> Kernel:
+def motion_blur(n: float, angle: float) -> Kernel:
     """The blur of a camera moved n pixels (odd) at `angle` degrees, counter-clockwise from the x axis; sum 1.
 
     A pixel weighs 1 minus its distance from the line, as in MATLAB's fspecial("motion").
     """
-    side = _whole("n", n)
+    side = _require_side("n", n)
     if side % 2 == 0:
         raise ValueError(f"n must be odd, {side} is even")
     if not math.isfinite(angle):
@@ -183,66 +183,72 @@ def motion(n: float, angle: float) -> Kernel:
     return kernel
 
 
-def _gaussian_line(sigma: float, n: float | None) -> Kernel:
+def _gaussian_1d(sigma: float, n: float | None) -> Kernel:
     """A Gaussian along one side, sum 1."""
-    exponents = -0.5 * (_offsets(sigma, n) / sigma) ** 2
+    exponents = -0.5 * (_centered_coordinates(sigma, n) / sigma) ** 2
     # Its largest is 0 at least where a pixel is the centre; an even n has none, and a small sigma nothing else.
     line: Kernel = np.exp(exponents - exponents.max())
     line /= line.sum()
     return line
 
 
-def _offsets(sigma: float, n: float | None) -> Kernel:
+def _centered_coordinates(sigma: float, n: float | None) -> Kernel:
     """The distances from the centre along one side, in pixels."""
     if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma must be above 0, not {sigma:g}")
-    side = _whole("n", 2 * int(4 * sigma + 0.5) + 1 if n is None else n)
+    side = _require_side("n", 2 * int(4 * sigma + 0.5) + 1 if n is None else n)
     return np.arange(side, dtype=np.float64) - (side - 1) / 2
 
 
-def _whole(name: str, value: float) -> int:
-    if value != value // 1 or not 1 <= value <= MAX_SIDE:
-        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIDE}, not {value:g}")
+def _require_side(name: str, value: float) -> int:
+    if value != value // 1 or not 1 <= value <= MAX_NAMED_KERNEL_SIDE:
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_NAMED_KERNEL_SIDE}, not {value:g}")
     return int(value)
 
 
-def rank_of_named(text: str) -> int | None:
+def named_kernel_rank(text: str) -> int | None:
     """The rank of a named kernel as a matrix, if it is low. The name is one that `named_kernel` takes."""
     return KERNELS[text.partition("(")[0].strip()].rank
 
 
-def _fixed(name: str, description: str, rows: list[list[float]]) -> KernelFamily:
+def _fixed_kernel(name: str, description: str, rows: list[list[float]]) -> KernelFamily:
     kernel = np.array(rows, dtype=np.float64)
     return KernelFamily(name, name, description, kernel.copy, rank=int(np.linalg.matrix_rank(kernel)))
 
 
 KERNELS: dict[str, KernelFamily] = {
-    "identity": _fixed("identity", "the image itself", [[1]]),
-    "box": KernelFamily("box(n)", "box(3)", "mean over n x n pixels", box, required=1, rank=1),
+    "identity": _fixed_kernel("identity", "the image itself", [[1]]),
+    "box": KernelFamily("box(n)", "box(3)", "mean over n x n pixels", box, required_arguments=1, rank=1),
     "gaussian": KernelFamily(
         "gaussian(sigma[, n])",
         "gaussian(1.0)",
         "Gaussian blur of standard deviation sigma pixels, n x n (4 sigma to each side unless given)",
         gaussian,
-        required=1,
-        optional=1,
+        required_arguments=1,
+        optional_arguments=1,
         rank=1,
     ),
-    "sobel_x": _fixed("sobel_x", "derivative in x, smoothed in y", [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]),
-    "sobel_y": _fixed("sobel_y", "derivative in y, smoothed in x", [[-1, -2, -1], [0, 0, 0], [1, 2, 1]]),
-    "prewitt_x": _fixed("prewitt_x", "derivative in x, averaged in y", [[-1, 0, 1], [-1, 0, 1], [-1, 0, 1]]),
-    "prewitt_y": _fixed("prewitt_y", "derivative in y, averaged in x", [[-1, -1, -1], [0, 0, 0], [1, 1, 1]]),
-    "scharr_x": _fixed("scharr_x", "derivative in x, rotation-optimal", [[-3, 0, 3], [-10, 0, 10], [-3, 0, 3]]),
-    "scharr_y": _fixed("scharr_y", "derivative in y, rotation-optimal", [[-3, -10, -3], [0, 0, 0], [3, 10, 3]]),
-    "laplacian": _fixed("laplacian", "sum of second derivatives", [[0, 1, 0], [1, -4, 1], [0, 1, 0]]),
-    "laplacian_diagonal": _fixed(
+    "sobel_x": _fixed_kernel("sobel_x", "derivative in x, smoothed in y", [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]),
+    "sobel_y": _fixed_kernel("sobel_y", "derivative in y, smoothed in x", [[-1, -2, -1], [0, 0, 0], [1, 2, 1]]),
+    "prewitt_x": _fixed_kernel("prewitt_x", "derivative in x, averaged in y", [[-1, 0, 1], [-1, 0, 1], [-1, 0, 1]]),
+    "prewitt_y": _fixed_kernel("prewitt_y", "derivative in y, averaged in x", [[-1, -1, -1], [0, 0, 0], [1, 1, 1]]),
+    "scharr_x": _fixed_kernel("scharr_x", "derivative in x, rotation-optimal", [[-3, 0, 3], [-10, 0, 10], [-3, 0, 3]]),
+    "scharr_y": _fixed_kernel("scharr_y", "derivative in y, rotation-optimal", [[-3, -10, -3], [0, 0, 0], [3, 10, 3]]),
+    "laplacian": _fixed_kernel("laplacian", "sum of second derivatives", [[0, 1, 0], [1, -4, 1], [0, 1, 0]]),
+    "laplacian_diagonal": _fixed_kernel(
         "laplacian_diagonal", "second derivatives, diagonals included", [[1, 1, 1], [1, -8, 1], [1, 1, 1]]
     ),
-    "log": KernelFamily("log(sigma)", "log(1.0)", "Laplacian of a Gaussian, sum 0", log, required=1, rank=3),
-    "sharpen": _fixed("sharpen", "the image minus its Laplacian", [[0, -1, 0], [-1, 5, -1], [0, -1, 0]]),
-    "emboss": _fixed("emboss", "relief lit from the lower right", [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]),
-    "edge_x": _fixed("edge_x", "difference of neighbours in x, the lesson's edge kernel", [[-1, 1]]),
+    "log": KernelFamily(
+        "log(sigma)", "log(1.0)", "Laplacian of a Gaussian, sum 0", laplacian_of_gaussian, required_arguments=1, rank=3
+    ),
+    "sharpen": _fixed_kernel("sharpen", "the image minus its Laplacian", [[0, -1, 0], [-1, 5, -1], [0, -1, 0]]),
+    "emboss": _fixed_kernel("emboss", "relief lit from the lower right", [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]),
+    "edge_x": _fixed_kernel("edge_x", "difference of neighbours in x, the lesson's edge kernel", [[-1, 1]]),
     "motion": KernelFamily(
-        "motion(n, angle)", "motion(9, 45)", "blur along n pixels (odd) at an angle in degrees", motion, required=2
+        "motion(n, angle)",
+        "motion(9, 45)",
+        "blur along n pixels (odd) at an angle in degrees",
+        motion_blur,
+        required_arguments=2,
     ),
 }

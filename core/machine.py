@@ -10,9 +10,9 @@ from threadpoolctl import threadpool_limits
 
 from core.device import usable_cores
 
-MATRIX_SIDE = 256
-COPIED_VALUES = 8_000_000
-REPETITIONS = 5
+BENCHMARK_MATRIX_SIDE = 256
+BENCHMARK_COPY_VALUES = 8_000_000
+BENCHMARK_REPETITIONS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Machine:
     threads: int
     flops: float = 9e10
     bandwidth: float = 8e9
-    compiling: float = 0.0
+    compile_seconds: float = 0.0
 
 
 @functools.cache
@@ -53,22 +53,25 @@ def measure_machine(machine: Machine) -> Machine:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        one, other = torch.rand(MATRIX_SIDE, MATRIX_SIDE), torch.rand(MATRIX_SIDE, MATRIX_SIDE)
-        product = torch.empty(MATRIX_SIDE, MATRIX_SIDE)
-        flops = 2 * MATRIX_SIDE**3 / _shortest(lambda: torch.mm(one, other, out=product))
-        source, target = torch.zeros(COPIED_VALUES), torch.zeros(COPIED_VALUES)
-        moved = 2 * source.element_size() * COPIED_VALUES
-        bandwidth = moved / _shortest(lambda: target.copy_(source))
+        one, other = (
+            torch.rand(BENCHMARK_MATRIX_SIDE, BENCHMARK_MATRIX_SIDE),
+            torch.rand(BENCHMARK_MATRIX_SIDE, BENCHMARK_MATRIX_SIDE),
+        )
+        product = torch.empty(BENCHMARK_MATRIX_SIDE, BENCHMARK_MATRIX_SIDE)
+        flops = 2 * BENCHMARK_MATRIX_SIDE**3 / _best_seconds(lambda: torch.mm(one, other, out=product))
+        source, target = torch.zeros(BENCHMARK_COPY_VALUES), torch.zeros(BENCHMARK_COPY_VALUES)
+        moved = 2 * source.element_size() * BENCHMARK_COPY_VALUES
+        bandwidth = moved / _best_seconds(lambda: target.copy_(source))
     finally:
         torch.set_num_threads(threads)
     return replace(machine, flops=flops, bandwidth=bandwidth)
 
 
-def _shortest(call: Callable[[], object]) -> float:
+def _best_seconds(call: Callable[[], object]) -> float:
     """The least of several times, in seconds; the first call only warms up."""
     call()
     times = []
-    for _ in range(REPETITIONS):
+    for _ in range(BENCHMARK_REPETITIONS):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

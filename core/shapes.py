@@ -29,16 +29,16 @@ Sides = tuple[int, int, int, int]
 Axis = Literal["batch", "groups", "filters", "rows", "columns"]
 """A direction in which a problem can be cut into smaller ones: filters within a group, rows and columns of output."""
 
-Cuts: TypeAlias = Mapping[Axis, int]
+SliceUnits: TypeAlias = Mapping[Axis, int]
 """The axes along which an engine may be cut, the best first, and how many of each should stay together."""
 
-Name = TypeVar("Name", bound=str)
+StringT = TypeVar("StringT", bound=str)
 
 OVERFLOW_THRESHOLDS: Mapping[Dtype, float] = {"float32": (2 - 2**-24) * 2.0**127, "float64": math.inf}
 """The smallest magnitude that rounds to infinity. For float32 that is the midpoint between the largest finite number,
 (2 - 2^-23) 2^127, and 2^128: every smaller magnitude rounds to a finite number."""
 
-MAX_STEP = 2**31 - 1
+MAX_CONV_PARAMETER = 2**31 - 1
 """The largest stride, dilation or padding: what torch's own operators can hold."""
 
 
@@ -77,12 +77,12 @@ class Problem:
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @cached_property
-    def single(self) -> bool:
+    def is_single_plane(self) -> bool:
         """One kernel laid over single planes, pixel by pixel: what correlate makes, and some of conv2d."""
         return self.channels == self.filters == 1 and self.stride == self.dilation == (1, 1)
 
     @cached_property
-    def bordered(self) -> bool:
+    def is_padded(self) -> bool:
         """Something outside the image is read."""
         return any(self.padding)
 
@@ -97,7 +97,7 @@ class Problem:
         """Rows and columns of one output plane."""
         kernel = self.kernel_height, self.kernel_width
         rows, columns = (
-            (padded - extent(size, dilation)) // stride + 1
+            (padded - dilated_size(size, dilation)) // stride + 1
             for padded, size, dilation, stride in zip(self.padded_size, kernel, self.dilation, self.stride, strict=True)
         )
         return rows, columns
@@ -108,7 +108,7 @@ class Problem:
         return self.channels // self.groups * self.kernel_height * self.kernel_width
 
     @cached_property
-    def largest_array(self) -> int:
+    def max_array_values(self) -> int:
         """Values of the input with its border, or of the output, whichever has more."""
         (rows, columns), (padded_rows, padded_columns) = self.output_size, self.padded_size
         return self.batch * max(self.channels * padded_rows * padded_columns, self.filters * rows * columns)
@@ -142,12 +142,12 @@ class Problem:
         return self.itemsize * self.batch * self.channels * rows * columns
 
     @cached_property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Memory of input, weight and output, which every engine needs."""
         return self.input_bytes + self.itemsize * self.filters * self.taps + self.output_bytes
 
 
-def extent(size: int, dilation: int) -> int:
+def dilated_size(size: int, dilation: int) -> int:
     """How many pixels `size` taps span when they lie `dilation` apart."""
     return dilation * (size - 1) + 1
 
@@ -177,13 +177,13 @@ def same_padding(size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair) ->
     sides: list[int] = []
     for pixels, taps, step, apart in zip(size, kernel_size, stride, dilation, strict=True):
         outputs = -(-pixels // step)
-        total = max((outputs - 1) * step + extent(taps, apart) - pixels, 0)
+        total = max((outputs - 1) * step + dilated_size(taps, apart) - pixels, 0)
         sides += [total // 2, total - total // 2]
     top, bottom, left, right = sides
     return top, bottom, left, right
 
 
-def conv2d_padding(
+def parse_conv2d_padding(
     padding: int | Sequence[int] | str, size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair
 ) -> Sides:
     """Conv2d's `padding` as four sides: an integer, rows and columns, four sides, "valid" or "same"."""
@@ -200,42 +200,42 @@ def conv2d_padding(
             sides = [top, bottom, left, right]
         case _:
             sides = []
-    if not sides or not all(is_integer(side) and 0 <= side <= MAX_STEP for side in sides):
+    if not sides or not all(is_integer(side) and 0 <= side <= MAX_CONV_PARAMETER for side in sides):
         raise InvalidOption(
-            f"padding {shown(padding)} is none of: an integer, [rows, columns], [top, bottom, left, right] "
-            f'(each 0 to {MAX_STEP}), "valid", "same"',
+            f"padding {format_value(padding)} is none of: an integer, [rows, columns], [top, bottom, left, right] "
+            f'(each 0 to {MAX_CONV_PARAMETER}), "valid", "same"',
             field="padding",
-            got=shown(padding),
-            limit=f"0 to {MAX_STEP}",
+            got=format_value(padding),
+            limit=f"0 to {MAX_CONV_PARAMETER}",
         )
     top, bottom, left, right = map(int, sides)
     return top, bottom, left, right
 
 
-def positive_pair(field: str, value: int | Sequence[int]) -> Pair:
+def require_positive_pair(field: str, value: int | Sequence[int]) -> Pair:
     """An option that is one positive integer for both directions, or one each for rows and columns."""
     pair = [value, value] if is_integer(value) else value
     if (
         not isinstance(pair, Sequence)
         or len(pair) != 2
-        or not all(is_integer(number) and 1 <= number <= MAX_STEP for number in pair)
+        or not all(is_integer(number) and 1 <= number <= MAX_CONV_PARAMETER for number in pair)
     ):
         raise InvalidOption(
-            f"{field} {shown(value)} is neither an integer nor [rows, columns], each 1 to {MAX_STEP}",
+            f"{field} {format_value(value)} is neither an integer nor [rows, columns], each 1 to {MAX_CONV_PARAMETER}",
             field=field,
-            got=shown(value),
-            limit=f"1 to {MAX_STEP}",
+            got=format_value(value),
+            limit=f"1 to {MAX_CONV_PARAMETER}",
         )
     return int(pair[0]), int(pair[1])
 
 
-def positive(field: str, value: int, limit: int = MAX_STEP) -> int:
+def require_positive(field: str, value: int, limit: int = MAX_CONV_PARAMETER) -> int:
     """An option that is one positive integer."""
     if not is_integer(value) or not 1 <= value <= limit:
         raise InvalidOption(
-            f"{field} {shown(value)} is not an integer from 1 to {limit}",
+            f"{field} {format_value(value)} is not an integer from 1 to {limit}",
             field=field,
-            got=shown(value),
+            got=format_value(value),
             limit=f"1 to {limit}",
         )
     return int(value)
@@ -251,12 +251,12 @@ def is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as messages show it: its repr, cut in length and depth."""
     return reprlib.repr(value)
 
 
-def one_of(field: str, value: Name, allowed: object) -> Name:
+def require_one_of(field: str, value: StringT, allowed: object) -> StringT:
     """The value, if the Literal type `allowed` has it."""
     names = get_args(allowed)
     if value not in names:
@@ -266,23 +266,25 @@ def one_of(field: str, value: Name, allowed: object) -> Name:
     return value
 
 
-def sized(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     """A shape as messages write it: `(3, 3)`."""
     return f"({', '.join(map(str, shape))})"
 
 
-def require_spread(field: str, kernel_size: Pair, dilation: Pair, input_size: Pair, padding: Sides) -> None:
+def require_kernel_fits(field: str, kernel_size: Pair, dilation: Pair, input_size: Pair, padding: Sides) -> None:
     """Raise InvalidShape unless the dilated kernel fits into the padded input."""
     top, bottom, left, right = padding
     padded = input_size[0] + top + bottom, input_size[1] + left + right
-    spread = extent(kernel_size[0], dilation[0]), extent(kernel_size[1], dilation[1])
+    spread = dilated_size(kernel_size[0], dilation[0]), dilated_size(kernel_size[1], dilation[1])
     if spread[0] <= padded[0] and spread[1] <= padded[1]:
         return
-    dilated = f" with dilation {sized(dilation)} spans {sized(spread)} and" if spread != kernel_size else ""
-    bordered = f"padded input {sized(padded)}" if any(padding) else f"input {sized(padded)}"
+    dilated = (
+        f" with dilation {format_shape(dilation)} spans {format_shape(spread)} and" if spread != kernel_size else ""
+    )
+    bordered = f"padded input {format_shape(padded)}" if any(padding) else f"input {format_shape(padded)}"
     raise InvalidShape(
-        f'{field} {sized(kernel_size)}{dilated} is larger than the {bordered}; padding "same" always fits',
+        f'{field} {format_shape(kernel_size)}{dilated} is larger than the {bordered}; padding "same" always fits',
         field=field,
-        got=sized(spread),
-        limit=sized(padded),
+        got=format_shape(spread),
+        limit=format_shape(padded),
     )

@@ -17,7 +17,9 @@ def main() -> None:
 
     target = core.correlate(camera, "sobel_x").output
     fit = core.fit_kernel(camera, target, loss="mean", learning_rate=4.5e-6, steps=300, seed=0)
-    (IMAGES / "loss.png").write_bytes(loss_curve.png({name: getattr(fit, name) for name in loss_curve.FIELDS}))
+    (IMAGES / "loss.png").write_bytes(
+        loss_curve.draw_png({name: getattr(fit, name) for name in loss_curve.PLOTTED_FIELDS})
+    )
 
 
 if __name__ == "__main__":

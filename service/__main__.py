@@ -21,15 +21,15 @@ from rich.table import Table
 
 from service import exit_codes
 from service.log_stream import LogStream, open_standard_files
-from service.settings import PREFIX, Settings, SettingsError, load_settings
+from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
 from service.version import VERSION
 
 Number = TypeVar("Number", int, float)
 
-STDOUT, STDERR = 1, 2
+STDOUT_FD, STDERR_FD = 1, 2
 """File descriptors: Python has no streams for those that were closed at the start."""
 
-TRY_IT = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
+EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
 
 app = typer.Typer(
     name="corr2d",
@@ -39,32 +39,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Input = Annotated[
+InputArgument = Annotated[
     Path, typer.Argument(help="a .npy array or a .png picture (values 0..255)", exists=True, dir_okay=False)
 ]
-Output = Annotated[
+OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", help=".npy, or .png (scaled from its minimum and maximum); otherwise printed"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
-Dtype = Annotated[str, typer.Option(help="float32 or float64")]
-Method = Annotated[str, typer.Option(help="auto, direct, fft or separable")]
-Stride = Annotated[str, typer.Option(help="an integer, or rows,columns")]
-Dilation = Annotated[str, typer.Option(help="an integer, or rows,columns")]
-PADDINGS = "an integer, rows,columns, top,bottom,left,right, valid or same"
-Padding = Annotated[str, typer.Option(help=PADDINGS)]
-PaddingMode = Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")]
-ArrayFile = Annotated[Path | None, typer.Option(help="to begin with; unset: random", exists=True, dir_okay=False)]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or float64")]
+MethodOption = Annotated[str, typer.Option(help="auto, direct, fft or separable")]
+StrideOption = Annotated[str, typer.Option(help="an integer, or rows,columns")]
+DilationOption = Annotated[str, typer.Option(help="an integer, or rows,columns")]
+PADDING_HELP = "an integer, rows,columns, top,bottom,left,right, valid or same"
+PaddingOption = Annotated[str, typer.Option(help=PADDING_HELP)]
+PaddingModeOption = Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")]
+InitialArrayOption = Annotated[
+    Path | None, typer.Option(help="to begin with; unset: random", exists=True, dir_okay=False)
+]
 
 
-def setting_text(value: object) -> str:
+def format_setting(value: object) -> str:
     """A setting's value as help texts and docs/http-api.md show it."""
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def flags_of_settings(command: Callable[..., None]) -> Callable[..., None]:
+def add_settings_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for each field of Settings, with its type and help; it gets those that were given."""
 
     def with_flags(**flags: object) -> None:
@@ -81,7 +83,7 @@ def flags_of_settings(command: Callable[..., None]) -> Callable[..., None]:
                     str | None,
                     typer.Option(
                         f"--{name.replace('_', '-')}",
-                        help=f"{field.description} [{PREFIX}{name.upper()}; {setting_text(field.default)}]",
+                        help=f"{field.description} [{ENV_PREFIX}{name.upper()}; {format_setting(field.default)}]",
                         show_default=False,
                     ),
                 ],
@@ -93,7 +95,7 @@ def flags_of_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command()
-@flags_of_settings
+@add_settings_options
 def serve(**flags: object) -> None:
     """Answer HTTP requests until told to stop. Every flag is also a CORR2D_* environment variable."""
     # From the first moment on: torch takes seconds to load, and to the first process of a container no signal is
@@ -101,47 +103,47 @@ def serve(**flags: object) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     open_standard_files()
-    sys.stderr = LogStream(STDERR)
-    settings = _settings(flags)
-    listener = _listener(settings)
+    sys.stderr = LogStream(STDERR_FD)
+    settings = _load_settings(flags)
+    listener = _open_listener(settings)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     from core import CoreError, resolve_device
-    from service.server import run
+    from service.server.run import run
 
     try:
         resolve_device(settings.device)
     except CoreError as error:
-        _stop(f"{PREFIX}DEVICE {error}", exit_codes.SETTINGS)
-    key = " -H 'X-API-Key: ...'" if settings.locked else ""
+        _exit_with_error(f"{ENV_PREFIX}DEVICE {error}", exit_codes.INVALID_SETTINGS)
+    key = " -H 'X-API-Key: ...'" if settings.requires_api_key else ""
     greeting = f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:\n"
     # Nobody need read it.
-    LogStream(STDOUT).write(f"{greeting}  {TRY_IT % address}{key}\n")
+    LogStream(STDOUT_FD).write(f"{greeting}  {EXAMPLE_COMMAND % address}{key}\n")
     run(settings, listener)
 
 
 @app.command()
 def correlate(
-    input: Input,
+    input: InputArgument,
     kernel: Annotated[str, typer.Option("--kernel", "-k", help='a name ("corr2d kernels" lists them) or a .npy file')],
-    output: Output = None,
+    output: OutputOption = None,
     mode: Annotated[str, typer.Option(help="valid, same or full")] = "valid",
     boundary: Annotated[str, typer.Option(help="zeros, constant, replicate, reflect, symmetric or circular")] = "zeros",
     fill_value: Annotated[float, typer.Option(help="outside the input with boundary constant")] = 0.0,
     operation: Annotated[str, typer.Option(help="correlate, or convolve (flips the kernel first)")] = "correlate",
-    method: Method = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
+    method: MethodOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Cross-correlate every plane of a file with one kernel.
 
     corr2d correlate photo.png --kernel sobel_x --mode same -o edges.png
     """
-    from service import offline
+    from service import commands
 
-    with _refusals():
-        offline.correlate(
+    with _report_errors():
+        commands.correlate(
             input,
             kernel,
             output,
@@ -157,34 +159,34 @@ def correlate(
 
 @app.command()
 def conv2d(
-    input: Input,
+    input: InputArgument,
     weight: Annotated[Path, typer.Argument(help="(O, C/groups, h, w) or (h, w)", exists=True, dir_okay=False)],
     bias: Annotated[Path | None, typer.Option(help="(O)", exists=True, dir_okay=False)] = None,
-    output: Output = None,
-    stride: Stride = "1",
-    padding: Padding = "0",
-    dilation: Dilation = "1",
+    output: OutputOption = None,
+    stride: StrideOption = "1",
+    padding: PaddingOption = "0",
+    dilation: DilationOption = "1",
     groups: int = 1,
-    padding_mode: PaddingMode = "zeros",
-    method: Method = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
+    padding_mode: PaddingModeOption = "zeros",
+    method: MethodOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
 ) -> None:
     """A Conv2d layer's output: a file under a bank of filters, as torch.nn.functional.conv2d defines it.
 
     corr2d conv2d images.npy weight.npy --stride 2 --padding same -o features.npy
     """
-    from service import offline
+    from service import commands
 
-    with _refusals():
-        offline.conv2d(
+    with _report_errors():
+        commands.conv2d(
             input,
             weight,
             bias,
             output,
-            stride=_integers(stride),
-            padding=_integers(padding),
-            dilation=_integers(dilation),
+            stride=_parse_integers(stride),
+            padding=_parse_integers(padding),
+            dilation=_parse_integers(dilation),
             groups=groups,
             padding_mode=padding_mode,
             method=method,
@@ -197,35 +199,35 @@ def conv2d(
 def explain(
     input: Annotated[str, typer.Argument(help="its size: 1024, 1080x1920, or NxCxHxW such as 8x3x224x224")],
     kernel: Annotated[str, typer.Argument(help="its size: 15, 3x7, or OxCxhxw such as 64x3x7x7")],
-    stride: Stride = "1",
-    padding: Padding = "0",
-    dilation: Dilation = "1",
+    stride: StrideOption = "1",
+    padding: PaddingOption = "0",
+    dilation: DilationOption = "1",
     groups: int = 1,
-    padding_mode: PaddingMode = "zeros",
+    padding_mode: PaddingModeOption = "zeros",
     rank: Annotated[int | None, typer.Option(help="take a kernel of that rank", min=1)] = None,
-    method: Method = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
+    method: MethodOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     threads: Annotated[int | None, typer.Option(help="unset: all that may be used", min=1)] = None,
 ) -> None:
     """Show what every engine should take for arrays of these sizes, takes, and which is chosen.
 
     corr2d explain 1024 15 --rank 1
     """
-    from service import offline
+    from service import commands
 
-    with _refusals():
-        offline.explain(
-            _sizes(input),
-            _sizes(kernel),
+    with _report_errors():
+        commands.explain(
+            _parse_sizes(input),
+            _parse_sizes(kernel),
             rank=rank,
             threads=threads,
             method=method,
             device=device,
             dtype=dtype,
-            stride=_integers(stride),
-            padding=_integers(padding),
-            dilation=_integers(dilation),
+            stride=_parse_integers(stride),
+            padding=_parse_integers(padding),
+            dilation=_parse_integers(dilation),
             groups=groups,
             padding_mode=padding_mode,
         )
@@ -233,9 +235,9 @@ def explain(
 
 @app.command()
 def train(
-    input: Input,
+    input: InputArgument,
     target: Annotated[Path, typer.Argument(help="what the kernel is to make of it", exists=True, dir_okay=False)],
-    output: Output = None,
+    output: OutputOption = None,
     plot: Annotated[Path | None, typer.Option(help="draw the loss, step by step: .svg or .png")] = None,
     kernel_size: Annotated[
         str | None, typer.Option(help="an integer, rows,columns, or auto; unset: from the sizes of the files")
@@ -244,8 +246,8 @@ def train(
         str | None, typer.Option(help="largest size that auto compares: an integer, or rows,columns; unset: 13")
     ] = None,
     bias: Annotated[bool, typer.Option("--bias", help="learn a bias as well")] = False,
-    initial_kernel: ArrayFile = None,
-    initial_bias: ArrayFile = None,
+    initial_kernel: InitialArrayOption = None,
+    initial_bias: InitialArrayOption = None,
     weights: Annotated[
         Path | None, typer.Option(help="what each of the target's values counts", exists=True, dir_okay=False)
     ] = None,
@@ -298,15 +300,15 @@ def train(
         bool, typer.Option("--refuse-divergence", help="stop where it is known beforehand")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="of what is drawn at random; unset: a fresh one")] = None,
-    stride: Stride = "1",
+    stride: StrideOption = "1",
     padding: Annotated[
         str | None,
-        typer.Option(help=f"{PADDINGS}; unset: 0, and of a target as large as the input only the inside is used"),
+        typer.Option(help=f"{PADDING_HELP}; unset: 0, and of a target as large as the input only the inside is used"),
     ] = None,
-    padding_mode: PaddingMode = "zeros",
-    dilation: Dilation = "1",
+    padding_mode: PaddingModeOption = "zeros",
+    dilation: DilationOption = "1",
     groups: int = 1,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Learn the kernel that leads from one file to another.
 
@@ -314,10 +316,10 @@ def train(
 
     corr2d train before.png after.png --kernel-size 7 --loss mean --learning-rate auto --steps 300 --plot loss.svg
     """
-    from service import offline
+    from service import commands
 
-    with _refusals():
-        offline.train(
+    with _report_errors():
+        commands.train(
             {
                 "input": input,
                 "target": target,
@@ -330,17 +332,17 @@ def train(
             },
             output,
             plot=plot,
-            kernel_size=None if kernel_size is None else _integers(kernel_size),
-            max_kernel_size=None if max_kernel_size is None else _integers(max_kernel_size),
+            kernel_size=None if kernel_size is None else _parse_integers(kernel_size),
+            max_kernel_size=None if max_kernel_size is None else _parse_integers(max_kernel_size),
             bias=bias,
             patience=patience,
             solver=solver,
-            learning_rate=_numbers(learning_rate),
+            learning_rate=_parse_numbers(learning_rate),
             steps=steps,
             loss=loss,
-            huber_delta=None if huber_delta is None else _numbers(huber_delta),
+            huber_delta=None if huber_delta is None else _parse_numbers(huber_delta),
             tolerance=tolerance,
-            ridge=_numbers(ridge),
+            ridge=_parse_numbers(ridge),
             ridge_path=ridge_path,
             covariance=covariance,
             nonnegative=nonnegative,
@@ -349,14 +351,14 @@ def train(
             separable=separable,
             smoothness=smoothness,
             momentum=momentum,
-            betas=None if betas is None else _numbers(betas),
+            betas=None if betas is None else _parse_numbers(betas),
             batch_size=batch_size,
             refuse_divergence=refuse_divergence,
             seed=seed,
-            stride=_integers(stride),
-            padding=None if padding is None else _integers(padding),
+            stride=_parse_integers(stride),
+            padding=None if padding is None else _parse_integers(padding),
             padding_mode=padding_mode,
-            dilation=_integers(dilation),
+            dilation=_parse_integers(dilation),
             groups=groups,
             device=device,
         )
@@ -370,7 +372,7 @@ def kernels(
     from core import KERNELS, named_kernel
 
     if name is not None:
-        with _refusals():
+        with _report_errors():
             for row in named_kernel(name).tolist():
                 typer.echo("  ".join(f"{value:10.6g}" for value in row))
         return
@@ -381,15 +383,15 @@ def kernels(
 
 
 @app.command()
-@flags_of_settings
+@add_settings_options
 def config(**flags: object) -> None:
     """Show every setting in force, where it comes from, and what it means."""
-    settings = _settings(flags)
+    settings = _load_settings(flags)
     table = Table("setting", "value", "from", "meaning", box=None)
     for name, field in Settings.model_fields.items():
-        variable = PREFIX + name.upper()
+        variable = ENV_PREFIX + name.upper()
         origin = "flag" if flags[name] is not None else "environment" if variable in os.environ else "default"
-        table.add_row(variable, setting_text(getattr(settings, name)), origin, field.description)
+        table.add_row(variable, format_setting(getattr(settings, name)), origin, field.description)
     Console().print(table)
 
 
@@ -400,45 +402,45 @@ def version() -> None:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     """Turn what a user can change into one line on stderr."""
     from core import CoreError
 
     try:
         yield
     except (CoreError, ValueError, OSError) as error:
-        _stop(str(error), exit_codes.REFUSED)
+        _exit_with_error(str(error), exit_codes.COMMAND_FAILED)
     except MemoryError as error:
-        _stop(f"too large for this machine: {error}", exit_codes.REFUSED)
+        _exit_with_error(f"too large for this machine: {error}", exit_codes.COMMAND_FAILED)
 
 
-def _settings(flags: Mapping[str, object]) -> Settings:
+def _load_settings(flags: Mapping[str, object]) -> Settings:
     try:
         return load_settings(**flags)
     except SettingsError as error:
-        _stop(str(error), exit_codes.SETTINGS)
+        _exit_with_error(str(error), exit_codes.INVALID_SETTINGS)
 
 
-def _listener(settings: Settings) -> socket.socket:
+def _open_listener(settings: Settings) -> socket.socket:
     """A listening socket, so that a port in use is said before torch is loaded."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
-        _stop(
+        _exit_with_error(
             f"cannot listen on {settings.host} port {settings.port}: {reason}; "
-            f"{PREFIX}HOST and {PREFIX}PORT (--host, --port) choose others",
-            exit_codes.SETTINGS,
+            f"{ENV_PREFIX}HOST and {ENV_PREFIX}PORT (--host, --port) choose others",
+            exit_codes.INVALID_SETTINGS,
         )
 
 
-def _stop(message: str, code: int) -> NoReturn:
+def _exit_with_error(message: str, code: int) -> NoReturn:
     typer.echo(f"corr2d: {message}", err=True)
     raise typer.Exit(code)
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def _parse_sizes(text: str) -> tuple[int, ...]:
     """A shape of two or four sizes; one size alone is a square's."""
     try:
         sizes = tuple(int(size) for size in text.lower().replace(",", "x").split("x"))
@@ -450,17 +452,17 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _integers(text: str) -> int | list[int] | str:
+def _parse_integers(text: str) -> int | list[int] | str:
     """An option such as 2 or 1,2 as integers; any other word is left to core to judge."""
-    return _parsed(text, int)
+    return _parse_list(text, int)
 
 
-def _numbers(text: str) -> float | list[float] | str:
+def _parse_numbers(text: str) -> float | list[float] | str:
     """An option such as 0.03 or 0.9,0.999, likewise."""
-    return _parsed(text, float)
+    return _parse_list(text, float)
 
 
-def _parsed(text: str, parse: Callable[[str], Number]) -> Number | list[Number] | str:
+def _parse_list(text: str, parse: Callable[[str], Number]) -> Number | list[Number] | str:
     try:
         numbers = [parse(word) for word in text.split(",")]
     except ValueError:

@@ -74,23 +74,23 @@ class HeaderTooLarge(ServiceError):
     """A head over the limit."""
 
 
-class UriTooLong(ServiceError):
+class TargetTooLong(ServiceError):
     """A target over the limit."""
 
 
-class Misdirected(ServiceError):
+class MisdirectedRequest(ServiceError):
     """A target that is not of this service."""
 
 
-class CodingNotImplemented(ServiceError):
+class TransferCodingNotSupported(ServiceError):
     """A transfer coding that is not served."""
 
 
-class VersionNotSupported(ServiceError):
+class HTTPVersionNotSupported(ServiceError):
     """A version of HTTP that is not served."""
 
 
-class TooSlow(ServiceError):
+class RequestTimeout(ServiceError):
     """A head or a body that does not come."""
 
 
@@ -106,9 +106,9 @@ class OutOfMemory(ServiceError):
     """The system has no memory left."""
 
 
-class ClientLeft(ServiceError):
+class ClientDisconnected(ServiceError):
     """Nobody waits for the answer any more."""
 
 
-class DeadlinePassed(ServiceError):
+class DeadlineExceeded(ServiceError):
     """Not done in time."""

@@ -1,13 +1,13 @@
 """What the process ends with, where that is not 0, for having been told to stop."""
 
-REFUSED = 1
+COMMAND_FAILED = 1
 """A command that could not do what it was asked."""
 
-SETTINGS = 3
+INVALID_SETTINGS = 3
 """A setting that makes no sense, a port that is taken, a device that is not there."""
 
-BROKEN = 4
+WARM_UP_FAILED = 4
 """The warm-up came out wrong: it would compute wrongly, or not at all."""
 
-ABANDONED = 5
+SUPERVISOR_LOST = 5
 """A worker whose supervisor is gone."""

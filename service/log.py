@@ -15,10 +15,10 @@ from service.log_stream import LogStream
 
 LogFormat: TypeAlias = Literal["console", "json"]
 
-STDERR = 2
+STDERR_FD = 2
 """The file descriptor, whether or not Python has a stream for it."""
 
-TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+TRACEBACK_TRANSFORMER = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 """Without the local variables, which structlog shows unless told: there are bodies and API keys among them."""
 
 
@@ -28,18 +28,18 @@ def configure_logging(log_format: LogFormat) -> None:
     No caller waits for the reader of stderr: `sys.stderr` is a LogStream from then on.
     """
     if not isinstance(sys.stderr, LogStream):
-        sys.stderr = LogStream(STDERR)
+        sys.stderr = LogStream(STDERR_FD)
     stream = sys.stderr
     stream.report = _report_dropped
     if log_format == "json":
-        rendered: list[Processor] = [structlog.processors.ExceptionRenderer(TRACEBACKS), _json]
+        renderers: list[Processor] = [structlog.processors.ExceptionRenderer(TRACEBACK_TRANSFORMER), _render_json]
     elif stream.isatty():
         plain = structlog.dev.plain_traceback
-        rendered = [structlog.dev.ConsoleRenderer(pad_event_to=0, sort_keys=False, exception_formatter=plain)]
+        renderers = [structlog.dev.ConsoleRenderer(pad_event_to=0, sort_keys=False, exception_formatter=plain)]
     else:
-        rendered = [_plain]
+        renderers = [_render_plain]
     structlog.configure(
-        processors=[_stamped, *rendered],
+        processors=[_add_timestamp, *renderers],
         # Not by way of the standard library's logging: that takes longer than the rest of a small request.
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", stream)),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
@@ -48,8 +48,8 @@ def configure_logging(log_format: LogFormat) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[_stamped],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
+            foreign_pre_chain=[_add_timestamp],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     root = logging.getLogger()
@@ -57,7 +57,7 @@ def configure_logging(log_format: LogFormat) -> None:
     root.setLevel(logging.INFO)
 
 
-def dropped_lines() -> int:
+def count_dropped_lines() -> int:
     """Return how many lines of this process were not written to stderr."""
     return sys.stderr.dropped if isinstance(sys.stderr, LogStream) else 0
 
@@ -73,29 +73,29 @@ def _report_dropped(lines: int) -> None:
     structlog.get_logger("corr2d").warning("log lines dropped: the reader of stderr fell behind", lines=lines)
 
 
-def _stamped(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+def _add_timestamp(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """The event with its time and level in front."""
     del logger
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-    event["timestamp"] = f"{_second(seconds)}.{nanoseconds // 1000:06}Z"
+    event["timestamp"] = f"{_format_second(seconds)}.{nanoseconds // 1000:06}Z"
     event["level"] = method
     return event
 
 
 @lru_cache(maxsize=2)
-def _second(seconds: int) -> str:
+def _format_second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def _json(logger: WrappedLogger, method: str, event: EventDict) -> str:
+def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
     del logger, method
     rounded = {name: round(value, 3) if type(value) is float else value for name, value in event.items()}
     return orjson.dumps(rounded, default=str).decode()
 
 
-def _plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
+def _render_plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
     """`2026-11-23T15:46:46.150270Z [info] request method=POST path=/correlate ...`."""
-    trace = (
+    traceback = (
         structlog.processors.format_exc_info(logger, method, event).pop("exception", "") if "exc_info" in event else ""
     )
     line = f"{event.pop('timestamp')} [{event.pop('level')}] {event.pop('event')}"
@@ -104,10 +104,10 @@ def _plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
         if type(value) is float:
             line += f" {name}={value:.3f}"
         else:
-            line += f" {name}={_word(value) if type(value) is str else value}"
-    return f"{line}\n{trace}" if trace else line
+            line += f" {name}={_quote_word(value) if type(value) is str else value}"
+    return f"{line}\n{traceback}" if traceback else line
 
 
-def _word(text: str) -> str:
+def _quote_word(text: str) -> str:
     """A text as one word of a line: what could break the line, or be taken for another word, is quoted."""
     return text if text.isprintable() and " " not in text and text else repr(text)

@@ -94,7 +94,7 @@ class LogStream(io.TextIOBase):
                 texts, self._pending, self._size, self._writing = self._pending, [], 0, True
                 dropped = self.dropped - self._reported
             # Each of them, also after one that failed.
-            written = [self._write(chunk) for chunk in _chunks(texts)]
+            written = [self._write(chunk) for chunk in _split_chunks(texts)]
             if all(written) and dropped:
                 self._reported += dropped
                 self._reporting = True
@@ -114,7 +114,7 @@ class LogStream(io.TextIOBase):
         return True
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[bytes]:
+def _split_chunks(texts: Iterable[str]) -> Iterator[bytes]:
     """Yield whole lines in pieces that the system does not mix with those of other processes on the same pipe."""
     chunk = b""
     for text in texts:

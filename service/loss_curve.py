@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs.json import as_array
+from service.codecs.json import list_to_array
 
 # matplotlib takes half a second to load: who wants no picture does not wait for it.
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIELDS = (
+PLOTTED_FIELDS = (
     "loss_history",
     "final_loss",
     "best_possible_loss",
@@ -39,97 +39,103 @@ FIELDS = (
 )
 """What a picture is drawn from, by the names that a FitResult and an answer have for it."""
 
-SIZE = 8.0, 4.5
+FIGURE_SIZE_IN = 8.0, 4.5
 """Inches."""
 
-DPI = 120
+FIGURE_DPI = 120
 
-STRETCHES = 500
+MAX_SEGMENTS = 500
 """Of a long history, each shown by its first, smallest and largest loss: a picture has few more columns than that."""
 
-MARKED = 40
+MAX_MARKED_POINTS = 40
 """Points up to which each has a mark of its own."""
 
-LINE_LENGTH, LINES = 115, 5
+MESSAGE_LINE_CHARS, MAX_MESSAGE_LINES = 115, 5
 """Of the message."""
 
-MARGIN = 0.07
+AXIS_MARGIN_FRACTION = 0.07
 """Of the axis, above and below the curve."""
 
-FLAT = 1e-9
+FLAT_CURVE_DECADES = 1e-9
 """Decades; what differs by less is drawn as a level line."""
 
-FEW_DECADES = 3
+MAX_FINE_TICK_DECADES = 3
 """Up to here an axis has ticks at 1, 2 and 5; a longer one at powers of ten."""
 
-MOST_TICKS = 7
-ROUND = 1, 2, 5, 10
+MAX_TICKS = 7
+TICK_MULTIPLES = 1, 2, 5, 10
 """What ticks may be multiples of."""
 
-SMALLEST_TICK, LARGEST_TICK = -300.0, 300.0
+MIN_TICK_EXPONENT, MAX_TICK_EXPONENT = -300.0, 300.0
 """Exponents of ten: near the ends of float64 ticks cannot be counted out."""
 
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-INK, PALE, BLUE, GREEN, RED = "#1f2328", "#d0d7de", "#1f6feb", "#1a7f37", "#cf222e"
+TEXT_COLOR, GRID_COLOR, CURVE_COLOR, BEST_LOSS_COLOR, ERROR_COLOR = (
+    "#1f2328",
+    "#d0d7de",
+    "#1f6feb",
+    "#1a7f37",
+    "#cf222e",
+)
 
-STYLE = {
+MATPLOTLIB_STYLE = {
     "svg.fonttype": "none",
     # What ids are made from: drawn at random for each picture otherwise.
     "svg.hashsalt": "corr2d",
     "font.size": 10.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
+    "text.color": TEXT_COLOR,
+    "axes.labelcolor": TEXT_COLOR,
+    "axes.edgecolor": TEXT_COLOR,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": PALE,
+    "grid.color": GRID_COLOR,
     "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "xtick.color": TEXT_COLOR,
+    "ytick.color": TEXT_COLOR,
 }
 
-_drawing = Lock()
+_matplotlib_lock = Lock()
 """matplotlib draws one picture at a time."""
 
-SHARED_MEMORY = "/dev/shm/matplotlib"  # noqa: S108 - beneath a read-only root there is nothing else
+FALLBACK_CONFIG_DIR = "/dev/shm/matplotlib"  # noqa: S108 - beneath a read-only root there is nothing else
 
 
-def svg(fields: Mapping[str, Any]) -> bytes:
+def draw_svg(fields: Mapping[str, Any]) -> bytes:
     """The picture as SVG, its texts as text, of FIELDS and, where the history is thinned, loss_history_steps."""
-    return _drawn(fields, "svg", {"Date": None, "Creator": None, "Title": _heading(fields)})
+    return _render(fields, "svg", {"Date": None, "Creator": None, "Title": _format_title(fields)})
 
 
-def png(fields: Mapping[str, Any]) -> bytes:
+def draw_png(fields: Mapping[str, Any]) -> bytes:
     """The picture as PNG, likewise."""
-    return _drawn(fields, "png", {"Software": None, "Title": _heading(fields)})
+    return _render(fields, "png", {"Software": None, "Title": _format_title(fields)})
 
 
-def _heading(fields: Mapping[str, Any]) -> str:
+def _format_title(fields: Mapping[str, Any]) -> str:
     rate, steps = fields["learning_rate"], fields["steps"]
     how = fields["solver"] if rate is None else f"{fields['solver']}, learning rate {rate:.4g}"
     return f"{how}: {fields['status']} after {steps:,} step{'' if steps == 1 else 's'}"
 
 
-def _drawn(fields: Mapping[str, Any], form: Literal["svg", "png"], metadata: dict[str, str | None]) -> bytes:
-    with _drawing:
-        _find_a_folder()
-        mpl = _matplotlib()
+def _render(fields: Mapping[str, Any], file_format: Literal["svg", "png"], metadata: dict[str, str | None]) -> bytes:
+    with _matplotlib_lock:
+        _ensure_config_dir()
+        mpl = _load_matplotlib()
 
         # Whatever a matplotlibrc says, wherever it lies.
-        style: dict[Any, Any] = dict(mpl.rcParamsDefault) | STYLE
+        style: dict[Any, Any] = dict(mpl.rcParamsDefault) | MATPLOTLIB_STYLE
         with mpl.rc_context({name: value for name, value in style.items() if not name.startswith("backend")}):
-            picture = BytesIO()
-            _figure(fields).savefig(picture, format=form, dpi=DPI, metadata=metadata)
+            image = BytesIO()
+            _create_figure(fields).savefig(image, format=file_format, dpi=FIGURE_DPI, metadata=metadata)
         # A figure is thousands of objects that refer to each other in circles, and its canvas.
         gc.collect()
-        return picture.getvalue()
+        return image.getvalue()
 
 
 @cache
-def _matplotlib() -> ModuleType:
+def _load_matplotlib() -> ModuleType:
     """matplotlib, loaded, and kept out of Python's search for garbage where the service keeps its other modules out.
 
     The search holds Python's lock, for 30 ms with all that matplotlib has loaded.
@@ -145,65 +151,69 @@ def _matplotlib() -> ModuleType:
     return matplotlib
 
 
-def _find_a_folder() -> None:
+def _ensure_config_dir() -> None:
     """Where it can write nowhere, matplotlib does not load: it wants to keep a list of fonts."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
-        os.environ.setdefault("MPLCONFIGDIR", SHARED_MEMORY)
+        os.environ.setdefault("MPLCONFIGDIR", FALLBACK_CONFIG_DIR)
 
 
-def _figure(fields: Mapping[str, Any]) -> "Figure":
+def _create_figure(fields: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    figure = Figure(figsize=SIZE, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.07))
-    figure.suptitle(_heading(fields), x=0.015, ha="left", fontsize=12.5, weight="bold", parse_math=False)
+    figure = Figure(figsize=FIGURE_SIZE_IN, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.07))
+    figure.suptitle(_format_title(fields), x=0.015, ha="left", fontsize=12.5, weight="bold", parse_math=False)
     axes = figure.add_subplot()
-    message = textwrap.fill(fields["message"], LINE_LENGTH, max_lines=LINES, placeholder=" ...")
+    message = textwrap.fill(fields["message"], MESSAGE_LINE_CHARS, max_lines=MAX_MESSAGE_LINES, placeholder=" ...")
     axes.set_title(message, loc="left", fontsize=8.5, parse_math=False)
     axes.set(xlabel="step", ylabel="loss", xlim=(0, max(1, fields["steps"])))
-    axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True, steps=ROUND))
+    axes.xaxis.set_major_locator(MaxNLocator(MAX_TICKS, integer=True, steps=TICK_MULTIPLES))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    key = _draw(axes, fields)
+    key = _draw_curve(axes, fields)
     figure.legend(handles=key, loc="outside lower left", ncols=2, frameon=False, fontsize=9.5)
     return figure
 
 
-def _draw(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
+def _draw_curve(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
     """The curve, its end and the smallest possible loss; what the legend is to name."""
     from matplotlib.lines import Line2D
 
-    curve, best = _curve(fields), fields.get("best_possible_loss")
+    curve, best = _build_curve(fields), fields.get("best_possible_loss")
     if best is not None and not math.isfinite(best):
         best = None
-    scale = _scale(curve, best)
+    scale = _choose_scale(curve, best)
     axes.set_ylim(scale.low, scale.high)
     axes.set_yticks(list(scale.ticks), list(scale.ticks.values()))
     heights = scale.heights(curve.losses)
-    mark = "o" if len(heights) <= MARKED else ""
-    (line,) = axes.plot(curve.steps, heights, mark + "-", color=BLUE, linewidth=1.6, markersize=3.5, clip_on=False)
+    marker = "o" if len(heights) <= MAX_MARKED_POINTS else ""
+    (line,) = axes.plot(
+        curve.steps, heights, marker + "-", color=CURVE_COLOR, linewidth=1.6, markersize=3.5, clip_on=False
+    )
     line.set_gid("loss-history")
     key: list[Artist] = []
     if math.isfinite(curve.final):
-        colour = RED if fields["status"] == "diverged" else BLUE
+        colour = ERROR_COLOR if fields["status"] == "diverged" else CURVE_COLOR
         (end,) = axes.plot(curve.steps[-1:], heights[-1:], "o", color=colour, markersize=7, clip_on=False)
         end.set(gid="final-loss", label=f"final loss {curve.final:.6g}")
         key.append(end)
     if best is not None:
         name = f"smallest possible loss {best:.6g}"
-        if scale.shows(best):
-            least = axes.axhline(scale.height(best), color=GREEN, linestyle="--", linewidth=1.3, label=name)
+        if scale.contains(best):
+            least = axes.axhline(scale.height(best), color=BEST_LOSS_COLOR, linestyle="--", linewidth=1.3, label=name)
             least.set_gid("smallest-possible-loss")
             key.append(least)
         else:
-            key.append(Line2D([], [], color=GREEN, linestyle="", marker="v", label=f"{name}, below this picture"))
+            key.append(
+                Line2D([], [], color=BEST_LOSS_COLOR, linestyle="", marker="v", label=f"{name}, below this picture")
+            )
     if curve.not_finite:
         name = f"{curve.not_finite:,} of {curve.total:,} losses not finite"
         gaps = curve.steps[np.isnan(curve.losses)]
         top = axes.get_xaxis_transform()
-        (crosses,) = axes.plot(gaps, np.full(len(gaps), 0.97), "x", color=RED, transform=top, clip_on=False)
+        (crosses,) = axes.plot(gaps, np.full(len(gaps), 0.97), "x", color=ERROR_COLOR, transform=top, clip_on=False)
         crosses.set(gid="not-finite", label=name if math.isfinite(curve.final) else f"{name}, the final one too")
         key.append(crosses)
     return key
@@ -223,8 +233,8 @@ class Curve(NamedTuple):
         return float(self.losses[-1])
 
 
-def _curve(fields: Mapping[str, Any]) -> Curve:
-    losses = as_array(fields["loss_history"]).astype(np.float64)
+def _build_curve(fields: Mapping[str, Any]) -> Curve:
+    losses = list_to_array(fields["loss_history"]).astype(np.float64)
     losses[~np.isfinite(losses)] = np.nan
     numbers: Sequence[int] | None = fields.get("loss_history_steps")
     steps = np.arange(len(losses)) if numbers is None else np.array(numbers, np.int64) - 1
@@ -234,29 +244,29 @@ def _curve(fields: Mapping[str, Any]) -> Curve:
         ends = np.array([final], np.float64)
         losses = np.append(losses, np.where(np.isfinite(ends), ends, np.nan))
         steps = np.append(steps, fields["steps"])
-    kept = _kept(losses)
-    return Curve(steps[kept], losses[kept], int(np.isnan(losses).sum()), len(losses))
+    selected = _select_points(losses)
+    return Curve(steps[selected], losses[selected], int(np.isnan(losses).sum()), len(losses))
 
 
-def _kept(losses: NDArray[np.float64]) -> NDArray[np.int64]:
+def _select_points(losses: NDArray[np.float64]) -> NDArray[np.int64]:
     """The places of the losses that make the picture: of each stretch its first, its extremes and its first gap."""
     count = len(losses)
-    length = -(-count // STRETCHES)
+    length = -(-count // MAX_SEGMENTS)
     if length <= 4:
         return np.arange(count)
-    padded = np.append(losses, np.full(STRETCHES * length - count, np.nan)).reshape(STRETCHES, length)
+    padded = np.append(losses, np.full(MAX_SEGMENTS * length - count, np.nan)).reshape(MAX_SEGMENTS, length)
     gaps = np.isnan(padded)
-    places = [
-        np.zeros(STRETCHES, np.int64),
+    positions = [
+        np.zeros(MAX_SEGMENTS, np.int64),
         np.where(gaps, np.inf, padded).argmin(1),
         np.where(gaps, -np.inf, padded).argmax(1),
         gaps.argmax(1),
     ]
-    kept = np.unique(np.append(np.stack(places) + length * np.arange(STRETCHES), count - 1))
-    return kept[kept < count]
+    selected = np.unique(np.append(np.stack(positions) + length * np.arange(MAX_SEGMENTS), count - 1))
+    return selected[selected < count]
 
 
-class Scale(NamedTuple):
+class LogScale(NamedTuple):
     """A log scale, in exponents of ten: its ends, its ticks, and where zero stands, which has no place on such a scale.
 
     Made here because matplotlib's own overflows at the ends of float64, where a loss that diverges may well be.
@@ -269,55 +279,55 @@ class Scale(NamedTuple):
 
     def heights(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
         """Where losses stand."""
-        places = np.where(np.isnan(losses) | (self.zero is None), np.nan, self.zero or 0)
-        return np.log10(losses, out=places, where=losses > 0)
+        positions = np.where(np.isnan(losses) | (self.zero is None), np.nan, self.zero or 0)
+        return np.log10(losses, out=positions, where=losses > 0)
 
     def height(self, loss: float) -> float:
         """Where one stands."""
         return float(self.heights(np.array([loss]))[0])
 
-    def shows(self, loss: float) -> bool:
+    def contains(self, loss: float) -> bool:
         """It stands on the part of the scale that is drawn."""
         return self.low <= self.height(loss) <= self.high
 
 
-def _scale(curve: Curve, best: float | None) -> Scale:
+def _choose_scale(curve: Curve, best: float | None) -> LogScale:
     exponents = np.log10(curve.losses[curve.losses > 0])
     has_zero = bool((curve.losses <= 0).any())
     if not exponents.size:
-        return Scale(-MARGIN, 1, {0: "0"}, 0) if has_zero else Scale(0, 1, {}, None)
+        return LogScale(-AXIS_MARGIN_FRACTION, 1, {0: "0"}, 0) if has_zero else LogScale(0, 1, {}, None)
     low, high = float(exponents.min()), float(exponents.max())
     if best is not None and best > 0:
         least = math.log10(best)
         # The curve has half of the picture at least.
         if low - least <= max(1, high - low):
             low, high = min(low, least), max(high, least)
-    margin = MARGIN * (high - low) if high - low > FLAT else 0.3
-    ticks = _ticks(low - margin, high + margin)
+    margin = AXIS_MARGIN_FRACTION * (high - low) if high - low > FLAT_CURVE_DECADES else 0.3
+    ticks = _choose_ticks(low - margin, high + margin)
     if not has_zero:
-        return Scale(low - margin, high + margin, ticks, None)
+        return LogScale(low - margin, high + margin, ticks, None)
     zero = low - max(0.3, 0.15 * (high - low))
     ticks = {exponent: name for exponent, name in ticks.items() if exponent >= low}
-    return Scale(zero - MARGIN * (high - zero), high + margin, {zero: "0", **ticks}, zero)
+    return LogScale(zero - AXIS_MARGIN_FRACTION * (high - zero), high + margin, {zero: "0", **ticks}, zero)
 
 
-def _ticks(low: float, high: float) -> dict[float, str]:
+def _choose_ticks(low: float, high: float) -> dict[float, str]:
     """Round numbers between two exponents of ten, each at its own."""
     from matplotlib.ticker import MaxNLocator
 
-    low, high = max(low, SMALLEST_TICK), min(high, LARGEST_TICK)
-    if high - low > FEW_DECADES:
-        locator = MaxNLocator(MOST_TICKS, steps=ROUND, integer=True)
+    low, high = max(low, MIN_TICK_EXPONENT), min(high, MAX_TICK_EXPONENT)
+    if high - low > MAX_FINE_TICK_DECADES:
+        locator = MaxNLocator(MAX_TICKS, steps=TICK_MULTIPLES, integer=True)
         exponents = (round(exponent) for exponent in locator.tick_values(low, high) if low <= exponent <= high)
-        return {exponent: f"10{str(exponent).translate(RAISED)}" for exponent in exponents}
-    least, most = 10 ** min(low, LARGEST_TICK), 10 ** max(high, SMALLEST_TICK)
+        return {exponent: f"10{str(exponent).translate(SUPERSCRIPTS)}" for exponent in exponents}
+    least, most = 10 ** min(low, MAX_TICK_EXPONENT), 10 ** max(high, MIN_TICK_EXPONENT)
     if least >= most:
         return {}
     if high - low > 1:
         decades = range(math.floor(low), math.ceil(high))
         numbers = [float(f"{first}e{decade}") for decade in decades for first in (1, 2, 5)]
     else:
-        numbers = list(MaxNLocator(MOST_TICKS, steps=ROUND).tick_values(least, most))
+        numbers = list(MaxNLocator(MAX_TICKS, steps=TICK_MULTIPLES).tick_values(least, most))
     # As many digits as it takes to tell them apart.
     digits = max(6, 2 - math.floor(math.log10(1 - least / most)))
     return {math.log10(number): f"{number:.{digits}g}" for number in numbers if least <= number <= most}

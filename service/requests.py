@@ -10,26 +10,34 @@ import numpy as np
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from service.admission import UNCOUNTED, Admission, Share, share_of
-from service.bodies import Bodies, Pieces
-from service.codec_work import run_codec
 from service.codecs import Buffer, Format, predict_decode_seconds
+from service.codecs.buffers import DecodeCheck
 from service.codecs.content_coding import decode as without_coding
-from service.codecs.layout import Check
-from service.codecs.options import AnswerOptions, OutputOptions, option_value
-from service.errors import BodyTooLarge, Busy, ClientLeft, FieldError, InvalidRequest
-from service.metrics import Metrics
-from service.negotiation import Headers, body_coding, body_format
-from service.threads import WORTH_A_THREAD
-from service.validation import field_errors
+from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
+from service.errors import BodyTooLarge, Busy, ClientDisconnected, FieldError, InvalidRequest
+from service.metrics.counters import Metrics
+from service.negotiation import HeaderFields, get_body_coding, get_body_format
+from service.pydantic_errors import convert_errors
+from service.scheduling.admission import MIN_TRACKED_BYTES, Admission, Reservation, get_reservation
+from service.scheduling.body_memory import BodyBuffer, BodyMemory
+from service.scheduling.codec_jobs import run_codec
+from service.scheduling.threads import INLINE_THRESHOLD_S
 
-MAX_OPTIONS = 100
+MAX_QUERY_OPTIONS = 100
 
-_INTEGER = {"type": "integer", "minimum": 1}
-_SIDE = {"type": "integer", "minimum": 0}
+_POSITIVE_INTEGER_SCHEMA = {"type": "integer", "minimum": 1}
+_PADDING_SIDE_SCHEMA = {"type": "integer", "minimum": 0}
 
 IntegerOrPair = Annotated[
-    Any, WithJsonSchema({"anyOf": [_INTEGER, {"type": "array", "items": _INTEGER, "minItems": 2, "maxItems": 2}]})
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _POSITIVE_INTEGER_SCHEMA,
+                {"type": "array", "items": _POSITIVE_INTEGER_SCHEMA, "minItems": 2, "maxItems": 2},
+            ]
+        }
+    ),
 ]
 """An integer, or [rows, columns]. core checks it: the rule and its message stand there."""
 
@@ -38,9 +46,9 @@ Padding = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                _SIDE,
-                {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2},
-                {"type": "array", "items": _SIDE, "minItems": 4, "maxItems": 4},
+                _PADDING_SIDE_SCHEMA,
+                {"type": "array", "items": _PADDING_SIDE_SCHEMA, "minItems": 2, "maxItems": 2},
+                {"type": "array", "items": _PADDING_SIDE_SCHEMA, "minItems": 4, "maxItems": 4},
                 {"enum": ["valid", "same"]},
             ]
         }
@@ -73,10 +81,10 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
-    ANSWER: ClassVar[type[AnswerOptions]] = OutputOptions
+    RESPONSE_OPTIONS: ClassVar[type[ResponseOptions]] = OutputResponseOptions
     """What a request may say about the answer's form, in the query string."""
 
-    def bytes_of_arrays(self) -> int:
+    def count_array_bytes(self) -> int:
         """Memory of what was decoded. What is a view of the body counts again: that is on the safe side."""
         size = 0
         for name in self.__pydantic_fields__:
@@ -84,7 +92,7 @@ class RequestModel(BaseModel):
             if isinstance(value, np.ndarray):
                 size += value.nbytes
             elif isinstance(value, list):
-                size += sum(part.bytes_of_arrays() for part in value if isinstance(part, RequestModel))
+                size += sum(part.count_array_bytes() for part in value if isinstance(part, RequestModel))
         return size
 
     def arguments(self) -> dict[str, object]:
@@ -95,30 +103,35 @@ class RequestModel(BaseModel):
 
 Model = TypeVar("Model", bound=RequestModel)
 Validated = TypeVar("Validated", bound=BaseModel)
-Answer = TypeVar("Answer", bound=AnswerOptions)
+OptionsModel = TypeVar("OptionsModel", bound=ResponseOptions)
 
 
-def require_room(request: Request, headers: Headers, *, waits: bool = False) -> None:
+def check_admission(request: Request, headers: HeaderFields, *, always_queued: bool = False) -> None:
     """Begin a request: refuse it by its head alone, before anything else is done about it, and set its deadline.
 
     Requests are many when they are too many. `waits`: whatever is asked, it is not done at once. The server closes the
     connection where much of the body has not come yet. Raises BodyTooLarge and Busy.
     """
     state = request.scope["app"].state
-    share = share_of(request.scope)
+    reservation = get_reservation(request.scope)
     limit: int = state.max_body
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
-        raise _too_large(f"{declared:,} bytes", limit)
-    if waits or declared > UNCOUNTED:
+        raise _body_too_large_error(f"{declared:,} bytes", limit)
+    if always_queued or declared > MIN_TRACKED_BYTES:
         admission: Admission = state.admission
-        admission.require_hope(request.scope["path"], declared)
-        share.declared = declared
+        admission.check_capacity(request.scope["path"], declared)
+        reservation.declared = declared
 
 
-async def decoded(
-    request: Request, headers: Headers, options: Mapping[str, Any], model: type[Model], *, waits: bool = False
+async def read_request(
+    request: Request,
+    headers: HeaderFields,
+    options: Mapping[str, Any],
+    model: type[Model],
+    *,
+    always_queued: bool = False,
 ) -> Model:
     """The request's body, and the options of its query string, as a `model`.
 
@@ -127,26 +140,26 @@ async def decoded(
     BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
     state = request.scope["app"].state
-    share = share_of(request.scope)
-    served, coding = body_format(headers), body_coding(headers)
+    reservation = get_reservation(request.scope)
+    served, coding = get_body_format(headers), get_body_coding(headers)
     limit: int = state.max_body
-    body = await _read(request, share, limit)
+    body = await _read_body(request, reservation, limit)
     seconds = predict_decode_seconds(served, coding, body, limit)
-    in_thread = seconds >= WORTH_A_THREAD
-    if waits or in_thread:
-        share.enter()
-    work = partial(_decoded, model, served, coding, body, limit, options)
+    in_thread = seconds >= INLINE_THRESHOLD_S
+    if always_queued or in_thread:
+        reservation.take_slot()
+    work = partial(_decode_and_validate, model, served, coding, body, limit, options)
     try:
-        asked = await run_codec(request, seconds, work, "parse")
-    except Busy as refusal:
-        share.refused(refusal.detail)
+        parsed = await run_codec(request, seconds, work, "parse")
+    except Busy as rejection:
+        reservation.rejected(rejection.detail)
         raise
     if in_thread:
-        share.hold_body(len(body) + asked.bytes_of_arrays())
-    return asked
+        reservation.reserve_body(len(body) + parsed.count_array_bytes())
+    return parsed
 
 
-def query_options(request: Request) -> dict[str, Any]:
+def parse_query(request: Request) -> dict[str, Any]:
     """The query string by name: numbers, lists, true, false and null as in JSON, everything else as text.
 
     Raises InvalidRequest for a name that comes twice.
@@ -155,10 +168,10 @@ def query_options(request: Request) -> dict[str, Any]:
     if not query:
         return {}
     try:
-        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_OPTIONS)
+        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_OPTIONS)
     except ValueError as error:
-        raise InvalidRequest(f"the query string has more than {MAX_OPTIONS} options") from error
-    options = {name: option_value(text) for name, text in pairs}
+        raise InvalidRequest(f"the query string has more than {MAX_QUERY_OPTIONS} options") from error
+    options = {name: parse_option(text) for name, text in pairs}
     if len(options) < len(pairs):
         names = [name for name, _ in pairs]
         raise InvalidRequest(
@@ -172,56 +185,56 @@ def query_options(request: Request) -> dict[str, Any]:
     return options
 
 
-def answer_options(options: dict[str, Any], model: type[Answer]) -> Answer:
+def take_response_options(options: dict[str, Any], model: type[OptionsModel]) -> OptionsModel:
     """Those of the options that are about the answer's form, taken out of them. Raises InvalidRequest."""
     taken = {name: options.pop(name) for name in model.__pydantic_fields__ if name in options}
-    return _validated(model, taken)
+    return _validate(model, taken)
 
 
-async def _read(request: Request, share: Share, limit: int) -> Buffer:
+async def _read_body(request: Request, reservation: Reservation, limit: int) -> Buffer:
     """The body; refused as soon as more of it has come than may, and where it does not come by the deadline."""
-    bodies: Bodies = request.scope["app"].state.admission.bodies
-    bodies.begin(share.body)
+    bodies: BodyMemory = request.scope["app"].state.admission.bodies
+    bodies.begin(reservation.body)
     try:
-        return await _received(request, share, bodies, limit)
+        return await _receive_body(request, reservation, bodies, limit)
     except asyncio.CancelledError:
         task = asyncio.current_task()
-        if share.body.ended is None or (task is not None and task.uncancel() > 0):
+        if reservation.body.abort_error is None or (task is not None and task.uncancel() > 0):
             raise
-        raise share.body.ended from None
+        raise reservation.body.abort_error from None
     finally:
-        bodies.end(share.body)
+        bodies.end(reservation.body)
 
 
-async def _received(request: Request, share: Share, bodies: Bodies, limit: int) -> Buffer:
+async def _receive_body(request: Request, reservation: Reservation, bodies: BodyMemory, limit: int) -> Buffer:
     """The body, put together where it comes in pieces."""
     metrics: Metrics = request.scope["app"].state.metrics
-    pieces: Pieces | None = None
+    buffer: BodyBuffer | None = None
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise ClientLeft("the client closed the connection before its body was whole")
+            raise ClientDisconnected("the client closed the connection before its body was whole")
         # The server has given the rest of it up.
-        if given_up := request.scope["state"].get("given_up"):
-            raise given_up
+        if protocol_error := request.scope["state"].get("given_up"):
+            raise protocol_error
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
-        metrics.received(len(chunk))
-        size = len(chunk) if pieces is None else pieces.size + len(chunk)
+        metrics.add_received_bytes(len(chunk))
+        size = len(chunk) if buffer is None else buffer.size + len(chunk)
         if size > limit:
-            raise _too_large(f"more than {limit:,} bytes", limit)
-        if size > UNCOUNTED:
-            bodies.grow(share.body, size)
-        if pieces is None:
+            raise _body_too_large_error(f"more than {limit:,} bytes", limit)
+        if size > MIN_TRACKED_BYTES:
+            bodies.grow(reservation.body, size)
+        if buffer is None:
             if not more:
                 return chunk
-            pieces = Pieces(share.declared or limit)
-        pieces.add(chunk)
+            buffer = BodyBuffer(reservation.declared or limit)
+        buffer.add(chunk)
         if not more:
-            return pieces.together()
+            return buffer.getbuffer()
 
 
-def _too_large(size: str, limit: int) -> BodyTooLarge:
+def _body_too_large_error(size: str, limit: int) -> BodyTooLarge:
     return BodyTooLarge(
         f"the body has {size}; at most {limit:,} are allowed; the operator can change that by CORR2D_MAX_BODY_MB",
         errors=[FieldError("(body)", "the body is over the limit", size, f"{limit:,} bytes")],
@@ -230,48 +243,49 @@ def _too_large(size: str, limit: int) -> BodyTooLarge:
     )
 
 
-def _decoded(
+def _decode_and_validate(
     model: type[Model],
     served: Format,
     coding: str | None,
     body: Buffer,
     limit: int,
     options: Mapping[str, Any],
-    check: Check,
+    check: DecodeCheck,
 ) -> Model:
     if coding is not None:
         body = without_coding(coding, body, limit, check)
     assert served.decode is not None  # noqa: S101 - body_format gives no other
-    return _validated(
-        model, _together(served.decode(body, limit, check), options, model.ANSWER.__pydantic_fields__.keys())
+    return _validate(
+        model,
+        _merge_options(served.decode(body, limit, check), options, model.RESPONSE_OPTIONS.__pydantic_fields__.keys()),
     )
 
 
-def _together(fields: Any, options: Mapping[str, Any], about_answer: KeysView[str]) -> Any:
+def _merge_options(fields: Any, options: Mapping[str, Any], response_options: KeysView[str]) -> Any:
     """The body's fields and the query's. Raises InvalidRequest for a name that is in both, or in the wrong one."""
     if not isinstance(fields, dict):
         return fields
-    misplaced = fields.keys() & about_answer
+    misplaced = fields.keys() & response_options
     if both := misplaced.union(fields.keys() & options.keys()):
         errors = []
         for name in sorted(both):
             where = "belongs in the query string" if name in misplaced else "comes in the body and in the query string"
-            advice = f"?{name}=..." if name in misplaced else "send it once"
-            errors.append(FieldError(name, f'"{name}" {where}: {advice}'))
+            hint = f"?{name}=..." if name in misplaced else "send it once"
+            errors.append(FieldError(name, f'"{name}" {where}: {hint}'))
         raise InvalidRequest(errors[0].message, errors=errors)
     return {**fields, **options} if options else fields
 
 
-def _validated(model: type[Validated], fields: Any) -> Validated:
+def _validate(model: type[Validated], fields: Any) -> Validated:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        errors = field_errors(error.errors(include_url=False), known=_names(model))
+        errors = convert_errors(error.errors(include_url=False), known_names=_list_accepted_names(model))
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise InvalidRequest(errors[0].message + more, errors=errors) from error
 
 
-def _names(model: type[BaseModel]) -> list[str]:
+def _list_accepted_names(model: type[BaseModel]) -> list[str]:
     """The names that a request may use, aliases included."""
     names: list[str] = []
     for name, field in model.model_fields.items():

@@ -15,34 +15,34 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
-from service.admission import UNCOUNTED, share_of
-from service.codec_work import run_codec
-from service.codecs import ENCODED, Format, Parts, png
+from service.codecs import ENCODABLE_FORMATS, BufferList, Format, png
 from service.codecs import json as json_format
 from service.codecs.content_coding import encode as with_coding
-from service.codecs.options import AnswerOptions
-from service.negotiation import Headers, answer_coding, answer_format
+from service.codecs.response_options import ResponseOptions
+from service.negotiation import HeaderFields, negotiate_coding, negotiate_format
+from service.scheduling.admission import MIN_TRACKED_BYTES, get_reservation
+from service.scheduling.codec_jobs import run_codec
 
 RESULT_HEADER = b"corr2d-result"
 
-MAX_HEADER = 4000
+MAX_RESULT_HEADER_BYTES = 4000
 """Bytes of the result header; clients and proxies take 8 kB of all headers together."""
 
-SECONDS_TO_COMPRESS = 100e-9
+COMPRESS_S_PER_NUMBER = 100e-9
 """A number of an answer, in the format it is in."""
 
-SECONDS_FOR_A_LISTED_NUMBER = 200e-9
+ENCODE_S_PER_LISTED_NUMBER = 200e-9
 """A number of a list: a Python object, which is looked at, written, and freed."""
 
-COPIES = {json_format.MEDIA_TYPE: 3.25, png.MEDIA_TYPE: 1.0}
+ENCODED_BYTES_PER_BYTE = {json_format.MEDIA_TYPE: 3.25, png.MEDIA_TYPE: 1.0}
 """Bytes that a format makes of each byte of an array; others are the array's own memory."""
 
-COMPRESSED_COPY = 0.8
+COMPRESSED_BYTES_PER_BYTE = 0.8
 
-FREED_AT_A_TIME = 16
+BUFFERS_FREED_PER_TICK = 16
 """Parts of an answer that is not sent that are freed before other requests have their turn."""
 
-TOGETHER = 1 << 16
+MAX_JOINED_BYTES = 1 << 16
 """Parts of an answer up to this size are sent as one: copying them takes less than another call of the socket."""
 
 
@@ -51,72 +51,72 @@ def as_numpy(array: NDArray[Any] | Tensor) -> NDArray[Any]:
     return np.asarray(array.cpu()) if isinstance(array, Tensor) else array
 
 
-def seconds_to_list(fields: Mapping[str, Any]) -> float:
+def estimate_list_seconds(fields: Mapping[str, Any]) -> float:
     """The time to write the lists among the fields of an answer."""
-    return SECONDS_FOR_A_LISTED_NUMBER * sum(len(value) for value in fields.values() if type(value) is list)
+    return ENCODE_S_PER_LISTED_NUMBER * sum(len(value) for value in fields.values() if type(value) is list)
 
 
-class Answerer:
+class Responder:
     """Answers one request with one result, in the format that it accepts. Made before anything is computed."""
 
     def __init__(
         self,
         request: Request,
-        headers: Headers,
-        options: AnswerOptions,
-        served: Mapping[str, Format] = ENCODED,
+        headers: HeaderFields,
+        options: ResponseOptions,
+        served: Mapping[str, Format] = ENCODABLE_FORMATS,
     ) -> None:
         """`served` are the formats that this endpoint answers in; raises NotAcceptable where none will do."""
-        self.media_type = answer_format(headers.get(b"accept"), tuple(served))
+        self.media_type = negotiate_format(headers.get(b"accept"), tuple(served))
         self._format = served[self.media_type]
-        self._coding = answer_coding(headers.get(b"accept-encoding"))
+        self._coding = negotiate_coding(headers.get(b"accept-encoding"))
         self._options = options
         self._request = request
 
-    def bytes_for(self, result: float) -> float:
+    def estimate_bytes(self, result: float) -> float:
         """Bytes that the response takes, and what it is made from, where the arrays of the result take so many."""
-        copies = COPIES.get(self.media_type, 0.0) + (COMPRESSED_COPY if self._coding else 0.0)
+        copies = ENCODED_BYTES_PER_BYTE.get(self.media_type, 0.0) + (COMPRESSED_BYTES_PER_BYTE if self._coding else 0.0)
         return result * (1 + copies)
 
-    async def __call__(self, **fields: Any) -> "PartsResponse":
+    async def __call__(self, **fields: Any) -> "BufferListResponse":
         """The fields, the array that was asked for first."""
         numbers = size = 0
         for value in fields.values():
             if type(value) is np.ndarray:
                 numbers += value.size
                 size += value.nbytes
-        share = share_of(self._request.scope)
-        needed = self.bytes_for(size)
-        if needed > UNCOUNTED and needed > share.result:
-            share.hold_result(int(needed))
-        a_number = self._format.seconds_to_encode + (SECONDS_TO_COMPRESS if self._coding else 0.0)
-        seconds = numbers * a_number + seconds_to_list(fields)
-        response = await run_codec(self._request, seconds, lambda _: self._encoded(fields), "encode")
+        reservation = get_reservation(self._request.scope)
+        needed = self.estimate_bytes(size)
+        if needed > MIN_TRACKED_BYTES and needed > reservation.result:
+            reservation.reserve_result(int(needed))
+        seconds_per_number = self._format.encode_seconds_per_number + (COMPRESS_S_PER_NUMBER if self._coding else 0.0)
+        seconds = numbers * seconds_per_number + estimate_list_seconds(fields)
+        response = await run_codec(self._request, seconds, lambda _: self._encode(fields), "encode")
         # A reader who takes his time keeps nobody from computing, but he does keep the memory.
-        share.leave()
-        share.hold_body(0)
-        if response.size > UNCOUNTED or share.result:
-            share.hold_result(response.size)
+        reservation.release_slot()
+        reservation.reserve_body(0)
+        if response.size > MIN_TRACKED_BYTES or reservation.result:
+            reservation.reserve_result(response.size)
         return response
 
-    def _encoded(self, fields: dict[str, Any]) -> "PartsResponse":
+    def _encode(self, fields: dict[str, Any]) -> "BufferListResponse":
         assert self._format.encode is not None  # noqa: S101 - answer_format gives no other
         parts = self._format.encode(fields, self._options)
         headers = [(b"vary", b"accept, accept-encoding"), *self._format.headers]
         if self.media_type != json_format.MEDIA_TYPE:
-            headers.append((RESULT_HEADER, _in_header(fields).encode()))
+            headers.append((RESULT_HEADER, _encode_result_header(fields).encode()))
         if self._coding is not None:
             compressed = with_coding(self._coding, parts)
             if compressed is not parts:
                 parts = compressed
                 headers.append((b"content-encoding", self._coding.encode()))
-        return PartsResponse(parts, self.media_type, headers)
+        return BufferListResponse(parts, self.media_type, headers)
 
 
-class PartsResponse(Response):
+class BufferListResponse(Response):
     """A response whose body is sent part by part, as it lies in memory."""
 
-    def __init__(self, parts: Parts, media_type: str, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, parts: BufferList, media_type: str, headers: list[tuple[bytes, bytes]]) -> None:
         # Not Response.__init__: it would join the parts, and takes longer over the header than they do.
         self.size = size = sum(map(len, parts))
         self.status_code = HTTPStatus.OK
@@ -127,36 +127,36 @@ class PartsResponse(Response):
             (b"content-length", b"%d" % size),
             *headers,
         ]
-        self._parts: Parts = [b"".join(parts)] if len(parts) > 1 and size <= TOGETHER else parts
+        self._parts: BufferList = [b"".join(parts)] if len(parts) > 1 and size <= MAX_JOINED_BYTES else parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         del scope, receive
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        if self.size <= TOGETHER:
+        if self.size <= MAX_JOINED_BYTES:
             await send({"type": "http.response.body", "body": self._parts[0], "more_body": False})
             return
         # Each is freed as soon as it is sent; all of them at once would take long.
         parts, self._parts = deque(self._parts), ()
         while parts:
-            if len(parts) % FREED_AT_A_TIME == 0:
+            if len(parts) % BUFFERS_FREED_PER_TICK == 0:
                 await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": parts.popleft(), "more_body": True})
         # Which waits until nearly all of it has been taken: so long the memory is the request's.
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _in_header(fields: dict[str, Any]) -> str:
+def _encode_result_header(fields: dict[str, Any]) -> str:
     """What the body has no room for, as JSON in ASCII; a series that is too long for a header is left out."""
     rest = {
         name: value
         for name, value in fields.items()
-        if not (isinstance(value, np.ndarray) or (isinstance(value, list) and 2 * len(value) > MAX_HEADER))
+        if not (isinstance(value, np.ndarray) or (isinstance(value, list) and 2 * len(value) > MAX_RESULT_HEADER_BYTES))
     }
     if nonfinite := json_format.count_nonfinite(fields):
         rest["nonfinite"] = nonfinite
     written = {name: orjson.dumps(value) for name, value in rest.items()}
-    while sum(map(len, written.values())) > MAX_HEADER:
+    while sum(map(len, written.values())) > MAX_RESULT_HEADER_BYTES:
         longest = max(written, key=lambda name: len(written[name]))
         del rest[longest], written[longest]
     text = orjson.dumps(rest).decode()

@@ -9,12 +9,12 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.keys import keys_in_file, listed_keys
+from service.api_keys import parse_keys, read_keys
 
-PREFIX = "CORR2D_"
+ENV_PREFIX = "CORR2D_"
 
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
-DEFAULT_PORT = re.compile(r"http://.*:80|https://.*:443")
+ORIGIN_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+DEFAULT_PORT_PATTERN = re.compile(r"http://.*:80|https://.*:443")
 
 
 class SettingsError(Exception):
@@ -24,7 +24,7 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """Settings: each description is the help of a flag, a line of `corr2d config` and a row of docs/http-api.md."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -94,23 +94,23 @@ class Settings(BaseSettings):
 
     @field_validator("api_keys")
     @classmethod
-    def _are_keys(cls, keys: SecretStr | None) -> SecretStr | None:
+    def _check_api_keys(cls, keys: SecretStr | None) -> SecretStr | None:
         if keys is not None:
-            listed_keys(keys.get_secret_value())
+            parse_keys(keys.get_secret_value())
         return keys
 
     @field_validator("api_keys_file")
     @classmethod
-    def _holds_keys(cls, path: Path | None) -> Path | None:
+    def _check_api_keys_file(cls, path: Path | None) -> Path | None:
         if path is not None:
-            keys_in_file(path)
+            read_keys(path)
         return path
 
     @field_validator("cors_origins")
     @classmethod
-    def _are_origins(cls, origins: str | None) -> str | None:
-        for origin in () if origins in (None, "*") else _listed(origins):
-            if not ORIGIN.fullmatch(origin) or DEFAULT_PORT.fullmatch(origin):
+    def _check_origins(cls, origins: str | None) -> str | None:
+        for origin in () if origins in (None, "*") else _split_list(origins):
+            if not ORIGIN_PATTERN.fullmatch(origin) or DEFAULT_PORT_PATTERN.fullmatch(origin):
                 raise ValueError(
                     f"{origin!r} is not an origin as browsers send it, such as https://example.org or "
                     "http://localhost:3000: a scheme and a host in small letters, no default port, no path"
@@ -118,32 +118,32 @@ class Settings(BaseSettings):
         return origins
 
     @model_validator(mode="after")
-    def _credentials_have_origins(self) -> Self:
+    def _check_credentials(self) -> Self:
         if self.cors_credentials and self.cors_origins in (None, "*"):
             raise ValueError(
-                f"{PREFIX}CORS_CREDENTIALS needs origins by name, and {PREFIX}CORS_ORIGINS is "
+                f"{ENV_PREFIX}CORS_CREDENTIALS needs origins by name, and {ENV_PREFIX}CORS_ORIGINS is "
                 f"{self.cors_origins or 'unset'}: with *, any page could act with the logins of whoever looks at it"
             )
         return self
 
     @property
-    def locked(self) -> bool:
+    def requires_api_key(self) -> bool:
         """Whether requests need a key."""
         return self.api_keys is not None or self.api_keys_file is not None
 
     @property
     def origins(self) -> list[str]:
         """Those of cors_origins, one by one."""
-        return [] if self.cors_origins is None else _listed(self.cors_origins)
+        return [] if self.cors_origins is None else _split_list(self.cors_origins)
 
     @model_validator(mode="after")
-    def _fits_into_memory(self) -> Self:
+    def _check_compute_memory(self) -> Self:
         if self.memory_mb is not None and self.max_compute_mb is not None:
             half = self.memory_mb / self.workers / 2
             if self.max_compute_mb > half:
                 raise ValueError(
-                    f"{PREFIX}MAX_COMPUTE_MB {self.max_compute_mb:g} is above {half:g}, half of what a worker has of "
-                    f"{PREFIX}MEMORY_MB {self.memory_mb:g}"
+                    f"{ENV_PREFIX}MAX_COMPUTE_MB {self.max_compute_mb:g} is above {half:g}, half of what a worker has of "
+                    f"{ENV_PREFIX}MEMORY_MB {self.memory_mb:g}"
                 )
         return self
 
@@ -153,7 +153,7 @@ def load_settings(**flags: object) -> Settings:
 
     Raises SettingsError with one line that names the setting, what it was and what it may be.
     """
-    _refuse_unknown_variables()
+    _reject_unknown_variables()
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings.model_validate(given)
@@ -163,7 +163,7 @@ def load_settings(**flags: object) -> Settings:
         if not first["loc"]:
             raise SettingsError(message) from error
         name = str(first["loc"][0])
-        variable = PREFIX + name.upper()
+        variable = ENV_PREFIX + name.upper()
         origin = f"--{name.replace('_', '-')}" if name in given else variable
         message = message[0].lower() + message[1:]
         field = Settings.model_fields[name]
@@ -171,14 +171,14 @@ def load_settings(**flags: object) -> Settings:
         raise SettingsError(f"{origin}{value}: {message} ({field.description})") from error
 
 
-def _listed(text: str) -> list[str]:
+def _split_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _refuse_unknown_variables() -> None:
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+def _reject_unknown_variables() -> None:
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     for variable in sorted(os.environ):
-        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
             near = difflib.get_close_matches(variable.upper(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known))}"
             raise SettingsError(f"{variable} is not a setting; {hint}")

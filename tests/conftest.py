@@ -21,7 +21,7 @@ for variable in [name for name in os.environ if name.startswith("CORR2D_")]:
 structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
 
-WITHOUT_HALIDE = Path(__file__).parent / "without_halide"
+WITHOUT_HALIDE_PATH = Path(__file__).parent / "without_halide"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_halide: about an engine that Halide compiles")
     if config.getoption("--without-halide"):
         sys.modules["halide"] = None  # type: ignore[assignment]
-        paths = [str(WITHOUT_HALIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(WITHOUT_HALIDE_PATH), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-NUMPY_PAD = {
+NUMPY_PAD_MODES = {
     "zeros": "constant",
     "constant": "constant",
     "replicate": "edge",
@@ -21,7 +21,7 @@ NUMPY_PAD = {
 }
 
 
-def valid(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
+def correlate_valid(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
     """Y[i, j] = sum over a, b of X[i + a, j + b] K[a, b], for one plane, in the arrays' own precision."""
     h, w = kernel.shape
     output = np.zeros((image.shape[0] - h + 1, image.shape[1] - w + 1), np.result_type(image, kernel))
@@ -33,14 +33,14 @@ def valid(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
     return output
 
 
-def valid_by_windows(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
+def correlate_valid_by_windows(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
     """The same sums for larger images: every window at once."""
     windows = np.lib.stride_tricks.sliding_window_view(image, kernel.shape)
     sums: Floats = np.einsum("ijab,ab->ij", windows, kernel)
     return sums
 
 
-def border(mode: str, size: int) -> tuple[int, int]:
+def compute_border(mode: str, size: int) -> tuple[int, int]:
     """Pixels before and after, along one axis."""
     return {"valid": (0, 0), "same": ((size - 1) // 2, size // 2), "full": (size - 1, size - 1)}[mode]
 
@@ -49,7 +49,7 @@ def pad(image: NDArray[Any], rows: tuple[int, int], columns: tuple[int, int], bo
     """numpy.pad of one plane."""
     if boundary == "constant":
         return np.pad(image, (rows, columns), "constant", constant_values=fill)
-    padded: Floats = np.pad(image, (rows, columns), NUMPY_PAD[boundary])  # type: ignore[call-overload]
+    padded: Floats = np.pad(image, (rows, columns), NUMPY_PAD_MODES[boundary])  # type: ignore[call-overload]
     return padded
 
 
@@ -57,12 +57,14 @@ def correlate(
     image: NDArray[Any], kernel: NDArray[Any], mode: str = "valid", boundary: str = "zeros", fill: float = 0.0
 ) -> Floats:
     """numpy.pad, then the valid loops, for one plane."""
-    return valid(padded(image, kernel.shape, mode, boundary, fill), kernel)
+    return correlate_valid(pad_for_mode(image, kernel.shape, mode, boundary, fill), kernel)
 
 
-def padded(image: NDArray[Any], kernel_size: tuple[int, ...], mode: str, boundary: str, fill: float = 0.0) -> Floats:
+def pad_for_mode(
+    image: NDArray[Any], kernel_size: tuple[int, ...], mode: str, boundary: str, fill: float = 0.0
+) -> Floats:
     """The plane with the border that a mode stands for."""
-    rows, columns = (border(mode, size) for size in kernel_size)
+    rows, columns = (compute_border(mode, size) for size in kernel_size)
     return pad(image, rows, columns, boundary, fill)
 
 
@@ -98,7 +100,7 @@ def conv2d(
     return output
 
 
-def lesson_loop(
+def run_d2l_loop(
     images: torch.Tensor, targets: torch.Tensor, kernel: torch.Tensor, learning_rate: float, steps: int
 ) -> tuple[list[float], torch.Tensor]:
     """The lesson's training loop: a Conv2d without bias, the summed square, the rate times the gradient."""

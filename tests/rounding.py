@@ -4,12 +4,12 @@ import math
 from fractions import Fraction
 
 MANTISSA_BITS = {"float16": 11, "float32": 24, "float64": 53}
-LARGEST_EXPONENT = {"float16": 15, "float32": 127, "float64": 1023}
+MAX_EXPONENTS = {"float16": 15, "float32": 127, "float64": 1023}
 
 
 def round_to(dtype: str, value: Fraction) -> float:
     """Return the number of the dtype nearest to value, ties to even; infinity from the overflow threshold on."""
-    bits, largest = MANTISSA_BITS[dtype], LARGEST_EXPONENT[dtype]
+    bits, largest = MANTISSA_BITS[dtype], MAX_EXPONENTS[dtype]
     if value == 0:
         return 0.0
     exponent = abs(value.numerator).bit_length() - value.denominator.bit_length()

@@ -20,31 +20,31 @@ from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings, load_settings
-from tests.serving import listening, talking_to
+from tests.servers import open_client, start_server
 
 ROOT = Path(__file__).parents[1]
 RUNNERS = {"sh": ["bash", "-e"], "python": [sys.executable, "-"], "js": ["node", "--input-type=module", "-"]}
 
 
 @dataclass(frozen=True)
-class Block:
+class CodeBlock:
     language: str
     text: str
 
 
-def blocks(page: str = "README.md") -> list[Block]:
+def parse_blocks(page: str = "README.md") -> list[CodeBlock]:
     fences = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    return [Block(*fence) for fence in fences]
+    return [CodeBlock(*fence) for fence in fences]
 
 
-def close(shown: Any, got: Any) -> bool:
+def is_close(shown: Any, got: Any) -> bool:
     """Equal, numbers to the digits that a README shows."""
     if isinstance(shown, float) and isinstance(got, float):
         return shown == pytest.approx(got, rel=1e-5, abs=1e-9)
     if isinstance(shown, dict) and isinstance(got, dict):
-        return shown.keys() == got.keys() and all(close(shown[key], got[key]) for key in shown)
+        return shown.keys() == got.keys() and all(is_close(shown[key], got[key]) for key in shown)
     if isinstance(shown, list) and isinstance(got, list):
-        return len(shown) == len(got) and all(map(close, shown, got))
+        return len(shown) == len(got) and all(map(is_close, shown, got))
     if isinstance(shown, str) and isinstance(got, str):
         # What dots stand for depends on the machine.
         return re.fullmatch(".*".join(map(re.escape, shown.split("..."))), got, re.DOTALL) is not None
@@ -53,7 +53,7 @@ def close(shown: Any, got: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with listening(create_app(Settings(device="cpu"))) as address, talking_to(address):
+    with start_server(create_app(Settings(device="cpu"))) as address, open_client(address):
         yield address
 
 
@@ -63,14 +63,14 @@ def servers() -> Iterator[ExitStack]:
         yield stack
 
 
-def served(command: str) -> AbstractContextManager[str]:
+def start_described_service(command: str) -> AbstractContextManager[str]:
     """The address of a service with the flags of such a command."""
     flags = re.findall(r"--([\w-]+) (\S+)", command)
     settings = load_settings(device="cpu", **{name.replace("-", "_"): value for name, value in flags})
-    return listening(create_app(settings))
+    return start_server(create_app(settings))
 
 
-def run(block: Block, address: str, folder: Path) -> str:
+def run_block(block: CodeBlock, address: str, folder: Path) -> str:
     script = block.text.replace("http://localhost:8000", address).replace("localhost:8000", address)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -87,25 +87,25 @@ def run(block: Block, address: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_every_command_gives_the_answer_below_it(
+def test_every_command_gives_the_response_shown_below_it(
     address: str, tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch, servers: ExitStack
 ) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     monkeypatch.chdir(tmp_path)
-    everything = [*blocks(page), Block("", "")]
+    everything = [*parse_blocks(page), CodeBlock("", "")]
     checked = 0
     for block, below in pairwise(everything):
         if block.language not in RUNNERS or block.text.startswith("make "):
             continue
         if block.text.startswith("corr2d serve"):
-            address = servers.enter_context(served(block.text))
-            servers.enter_context(talking_to(address))
+            address = servers.enter_context(start_described_service(block.text))
+            servers.enter_context(open_client(address))
             continue
         if block.language == "js" and shutil.which("node") is None:
             continue
-        output = run(block, address, tmp_path)
+        output = run_block(block, address, tmp_path)
         if below.language == "json":
-            assert close(json.loads(below.text), json.loads(output)), output
+            assert is_close(json.loads(below.text), json.loads(output)), output
         else:
             assert below.language == "text", f"no answer below {block.text}"
             assert doctest.OutputChecker().check_output(below.text, output, doctest.ELLIPSIS), output
@@ -113,19 +113,19 @@ def test_every_command_gives_the_answer_below_it(
     assert checked >= 5 or page != "README.md"
 
 
-def test_the_two_commands_are_there() -> None:
-    (first, *_) = blocks()
+def test_both_commands_are_shown() -> None:
+    (first, *_) = parse_blocks()
     assert first.text.splitlines() == ["make serve", "make test"]
     for line in first.text.splitlines():
         target = line.removeprefix("make ")
         assert re.search(rf"^{target}:.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_the_pictures_are_what_the_commands_draw(tmp_path: Path, address: str) -> None:
+def test_images_match_the_commands_that_draw_them(tmp_path: Path, address: str) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    by_command, over_http = [block for block in blocks() if "-o edges.png" in block.text]
+    by_command, over_http = [block for block in parse_blocks() if "-o edges.png" in block.text]
     for draw in (by_command, over_http):
-        run(draw, address, tmp_path)
+        run_block(draw, address, tmp_path)
         drawn, shown = (np.asarray(Image.open(folder / "edges.png")) for folder in (tmp_path, ROOT / "docs" / "images"))
         np.testing.assert_array_equal(drawn, shown)
         (tmp_path / "edges.png").unlink()

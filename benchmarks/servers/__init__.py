@@ -7,21 +7,21 @@ from servers.dialects import (
     JSON,
     NPY,
     Dialect,
-    Format,
+    WireFormat,
     base64_dialect,
     echo_dialect,
-    nested,
     nested_dialect,
-    npy,
     npy_dialect,
     png_dialect,
     rows_dialect,
     v2_dialect,
+    write_nested,
+    write_npy,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class BenchmarkedServer:
     """How it is started, how it speaks each format that it knows, and what pip installs in an environment of its own.
 
     Without a requirement it runs in the script's environment. In the command {bin} stands for the folder of its
@@ -30,17 +30,17 @@ class Server:
 
     name: str
     command: str
-    dialects: Mapping[Format, Dialect]
+    dialects: Mapping[WireFormat, Dialect]
     requirement: str = ""
 
 
-SUBJECT = "corr2d"
+SUBJECT_NAME = "corr2d"
 
-UVICORN = "{bin}/uvicorn --app-dir {apps} --port {port} --loop uvloop --http httptools --no-access-log "
+UVICORN_COMMAND = "{bin}/uvicorn --app-dir {apps} --port {port} --loop uvloop --http httptools --no-access-log "
 
 SERVERS = (
-    Server(
-        SUBJECT,
+    BenchmarkedServer(
+        SUBJECT_NAME,
         "{bin}/corr2d serve --port {port}",
         {
             "JSON": nested_dialect("/correlate"),
@@ -49,27 +49,27 @@ SERVERS = (
             "PNG": png_dialect("/correlate"),
         },
     ),
-    Server("FastAPI def", UVICORN + "plain_app:app", {"JSON": nested_dialect("/def")}),
-    Server("FastAPI async def", UVICORN + "plain_app:app", {"JSON": nested_dialect("/async")}),
-    Server("FastAPI response model", UVICORN + "plain_app:app", {"JSON": nested_dialect("/model")}),
-    Server(
+    BenchmarkedServer("FastAPI def", UVICORN_COMMAND + "plain_app:app", {"JSON": nested_dialect("/def")}),
+    BenchmarkedServer("FastAPI async def", UVICORN_COMMAND + "plain_app:app", {"JSON": nested_dialect("/async")}),
+    BenchmarkedServer("FastAPI response model", UVICORN_COMMAND + "plain_app:app", {"JSON": nested_dialect("/model")}),
+    BenchmarkedServer(
         "echo",
-        UVICORN + "echo_app:app",
-        {"JSON": echo_dialect("/echo", nested, JSON), "npy": echo_dialect("/echo", npy, NPY)},
+        UVICORN_COMMAND + "echo_app:app",
+        {"JSON": echo_dialect("/echo", write_nested, JSON), "npy": echo_dialect("/echo", write_npy, NPY)},
     ),
-    Server(
+    BenchmarkedServer(
         "LitServe",
         "{bin}/python {apps}/litserve_app.py {port}",
         {"JSON": nested_dialect("/predict")},
         "litserve==0.2.19",
     ),
-    Server(
+    BenchmarkedServer(
         "BentoML",
         "{bin}/bentoml serve --working-dir {apps} --host 127.0.0.1 --port {port} bentoml_app:Correlation",
         {"JSON": rows_dialect("/correlate")},
         "bentoml==1.4.39",
     ),
-    Server(
+    BenchmarkedServer(
         "MLServer",
         "{bin}/python {apps}/mlserver_app.py {port}",
         {"JSON": v2_dialect("/v2/models/correlation/infer")},

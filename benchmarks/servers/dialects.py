@@ -14,19 +14,19 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy import signal
 
-Format: TypeAlias = Literal["JSON", "base64", "npy", "PNG"]
+WireFormat: TypeAlias = Literal["JSON", "base64", "npy", "PNG"]
 Array: TypeAlias = NDArray[Any]
 
 KERNEL = np.array([[1.0, 0.0, -1.0]] * 3)
 
 JSON, NPY, PNG = "application/json", "application/x-npy", "image/png"
 
-TOLERANCE = 1e-5
+OUTPUT_TOLERANCE = 1e-5
 """Absolute, for outputs up to 3 in float32."""
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class ImageProblem:
     """A square image of random numbers from 0 to 1 in all their digits, the same ones every time."""
 
     side: int
@@ -47,47 +47,47 @@ class Dialect:
     """How a server speaks a format: where to, what is written, and whether an answer is right."""
 
     path: str
-    write: Callable[[Problem], bytes]
-    is_right: Callable[[bytes, Problem], bool]
+    write: Callable[[ImageProblem], bytes]
+    is_right: Callable[[bytes, ImageProblem], bool]
     media_type: str = JSON
 
 
-def correlated(image: Array) -> Array:
+def compute_expected(image: Array) -> Array:
     """The right numbers."""
     output: Array = signal.correlate2d(image, KERNEL, mode="valid")
     return output
 
 
-def is_output(answer: ArrayLike, problem: Problem) -> bool:
+def matches_expected(answer: ArrayLike, problem: ImageProblem) -> bool:
     """Whether the array is the problem's answer."""
-    output, expected = np.asarray(answer), correlated(problem.image)
-    return output.shape == expected.shape and np.allclose(output, expected, rtol=0, atol=TOLERANCE)
+    output, expected = np.asarray(answer), compute_expected(problem.image)
+    return output.shape == expected.shape and np.allclose(output, expected, rtol=0, atol=OUTPUT_TOLERANCE)
 
 
 # JSON as nested lists.
 
 
-def nested(problem: Problem) -> bytes:
+def write_nested(problem: ImageProblem) -> bytes:
     """Both arrays."""
     return json.dumps({"input": problem.image.tolist(), "kernel": KERNEL.tolist()}).encode()
 
 
 def nested_dialect(path: str) -> Dialect:
     """As corr2d and most others have it: the answer is an object with an output."""
-    return Dialect(path, nested, lambda answer, problem: is_output(json.loads(answer)["output"], problem))
+    return Dialect(path, write_nested, lambda answer, problem: matches_expected(json.loads(answer)["output"], problem))
 
 
 def rows_dialect(path: str) -> Dialect:
     """The answer is the output itself."""
-    return Dialect(path, nested, lambda answer, problem: is_output(json.loads(answer), problem))
+    return Dialect(path, write_nested, lambda answer, problem: matches_expected(json.loads(answer), problem))
 
 
 def v2_dialect(path: str) -> Dialect:
     """The open inference protocol, version 2: tensors with names, types, shapes and flat data."""
-    return Dialect(path, v2, lambda answer, problem: is_output(from_v2(answer), problem))
+    return Dialect(path, write_v2, lambda answer, problem: matches_expected(parse_v2(answer), problem))
 
 
-def v2(problem: Problem) -> bytes:
+def write_v2(problem: ImageProblem) -> bytes:
     """Two tensors."""
     arrays = {"input": problem.image, "kernel": KERNEL}
     tensors = [
@@ -97,7 +97,7 @@ def v2(problem: Problem) -> bytes:
     return json.dumps({"inputs": tensors}).encode()
 
 
-def from_v2(answer: bytes) -> Array:
+def parse_v2(answer: bytes) -> Array:
     """The first tensor."""
     tensor = json.loads(answer)["outputs"][0]
     return np.reshape(tensor["data"], tensor["shape"])
@@ -108,10 +108,12 @@ def from_v2(answer: bytes) -> Array:
 
 def base64_dialect(path: str) -> Dialect:
     """JSON with float32's bytes in base64, both ways."""
-    return Dialect(f"{path}?arrays=base64", in_base64, lambda answer, problem: is_output(from_base64(answer), problem))
+    return Dialect(
+        f"{path}?arrays=base64", write_base64, lambda answer, problem: matches_expected(parse_base64(answer), problem)
+    )
 
 
-def in_base64(problem: Problem) -> bytes:
+def write_base64(problem: ImageProblem) -> bytes:
     """Both arrays."""
     arrays = {"input": problem.image, "kernel": KERNEL}
     fields = {
@@ -125,7 +127,7 @@ def in_base64(problem: Problem) -> bytes:
     return json.dumps(fields).encode()
 
 
-def from_base64(answer: bytes) -> Array:
+def parse_base64(answer: bytes) -> Array:
     """The output."""
     output = json.loads(answer)["output"]
     return np.frombuffer(base64.b64decode(output["data"]), output["dtype"]).reshape(output["shape"])
@@ -133,10 +135,15 @@ def from_base64(answer: bytes) -> Array:
 
 def npy_dialect(path: str) -> Dialect:
     """float32 in the format of np.save, both ways."""
-    return Dialect(with_kernel(path), npy, lambda answer, problem: is_output(np.load(io.BytesIO(answer)), problem), NPY)
+    return Dialect(
+        add_kernel_query(path),
+        write_npy,
+        lambda answer, problem: matches_expected(np.load(io.BytesIO(answer)), problem),
+        NPY,
+    )
 
 
-def npy(problem: Problem) -> bytes:
+def write_npy(problem: ImageProblem) -> bytes:
     """The image."""
     file = io.BytesIO()
     np.save(file, problem.image.astype(np.float32))
@@ -145,19 +152,19 @@ def npy(problem: Problem) -> bytes:
 
 def png_dialect(path: str) -> Dialect:
     """A grey picture, both ways."""
-    return Dialect(with_kernel(path), png, is_stretched, PNG)
+    return Dialect(add_kernel_query(path), write_png, matches_stretched_image, PNG)
 
 
-def png(problem: Problem) -> bytes:
+def write_png(problem: ImageProblem) -> bytes:
     """The picture."""
     file = io.BytesIO()
     Image.fromarray(problem.picture).save(file, "PNG")
     return file.getvalue()
 
 
-def is_stretched(answer: bytes, problem: Problem) -> bool:
+def matches_stretched_image(answer: bytes, problem: ImageProblem) -> bool:
     """Whether the picture is the answer, its darkest number black and its brightest white, to half a grey and a bit."""
-    expected = correlated(problem.picture.astype(np.float64))
+    expected = compute_expected(problem.picture.astype(np.float64))
     expected -= expected.min()
     if expected.max() > 0:
         expected *= 255 / expected.max()
@@ -165,15 +172,15 @@ def is_stretched(answer: bytes, problem: Problem) -> bool:
     return shown.shape == expected.shape and (expected.size == 1 or np.allclose(shown, expected, rtol=0, atol=0.51))
 
 
-def with_kernel(path: str) -> str:
+def add_kernel_query(path: str) -> str:
     """The path with the kernel in its query."""
     return f"{path}?kernel={quote(json.dumps(KERNEL.tolist(), separators=(',', ':')))}"
 
 
-def echo_dialect(path: str, write: Callable[[Problem], bytes], media_type: str) -> Dialect:
+def echo_dialect(path: str, write: Callable[[ImageProblem], bytes], media_type: str) -> Dialect:
     """The same bytes back."""
-    return Dialect(path, write, partial(_is_what_was_sent, write), media_type)
+    return Dialect(path, write, partial(_matches_sent_bytes, write), media_type)
 
 
-def _is_what_was_sent(write: Callable[[Problem], bytes], answer: bytes, problem: Problem) -> bool:
+def _matches_sent_bytes(write: Callable[[ImageProblem], bytes], answer: bytes, problem: ImageProblem) -> bool:
     return answer == write(problem)

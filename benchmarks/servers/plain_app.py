@@ -8,14 +8,14 @@ from torch.nn import functional
 Rows = list[list[float]]
 
 
-class Request(BaseModel):
+class CorrelationRequest(BaseModel):
     """What comes."""
 
     input: Rows
     kernel: Rows
 
 
-class Answer(BaseModel):
+class CorrelationResponse(BaseModel):
     """What goes, where the author declares it."""
 
     output: Rows
@@ -25,24 +25,24 @@ app = FastAPI()
 
 
 @app.post("/def", response_model=None)
-def in_a_thread(request: Request) -> dict[str, Rows]:
+def correlate_in_thread(request: CorrelationRequest) -> dict[str, Rows]:
     """In a thread of the pool, as FastAPI does with functions that may block."""
-    return {"output": correlated(request)}
+    return {"output": correlate(request)}
 
 
 @app.post("/async", response_model=None)
-async def on_the_loop(request: Request) -> dict[str, Rows]:
+async def correlate_on_loop(request: CorrelationRequest) -> dict[str, Rows]:
     """On the event loop."""
-    return {"output": correlated(request)}
+    return {"output": correlate(request)}
 
 
 @app.post("/model")
-async def with_a_model(request: Request) -> Answer:
+async def correlate_with_model(request: CorrelationRequest) -> CorrelationResponse:
     """On the event loop, the answer checked and written by pydantic."""
-    return Answer(output=correlated(request))
+    return CorrelationResponse(output=correlate(request))
 
 
-def correlated(request: Request) -> Rows:
+def correlate(request: CorrelationRequest) -> Rows:
     """The output as lists."""
     image, kernel = torch.tensor(request.input), torch.tensor(request.kernel)
     output: Rows = functional.conv2d(image[None, None], kernel[None, None])[0, 0].tolist()

@@ -15,28 +15,28 @@ from time import monotonic, sleep
 
 import httpx
 
-from servers import Server
-from servers.dialects import Dialect, Problem
+from servers import BenchmarkedServer
+from servers.dialects import Dialect, ImageProblem
 
-APPS = Path(__file__).parent
-ONE_THREAD = {"CORR2D_THREADS": "1", "OMP_NUM_THREADS": "1"}
+APPS_FOLDER = Path(__file__).parent
+ONE_THREAD_VARIABLES = {"CORR2D_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
-START_TIMEOUT, STOP_TIMEOUT, ANSWER_TIMEOUT = 60.0, 15.0, 60.0
+START_TIMEOUT_S, STOP_TIMEOUT_S, RESPONSE_TIMEOUT_S = 60.0, 15.0, 60.0
 """Seconds."""
 
-IDLE_TICKS = 1
+MAX_IDLE_TICKS = 1
 """Hundredths of a second of processor time in a fifth of a second: timers and heartbeats need no more."""
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """What cannot be measured, and why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningServer:
     """A server that answers."""
 
-    server: Server
+    server: BenchmarkedServer
     pid: int
     client: httpx.Client
 
@@ -51,25 +51,25 @@ class Running:
         try:
             response = self.client.post(dialect.path, content=body, headers=headers)
         except httpx.HTTPError as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
+            raise UnavailableError(f"{type(error).__name__}: {error}") from error
         if not response.is_success:
-            raise Unavailable(f"{response.status_code}: {response.text[:160]}")
+            raise UnavailableError(f"{response.status_code}: {response.text[:160]}")
         return response.content
 
-    def check(self, dialect: Dialect, body: bytes, problem: Problem) -> None:
+    def check(self, dialect: Dialect, body: bytes, problem: ImageProblem) -> None:
         """Raises Unavailable where the answer is not right."""
         answer = self.answer(dialect, body)
         if not dialect.is_right(answer, problem):
-            raise Unavailable(f"a wrong answer: {answer[:80]!r}")
+            raise UnavailableError(f"a wrong answer: {answer[:80]!r}")
 
     def settle(self) -> None:
         """Wait until it works no more: what a start or a load leaves to be done would take the next one's core."""
-        deadline = monotonic() + ANSWER_TIMEOUT
+        deadline = monotonic() + RESPONSE_TIMEOUT_S
         ticks = self._ticks()
         while monotonic() < deadline:
             sleep(0.2)
             before, ticks = ticks, self._ticks()
-            if ticks - before <= IDLE_TICKS:
+            if ticks - before <= MAX_IDLE_TICKS:
                 return
 
     def resident(self) -> int:
@@ -82,88 +82,88 @@ class Running:
 
     def forget_peak(self) -> None:
         """Peaks count from here."""
-        for pid in family(self.pid):
+        for pid in list_process_tree(self.pid):
             Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
 
     def _bytes(self, field: str) -> int:
-        statuses = (Path(f"/proc/{pid}/status").read_text(encoding="utf-8") for pid in family(self.pid))
+        statuses = (Path(f"/proc/{pid}/status").read_text(encoding="utf-8") for pid in list_process_tree(self.pid))
         return sum(1024 * int(status.partition(f"{field}:")[2].split()[0]) for status in statuses)
 
     def _ticks(self) -> int:
-        stats = (Path(f"/proc/{pid}/stat").read_text(encoding="utf-8") for pid in family(self.pid))
+        stats = (Path(f"/proc/{pid}/stat").read_text(encoding="utf-8") for pid in list_process_tree(self.pid))
         return sum(sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats)
 
 
-def family(pid: int) -> list[int]:
+def list_process_tree(pid: int) -> list[int]:
     """The process, its children and theirs."""
     with contextlib.suppress(FileNotFoundError):
         listed = [file.read_text(encoding="ascii") for file in Path(f"/proc/{pid}/task").glob("*/children")]
-        return [pid, *(member for child in " ".join(listed).split() for member in family(int(child)))]
+        return [pid, *(member for child in " ".join(listed).split() for member in list_process_tree(int(child)))]
     return []
 
 
 @contextlib.contextmanager
-def running(server: Server, core: int, folder: Path) -> Iterator[Running]:
+def run_server(server: BenchmarkedServer, core: int, folder: Path) -> Iterator[RunningServer]:
     """The server, on that core, once it gave a right answer and came to rest; its log lies in the folder.
 
     Raises Unavailable where it cannot be installed or gives no right answer.
     """
-    programs, port, log = environment(server), free_port(), folder / f"{server.name}.log"
-    command = [word.format(bin=programs, apps=APPS, port=port) for word in shlex.split(server.command)]
+    programs, port, log = install_environment(server), find_free_port(), folder / f"{server.name}.log"
+    command = [word.format(bin=programs, apps=APPS_FOLDER, port=port) for word in shlex.split(server.command)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["taskset", "--cpu-list", str(core), *command],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | ONE_THREAD,
+            env=os.environ | ONE_THREAD_VARIABLES,
             cwd=folder,
             start_new_session=True,  # Ctrl-C is for this script, which then stops it
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_TIMEOUT, trust_env=False) as client:
-            one = Running(server, process.pid, client)
-            wait_for(one, process, log)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=RESPONSE_TIMEOUT_S, trust_env=False) as client:
+            one = RunningServer(server, process.pid, client)
+            wait_until_correct(one, process, log)
             one.settle()
             yield one
     finally:
-        stop(process)
+        stop_server(process)
 
 
-def wait_for(one: Running, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_correct(one: RunningServer, process: subprocess.Popen[bytes], log: Path) -> None:
     """Return at the first right answer; raises Unavailable where there is none in time."""
-    dialect, problem, deadline = one.server.dialects["JSON"], Problem(3), monotonic() + START_TIMEOUT
+    dialect, problem, deadline = one.server.dialects["JSON"], ImageProblem(3), monotonic() + START_TIMEOUT_S
     while True:
         try:
             return one.check(dialect, dialect.write(problem), problem)
-        except Unavailable as reason:
+        except UnavailableError as reason:
             if process.poll() is not None:
                 last_line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-                raise Unavailable(f"stopped with {process.returncode}: {last_line}") from reason
+                raise UnavailableError(f"stopped with {process.returncode}: {last_line}") from reason
             if monotonic() > deadline:
                 raise
         sleep(0.2)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop_server(process: subprocess.Popen[bytes]) -> None:
     """Ask it to end, and end what is left: not all of them take their children along."""
-    members = family(process.pid)
+    members = list_process_tree(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_TIMEOUT)
+        process.wait(STOP_TIMEOUT_S)
     for pid in members:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, SIGKILL)
     process.wait()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """One that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
 
 
-def environment(server: Server) -> Path:
+def install_environment(server: BenchmarkedServer) -> Path:
     """The folder of the server's programs; what it requires is installed first, unless an earlier run did that.
 
     Raises Unavailable where it cannot be.
@@ -185,6 +185,6 @@ def environment(server: Server) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = done.stderr.strip().rpartition("\n")[2]
-                raise Unavailable(f"{' '.join(requirements)} cannot be installed: {reason}")
+                raise UnavailableError(f"{' '.join(requirements)} cannot be installed: {reason}")
         stamp.write_text("\n".join(requirements), encoding="utf-8")
     return folder / "bin"

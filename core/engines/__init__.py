@@ -12,12 +12,12 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from core.arrays import Array, Solve, as_torch
+from core.arrays import Array, ConvolveFn, as_torch
 from core.engines import block_fft, column_fft, implicit_gemm, separable, slices, stencil, torch_conv, torch_fft
 from core.engines.slices import Check
 from core.errors import MethodUnavailable
 from core.machine import Machine, this_machine
-from core.shapes import Cuts, Problem, one_of
+from core.shapes import Problem, SliceUnits, require_one_of
 
 Method = Literal["auto", "direct", "fft", "separable"]
 
@@ -28,7 +28,7 @@ class Engine(Protocol):
     METHOD: str
     """The family it belongs to, as `method` names it."""
 
-    def obstacle(self, problem: Problem, /) -> str | None:
+    def unsupported_reason(self, problem: Problem, /) -> str | None:
         """Why it cannot solve the problem, or None."""
 
     def seconds(self, problem: Problem, machine: Machine, /) -> float:
@@ -40,13 +40,13 @@ class Engine(Protocol):
     def temporary_bytes(self, problem: Problem, machine: Machine, /) -> int:
         """The most memory that a run takes beside input, weight and output, whatever the values are."""
 
-    def cuts(self, problem: Problem, machine: Machine, /) -> Cuts:
+    def slice_units(self, problem: Problem, machine: Machine, /) -> SliceUnits:
         """Along which axes the problem may be cut into slices that together take no longer than the whole."""
 
-    def plan(self, problem: Problem, machine: Machine, /) -> Solve:
+    def plan(self, problem: Problem, machine: Machine, /) -> ConvolveFn:
         """How to do it: a function that is kept and called, by many threads at a time, whenever the problem returns."""
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Do what the first run would otherwise wait for, as far as a service is willing to start later for it."""
 
 
@@ -60,13 +60,13 @@ ENGINES: Mapping[str, Engine] = {
     "torch_fft": torch_fft,
 }
 
-ALL = tuple(ENGINES)
+ALL_ENGINES = tuple(ENGINES)
 
-IN_CALLING_THREAD = frozenset(ENGINES) - {"torch", "torch_fft"}
+CALLING_THREAD_ENGINES = frozenset(ENGINES) - {"torch", "torch_fft"}
 """Engines that compute a small problem in the calling thread alone; torch's wait for the threads of a pool."""
 
-WASTE = 0.1
-GAIN = 0.7
+MAX_RANK_CHECK_FRACTION = 0.1
+MAX_RANK_CHECK_SAVING_FRACTION = 0.7
 """What a look at the kernel's rank may waste and take, as shares of the choice's time and of that it may save."""
 
 
@@ -122,20 +122,22 @@ def choose(
     problem: Problem,
     method: Method = "auto",
     machine: Machine | None = None,
-    engines: tuple[str, ...] = ALL,
+    engines: tuple[str, ...] = ALL_ENGINES,
 ) -> Choice:
     """The engine with the least predicted time among those that can solve the problem by that method.
 
     A pure function: the same problem and machine get the same choice. Raises MethodUnavailable with every engine's
     reason where there is none.
     """
-    one_of("method", method, Method)
+    require_one_of("method", method, Method)
     machine = machine or this_machine()
     unsupported: dict[str, str] = {}
     predictions: dict[str, float] = {}
     for name in engines:
         engine = ENGINES[name]
-        reason = f"works by {engine.METHOD}" if method not in ("auto", engine.METHOD) else engine.obstacle(problem)
+        reason = (
+            f"works by {engine.METHOD}" if method not in ("auto", engine.METHOD) else engine.unsupported_reason(problem)
+        )
         if reason is None:
             predictions[name] = engine.seconds(problem, machine)
         else:
@@ -150,13 +152,13 @@ def choose(
     return Choice(fastest, predictions[fastest], predictions, unsupported)
 
 
-def prepare() -> None:
+def warm_up() -> None:
     """Make ready every engine that can run on this machine."""
     for engine in ENGINES.values():
-        engine.prepare()
+        engine.warm_up()
 
 
-def solve(
+def run_engine(
     problem: Problem,
     images: Array,
     weight: Array,
@@ -164,7 +166,7 @@ def solve(
     shape: tuple[int, ...],
     method: Method = "auto",
     machine: Machine | None = None,
-    engines: tuple[str, ...] = ALL,
+    engines: tuple[str, ...] = ALL_ENGINES,
     check: Check | None = None,
 ) -> Result:
     """Run the chosen engine. Shapes as in Solve; `shape` is how the caller wants the output's (N, O, oh, ow).
@@ -173,72 +175,80 @@ def solve(
     raises ends the computation.
     """
     machine = machine or this_machine()
-    choice, looks, run, parts = _planned(problem, method, machine, engines)
+    choice, max_rank_checked, run, slice_count = _make_plan(problem, method, machine, engines)
     kernel: Array | separable.Factors = weight
-    if looks or choice.engine == "separable":
-        factors = separable.find_factors(weight, looks or separable.MAX_RANK)
+    if max_rank_checked or choice.engine == "separable":
+        factors = separable.find_factors(weight, max_rank_checked or separable.MAX_RANK)
         rank = separable.MAX_RANK + 1 if factors is None else len(factors.rows)
-        problem = _of_rank(problem, rank)
-        choice, _, run, parts = _planned(problem, method, machine, engines)
+        problem = _with_rank(problem, rank)
+        choice, _, run, slice_count = _make_plan(problem, method, machine, engines)
         if choice.engine == "separable" and factors is not None:
             kernel = factors
     start = time.perf_counter()
-    if parts <= 1:
+    if slice_count <= 1:
         output = run(images, kernel, bias)
     else:
-        output = slices.run(problem, ENGINES[choice.engine], machine, parts, images, kernel, bias, check)
+        output = slices.run_slices(problem, ENGINES[choice.engine], machine, slice_count, images, kernel, bias, check)
     seconds = time.perf_counter() - start
     return Result(output.reshape(shape), choice, seconds)
 
 
-class _Planned(NamedTuple):
+class _CachedPlan(NamedTuple):
     """The choice, up to which rank to look before it counts, the chosen engine's plan, and the number of slices."""
 
     choice: Choice
-    looks: int
-    solve: Solve
+    max_rank_checked: int
+    solve: ConvolveFn
     slices: float
 
 
 @lru_cache(maxsize=256)
-def _planned(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> _Planned:
-    choice, looks = outlook(problem, method, machine, engines)
+def _make_plan(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> _CachedPlan:
+    choice, max_rank_checked = choose_before_rank(problem, method, machine, engines)
     engine = ENGINES[choice.engine]
-    parts = slices.count(problem, engine, machine, choice.seconds)
-    return _Planned(choice, looks, engine.plan(problem, machine), parts)
+    slice_count = slices.count_slices(problem, engine, machine, choice.seconds)
+    return _CachedPlan(choice, max_rank_checked, engine.plan(problem, machine), slice_count)
 
 
 def peak_bytes(problem: Problem, choice: Choice, machine: Machine) -> int:
     """The most memory that solving the problem as chosen takes: its arrays, and what an engine takes beside them."""
     engine = ENGINES[choice.engine]
-    parts = slices.count(problem, engine, machine, choice.seconds)
-    return problem.bytes + slices.temporary_bytes(problem, engine, machine, parts)
+    slice_count = slices.count_slices(problem, engine, machine, choice.seconds)
+    return problem.total_bytes + slices.temporary_bytes(problem, engine, machine, slice_count)
 
 
 @lru_cache(maxsize=256)
-def outlook(problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]) -> tuple[Choice, int]:
+def choose_before_rank(
+    problem: Problem, method: Method, machine: Machine, engines: tuple[str, ...]
+) -> tuple[Choice, int]:
     """The choice for a kernel of unknown rank, and up to which rank to look at the kernel, which could change it.
 
     Looking takes time, which most kernels waste and those of low rank repay: it has to be short beside what the choice
     would take, and beside what a low rank would save. The choice counts only where nobody looks.
     """
-    if problem.rank is not None or not problem.single or method not in ("auto", "separable"):
+    if problem.rank is not None or not problem.is_single_plane or method not in ("auto", "separable"):
         return choose(problem, method, machine, engines), 0
-    one, others = _of_rank(problem, 1), tuple(name for name in engines if name != "separable")
+    one, others = _with_rank(problem, 1), tuple(name for name in engines if name != "separable")
     if method == "separable" or not others:
         return choose(one, method, machine, engines), separable.MAX_RANK
-    if others == engines or separable.obstacle(one):
+    if others == engines or separable.unsupported_reason(one):
         return choose(problem, method, machine, engines), 0
     choice = choose(problem, method, machine, engines)
-    worth = []
+    worthwhile_ranks = []
     for rank in range(1, separable.MAX_RANK + 1):
-        look, waste = separable.seconds_to_look(problem, rank), separable.seconds_to_reject(problem, rank)
-        saved = choice.seconds - separable.seconds(_of_rank(problem, rank), machine)
-        if waste < WASTE * choice.seconds and look < GAIN * (saved + look):
-            worth.append(rank)
-    return choice, max(worth, default=0)
+        check_seconds, rejection_seconds = (
+            separable.rank_check_seconds(problem, rank),
+            separable.rank_rejection_seconds(problem, rank),
+        )
+        saved = choice.seconds - separable.seconds(_with_rank(problem, rank), machine)
+        if (
+            rejection_seconds < MAX_RANK_CHECK_FRACTION * choice.seconds
+            and check_seconds < MAX_RANK_CHECK_SAVING_FRACTION * (saved + check_seconds)
+        ):
+            worthwhile_ranks.append(rank)
+    return choice, max(worthwhile_ranks, default=0)
 
 
 @lru_cache(maxsize=256)
-def _of_rank(problem: Problem, rank: int) -> Problem:
+def _with_rank(problem: Problem, rank: int) -> Problem:
     return replace(problem, rank=rank)

@@ -25,35 +25,35 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from core.arrays import Solve
-from core.engines import fourier, jit, precision
-from core.engines.fourier import Complex, Signed, Transform, constant, pair, table
-from core.engines.jit import Plane, Recipe
-from core.engines.precision import Seen, dtype_of
+from core.arrays import ConvolveFn
+from core.engines import halide_jit, precision, stockham
+from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines.precision import TransformEstimate, dtype_name
+from core.engines.stockham import ComplexExpr, SignedExpr, Transform, complex_parts, constant, constant_table
 from core.machine import Machine
-from core.shapes import Cuts, Dtype, Pair, Problem
+from core.shapes import Dtype, Pair, Problem, SliceUnits
 
 METHOD = "fft"
 
-PHASES = 8
+COLUMN_PHASES = 8
 """More would cost products, fewer longer transforms. Eight float32 are half a line of the cache: of W, with its two
 times eight numbers, every unaligned vector lies within one line. (Sixteen were measured: 1.3 times slower.)"""
 
-ROWS = {256: (8, 8, 4), 512: (8, 8, 8)}
+BLOCK_ROW_RADICES = {256: (8, 8, 4), 512: (8, 8, 8)}
 """N, the rows of a block, and the steps of their transforms; the first is even."""
 
-VECTORS = {24: (8, 3), 40: (8, 5), 64: (8, 8)}
+BLOCK_VECTOR_RADICES = {24: (8, 3), 40: (8, 5), 64: (8, 8)}
 """M', the columns of a block divided by the phases, and the steps of their transforms. Every pair of N and M' takes a
 second and a half to compile: few are enough."""
 
-TOGETHER = 4
+GATHERED_COLUMN_VECTORS = 4
 """Vectors of columns of a tall block whose pixels are collected together: rows of the plane are far from each other."""
 
-TASKS = 8
+TASKS_PER_THREAD = 8
 """For each thread."""
 
 
-class Block(NamedTuple):
+class FFTBlock(NamedTuple):
     """N and M'."""
 
     rows: int
@@ -62,45 +62,45 @@ class Block(NamedTuple):
     @property
     def columns(self) -> int:
         """Of a block."""
-        return PHASES * self.vectors
+        return COLUMN_PHASES * self.vectors
 
 
-BLOCKS = [Block(rows, vectors) for rows in ROWS for vectors in VECTORS]
+FFT_BLOCKS = [FFTBlock(rows, vectors) for rows in BLOCK_ROW_RADICES for vectors in BLOCK_VECTOR_RADICES]
 """The last is the largest in both directions."""
 
-NEAR = 100_000
+MAX_L2_BLOCK_POINTS = 100_000
 """Points of a block that stays in the second cache; a larger one takes longer, and threads wait for each other."""
 
 
-def _costs(block: Block) -> tuple[int, float, float]:
+def _block_cost_ns(block: FFTBlock) -> tuple[int, float, float]:
     """Points of a block, and what takes each so many nanoseconds: once, and once more for the share of it that is kept.
 
     That is the transform down the columns and back, and all the rest. Fitted to measurements.
     """
     points = block.rows * block.columns
-    far = 1.05 if points < NEAR else 1.25
+    far = 1.05 if points < MAX_L2_BLOCK_POINTS else 1.25
     down = 0.095 * math.log2(block.rows)
     return points, far * down, far * (0.5 + down + 0.19 * math.log2(block.vectors))
 
 
-COSTS = {block: _costs(block) for block in BLOCKS}
+BLOCK_COSTS_NS = {block: _block_cost_ns(block) for block in FFT_BLOCKS}
 
-CALL = 2e-5
-CALL_OF_A_PAIR = 1.5e-5
+CALL_OVERHEAD_S = 2e-5
+BLOCK_PAIR_OVERHEAD_S = 1.5e-5
 """Seconds of a call from Python with all that surrounds it, measured."""
 
-OF_ANOTHER_THREAD = 0.4
+SPEEDUP_PER_EXTRA_THREAD = 0.4
 """What another thread adds to the speed."""
 
-KEPT = 2
+MAX_IDLE_SCRATCHES = 2
 """Scratches that are kept for the next call: new memory would cost page faults, twice the time of the work itself."""
 
 
-def obstacle(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     """One kernel over single planes, smaller than a block."""
-    reason = jit.obstacle_of_planes(problem)
-    if reason is None and not _fits(problem.kernel_height, problem.kernel_width, BLOCKS[-1]):
-        return f"needs a kernel smaller than {BLOCKS[-1].rows} x {BLOCKS[-1].columns}"
+    reason = halide_jit.single_plane_unsupported_reason(problem)
+    if reason is None and not _fits_in_block(problem.kernel_height, problem.kernel_width, FFT_BLOCKS[-1]):
+        return f"needs a kernel smaller than {FFT_BLOCKS[-1].rows} x {FFT_BLOCKS[-1].columns}"
     if reason is None and problem.output_size[1] <= (lanes := _column_lanes(problem.dtype)):
         return f"needs an output of more than {lanes} columns"
     return reason
@@ -109,90 +109,100 @@ def obstacle(problem: Problem) -> str | None:
 def seconds(problem: Problem, machine: Machine) -> float:
     """A call, the transform of the kernel, and pairs of blocks."""
     rows, columns = problem.output_size
-    plan = _cheapest(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)
-    threads = machine.threads if plan.pair >= 2 * jit.WORTH_A_THREAD else 1
-    work = plan.of_kernel + plan.pairs * (CALL_OF_A_PAIR + plan.pair)
-    memory = (jit.memory_seconds(problem, machine) + jit.page_seconds(problem)) / machine.threads
-    return machine.compiling + CALL + problem.batch * work / (1 + OF_ANOTHER_THREAD * (threads - 1)) + memory
+    plan = _choose_block(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)
+    threads = machine.threads if plan.pair >= 2 * halide_jit.MIN_THREAD_WORK_S else 1
+    work = plan.kernel_seconds + plan.pairs * (BLOCK_PAIR_OVERHEAD_S + plan.pair)
+    memory = (halide_jit.memory_seconds(problem, machine) + halide_jit.page_fault_seconds(problem)) / machine.threads
+    return (
+        machine.compile_seconds
+        + CALL_OVERHEAD_S
+        + problem.batch * work / (1 + SPEEDUP_PER_EXTRA_THREAD * (threads - 1))
+        + memory
+    )
 
 
 def operations(problem: Problem, machine: Machine) -> float:
     """Transforms of all pairs of blocks, there and back, and the products between them."""
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
-    plan = _cheapest(rows, columns, h, w, problem.dtype, machine)
+    plan = _choose_block(rows, columns, h, w, problem.dtype, machine)
     points = plan.block.rows * plan.block.columns
-    return problem.batch * plan.pairs * points * (10 * math.log2(points) + 8 * PHASES)
+    return problem.batch * plan.pairs * points * (10 * math.log2(points) + 8 * COLUMN_PHASES)
 
 
-def plan(problem: Problem, machine: Machine) -> Solve:
+def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """How to do it."""
-    return precision.plan(problem, _border_tile(problem), functools.partial(_in_blocks, machine))
+    return precision.plan_within_bound(
+        problem, _min_border_size(problem), functools.partial(_correlate_by_blocks, machine)
+    )
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """The scratches of both types, and what all compiled transforms take."""
     del machine
-    return 7 * (4 + 8) * BLOCKS[-1].rows * BLOCKS[-1].columns + precision.temporary_bytes(
-        problem, _border_tile(problem)
+    return 7 * (4 + 8) * FFT_BLOCKS[-1].rows * FFT_BLOCKS[-1].columns + precision.temporary_bytes(
+        problem, _min_border_size(problem)
     )
 
 
-def cuts(problem: Problem, machine: Machine) -> Cuts:
+def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
     """Whole blocks."""
     rows, columns = problem.output_size
     h, w = problem.kernel_height, problem.kernel_width
-    block = _cheapest(rows, columns, h, w, problem.dtype, machine).block
+    block = _choose_block(rows, columns, h, w, problem.dtype, machine).block
     return {"batch": 1, "rows": block.rows - h + 1, "columns": 4 * (block.columns - w + 1)}
 
 
-def _border_tile(problem: Problem) -> Pair:
+def _min_border_size(problem: Problem) -> Pair:
     """Sides of a border narrower than that would cost as much as whole blocks."""
     return 8, 2 * _column_lanes(problem.dtype)
 
 
-def prepare() -> None:
+def warm_up() -> None:
     """Nothing: every size of block takes a second or two to compile, when it is first needed."""
 
 
-class _Plan(NamedTuple):
+class _BlockPlan(NamedTuple):
     """A size of block, how many pairs of them there are, and seconds of one thread for a pair and for the kernel."""
 
-    block: Block
+    block: FFTBlock
     pairs: int
     pair: float
-    of_kernel: float
+    kernel_seconds: float
 
 
-def _fits(h: int, w: int, block: Block) -> bool:
+def _fits_in_block(h: int, w: int, block: FFTBlock) -> bool:
     """Enough output is left of a block."""
-    return h <= block.rows - 7 and w <= block.columns - 4 * PHASES
+    return h <= block.rows - 7 and w <= block.columns - 4 * COLUMN_PHASES
 
 
 @functools.lru_cache(maxsize=256)
-def _cheapest(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _Plan:
+def _choose_block(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _BlockPlan:
     plans = []
     # The formula was fitted to a machine of 1e11 float32 operations per second.
     slower = 1e-9 * 1e11 / machine.flops * (1 if dtype == "float32" else 2)
-    for block, (points, down, across) in COSTS.items():
-        if not _fits(h, w, block):
+    for block, (points, down, across) in BLOCK_COSTS_NS.items():
+        if not _fits_in_block(h, w, block):
             continue
         width = block.columns - w + 1
         pairs = -(-(-(-rows // (block.rows - h + 1)) * -(-columns // width)) // 2)
         pair = points * (across + down * width / block.columns) * slower
-        plans.append((0.5 * points * slower + pairs * (CALL_OF_A_PAIR + pair), block, pairs, pair))
+        plans.append((0.5 * points * slower + pairs * (BLOCK_PAIR_OVERHEAD_S + pair), block, pairs, pair))
     _, block, pairs, pair = min(plans)
-    return _Plan(block, pairs, pair, 0.5 * COSTS[block][0] * slower)
+    return _BlockPlan(block, pairs, pair, 0.5 * BLOCK_COSTS_NS[block][0] * slower)
 
 
-def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Seen]:
-    (h, w), (rows, columns), dtype = kernel.shape, output.shape, dtype_of(plane)
-    surveyed = fourier.survey(plane, kernel)
-    seen = surveyed.seen(plane.dtype)
+def _correlate_by_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[TransformEstimate]:
+    (h, w), (rows, columns), dtype = kernel.shape, output.shape, dtype_name(plane)
+    stats = stockham.compute_stats(plane, kernel)
+    seen = stats.seen(plane.dtype)
     if not math.isfinite(seen.size):
         return [seen]
-    middle = float(plane.dtype.type(surveyed.middle))
-    plan = _cheapest(rows, columns, h, w, dtype, machine)
-    block, tasks = plan.block, jit.tasks(machine, TASKS) if plan.pair >= 2 * jit.WORTH_A_THREAD else 1
+    middle = float(plane.dtype.type(stats.middle))
+    plan = _choose_block(rows, columns, h, w, dtype, machine)
+    block, tasks = (
+        plan.block,
+        halide_jit.choose_task_count(machine, TASKS_PER_THREAD) if plan.pair >= 2 * halide_jit.MIN_THREAD_WORK_S else 1,
+    )
     lanes = _column_lanes(dtype)
     # All blocks have one size; the last of a row or column moves inwards.
     height = -(-rows // -(-rows // (block.rows - h + 1)))
@@ -205,19 +215,19 @@ def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> 
     half = -(-len(corners) // 2)
     padded = np.zeros((h, -(-w // (2 * lanes)) * 2 * lanes), plane.dtype)
     padded[:, :w] = kernel
-    with _scratch(block, dtype) as scratch:
-        _spectrum(block, dtype)(padded, tasks, *scratch.kernel)
-        pipeline = _pipeline(block, dtype)
-        numbers = middle, middle * surveyed.total, tasks
+    with _borrow_scratch(block, dtype) as scratch:
+        _kernel_spectrum_pipeline(block, dtype)(padded, tasks, *scratch.kernel)
+        pipeline = _block_pipeline(block, dtype)
+        numbers = middle, middle * stats.total, tasks
         between = [*scratch.spectrum, *(part[:, :, : -(-width // lanes)] for part in scratch.back)]
         for corner, partner in zip(corners[:half], [*corners[half:], None], strict=False):
-            one, first = _pixels(plane, corner, height + h - 1, block, middle), _part(output, corner, height, width)
+            one, first = _read_block(plane, corner, height + h - 1, block, middle), _crop(output, corner, height, width)
             if partner is None:
                 pipeline(one, one, *scratch.kernel, *numbers, *between, first, np.empty_like(first))
                 continue
             other, second = (
-                _pixels(plane, partner, height + h - 1, block, middle),
-                _part(output, partner, height, width),
+                _read_block(plane, partner, height + h - 1, block, middle),
+                _crop(output, partner, height, width),
             )
             # Two threads must not write one number.
             apart = abs(partner[0] - corner[0]) >= height or abs(partner[1] - corner[1]) >= width
@@ -228,9 +238,9 @@ def _in_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> 
     return [seen]
 
 
-def _pixels(plane: Plane, corner: Pair, rows: int, block: Block, middle: float) -> Plane:
+def _read_block(plane: Plane, corner: Pair, rows: int, block: FFTBlock, middle: float) -> Plane:
     """What a block reads, filled up to its width with what will be subtracted."""
-    part = _part(plane, corner, rows, block.columns)
+    part = _crop(plane, corner, rows, block.columns)
     if part.shape[1] == block.columns:
         return part
     filled = np.full((rows, block.columns), middle, plane.dtype)
@@ -238,13 +248,13 @@ def _pixels(plane: Plane, corner: Pair, rows: int, block: Block, middle: float) 
     return filled
 
 
-def _part(array: Plane, corner: Pair, rows: int, columns: int) -> Plane:
+def _crop(array: Plane, corner: Pair, rows: int, columns: int) -> Plane:
     return array[corner[0] : corner[0] + rows, corner[1] : corner[1] + columns]
 
 
 def _column_lanes(dtype: Dtype) -> int:
     """Columns that are transformed side by side: a natural vector, or a vector of phases where that is longer."""
-    return max(PHASES, jit.lanes(dtype))
+    return max(COLUMN_PHASES, halide_jit.vector_lanes(dtype))
 
 
 class _Scratch(NamedTuple):
@@ -255,51 +265,53 @@ class _Scratch(NamedTuple):
     kernel: list[Plane]
 
 
-_kept: list[tuple[tuple[Block, Dtype], _Scratch]] = []
-_keeping = threading.Lock()
+_idle_scratches: list[tuple[tuple[FFTBlock, Dtype], _Scratch]] = []
+_idle_scratches_lock = threading.Lock()
 
 
 @contextmanager
-def _scratch(block: Block, dtype: Dtype) -> Iterator[_Scratch]:
+def _borrow_scratch(block: FFTBlock, dtype: Dtype) -> Iterator[_Scratch]:
     """Memory that nobody else uses meanwhile."""
     key = block, dtype
-    with _keeping:
-        found = next((place for place, (size, _) in enumerate(_kept) if size == key), None)
-        scratch = None if found is None else _kept.pop(found)[1]
+    with _idle_scratches_lock:
+        found = next((place for place, (size, _) in enumerate(_idle_scratches) if size == key), None)
+        scratch = None if found is None else _idle_scratches.pop(found)[1]
     if scratch is None:
         lanes, rows = _column_lanes(dtype), block.rows // 2 + 1
-        of_spectrum, of_back = _strides(block, lanes)
+        of_spectrum, of_back = _scratch_strides(block, lanes)
         groups = block.columns // lanes
         scratch = _Scratch(
-            [_strided((lanes, groups, *ROWS[block.rows]), of_spectrum, dtype) for _ in range(2)],
-            [_strided((lanes, groups, 2, rows), of_back, dtype) for _ in range(2)],
-            [_aligned((rows, block.vectors, PHASES), dtype) for _ in range(2)],
+            [_allocate_strided((lanes, groups, *BLOCK_ROW_RADICES[block.rows]), of_spectrum, dtype) for _ in range(2)],
+            [_allocate_strided((lanes, groups, 2, rows), of_back, dtype) for _ in range(2)],
+            [_allocate_aligned((rows, block.vectors, COLUMN_PHASES), dtype) for _ in range(2)],
         )
     try:
         yield scratch
     finally:
-        with _keeping:
-            _kept.append((key, scratch))
-            del _kept[:-KEPT]
+        with _idle_scratches_lock:
+            _idle_scratches.append((key, scratch))
+            del _idle_scratches[:-MAX_IDLE_SCRATCHES]
 
 
-def _strides(block: Block, lanes: int) -> tuple[list[int], list[int]]:
+def _scratch_strides(block: FFTBlock, lanes: int) -> tuple[list[int], list[int]]:
     """Of the spectrum (lane, group, digits of the row) and of what comes back (lane, group, side, row), in numbers.
 
     No power of two, lest rows, or groups, compete for the same places in a cache.
     """
-    row, radices = block.columns + lanes, ROWS[block.rows]
+    row, radices = block.columns + lanes, BLOCK_ROW_RADICES[block.rows]
     of_spectrum = [1, lanes, *(row * math.prod(radices[:place]) for place in range(len(radices)))]
     return of_spectrum, [1, (block.rows + 3) * lanes, lanes, 2 * lanes]
 
 
-def _strided(sizes: tuple[int, ...], strides: list[int], dtype: Dtype) -> Plane:
+def _allocate_strided(sizes: tuple[int, ...], strides: list[int], dtype: Dtype) -> Plane:
     """An array of such dimensions, the innermost first."""
-    numbers = _aligned((1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)),), dtype)
+    numbers = _allocate_aligned(
+        (1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)),), dtype
+    )
     return as_strided(numbers, sizes[::-1], [stride * numbers.itemsize for stride in strides[::-1]])
 
 
-def _aligned(shape: tuple[int, ...], dtype: Dtype) -> NDArray[Any]:
+def _allocate_aligned(shape: tuple[int, ...], dtype: Dtype) -> NDArray[Any]:
     """To whole vectors: the pipelines take that for granted."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 128, np.uint8)
@@ -307,29 +319,33 @@ def _aligned(shape: tuple[int, ...], dtype: Dtype) -> NDArray[Any]:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _in_tasks(func: Any, loop: Any, count: Any, tasks: Any) -> None:
+def _parallelize(func: Any, loop: Any, count: Any, tasks: Any) -> None:
     """The outermost loop, shared out among so many tasks."""
-    hl = jit.halide()
+    hl = halide_jit.import_halide()
     task = hl.Var("task")
     func.split(loop, task, loop, (count + tasks - 1) // tasks, hl.TailStrategy.GuardWithIf)
     func.parallel(task).never_partition_all()
 
 
-@jit.compiled
-def _pipeline(block: Block, dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _block_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
     """Two parts (rows, P M'), kernel's spectrum (N / 2 + 1, M', P) twice, middle, its share, tasks -> two outputs.
 
     Before the outputs come two scratches twice, see `_scratch`. Parts with fewer than N rows are taken to repeat their
     last. The outputs have up to N - h + 1 rows and P M' - w + 1 columns.
     """
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), _column_lanes(dtype)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
     down, across, half = block.rows, block.vectors, block.rows // 2
     one, other = hl.ImageParam(number, 2, "one"), hl.ImageParam(number, 2, "other")
     kernel = [hl.ImageParam(number, 3, name) for name in ("kernel_real", "kernel_imaginary")]
-    middle, its_share, tasks = hl.Param(number, "middle"), hl.Param(number, "its_share"), hl.Param(hl.Int(32), "tasks")
+    middle, middle_contribution, tasks = (
+        hl.Param(number, "middle"),
+        hl.Param(number, "its_share"),
+        hl.Param(hl.Int(32), "tasks"),
+    )
     for part in kernel:
-        part.dim(0).set_bounds(0, PHASES)
-        part.dim(1).set_bounds(0, across).set_stride(PHASES)
+        part.dim(0).set_bounds(0, COLUMN_PHASES)
+        part.dim(1).set_bounds(0, across).set_stride(COLUMN_PHASES)
         part.dim(2).set_bounds(0, half + 1).set_stride(block.columns)
     for part in (one, other):
         part.dim(0).set_min(0)
@@ -340,20 +356,20 @@ def _pipeline(block: Block, dtype: Dtype) -> Recipe:
     last_row = one.dim(1).extent() - 1
     centred[x, y] = hl.Tuple([part[x, hl.min(y, last_row)] - middle for part in (one, other)])
     columns = Transform(
-        lambda offset, rest: pair(centred[lane + lanes * group, rest + offset]),
-        *(lane, [group], ROWS[down], -1, number, "columns"),
+        lambda offset, rest: complex_parts(centred[lane + lanes * group, rest + offset]),
+        *(lane, [group], BLOCK_ROW_RADICES[down], -1, number, "columns"),
     )
-    back = _along_the_rows(columns, kernel, block, dtype, tasks)
+    back = _build_row_products(columns, kernel, block, dtype, tasks)
 
     def read_back(offset: int, rest: Any) -> tuple[Any, Any]:
         if offset < half:
-            return pair(back[lane, group, 0, rest + offset])
-        real, imaginary = pair(back[lane, group, 1, down - offset - rest])
-        return real, Signed(imaginary, negative=True)
+            return complex_parts(back[lane, group, 0, rest + offset])
+        real, imaginary = complex_parts(back[lane, group, 1, down - offset - rest])
+        return real, SignedExpr(imaginary, negative=True)
 
-    columns_back = Transform(read_back, lane, [group], ROWS[down], +1, number, "columns_back")
+    columns_back = Transform(read_back, lane, [group], BLOCK_ROW_RADICES[down], +1, number, "columns_back")
     output = hl.Func("output")
-    output[x, y] = hl.Tuple([part + its_share for part in columns_back.at(x % lanes, [x // lanes], y)])
+    output[x, y] = hl.Tuple([part + middle_contribution for part in columns_back.at(x % lanes, [x // lanes], y)])
 
     # One vector of columns after the other.
     vector, within, groups = hl.Var("vector"), hl.Var("within"), block.columns // lanes
@@ -362,14 +378,14 @@ def _pipeline(block: Block, dtype: Dtype) -> Recipe:
     columns.schedule_at_root(lanes, group)
     if down > 256:
         together = hl.Var("together")
-        spectrum.split(group, together, group, TOGETHER, hl.TailStrategy.GuardWithIf)
+        spectrum.split(group, together, group, GATHERED_COLUMN_VECTORS, hl.TailStrategy.GuardWithIf)
         centred.compute_at(spectrum, together).vectorize(x, lanes).bound(y, 0, down)
-        _in_tasks(spectrum, together, -(-groups // TOGETHER), tasks)
+        _parallelize(spectrum, together, -(-groups // GATHERED_COLUMN_VECTORS), tasks)
     else:
-        _in_tasks(spectrum, group, groups, tasks)
+        _parallelize(spectrum, group, groups, tasks)
     output.split(x, vector, within, lanes, hl.TailStrategy.Predicate).reorder(within, y, vector).vectorize(within)
     sizes = output.output_buffers()[0]
-    _in_tasks(output, vector, (sizes.dim(0).extent() + lanes - 1) // lanes, tasks)
+    _parallelize(output, vector, (sizes.dim(0).extent() + lanes - 1) // lanes, tasks)
     for out, step in columns_back.funcs:
         out.bound_storage(group, 1)
         step.bound_storage(group, 1).bound(lane, 0, lanes)
@@ -377,66 +393,68 @@ def _pipeline(block: Block, dtype: Dtype) -> Recipe:
 
     sizes.dim(0).set_min(0)
     sizes.dim(1).set_min(0)
-    of_spectrum, of_back = _strides(block, lanes)
-    _lay_out(spectrum, [lanes, groups, *ROWS[down]], of_spectrum)
-    _lay_out(back, [lanes, None, 2, half + 1], of_back)
+    of_spectrum, of_back = _scratch_strides(block, lanes)
+    _fix_output_layout(spectrum, [lanes, groups, *BLOCK_ROW_RADICES[down]], of_spectrum)
+    _fix_output_layout(back, [lanes, None, 2, half + 1], of_back)
     pipeline = hl.Pipeline([spectrum, back, output])
-    return pipeline, [one, other, *kernel, middle, its_share, tasks]
+    return pipeline, [one, other, *kernel, middle, middle_contribution, tasks]
 
 
-def _along_the_rows(columns: Transform, kernel: list[Any], block: Block, dtype: Dtype, tasks: Any) -> Any:
+def _build_row_products(columns: Transform, kernel: list[Any], block: FFTBlock, dtype: Dtype, tasks: Any) -> Any:
     """The Func (lane, group, side, v) of the products with the kernel, transformed back along the rows.
 
     One frequency, and its negative, after the other: all of it stays in the first cache.
     """
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), _column_lanes(dtype)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
     down, across, half = block.rows, block.vectors, block.rows // 2
     names = ("x", "side", "v", "lane", "u", "group", "low_u")
     x, side, v, lane, u, group, low_u = (hl.Var(name) for name in names)
     frequency = hl.select(side == 0, v, (down - v) % down)
     conjugation = hl.select(side == 0, constant(1.0, number), constant(-1.0, number))
 
-    def read_spectrum(offset: int, rest: Any) -> Complex:
-        m, ratio = rest + offset, lanes // PHASES
-        real, imaginary = columns.at(lane + PHASES * (m % ratio), [m // ratio], frequency)
+    def read_spectrum(offset: int, rest: Any) -> ComplexExpr:
+        m, ratio = rest + offset, lanes // COLUMN_PHASES
+        real, imaginary = columns.at(lane + COLUMN_PHASES * (m % ratio), [m // ratio], frequency)
         return real, imaginary * conjugation
 
-    rows = Transform(read_spectrum, lane, [side, v], VECTORS[across], -1, number, "rows")
+    rows = Transform(read_spectrum, lane, [side, v], BLOCK_VECTOR_RADICES[across], -1, number, "rows")
     angles = 2 * np.pi / across * np.arange(across)
-    cosine, sine = table(np.cos(angles), number), table(np.sin(angles), number)
+    cosine, sine = constant_table(np.cos(angles), number), constant_table(np.sin(angles), number)
     wide, product, back = hl.Func("wide"), hl.Func("product"), hl.Func("back")
-    a, b = rows.at(x % PHASES, [side, v], u)
+    a, b = rows.at(x % COLUMN_PHASES, [side, v], u)
     wide[x, u, side, v] = hl.Tuple(
         [
-            hl.select(x < PHASES, a, a * cosine[u] - b * sine[u]),
-            hl.select(x < PHASES, b, a * sine[u] + b * cosine[u]),
+            hl.select(x < COLUMN_PHASES, a, a * cosine[u] - b * sine[u]),
+            hl.select(x < COLUMN_PHASES, b, a * sine[u] + b * cosine[u]),
         ]
     )
     real = imaginary = constant(0.0, number)
-    for phase in range(PHASES):
-        (a, b), (c, d) = pair(wide[lane + phase, u, side, v]), (part[phase, u, v] for part in kernel)
+    for phase in range(COLUMN_PHASES):
+        (a, b), (c, d) = complex_parts(wide[lane + phase, u, side, v]), (part[phase, u, v] for part in kernel)
         real, imaginary = real + a * c - b * d, imaginary + a * d + b * c
     product[lane, u, side, v] = hl.Tuple([real, imaginary])
     rows_back = Transform(
-        lambda offset, rest: pair(product[lane, rest + offset, side, v]),
-        *(lane, [side, v], VECTORS[across], +1, number, "rows_back"),
+        lambda offset, rest: complex_parts(product[lane, rest + offset, side, v]),
+        *(lane, [side, v], BLOCK_VECTOR_RADICES[across], +1, number, "rows_back"),
     )
-    at = group * (lanes // PHASES) + lane // PHASES
-    back[lane, group, side, v] = hl.Tuple(list(rows_back.at(lane % PHASES, [side, v], at)))
+    at = group * (lanes // COLUMN_PHASES) + lane // COLUMN_PHASES
+    back[lane, group, side, v] = hl.Tuple(list(rows_back.at(lane % COLUMN_PHASES, [side, v], at)))
 
     back.compute_root().bound(v, 0, half + 1).bound(side, 0, 2).bound(lane, 0, lanes)
-    back.reorder(lane, group, side, v).vectorize(lane, PHASES).unroll(lane)
-    _in_tasks(back, v, half + 1, tasks)
-    rows_back.schedule(PHASES, back, side)
-    product.compute_at(back, v).bound(u, 0, across).bound(lane, 0, PHASES).bound(side, 0, 2)
-    product.split(u, u, low_u, 2).reorder(lane, side, low_u, u).vectorize(lane, PHASES).unroll(side).unroll(low_u)
-    wide.compute_at(back, v).bound(u, 0, across).bound(x, 0, 2 * PHASES).bound(side, 0, 2)
-    wide.reorder(x, u, side).vectorize(x, PHASES).unroll(x)
-    rows.schedule(PHASES, wide, side)
+    back.reorder(lane, group, side, v).vectorize(lane, COLUMN_PHASES).unroll(lane)
+    _parallelize(back, v, half + 1, tasks)
+    rows_back.schedule(COLUMN_PHASES, back, side)
+    product.compute_at(back, v).bound(u, 0, across).bound(lane, 0, COLUMN_PHASES).bound(side, 0, 2)
+    product.split(u, u, low_u, 2).reorder(lane, side, low_u, u).vectorize(lane, COLUMN_PHASES).unroll(side).unroll(
+        low_u
+    )
+    wide.compute_at(back, v).bound(u, 0, across).bound(x, 0, 2 * COLUMN_PHASES).bound(side, 0, 2)
+    wide.reorder(x, u, side).vectorize(x, COLUMN_PHASES).unroll(x)
+    rows.schedule(COLUMN_PHASES, wide, side)
     return back
 
 
-def _lay_out(func: Any, sizes: list[int | None], strides: list[int]) -> None:
+def _fix_output_layout(func: Any, sizes: list[int | None], strides: list[int]) -> None:
     """Fix the dimensions of a Func of two parts that is an output; None leaves one open."""
     for which, buffer in enumerate(func.output_buffers()):
         for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
@@ -447,13 +465,13 @@ def _lay_out(func: Any, sizes: list[int | None], strides: list[int]) -> None:
                 buffer.dim(axis).set_bounds(0, size)
 
 
-@jit.compiled
-def _spectrum(block: Block, dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _kernel_spectrum_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
     """Kernel (h, columns), with zeros to a multiple of two vectors, tasks -> its spectrum (N / 2 + 1, M', P) twice.
 
     It is scaled by 1 / (N M') and conjugate. Its left and right half are transformed as real and imaginary part of one.
     """
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), _column_lanes(dtype)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
     down, across, half = block.rows, block.vectors, block.rows // 2
     kernel, tasks = hl.ImageParam(number, 2, "kernel"), hl.Param(hl.Int(32), "tasks")
     kernel.dim(0).set_min(0)
@@ -461,7 +479,7 @@ def _spectrum(block: Block, dtype: Dtype) -> Recipe:
     lane, group, v, m, u = (hl.Var(name) for name in ("lane", "group", "v", "m", "u"))
     height, groups, zero = kernel.dim(1).extent(), kernel.dim(0).extent() // (2 * lanes), constant(0.0, number)
 
-    def read_kernel(offset: int, rest: Any) -> Complex:
+    def read_kernel(offset: int, rest: Any) -> ComplexExpr:
         y = rest + offset
         real, imaginary = (
             hl.select(y < height, kernel[lane + lanes * (group + first), hl.min(y, height - 1)], zero)
@@ -469,11 +487,14 @@ def _spectrum(block: Block, dtype: Dtype) -> Recipe:
         )
         return real, imaginary
 
-    columns = Transform(read_kernel, lane, [group], ROWS[down], +1, number, "columns")
+    columns = Transform(read_kernel, lane, [group], BLOCK_ROW_RADICES[down], +1, number, "columns")
     taps, spectrum = hl.Func("taps"), hl.Func("spectrum")
-    in_half = groups * (lanes // PHASES)
+    in_half = groups * (lanes // COLUMN_PHASES)
     index = m % in_half
-    at = lane + PHASES * (index % (lanes // PHASES)), [hl.clamp(index // (lanes // PHASES), 0, groups - 1)]
+    at = (
+        lane + COLUMN_PHASES * (index % (lanes // COLUMN_PHASES)),
+        [hl.clamp(index // (lanes // COLUMN_PHASES), 0, groups - 1)],
+    )
     (a, b), (c, d) = columns.at(*at, v), columns.at(*at, (down - v) % down)
     scale = constant(0.5 / (down * across), number)
     left, beyond = m < in_half, m >= 2 * in_half
@@ -484,15 +505,21 @@ def _spectrum(block: Block, dtype: Dtype) -> Recipe:
         ]
     )
     rows = Transform(
-        lambda offset, rest: pair(taps[lane, rest + offset, v]), lane, [v], VECTORS[across], +1, number, "rows"
+        lambda offset, rest: complex_parts(taps[lane, rest + offset, v]),
+        lane,
+        [v],
+        BLOCK_VECTOR_RADICES[across],
+        +1,
+        number,
+        "rows",
     )
     spectrum[lane, u, v] = hl.Tuple(list(rows.at(lane, [v], u)))
 
-    _lay_out(spectrum, [PHASES, across, half + 1], [1, PHASES, block.columns])
-    spectrum.reorder(lane, u, v).vectorize(lane, PHASES)
-    _in_tasks(spectrum, v, half + 1, tasks)
-    rows.schedule(PHASES, spectrum, v)
-    taps.compute_at(spectrum, v).bound(m, 0, across).vectorize(lane, PHASES).never_partition_all()
+    _fix_output_layout(spectrum, [COLUMN_PHASES, across, half + 1], [1, COLUMN_PHASES, block.columns])
+    spectrum.reorder(lane, u, v).vectorize(lane, COLUMN_PHASES)
+    _parallelize(spectrum, v, half + 1, tasks)
+    rows.schedule(COLUMN_PHASES, spectrum, v)
+    taps.compute_at(spectrum, v).bound(m, 0, across).vectorize(lane, COLUMN_PHASES).never_partition_all()
     columns.schedule_at_root(lanes, group)
-    _in_tasks(columns.last, group, groups, tasks)
+    _parallelize(columns.last, group, groups, tasks)
     return spectrum, [kernel, tasks]

@@ -14,101 +14,110 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.arrays import Solve
-from core.engines import fourier, jit, precision
-from core.engines.fourier import Complex, Survey, Transform, constant, pair
-from core.engines.jit import Pipeline, Plane, Recipe
-from core.engines.precision import Seen, dtype_of
+from core.arrays import ConvolveFn
+from core.engines import halide_jit, precision, stockham
+from core.engines.halide_jit import Pipeline, PipelineSpec, Plane
+from core.engines.precision import TransformEstimate, dtype_name
+from core.engines.stockham import ComplexExpr, Transform, ValueStats, complex_parts, constant
 from core.machine import Machine
-from core.shapes import Cuts, Dtype, Pair, Problem
+from core.shapes import Dtype, Pair, Problem, SliceUnits
 
 METHOD = "fft"
 
-RADICES = {64: (8, 8), 128: (8, 4, 4), 256: (8, 8, 4), 512: (8, 8, 8)}
+TRANSFORM_RADICES = {64: (8, 8), 128: (8, 4, 4), 256: (8, 8, 4), 512: (8, 8, 8)}
 """The lengths of transforms, and the steps that each is made in."""
 
-TILES = {2: (2, 1.0), 1: (4, 0.9)}
+PRODUCT_TILES = {2: (2, 1.0), 1: (4, 0.9)}
 """Vectors of a tile of products -> frequencies, and speed as a multiple of the machine's in matrix products, measured.
 The narrower tile wastes less where the output is narrow."""
 
 BLOCK_COLUMNS = 256
 """Columns that are transformed together: what the transforms of more of them take no longer fits the nearest caches."""
 
-CALL = 7e-6
+CALL_OVERHEAD_S = 7e-6
 """Seconds of a call from Python with all that surrounds it, measured."""
 
-CALL_OF_A_STRIP = 6e-6
+STRIP_OVERHEAD_S = 6e-6
 
-OF_ANOTHER_THREAD = 0.75
+SPEEDUP_PER_EXTRA_THREAD = 0.75
 """What another thread adds to the speed."""
 
 TRANSFORM_EFFICIENCY = 0.4
 """Speed as a multiple of the machine's in matrix products, measured."""
 
-OF_A_COLUMN = {length: 5 * length * math.log2(length) / TRANSFORM_EFFICIENCY for length in RADICES}
+COLUMN_TRANSFORM_OPERATIONS = {
+    length: 5 * length * math.log2(length) / TRANSFORM_EFFICIENCY for length in TRANSFORM_RADICES
+}
 """Operations of the transform of a column, by its length, as if at the speed of matrix products."""
 
 
-def obstacle(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     """One kernel over single planes, not taller than a strip, and an output of at least one tile's width."""
-    reason = jit.obstacle_of_planes(problem)
+    reason = halide_jit.single_plane_unsupported_reason(problem)
     if reason is not None:
         return reason
-    if problem.kernel_height > max(RADICES) - 1:
-        return f"needs a kernel of less than {max(RADICES)} rows"
-    if problem.output_size[1] < jit.lanes(problem.dtype):
-        return f"needs an output of at least {jit.lanes(problem.dtype)} columns"
+    if problem.kernel_height > max(TRANSFORM_RADICES) - 1:
+        return f"needs a kernel of less than {max(TRANSFORM_RADICES)} rows"
+    if problem.output_size[1] < halide_jit.vector_lanes(problem.dtype):
+        return f"needs an output of at least {halide_jit.vector_lanes(problem.dtype)} columns"
     return None
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """A call and the strips, each with a transform of the kernel."""
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
-    length, _, strip = _plan(rows, columns, h, w, problem.dtype, machine)
+    length, _, strip = _choose_transform(rows, columns, h, w, problem.dtype, machine)
     strips = -(-rows // (length - h + 1))
-    threads = jit.threads(machine, strip)
-    of_kernel = OF_A_COLUMN[length] * -(-w // 16) * 16 / jit.speed(machine, problem.dtype)
-    each = CALL_OF_A_STRIP + of_kernel + strip / (1 + OF_ANOTHER_THREAD * (threads - 1))
-    memory = (jit.memory_seconds(problem, machine) + jit.page_seconds(problem)) / machine.threads
-    return machine.compiling + CALL + problem.batch * strips * each + memory
+    threads = halide_jit.choose_thread_count(machine, strip)
+    kernel_seconds = (
+        COLUMN_TRANSFORM_OPERATIONS[length]
+        * -(-w // 16)
+        * 16
+        / halide_jit.operations_per_second(machine, problem.dtype)
+    )
+    each = STRIP_OVERHEAD_S + kernel_seconds + strip / (1 + SPEEDUP_PER_EXTRA_THREAD * (threads - 1))
+    memory = (halide_jit.memory_seconds(problem, machine) + halide_jit.page_fault_seconds(problem)) / machine.threads
+    return machine.compile_seconds + CALL_OVERHEAD_S + problem.batch * strips * each + memory
 
 
 def operations(problem: Problem, machine: Machine) -> float:
     """Transforms down the columns of all strips, and the products between them."""
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
-    length = _plan(rows, columns, h, w, problem.dtype, machine)[0]
+    length = _choose_transform(rows, columns, h, w, problem.dtype, machine)[0]
     strips, of_a_column = -(-rows // (length - h + 1)), 5 * length * math.log2(length)
     return problem.batch * strips * (of_a_column * (columns + w) + 4 * length * columns * w)
 
 
-def plan(problem: Problem, machine: Machine) -> Solve:
+def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """How to do it."""
-    return precision.plan(problem, _border_tile(problem), functools.partial(_in_strips, machine))
+    return precision.plan_within_bound(
+        problem, _min_border_size(problem), functools.partial(_correlate_by_strips, machine)
+    )
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Spectra of a strip for each thread, and what all compiled transforms take."""
-    of_a_thread = 4 * 8 * max(RADICES) * (BLOCK_COLUMNS + problem.kernel_width)
-    return machine.threads * of_a_thread + precision.temporary_bytes(problem, _border_tile(problem))
+    of_a_thread = 4 * 8 * max(TRANSFORM_RADICES) * (BLOCK_COLUMNS + problem.kernel_width)
+    return machine.threads * of_a_thread + precision.temporary_bytes(problem, _min_border_size(problem))
 
 
-def cuts(problem: Problem, machine: Machine) -> Cuts:
+def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
     """Whole strips."""
     rows, columns = problem.output_size
-    length = _plan(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)[0]
+    length = _choose_transform(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)[0]
     return {"batch": 1, "rows": length - problem.kernel_height + 1, "columns": 8 * BLOCK_COLUMNS}
 
 
-def _border_tile(problem: Problem) -> Pair:
+def _min_border_size(problem: Problem) -> Pair:
     """Sides of a border narrower than that would cost as much as whole strips."""
-    return 8, 2 * jit.lanes(problem.dtype)
+    return 8, 2 * halide_jit.vector_lanes(problem.dtype)
 
 
-def prepare() -> None:
+def warm_up() -> None:
     """Nothing: every length of transform takes most of a second to compile, when it is first needed."""
 
 
-class _Strips(NamedTuple):
+class _StripPlan(NamedTuple):
     """How an output is cut: strips of so many rows, starting there, and columns of each half, 0 if it is not halved.
 
     The last strip moves up, so that all are alike.
@@ -123,22 +132,22 @@ class _Strips(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _strips(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _Strips:
-    length, vectors, seconds = _plan(rows, columns, h, w, dtype, machine)
+def _plan_strips(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _StripPlan:
+    length, vectors, seconds = _choose_transform(rows, columns, h, w, dtype, machine)
     height = -(-rows // -(-rows // (length - h + 1)))
-    tile, half = vectors * jit.lanes(dtype), -(-columns // 2)
+    tile, half = vectors * halide_jit.vector_lanes(dtype), -(-columns // 2)
     if half < tile:
         half = 0
-    per_task = jit.share(-(-(half or columns) // tile), seconds, machine)
+    per_task = halide_jit.items_per_task(-(-(half or columns) // tile), seconds, machine)
     blocks = -(-per_task * tile // BLOCK_COLUMNS)
     starts = [min(first, rows - height) for first in range(0, rows, height)]
-    return _Strips(_pipeline(length, vectors, dtype), height, starts, half, -(-per_task // blocks), blocks)
+    return _StripPlan(_strip_pipeline(length, vectors, dtype), height, starts, half, -(-per_task // blocks), blocks)
 
 
-def _in_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[Seen]:
+def _correlate_by_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[TransformEstimate]:
     (rows, columns), (h, w) = output.shape, kernel.shape
-    pipeline, height, starts, half, *sizes = _strips(rows, columns, h, w, dtype_of(plane), machine)
-    found: list[Seen] = []
+    pipeline, height, starts, half, *sizes = _plan_strips(rows, columns, h, w, dtype_name(plane), machine)
+    found: list[TransformEstimate] = []
     for start in starts:
         pixels, target, seen = plane[start : start + height + h - 1], output[start : start + height], np.empty(5)
         if not half:
@@ -153,63 +162,77 @@ def _in_strips(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> 
         else:
             one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
             pipeline(one, other, kernel, *sizes, target[:, :half], target[:, half:], seen)
-        found.append(Survey(*seen.tolist()).seen(plane.dtype))
+        found.append(ValueStats(*seen.tolist()).seen(plane.dtype))
         if not math.isfinite(found[-1].size):
             break
     return found
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> tuple[int, int, float]:
+def _choose_transform(
+    rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine
+) -> tuple[int, int, float]:
     """The length of transform and the vectors of a tile that cost least, and seconds of one thread for a strip."""
     plans = []
-    half, lanes = -(-columns // 2), jit.lanes(dtype)
-    for vectors, (_, efficiency) in TILES.items():
+    half, lanes = -(-columns // 2), halide_jit.vector_lanes(dtype)
+    for vectors, (_, efficiency) in PRODUCT_TILES.items():
         tile = vectors * lanes
         if columns < tile:
             continue
         filled = -(-(half if half >= tile else columns) // tile) * tile
         transformed = 2 * filled + -(-filled // BLOCK_COLUMNS) * (w - 1)
-        for length, of_a_column in OF_A_COLUMN.items():
+        for length, of_a_column in COLUMN_TRANSFORM_OPERATIONS.items():
             if length > h:
                 work = of_a_column * transformed + 8 * length * filled * w / efficiency
                 plans.append((-(-rows // (length - h + 1)) * work, length, vectors, work))
     _, length, vectors, work = min(plans)
-    return length, vectors, work / jit.speed(machine, dtype)
+    return length, vectors, work / halide_jit.operations_per_second(machine, dtype)
 
 
-@jit.compiled
-def _pipeline(length: int, vectors: int, dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _strip_pipeline(length: int, vectors: int, dtype: Dtype) -> PipelineSpec:
     """Two parts (rows, W), kernel (h, w), tiles a block, blocks a task -> two outputs, five numbers of float64.
 
     The outputs are W - w + 1 columns wide, at least one tile. The numbers are the lowest and the highest pixel, the
     size of the largest, which is not finite where one is not, the kernel's sum, and its sum of squares.
     """
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    frequencies = TILES[vectors][0]
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
+    frequencies = PRODUCT_TILES[vectors][0]
     one, other = hl.ImageParam(number, 2, "one"), hl.ImageParam(number, 2, "other")
     kernel = hl.ImageParam(number, 2, "kernel")
     tiles_a_block, blocks_a_task = hl.Param(hl.Int(32), "tiles_a_block"), hl.Param(hl.Int(32), "blocks_a_task")
     x, y, v = hl.Var("x"), hl.Var("y"), hl.Var("v")
 
-    surveyed, middle, its_share = fourier.survey_of([one, other], kernel, number, lanes)
+    stats, middle, middle_contribution = stockham.build_stats([one, other], kernel, number, lanes)
     centred = hl.Func("centred")
     row = hl.min(y, one.dim(1).extent() - 1)  # below the part, anything finite will do
     centred[x, y] = hl.Tuple([one[x, row] - middle, other[x, row] - middle])
     forward = Transform(
-        lambda offset, rest: pair(centred[x, rest + offset]), x, [], RADICES[length], -1, number, "forward"
+        lambda offset, rest: complex_parts(centred[x, rest + offset]),
+        x,
+        [],
+        TRANSFORM_RADICES[length],
+        -1,
+        number,
+        "forward",
     )
     spectrum = hl.Func("spectrum")
     spectrum[x, v] = hl.Tuple(list(forward.at(x, [], v)))
-    factor = _spectrum(kernel, length, number, lanes)
+    factor = _build_kernel_spectrum(kernel, length, number, lanes)
 
     tap = hl.RDom([hl.Range(0, kernel.dim(0).extent())], "tap")
-    sums, product = _products(spectrum[x + tap.x, v], factor[tap.x, v], x, v, number)
+    sums, product = _build_products(spectrum[x + tap.x, v], factor[tap.x, v], x, v, number)
     backward = Transform(
-        lambda offset, rest: pair(product[x, rest + offset]), x, [], RADICES[length], +1, number, "backward"
+        lambda offset, rest: complex_parts(product[x, rest + offset]),
+        x,
+        [],
+        TRANSFORM_RADICES[length],
+        +1,
+        number,
+        "backward",
     )
     output = hl.Func("output")
-    output[x, y] = hl.Tuple([part + its_share for part in backward.at(x, [], y)])
+    output[x, y] = hl.Tuple([part + middle_contribution for part in backward.at(x, [], y)])
 
     names = ("tile", "within", "vector", "lane", "block", "in_block", "task", "in_task")
     tile, within, vector, lane, block, in_block, task, in_task = (hl.Var(name) for name in names)
@@ -232,13 +255,13 @@ def _pipeline(length: int, vectors: int, dtype: Dtype) -> Recipe:
     spectrum.split(x, columns, lane, lanes, shift).reorder(lane, v, columns).vectorize(lane)
     forward.schedule(lanes, spectrum, columns)
     centred.compute_at(spectrum, columns).vectorize(x, lanes).bound(y, 0, length)
-    pipeline = hl.Pipeline([output, surveyed])
+    pipeline = hl.Pipeline([output, stats])
     return pipeline, [one, other, kernel, tiles_a_block, blocks_a_task]
 
 
-def _products(pixel: Any, weight: Any, x: Any, v: Any, number: Any) -> tuple[Any, Any]:
+def _build_products(pixel: Any, weight: Any, x: Any, v: Any, number: Any) -> tuple[Any, Any]:
     """The Funcs (x, v) that sum up complex products, and that hold the sums."""
-    hl = jit.halide()
+    hl = halide_jit.import_halide()
     sums, product = hl.Func("sums"), hl.Func("product")
     sums[x, v] = hl.Tuple([hl.cast(number, 0), hl.cast(number, 0)])
     real, imaginary = sums[x, v][0], sums[x, v][1]
@@ -249,18 +272,18 @@ def _products(pixel: Any, weight: Any, x: Any, v: Any, number: Any) -> tuple[Any
     return sums, product
 
 
-def _spectrum(kernel: Any, length: int, number: Any, lanes: int) -> Any:
+def _build_kernel_spectrum(kernel: Any, length: int, number: Any, lanes: int) -> Any:
     """The Func (x, v) of the conjugate transform of a kernel's columns, by its length."""
-    hl = jit.halide()
+    hl = halide_jit.import_halide()
     x, y, v = hl.Var("x"), hl.Var("y"), hl.Var("v")
     height = kernel.dim(1).extent()
     padded, spectrum = hl.Func("padded"), hl.Func("kernel_spectrum")
     padded[x, y] = hl.select(y < height, kernel[x, hl.min(y, height - 1)] / length, hl.cast(number, 0))
 
-    def read(offset: int, rest: Any) -> Complex:
+    def read(offset: int, rest: Any) -> ComplexExpr:
         return padded[x, rest + offset], constant(0.0, number)
 
-    transform = Transform(read, x, [], RADICES[length], +1, number, "of_kernel")
+    transform = Transform(read, x, [], TRANSFORM_RADICES[length], +1, number, "of_kernel")
     spectrum[x, v] = hl.Tuple(list(transform.at(x, [], v)))
     columns, lane = hl.Var("columns"), hl.Var("lane")
     tail = hl.TailStrategy.GuardWithIf

@@ -17,10 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from core.engines.jit import halide
-from core.engines.pipelines import RUNTIME, Argument, Built, build_name, exclusive, keep, read_kept, remove_old
+from core.engines.halide_jit import import_halide
+from core.engines.pipelines import (
+    HALIDE_RUNTIME_KEY,
+    Argument,
+    ObjectFile,
+    lock_cached,
+    pipeline_name,
+    prune_cache,
+    read_cached,
+    write_cached,
+)
 
-IDLE_S = 10
+IDLE_TIMEOUT_S = 10
 """Seconds without work after which the process ends, where the system knows alarms."""
 
 NICENESS = 5
@@ -31,24 +40,24 @@ def main() -> None:
     """Compile until the input ends."""
     with contextlib.suppress(OSError, AttributeError):
         os.nice(NICENESS)
-    remove_old()
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    prune_cache()
+    requests, responses = sys.stdin.buffer, sys.stdout.buffer
     while True:
-        _set_alarm(IDLE_S)
+        _set_alarm(IDLE_TIMEOUT_S)
         try:
             module, name, key = pickle.load(requests)  # noqa: S301 - from our own parent
         except EOFError:
             return
         finally:
             _set_alarm(0)
-        answer: Built | str
+        response: ObjectFile | str
         try:
-            answer = _kept_or_built(module, name, key)
+            response = _read_or_compile(module, name, key)
         except Exception as error:  # noqa: BLE001 - the parent raises it
-            answer = f"{type(error).__name__}: {error}"
+            response = f"{type(error).__name__}: {error}"
         try:
-            pickle.dump(answer, answers)
-            answers.flush()
+            pickle.dump(response, responses)
+            responses.flush()
         except BrokenPipeError:
             return
 
@@ -64,35 +73,41 @@ def _on_alarm(number: int, frame: FrameType | None) -> None:
     raise SystemExit
 
 
-def _kept_or_built(module: str, name: str, key: tuple[object, ...]) -> Built:
-    function = build_name(module, name, key)
-    with exclusive(function):
+def _read_or_compile(module: str, name: str, key: tuple[object, ...]) -> ObjectFile:
+    function = pipeline_name(module, name, key)
+    with lock_cached(function):
         # Another process may have compiled it meanwhile.
-        built = read_kept(function)
+        built = read_cached(function)
         if built is None:
-            built = _runtime() if (module, name, key) == RUNTIME else _pipeline(module, name, key, function)
-            keep(function, built)
+            built = (
+                _compile_runtime()
+                if (module, name, key) == HALIDE_RUNTIME_KEY
+                else _compile_pipeline(module, name, key, function)
+            )
+            write_cached(function, built)
     return built
 
 
-def _runtime() -> Built:
-    target = halide().get_host_target()
-    return Built([], _written(lambda path: halide().compile_standalone_runtime(path, target)))
+def _compile_runtime() -> ObjectFile:
+    target = import_halide().get_host_target()
+    return ObjectFile([], _capture_output(lambda path: import_halide().compile_standalone_runtime(path, target)))
 
 
-def _pipeline(module: str, name: str, key: tuple[object, ...], function: str) -> Built:
-    hl = halide()
+def _compile_pipeline(module: str, name: str, key: tuple[object, ...], function: str) -> ObjectFile:
+    hl = import_halide()
     build = getattr(importlib.import_module(module), name).__wrapped__
     pipeline, inputs = build(*key)
-    arguments = [_argument(parameter) for parameter in inputs]
+    arguments = [_describe_argument(parameter) for parameter in inputs]
     outputs = pipeline.outputs() if isinstance(pipeline, hl.Pipeline) else [pipeline]
     for output in outputs:
-        arguments += [Argument(_numpy_name(kind), output.dimensions()) for kind in output.types()]
+        arguments += [Argument(_numpy_type_name(kind), output.dimensions()) for kind in output.types()]
     target = hl.get_host_target().with_feature(hl.TargetFeature.NoRuntime)
-    return Built(arguments, _written(lambda path: pipeline.compile_to_object(path, inputs, function, target)))
+    return ObjectFile(
+        arguments, _capture_output(lambda path: pipeline.compile_to_object(path, inputs, function, target))
+    )
 
 
-def _written(write: Callable[[str], object]) -> bytes:
+def _capture_output(write: Callable[[str], object]) -> bytes:
     """Return what `write` writes to the file of the name that it is given."""
     if hasattr(os, "memfd_create"):
         # A container may have no folder to write to.
@@ -108,12 +123,12 @@ def _written(write: Callable[[str], object]) -> bytes:
         return path.read_bytes()
 
 
-def _argument(parameter: Any) -> Argument:
-    dimensions = parameter.dimensions() if isinstance(parameter, halide().ImageParam) else None
-    return Argument(_numpy_name(parameter.type()), dimensions)
+def _describe_argument(parameter: Any) -> Argument:
+    dimensions = parameter.dimensions() if isinstance(parameter, import_halide().ImageParam) else None
+    return Argument(_numpy_type_name(parameter.type()), dimensions)
 
 
-def _numpy_name(kind: Any) -> str:
+def _numpy_type_name(kind: Any) -> str:
     letter = "f" if kind.is_float() else "u" if kind.is_uint() else "i"
     return np.dtype(f"{letter}{kind.bits() // 8}").name
 

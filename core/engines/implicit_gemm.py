@@ -15,76 +15,77 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from core.arrays import Array, Solve, as_numpy
-from core.engines import jit
-from core.engines.jit import Plane, Recipe
+from core.arrays import Array, ConvolveFn, as_numpy
+from core.engines import halide_jit
+from core.engines.halide_jit import PipelineSpec, Plane
 from core.machine import Machine
-from core.shapes import Cuts, Dtype, Pair, Problem
+from core.shapes import Dtype, Pair, Problem, SliceUnits
 
 METHOD = "direct"
 
-TILES: dict[Pair, float] = {(4, 4): 1.0, (8, 2): 0.94}
+GEMM_TILES: dict[Pair, float] = {(4, 4): 1.0, (8, 2): 0.94}
 """Filters by vectors of a tile, and its speed. The second wastes less where rows are short or filters many."""
 
-BUFFER = 1024
+MAX_BAND_POSITIONS = 1024
 """Positions that a band has at most, for each filter of a tile; more where one row has more."""
 
-TASKS = 4
+TASKS_PER_THREAD = 4
 """For each thread."""
 
-OF_A_WIDE_TILE, OF_A_TILE, OF_A_BAND = 2, 12, 20
+ROW_TILE_OVERHEAD_TAPS, BAND_TILE_OVERHEAD_TAPS, BAND_OVERHEAD_TAPS = 2, 12, 20
 """What tiles and bands of them cost beside their taps, in taps."""
 
-EFFICIENCY = 1.2
+GEMM_EFFICIENCY = 1.2
 """Speed as a multiple of the machine's in matrix products."""
 
-CALL = 1.6e-5
-CALL_OF_PHASES = 6e-6
+CALL_OVERHEAD_S = 1.6e-5
+POLYPHASE_OVERHEAD_S = 6e-6
 """Seconds of a call from Python, and what sorting into phases adds; all measured."""
 
-KEPT_TAPS = 8192
+MAX_CACHED_TABLE_TAPS = 8192
 """Taps up to which a table of offsets is kept for the next call: larger ones are made in less than a hundredth of the
 time that their sums take, and 256 of them would hold gigabytes."""
 
-OF_A_PIXEL = {2: 6e-10}
-OF_A_PIXEL_OTHERWISE = 1.2e-9
+POLYPHASE_S_PER_PIXEL = {2: 6e-10}
+DEFAULT_POLYPHASE_S_PER_PIXEL = 1.2e-9
 """Seconds to sort one pixel, by the stride along a row; measured."""
 
 
-def obstacle(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     """None but the platform's."""
-    return jit.obstacle(problem)
+    return halide_jit.unsupported_reason(problem)
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """A call, the tiles, and the sorting that strides need."""
-    speed = EFFICIENCY * jit.speed(machine, problem.dtype)
-    if problem.single:
+    speed = GEMM_EFFICIENCY * halide_jit.operations_per_second(machine, problem.dtype)
+    if problem.is_single_plane:
         # Three of the four filters of a tile are idle.
         rows, columns = problem.output_size
-        filled = 4 * problem.batch * max(rows * columns, 4 * jit.lanes(problem.dtype))
-        idle = 2 * filled * (problem.taps + OF_A_TILE) / speed
+        filled = 4 * problem.batch * max(rows * columns, 4 * halide_jit.vector_lanes(problem.dtype))
+        idle = 2 * filled * (problem.taps + BAND_TILE_OVERHEAD_TAPS) / speed
         return (
-            machine.compiling
-            + CALL
-            + (idle + jit.memory_seconds(problem, machine) + jit.page_seconds(problem)) / machine.threads
+            machine.compile_seconds
+            + CALL_OVERHEAD_S
+            + (idle + halide_jit.memory_seconds(problem, machine) + halide_jit.page_fault_seconds(problem))
+            / machine.threads
         )
-    lanes = jit.lanes(problem.dtype)
+    lanes = halide_jit.vector_lanes(problem.dtype)
     rows, columns = problem.output_size
     each = problem.filters // problem.groups
-    unpadded = problem.bordered or problem.stride != (1, 1)
+    unpadded = problem.is_padded or problem.stride != (1, 1)
     pitch = columns + problem.kernel_width - 1 if unpadded else problem.padded_size[1]
-    shape = _Shape(problem.taps, each, rows, columns, pitch, lanes)
-    (filters, vectors), cost = next(iter(TILES)), _cheapest(shape).cost
+    shape = _SumShape(problem.taps, each, rows, columns, pitch, lanes)
+    (filters, vectors), cost = next(iter(GEMM_TILES)), _choose_tiling(shape).cost
     sums = 2 * problem.batch * problem.groups * cost * filters * vectors * lanes / speed
-    calls = (3 if problem.bordered else 1) * CALL
+    calls = (3 if problem.is_padded else 1) * CALL_OVERHEAD_S
     if problem.stride != (1, 1):
-        calls += CALL_OF_PHASES
-        each_pixel = OF_A_PIXEL.get(problem.stride[1], OF_A_PIXEL_OTHERWISE)
-        sorted_pixels = math.prod(_phases_along(problem, 0, rows) + _phases_along(problem, 1, columns))
+        calls += POLYPHASE_OVERHEAD_S
+        each_pixel = POLYPHASE_S_PER_PIXEL.get(problem.stride[1], DEFAULT_POLYPHASE_S_PER_PIXEL)
+        sorted_pixels = math.prod(_phase_count_and_size(problem, 0, rows) + _phase_count_and_size(problem, 1, columns))
         sums += each_pixel * problem.batch * problem.channels * sorted_pixels
-    threads = jit.threads(machine, sums)
-    return machine.compiling + calls + sums / threads + jit.border_seconds(problem, (1, lanes))
+    threads = halide_jit.choose_thread_count(machine, sums)
+    return machine.compile_seconds + calls + sums / threads + halide_jit.border_seconds(problem, (1, lanes))
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -93,53 +94,57 @@ def operations(problem: Problem, machine: Machine) -> float:
     return problem.operations
 
 
-def plan(problem: Problem, machine: Machine) -> Solve:
+def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """How to do it."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
 
     def fill_part(pixels: Plane, output: Plane, weight: Plane, offsets: Plane) -> None:
         if problem.stride == (1, 1):
-            source = _in_place(problem, pixels, output.shape[3])
+            source = _view_in_place(problem, pixels, output.shape[3])
         else:
-            source = _in_phases(problem, pixels, (output.shape[2], output.shape[3]), machine)
-        _sum(problem, source, weight, offsets, output, machine)
+            source = _polyphase(problem, pixels, (output.shape[2], output.shape[3]), machine)
+        _run_gemm(problem, source, weight, offsets, output, machine)
 
-    fill = jit.in_parts(problem, (1, jit.lanes(problem.dtype)), lambda _: fill_part)
+    fill = halide_jit.split_interior_and_borders(
+        problem, (1, halide_jit.vector_lanes(problem.dtype)), lambda _: fill_part
+    )
 
-    def solve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
+    def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else out
         matrix = as_numpy(weight).reshape(problem.groups, problem.filters // problem.groups, problem.taps)
         offsets = np.zeros(problem.filters, dtype) if bias is None else as_numpy(bias)
         fill(images, output, np.ascontiguousarray(matrix), offsets)
         return output
 
-    return solve
+    return convolve
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Copies with a border, without gaps between rows or sorted into phases, and the table of offsets."""
     del machine
-    lanes, (rows, columns) = jit.lanes(problem.dtype), problem.output_size
-    copies = jit.border_bytes(problem, (1, lanes))
+    lanes, (rows, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
+    copies = halide_jit.border_bytes(problem, (1, lanes))
     if problem.stride != (1, 1):
-        (down, pitch_rows), (across, pitch) = (_phases_along(problem, axis, (rows, columns)[axis]) for axis in (0, 1))
+        (down, pitch_rows), (across, pitch) = (
+            _phase_count_and_size(problem, axis, (rows, columns)[axis]) for axis in (0, 1)
+        )
         copies += problem.itemsize * problem.batch * problem.channels * down * across * pitch_rows * pitch
     elif columns < 8 * lanes:
         copies += problem.padded_bytes
     return copies + 16 * problem.taps
 
 
-def cuts(problem: Problem, machine: Machine) -> Cuts:
+def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
     """Along every axis."""
     del problem, machine
-    return jit.CUTS
+    return halide_jit.DIRECT_SLICE_UNITS
 
 
-def prepare() -> None:
+def warm_up() -> None:
     """Nothing: a tenth of a second to compile a pipeline is not worth delaying a start for."""
 
 
-class _Source(NamedTuple):
+class _PixelSource(NamedTuple):
     """Pixels as (N, groups, one long row), from one row of output to the next `pitch`, and each tap's offset."""
 
     pixels: Plane
@@ -148,50 +153,50 @@ class _Source(NamedTuple):
     furthest: int
 
 
-def _in_place(problem: Problem, pixels: Plane, columns: int) -> _Source:
+def _view_in_place(problem: Problem, pixels: Plane, columns: int) -> _PixelSource:
     """The images as they lie, with any strides between rows, channels and images."""
     height, width = pixels.shape[2:]
     # Rows that lie far apart would waste the time of tiles that reach over the ends of rows.
-    if pixels.strides[2] > 1.25 * width * pixels.itemsize and columns < 8 * jit.lanes(problem.dtype):
+    if pixels.strides[2] > 1.25 * width * pixels.itemsize and columns < 8 * halide_jit.vector_lanes(problem.dtype):
         pixels = np.ascontiguousarray(pixels)
     of_image, of_channel, pitch, _ = (step // pixels.itemsize for step in pixels.strides)
     channels = problem.channels // problem.groups
     length = (channels - 1) * of_channel + (height - 1) * pitch + width
-    return _flat(problem, pixels, (of_image, of_channel, 0, pitch), length)
+    return _flatten_source(problem, pixels, (of_image, of_channel, 0, pitch), length)
 
 
-def _in_phases(problem: Problem, pixels: Plane, size: Pair, machine: Machine) -> _Source:
+def _polyphase(problem: Problem, pixels: Plane, size: Pair, machine: Machine) -> _PixelSource:
     """The images sorted into every s-th row and column, by where these begin."""
     count, channels = pixels.shape[:2]
-    (down, rows), (across, pitch) = (_phases_along(problem, axis, size[axis]) for axis in (0, 1))
+    (down, rows), (across, pitch) = (_phase_count_and_size(problem, axis, size[axis]) for axis in (0, 1))
     phases = np.empty((count, channels, down, across, rows, pitch), pixels.dtype)
-    per_task = _per_task(count * channels * down, 20 * phases.size / machine.flops, machine)
-    _phases(problem.dtype)(pixels, *problem.stride, per_task, phases)
+    per_task = _items_per_task(count * channels * down, 20 * phases.size / machine.flops, machine)
+    _polyphase_pipeline(problem.dtype)(pixels, *problem.stride, per_task, phases)
     of_channel = down * across * rows * pitch
     length = channels // problem.groups * of_channel
-    return _flat(problem, phases, (channels * of_channel, of_channel, rows * pitch, pitch), length)
+    return _flatten_source(problem, phases, (channels * of_channel, of_channel, rows * pitch, pitch), length)
 
 
-def _phases_along(problem: Problem, axis: Literal[0, 1], outputs: int) -> Pair:
+def _phase_count_and_size(problem: Problem, axis: Literal[0, 1], outputs: int) -> Pair:
     """Return the number of phases along an axis, and the pixels of each that so many outputs read."""
     taps = problem.kernel_height if axis == 0 else problem.kernel_width
     step, last = problem.stride[axis], (taps - 1) * problem.dilation[axis]
     return min(step, last + 1), outputs + last // step
 
 
-def _flat(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], length: int) -> _Source:
+def _flatten_source(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], length: int) -> _PixelSource:
     """`steps`: from one image, channel, phase and row to the next."""
     of_image, of_channel, of_phase, pitch = steps
     channels, itemsize = problem.channels // problem.groups, pixels.itemsize
     strides = of_image * itemsize, channels * of_channel * itemsize, itemsize
     flat = as_strided(pixels, (len(pixels), problem.groups, length), strides)
     kernel = problem.kernel_height, problem.kernel_width
-    make = kept_table if problem.taps <= KEPT_TAPS else _table
+    make = cached_offset_table if problem.taps <= MAX_CACHED_TABLE_TAPS else _offset_table
     table = make(channels, kernel, problem.stride, problem.dilation, of_channel, of_phase, pitch)
-    return _Source(flat, pitch, *table)
+    return _PixelSource(flat, pitch, *table)
 
 
-def _table(
+def _offset_table(
     channels: int, kernel: Pair, stride: Pair, dilation: Pair, of_channel: int, of_phase: int, pitch: int
 ) -> tuple[NDArray[np.int32], int]:
     """The offsets of a group's taps, in the order of its weights, and the furthest."""
@@ -204,46 +209,53 @@ def _table(
     return offsets.ravel(), int(offsets.max())
 
 
-kept_table = functools.lru_cache(maxsize=256)(_table)
+cached_offset_table = functools.lru_cache(maxsize=256)(_offset_table)
 """At most 256 times KEPT_TAPS offsets of four bytes."""
 
 
-def _sum(problem: Problem, source: _Source, weight: Plane, bias: Plane, output: Plane, machine: Machine) -> None:
+def _run_gemm(
+    problem: Problem, source: _PixelSource, weight: Plane, bias: Plane, output: Plane, machine: Machine
+) -> None:
     """Fill the output (N, O, oh, ow), which may be a part of a larger one."""
     count, filters, rows, columns = output.shape
-    groups, each, lanes = problem.groups, filters // problem.groups, jit.lanes(problem.dtype)
+    groups, each, lanes = problem.groups, filters // problem.groups, halide_jit.vector_lanes(problem.dtype)
     starts, target = bias.reshape(groups, each), output.reshape(count, groups, each, rows, columns)
     pixels, pitch, taps, furthest = source
     work = 2 * output.size * problem.taps / machine.flops
     dense = output.flags.c_contiguous
-    way = _cheapest(_Shape(problem.taps, each, rows, columns, pitch, lanes, dense=dense))
-    if way.band is None:
-        per_task = _per_task(count * groups * rows, work, machine)
-        _wide(problem.dtype, *way.tile)(pixels, weight, starts, taps, furthest, pitch, per_task, target)
+    tiling = _choose_tiling(_SumShape(problem.taps, each, rows, columns, pitch, lanes, dense=dense))
+    if tiling.band is None:
+        per_task = _items_per_task(count * groups * rows, work, machine)
+        _rows_pipeline(problem.dtype, *tiling.tile)(pixels, weight, starts, taps, furthest, pitch, per_task, target)
         return
     if pitch == columns and dense:
         # Rows that follow each other without a gap are one row.
         rows, columns, pitch = 1, rows * columns, rows * columns
         target = output.reshape(count, groups, each, 1, columns)
-    nearest, room = 0, way.tile[1] * lanes
-    if (rows - 1) * pitch + columns < room:
+    nearest, tile_width = 0, tiling.tile[1] * lanes
+    if (rows - 1) * pitch + columns < tile_width:
         # Less than a tile: zeros before it make up a whole one.
-        nearest, furthest, taps = room, furthest + room, taps + np.int32(room)
-        pixels = np.pad(pixels, ((0, 0), (0, 0), (room, 0)))
-    per_task = _per_task(way.band.items * count * groups * -(-each // way.tile[0]), work, machine)
-    band = way.band.rows, way.band.columns
-    _narrow(problem.dtype, *way.tile)(pixels, weight, starts, taps, nearest, furthest, pitch, *band, per_task, target)
+        nearest, furthest, taps = tile_width, furthest + tile_width, taps + np.int32(tile_width)
+        pixels = np.pad(pixels, ((0, 0), (0, 0), (tile_width, 0)))
+    per_task = _items_per_task(tiling.band.items * count * groups * -(-each // tiling.tile[0]), work, machine)
+    band = tiling.band.rows, tiling.band.columns
+    _bands_pipeline(problem.dtype, *tiling.tile)(
+        pixels, weight, starts, taps, nearest, furthest, pitch, *band, per_task, target
+    )
 
 
-def _per_task(items: int, seconds: float, machine: Machine) -> int:
+def _items_per_task(items: int, seconds: float, machine: Machine) -> int:
     """How many of the items a task has, for work that takes one thread so many seconds."""
-    if jit.threads(machine, seconds) == 1:
+    if halide_jit.choose_thread_count(machine, seconds) == 1:
         return items
-    most = min(jit.tasks(machine, TASKS), max(machine.threads, int(seconds / jit.WORTH_A_THREAD)))
+    most = min(
+        halide_jit.choose_task_count(machine, TASKS_PER_THREAD),
+        max(machine.threads, int(seconds / halide_jit.MIN_THREAD_WORK_S)),
+    )
     return -(-items // most)
 
 
-class _Shape(NamedTuple):
+class _SumShape(NamedTuple):
     """What decides how one group of one image is summed."""
 
     taps: int
@@ -264,7 +276,7 @@ class _Band(NamedTuple):
     cost: float
 
 
-class _Way(NamedTuple):
+class _Tiling(NamedTuple):
     """The tile, the bands that it goes along, none where it goes along rows, and the cost: tiles times taps."""
 
     cost: float
@@ -273,48 +285,48 @@ class _Way(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _cheapest(shape: _Shape) -> _Way:
-    ways = []
-    for tile, speed in TILES.items():
+def _choose_tiling(shape: _SumShape) -> _Tiling:
+    tilings = []
+    for tile, speed in GEMM_TILES.items():
         filters, width = tile[0], tile[1] * shape.lanes
         blocks = -(-shape.filters // filters)
         if shape.columns >= width and shape.filters >= filters:
             tiles = shape.rows * -(-shape.columns // width) * blocks
-            ways.append(_Way(tiles * (shape.taps + OF_A_WIDE_TILE) / speed, tile, None))
-        band = _cheapest_band(shape, width)
-        ways.append(_Way(band.cost * blocks, tile, band))
-    return min(ways, key=lambda way: way.cost)
+            tilings.append(_Tiling(tiles * (shape.taps + ROW_TILE_OVERHEAD_TAPS) / speed, tile, None))
+        band = _choose_band(shape, width)
+        tilings.append(_Tiling(band.cost * blocks, tile, band))
+    return min(tilings, key=lambda tiling: tiling.cost)
 
 
-def _cheapest_band(shape: _Shape, width: int) -> _Band:
+def _choose_band(shape: _SumShape, width: int) -> _Band:
     rows, columns, pitch = shape.rows, shape.columns, shape.pitch
     if pitch == columns and shape.dense:
         rows, columns, pitch = 1, rows * columns, rows * columns
     positions = (rows - 1) * pitch + columns
     if rows == 1:
-        sizes = [(1, min(columns, width * many)) for many in range(1, BUFFER // width + 1)]
+        sizes = [(1, min(columns, width * many)) for many in range(1, MAX_BAND_POSITIONS // width + 1)]
     else:
-        most = max(1, BUFFER // pitch, -(-width // pitch) + 1)
+        most = max(1, MAX_BAND_POSITIONS // pitch, -(-width // pitch) + 1)
         sizes = [(some, columns) for some in range(1, min(rows, most) + 1)]
     bands = []
     for some, wide in sizes:
         length = (some - 1) * pitch + wide
         if length >= min(width, positions):
             items = -(-rows // some) * -(-columns // wide)
-            cost = items * (OF_A_BAND + -(-length // width) * (shape.taps + OF_A_TILE))
+            cost = items * (BAND_OVERHEAD_TAPS + -(-length // width) * (shape.taps + BAND_TILE_OVERHEAD_TAPS))
             bands.append(_Band(some, wide, items, cost))
     return min(bands, key=lambda band: band.cost)
 
 
-@jit.compiled
-def _wide(dtype: Dtype, filters: int, vectors: int) -> Recipe:
+@halide_jit.cached_pipeline
+def _rows_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
     """Along rows that are long enough for tiles: sums go from registers straight to the output.
 
     Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), the furthest, pitch, rows a task
     -> (N, G, O, oh, ow), at least one tile of filters by vectors.
     """
-    hl, lanes = jit.halide(), jit.lanes(dtype)
-    images, weight, bias, offsets = _inputs(dtype)
+    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
+    images, weight, bias, offsets = _input_params(dtype)
     furthest, pitch, per_task = (hl.Param(hl.Int(32), name) for name in ("furthest", "pitch", "per_task"))
     x, y, o, g, n = (hl.Var(name) for name in "xyogn")
     k = hl.RDom([hl.Range(0, weight.dim(0).extent())], "k")
@@ -341,8 +353,8 @@ def _wide(dtype: Dtype, filters: int, vectors: int) -> Recipe:
     return output, inputs
 
 
-@jit.compiled
-def _narrow(dtype: Dtype, filters: int, vectors: int) -> Recipe:
+@halide_jit.cached_pipeline
+def _bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
     """Along bands of short rows, over their ends: only the last tile of a band is not full.
 
     Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), the nearest and the furthest, pitch, rows and
@@ -350,8 +362,8 @@ def _narrow(dtype: Dtype, filters: int, vectors: int) -> Recipe:
 
     An item is a band of one block of filters; what lies between its rows is left out when it is copied to the output.
     """
-    hl, lanes = jit.halide(), jit.lanes(dtype)
-    images, weight, bias, offsets = _inputs(dtype)
+    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
+    images, weight, bias, offsets = _input_params(dtype)
     names = ("nearest", "furthest", "pitch", "rows", "columns", "per_task")
     nearest, furthest, pitch, rows, columns, per_task = (hl.Param(hl.Int(32), name) for name in names)
     p, x, y, o, g, n = (hl.Var(name) for name in "pxyogn")
@@ -386,10 +398,10 @@ def _narrow(dtype: Dtype, filters: int, vectors: int) -> Recipe:
     return output, inputs
 
 
-@jit.compiled
-def _phases(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _polyphase_pipeline(dtype: Dtype) -> PipelineSpec:
     """Images (N, C, H, W), steps down and across, planes a task -> (N, C, down, across, rows, columns)."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images = hl.ImageParam(number, 4, "images")
     down, across, per_task = (hl.Param(hl.Int(32), name) for name in ("down", "across", "per_task"))
     x, y, right, below, c, n = (hl.Var(name) for name in ("x", "y", "right", "below", "c", "n"))
@@ -410,9 +422,9 @@ def _phases(dtype: Dtype) -> Recipe:
     return output, [images, down, across, per_task]
 
 
-def _inputs(dtype: Dtype) -> tuple[Any, Any, Any, Any]:
+def _input_params(dtype: Dtype) -> tuple[Any, Any, Any, Any]:
     """Images, weight, bias and offsets."""
-    hl, number = jit.halide(), jit.number_type(dtype)
+    hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)
     sizes = (("images", 3), ("weight", 3), ("bias", 2))
     images, weight, bias = (hl.ImageParam(number, dimensions, name) for name, dimensions in sizes)
     return images, weight, bias, hl.ImageParam(hl.Int(32), 1, "offsets")

@@ -43,21 +43,21 @@ from core.device import usable_cores
 Pipeline: TypeAlias = Callable[..., object]
 """Arrays and numbers in the order of the inputs, then the arrays to fill."""
 
-CACHE_VERSION = 1
+CACHE_FORMAT_VERSION = 1
 """Version of the format of the files in the cache; part of their names."""
 
-KEPT_DAYS = 60
+CACHE_MAX_AGE_DAYS = 60
 """Days without use after which a file of the cache is removed."""
 
-CHILD_COMMAND = (sys.executable, "-P", "-m", "core.engines.compile_pipelines")
+COMPILER_COMMAND = (sys.executable, "-P", "-m", "core.engines.compile_pipelines")
 
-OUT_OF_MEMORY = -11
+HALIDE_OUT_OF_MEMORY = -11
 """Halide's error code (HalideRuntime.h)."""
 
-WRONG_ARRAY = -1000
+WRONG_ARRAY_CODE = -1000
 """Error code of a call whose array number n (from 0) has another type or number of dimensions: WRONG_ARRAY - n."""
 
-TYPE_CODES = {"i": 0, "u": 1, "f": 2}
+HALIDE_TYPE_CODES = {"i": 0, "u": 1, "f": 2}
 """halide_type_code_t, by numpy's kinds of types."""
 
 
@@ -72,29 +72,29 @@ class Argument(NamedTuple):
     dimensions: int | None
 
 
-class Built(NamedTuple):
+class ObjectFile(NamedTuple):
     """A pipeline as an object file."""
 
     arguments: Sequence[Argument]
     code: bytes
 
 
-_linking = threading.Lock()
-_this_thread = threading.local()
+_link_lock = threading.Lock()
+_thread_state = threading.local()
 
 
 @contextmanager
 def compiled_only() -> Iterator[None]:
     """Within this context, this thread compiles and loads nothing: a missing pipeline raises NotCompiled."""
-    before = getattr(_this_thread, "compiled_only", False)
-    _this_thread.compiled_only = True
+    before = getattr(_thread_state, "compiled_only", False)
+    _thread_state.compiled_only = True
     try:
         yield
     finally:
-        _this_thread.compiled_only = before
+        _thread_state.compiled_only = before
 
 
-def compiled(build: Callable[..., Any]) -> Callable[..., Pipeline]:
+def cached_pipeline(build: Callable[..., Any]) -> Callable[..., Pipeline]:
     """Return a function that gives the pipeline of `build` for a list of arguments, compiled when first needed.
 
     Any number of threads may call the pipeline at a time.
@@ -105,9 +105,9 @@ def compiled(build: Callable[..., Any]) -> Callable[..., Pipeline]:
     def pipeline(*key: object) -> Pipeline:
         made = pipelines.get(key)
         if made is None:
-            if getattr(_this_thread, "compiled_only", False):
+            if getattr(_thread_state, "compiled_only", False):
                 raise NotCompiled(f"{build.__module__}.{build.__name__}{key} is not compiled yet")
-            made = pipelines[key] = _load(build.__module__, build.__name__, key)
+            made = pipelines[key] = _load_pipeline(build.__module__, build.__name__, key)
         return made
 
     return pipeline
@@ -122,12 +122,12 @@ def vector_bytes() -> int:
     return 32 if features.get("avx") else 16
 
 
-def build_name(module: str, name: str, key: tuple[object, ...]) -> str:
+def pipeline_name(module: str, name: str, key: tuple[object, ...]) -> str:
     """Return the name of a pipeline's file in the cache, and of its function."""
-    return "p" + hashlib.sha256(repr((_version(), module, name, key)).encode()).hexdigest()[:40]
+    return "p" + hashlib.sha256(repr((_build_fingerprint(), module, name, key)).encode()).hexdigest()[:40]
 
 
-def read_kept(name: str) -> Built | None:
+def read_cached(name: str) -> ObjectFile | None:
     """Return a pipeline from the cache; None if it is not there, or damaged."""
     folder = cache_folder()
     if folder is None:
@@ -138,12 +138,12 @@ def read_kept(name: str) -> Built | None:
         path.touch()
         if hashlib.sha256(header + code).hexdigest().encode() != digest:
             return None
-        return Built([Argument(*argument) for argument in json.loads(header)], code)
+        return ObjectFile([Argument(*argument) for argument in json.loads(header)], code)
     except (OSError, ValueError, TypeError):
         return None
 
 
-def keep(name: str, built: Built) -> None:
+def write_cached(name: str, built: ObjectFile) -> None:
     """Write a pipeline to the cache, unless that is not possible."""
     folder = cache_folder()
     if folder is None:
@@ -185,7 +185,7 @@ def cache_folder() -> Path | None:
 
 
 @contextmanager
-def exclusive(name: str) -> Iterator[None]:
+def lock_cached(name: str) -> Iterator[None]:
     """Let one process at a time make a file of the cache."""
     folder = cache_folder()
     if folder is None or fcntl is None:
@@ -197,43 +197,43 @@ def exclusive(name: str) -> Iterator[None]:
         yield
 
 
-def remove_old() -> None:
+def prune_cache() -> None:
     """Remove the files of the cache that were not read for KEPT_DAYS: each version of the engines adds some."""
     folder = cache_folder()
     for path in folder.iterdir() if folder is not None else ():
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > KEPT_DAYS * 86_400:
+            if time.time() - path.stat().st_mtime > CACHE_MAX_AGE_DAYS * 86_400:
                 path.unlink()
 
 
 @functools.cache
-def _version() -> tuple[str, ...]:
+def _build_fingerprint() -> tuple[str, ...]:
     """Return all that decides what a pipeline compiles to, beside its own name and arguments."""
     text = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text.update(path.read_bytes())
     features = llvm.get_host_cpu_features().flatten()
     processor = llvm.get_process_triple(), llvm.get_host_cpu_name(), features
-    return (str(CACHE_VERSION), importlib.metadata.version("halide"), *processor, text.hexdigest())
+    return (str(CACHE_FORMAT_VERSION), importlib.metadata.version("halide"), *processor, text.hexdigest())
 
 
-def _load(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
+def _load_pipeline(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
     """Load a pipeline from the cache, or from the child process."""
-    function = build_name(module, name, key)
-    built = read_kept(function)
+    function = pipeline_name(module, name, key)
+    built = read_cached(function)
     if built is None:
         try:
-            built = _child.build(module, name, key)
+            built = _compiler.build(module, name, key)
         except RuntimeError:
-            return _compile_here(module, name, key)
-    with _linking:
-        made = _linked.get(function)
+            return _compile_in_process(module, name, key)
+    with _link_lock:
+        made = _linked_pipelines.get(function)
         if made is None:
-            made = _linked[function] = _link(function, built)
+            made = _linked_pipelines[function] = _link_pipeline(function, built)
     return made
 
 
-def _compile_here(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
+def _compile_in_process(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
     """Compile in this process, if the child cannot: to write an object file, Halide needs a /tmp that it can write to.
 
     Such a pipeline keeps Python's lock while it is compiled and whenever it runs.
@@ -245,11 +245,11 @@ def _compile_here(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
     return pipeline
 
 
-RUNTIME = ("", "runtime", ())
+HALIDE_RUNTIME_KEY = ("", "runtime", ())
 """Halide's runtime, in place of the module, name and arguments of a pipeline."""
 
 
-class _Child:
+class _CompilerProcess:
     """A child process that compiles pipelines; it is started for the first, and ends when it has been idle."""
 
     def __init__(self) -> None:
@@ -257,34 +257,34 @@ class _Child:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def build(self, module: str, name: str, key: tuple[object, ...]) -> Built:
+    def build(self, module: str, name: str, key: tuple[object, ...]) -> ObjectFile:
         """Compile one pipeline. Raises RuntimeError with the child's words if that fails."""
         with self._lock:
             try:
-                built = self._ask(module, name, key)
+                built = self._request(module, name, key)
             except (OSError, EOFError, pickle.UnpicklingError):
                 # It has been idle, or the system has ended it to have its memory.
-                self._end()
-                built = self._ask(module, name, key)
-        if isinstance(built, Built):
+                self._stop()
+                built = self._request(module, name, key)
+        if isinstance(built, ObjectFile):
             return built
         raise RuntimeError(f"{module}.{name}{key} cannot be compiled: {built}")
 
     def close(self) -> None:
         """End the process."""
         with self._lock:
-            self._end()
+            self._stop()
 
-    def _ask(self, module: str, name: str, key: tuple[object, ...]) -> Built | str:
-        process = self._process = self._process or _start_child()
+    def _request(self, module: str, name: str, key: tuple[object, ...]) -> ObjectFile | str:
+        process = self._process = self._process or _start_compiler()
         assert process.stdin is not None  # noqa: S101 - they are pipes
         assert process.stdout is not None  # noqa: S101
         pickle.dump((module, name, key), process.stdin)
         process.stdin.flush()
-        built: Built | str = pickle.load(process.stdout)  # noqa: S301 - from a process of ours
+        built: ObjectFile | str = pickle.load(process.stdout)  # noqa: S301 - from a process of ours
         return built
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         """Close its input, with which it ends."""
         process, self._process = self._process, None
         if process is not None:
@@ -292,15 +292,15 @@ class _Child:
                 process.communicate()
 
 
-_child = _Child()
-_linked: dict[str, Pipeline] = {}
+_compiler = _CompilerProcess()
+_linked_pipelines: dict[str, Pipeline] = {}
 
 
-def _start_child() -> "subprocess.Popen[bytes]":
+def _start_compiler() -> "subprocess.Popen[bytes]":
     # It finds the modules where this process does, not where its working directory is.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(  # noqa: S603 - this Python, and a module of ours
-        CHILD_COMMAND,
+        COMPILER_COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
@@ -310,29 +310,29 @@ def _start_child() -> "subprocess.Popen[bytes]":
 
 
 @functools.cache
-def _linker() -> Any:
+def _llvm_linker() -> Any:
     """Return LLVM's linker with Halide's runtime in it. It lasts as long as the process: threads run in its code."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    _check_array_fields()
+    _check_numpy_array_layout()
     target = llvm.Target.from_default_triple().create_target_machine(jit=True)
     # JITLink places the sections of an object within reach of each other and reserves its whole offset table. The older
     # RuntimeDyld ends the process if a section is out of reach, or if it has counted too few entries of that table.
     linker = llvm.create_lljit_compiler(target, use_jit_link=sys.platform != "win32")
-    runtime = build_name(*RUNTIME)
-    built = read_kept(runtime) or _child.build(*RUNTIME)
-    library = llvm.JITLibraryBuilder().add_object_img(built.code).add_ir(ON_ERROR).add_current_process()
+    runtime = pipeline_name(*HALIDE_RUNTIME_KEY)
+    built = read_cached(runtime) or _compiler.build(*HALIDE_RUNTIME_KEY)
+    library = llvm.JITLibraryBuilder().add_object_img(built.code).add_ir(ERROR_HANDLER_IR).add_current_process()
     for symbol in ("ignore_error", *RUNTIME_SETTERS):
         library.export_symbol(symbol)
-    addresses = _keep_for_ever(library.link(linker, RUNTIME_LIBRARY))
+    addresses = _prevent_free(library.link(linker, RUNTIME_LIBRARY))
     # Errors become return codes; by default they end the process.
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(addresses["halide_set_error_handler"])(addresses["ignore_error"])
     # The pool would have as many threads as the host has cores, of which a container may have a part.
     ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(addresses["halide_set_num_threads"])(usable_cores())
-    return _keep_for_ever(linker)
+    return _prevent_free(linker)
 
 
-def _keep_for_ever(owner: Any) -> Any:
+def _prevent_free(owner: Any) -> Any:
     """Return an object of llvmlite of which nothing is freed at exit."""
     owner._owned = True  # noqa: SLF001
     return owner
@@ -343,114 +343,125 @@ _library_numbers = itertools.count()
 RUNTIME_LIBRARY = "halide_runtime"
 RUNTIME_SETTERS = ("halide_set_error_handler", "halide_set_num_threads")
 
-ON_ERROR = "define void @ignore_error(ptr %context, ptr %message) { ret void }"
+ERROR_HANDLER_IR = "define void @ignore_error(ptr %context, ptr %message) { ret void }"
 
 
-def _link(function: str, built: Built) -> Pipeline:
+def _link_pipeline(function: str, built: ObjectFile) -> Pipeline:
     """Link an object file into this process and return its function."""
-    library = llvm.JITLibraryBuilder().add_object_img(built.code).add_ir(_adapter(function, built.arguments))
+    library = llvm.JITLibraryBuilder().add_object_img(built.code).add_ir(_build_adapter_ir(function, built.arguments))
     library.add_jit_library(RUNTIME_LIBRARY).add_current_process().export_symbol(f"{function}_call")
-    linker = _linker()
+    linker = _llvm_linker()
     # A name is taken for good, also by a library that could not be linked.
-    addresses = _keep_for_ever(library.link(linker, f"{function}_{next(_library_numbers)}"))
-    types = [_ctype(argument) for argument in built.arguments]
+    addresses = _prevent_free(library.link(linker, f"{function}_{next(_library_numbers)}"))
+    types = [_argument_ctype(argument) for argument in built.arguments]
     call = ctypes.CFUNCTYPE(ctypes.c_int, *types)(addresses[f"{function}_call"])
 
     def pipeline(*arguments: object) -> None:
         code = call(*arguments)
         if code:
-            _raise(code, arguments)
+            _raise_halide_error(code, arguments)
 
     return pipeline
 
 
-def _raise(code: int, arguments: tuple[object, ...]) -> None:
-    if code == OUT_OF_MEMORY:
+def _raise_halide_error(code: int, arguments: tuple[object, ...]) -> None:
+    if code == HALIDE_OUT_OF_MEMORY:
         raise MemoryError("a compiled engine found no memory")
-    if code <= WRONG_ARRAY:
-        array = arguments[WRONG_ARRAY - code]
+    if code <= WRONG_ARRAY_CODE:
+        array = arguments[WRONG_ARRAY_CODE - code]
         raise TypeError(
-            f"argument {WRONG_ARRAY - code} of a pipeline is {getattr(array, 'dtype', array)!r}, or its rank"
+            f"argument {WRONG_ARRAY_CODE - code} of a pipeline is {getattr(array, 'dtype', array)!r}, or its rank"
         )
     raise RuntimeError(f"a compiled engine failed with Halide's error {code}")
 
 
-def _ctype(argument: Argument) -> Any:
+def _argument_ctype(argument: Argument) -> Any:
     if argument.dimensions is not None:
         return ctypes.py_object
     return {"int32": ctypes.c_int32, "float32": ctypes.c_float, "float64": ctypes.c_double}[argument.dtype]
 
 
-def _adapter(function: str, arguments: Sequence[Argument]) -> str:
+def _build_adapter_ir(function: str, arguments: Sequence[Argument]) -> str:
     """Return LLVM's text of a function that takes numpy's arrays and numbers and calls a pipeline.
 
     It makes a halide_buffer_t of each array on the stack and checks its type and rank: Python needs ten times as long.
     """
     module = ir.Module()
     types = [
-        ARRAY.as_pointer() if argument.dimensions is not None else NUMBERS[argument.dtype] for argument in arguments
+        NUMPY_ARRAY_STRUCT.as_pointer() if argument.dimensions is not None else SCALAR_TYPES[argument.dtype]
+        for argument in arguments
     ]
     adapter = ir.Function(module, ir.FunctionType(INT32, types), f"{function}_call")
     builder = ir.IRBuilder(adapter.append_basic_block())
-    pointers = builder.alloca(POINTER, len(arguments))
+    pointers = builder.alloca(BYTE_POINTER, len(arguments))
     for at, (argument, value) in enumerate(zip(arguments, adapter.args, strict=True)):
         if argument.dimensions is None:
             slot = builder.alloca(value.type)
             builder.store(value, slot)
         else:
-            slot = _buffer(builder, at, np.dtype(argument.dtype), argument.dimensions, value)
-        builder.store(builder.bitcast(slot, POINTER), builder.gep(pointers, [INT32(at)]))
-    target = ir.Function(module, ir.FunctionType(INT32, [POINTER.as_pointer()]), f"{function}_argv")
+            slot = _build_halide_buffer(builder, at, np.dtype(argument.dtype), argument.dimensions, value)
+        builder.store(builder.bitcast(slot, BYTE_POINTER), builder.gep(pointers, [INT32(at)]))
+    target = ir.Function(module, ir.FunctionType(INT32, [BYTE_POINTER.as_pointer()]), f"{function}_argv")
     builder.ret(builder.call(target, [pointers]))
     return str(module)
 
 
 INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-POINTER = INT8.as_pointer()
-NUMBERS = {"int32": INT32, "float32": ir.FloatType(), "float64": ir.DoubleType()}
+BYTE_POINTER = INT8.as_pointer()
+SCALAR_TYPES = {"int32": INT32, "float32": ir.FloatType(), "float64": ir.DoubleType()}
 
-ARRAY = ir.LiteralStructType(
-    [ir.ArrayType(INT8, object.__basicsize__), POINTER, INT32, INT64.as_pointer(), INT64.as_pointer(), POINTER, INT64]
+NUMPY_ARRAY_STRUCT = ir.LiteralStructType(
+    [
+        ir.ArrayType(INT8, object.__basicsize__),
+        BYTE_POINTER,
+        INT32,
+        INT64.as_pointer(),
+        INT64.as_pointer(),
+        BYTE_POINTER,
+        INT64,
+    ]
 )
 """numpy's PyArrayObject: the object's own fields, then data, nd, dimensions, strides, base and descr."""
 
-DIMENSION = ir.LiteralStructType([INT32] * 4)
+HALIDE_DIMENSION_STRUCT = ir.LiteralStructType([INT32] * 4)
 """halide_dimension_t: min, extent, stride (in values) and flags."""
 
-BUFFER = ir.LiteralStructType([INT64, POINTER, POINTER, INT64, INT32, INT32, DIMENSION.as_pointer(), POINTER])
+HALIDE_BUFFER_STRUCT = ir.LiteralStructType(
+    [INT64, BYTE_POINTER, BYTE_POINTER, INT64, INT32, INT32, HALIDE_DIMENSION_STRUCT.as_pointer(), BYTE_POINTER]
+)
 """halide_buffer_t: device, its interface, host, flags, type, number of dimensions, dimensions, padding."""
 
 
-def _buffer(builder: ir.IRBuilder, at: int, dtype: np.dtype[Any], rank: int, array: Any) -> Any:
+def _build_halide_buffer(builder: ir.IRBuilder, at: int, dtype: np.dtype[Any], rank: int, array: Any) -> Any:
     """Make a halide_buffer_t of argument number `at`, or return from the function if its type or rank is wrong."""
     _, data, found_rank, sizes, steps, _, found_dtype = (
-        builder.gep(array, [INT32(0), INT32(field)]) for field in range(len(ARRAY.elements))
+        builder.gep(array, [INT32(0), INT32(field)]) for field in range(len(NUMPY_ARRAY_STRUCT.elements))
     )
     right_rank = builder.icmp_signed("==", builder.load(found_rank), INT32(rank))
     right_dtype = builder.icmp_signed("==", builder.load(found_dtype), INT64(id(dtype)))
     with builder.if_then(builder.not_(builder.and_(right_rank, right_dtype)), likely=False):
-        builder.ret(INT32(WRONG_ARRAY - at))
-    dimensions = builder.alloca(DIMENSION, max(1, rank))
+        builder.ret(INT32(WRONG_ARRAY_CODE - at))
+    dimensions = builder.alloca(HALIDE_DIMENSION_STRUCT, max(1, rank))
     for axis in range(rank):
         # Halide's first dimension is numpy's last.
         place = [INT32(rank - 1 - axis)]
         extent, step = (builder.load(builder.gep(builder.load(field), place)) for field in (sizes, steps))
         stride = builder.sdiv(step, INT64(dtype.itemsize))
         values = INT32(0), builder.trunc(extent, INT32), builder.trunc(stride, INT32), INT32(0)
-        _store(builder, builder.gep(dimensions, [INT32(axis)]), values)
+        _store_fields(builder, builder.gep(dimensions, [INT32(axis)]), values)
     # halide_type_t is 8 bits of code, 8 of size, and 16 of lanes.
-    kind = INT32(TYPE_CODES[dtype.kind] | 8 * dtype.itemsize << 8 | 1 << 16)
-    buffer, null = builder.alloca(BUFFER), POINTER(None)
-    _store(builder, buffer, (INT64(0), null, builder.load(data), INT64(0), kind, INT32(rank), dimensions, null))
+    kind = INT32(HALIDE_TYPE_CODES[dtype.kind] | 8 * dtype.itemsize << 8 | 1 << 16)
+    buffer, null = builder.alloca(HALIDE_BUFFER_STRUCT), BYTE_POINTER(None)
+    _store_fields(builder, buffer, (INT64(0), null, builder.load(data), INT64(0), kind, INT32(rank), dimensions, null))
     return buffer
 
 
-def _store(builder: ir.IRBuilder, target: Any, values: Sequence[Any]) -> None:
+def _store_fields(builder: ir.IRBuilder, target: Any, values: Sequence[Any]) -> None:
     for place, value in enumerate(values):
         builder.store(value, builder.gep(target, [INT32(0), INT32(place)]))
 
 
-def _check_array_fields() -> None:
+def _check_numpy_array_layout() -> None:
     """Raise RuntimeError if numpy's arrays do not have the fields that _buffer reads."""
     array = np.zeros((3, 5), np.float32)[::2, ::2]
     found = [ctypes.c_int64.from_address(id(array) + object.__basicsize__ + 8 * place).value for place in range(6)]

@@ -11,33 +11,33 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from core.arrays import NUMPY_DTYPES, Array, Solve, as_numpy, as_torch
-from core.borders import window
+from core.arrays import NUMPY_DTYPES, Array, ConvolveFn, as_numpy, as_torch
 from core.machine import Machine
-from core.shapes import Axis, Cuts, Pair, Problem, extent
+from core.padding import extract_window
+from core.shapes import Axis, Pair, Problem, SliceUnits, dilated_size
 
 Check: TypeAlias = Callable[[], object]
 """A function that is called between slices; what it raises ends the computation."""
 
-SLICE_SECONDS = 0.05
+TARGET_SLICE_S = 0.05
 """Predicted time of a slice."""
 
-SLICE_BYTES = 128e6
+MAX_SLICE_TEMPORARY_BYTES = 128e6
 """Temporary memory of a slice."""
 
 MAX_SLICES = 4096
 
 
-class Sliceable(Protocol):
+class SliceableEngine(Protocol):
     """The part of Engine that slicing needs."""
 
     def temporary_bytes(self, problem: Problem, machine: Machine, /) -> int:
         """Memory beside input, weight and output."""
 
-    def cuts(self, problem: Problem, machine: Machine, /) -> Cuts:
+    def slice_units(self, problem: Problem, machine: Machine, /) -> SliceUnits:
         """The axes to cut."""
 
-    def plan(self, problem: Problem, machine: Machine, /) -> Solve:
+    def plan(self, problem: Problem, machine: Machine, /) -> ConvolveFn:
         """A function that solves it."""
 
 
@@ -54,37 +54,41 @@ class Slice(NamedTuple):
     filters: slice
     rows: slice
     columns: slice
-    down: Pair
-    across: Pair
-    copied: bool
+    input_rows: Pair
+    input_columns: Pair
+    copies_input: bool
 
 
-def count(problem: Problem, engine: Sliceable, machine: Machine, seconds: float) -> float:
+def count_slices(problem: Problem, engine: SliceableEngine, machine: Machine, seconds: float) -> float:
     """Return how many slices the problem needs, for that predicted time; at most 1: it is solved whole.
 
     Work on other devices is queued, not waited for, and stays whole.
     """
     if problem.device != "cpu":
         return 1
-    return min(MAX_SLICES, max(seconds / SLICE_SECONDS, engine.temporary_bytes(problem, machine) / SLICE_BYTES))
-
-
-def temporary_bytes(problem: Problem, engine: Sliceable, machine: Machine, parts: float) -> int:
-    """Return the memory that the largest slice takes beside the arrays of the whole problem."""
-    if parts <= 1:
-        return engine.temporary_bytes(problem, machine)
-    ranges = {axis: {every[0], every[-1], *every[1:2]} for axis, every in _ranges(problem, engine, machine, parts)}
-    return max(
-        engine.temporary_bytes(piece.problem, machine) + 2 * piece.copied * piece.problem.input_bytes
-        for piece in _slices(problem, ranges)
+    return min(
+        MAX_SLICES, max(seconds / TARGET_SLICE_S, engine.temporary_bytes(problem, machine) / MAX_SLICE_TEMPORARY_BYTES)
     )
 
 
-def run(
+def temporary_bytes(problem: Problem, engine: SliceableEngine, machine: Machine, slice_count: float) -> int:
+    """Return the memory that the largest slice takes beside the arrays of the whole problem."""
+    if slice_count <= 1:
+        return engine.temporary_bytes(problem, machine)
+    ranges = {
+        axis: {every[0], every[-1], *every[1:2]} for axis, every in _axis_ranges(problem, engine, machine, slice_count)
+    }
+    return max(
+        engine.temporary_bytes(piece.problem, machine) + 2 * piece.copies_input * piece.problem.input_bytes
+        for piece in _make_slices(problem, ranges)
+    )
+
+
+def run_slices(
     problem: Problem,
-    engine: Sliceable,
+    engine: SliceableEngine,
     machine: Machine,
-    parts: float,
+    slice_count: float,
     images: Array,
     weight: Any,
     bias: Array | None,
@@ -92,20 +96,20 @@ def run(
 ) -> Array:
     """Solve the problem slice by slice; arrays as in Solve."""
     output = np.empty((problem.batch, problem.filters, *problem.output_size), NUMPY_DTYPES[problem.dtype])
-    plans: dict[Problem, Solve] = {}
-    for piece in _slices(problem, dict(_ranges(problem, engine, machine, parts))):
+    plans: dict[Problem, ConvolveFn] = {}
+    for piece in _make_slices(problem, dict(_axis_ranges(problem, engine, machine, slice_count))):
         if check is not None:
             check()
         pixels = images[piece.images, piece.channels]
-        if piece.copied:
+        if piece.copies_input:
             border = problem.boundary, problem.fill_value
-            pixels = as_numpy(window(as_torch(pixels), piece.down, piece.across, *border)).copy()
+            pixels = as_numpy(extract_window(as_torch(pixels), piece.input_rows, piece.input_columns, *border)).copy()
         else:
-            pixels = pixels[:, :, slice(*piece.down), slice(*piece.across)]
+            pixels = pixels[:, :, slice(*piece.input_rows), slice(*piece.input_columns)]
         part = piece.problem
         some = part.filters < problem.filters
-        solve = plans[part] if part in plans else plans.setdefault(part, engine.plan(part, machine))
-        solve(
+        convolve = plans[part] if part in plans else plans.setdefault(part, engine.plan(part, machine))
+        convolve(
             pixels,
             weight[piece.filters] if some else weight,
             bias[piece.filters] if some and bias is not None else bias,
@@ -114,7 +118,9 @@ def run(
     return output
 
 
-def _ranges(problem: Problem, engine: Sliceable, machine: Machine, parts: float) -> Iterator[tuple[Axis, list[Pair]]]:
+def _axis_ranges(
+    problem: Problem, engine: SliceableEngine, machine: Machine, slice_count: float
+) -> Iterator[tuple[Axis, list[Pair]]]:
     """For every axis, the ranges that a problem is cut into; fewer than `parts` if what belongs together is larger."""
     (rows, columns), each = problem.output_size, problem.filters // problem.groups
     sizes: dict[Axis, int] = {
@@ -125,53 +131,56 @@ def _ranges(problem: Problem, engine: Sliceable, machine: Machine, parts: float)
         "columns": columns,
     }
     single_groups = problem.groups == 1
-    for axis, unit in engine.cuts(problem, machine).items():
+    for axis, unit in engine.slice_units(problem, machine).items():
         # Some of the filters of several groups would not follow each other.
-        ranges = _equal_ranges(sizes.pop(axis), unit, parts if axis != "filters" or single_groups else 1)
+        ranges = _equal_ranges(sizes.pop(axis), unit, slice_count if axis != "filters" or single_groups else 1)
         single_groups = single_groups or (axis == "groups" and len(ranges) == problem.groups)
-        parts /= len(ranges)
+        slice_count /= len(ranges)
         yield axis, ranges
     for axis, size in sizes.items():
         yield axis, [(0, size)]
 
 
-def _equal_ranges(size: int, unit: int, parts: float) -> list[Pair]:
+def _equal_ranges(size: int, unit: int, slice_count: float) -> list[Pair]:
     """Ranges that make up the size: whole units, but for the last, which has at least one."""
     units = max(1, size // unit)
-    number = max(1, min(math.ceil(parts), units))
+    number = max(1, min(math.ceil(slice_count), units))
     ends = [units * part // number * unit for part in range(1, number)]
     return list(itertools.pairwise([0, *ends, size]))
 
 
-def _slices(problem: Problem, ranges: Mapping[Axis, Iterable[Pair]]) -> Iterator[Slice]:
+def _make_slices(problem: Problem, ranges: Mapping[Axis, Iterable[Pair]]) -> Iterator[Slice]:
     axes: tuple[Axis, ...] = ("batch", "groups", "filters", "rows", "columns")
     for chosen in itertools.product(*(ranges[axis] for axis in axes)):
-        yield _slice(problem, *chosen)
+        yield _make_slice(problem, *chosen)
 
 
-def _slice(problem: Problem, images: Pair, groups: Pair, filters: Pair, rows: Pair, columns: Pair) -> Slice:
+def _make_slice(problem: Problem, images: Pair, groups: Pair, filters: Pair, rows: Pair, columns: Pair) -> Slice:
     each, depth = problem.filters // problem.groups, problem.channels // problem.groups
     padding, dilation = problem.padding, problem.dilation
-    spread = extent(problem.kernel_height, dilation[0]), extent(problem.kernel_width, dilation[1])
-    down = _read(rows, problem.stride[0], padding[0], spread[0])
-    across = _read(columns, problem.stride[1], padding[2], spread[1])
-    copied = not (_clips(down, problem.height, problem) and _clips(across, problem.width, problem))
+    kernel_extent = dilated_size(problem.kernel_height, dilation[0]), dilated_size(problem.kernel_width, dilation[1])
+    input_rows = _input_range(rows, problem.stride[0], padding[0], kernel_extent[0])
+    input_columns = _input_range(columns, problem.stride[1], padding[2], kernel_extent[1])
+    copies_input = not (
+        _can_pad_clipped(input_rows, problem.height, problem)
+        and _can_pad_clipped(input_columns, problem.width, problem)
+    )
     sides = (0, 0, 0, 0)
-    if not copied:
+    if not copies_input:
         sides = (
-            max(0, -down[0]),
-            max(0, down[1] - problem.height),
-            max(0, -across[0]),
-            max(0, across[1] - problem.width),
+            max(0, -input_rows[0]),
+            max(0, input_rows[1] - problem.height),
+            max(0, -input_columns[0]),
+            max(0, input_columns[1] - problem.width),
         )
-        down = max(0, down[0]), min(problem.height, down[1])
-        across = max(0, across[0]), min(problem.width, across[1])
+        input_rows = max(0, input_rows[0]), min(problem.height, input_rows[1])
+        input_columns = max(0, input_columns[0]), min(problem.width, input_columns[1])
     part = replace(
         problem,
         batch=images[1] - images[0],
         channels=(groups[1] - groups[0]) * depth,
-        height=down[1] - down[0],
-        width=across[1] - across[0],
+        height=input_rows[1] - input_rows[0],
+        width=input_columns[1] - input_columns[0],
         filters=(groups[1] - groups[0]) * (filters[1] - filters[0]),
         groups=groups[1] - groups[0],
         padding=sides,
@@ -185,18 +194,18 @@ def _slice(problem: Problem, images: Pair, groups: Pair, filters: Pair, rows: Pa
         slice(groups[0] * each + filters[0], (groups[1] - 1) * each + filters[1]),
         slice(*rows),
         slice(*columns),
-        down,
-        across,
-        copied,
+        input_rows,
+        input_columns,
+        copies_input,
     )
 
 
-def _read(outputs: Pair, stride: int, border: int, spread: int) -> Pair:
+def _input_range(outputs: Pair, stride: int, border: int, kernel_extent: int) -> Pair:
     """The input's rows or columns, border included, that a range of the output's reads."""
-    return outputs[0] * stride - border, (outputs[1] - 1) * stride - border + spread
+    return outputs[0] * stride - border, (outputs[1] - 1) * stride - border + kernel_extent
 
 
-def _clips(read: Pair, size: int, problem: Problem) -> bool:
+def _can_pad_clipped(read: Pair, size: int, problem: Problem) -> bool:
     """Return whether the part inside the input, with a border of its own, equals the range that is read."""
     first, last = max(0, read[0]), min(size, read[1])
     if first >= last:

@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.arrays import Array, Solve, as_numpy
-from core.engines import jit
-from core.engines.jit import Fill, Plane, Recipe
+from core.arrays import Array, ConvolveFn, as_numpy
+from core.engines import halide_jit
+from core.engines.halide_jit import FillFn, PipelineSpec, Plane
 from core.machine import Machine
-from core.shapes import Cuts, Dtype, Pair, Problem, extent
+from core.shapes import Dtype, Pair, Problem, SliceUnits, dilated_size
 
 METHOD = "direct"
 
 TILE_ROWS = 4
 TILE_VECTORS = 2
-ROWS_OF_TAPS = 4
-FEW_ROWS = 5
+TAP_ROWS_PER_STEP = 4
+MAX_SHORT_KERNEL_ROWS = 5
 
-IN_SECOND_CACHE = 1e6
+L2_CACHE_BYTES = 1e6
 """Bytes of input or output."""
 
-CALL = 2e-6
+CALL_OVERHEAD_S = 2e-6
 """Seconds of a call from Python, measured."""
 
-EFFICIENCY = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
+EFFICIENCY_BY_TAP_ROWS = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
 """Speed by rows of taps, as a multiple of the machine's in matrix products; 1.2 from 8 rows on. Measured."""
 
 
-def obstacle(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     """Several channels, strides and dilations need an output of at least one tile."""
-    reason = jit.obstacle(problem)
-    if reason is None and not problem.single and _too_small(problem):
-        rows, columns = _tile(problem.dtype)
+    reason = halide_jit.unsupported_reason(problem)
+    if reason is None and not problem.is_single_plane and _is_smaller_than_tile(problem):
+        rows, columns = _tile_shape(problem.dtype)
         return f"needs an output of at least {rows} x {columns} here"
     return reason
 
@@ -48,27 +48,37 @@ def seconds(problem: Problem, machine: Machine) -> float:
     """A call, and the larger of arithmetic and memory; where the output does not fill its tiles, these count whole."""
     rows, columns = problem.output_size
     planes = problem.batch * problem.filters
-    speed = jit.speed(machine, problem.dtype)
-    calls = 3 if problem.bordered else 1
-    if _too_small(problem):
-        row = extent(-(-columns // jit.lanes(problem.dtype)), jit.lanes(problem.dtype))
-        if columns < jit.lanes(problem.dtype):
-            return machine.compiling + calls * CALL + 2 * planes * rows * columns * (problem.taps + 64) * 8 / speed
-        return machine.compiling + calls * CALL + 2 * planes * rows * row * problem.taps * 4 / speed
-    tile_rows, tile_columns = _tile(problem.dtype)
+    speed = halide_jit.operations_per_second(machine, problem.dtype)
+    calls = 3 if problem.is_padded else 1
+    if _is_smaller_than_tile(problem):
+        row = dilated_size(
+            -(-columns // halide_jit.vector_lanes(problem.dtype)), halide_jit.vector_lanes(problem.dtype)
+        )
+        if columns < halide_jit.vector_lanes(problem.dtype):
+            return (
+                machine.compile_seconds
+                + calls * CALL_OVERHEAD_S
+                + 2 * planes * rows * columns * (problem.taps + 64) * 8 / speed
+            )
+        return machine.compile_seconds + calls * CALL_OVERHEAD_S + 2 * planes * rows * row * problem.taps * 4 / speed
+    tile_rows, tile_columns = _tile_shape(problem.dtype)
     filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
-    efficiency = EFFICIENCY.get(problem.kernel_height, 1.2)
+    efficiency = EFFICIENCY_BY_TAP_ROWS.get(problem.kernel_height, 1.2)
     if problem.stride != (1, 1):
         efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
     arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
-    threads = jit.threads(machine, arithmetic)
-    work = max(arithmetic, jit.memory_seconds(problem, machine))
-    if not problem.single:
+    threads = halide_jit.choose_thread_count(machine, arithmetic)
+    work = max(arithmetic, halide_jit.memory_seconds(problem, machine))
+    if not problem.is_single_plane:
         # Tiles read few pixels of many rows of many channels: memory is waited for, not streamed.
-        size = np.dtype(problem.dtype).itemsize * problem.largest_array
-        work = arithmetic + size / ((4 if size < IN_SECOND_CACHE else 0.4) * machine.bandwidth)
-    fixed = machine.compiling + calls * CALL + jit.border_seconds(problem, _tile(problem.dtype))
-    return fixed + (work + jit.page_seconds(problem)) / threads
+        size = np.dtype(problem.dtype).itemsize * problem.max_array_values
+        work = arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
+    fixed = (
+        machine.compile_seconds
+        + calls * CALL_OVERHEAD_S
+        + halide_jit.border_seconds(problem, _tile_shape(problem.dtype))
+    )
+    return fixed + (work + halide_jit.page_fault_seconds(problem)) / threads
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -77,131 +87,142 @@ def operations(problem: Problem, machine: Machine) -> float:
     return problem.operations
 
 
-def plan(problem: Problem, machine: Machine) -> Solve:
+def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """How to do it."""
     shape = problem.batch, problem.filters, *problem.output_size
     dtype = np.dtype(problem.dtype)
-    if not problem.single:
-        fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_layer, problem, machine))
+    if not problem.is_single_plane:
+        fill = halide_jit.split_interior_and_borders(
+            problem, _tile_shape(problem.dtype), functools.partial(_make_layer_fill, problem, machine)
+        )
 
-        def solve_layer(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
+        def convolve_layer(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
             output = np.empty(shape, dtype) if out is None else out
             offsets = np.zeros(problem.filters, dtype) if bias is None else as_numpy(bias)
             fill(images, output, weight, offsets)
             return output
 
-        return solve_layer
-    fill = jit.in_parts(problem, _tile(problem.dtype), functools.partial(_plane, problem, machine))
-    return jit.solution(problem, fill)
+        return convolve_layer
+    fill = halide_jit.split_interior_and_borders(
+        problem, _tile_shape(problem.dtype), functools.partial(_make_plane_fill, problem, machine)
+    )
+    return halide_jit.allocate_and_fill(problem, fill)
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Copies with a border, and of what is computed lying on its side."""
     del machine
-    narrow = problem.single and problem.output_size[1] < jit.lanes(problem.dtype)
-    turned = problem.padded_bytes + problem.output_bytes if narrow else 0
-    return jit.border_bytes(problem, _tile(problem.dtype)) + turned
+    narrow = problem.is_single_plane and problem.output_size[1] < halide_jit.vector_lanes(problem.dtype)
+    transposed = problem.padded_bytes + problem.output_bytes if narrow else 0
+    return halide_jit.border_bytes(problem, _tile_shape(problem.dtype)) + transposed
 
 
-def cuts(problem: Problem, machine: Machine) -> Cuts:
+def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
     """Along every axis."""
     del problem, machine
-    return jit.CUTS
+    return halide_jit.DIRECT_SLICE_UNITS
 
 
-def prepare() -> None:
+def warm_up() -> None:
     """Compile what single planes of float32 need, in a second; layers take a third of one when they first come."""
-    if jit.obstacle_of_platform() is None:
-        for pipeline in (_tiles, _tall_tiles, _rows, _values):
+    if halide_jit.platform_unsupported_reason() is None:
+        for pipeline in (_tiles_pipeline, _tall_tiles_pipeline, _rows_pipeline, _values_pipeline):
             pipeline("float32")
 
 
-def _tile(dtype: Dtype) -> tuple[int, int]:
-    return TILE_ROWS, TILE_VECTORS * jit.lanes(dtype)
+def _tile_shape(dtype: Dtype) -> tuple[int, int]:
+    return TILE_ROWS, TILE_VECTORS * halide_jit.vector_lanes(dtype)
 
 
-def _too_small(problem: Problem) -> bool:
+def _is_smaller_than_tile(problem: Problem) -> bool:
     rows, columns = problem.output_size
-    tile_rows, tile_columns = _tile(problem.dtype)
+    tile_rows, tile_columns = _tile_shape(problem.dtype)
     return rows < tile_rows or columns < tile_columns
 
 
-def _plane(problem: Problem, machine: Machine, size: Pair) -> Fill:
+def _make_plane_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
     """What fills outputs of that size, which may be parts of a larger one, from planes and one kernel."""
     (rows, columns), dtype = size, problem.dtype
-    width = jit.lanes(dtype)
+    width = halide_jit.vector_lanes(dtype)
     if rows >= TILE_ROWS and columns >= TILE_VECTORS * width:
         groups = -(-rows // TILE_ROWS) * problem.batch
-        per_task = jit.share(groups, 2 * rows * columns * problem.batch * problem.taps / machine.flops, machine)
-        tiles = _tiles(dtype) if problem.kernel_height <= FEW_ROWS else _tall_tiles(dtype)
+        per_task = halide_jit.items_per_task(
+            groups, 2 * rows * columns * problem.batch * problem.taps / machine.flops, machine
+        )
+        tiles = (
+            _tiles_pipeline(dtype) if problem.kernel_height <= MAX_SHORT_KERNEL_ROWS else _tall_tiles_pipeline(dtype)
+        )
         return lambda pixels, output, taps: tiles(pixels, taps, per_task, output)
     if columns >= width:
-        of_rows = _rows(dtype)
-        return lambda pixels, output, taps: of_rows(pixels, taps, output)
+        rows_pipeline = _rows_pipeline(dtype)
+        return lambda pixels, output, taps: rows_pipeline(pixels, taps, output)
     if rows >= width:
-        on_its_side = _rows(dtype)
+        transposed_pipeline = _rows_pipeline(dtype)
 
-        def turned(pixels: Plane, output: Plane, taps: Plane) -> None:
+        def transposed(pixels: Plane, output: Plane, taps: Plane) -> None:
             # Tall and narrow: there are rows to take vectors from when it lies.
             sums = np.empty((len(output), 1, columns, rows), output.dtype)
-            on_its_side(pixels.swapaxes(2, 3).copy(), taps.swapaxes(2, 3).copy(), sums)
+            transposed_pipeline(pixels.swapaxes(2, 3).copy(), taps.swapaxes(2, 3).copy(), sums)
             output[...] = sums.swapaxes(2, 3)
 
-        return turned
-    values = _values(dtype)
+        return transposed
+    values = _values_pipeline(dtype)
     return lambda pixels, output, taps: values(pixels, taps, output)
 
 
-def _layer(problem: Problem, machine: Machine, size: Pair) -> Fill:
+def _make_layer_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
     """What fills outputs of that size, which may be parts of a larger one, from several channels or by strides."""
     groups = -(-size[0] // TILE_ROWS) * problem.batch
     work = 2 * problem.batch * problem.filters * math.prod(size) * problem.taps / machine.flops
-    together = problem.filters // problem.groups
+    filters_per_group = problem.filters // problem.groups
     if problem.channels == problem.groups and problem.stride == problem.dilation == (1, 1):
-        depthwise, per_task = _depthwise(problem.dtype), jit.share(groups * problem.filters, work, machine)
-        return lambda pixels, output, taps, bias: depthwise(pixels, taps, bias, together, per_task, output)
-    options = *problem.dilation, together, jit.share(groups, work, machine)
+        depthwise, per_task = (
+            _depthwise_pipeline(problem.dtype),
+            halide_jit.items_per_task(groups * problem.filters, work, machine),
+        )
+        return lambda pixels, output, taps, bias: depthwise(pixels, taps, bias, filters_per_group, per_task, output)
+    options = *problem.dilation, filters_per_group, halide_jit.items_per_task(groups, work, machine)
     if problem.stride == (1, 1):
-        filters = _filters(problem.dtype)
+        filters = _layer_pipeline(problem.dtype)
         return lambda pixels, output, taps, bias: filters(pixels, taps, bias, *options, output)
-    strided = _strided(problem.dtype)
+    strided = _strided_pipeline(problem.dtype)
     return lambda pixels, output, taps, bias: strided(pixels, taps, bias, *problem.stride, *options, output)
 
 
-@jit.compiled
-def _tiles(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _tiles_pipeline(dtype: Dtype) -> PipelineSpec:
     """(N, 1, H, W), (1, 1, h, w), rows of tiles a task -> (N, 1, oh, ow), at least one tile; kernels of few rows."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, kernel, tap, (x, y, c, n), total, output = _plane_sum(number)
-    tasks = _in_tiles(output, x, y, lanes, c, n)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
+    images, kernel, tap, (x, y, c, n), total, output = _build_plane_formula(number)
+    tasks = _schedule_tiles(output, x, y, lanes, c, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     height = kernel.dim(1).extent()
     for known in (3, 5):
-        _taps_in_fours(total.update().specialize(height == known), tap, x, y, lanes, known)
-    _taps_in_fours(total.update(), tap, x, y, lanes, ROWS_OF_TAPS)
+        _schedule_tap_rows(total.update().specialize(height == known), tap, x, y, lanes, known)
+    _schedule_tap_rows(total.update(), tap, x, y, lanes, TAP_ROWS_PER_STEP)
     return output, [images, kernel, tasks]
 
 
-@jit.compiled
-def _tall_tiles(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _tall_tiles_pipeline(dtype: Dtype) -> PipelineSpec:
     """The same for kernels of many rows: sums over four rows of taps are summed, which keeps the rounding small."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, kernel, tap, (x, y, c, n), total, output = _plane_sum(number)
-    tasks = _in_tiles(output, x, y, lanes, c, n)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
+    images, kernel, tap, (x, y, c, n), total, output = _build_plane_formula(number)
+    tasks = _schedule_tiles(output, x, y, lanes, c, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     block, within, four = hl.RVar("block"), hl.RVar("within"), hl.Var("four")
-    part = total.update().split(tap.y, block, within, ROWS_OF_TAPS).rfactor(block, four)
+    part = total.update().split(tap.y, block, within, TAP_ROWS_PER_STEP).rfactor(block, four)
     total.update().reorder(x, y, block).vectorize(x, lanes).unroll(x).unroll(y)
     part.compute_at(total, block).vectorize(x, lanes).unroll(x).unroll(y)
     part.update().reorder(x, y, within, tap.x).vectorize(x, lanes).unroll(x).unroll(y).unroll(within)
     return output, [images, kernel, tasks]
 
 
-@jit.compiled
-def _rows(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _rows_pipeline(dtype: Dtype) -> PipelineSpec:
     """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow), at least one vector wide and any number of rows high."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
-    images, kernel, tap, (x, *_), total, output = _plane_sum(number)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
+    images, kernel, tap, (x, *_), total, output = _build_plane_formula(number)
     column, lane = hl.Var("column"), hl.Var("lane")
     output.split(x, column, lane, lanes, hl.TailStrategy.ShiftInwards).vectorize(lane)
     total.compute_at(output, column).vectorize(x, lanes)
@@ -209,10 +230,10 @@ def _rows(dtype: Dtype) -> Recipe:
     return output, [images, kernel]
 
 
-@jit.compiled
-def _values(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _values_pipeline(dtype: Dtype) -> PipelineSpec:
     """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow) of any size: the vectors run along the kernel's rows."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
     x, y, c, n, lane = hl.Var("x"), hl.Var("y"), hl.Var("c"), hl.Var("n"), hl.Var("lane")
     width, height = kernel.dim(0).extent(), kernel.dim(1).extent()
@@ -233,61 +254,61 @@ def _values(dtype: Dtype) -> Recipe:
     return output, [images, kernel]
 
 
-@jit.compiled
-def _depthwise(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _depthwise_pipeline(dtype: Dtype) -> PipelineSpec:
     """(N, C, H, W), (O, 1, h, w), (O), filters a channel, rows of tiles a task -> (N, O, oh, ow), at least one tile."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
-    bias, together = hl.ImageParam(number, 1, "bias"), hl.Param(hl.Int(32), "together")
+    bias, filters_per_group = hl.ImageParam(number, 1, "bias"), hl.Param(hl.Int(32), "together")
     x, y, o, n = hl.Var("x"), hl.Var("y"), hl.Var("o"), hl.Var("n")
     tap = hl.RDom([hl.Range(0, kernel.dim(axis).extent()) for axis in range(2)], "tap")
     total, output = hl.Func("total"), hl.Func("output")
     total[x, y, o, n] = bias[o]
-    total[x, y, o, n] += images[x + tap.x, y + tap.y, o // together, n] * kernel[tap.x, tap.y, 0, o]
+    total[x, y, o, n] += images[x + tap.x, y + tap.y, o // filters_per_group, n] * kernel[tap.x, tap.y, 0, o]
     output[x, y, o, n] = total[x, y, o, n]
-    tasks = _in_tiles(output, x, y, lanes, o, n, planewise=True)
+    tasks = _schedule_tiles(output, x, y, lanes, o, n, planewise=True)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
     for known in (3, 5):
         stage = total.update().specialize((kernel.dim(1).extent() == known) & (kernel.dim(0).extent() == known))
-        _taps_in_fours(stage, tap, x, y, lanes, known)
+        _schedule_tap_rows(stage, tap, x, y, lanes, known)
         if known == 3:
             stage.unroll(tap.x, known)
-    _taps_in_fours(total.update(), tap, x, y, lanes, ROWS_OF_TAPS)
-    return output, [images, kernel, bias, together, tasks]
+    _schedule_tap_rows(total.update(), tap, x, y, lanes, TAP_ROWS_PER_STEP)
+    return output, [images, kernel, bias, filters_per_group, tasks]
 
 
-@jit.compiled
-def _filters(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _layer_pipeline(dtype: Dtype) -> PipelineSpec:
     """(N, C, H, W), (O, C/groups, h, w), (O), dilations, filters a group, rows a task -> (N, O, oh, ow)."""
-    hl, lanes = jit.halide(), jit.lanes(dtype)
+    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
     down, across = hl.Param(hl.Int(32), "down"), hl.Param(hl.Int(32), "across")
-    layer = _layer_sum(dtype, (1, 1), (down, across))
-    for known in (3, 5, ROWS_OF_TAPS):
-        undilated = (down == 1) & (layer.height == known) if known != ROWS_OF_TAPS else down == 1
+    layer = _build_layer_formula(dtype, (1, 1), (down, across))
+    for known in (3, 5, TAP_ROWS_PER_STEP):
+        undilated = (down == 1) & (layer.height == known) if known != TAP_ROWS_PER_STEP else down == 1
         stage = layer.total.update().specialize(undilated)
-        _taps_in_fours(stage, layer.tap, layer.x, layer.y, lanes, known, layer.tap.z)
-    _taps_in_turn(layer, layer.total.update(), lanes)
-    return layer.output, [*layer.arrays, down, across, layer.together, layer.tasks]
+        _schedule_tap_rows(stage, layer.tap, layer.x, layer.y, lanes, known, layer.tap.z)
+    _schedule_single_taps(layer, layer.total.update(), lanes)
+    return layer.output, [*layer.arrays, down, across, layer.filters_per_group, layer.tasks]
 
 
-@jit.compiled
-def _strided(dtype: Dtype) -> Recipe:
+@halide_jit.cached_pipeline
+def _strided_pipeline(dtype: Dtype) -> PipelineSpec:
     """As _filters, with strides before the dilations."""
-    hl, lanes = jit.halide(), jit.lanes(dtype)
+    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
     names = ("step_down", "step_across", "down", "across")
     step_down, step_across, down, across = (hl.Param(hl.Int(32), name) for name in names)
-    layer = _layer_sum(dtype, (step_down, step_across), (down, across))
+    layer = _build_layer_formula(dtype, (step_down, step_across), (down, across))
     for step in (1, 2):
-        _taps_in_turn(layer, layer.total.update().specialize(step_across == step), lanes)
-    _taps_in_turn(layer, layer.total.update(), lanes)
-    return layer.output, [*layer.arrays, step_down, step_across, down, across, layer.together, layer.tasks]
+        _schedule_single_taps(layer, layer.total.update().specialize(step_across == step), lanes)
+    _schedule_single_taps(layer, layer.total.update(), lanes)
+    return layer.output, [*layer.arrays, step_down, step_across, down, across, layer.filters_per_group, layer.tasks]
 
 
-class _Layer(NamedTuple):
+class _LayerFormula(NamedTuple):
     """The formula for several channels and filters: its inputs, its Funcs and what they run over."""
 
     arrays: list[Any]
-    together: Any
+    filters_per_group: Any
     tasks: Any
     tap: Any
     x: Any
@@ -297,33 +318,35 @@ class _Layer(NamedTuple):
     output: Any
 
 
-def _layer_sum(dtype: Dtype, steps: tuple[Any, Any], spacing: tuple[Any, Any]) -> _Layer:
+def _build_layer_formula(dtype: Dtype, steps: tuple[Any, Any], spacing: tuple[Any, Any]) -> _LayerFormula:
     """Strides and dilations (down, across) as numbers or parameters; the output is scheduled in tiles."""
-    hl, number, lanes = jit.halide(), jit.number_type(dtype), jit.lanes(dtype)
+    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, weight = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "weight")
-    bias, together = hl.ImageParam(number, 1), hl.Param(hl.Int(32), "together")
+    bias, filters_per_group = hl.ImageParam(number, 1), hl.Param(hl.Int(32), "together")
     x, y, o, n = hl.Var("x"), hl.Var("y"), hl.Var("o"), hl.Var("n")
     tap = hl.RDom([hl.Range(0, weight.dim(axis).extent()) for axis in range(3)], "tap")
     total, output = hl.Func("total"), hl.Func("output")
     total[x, y, o, n] = bias[o]
-    channel = o // together * weight.dim(2).extent() + tap.z
+    channel = o // filters_per_group * weight.dim(2).extent() + tap.z
     pixel = images[x * steps[1] + tap.x * spacing[1], y * steps[0] + tap.y * spacing[0], channel, n]
     total[x, y, o, n] += pixel * weight[tap.x, tap.y, tap.z, o]
     output[x, y, o, n] = total[x, y, o, n]
-    tasks = _in_tiles(output, x, y, lanes, o, n)
+    tasks = _schedule_tiles(output, x, y, lanes, o, n)
     total.compute_at(output, hl.Var("tile")).vectorize(x, lanes).unroll(x).unroll(y)
-    return _Layer([images, weight, bias], together, tasks, tap, x, y, weight.dim(1).extent(), total, output)
+    return _LayerFormula(
+        [images, weight, bias], filters_per_group, tasks, tap, x, y, weight.dim(1).extent(), total, output
+    )
 
 
-def _taps_in_turn(layer: _Layer, update: Any, lanes: int) -> None:
+def _schedule_single_taps(layer: _LayerFormula, update: Any, lanes: int) -> None:
     """Schedule a sum over taps one by one."""
     tap = layer.tap
     update.reorder(layer.x, layer.y, tap.x, tap.y, tap.z).vectorize(layer.x, lanes).unroll(layer.x).unroll(layer.y)
 
 
-def _plane_sum(number: Any) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], Any, Any]:
+def _build_plane_formula(number: Any) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], Any, Any]:
     """The formula for planes: images, kernel, taps, (x, y, c, n), the sum over the taps, and the output."""
-    hl = jit.halide()
+    hl = halide_jit.import_halide()
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
     x, y, c, n = hl.Var("x"), hl.Var("y"), hl.Var("c"), hl.Var("n")
     tap = hl.RDom([hl.Range(0, kernel.dim(0).extent()), hl.Range(0, kernel.dim(1).extent())], "tap")
@@ -334,12 +357,12 @@ def _plane_sum(number: Any) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], A
     return images, kernel, tap, (x, y, c, n), total, output
 
 
-def _in_tiles(output: Any, x: Any, y: Any, lanes: int, o: Any, n: Any, *, planewise: bool = False) -> Any:
+def _schedule_tiles(output: Any, x: Any, y: Any, lanes: int, o: Any, n: Any, *, planewise: bool = False) -> Any:
     """Schedule the output in tiles; the last one of a row or column shifts inwards. Rows of tiles make up the tasks.
 
     They are those of all filters or, planewise, of one. Returns the parameter that says how many one task has.
     """
-    hl = jit.halide()
+    hl = halide_jit.import_halide()
     per_task = hl.Param(hl.Int(32), "per_task")
     tile, band, row, task, item = (hl.Var(name) for name in ("tile", "band", "row", "task", "item"))
     across, down = hl.Var("across"), hl.Var("down")
@@ -353,9 +376,9 @@ def _in_tiles(output: Any, x: Any, y: Any, lanes: int, o: Any, n: Any, *, planew
     return per_task
 
 
-def _taps_in_fours(update: Any, tap: Any, x: Any, y: Any, lanes: int, rows: int, *outer: Any) -> None:
+def _schedule_tap_rows(update: Any, tap: Any, x: Any, y: Any, lanes: int, rows: int, *outer: Any) -> None:
     """Schedule a sum over taps a few rows of them at a time: pixels that several of those rows need are loaded once."""
-    hl = jit.halide()
+    hl = halide_jit.import_halide()
     block, within = hl.RVar("block"), hl.RVar("within")
     update.split(tap.y, block, within, rows).reorder(x, y, within, tap.x, block, *outer)
     update.vectorize(x, lanes).unroll(x).unroll(y).unroll(within)

@@ -24,29 +24,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.arrays import DTYPES, NUMPY_DTYPES, Array, Solve, as_torch
-from core.borders import pad
+from core.arrays import NUMPY_DTYPES, TORCH_DTYPES, Array, ConvolveFn, as_torch
 from core.engines import nonfinite, precision
-from core.engines.precision import UNIT, WORST
+from core.engines.precision import TRANSFORM_ERROR_FACTOR, UNIT_ROUNDOFF
 from core.machine import Machine
-from core.shapes import Cuts, Pair, Problem
+from core.padding import pad
+from core.shapes import Pair, Problem, SliceUnits
 
 METHOD = "fft"
 
-TILES = (192, 256, 384, 512, 768, 1024)
+TILE_SIDES = (192, 256, 384, 512, 768, 1024)
 """Sides that tiles may have; a side of the whole image is another choice."""
 
 FAST_SIZES: list[int] = sorted(2**a * 3**b * 5**c for a in range(33) for b in range(21) for c in range(15))
 
-SPECTRA_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30, "mps": 1 << 30}
+MAX_SPECTRA_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30, "mps": 1 << 30}
 """The most memory for spectra, by kind of device, unless those of one channel take more."""
 
-CALL = 6e-5
-CALL_OF_A_TILE = 3e-5
+CALL_OVERHEAD_S = 6e-5
+FFT_TILE_OVERHEAD_S = 3e-5
 """Seconds, measured."""
 
 
-def obstacle(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     """Strides and dilations, whose outputs and taps a transform would mostly compute in vain."""
     if problem.stride != (1, 1) or problem.dilation != (1, 1):
         return "works without stride or dilation"
@@ -55,8 +55,8 @@ def obstacle(problem: Problem) -> str | None:
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """A call, the kernels' transforms, and the tiles."""
-    tile = _tile_size(problem)
-    tiles = _tiles_of(problem, tile)
+    tile = _choose_tile_size(problem)
+    tiles = _count_tiles(problem, tile)
     images, kernels = problem.channels + problem.filters, problem.filters * problem.channels // problem.groups
     if problem.device != "cpu":
         return 2e-4 + 2e-11 * problem.batch * images * math.prod(problem.padded_size)
@@ -64,63 +64,66 @@ def seconds(problem: Problem, machine: Machine) -> float:
     products = 8 * points / 2 * problem.filters * problem.channels // problem.groups / (0.04 * machine.flops)
     each = _transform_seconds(points, problem, machine) * images / 2 + products / machine.threads
     return (
-        CALL
+        CALL_OVERHEAD_S
         + _transform_seconds(points, problem, machine) / 2 * kernels
-        + problem.batch * tiles * (CALL_OF_A_TILE + each)
+        + problem.batch * tiles * (FFT_TILE_OVERHEAD_S + each)
     )
 
 
 def operations(problem: Problem, machine: Machine) -> float:
     """Transforms of all tiles of images, kernels and outputs, and the products between them."""
     del machine
-    tile = _tile_size(problem)
-    points, tiles = math.prod(tile), problem.batch * _tiles_of(problem, tile)
+    tile = _choose_tile_size(problem)
+    points, tiles = math.prod(tile), problem.batch * _count_tiles(problem, tile)
     kernels = problem.filters * problem.channels // problem.groups
     transforms = tiles * (problem.channels + problem.filters) + kernels
     return points * (2.5 * transforms * math.log2(points) + 4.0 * tiles * kernels)
 
 
-def plan(problem: Problem, machine: Machine) -> Solve:
+def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """How to do it, by torch's own threads."""
     del machine
     height, width = problem.padded_size
     inside = replace(problem, height=height, width=width, padding=(0, 0, 0, 0), boundary="zeros", fill_value=0.0)
     shape = problem.batch, problem.filters, *problem.output_size
 
-    def solve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
+    def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         bordered = pad(as_torch(images), problem.padding, problem.boundary, problem.fill_value)
         output = bordered.new_empty(shape) if out is None else as_torch(out)
-        _correlate(inside, bordered, as_torch(weight), output)
+        _correlate_batch(inside, bordered, as_torch(weight), output)
         if bias is not None:
             output.add_(as_torch(bias).reshape(-1, 1, 1))
         return output if out is None else out
 
-    return solve
+    return convolve
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Images with a border, spectra, and the signs of what is not finite, for an image at a time."""
     del machine
-    bordered = 2 * problem.padded_bytes if problem.bordered else 0
+    bordered = 2 * problem.padded_bytes if problem.is_padded else 0
     signs = (5 * problem.padded_bytes + 4 * problem.output_bytes) // problem.batch
-    tile = _tile_size(problem)
-    spectra = max(_blocks(problem, dtype, tile).spectra * _spectrum_bytes(tile, dtype) for dtype in DTYPES.values())
+    tile = _choose_tile_size(problem)
+    spectra = max(
+        _choose_block_sizes(problem, dtype, tile).spectra * _spectrum_bytes(tile, dtype)
+        for dtype in TORCH_DTYPES.values()
+    )
     return bordered + max(spectra, signs)
 
 
-def cuts(problem: Problem, machine: Machine) -> Cuts:
+def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
     """First along filters, for each has a kernel to transform for every channel."""
     del machine
-    tile = _tile_size(problem)
+    tile = _choose_tile_size(problem)
     rows, columns = tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
     return {"groups": 1, "filters": 2, "batch": 1, "rows": rows, "columns": columns}
 
 
-def prepare() -> None:
+def warm_up() -> None:
     """Nothing: torch is compiled."""
 
 
-class _Images(NamedTuple):
+class _ImageBatch(NamedTuple):
     """Images (N, C, H, W) and what is to become of their values before they are transformed as `dtype`.
 
     `middle` (N, C) is subtracted from every channel; what is not finite becomes 0, if there is any; then channels are
@@ -140,27 +143,29 @@ class _Images(NamedTuple):
 
     def spectra(self, chosen: Sequence[int], channels: slice, corner: Pair, tile: Pair) -> Tensor:
         """Return the spectra of a tile of some of the images and channels."""
-        some = _index(chosen)
+        some = _batch_index(chosen)
         read = self.pixels[some, channels, corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]]
         values = read.to(self.dtype) - self.middle[some, channels, None, None].to(self.dtype)
         if not self.finite:
             values.masked_fill_(~read.isfinite(), 0)
         if self.exponents is not None:
-            values = _times_power(values, -self.exponents[channels, None, None])
+            values = _multiply_by_powers_of_two(values, -self.exponents[channels, None, None])
         spectra: Tensor = torch.fft.rfft2(values, s=tile)
         return spectra
 
 
-def _correlate(problem: Problem, images: Tensor, weight: Tensor, output: Tensor) -> None:
+def _correlate_batch(problem: Problem, images: Tensor, weight: Tensor, output: Tensor) -> None:
     """Fill the output (N, O, oh, ow), which may be a part of a larger one, within the precision contract."""
-    low, high = _range(images)
+    low, high = _channel_ranges(images)
     finite = bool((low + high).isfinite().all()) or bool(images.isfinite().all())
     if not finite:
-        low, high = _finite_range(images)
+        low, high = _finite_channel_ranges(images)
     outside_taps = ~weight.isfinite()
     finite_weight = not bool(outside_taps.any())
     taps = weight if finite_weight else weight.masked_fill(outside_taps, 0)
-    _within_contract(problem, _Images(images, _middle(low, high), images.dtype, finite), taps, low, high, output)
+    _correlate_within_bound(
+        problem, _ImageBatch(images, _channel_middles(low, high), images.dtype, finite), taps, low, high, output
+    )
     if finite and finite_weight:
         return
     for index in range(problem.batch):
@@ -176,27 +181,29 @@ def _correlate(problem: Problem, images: Tensor, weight: Tensor, output: Tensor)
         below, beyond = rows[1] + problem.kernel_height - 1, columns[1] + problem.kernel_width - 1
         read, seen = image[:, :, rows[0] : below, columns[0] : beyond], target[:, :, slice(*rows), slice(*columns)]
         part = replace(problem, batch=1, height=read.shape[2], width=read.shape[3])
-        nonfinite.add(seen, read, weight, functools.partial(_of_integers, part), torch)
+        nonfinite.add_nonfinite_products(seen, read, weight, functools.partial(_correlate_integers, part), torch)
 
 
-def _of_integers(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
-    low, high = _range(images)
+def _correlate_integers(problem: Problem, images: Tensor, weight: Tensor) -> Tensor:
+    low, high = _channel_ranges(images)
     output = images.new_empty((problem.batch, problem.filters, *problem.output_size))
-    _by_tiles(problem, _Images(images, _middle(low, high), images.dtype), weight, output, range(problem.batch))
+    _correlate_by_tiles(
+        problem, _ImageBatch(images, _channel_middles(low, high), images.dtype), weight, output, range(problem.batch)
+    )
     return output
 
 
-def _range(images: Tensor) -> tuple[Tensor, Tensor]:
+def _channel_ranges(images: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest value of every plane (N, C); NaN where one is."""
     return images.amin((2, 3)), images.amax((2, 3))
 
 
-def _middle(low: Tensor, high: Tensor) -> Tensor:
+def _channel_middles(low: Tensor, high: Tensor) -> Tensor:
     """Return the middle of each channel's range, or 0 if its pixels are not alike."""
-    return torch.where(precision.are_alike(low, high), low / 2 + high / 2, 0)
+    return torch.where(precision.can_subtract_middle(low, high), low / 2 + high / 2, 0)
 
 
-def _finite_range(images: Tensor) -> tuple[Tensor, Tensor]:
+def _finite_channel_ranges(images: Tensor) -> tuple[Tensor, Tensor]:
     """The same of the values that are finite; 0 where none is."""
     ranges = []
     for image in images:
@@ -207,9 +214,9 @@ def _finite_range(images: Tensor) -> tuple[Tensor, Tensor]:
     return lows.nan_to_num(posinf=0.0), highs.nan_to_num(neginf=0.0)
 
 
-def _within_contract(
+def _correlate_within_bound(
     problem: Problem,
-    images: _Images,
+    images: _ImageBatch,
     weight: Tensor,
     low: Tensor,
     high: Tensor,
@@ -220,7 +227,7 @@ def _within_contract(
 
     low, high (N, C) are the range of every channel.
     """
-    dtype, groups, precise = images.dtype, problem.groups, _precise(problem)
+    dtype, groups, precise = images.dtype, problem.groups, _precise_dtype(problem)
     taps = weight.to(precise).flatten(2)
     lows, highs, middles, norms, totals, sizes = (
         values.double().numpy(force=True)
@@ -230,47 +237,50 @@ def _within_contract(
     numbers, points = torch.finfo(dtype), math.prod(problem.padded_size)
     with np.errstate(over="ignore", invalid="ignore"):
         # These bound every number on the way, spectra included.
-        spectra, largest, norm = _over_channels(peaks, norms, groups), peaks.max(1, keepdims=True), norms.max(1)
+        spectra, largest, norm = _sum_over_channels(peaks, norms, groups), peaks.max(1, keepdims=True), norms.max(1)
         least = numbers.tiny / numbers.eps
-        lost = (np.minimum(spectra, norm) <= least * points) | (largest <= least)
-        wild = ~((spectra * points < numbers.max) & (~lost | (largest == 0) | (sizes.max(1) == 0))).all(1)
+        loses_precision = (np.minimum(spectra, norm) <= least * points) | (largest <= least)
+        out_of_range = ~(
+            (spectra * points < numbers.max) & (~loses_precision | (largest == 0) | (sizes.max(1) == 0))
+        ).all(1)
         own = NUMPY_DTYPES[problem.dtype]
-        bound, unit = bound_of or own, UNIT[own]
-        integers = _give_integers(images, weight, _over_channels(peaks, sizes, groups) < 0.5 / unit)
+        bound, unit = bound_of or own, UNIT_ROUNDOFF[own]
+        integers = _yield_exact_integers(images, weight, _sum_over_channels(peaks, sizes, groups) < 0.5 / unit)
         radii = np.maximum(highs - middles, middles - lows)
-        spread = np.sqrt(_over_channels(radii**2, norms**2, groups))
-        share = _over_channels(np.abs(middles), np.abs(totals), groups)
-        errors = unit * (WORST * spread + 2 * share)
-    if not wild.all():
-        _by_tiles(problem, images, weight, output, np.flatnonzero(~wild).tolist())
+        spread = np.sqrt(_sum_over_channels(radii**2, norms**2, groups))
+        share = _sum_over_channels(np.abs(middles), np.abs(totals), groups)
+        errors = unit * (TRANSFORM_ERROR_FACTOR * spread + 2 * share)
+    if not out_of_range.all():
+        _correlate_by_tiles(problem, images, weight, output, np.flatnonzero(~out_of_range).tolist())
     if dtype == precise:
-        for image in np.flatnonzero(wild).tolist():
-            _scaled(problem, images, weight, torch.maximum(-low, high)[image], output, image)
-        for image in np.flatnonzero(~wild).tolist() if problem.device == "cpu" else []:
+        for image in np.flatnonzero(out_of_range).tolist():
+            _correlate_scaled(problem, images, weight, torch.maximum(-low, high)[image], output, image)
+        for image in np.flatnonzero(~out_of_range).tolist() if problem.device == "cpu" else []:
             whole = bool(integers[image])
-            if not _keeps(problem, images, weight, output, image, errors[image], bound, integers=whole):
-                _most_precisely(problem, images, weight, output, image)
+            if not _is_within_bound(problem, images, weight, output, image, errors[image], bound, integers=whole):
+                _correlate_most_precisely(problem, images, weight, output, image)
     else:
-        redone = [
+        recomputed = [
             image
             for image, whole in enumerate(integers.tolist())
-            if wild[image] or not _keeps(problem, images, weight, output, image, errors[image], bound, integers=whole)
+            if out_of_range[image]
+            or not _is_within_bound(problem, images, weight, output, image, errors[image], bound, integers=whole)
         ]
-        if redone:
-            rows, columns = precision.support(weight.numpy(force=True))
+        if recomputed:
+            rows, columns = precision.nonzero_support(weight.numpy(force=True))
             # Pixels that meet only zeros may be of any size.
             cropped = weight[:, :, rows, columns].shape != weight.shape
-            for image in redone:
+            for image in recomputed:
                 if cropped:
-                    _inside(problem, images, weight, (rows, columns), output, image)
+                    _correlate_nonzero_support(problem, images, weight, (rows, columns), output, image)
                 else:
-                    _in_float64(problem, images, weight, (low, high), output, image)
+                    _correlate_in_float64(problem, images, weight, (low, high), output, image)
     for image in np.flatnonzero(integers).tolist():
         output[image].round_().add_(0.0)
 
 
-def _inside(
-    problem: Problem, images: _Images, weight: Tensor, taps: tuple[slice, slice], output: Tensor, image: int
+def _correlate_nonzero_support(
+    problem: Problem, images: _ImageBatch, weight: Tensor, taps: tuple[slice, slice], output: Tensor, image: int
 ) -> None:
     """Fill the outputs of one image from the rows and columns of taps outside which all are zero."""
     rows, columns = taps
@@ -279,44 +289,44 @@ def _inside(
     height, width = problem.output_size[0] + h - 1, problem.output_size[1] + w - 1
     part = replace(problem, batch=1, height=height, width=width, kernel_height=h, kernel_width=w)
     pixels = images.finite_pixels(image)[None, :, rows.start :, columns.start :][:, :, :height, :width]
-    _correlate(part, pixels, inside, output[image : image + 1])
+    _correlate_batch(part, pixels, inside, output[image : image + 1])
 
 
-def _in_float64(
-    problem: Problem, images: _Images, weight: Tensor, extremes: tuple[Tensor, Tensor], output: Tensor, image: int
+def _correlate_in_float64(
+    problem: Problem, images: _ImageBatch, weight: Tensor, extremes: tuple[Tensor, Tensor], output: Tensor, image: int
 ) -> None:
     """Fill the outputs of one image of float32, to the bound of float32."""
     low, high = (values[image : image + 1].double() for values in extremes)
     one, precise = slice(image, image + 1), torch.empty_like(output[image : image + 1], dtype=torch.float64)
-    pixels = _Images(images.pixels[one].double(), _middle(low, high), torch.float64, images.finite)
+    pixels = _ImageBatch(images.pixels[one].double(), _channel_middles(low, high), torch.float64, images.finite)
     part = replace(problem, batch=1, dtype="float64")
-    _within_contract(part, pixels, weight.double(), low, high, precise, NUMPY_DTYPES[problem.dtype])
+    _correlate_within_bound(part, pixels, weight.double(), low, high, precise, NUMPY_DTYPES[problem.dtype])
     output[one] = precise
 
 
-def _give_integers(images: _Images, weight: Tensor, small: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _yield_exact_integers(images: _ImageBatch, weight: Tensor, small: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return for each image whether all outputs, and all partial sums, are integers that the type represents exactly.
 
     small (N, O): whether the sums of |x| |k| are small enough.
     """
     fits = np.logical_and.reduce(small, axis=1)
-    if not fits.any() or not _is_integer(weight.flatten()[:1]) or not _is_integer(weight):
+    if not fits.any() or not _is_integer_valued(weight.flatten()[:1]) or not _is_integer_valued(weight):
         return np.zeros(len(fits), bool)
     return np.array(
         [
-            fit and _is_integer(image.flatten()[:1]) and all(map(_is_integer, image))
+            fit and _is_integer_valued(image.flatten()[:1]) and all(map(_is_integer_valued, image))
             for fit, image in zip(fits.tolist(), images.pixels, strict=True)
         ]
     )
 
 
-def _is_integer(values: Tensor) -> bool:
+def _is_integer_valued(values: Tensor) -> bool:
     return bool((values == values.round()).all())
 
 
-def _keeps(
+def _is_within_bound(
     problem: Problem,
-    images: _Images,
+    images: _ImageBatch,
     weight: Tensor,
     output: Tensor,
     image: int,
@@ -329,26 +339,26 @@ def _keeps(
 
     The bound for the type `bound`, estimated from the outputs and from samples of the input.
     """
-    if integers and errors.max() > precision.SAFE_TO_ROUND:
+    if integers and errors.max() > precision.MAX_ERROR_TO_ROUND:
         return False
     low, high = output[image].amin((1, 2)), output[image].amax((1, 2))
     reached = torch.maximum(-low, high).double().numpy(force=True)
-    doubtful = errors > precision.allowed(bound, problem.taps, reached, reached)
+    doubtful = errors > precision.allowed_error(bound, problem.taps, reached, reached)
     if not doubtful.any():
         return True
-    for sums in _sums_of_sizes(problem, images.finite_pixels(image), weight):
-        doubtful &= errors > precision.allowed(bound, problem.taps, reached, sums)
+    for sums in _sample_magnitude_sums(problem, images.finite_pixels(image), weight):
+        doubtful &= errors > precision.allowed_error(bound, problem.taps, reached, sums)
         if not doubtful.any():
             return True
     return False
 
 
-def _sums_of_sizes(problem: Problem, pixels: Tensor, weight: Tensor) -> Iterator[NDArray[np.float64]]:
+def _sample_magnitude_sums(problem: Problem, pixels: Tensor, weight: Tensor) -> Iterator[NDArray[np.float64]]:
     """Compute sums of |x| |k| (O) in a few windows of an image (C, H, W).
 
     The last is that in which the largest pixel and the largest of the taps that read its channel meet.
     """
-    h, w, precise = problem.kernel_height, problem.kernel_width, _precise(problem)
+    h, w, precise = problem.kernel_height, problem.kernel_width, _precise_dtype(problem)
     sizes, of_taps = pixels.abs(), weight.abs().reshape(problem.groups, -1, *weight.shape[1:])
     taps = of_taps.to(precise).flatten(2)
     most = pixels.shape[1] - h, pixels.shape[2] - w
@@ -357,14 +367,16 @@ def _sums_of_sizes(problem: Problem, pixels: Tensor, weight: Tensor) -> Iterator
         window = sizes[:, row : row + h, column : column + w].to(precise).reshape(problem.groups, problem.taps, 1)
         return (taps @ window).flatten().double().numpy(force=True)
 
-    yield from itertools.starmap(of_window, precision.sampled_corners(most))
+    yield from itertools.starmap(of_window, precision.sample_corners(most))
     channel, *pixel = np.unravel_index(int(sizes.argmax()), sizes.shape)
     largest = of_taps[:, :, int(channel) % weight.shape[1]].amax((0, 1))
     tap = np.unravel_index(int(largest.argmax()), (h, w))
-    yield of_window(*precision.corner_that_meets(pixel, tap, most))
+    yield of_window(*precision.align_corner(pixel, tap, most))
 
 
-def _most_precisely(problem: Problem, images: _Images, weight: Tensor, output: Tensor, image: int) -> None:
+def _correlate_most_precisely(
+    problem: Problem, images: _ImageBatch, weight: Tensor, output: Tensor, image: int
+) -> None:
     """Fill the outputs of one image in float64, filter by filter, as precisely as possible."""
     pixels, taps = images.finite_pixels(image).numpy(force=True), weight.numpy(force=True)
     depth, each = taps.shape[1], problem.filters // problem.groups
@@ -372,16 +384,17 @@ def _most_precisely(problem: Problem, images: _Images, weight: Tensor, output: T
         first = filter_ // each * depth
         channels = pixels[first : first + depth]
         sums = sum(
-            precision.most_precisely(channel, kernel) for channel, kernel in zip(channels, taps[filter_], strict=True)
+            precision.correlate_most_precisely(channel, kernel)
+            for channel, kernel in zip(channels, taps[filter_], strict=True)
         )
         output[image, filter_] = torch.from_numpy(np.asarray(sums, dtype=np.float64))
 
 
-def _precise(problem: Problem) -> torch.dtype:
+def _precise_dtype(problem: Problem) -> torch.dtype:
     return torch.float32 if problem.device == "mps" else torch.float64
 
 
-def _over_channels(of_images: NDArray[Any], of_filters: NDArray[Any], groups: int) -> NDArray[Any]:
+def _sum_over_channels(of_images: NDArray[Any], of_filters: NDArray[Any], groups: int) -> NDArray[Any]:
     """(N, C), (O, C / groups) -> the sums over channels of their products (N, O)."""
     if groups == 1:
         product: NDArray[Any] = of_images @ of_filters.T
@@ -391,7 +404,9 @@ def _over_channels(of_images: NDArray[Any], of_filters: NDArray[Any], groups: in
     return sums.reshape(len(of_images), -1)
 
 
-def _scaled(problem: Problem, images: _Images, weight: Tensor, peaks: Tensor, output: Tensor, image: int) -> None:
+def _correlate_scaled(
+    problem: Problem, images: _ImageBatch, weight: Tensor, peaks: Tensor, output: Tensor, image: int
+) -> None:
     """Fill the output of one image, whose channels are divided by powers of two, and so are the filters.
 
     A channel's power goes into the taps that read it, so that channels keep their proportions. peaks (C).
@@ -401,12 +416,12 @@ def _scaled(problem: Problem, images: _Images, weight: Tensor, peaks: Tensor, ou
     by_group = of_channels.reshape(groups, 1, -1)
     taps = weight.reshape(groups, -1, *weight.shape[1:])
     of_filters = (torch.frexp(taps.abs().amax((3, 4)))[1] + by_group).amax(2)
-    scaled = _times_power(taps, (by_group - of_filters[:, :, None])[..., None, None]).flatten(0, 1)
-    _by_tiles(problem, images._replace(exponents=of_channels), scaled, output, [image])
-    output[image] = _times_power(output[image], of_filters.reshape(-1, 1, 1))
+    scaled = _multiply_by_powers_of_two(taps, (by_group - of_filters[:, :, None])[..., None, None]).flatten(0, 1)
+    _correlate_by_tiles(problem, images._replace(exponents=of_channels), scaled, output, [image])
+    output[image] = _multiply_by_powers_of_two(output[image], of_filters.reshape(-1, 1, 1))
 
 
-def _times_power(values: Tensor, exponents: Tensor) -> Tensor:
+def _multiply_by_powers_of_two(values: Tensor, exponents: Tensor) -> Tensor:
     """The values times powers of two, which themselves may be out of range."""
     third = exponents // 3
     for part in (third, third, exponents - 2 * third):
@@ -414,7 +429,7 @@ def _times_power(values: Tensor, exponents: Tensor) -> Tensor:
     return values
 
 
-class _Blocks(NamedTuple):
+class _BlockSizes(NamedTuple):
     """Groups, filters, channels of a group and images that are transformed together; spectra held at a time."""
 
     groups: int
@@ -424,15 +439,15 @@ class _Blocks(NamedTuple):
     spectra: int
 
 
-def _blocks(problem: Problem, dtype: torch.dtype, tile: Pair) -> _Blocks:
+def _choose_block_sizes(problem: Problem, dtype: torch.dtype, tile: Pair) -> _BlockSizes:
     groups, depth, each = problem.groups, problem.channels // problem.groups, problem.filters // problem.groups
-    most = SPECTRA_BYTES[problem.device] // _spectrum_bytes(tile, dtype)
+    most = MAX_SPECTRA_BYTES[problem.device] // _spectrum_bytes(tile, dtype)
     channels = max(1, min(depth, most // 10))
     filters = max(1, min(each, most // (4 * channels)))
     together = max(1, min(groups, most // (4 * filters * channels))) if (filters, channels) == (each, depth) else 1
     images = max(1, min(problem.batch, most // (14 * together * max(filters, channels))))
     kernels = together * filters * channels
-    return _Blocks(
+    return _BlockSizes(
         together, filters, channels, images, max(3 * kernels, kernels + 5 * together * images * (filters + channels))
     )
 
@@ -441,41 +456,43 @@ def _spectrum_bytes(tile: Pair, dtype: torch.dtype) -> int:
     return 2 * dtype.itemsize * tile[0] * (tile[1] // 2 + 1)
 
 
-def _by_tiles(problem: Problem, images: _Images, weight: Tensor, output: Tensor, which: Sequence[int]) -> None:
+def _correlate_by_tiles(
+    problem: Problem, images: _ImageBatch, weight: Tensor, output: Tensor, which: Sequence[int]
+) -> None:
     """Fill the outputs of some of the images, block by block; a kernel is transformed once for all tiles."""
     groups, depth, each = problem.groups, problem.channels // problem.groups, problem.filters // problem.groups
-    tile = _tile_size(problem)
-    blocks = _blocks(problem, images.dtype, tile)
-    precise = _precise(problem)
+    tile = _choose_tile_size(problem)
+    blocks = _choose_block_sizes(problem, images.dtype, tile)
+    precise = _precise_dtype(problem)
     middle = images.middle.to(precise)
     if images.exponents is not None:
-        middle = _times_power(middle, -images.exponents)
+        middle = _multiply_by_powers_of_two(middle, -images.exponents)
     totals = weight.to(precise).sum((2, 3)).reshape(groups, each, depth).mT
     share = (middle.reshape(-1, groups, 1, depth) @ totals).reshape(-1, problem.filters).to(images.dtype)
     taps = weight.reshape(groups, each, *weight.shape[1:])
-    for group, some in itertools.product(_ranges(groups, blocks.groups), _ranges(each, blocks.filters)):
+    for group, some in itertools.product(_split_range(groups, blocks.groups), _split_range(each, blocks.filters)):
         filters = slice(group.start * each + some.start, (group.stop - 1) * each + some.stop)
         part = taps[group, some]
-        kernels = _kernel_spectra(part, tile, images.dtype) if blocks.channels == depth else None
-        for first, corner in itertools.product(range(0, len(which), blocks.images), _corners(problem, tile)):
+        kernels = _transform_kernels(part, tile, images.dtype) if blocks.channels == depth else None
+        for first, corner in itertools.product(range(0, len(which), blocks.images), _tile_corners(problem, tile)):
             chosen = which[first : first + blocks.images]
-            products = _products(images, chosen, group, corner, tile, part, kernels, blocks.channels)
+            products = _multiply_spectra(images, chosen, group, corner, tile, part, kernels, blocks.channels)
             sums = torch.fft.irfft2(products, s=tile)
             # Only one of these is kept at a time, here and where they are made: they are what takes the memory.
             del products
             rows, columns = (
                 slice(start, min(start + step, size))
-                for start, step, size in zip(corner, _step(problem, tile), problem.output_size, strict=True)
+                for start, step, size in zip(corner, _tile_step(problem, tile), problem.output_size, strict=True)
             )
             sums = sums[:, :, : rows.stop - rows.start, : columns.stop - columns.start]
-            index = _index(chosen)
+            index = _batch_index(chosen)
             output[index, filters, rows, columns] = sums.add_(share[index, filters, None, None]).to(output.dtype)
             del sums
         del kernels
 
 
-def _products(
-    images: _Images,
+def _multiply_spectra(
+    images: _ImageBatch,
     chosen: Sequence[int],
     group: slice,
     corner: Pair,
@@ -487,12 +504,12 @@ def _products(
     """The spectra (n, G F, ..) of outputs: of a tile of some images, by taps (G, F, C, h, w) or their spectra."""
     groups, each, depth = taps.shape[:3]
     products: Tensor | None = None
-    for part in _ranges(depth, together):
+    for part in _split_range(depth, together):
         # Channels of several groups are all taken together.
         channels = slice(group.start * depth + part.start, (group.stop - 1) * depth + part.stop)
         spectra = images.spectra(chosen, channels, corner, tile)
         spectra = spectra.reshape(len(chosen), groups, 1, -1, *spectra.shape[2:])
-        factors = _kernel_spectra(taps[:, :, part], tile, images.dtype) if kernels is None else kernels
+        factors = _transform_kernels(taps[:, :, part], tile, images.dtype) if kernels is None else kernels
         for channel in range(part.stop - part.start):
             pixels, weights = spectra[:, :, :, channel], factors[:, :, channel]
             products = pixels * weights if products is None else products.addcmul_(pixels, weights)
@@ -501,53 +518,53 @@ def _products(
     return products.reshape(len(chosen), groups * each, *products.shape[3:])
 
 
-def _kernel_spectra(taps: Tensor, tile: Pair, dtype: torch.dtype) -> Tensor:
+def _transform_kernels(taps: Tensor, tile: Pair, dtype: torch.dtype) -> Tensor:
     spectra: Tensor = torch.fft.rfft2(taps.to(dtype), s=tile)
     return torch.conj_physical_(spectra)
 
 
-def _index(chosen: Sequence[int]) -> slice | list[int]:
+def _batch_index(chosen: Sequence[int]) -> slice | list[int]:
     """Some of the images, as a view if they follow each other."""
     together = chosen[-1] - chosen[0] + 1 == len(chosen)
     return slice(chosen[0], chosen[-1] + 1) if together else list(chosen)
 
 
-def _corners(problem: Problem, tile: Pair) -> Iterator[Pair]:
+def _tile_corners(problem: Problem, tile: Pair) -> Iterator[Pair]:
     """The first row and column of every tile."""
-    (rows, columns), step = problem.output_size, _step(problem, tile)
+    (rows, columns), step = problem.output_size, _tile_step(problem, tile)
     return itertools.product(range(0, rows, step[0]), range(0, columns, step[1]))
 
 
-def _step(problem: Problem, tile: Pair) -> Pair:
+def _tile_step(problem: Problem, tile: Pair) -> Pair:
     """Rows and columns of output of a tile."""
     return tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
 
 
-def _ranges(size: int, step: int) -> Iterator[slice]:
+def _split_range(size: int, step: int) -> Iterator[slice]:
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_size(problem: Problem) -> Pair:
+def _choose_tile_size(problem: Problem) -> Pair:
     """The sides of the tiles that cost least: on any machine the same, or results would depend on its threads."""
     machine = Machine(threads=1)
     rows, columns = problem.padded_size
-    whole = _fast_size(rows), _fast_size(columns)
-    tile = _side(problem.kernel_height, whole[0]), _side(problem.kernel_width, whole[1])
+    whole = _next_fast_size(rows), _next_fast_size(columns)
+    tile = _choose_tile_side(problem.kernel_height, whole[0]), _choose_tile_side(problem.kernel_width, whole[1])
 
     def cost(tile: Pair) -> float:
-        each = CALL_OF_A_TILE + _transform_seconds(math.prod(tile), problem, machine)
-        return _tiles_of(problem, tile) * each
+        each = FFT_TILE_OVERHEAD_S + _transform_seconds(math.prod(tile), problem, machine)
+        return _count_tiles(problem, tile) * each
 
     return min(whole, tile, key=cost)
 
 
-def _side(taps: int, whole: int) -> int:
+def _choose_tile_side(taps: int, whole: int) -> int:
     """The side of a tile that wastes about a quarter of it on what is computed twice, at most the whole side."""
-    return min(next((side for side in TILES if side >= 4 * taps), whole), whole)
+    return min(next((side for side in TILE_SIDES if side >= 4 * taps), whole), whole)
 
 
-def _tiles_of(problem: Problem, tile: Pair) -> int:
+def _count_tiles(problem: Problem, tile: Pair) -> int:
     rows, columns = problem.output_size
     return -(-rows // (tile[0] - problem.kernel_height + 1)) * -(-columns // (tile[1] - problem.kernel_width + 1))
 
@@ -559,6 +576,6 @@ def _transform_seconds(points: int, problem: Problem, machine: Machine) -> float
     return flops / speed / math.pow(machine.threads, 0.7)
 
 
-def _fast_size(size: int) -> int:
+def _next_fast_size(size: int) -> int:
     """The next size that is a product of 2, 3 and 5."""
     return FAST_SIZES[bisect.bisect_left(FAST_SIZES, size)]

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from core.arrays import ArrayLike
-from core.device import CPU, resolve_device
+from core.device import CPU_DEVICE, resolve_device
 from core.errors import Cost, InvalidArgument, InvalidOption
-from core.fit.constraints import Constraints, Symmetry, read_rank
-from core.fit.fitting import Fitting
+from core.fit.constraints import Constraints, Symmetry, parse_rank
+from core.fit.examples import Layer, RawExample, load_examples
+from core.fit.fit_run import FitRun
+from core.fit.fit_spec import FitSpec
+from core.fit.initialization import resolve_initialization, resolve_seed
 from core.fit.losses import Loss
+from core.fit.optimizers import Solver
 from core.fit.options import Auto, Options
-from core.fit.problem import Layer, Pairing, load_examples
 from core.fit.result import FitResult, Progress
-from core.fit.rules import Solver
-from core.fit.setup import Setup
-from core.fit.size_selection import SizeSelection, find_frame, require_selectable
-from core.fit.start import settled_seed, starting_point
-from core.fit.validation import load_validation, require_patience, validation_problem
-from core.fit.way import Method, extra_megabytes
+from core.fit.size_selection import SizeSelection, find_size_range, require_size_selection
+from core.fit.strategy import FitMethod, count_result_megabytes
+from core.fit.validation_set import load_validation, make_validation_problem, require_patience
 from core.limits import Limits
 from core.machine import Machine, this_machine
-from core.shapes import PaddingMode, one_of, positive, shown
+from core.shapes import PaddingMode, format_value, require_one_of, require_positive
 
 Arguments = ParamSpec("Arguments")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -37,8 +37,8 @@ class FitPlan:
     """A fit whose arguments are checked and whose examples are loaded; nothing is computed yet. `cost` is predicted."""
 
     cost: Cost
-    method: Method
-    _fitting: Fitting | SizeSelection
+    method: FitMethod
+    _run: FitRun | SizeSelection
 
     def steps(self) -> Generator[Progress, None, FitResult]:
         """Return a generator that computes the fit.
@@ -46,7 +46,7 @@ class FitPlan:
         It yields Readings of the examples, a Forecast, and a Step for each update; in long phases also Readings, so
         that it can be ended about every tenth of a second. It returns the FitResult.
         """
-        return self._fitting.steps()
+        return self._run.steps()
 
 
 def plan_fit_kernel(
@@ -144,39 +144,39 @@ def plan_fit_kernel(
         batch_size,
         refuse_divergence,
         huber_delta,
-        Constraints(nonnegative, sum_to, symmetric, read_rank(separable), smoothness),
+        Constraints(nonnegative, sum_to, symmetric, parse_rank(separable), smoothness),
         ridge_path,
         covariance,
     )
-    one_of("padding_mode", padding_mode, PaddingMode)
-    wanted = resolve_device(device)
-    torch_device = CPU if wanted.type == "mps" else wanted
+    require_one_of("padding_mode", padding_mode, PaddingMode)
+    requested_device = resolve_device(device)
+    torch_device = CPU_DEVICE if requested_device.type == "mps" else requested_device
     machine = machine or this_machine()
     layer = Layer(stride, padding, dilation, groups, padding_mode)
-    examples = load_examples(_pairings(input, target, weights, pairs))
+    examples = load_examples(_collect_examples(input, target, weights, pairs))
     require_patience(patience, options, validated=validation is not None)
-    held_out = None if validation is None else load_validation(_named("validation", validation), examples)
-    frame = None
+    held_out = None if validation is None else load_validation(_name_examples("validation", validation), examples)
+    size_range = None
     if kernel_size == "auto":
-        require_selectable(options, initial_kernel=initial_kernel is not None)
-        depth = max(examples.channels // positive("groups", layer.groups), 1)
-        frame = find_frame(examples, layer, max_kernel_size, depth=depth, bias=bias)
-        kernel_size = frame.outer
+        require_size_selection(options, initial_kernel=initial_kernel is not None)
+        depth = max(examples.channels // require_positive("groups", layer.groups), 1)
+        size_range = find_size_range(examples, layer, max_kernel_size, depth=depth, bias=bias)
+        kernel_size = size_range.outer
     elif isinstance(kernel_size, str):
         raise InvalidArgument(
-            f'kernel_size {shown(kernel_size)} is neither an integer, nor [rows, columns], nor "auto"',
+            f'kernel_size {format_value(kernel_size)} is neither an integer, nor [rows, columns], nor "auto"',
             field="kernel_size",
-            got=shown(kernel_size),
+            got=format_value(kernel_size),
             limit='an integer, [rows, columns], "auto"',
         )
     elif max_kernel_size is not None:
         raise InvalidOption(
             'max_kernel_size is given, but kernel_size is not "auto": set kernel_size to "auto", or leave it out',
             field="max_kernel_size",
-            got=shown(max_kernel_size),
+            got=format_value(max_kernel_size),
             limit='null unless kernel_size is "auto"',
         )
-    start = starting_point(
+    initialization = resolve_initialization(
         examples,
         layer,
         kernel_size=kernel_size,
@@ -196,65 +196,73 @@ def plan_fit_kernel(
     kernel_name = "kernel_size" if initial_kernel is None else "initial_kernel"
     problems = []
     for example in examples.pairs:
-        problem = layer.problem(example.images, start.kernel_shape, device=torch_device.type, kernel_name=kernel_name)
-        example.require_reachable(problem)
+        problem = layer.problem(
+            example.images, initialization.kernel_shape, device=torch_device.type, kernel_name=kernel_name
+        )
+        example.require_output_size(problem)
         problems.append(problem)
     held_out_problems = [
-        validation_problem(pair, layer, start.kernel_shape, device=torch_device.type, kernel_name=kernel_name)
+        make_validation_problem(
+            pair, layer, initialization.kernel_shape, device=torch_device.type, kernel_name=kernel_name
+        )
         for pair in (held_out.pairs if held_out else ())
     ]
-    setup = Setup(
+    fit_spec = FitSpec(
         options=options,
         examples=examples,
         held_out=held_out,
         patience=patience,
-        start=start,
+        initialization=initialization,
         groups=layer.groups,
-        seed=settled_seed(seed),
+        seed=resolve_seed(seed),
         device=torch_device,
         machine=machine,
         limits=limits,
     )
-    fitting: Fitting | SizeSelection
-    if frame is None:
-        fitting, way = setup.fit(problems, held_out_problems)
+    fit_run: FitRun | SizeSelection
+    if size_range is None:
+        fit_run, strategy = fit_spec.fit(problems, held_out_problems)
     else:
-        fitting = SizeSelection(setup, frame, problems, held_out_problems)
-        way = fitting.plan()
-    cost = Cost(way.megabytes, way.gflop, way.seconds, extra_megabytes(setup.layout, options))
+        fit_run = SizeSelection(fit_spec, size_range, problems, held_out_problems)
+        strategy = fit_run.plan()
+    cost = Cost(strategy.megabytes, strategy.gflop, strategy.seconds, count_result_megabytes(fit_spec.layout, options))
     if limits is not None:
         limits.require(cost)
-    return FitPlan(cost, way.method, fitting)
+    return FitPlan(cost, strategy.method, fit_run)
 
 
-def steps_of(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, Generator[Progress, None, FitResult]]:
+def make_steps_function(
+    plan: Callable[Arguments, FitPlan],
+) -> Callable[Arguments, Generator[Progress, None, FitResult]]:
     """The same function, returning the steps of its plan: the arguments are checked at once."""
 
     @functools.wraps(plan)
     def steps(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Generator[Progress, None, FitResult]:
         return plan(*args, **kwargs).steps()
 
-    return _signed(steps, plan, "fit_kernel_steps", Generator[Progress, None, FitResult])
+    return _copy_signature(steps, plan, "fit_kernel_steps", Generator[Progress, None, FitResult])
 
 
-def run_to_end(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, FitResult]:
+def make_fit_function(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, FitResult]:
     """The same function without the steps between: it returns what they return."""
 
     @functools.wraps(plan)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> FitResult:
-        return exhaust(plan(*args, **kwargs).steps())
+        return run_to_end(plan(*args, **kwargs).steps())
 
-    return _signed(run, plan, "fit_kernel", FitResult)
+    return _copy_signature(run, plan, "fit_kernel", FitResult)
 
 
-def _signed(function: Function, plan: Callable[..., object], name: str, returned: object) -> Function:
+def _copy_signature(function: Function, plan: Callable[..., object], name: str, returned: object) -> Function:
     """The function with a name, and the signature of the plan but for what it returns: what help() shows."""
     function.__name__ = function.__qualname__ = name
     function.__signature__ = inspect.signature(plan).replace(return_annotation=returned)  # type: ignore[attr-defined]
     return function
 
 
-def exhaust(steps: Generator[Progress, None, FitResult], each: Callable[[Progress], object] | None = None) -> FitResult:
+def run_to_end(
+    steps: Generator[Progress, None, FitResult], each: Callable[[Progress], object] | None = None
+) -> FitResult:
     """Run a fit to its end, calling `each` with all that it yields; what that raises ends the fit."""
     while True:
         try:
@@ -266,27 +274,27 @@ def exhaust(steps: Generator[Progress, None, FitResult], each: Callable[[Progres
             return result
 
 
-fit_kernel_steps = steps_of(plan_fit_kernel)
-fit_kernel = run_to_end(plan_fit_kernel)
+fit_kernel_steps = make_steps_function(plan_fit_kernel)
+fit_kernel = make_fit_function(plan_fit_kernel)
 
 
-def _pairings(
+def _collect_examples(
     input: ArrayLike | None,
     target: ArrayLike | None,
     weights: ArrayLike | None,
     pairs: Sequence[ExamplePair] | None,
-) -> list[Pairing]:
+) -> list[RawExample]:
     if pairs is not None and input is None and target is None and weights is None:
-        return _named("pairs", pairs)
+        return _name_examples("pairs", pairs)
     if pairs is None and input is not None and target is not None:
-        return [Pairing(input, target, weights)]
+        return [RawExample(input, target, weights)]
     raise InvalidArgument(
         "give either input and target (and weights), or pairs of them",
         field="pairs" if pairs is not None else "target" if input is not None else "input",
     )
 
 
-def _named(field: str, pairs: Sequence[ExamplePair]) -> list[Pairing]:
+def _name_examples(field: str, pairs: Sequence[ExamplePair]) -> list[RawExample]:
     """Return pairs with their names for messages."""
     for index, pair in enumerate(pairs):
         if not 2 <= len(pair) <= 3:
@@ -297,6 +305,6 @@ def _named(field: str, pairs: Sequence[ExamplePair]) -> list[Pairing]:
                 limit="2 or 3",
             )
     return [
-        Pairing(pair[0], pair[1], pair[2] if len(pair) > 2 else None, f"{field}[{index}].")
+        RawExample(pair[0], pair[1], pair[2] if len(pair) > 2 else None, f"{field}[{index}].")
         for index, pair in enumerate(pairs)
     ]

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.fit.steps import Steps
+from core.fit.interruption import Interruptible
 
 Floats = NDArray[np.float64]
 
-PANEL = 64
+PANEL_COLUMNS = 64
 """Columns that are factorized before the rest of the matrix is updated."""
 
-BLOCK = 256
+BLOCK_ROWS = 256
 """Rows that are solved for, or updated, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class CholeskyFactor:
     """matrix[order][:, order] = lower @ lower.T for a matrix (n, n); lower is (n, rank).
 
     inverses: of the diagonal blocks of lower's triangle.
@@ -39,26 +39,29 @@ class Factor:
     def forward(self, right: Floats, first: int = 0) -> Floats:
         """Solve triangle @ x = right (rank, columns), whose rows before `first` (a multiple of BLOCK) are zero."""
         solution = np.zeros_like(right)
-        for start in range(first, self.rank, BLOCK):
-            some = slice(start, start + BLOCK)
-            left = right[some] - self.lower[start : min(start + BLOCK, self.rank), first:start] @ solution[first:start]
-            solution[some] = self.inverses[start // BLOCK] @ left
+        for start in range(first, self.rank, BLOCK_ROWS):
+            some = slice(start, start + BLOCK_ROWS)
+            left = (
+                right[some]
+                - self.lower[start : min(start + BLOCK_ROWS, self.rank), first:start] @ solution[first:start]
+            )
+            solution[some] = self.inverses[start // BLOCK_ROWS] @ left
         return solution
 
     def backward(self, right: Floats) -> Floats:
         """Solve triangle.T @ x = right (rank, columns)."""
         solution = np.empty_like(right)
-        for start in reversed(range(0, self.rank, BLOCK)):
-            some, after = slice(start, start + BLOCK), slice(start + BLOCK, self.rank)
+        for start in reversed(range(0, self.rank, BLOCK_ROWS)):
+            some, after = slice(start, start + BLOCK_ROWS), slice(start + BLOCK_ROWS, self.rank)
             left = right[some] - self.lower[after, some].T @ solution[after]
-            solution[some] = self.inverses[start // BLOCK].T @ left
+            solution[some] = self.inverses[start // BLOCK_ROWS].T @ left
         return solution
 
-    def inverse_diagonal(self) -> Steps[Floats]:
+    def inverse_diagonal(self) -> Interruptible[Floats]:
         """Return the diagonal of the inverse matrix (n), in its own order; the matrix has full rank."""
         diagonal = np.empty(self.rank)
-        for start in range(0, self.rank, BLOCK):
-            wide = min(BLOCK, self.rank - start)
+        for start in range(0, self.rank, BLOCK_ROWS):
+            wide = min(BLOCK_ROWS, self.rank - start)
             columns = np.zeros((self.rank, wide))
             columns[start : start + wide] = np.eye(wide)
             diagonal[self.order[start : start + wide]] = np.square(self.forward(columns, start)).sum(0)
@@ -66,21 +69,21 @@ class Factor:
         return diagonal
 
 
-def factorize(matrix: Floats, tolerance: float) -> Steps[Factor]:
+def factorize_pivoted(matrix: Floats, tolerance: float) -> Interruptible[CholeskyFactor]:
     """Factorize a symmetric matrix (n, n), whose lower triangle is overwritten.
 
     A pivot that is not above the tolerance ends the factorization: the rest of the matrix counts as zero.
     """
     size = len(matrix)
     order, pivots, rank = np.arange(size), matrix.diagonal().copy(), 0
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
+    for start in range(0, size, PANEL_COLUMNS):
+        stop = min(start + PANEL_COLUMNS, size)
         while rank < stop:
             best = rank + int(pivots[rank:].argmax())
             if not pivots[best] > tolerance:
                 break
             if best != rank:
-                _exchange(matrix, rank, best)
+                _swap_rows_and_columns(matrix, rank, best)
                 order[[rank, best]] = order[[best, rank]]
                 pivots[[rank, best]] = pivots[[best, rank]]
             matrix[rank, rank] = root = np.sqrt(pivots[rank])
@@ -92,16 +95,16 @@ def factorize(matrix: Floats, tolerance: float) -> Steps[Factor]:
         yield
         if rank < stop:
             break
-        for first in range(stop, size, BLOCK):
-            rows, columns = slice(first, first + BLOCK), slice(stop, min(first + BLOCK, size))
+        for first in range(stop, size, BLOCK_ROWS):
+            rows, columns = slice(first, first + BLOCK_ROWS), slice(stop, min(first + BLOCK_ROWS, size))
             matrix[rows, columns] -= matrix[rows, start:stop] @ matrix[columns, start:stop].T
     lower = np.tril(matrix[:, :rank])
-    blocks = [slice(first, min(first + BLOCK, rank)) for first in range(0, rank, BLOCK)]
+    blocks = [slice(first, min(first + BLOCK_ROWS, rank)) for first in range(0, rank, BLOCK_ROWS)]
     inverses = [np.asarray(np.linalg.inv(lower[block, block]), np.float64) for block in blocks]
-    return Factor(lower, order, inverses)
+    return CholeskyFactor(lower, order, inverses)
 
 
-def _exchange(matrix: Floats, one: int, other: int) -> None:
+def _swap_rows_and_columns(matrix: Floats, one: int, other: int) -> None:
     """Exchange two rows and columns, one < other, of a symmetric matrix of which only the lower triangle counts."""
     matrix[[one, other], :one] = matrix[[other, one], :one]
     matrix[other + 1 :, [one, other]] = matrix[other + 1 :, [other, one]]

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InvalidOption
-from core.fit.layout import Layout, Unknowns
-from core.fit.units import Units
-from core.shapes import is_integer, is_real, one_of, shown, sized
+from core.fit.parameters import ParameterLayout, Unknowns
+from core.fit.scaling import Scaling
+from core.shapes import format_shape, format_value, is_integer, is_real, require_one_of
 
 Floats = NDArray[np.float64]
 
 Symmetry = Literal["horizontal", "vertical", "both", "rotation", "transpose", "full"]
 
-SYMMETRIC_KERNELS: Mapping[Symmetry, str] = {
+SYMMETRY_ADJECTIVES: Mapping[Symmetry, str] = {
     "horizontal": "horizontally symmetric",
     "vertical": "vertically symmetric",
     "both": "horizontally and vertically symmetric",
@@ -58,15 +58,15 @@ class Constraints:
     def __post_init__(self) -> None:
         """Raise InvalidOption for values that are not allowed, and for combinations that have no solution."""
         if not isinstance(self.nonnegative, bool):
-            raise _rejection("nonnegative", self.nonnegative, "true or false")
+            raise _invalid_option("nonnegative", self.nonnegative, "true or false")
         if self.sum_to is not None and not (is_real(self.sum_to) and math.isfinite(self.sum_to)):
-            raise _rejection("sum_to", self.sum_to, "a finite number")
+            raise _invalid_option("sum_to", self.sum_to, "a finite number")
         if self.symmetric is not None:
-            one_of("symmetric", self.symmetric, Symmetry)
+            require_one_of("symmetric", self.symmetric, Symmetry)
         if self.separable is not None and not (is_integer(self.separable) and self.separable >= 1):
-            raise _rejection("separable", self.separable, "a rank: an integer from 1 on, or true for 1")
+            raise _invalid_option("separable", self.separable, "a rank: an integer from 1 on, or true for 1")
         if not is_real(self.smoothness) or not 0 <= self.smoothness < math.inf:
-            raise _rejection("smoothness", self.smoothness, "a number from 0 on")
+            raise _invalid_option("smoothness", self.smoothness, "a number from 0 on")
         if self.nonnegative and self.sum_to is not None and self.sum_to < 0:
             raise InvalidOption(
                 f"sum_to {self.sum_to:g} with nonnegative: entries from 0 on cannot have a negative sum; "
@@ -75,7 +75,9 @@ class Constraints:
                 got=self.sum_to,
                 limit="from 0 on",
             )
-        if self.separable is not None and (others := [name for name in self._names if name in LINEAR_AND_SIGNS]):
+        if self.separable is not None and (
+            others := [name for name in self._active_names if name in INCOMPATIBLE_WITH_SEPARABLE]
+        ):
             raise InvalidOption(
                 f"separable and {' and '.join(others)} cannot be combined: leave one of them out",
                 field="separable",
@@ -84,7 +86,7 @@ class Constraints:
             )
 
     @property
-    def _names(self) -> list[str]:
+    def _active_names(self) -> list[str]:
         """Options that are in use."""
         used = {
             "nonnegative": self.nonnegative,
@@ -98,17 +100,17 @@ class Constraints:
     @property
     def active(self) -> bool:
         """True if at least one constraint, or the smoothness, is in use."""
-        return bool(self._names)
+        return bool(self._active_names)
 
-    def require_solver(self, solver: str, loss: str, ridge: object, *, ridge_path: bool) -> None:
+    def require_compatible(self, solver: str, loss: str, ridge: object, *, ridge_path: bool) -> None:
         """Raise InvalidOption unless these options can be combined with the constraints in use."""
-        for name in self._names:
+        for name in self._active_names:
             if solver != "exact" or loss not in ("sum", "mean"):
                 raise InvalidOption(
                     f'{name} with solver "{solver}" and loss "{loss}": constraints need solver "exact" and loss "sum" '
                     f'or "mean"; use these, or leave {name} out',
                     field=name,
-                    got=shown(getattr(self, name)),
+                    got=format_value(getattr(self, name)),
                     limit='solver "exact", loss "sum" or "mean"',
                 )
             if isinstance(ridge, str):
@@ -136,7 +138,7 @@ class Constraints:
         if self.symmetric in SQUARE_SYMMETRIES and rows != columns:
             allowed = ", ".join(name for name in get_args(Symmetry) if name not in SQUARE_SYMMETRIES)
             raise InvalidOption(
-                f'symmetric "{self.symmetric}" exchanges rows and columns, but the kernel is {sized((rows, columns))}: '
+                f'symmetric "{self.symmetric}" exchanges rows and columns, but the kernel is {format_shape((rows, columns))}: '
                 f"use a square kernel_size, or one of: {allowed}",
                 field="symmetric",
                 got=self.symmetric,
@@ -144,7 +146,7 @@ class Constraints:
             )
         without_rank = self.separable is not None and self.separable >= min(rows, columns)
         constraints = replace(self, separable=None) if without_rank else self
-        layout = Layout(kernel_shape, 1, bias)
+        layout = ParameterLayout(kernel_shape, 1, bias)
         if layout.taps <= MAX_TIED_ENTRIES and constraints.free_unknowns(layout) == 0:
             raise InvalidOption(
                 f"sum_to {self.sum_to:g} leaves nothing to learn: the kernel has one free entry for each filter and no "
@@ -158,7 +160,7 @@ class Constraints:
     def require_size(self, size: int, limit: int) -> None:
         """Raise InvalidOption if a filter has more unknowns than constraints can be solved for."""
         if size > limit:
-            name = self._names[0]
+            name = self._active_names[0]
             raise InvalidOption(
                 f"{name} with {size} unknowns in each filter: constraints are solved for up to {limit}; use a smaller "
                 f"kernel_size, more groups, or leave {name} out",
@@ -167,17 +169,17 @@ class Constraints:
                 limit=limit,
             )
 
-    def free_unknowns(self, layout: Layout) -> int:
+    def free_unknowns(self, layout: ParameterLayout) -> int:
         """Return the number of unknowns of one filter that ties and the sum leave free, the bias included."""
-        tied = self.tied_entries(layout)
+        tied = self.entry_classes(layout)
         return int(tied.max()) + 1 + layout.bias - (self.sum_to is not None)
 
-    def in_units(self, units: Units) -> "Constraints":
+    def with_scaling(self, scaling: Scaling) -> "Constraints":
         """Return the constraints on the kernel of the scaled examples."""
-        total = None if self.sum_to is None else float(np.ldexp(self.sum_to, units.input - units.target))
-        return replace(self, sum_to=total, smoothness=units.scaled_ridge(self.smoothness))
+        total = None if self.sum_to is None else float(np.ldexp(self.sum_to, scaling.input - scaling.target))
+        return replace(self, sum_to=total, smoothness=scaling.scale_ridge(self.smoothness))
 
-    def tied_entries(self, layout: Layout) -> NDArray[np.intp]:
+    def entry_classes(self, layout: ParameterLayout) -> NDArray[np.intp]:
         """Return for each entry of a filter (taps) the number of its class, from 0: entries of a class are equal."""
         _, depth, rows, columns = layout.kernel_shape
         plane = np.arange(rows * columns).reshape(rows, columns)
@@ -194,7 +196,7 @@ class Constraints:
         numbers: NDArray[np.intp] = classes + (classes.max() + 1) * np.arange(depth)[:, None]
         return numbers.ravel()
 
-    def differences(self, layout: Layout) -> Floats:
+    def difference_matrix(self, layout: ParameterLayout) -> Floats:
         """Return the matrix (differences, taps) of a filter's neighbouring entries, along rows and columns."""
         _, depth, rows, columns = layout.kernel_shape
         down = np.kron(np.diff(np.eye(rows), axis=0), np.eye(columns))
@@ -202,33 +204,35 @@ class Constraints:
         matrix: Floats = np.asarray(np.kron(np.eye(depth), np.vstack([down, across])), np.float64)
         return matrix
 
-    def roughness(self, layout: Layout, unknowns: Unknowns) -> float:
+    def roughness(self, layout: ParameterLayout, unknowns: Unknowns) -> float:
         """Return the sum of squared differences of neighbouring entries, along rows and columns within each plane."""
-        kernel = layout.kernel(unknowns).numpy()
+        kernel = layout.unpack_kernel(unknowns).numpy()
         return float(sum(np.square(np.diff(kernel, axis=axis)).sum() for axis in (2, 3)))
 
     @property
-    def best_kernel(self) -> str:
+    def kernel_description(self) -> str:
         """The kernel that a fit finds, for messages."""
         if self.separable is not None:
             return f"a kernel whose planes have at most rank {self.separable}"
         adjectives = ["nonnegative"] if self.nonnegative else []
         if self.symmetric is not None:
-            adjectives.append(SYMMETRIC_KERNELS[self.symmetric])
+            adjectives.append(SYMMETRY_ADJECTIVES[self.symmetric])
         total = "" if self.sum_to is None else f" with sum {self.sum_to:g} in each filter"
         return f"the best{' ' if adjectives else ''}{', '.join(adjectives)} kernel{total}"
 
 
-LINEAR_AND_SIGNS = ("nonnegative", "sum_to", "symmetric")
+INCOMPATIBLE_WITH_SEPARABLE = ("nonnegative", "sum_to", "symmetric")
 
 UNCONSTRAINED = Constraints()
 
 
-def _rejection(field: str, value: object, allowed: str) -> InvalidOption:
-    return InvalidOption(f"{field} {shown(value)} is not {allowed}", field=field, got=shown(value), limit=allowed)
+def _invalid_option(field: str, value: object, allowed: str) -> InvalidOption:
+    return InvalidOption(
+        f"{field} {format_value(value)} is not {allowed}", field=field, got=format_value(value), limit=allowed
+    )
 
 
-def read_rank(separable: object) -> int | None:
+def parse_rank(separable: object) -> int | None:
     """Return the rank that the option `separable` means: True is 1, False none. Constraints check other values."""
     if isinstance(separable, bool):
         return 1 if separable else None
@@ -247,9 +251,9 @@ class TiedUnknowns:
     bias: bool
 
     @staticmethod
-    def of(constraints: Constraints, layout: Layout) -> "TiedUnknowns":
+    def of(constraints: Constraints, layout: ParameterLayout) -> "TiedUnknowns":
         """Return the unknowns that the symmetry leaves."""
-        classes = constraints.tied_entries(layout)
+        classes = constraints.entry_classes(layout)
         return TiedUnknowns(classes, np.sqrt(np.bincount(classes)), layout.bias)
 
     @property
@@ -272,7 +276,7 @@ class TiedUnknowns:
         entries = (tied[: len(self.roots)] / self.roots[:, None])[self.classes]
         return np.vstack([entries, tied[len(self.roots) :]])
 
-    def with_sum(self, tied: Floats, total: float | None) -> Floats:
+    def project_onto_sum(self, tied: Floats, total: float | None) -> Floats:
         """Return the nearest tied unknowns (tied, columns) whose filters have that sum."""
         if total is None:
             return tied
@@ -280,7 +284,7 @@ class TiedUnknowns:
         return tied + np.outer(sums / (sums @ sums), total - sums @ tied)
 
 
-def reflect(sums: Floats) -> tuple[Floats, int]:
+def compute_reflector(sums: Floats) -> tuple[Floats, int]:
     """Return v and i so that the reflection 1 - v v' maps `sums`, which are not all 0, to a multiple of axis i.
 
     Source: Householder, Unitary triangularization of a nonsymmetric matrix, J. ACM 5, 1958.
@@ -293,6 +297,6 @@ def reflect(sums: Floats) -> tuple[Floats, int]:
 
 def null_space(sums: Floats) -> Floats:
     """Return an orthonormal basis (size, size - 1) of all x with sums @ x = 0, for sums that are not all 0."""
-    vector, pivot = reflect(sums)
+    vector, pivot = compute_reflector(sums)
     basis: Floats = np.delete(np.eye(len(sums)) - np.outer(vector, vector), pivot, axis=1)
     return basis

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.fit.layout import Unknowns
+from core.fit.interruption import Interruptible
 from core.fit.objective import Objective
+from core.fit.optimizers import UpdateFn
+from core.fit.parameters import Unknowns
 from core.fit.result import Status, Step
-from core.fit.rules import Update
-from core.fit.steps import Steps
-from core.fit.validation import Validated, ValidationCurve
+from core.fit.validation_set import ValidationCurve, ValidationResult
 
-HOPELESS_GROWTH = 1e6
+DIVERGENCE_LOSS_RATIO = 1e6
 """Ratio of the last loss to the first (or that of a kernel of zeros, if larger) from which a descent of unknown
 prospects has diverged."""
 
 
 @dataclass(frozen=True, slots=True)
-class Descent:
+class DescentResult:
     """Where a descent ended: the last finite kernel and bias, their loss, and the whole history before it.
 
     The losses at start and end are of all examples; those of the history, of which the least is `least_loss`, of the
@@ -38,34 +38,34 @@ class Descent:
     least_loss: float
     status: Status
     overflowed: bool = False
-    validated: Validated | None = None
+    validation_result: ValidationResult | None = None
 
     @property
     def end_loss(self) -> float:
         """The loss of the last kernel; with validation, `unknowns` and `final_loss` may be those of an earlier one."""
-        validated = self.validated
-        return self.final_loss if validated is None or self.ends_with_best else validated.end_loss
+        validation_result = self.validation_result
+        return self.final_loss if validation_result is None or self.ends_with_best else validation_result.end_loss
 
     @property
     def ends_with_best(self) -> bool:
         """True if the last kernel is the returned one."""
-        validated = self.validated
-        return validated is None or validated.best_step in (None, len(self.loss_history))
+        validation_result = self.validation_result
+        return validation_result is None or validation_result.best_step in (None, len(self.loss_history))
 
 
 def descend(
     objectives: Iterator[Objective],
-    update: Update,
+    update: UpdateFn,
     start: Unknowns,
     *,
     steps: int,
     tolerance: float | None,
     scale: float,
-    excess: Callable[[Unknowns], Steps[float]] | None,
+    excess_loss: Callable[[Unknowns], Interruptible[float]] | None,
     diverges: bool,
     monotonic: bool,
     validation: ValidationCurve | None = None,
-) -> Generator[Step | None, None, Descent]:
+) -> Generator[Step | None, None, DescentResult]:
     """Yield a Step for each update, and None within long ones; return the Descent. Close it to stop early.
 
     `objectives` gives one for each step and one more for the end. `scale` is the loss of a kernel of zeros. `excess`
@@ -80,10 +80,10 @@ def descend(
     history: list[float] = []
     unknowns, (value, gradient) = start, (yield from next(objectives)(start))
     least = value
-    enough = None
+    target_distance = None
     if tolerance is not None:
-        first = float(np.linalg.norm(gradient)) if excess is None else (yield from excess(start))
-        enough = tolerance * first
+        first = float(np.linalg.norm(gradient)) if excess_loss is None else (yield from excess_loss(start))
+        target_distance = tolerance * first
     status, overflowed = Status.COMPLETED, False
     held_out = None if validation is None else (yield from validation.add(start))
     for number in range(1, steps + 1):
@@ -97,19 +97,19 @@ def descend(
             break
         unknowns, value, gradient = updated, new_value, new_gradient
         held_out = None if validation is None else (yield from validation.add(unknowns))
-        if enough is not None:
-            left = float(np.linalg.norm(gradient)) if excess is None else (yield from excess(unknowns))
-            if left <= enough:
+        if target_distance is not None:
+            distance = float(np.linalg.norm(gradient)) if excess_loss is None else (yield from excess_loss(unknowns))
+            if distance <= target_distance:
                 status = Status.CONVERGED
                 break
-        if validation is not None and validation.is_over:
+        if validation is not None and validation.should_stop:
             status = Status.STOPPED_EARLY
             break
     if status is Status.COMPLETED:
-        bound = HOPELESS_GROWTH * max(history[0], scale)
+        bound = DIVERGENCE_LOSS_RATIO * max(history[0], scale)
         if diverges:
             # Rounding may raise a loss a little.
             bound = least * (1 + 1e-6) + 1e-12 * max(history[0], scale) if monotonic else history[0]
         if value > bound:
             status = Status.DIVERGED
-    return Descent(unknowns, history, history[0], value, least, status, overflowed)
+    return DescentResult(unknowns, history, history[0], value, least, status, overflowed)

@@ -7,30 +7,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.fit.descent import Descent
+from core.fit.descent import DescentResult
+from core.fit.eigen import Inverse
+from core.fit.interruption import Interruptible, pace
 from core.fit.lanczos import lanczos
-from core.fit.layout import Unknowns
-from core.fit.objective import Evaluation, Images, Objective
+from core.fit.objective import Evaluation, ImageTerm, Objective
+from core.fit.parameters import Unknowns
 from core.fit.result import Status, Step
-from core.fit.spectrum import Inverse
-from core.fit.steps import Steps, paced
 
-MOST_CORRECTIONS = 3
+MAX_REFINEMENTS = 3
 """Each takes what rounding left of the error to the share of it that the condition number leaves."""
 
-SETTLED = 1e-3
+REFINEMENT_GAIN_TOLERANCE = 1e-3
 """Of the loss: a correction that promises less changes nothing that is worth another look at the images."""
 
-LANCZOS_STEPS = 30
-LANCZOS_TOLERANCE = 1e-4
+IMAGE_LANCZOS_STEPS = 30
+IMAGE_LANCZOS_TOLERANCE = 1e-4
 
 CG_TOLERANCE = 1e-12
 """Of the gradient at a kernel of zeros."""
 
-ITERATIONS_BETWEEN_EVALUATIONS = 25
+CG_RESIDUAL_REPLACEMENT_ITERATIONS = 25
 """After so many conjugate gradients loss and gradient are computed anew: updating them collects rounding errors."""
 
-MOST_ITERATIONS = 750
+MAX_CG_ITERATIONS = 750
 """Conjugate gradients that one fit may take: five times as many as its estimate counts with."""
 
 
@@ -43,32 +43,34 @@ class Minimum:
 
     at: Unknowns
     loss: float
-    seen: Unknowns
+    expansion_point: Unknowns
     losses: Sequence[NDArray[np.float64]]
     gradients: Sequence[Unknowns]
 
 
-def minimum(objective: Objective, terms: Sequence[Images], inverse: Inverse, first: Unknowns) -> Steps[Minimum]:
+def refine_minimum(
+    objective: Objective, terms: Sequence[ImageTerm], inverse: Inverse, first: Unknowns
+) -> Interruptible[Minimum]:
     """Improve on the solution of the normal equations by looking at the images.
 
     The equations square the condition number, and lose the digits of a loss near zero; residuals do neither
     (iterative refinement: Bjorck, Numerical Methods for Least Squares Problems, 2.9).
     """
     at = first
-    for correction in range(1, MOST_CORRECTIONS + 1):
+    for correction in range(1, MAX_REFINEMENTS + 1):
         evaluations: list[Evaluation] = []
-        for term in paced(terms):
+        for term in pace(terms):
             if term is None:
                 yield
                 continue
-            evaluations.append((yield from term.by_filter(at)))
+            evaluations.append((yield from term.evaluate_by_filter(at)))
         losses, gradients = [part.losses for part in evaluations], [part.gradient for part in evaluations]
         loss, gradient = objective.scaled(
             sum(float(part.sum()) for part in losses), sum(gradients[1:], gradients[0]), at
         )
         step = -(yield from inverse.solve(gradient))
         gain = -0.5 * float(np.vdot(gradient, step))
-        if gain <= SETTLED * loss or correction == MOST_CORRECTIONS:
+        if gain <= REFINEMENT_GAIN_TOLERANCE * loss or correction == MAX_REFINEMENTS:
             break
         at = at + step
     if not gain < loss:
@@ -76,20 +78,22 @@ def minimum(objective: Objective, terms: Sequence[Images], inverse: Inverse, fir
     return Minimum(at + step, loss - gain, at, losses, gradients)
 
 
-def steepest_curvature(objective: Objective, shape: tuple[int, ...]) -> Steps[float]:
+def find_largest_eigenvalue(objective: Objective, shape: tuple[int, ...]) -> Interruptible[float]:
     """The largest eigenvalue of the Hessian, from passes over the images.
 
     Infinite where it is past every finite number.
     """
     # A random direction has a part along the steepest one; a gradient need not have.
     start = np.random.default_rng(0).standard_normal(shape)
-    found = yield from lanczos(objective.hessian_product, start, LANCZOS_STEPS, LANCZOS_TOLERANCE, LANCZOS_STEPS)
+    found = yield from lanczos(
+        objective.hessian_product, start, IMAGE_LANCZOS_STEPS, IMAGE_LANCZOS_TOLERANCE, IMAGE_LANCZOS_STEPS
+    )
     return found.largest
 
 
-def conjugate_gradients(
+def solve_by_conjugate_gradients(
     objective: Objective, start: Unknowns, tolerance: float | None
-) -> Generator[Step | None, None, Descent]:
+) -> Generator[Step | None, None, DescentResult]:
     """Descend to the best kernel from `start` on, every filter for itself.
 
     Source: Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, 1952; van der Vorst and Ye,
@@ -105,28 +109,28 @@ def conjugate_gradients(
 
     loss, gradient = yield from objective(start)
     unknowns, residual = start, -gradient
-    direction, size = residual, dot(residual, residual)
-    enough = (tolerance or CG_TOLERANCE) ** 2 * size
+    direction, residual_squares = residual, dot(residual, residual)
+    enough = (tolerance or CG_TOLERANCE) ** 2 * residual_squares
     history, status = [], Status.COMPLETED
     if not math.isfinite(loss):
-        return Descent(start, [loss], loss, loss, loss, Status.DIVERGED, overflowed=True)
-    for number in range(1, MOST_ITERATIONS + 1):
+        return DescentResult(start, [loss], loss, loss, loss, Status.DIVERGED, overflowed=True)
+    for number in range(1, MAX_CG_ITERATIONS + 1):
         history.append(loss)
         yield Step(number, loss)
         image = yield from objective.hessian_product(direction)
         # A filter that is done waits for the others: going on, it would only collect rounding.
-        length = np.where(size > enough, ratio(size, dot(direction, image)), 0)
+        length = np.where(residual_squares > enough, ratio(residual_squares, dot(direction, image)), 0)
         unknowns = unknowns + length * direction
-        if number % ITERATIONS_BETWEEN_EVALUATIONS:
-            loss = max(0.0, loss - 0.5 * float((length * size).sum()))
+        if number % CG_RESIDUAL_REPLACEMENT_ITERATIONS:
+            loss = max(0.0, loss - 0.5 * float((length * residual_squares).sum()))
             residual = residual - length * image
         else:
             loss, gradient = yield from objective(unknowns)
             residual = -gradient
-        before, size = size, dot(residual, residual)
-        if (size <= enough).all():
+        before, residual_squares = residual_squares, dot(residual, residual)
+        if (residual_squares <= enough).all():
             status = Status.CONVERGED
             break
-        direction = np.where(size > enough, residual + ratio(size, before) * direction, 0)
+        direction = np.where(residual_squares > enough, residual + ratio(residual_squares, before) * direction, 0)
     final, _ = yield from objective(unknowns)
-    return Descent(unknowns, history, history[0], final, min(history), status)
+    return DescentResult(unknowns, history, history[0], final, min(history), status)

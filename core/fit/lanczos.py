@@ -10,26 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.fit.layout import Unknowns
-from core.fit.steps import Steps
+from core.fit.interruption import Interruptible
+from core.fit.parameters import Unknowns
 
 Floats = NDArray[np.float64]
 
-Product = Callable[[Unknowns], Steps[Unknowns]]
+MatrixProductFn = Callable[[Unknowns], Interruptible[Unknowns]]
 """The matrix times a vector of any shape, in steps of bounded length."""
 
-LONG = 10_000
+MIN_YIELDING_SIZE = 10_000
 """Numbers of a vector above which orthogonalization takes long enough to yield after each step."""
 
-EXHAUSTED = 1e-12
+KRYLOV_EXHAUSTION_RATIO = 1e-12
 """Length of the next vector, relative to the largest eigenvalue, that is only rounding: the space holds no other."""
 
-CHECKED_EACH = 10
+STEPS_CHECKED_EACH_TIME = 10
 """Steps up to which the eigenvalues are checked after each step; later after every fifth."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ritz:
+class RitzValues:
     """Approximate eigenvalues, ascending, and the squared length of the start along the eigenvectors of each."""
 
     values: Floats
@@ -41,7 +41,9 @@ class Ritz:
         return float(self.values[-1]) if self.values.size else 0.0
 
 
-def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float, min_steps: int = 1) -> Steps[Ritz]:
+def lanczos(
+    product: MatrixProductFn, start: Unknowns, steps: int, tolerance: float, min_steps: int = 1
+) -> Interruptible[RitzValues]:
     """Take steps until the largest eigenvalue is known to the tolerance, relative to itself, or the space is exhausted.
 
     With a negative tolerance all steps are taken. An eigenvalue that only looks like the largest converges after few
@@ -52,7 +54,7 @@ def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float, min
     """
     length = float(np.linalg.norm(start))
     if not length:
-        return Ritz(np.empty(0), np.empty(0))
+        return RitzValues(np.empty(0), np.empty(0))
     steps = min(steps, start.size)
     basis = np.empty((steps, start.size))
     diagonal, beside = np.zeros(steps), np.zeros(steps)
@@ -61,25 +63,25 @@ def lanczos(product: Product, start: Unknowns, steps: int, tolerance: float, min
         basis[step] = vector.ravel()
         image = (yield from product(vector)).ravel()
         diagonal[step] = np.vdot(basis[step], image)
-        if start.size > LONG:
+        if start.size > MIN_YIELDING_SIZE:
             yield
         if not np.isfinite(diagonal[step]):
-            return Ritz(np.array([np.inf]), np.array([length**2]))
+            return RitzValues(np.array([np.inf]), np.array([length**2]))
         before = basis[: step + 1]
         image = image - before.T @ (before @ image)
         # Once more: the first pass leaves a part where much is subtracted.
         image -= before.T @ (before @ image)
         beside[step] = np.linalg.norm(image)
         last = step + 1 == steps or not 0 < beside[step] < np.inf
-        if last or step < CHECKED_EACH or step % 5 == 0:
+        if last or step < STEPS_CHECKED_EACH_TIME or step % 5 == 0:
             off = beside[:step]
             values, vectors = np.linalg.eigh(np.diag(diagonal[: step + 1]) + np.diag(off, 1) + np.diag(off, -1))
             # The second is how far the found pair is from an eigenvector, and so its value from an eigenvalue.
             converged = step + 1 >= min_steps and beside[step] * abs(float(vectors[-1, -1])) <= tolerance * abs(
                 float(values[-1])
             )
-            exhausted = beside[step] <= EXHAUSTED * abs(float(values[-1]))
+            exhausted = beside[step] <= KRYLOV_EXHAUSTION_RATIO * abs(float(values[-1]))
             if last or converged or exhausted:
                 break
         vector = (image / beside[step]).reshape(start.shape)
-    return Ritz(values, length**2 * np.square(vectors[0]))
+    return RitzValues(values, length**2 * np.square(vectors[0]))

@@ -13,22 +13,22 @@ Loss = Literal["sum", "mean", "huber", "l1"]
 class Criterion:
     """A loss by what it makes of a residual, elementwise, and of the sum of that over the target's values.
 
-    of(residual) and slope(residual), its derivative. `mean`: the sum is divided by the weights of the values, 1 each
-    where there are none. `square`: the loss is a quadratic function of the kernel, so that everything is known of it.
+    evaluate(residual) and slope(residual), its derivative. `mean`: the sum is divided by the weights of the values, 1 each
+    where there are none. `is_quadratic`: the loss is a quadratic function of the kernel, so that everything is known of it.
     """
 
-    of: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
+    evaluate: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
     mean: bool
-    square: bool = False
+    is_quadratic: bool = False
 
 
 DEFAULT_HUBER_DELTA = 1.0
 """That of torch.nn.HuberLoss, in the target's units."""
 
 LOSSES: Mapping[Loss, Criterion] = {
-    "sum": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=False, square=True),
-    "mean": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=True, square=True),
+    "sum": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=False, is_quadratic=True),
+    "mean": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=True, is_quadratic=True),
     # torch.nn.L1Loss as it is by default: a mean.
     "l1": Criterion(lambda residual: residual.abs(), lambda residual: residual.sign(), mean=True),
 }
@@ -41,8 +41,8 @@ def huber(delta: float = DEFAULT_HUBER_DELTA) -> Criterion:
     Source: Huber, Robust Estimation of a Location Parameter, Ann. Math. Statist. 35, 1964.
     """
 
-    def of(residual: Tensor) -> Tensor:
+    def evaluate(residual: Tensor) -> Tensor:
         size = residual.abs()
         return (0.5 * residual.square()).where(size <= delta, delta * (size - 0.5 * delta))
 
-    return Criterion(of, lambda residual: residual.clamp(-delta, delta), mean=True)
+    return Criterion(evaluate, lambda residual: residual.clamp(-delta, delta), mean=True)

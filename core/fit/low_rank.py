@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.fit.spectrum import choose_scale, solve_least_squares
-from core.fit.steps import Steps
+from core.fit.eigen import choose_column_scale, solve_least_squares
+from core.fit.interruption import Interruptible
 
 Floats = NDArray[np.float64]
 
 MAX_SWEEPS = 1000
 """Number of times that both factors are solved for, from one start."""
 
-SETTLED_CHANGE = 1e-12
+OUTPUT_CHANGE_TOLERANCE = 1e-12
 """Change of the output in a sweep, relative to the target, below which the factors have converged."""
 
 VALUES_BETWEEN_YIELDS = 200_000
@@ -31,7 +31,7 @@ RANDOM_STARTS = 3
 """Number of starts with random factors, in addition to the truncated singular value decomposition."""
 
 
-class PlaneProblem:
+class LowRankProblem:
     """Minimise |factor x - right|^2 over x: a kernel (depth, h, w) of planes of a maximum rank and, perhaps, a bias."""
 
     def __init__(self, factor: Floats, right: Floats, shape: tuple[int, int, int], rank: int) -> None:
@@ -66,7 +66,7 @@ class PlaneProblem:
 
     def _least_squares(self, matrix: Floats, entries: int) -> tuple[Floats, Floats]:
         """Return the solution with columns scaled by powers of two: the first entries, and the others."""
-        scale = choose_scale(matrix)
+        scale = choose_column_scale(matrix)
         solution = scale * solve_least_squares(matrix * scale, self.right)
         return solution[:entries], solution[entries:]
 
@@ -79,7 +79,7 @@ class LowRankSolution:
     converged: bool
 
 
-def solve_low_rank(problem: PlaneProblem, start: Floats, random_starts: int) -> Steps[LowRankSolution]:
+def solve_low_rank(problem: LowRankProblem, start: Floats, random_starts: int) -> Interruptible[LowRankSolution]:
     """Return the best of the local minima that are reached from a kernel cut to the rank, and from random factors."""
     columns = np.linalg.svd(problem.planes(start))[2].swapaxes(1, 2)[:, :, : problem.rank]
     best = yield from _alternate(problem, columns)
@@ -92,12 +92,12 @@ def solve_low_rank(problem: PlaneProblem, start: Floats, random_starts: int) -> 
     return best
 
 
-def _alternate(problem: PlaneProblem, columns: Floats) -> Steps[LowRankSolution]:
+def _alternate(problem: LowRankProblem, columns: Floats) -> Interruptible[LowRankSolution]:
     """Solve for the left and the right factors in turn, from orthonormal right ones (depth, w, rank) on."""
     pause = max(1, VALUES_BETWEEN_YIELDS // problem.factor.size)
     left, unknowns = problem.solve(columns, left=True)
     loss, output = problem.loss(unknowns), problem.factor @ unknowns
-    enough = SETTLED_CHANGE * float(np.linalg.norm(problem.right))
+    enough = OUTPUT_CHANGE_TOLERANCE * float(np.linalg.norm(problem.right))
     for sweep in range(MAX_SWEEPS):
         right, _ = problem.solve(np.linalg.qr(left)[0], left=False)
         left, candidate = problem.solve(np.linalg.qr(right)[0], left=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from core.fit.steps import Steps
+from core.fit.interruption import Interruptible
 
 Floats = NDArray[np.float64]
 
@@ -19,7 +19,7 @@ DIGIT_BITS = 16
 """Bits of a code by which values are counted in one pass."""
 
 
-def weighted_median(values: Floats, weights: Floats | None) -> Steps[float]:
+def weighted_median(values: Floats, weights: Floats | None) -> Interruptible[float]:
     """Return the median of values (n), n >= 1, of which each counts as often as its weight (n), above 0, says.
 
     Weights need not be integers. If half of the weight lies on each side of a gap, the median is its middle, as that of
@@ -30,7 +30,7 @@ def weighted_median(values: Floats, weights: Floats | None) -> Steps[float]:
     if reached > total / 2:
         return lower
     upper = np.inf
-    for some in _chunks(len(values)):
+    for some in _iterate_chunks(len(values)):
         above = values[some][values[some] > lower]
         upper = min(upper, float(above.min())) if above.size else upper
         yield
@@ -38,7 +38,7 @@ def weighted_median(values: Floats, weights: Floats | None) -> Steps[float]:
     return lower if upper == np.inf else lower + (upper - lower) / 2
 
 
-def _select(values: Floats, weights: Floats | None, enough: float) -> Steps[tuple[float, float]]:
+def _select(values: Floats, weights: Floats | None, enough: float) -> Interruptible[tuple[float, float]]:
     """Return the smallest value up to which the weights sum to `enough`, and that sum.
 
     Source: radix selection, Knuth, The Art of Computer Programming, vol. 3, 5.2.5 and 5.3.3.
@@ -46,15 +46,17 @@ def _select(values: Floats, weights: Floats | None, enough: float) -> Steps[tupl
     below, shift = 0.0, 64 - DIGIT_BITS
     while len(values) > MAX_SORTED_VALUES and shift >= 0:
         counts = np.zeros(1 << DIGIT_BITS)
-        for some in _chunks(len(values)):
-            counts += np.bincount(_digits(values[some], shift), None if weights is None else weights[some], len(counts))
+        for some in _iterate_chunks(len(values)):
+            counts += np.bincount(
+                _extract_digits(values[some], shift), None if weights is None else weights[some], len(counts)
+            )
             yield
         sums = below + np.cumsum(counts)
         digit = min(int(np.searchsorted(sums, enough)), int(np.flatnonzero(counts)[-1]))
         below = float(sums[digit - 1]) if digit else below
         found, found_weights = [], []
-        for some in _chunks(len(values)):
-            chosen = _digits(values[some], shift) == digit
+        for some in _iterate_chunks(len(values)):
+            chosen = _extract_digits(values[some], shift) == digit
             found.append(values[some][chosen])
             if weights is not None:
                 found_weights.append(weights[some][chosen])
@@ -73,12 +75,12 @@ def _select(values: Floats, weights: Floats | None, enough: float) -> Steps[tupl
     return value, float(sums[last])
 
 
-def _digits(values: Floats, shift: int) -> NDArray[np.intp]:
+def _extract_digits(values: Floats, shift: int) -> NDArray[np.intp]:
     """Return some bits of codes that are ordered as the values are; -0 and 0 have the same code."""
     codes = (values + 0.0).view(np.uint64)
     codes = np.where(codes >> np.uint64(63), ~codes, codes | np.uint64(1 << 63))
     return ((codes >> np.uint64(shift)) & np.uint64((1 << DIGIT_BITS) - 1)).astype(np.intp)
 
 
-def _chunks(count: int) -> Iterator[slice]:
+def _iterate_chunks(count: int) -> Iterator[slice]:
     return (slice(first, first + CHUNK_VALUES) for first in range(0, count, CHUNK_VALUES))

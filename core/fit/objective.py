@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.arrays import as_array, as_numpy
-from core.engines import ALL, solve
-from core.fit.gram import adjoint
-from core.fit.layout import Layout, Unknowns
+from core.engines import ALL_ENGINES, run_engine
+from core.fit.eigen import multiply_blocks
+from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, YIELD_INTERVAL_S, Interruptible, pace
 from core.fit.losses import Criterion
-from core.fit.parts import Numbers, Part
-from core.fit.spectrum import multiply
-from core.fit.steps import OPERATIONS, SECONDS, Steps, paced
-from core.fit.tsqr import Compressed
-from core.fit.units import UNSCALED, Units
+from core.fit.normal_equations import apply_adjoint
+from core.fit.parameters import ParameterLayout, Unknowns
+from core.fit.scaling import UNSCALED, Scaling
+from core.fit.tiles import Tile, TileData
+from core.fit.tsqr import ReducedProblem
 from core.machine import Machine
 
-WITHOUT_ROUNDING = tuple(name for name in ALL if name != "separable")
+UNAPPROXIMATED_ENGINES = tuple(name for name in ALL_ENGINES if name != "separable")
 """Engines that take a kernel as it is: `separable` may drop what is small beside the contract's precision."""
 
 
@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
     gradient: Unknowns
 
 
-class Term(Protocol):
+class LossTerm(Protocol):
     """A part of the loss, of some examples."""
 
     @property
@@ -46,100 +46,102 @@ class Term(Protocol):
     def seconds(self) -> float:
         """Predicted time of each of its methods."""
 
-    def evaluate(self, unknowns: Unknowns, /) -> Steps[tuple[float, Unknowns]]:
+    def evaluate(self, unknowns: Unknowns, /) -> Interruptible[tuple[float, Unknowns]]:
         """Its loss and gradient, neither scaled nor penalised."""
 
-    def hessian_product(self, direction: Unknowns, /) -> Steps[Unknowns]:
+    def hessian_product(self, direction: Unknowns, /) -> Interruptible[Unknowns]:
         """How that gradient changes along a direction."""
 
 
 @dataclass(frozen=True, slots=True)
-class Images:
+class ImageTerm:
     """A loss by passes over images: a convolution forward, a correlation back, part by part."""
 
-    parts: Sequence[Part]
-    layout: Layout
+    tiles: Sequence[Tile]
+    layout: ParameterLayout
     criterion: Criterion
     device: torch.device
     machine: Machine
     weight: float
-    units: Units = UNSCALED
+    scaling: Scaling = UNSCALED
 
     @property
     def seconds(self) -> float:
         """Of a pass."""
-        return sum(part.seconds for part in self.parts)
+        return sum(tile.seconds for tile in self.tiles)
 
-    def evaluate(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
+    def evaluate(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
         """The loss and its gradient."""
-        losses, gradient = yield from self.by_filter(unknowns)
+        losses, gradient = yield from self.evaluate_by_filter(unknowns)
         return float(losses.sum()), gradient
 
-    def by_filter(self, unknowns: Unknowns) -> Steps[Evaluation]:
+    def evaluate_by_filter(self, unknowns: Unknowns) -> Interruptible[Evaluation]:
         """The loss of every filter, and the gradient."""
         losses, gradient = np.zeros((self.layout.blocks, self.layout.columns)), np.zeros_like(unknowns)
-        for part in paced(self.parts):
-            if part is None:
+        for tile in pace(self.tiles):
+            if tile is None:
                 yield
                 continue
-            numbers, residual = self._residual(part, unknowns)
-            losses += self._losses_of(numbers, residual)
-            gradient += yield from self._back(part, numbers, self.criterion.slope(residual))
+            data, residual = self._load_residual(tile, unknowns)
+            losses += self._sum_losses(data, residual)
+            gradient += yield from self._backpropagate(tile, data, self.criterion.derivative(residual))
         return Evaluation(losses, gradient)
 
-    def losses(self, unknowns: Unknowns) -> Steps[NDArray[np.float64]]:
+    def losses(self, unknowns: Unknowns) -> Interruptible[NDArray[np.float64]]:
         """Compute the loss of every filter (blocks, columns), without the gradient."""
         losses = np.zeros((self.layout.blocks, self.layout.columns))
-        for part in paced(self.parts):
-            if part is None:
+        for tile in pace(self.tiles):
+            if tile is None:
                 yield
                 continue
-            losses += self._losses_of(*self._residual(part, unknowns))
+            losses += self._sum_losses(*self._load_residual(tile, unknowns))
         return losses
 
-    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
+    def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
         """How the gradient of a sum of squares changes along a direction."""
         image = np.zeros_like(direction)
-        for part in paced(self.parts):
-            if part is None:
+        for tile in pace(self.tiles):
+            if tile is None:
                 yield
                 continue
-            numbers = part.load(self.device, self.units)
-            image += yield from self._back(part, numbers, 2 * self._output(part, numbers, direction))
+            data = tile.load(self.device, self.scaling)
+            image += yield from self._backpropagate(tile, data, 2 * self._convolve(tile, data, direction))
         return image
 
-    def residuals(self, part: Part, numbers: Numbers, unknowns: Unknowns) -> Tensor:
+    def residuals(self, tile: Tile, data: TileData, unknowns: Unknowns) -> Tensor:
         """Return output less targets of a part, (N, O, oh, ow)."""
-        return self._output(part, numbers, unknowns) - numbers.targets
+        return self._convolve(tile, data, unknowns) - data.targets
 
-    def _residual(self, part: Part, unknowns: Unknowns) -> tuple[Numbers, Tensor]:
-        numbers = part.load(self.device, self.units)
-        return numbers, self.residuals(part, numbers, unknowns)
+    def _load_residual(self, tile: Tile, unknowns: Unknowns) -> tuple[TileData, Tensor]:
+        data = tile.load(self.device, self.scaling)
+        return data, self.residuals(tile, data, unknowns)
 
-    def _losses_of(self, numbers: Numbers, residual: Tensor) -> NDArray[np.float64]:
-        of_part = _weighted(self.criterion.of(residual), numbers).sum((0, 2, 3))
-        return as_numpy(of_part.cpu()).reshape(self.layout.blocks, self.layout.columns)
+    def _sum_losses(self, data: TileData, residual: Tensor) -> NDArray[np.float64]:
+        tile_losses = _apply_weights(self.criterion.evaluate(residual), data).sum((0, 2, 3))
+        return as_numpy(tile_losses.cpu()).reshape(self.layout.blocks, self.layout.columns)
 
-    def _output(self, part: Part, numbers: Numbers, unknowns: Unknowns) -> Tensor:
+    def _convolve(self, tile: Tile, data: TileData, unknowns: Unknowns) -> Tensor:
         """What kernel and bias make of the images."""
-        kernel = as_array("kernel", self.layout.kernel(unknowns), "float64", self.device)
-        offsets = self.layout.offsets(unknowns)
-        bias = None if offsets is None else as_array("bias", offsets * numbers.one, "float64", self.device)
-        images = as_numpy(numbers.images) if self.device.type == "cpu" else numbers.images
-        shape = tuple(numbers.targets.shape)
-        result = solve(part.problem, images, kernel, bias, shape, machine=self.machine, engines=WITHOUT_ROUNDING)
+        kernel = as_array("kernel", self.layout.unpack_kernel(unknowns), "float64", self.device)
+        offsets = self.layout.unpack_bias(unknowns)
+        bias = None if offsets is None else as_array("bias", offsets * data.bias_input, "float64", self.device)
+        images = as_numpy(data.images) if self.device.type == "cpu" else data.images
+        shape = tuple(data.targets.shape)
+        result = run_engine(
+            tile.problem, images, kernel, bias, shape, machine=self.machine, engines=UNAPPROXIMATED_ENGINES
+        )
         return result.output
 
-    def _back(self, part: Part, numbers: Numbers, slopes: Tensor) -> Steps[Unknowns]:
-        return adjoint(numbers, _weighted(slopes, numbers), part.problem, self.layout, self.machine)
+    def _backpropagate(self, tile: Tile, data: TileData, slopes: Tensor) -> Interruptible[Unknowns]:
+        return apply_adjoint(data, _apply_weights(slopes, data), tile.problem, self.layout, self.machine)
 
 
-def _weighted(values: Tensor, numbers: Numbers) -> Tensor:
-    return values if numbers.weights is None else values * numbers.weights
+def _apply_weights(values: Tensor, data: TileData) -> Tensor:
+    return values if data.weights is None else values * data.weights
 
 
 @dataclass(frozen=True, slots=True)
-class Quadratic:
+class QuadraticTerm:
     """A sum of squares as what it is: a quadratic function, expanded around a kernel where it is known exactly.
 
     That kernel is best near the minimum: the loss is then a sum of parts above 0, none of which cancels another.
@@ -154,29 +156,29 @@ class Quadratic:
     @property
     def seconds(self) -> float:
         """Of one product with the matrix."""
-        return 2 * SECONDS / OPERATIONS * float(self.gram.size * self.at.shape[2])
+        return 2 * YIELD_INTERVAL_S / YIELD_INTERVAL_OPERATIONS * float(self.gram.size * self.at.shape[2])
 
     @property
     def curvature_bound(self) -> float:
         """A curvature that this term does not exceed: the largest sum of a row's sizes (Gershgorin)."""
         return 2 * float(np.abs(self.gram).sum(2).max())
 
-    def evaluate(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
+    def evaluate(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
         """The loss and its gradient."""
-        away = unknowns - self.at
-        curved = yield from multiply(self.gram, away)
-        loss = self.loss + float(np.vdot(self.gradient + curved, away))
+        displacement = unknowns - self.at
+        curved = yield from multiply_blocks(self.gram, displacement)
+        loss = self.loss + float(np.vdot(self.gradient + curved, displacement))
         # Rounding may take what is left of a sum of squares below zero.
         return 0.0 if loss < 0 else loss, self.gradient + 2 * curved
 
-    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
+    def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
         """How the gradient changes along a direction."""
-        image: Unknowns = 2 * (yield from multiply(self.gram, direction))
+        image: Unknowns = 2 * (yield from multiply_blocks(self.gram, direction))
         return image
 
 
 @dataclass(frozen=True, slots=True)
-class FactoredQuadratic:
+class FactoredQuadraticTerm:
     """A sum of squares as |factor (x - at) + residual|^2 + rest: never negative, and exact at any condition number."""
 
     at: Unknowns
@@ -186,17 +188,17 @@ class FactoredQuadratic:
     weight: float
 
     @staticmethod
-    def around(at: Unknowns, problem: Compressed, weight: float) -> "FactoredQuadratic":
+    def around(at: Unknowns, problem: ReducedProblem, weight: float) -> "FactoredQuadraticTerm":
         """Expand a least squares problem around unknowns."""
-        return FactoredQuadratic(at, problem.factor, problem.factor @ at - problem.right, problem.rest, weight)
+        return FactoredQuadraticTerm(at, problem.factor, problem.factor @ at - problem.right, problem.rest, weight)
 
     @property
     def seconds(self) -> float:
         """Predicted time of two products with the factor."""
-        return 4 * SECONDS / OPERATIONS * float(self.factor.size * self.at.shape[2])
+        return 4 * YIELD_INTERVAL_S / YIELD_INTERVAL_OPERATIONS * float(self.factor.size * self.at.shape[2])
 
     @property
-    def losses_at_start(self) -> NDArray[np.float64]:
+    def losses_at_expansion(self) -> NDArray[np.float64]:
         """The loss at `at`, by filter (blocks, columns)."""
         losses: NDArray[np.float64] = np.square(self.residual).sum(1) + self.rest
         return losses
@@ -206,16 +208,16 @@ class FactoredQuadratic:
         """A curvature that this term does not exceed."""
         return 2 * float(np.square(np.linalg.norm(self.factor, axis=(1, 2))).max())
 
-    def evaluate(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
+    def evaluate(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
         """Compute the loss and its gradient."""
-        residual = (yield from multiply(self.factor, unknowns - self.at)) + self.residual
-        gradient = 2 * (yield from multiply(self.factor.swapaxes(1, 2), residual))
+        residual = (yield from multiply_blocks(self.factor, unknowns - self.at)) + self.residual
+        gradient = 2 * (yield from multiply_blocks(self.factor.swapaxes(1, 2), residual))
         return float(np.square(residual).sum() + self.rest.sum()), gradient
 
-    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
+    def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
         """Compute how the gradient changes along a direction."""
-        image = yield from multiply(self.factor, direction)
-        product: Unknowns = 2 * (yield from multiply(self.factor.swapaxes(1, 2), image))
+        image = yield from multiply_blocks(self.factor, direction)
+        product: Unknowns = 2 * (yield from multiply_blocks(self.factor.swapaxes(1, 2), image))
         return product
 
 
@@ -223,8 +225,8 @@ class FactoredQuadratic:
 class Objective:
     """The sum, or mean, of terms, and ridge times the sum of the kernel's squares (never the bias's)."""
 
-    terms: Sequence[Term]
-    layout: Layout
+    terms: Sequence[LossTerm]
+    layout: ParameterLayout
     mean: bool
     ridge: float = 0.0
 
@@ -237,12 +239,12 @@ class Objective:
         # A batch of which nothing counts.
         return 1 / weight if weight else 0.0
 
-    def __call__(self, unknowns: Unknowns) -> Steps[tuple[float, Unknowns]]:
+    def __call__(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
         """The loss and its gradient."""
         if len(self.terms) == 1:
             return self.scaled(*(yield from self.terms[0].evaluate(unknowns)), unknowns)
         loss, gradient = 0.0, np.zeros_like(unknowns)
-        for term in paced(self.terms):
+        for term in pace(self.terms):
             if term is None:
                 yield
                 continue
@@ -256,35 +258,35 @@ class Objective:
             scale = self.scale
             loss, gradient = loss * scale, gradient * scale
         if self.ridge:
-            loss, gradient = loss + self.penalty(unknowns), self._with_ridge(gradient, unknowns)
+            loss, gradient = loss + self.penalty(unknowns), self._add_ridge_gradient(gradient, unknowns)
         return loss, gradient
 
-    def hessian_product(self, direction: Unknowns) -> Steps[Unknowns]:
+    def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
         """How the gradient changes along a direction."""
         image = np.zeros_like(direction)
-        for term in paced(self.terms):
+        for term in pace(self.terms):
             if term is None:
                 yield
                 continue
             image = image + (yield from term.hessian_product(direction))
         image = self.scale * image
-        return self._with_ridge(image, direction) if self.ridge else image
+        return self._add_ridge_gradient(image, direction) if self.ridge else image
 
     def penalty(self, unknowns: Unknowns) -> float:
         """The ridge's part of the loss."""
         return self.ridge * float(np.square(unknowns[:, : self.layout.taps]).sum())
 
-    def _with_ridge(self, gradient: Unknowns, unknowns: Unknowns) -> Unknowns:
-        pulled = np.zeros_like(unknowns)
-        pulled[:, : self.layout.taps] = 2 * self.ridge * unknowns[:, : self.layout.taps]
-        return gradient + pulled
+    def _add_ridge_gradient(self, gradient: Unknowns, unknowns: Unknowns) -> Unknowns:
+        ridge_gradient = np.zeros_like(unknowns)
+        ridge_gradient[:, : self.layout.taps] = 2 * self.ridge * unknowns[:, : self.layout.taps]
+        return gradient + ridge_gradient
 
     @staticmethod
-    def curvature_bound(term: Term) -> float:
+    def curvature_bound(term: LossTerm) -> float:
         """Return a curvature that a term without images does not exceed."""
-        assert isinstance(term, Quadratic | FactoredQuadratic)  # noqa: S101 - only such terms are batched
+        assert isinstance(term, QuadraticTerm | FactoredQuadraticTerm)  # noqa: S101 - only such terms are batched
         return term.curvature_bound
 
-    def of(self, chosen: Sequence[int]) -> "Objective":
+    def subset(self, chosen: Sequence[int]) -> "Objective":
         """The same of some of the terms."""
         return Objective([self.terms[index] for index in chosen], self.layout, self.mean, self.ridge)

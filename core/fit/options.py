@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from core.errors import InvalidOption
 from core.fit.constraints import UNCONSTRAINED, Constraints
 from core.fit.losses import DEFAULT_HUBER_DELTA, LOSSES, Criterion, Loss, huber
-from core.fit.rules import Adam, GradientDescent, Momentum, Rule, Solver
-from core.shapes import is_real, one_of, positive, shown
+from core.fit.optimizers import Adam, GradientDescent, Momentum, Optimizer, Solver
+from core.shapes import format_value, is_real, require_one_of, require_positive
 
 Auto = Literal["auto"]
 
@@ -19,7 +19,7 @@ MAX_STEPS = 1_000_000
 DEFAULT_MOMENTUM = 0.9
 DEFAULT_BETAS = (0.9, 0.999)
 
-OF_SOLVERS = {"momentum": ("momentum", "nesterov"), "betas": ("adam",), "batch_size": ("sgd",)}
+SOLVER_SPECIFIC_OPTIONS = {"momentum": ("momentum", "nesterov"), "betas": ("adam",), "batch_size": ("sgd",)}
 """Options that mean something to some solvers only."""
 
 
@@ -44,26 +44,26 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what makes no sense."""
-        one_of("solver", self.solver, Solver)
-        one_of("loss", self.loss, Loss)
-        positive("steps", self.steps, MAX_STEPS)
-        for option, solvers in OF_SOLVERS.items():
+        require_one_of("solver", self.solver, Solver)
+        require_one_of("loss", self.loss, Loss)
+        require_positive("steps", self.steps, MAX_STEPS)
+        for option, solvers in SOLVER_SPECIFIC_OPTIONS.items():
             if getattr(self, option) is not None and self.solver not in solvers:
                 named = " or ".join(f'"{solver}"' for solver in solvers)
                 raise InvalidOption(
                     f'{option} means nothing to solver "{self.solver}": leave it out, or take solver {named}',
                     field=option,
-                    got=shown(getattr(self, option)),
+                    got=format_value(getattr(self, option)),
                     limit=f"solver {named}",
                 )
         if self.batch_size is not None and self.tolerance is not None:
             raise InvalidOption(
                 "tolerance means nothing beside batch_size: a batch's gradient says nothing of all images",
                 field="tolerance",
-                got=shown(self.tolerance),
+                got=format_value(self.tolerance),
                 limit="no batch_size",
             )
-        self.constraints.require_solver(self.solver, self.loss, self.ridge, ridge_path=self.ridge_path)
+        self.constraints.require_compatible(self.solver, self.loss, self.ridge, ridge_path=self.ridge_path)
         self._require_rate()
         self._require_numbers()
         self._require_delta()
@@ -79,23 +79,23 @@ class Options:
 
     def _require_numbers(self) -> None:
         if self.tolerance is not None:
-            _within("tolerance", self.tolerance, above=0, below=1)
+            _require_within("tolerance", self.tolerance, above=0, below=1)
         self._require_ridge()
         if self.momentum is not None:
-            _within("momentum", self.momentum, least=0, below=1)
+            _require_within("momentum", self.momentum, least=0, below=1)
         if self.betas is not None:
             if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-                raise _out_of_range("betas", self.betas, "each from 0 to below 1", what="two numbers")
+                raise _invalid_range("betas", self.betas, "each from 0 to below 1", what="two numbers")
             for beta in self.betas:
-                _within("betas", beta, least=0, below=1)
+                _require_within("betas", beta, least=0, below=1)
         if self.batch_size is not None:
-            positive("batch_size", self.batch_size)
+            require_positive("batch_size", self.batch_size)
 
     def _require_ridge(self) -> None:
         if not (isinstance(self.ridge, str) and self.ridge == "auto"):
             if not is_real(self.ridge) or not 0 <= self.ridge < math.inf:
-                raise _out_of_range("ridge", self.ridge, 'from 0 on, or "auto"')
-        elif not self.criterion.square:
+                raise _invalid_range("ridge", self.ridge, 'from 0 on, or "auto"')
+        elif not self.criterion.is_quadratic:
             raise InvalidOption(
                 f'ridge "auto" is chosen by cross-validation of least squares, and loss is "{self.loss}": give a '
                 'number, or take loss "sum" or "mean"',
@@ -105,8 +105,8 @@ class Options:
             )
         for field in ("ridge_path", "covariance"):
             if not isinstance(getattr(self, field), bool):
-                raise _out_of_range(field, getattr(self, field), "true, false", what="one of")
-        if self.ridge_path and not self.criterion.square:
+                raise _invalid_range(field, getattr(self, field), "true, false", what="one of")
+        if self.ridge_path and not self.criterion.is_quadratic:
             raise InvalidOption(
                 f'ridge_path holds solutions of least squares, and loss is "{self.loss}": leave ridge_path out, or '
                 'take loss "sum" or "mean"',
@@ -142,7 +142,7 @@ class Options:
         return self.loss == "huber" and (self.solver == "exact" or self.huber_delta == "auto")
 
     @property
-    def rule(self) -> Rule | None:
+    def optimizer(self) -> Optimizer | None:
         """How a descent moves; None where there is none to be made."""
         momentum = DEFAULT_MOMENTUM if self.momentum is None else self.momentum
         match self.solver:
@@ -160,7 +160,7 @@ class Options:
 
     def _require_rate(self) -> None:
         if isinstance(self.learning_rate, str) and self.learning_rate == "auto":
-            if self.solver == "adam" or not self.criterion.square:
+            if self.solver == "adam" or not self.criterion.is_quadratic:
                 raise InvalidOption(
                     'learning_rate "auto" follows from the curvature of a sum of squares, under solver exact, sgd, '
                     f'momentum or nesterov; solver "{self.solver}" with loss "{self.loss}" needs a number',
@@ -169,7 +169,7 @@ class Options:
                     limit="a number above 0",
                 )
         elif not is_real(self.learning_rate) or not 0 < self.learning_rate < math.inf:
-            raise _out_of_range("learning_rate", self.learning_rate, 'above 0, or "auto"')
+            raise _invalid_range("learning_rate", self.learning_rate, 'above 0, or "auto"')
 
     def _require_delta(self) -> None:
         if self.huber_delta is None:
@@ -178,21 +178,23 @@ class Options:
             raise InvalidOption(
                 f'huber_delta means nothing to loss "{self.loss}": leave it out, or take loss "huber"',
                 field="huber_delta",
-                got=shown(self.huber_delta),
+                got=format_value(self.huber_delta),
                 limit='loss "huber"',
             )
         if isinstance(self.huber_delta, str) and self.huber_delta == "auto":
             return
         if not is_real(self.huber_delta) or not 0 < self.huber_delta < math.inf:
-            raise _out_of_range("huber_delta", self.huber_delta, 'above 0, or "auto"')
+            raise _invalid_range("huber_delta", self.huber_delta, 'above 0, or "auto"')
 
 
-def _within(field: str, value: float, *, below: float, above: float | None = None, least: float = 0) -> None:
+def _require_within(field: str, value: float, *, below: float, above: float | None = None, least: float = 0) -> None:
     enough = is_real(value) and (value > above if above is not None else value >= least)
     if not enough or not value < below:
         limit = f"above {above:g}" if above is not None else f"from {least:g}"
-        raise _out_of_range(field, value, f"{limit} to below {below:g}")
+        raise _invalid_range(field, value, f"{limit} to below {below:g}")
 
 
-def _out_of_range(field: str, value: object, limit: str, what: str = "a number") -> InvalidOption:
-    return InvalidOption(f"{field} {shown(value)} is not {what} {limit}", field=field, got=shown(value), limit=limit)
+def _invalid_range(field: str, value: object, limit: str, what: str = "a number") -> InvalidOption:
+    return InvalidOption(
+        f"{field} {format_value(value)} is not {what} {limit}", field=field, got=format_value(value), limit=limit
+    )

@@ -47,7 +47,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Diagnostics:
     """What the examples tell of a fit before its first step; None where it is not known, or not defined.
 
     learning_rate is the one that is used ("auto" settled). Eigenvalues are those of the loss's Hessian: the steepest
@@ -66,7 +66,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast(Known):
+class Forecast(Diagnostics):
     """What is known, and what follows from it, in a sentence."""
 
     message: str
@@ -109,7 +109,7 @@ class Uncertainty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FitResult(Known, Uncertainty):
+class FitResult(Diagnostics, Uncertainty):
     """A learned kernel and what can be said about it; None where that is not defined or would take too long.
 
     kernel (h, w) where every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;

@@ -16,26 +16,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.arrays import as_numpy
-from core.fit import windows
-from core.fit.layout import Layout, Unknowns
-from core.fit.parts import Numbers
-from core.fit.steps import Steps
+from core.fit import im2col
+from core.fit.interruption import Interruptible
+from core.fit.parameters import ParameterLayout, Unknowns
+from core.fit.tiles import TileData
 from core.shapes import Problem
 
-MAX_FACTORED_SIZE = 1024
+MAX_FACTORED_UNKNOWNS = 1024
 """Unknowns of one filter: the singular values of a larger factor take more than a second, in one call."""
 
-WHOLE_BYTES = 24_000_000
-CHUNK_BYTES = 4_000_000
+MAX_SINGLE_CHUNK_BYTES = 24_000_000
+QR_CHUNK_BYTES = 4_000_000
 """Memory of the windows of a part up to which they are factorized at once, which rounds least; and of a chunk of larger
 ones, which is fastest. They are copied a few times."""
 
-ROWS_PER_COLUMN = 2
+MIN_CHUNK_ROWS_PER_COLUMN = 2
 """The least rows of a chunk for each column: with fewer, the factor itself takes most of the time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compressed:
+class ReducedProblem:
     """Least squares problems with as many rows as unknowns: |A x - y|^2 = |factor x - right|^2 + rest for every x.
 
     factor (blocks, size, size), upper triangular; right (blocks, size, columns); rest (blocks, columns); rows: those of
@@ -48,10 +48,10 @@ class Compressed:
     rows: int
 
 
-class Factorization:
+class QRAccumulator:
     """The QR factorization of the windows of parts of examples, in float64 on their device."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: ParameterLayout, device: torch.device) -> None:
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self._layout = layout
         self._factor = torch.zeros((layout.blocks, layout.size, layout.size), **options)
@@ -59,22 +59,22 @@ class Factorization:
         self._rest = torch.zeros((layout.blocks, layout.columns), **options)
         self._rows = 0
 
-    def add(self, part: Numbers, problem: Problem) -> Steps[None]:
+    def add(self, part: TileData, problem: Problem) -> Interruptible[None]:
         """Add the windows of a part."""
         layout = self._layout
         for block in range(layout.blocks):
-            filters = layout.filters_of(block)
-            seen = part.images[:, layout.channels_of(block)]
+            filters = layout.block_filters(block)
+            images = part.images[:, layout.block_channels(block)]
             positions = part.targets[:, 0].numel()
-            whole = 8 * positions * layout.size <= WHOLE_BYTES
-            least = positions if whole else ROWS_PER_COLUMN * layout.size
-            for chunk in windows.chunks(seen, problem, CHUNK_BYTES, least):
-                rows, values = chunk.windows.T, chunk.of(part.targets[:, filters]).T
+            whole = 8 * positions * layout.size <= MAX_SINGLE_CHUNK_BYTES
+            least = positions if whole else MIN_CHUNK_ROWS_PER_COLUMN * layout.size
+            for chunk in im2col.iterate_chunks(images, problem, QR_CHUNK_BYTES, least):
+                rows, values = chunk.windows.T, chunk.select(part.targets[:, filters]).T
                 if layout.bias:
-                    rows = torch.cat([rows, rows.new_full((len(rows), 1), part.one)], 1)
+                    rows = torch.cat([rows, rows.new_full((len(rows), 1), part.bias_input)], 1)
                 if part.weights is not None:
                     # The same for all filters of a block.
-                    roots = chunk.of(part.weights[:, filters])[:1].T.sqrt()
+                    roots = chunk.select(part.weights[:, filters])[:1].T.sqrt()
                     rows, values = rows * roots, values * roots
                 self._add_rows(block, rows, values)
                 # Or there would be two while the next is made.
@@ -83,10 +83,10 @@ class Factorization:
         self._rows += part.targets[:, 0].numel()
 
     @property
-    def compressed(self) -> Compressed:
+    def reduced_problem(self) -> ReducedProblem:
         """The factor of all that was added."""
         factor, right, rest = (as_numpy(array.cpu()) for array in (self._factor, self._right, self._rest))
-        return Compressed(factor, right, rest, self._rows)
+        return ReducedProblem(factor, right, rest, self._rows)
 
     def _add_rows(self, block: int, rows: Tensor, values: Tensor) -> None:
         self._factor[block], self._right[block], rest = reduce_rows(
@@ -103,11 +103,11 @@ def reduce_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         triangle = torch.geqrf(torch.cat([rows, values], 1))[0][: size + columns].triu()
         return triangle[:size, :size], triangle[:size, size:], triangle[size:, size:].square().sum(0)
     reflectors, scales = torch.geqrf(rows)
-    turned = torch.ormqr(reflectors, scales, values, transpose=True)
-    return reflectors[:size].triu(), turned[:size], turned[size:].square().sum(0)
+    rotated = torch.ormqr(reflectors, scales, values, transpose=True)
+    return reflectors[:size].triu(), rotated[:size], rotated[size:].square().sum(0)
 
 
-def combine(problems: Sequence[Compressed]) -> Steps[Compressed]:
+def combine_problems(problems: Sequence[ReducedProblem]) -> Interruptible[ReducedProblem]:
     """Stack least squares problems and reduce them to one."""
     first = problems[0]
     if len(problems) == 1:
@@ -121,14 +121,14 @@ def combine(problems: Sequence[Compressed]) -> Steps[Compressed]:
             factor[block], right[block] = reduced[0].numpy(), reduced[1].numpy()
             rest[block] += reduced[2].numpy()
             yield
-    return Compressed(factor, right, rest, sum(part.rows for part in problems))
+    return ReducedProblem(factor, right, rest, sum(part.rows for part in problems))
 
 
-def with_ridge(problem: Compressed, ridge: float, taps: int) -> Steps[Compressed]:
+def add_ridge(problem: ReducedProblem, ridge: float, taps: int) -> Interruptible[ReducedProblem]:
     """Add ridge times the squares of the first `taps` unknowns."""
     blocks, size, columns = problem.right.shape
     rows = np.zeros((blocks, size, size))
     entries = np.arange(taps)
     rows[:, entries, entries] = np.sqrt(ridge)
-    pulled = Compressed(rows, np.zeros((blocks, size, columns)), np.zeros((blocks, columns)), 0)
-    return (yield from combine([problem, pulled]))
+    ridge_problem = ReducedProblem(rows, np.zeros((blocks, size, columns)), np.zeros((blocks, columns)), 0)
+    return (yield from combine_problems([problem, ridge_problem]))

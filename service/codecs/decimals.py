@@ -2,7 +2,7 @@
 
 JSON parsers round decimals to float64. Rounding the result to float32 again goes wrong if the float64 lies in the
 middle between two float32 and the decimal does not. Such numbers are rare. They are kept apart, as MidpointFloat or
-MidpointArray, until it is known which dtype is wanted. service/codecs/json_arrays.py explains the method.
+MidpointArray, until it is known which dtype is wanted. service/codecs/json_scanner.py explains the method.
 """
 
 import json
@@ -17,17 +17,17 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.codecs import json_arrays as scanner
+from service.codecs import json_scanner as scanner
 
-COARSE_BITS = int(scanner.COARSE_BITS)
+COARSE_MASK = int(scanner.COARSE_MASK)
 
-EXACT_INTEGERS = 2**53
+MAX_EXACT_INTEGER = 2**53
 """Integers up to this magnitude are float64 numbers themselves."""
 
-NO_VALUES = np.empty(0)
+EMPTY_VALUES = np.empty(0)
 
-NUMBERS = bytes.maketrans(b"123456789.E", b"0000000000e")
-LONG_NUMBER, EXPONENT = b"0" * 14, b"0e"
+NUMBER_TRANSLATION = bytes.maketrans(b"123456789.E", b"0000000000e")
+LONG_NUMBER_MARK, EXPONENT_MARK = b"0" * 14, b"0e"
 """After that translation, a number without an exponent and of at most 13 digits contains neither of these. Its float64
 is either exact or not coarse (scanner.COARSE_DECIMALS)."""
 
@@ -69,10 +69,10 @@ def loads(text: bytes | memoryview) -> Any:
     """
     value = orjson.loads(text)
     content = bytes(text)
-    translated = content.translate(NUMBERS)
-    if (LONG_NUMBER in translated or EXPONENT in translated) and _has_coarse(content):
+    translated = content.translate(NUMBER_TRANSLATION)
+    if (LONG_NUMBER_MARK in translated or EXPONENT_MARK in translated) and _has_inexact_coarse(content):
         with suppress(RecursionError):
-            return json.loads(content, parse_float=_number, parse_int=_number)
+            return json.loads(content, parse_float=_parse_number, parse_int=_parse_number)
     return value
 
 
@@ -80,31 +80,31 @@ def round_to_odd(value: float) -> float:
     """Return the float64 to round to float32 or float16 in place of a number of a JSON text."""
     if isinstance(value, MidpointFloat):
         return value.to_odd
-    return _to_odd(float(value), value) if type(value) is int and abs(value) > EXACT_INTEGERS else value
+    return _round_exact_to_odd(float(value), value) if type(value) is int and abs(value) > MAX_EXACT_INTEGER else value
 
 
-def _to_odd(nearest: float, exact: int | Decimal) -> float:
+def _round_exact_to_odd(nearest: float, exact: int | Decimal) -> float:
     """Return the exact number if it is a float64, else its neighbour with an odd mantissa. `nearest` is the nearest."""
-    if nearest == exact or _bits(nearest) & 1:
+    if nearest == exact or _float_to_bits(nearest) & 1:
         return nearest
     return math.nextafter(nearest, math.inf if exact > nearest else -math.inf)
 
 
-def _has_coarse(text: bytes) -> bool:
+def _has_inexact_coarse(text: bytes) -> bool:
     # With a space behind it, for a text that ends in a digit.
-    count: int = scanner.round_to_odd(np.frombuffer(text + b" ", np.uint8), NO_VALUES)
+    count: int = scanner.round_to_odd(np.frombuffer(text + b" ", np.uint8), EMPTY_VALUES)
     return count > 0
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     value: float = orjson.loads(text)
-    if type(value) is float and value != 0 and not _bits(value) & COARSE_BITS:
-        to_odd = _to_odd(value, Decimal(text))
+    if type(value) is float and value != 0 and not _float_to_bits(value) & COARSE_MASK:
+        to_odd = _round_exact_to_odd(value, Decimal(text))
         if to_odd != value:
             return MidpointFloat(value, to_odd)
     return value
 
 
-def _bits(value: float) -> int:
+def _float_to_bits(value: float) -> int:
     bits: int = struct.unpack("<Q", struct.pack("<d", value))[0]
     return bits

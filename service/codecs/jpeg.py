@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 
-from service.codecs.layout import Check, joined, no_check
-from service.codecs.pixels import COLOURS, pixels, require_pixels
-from service.codecs.signatures import mismatch
+from service.codecs.buffers import DecodeCheck, join_buffers, no_check
+from service.codecs.pillow_images import RGB_CHANNELS, check_image_size, decode_pixels
+from service.codecs.signatures import format_mismatch_error
 from service.errors import FieldError, InvalidRequest, NotParseable
 
 MEDIA_TYPE = "image/jpeg"
 
 SIGNATURE = b"\xff\xd8\xff"
-START, END, SCAN = 0xD8, 0xD9, 0xDA
+START_MARKER, END_MARKER, SCAN_MARKER = 0xD8, 0xD9, 0xDA
 
-FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+FRAME_MARKERS = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 """Baseline, extended and progressive, by Huffman's code or by arithmetic: what libjpeg reads."""
 
-PROGRESSIVE = (0xC2, 0xC9, 0xCA)
+SLOW_FRAME_MARKERS = (0xC2, 0xC9, 0xCA)
 """And those by arithmetic, which take as long."""
 
-OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC8, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)
+UNSUPPORTED_FRAME_MARKERS = (0xC3, 0xC5, 0xC6, 0xC7, 0xC8, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)
 """Lossless and hierarchical."""
 
-PIXELS = (*FRAMES, 0xC4, 0xCC, 0xDB, 0xDD, SCAN, 0xE0, 0xEE)
+PIXEL_MARKERS = (*FRAME_MARKERS, 0xC4, 0xCC, 0xDB, 0xDD, SCAN_MARKER, 0xE0, 0xEE)
 """The segments that make up the picture: frames, tables, scans, and those of JFIF and Adobe, which say what the
 components are. All others are left out."""
 
-FRAME = struct.Struct(">BHHB")
-LENGTH = struct.Struct(">H")
+FRAME_STRUCT = struct.Struct(">BHHB")
+LENGTH_STRUCT = struct.Struct(">H")
 
-FILL = re.compile(rb"\xff{1,4096}")
-MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+FILL_PATTERN = re.compile(rb"\xff{1,4096}")
+MARKER_PATTERN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """Ends a scan: not a 255 of its data, nor one of the restarts in them."""
 
 MAX_SEGMENTS = 4096
@@ -47,16 +47,16 @@ MAX_SCANS = 20
 """Progressive pictures have some ten, those of four colours eighteen. Each costs a pass over all pixels, however few
 bytes it has itself."""
 
-USUAL_SCANS = 10
+TYPICAL_SCANS = 10
 
-SEGMENTS_BEFORE_FRAME = 64
+MAX_SEGMENTS_BEFORE_FRAME = 64
 """That are looked through to predict the time."""
 
-SEARCHED = 1 << 18
+SEARCH_CHUNK_BYTES = 1 << 18
 """Bytes of a scan that are searched for its end at a time: meanwhile Python's lock is held."""
 
 
-class Frame(NamedTuple):
+class FrameHeader(NamedTuple):
     """The header of a frame, as it stands in the file."""
 
     bits: int
@@ -65,32 +65,32 @@ class Frame(NamedTuple):
     components: int
 
 
-def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = no_check) -> NDArray[Any]:
+def decode(content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check) -> NDArray[Any]:
     """The picture. Raises NotParseable, BodyTooLarge, and InvalidRequest for one of 12 bits."""
     memory = memoryview(content)
     if bytes(memory[: len(SIGNATURE)]) != SIGNATURE:
-        raise mismatch(memory, "a JPEG picture")
-    frame, picture = _looked_through(memory)
+        raise format_mismatch_error(memory, "a JPEG picture")
+    frame, image_bytes = _extract_image(memory)
     if frame.bits != 8:
         message = f"input is a JPEG picture of {frame.bits} bits: those of 8 are read; convert it, or send a PNG"
         raise InvalidRequest(message, errors=[FieldError("input", message, f"{frame.bits} bits", "8 bits")])
     grey = frame.components == 1
-    require_pixels(frame.height, frame.width, 1 if grey else COLOURS, limit)
-    return pixels(JpegImageFile, picture, "L" if grey else "RGB", check)
+    check_image_size(frame.height, frame.width, 1 if grey else RGB_CHANNELS, limit)
+    return decode_pixels(JpegImageFile, image_bytes, "L" if grey else "RGB", check)
 
 
-def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
+def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
     """The predicted time, from the frame's header; for a progressive picture, that of USUAL_SCANS."""
     memory = memoryview(content)
     at = 2
     try:
-        for _ in range(SEGMENTS_BEFORE_FRAME):
-            marker, start, end = _segment(memory, at)
-            if marker in FRAMES:
-                frame = _frame(memory[start + 2 : end])
-                values = frame.height * frame.width * min(frame.components, COLOURS)
-                if marker in PROGRESSIVE:
-                    return 40e-9 * len(memory) + (4e-9 + 1.7e-9 * USUAL_SCANS) * values
+        for _ in range(MAX_SEGMENTS_BEFORE_FRAME):
+            marker, start, end = _parse_segment(memory, at)
+            if marker in FRAME_MARKERS:
+                frame = _parse_frame(memory[start + 2 : end])
+                values = frame.height * frame.width * min(frame.components, RGB_CHANNELS)
+                if marker in SLOW_FRAME_MARKERS:
+                    return 40e-9 * len(memory) + (4e-9 + 1.7e-9 * TYPICAL_SCANS) * values
                 return 14e-9 * len(memory) + 4e-9 * values
             at = end
     except NotParseable:
@@ -98,25 +98,25 @@ def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
     return 14e-9 * len(memory)
 
 
-def _looked_through(memory: memoryview) -> tuple[Frame, memoryview]:
+def _extract_image(memory: memoryview) -> tuple[FrameHeader, memoryview]:
     """The frame's header, and the picture with nothing but what makes up its pixels."""
-    parts: list[bytes | memoryview] = [bytes([0xFF, START])]
-    frames: list[Frame] = []
+    parts: list[bytes | memoryview] = [bytes([0xFF, START_MARKER])]
+    frames: list[FrameHeader] = []
     scans = 0
     at = 2
     for _ in range(MAX_SEGMENTS):
-        marker, start, end = _segment(memory, at)
-        if marker == END:
+        marker, start, end = _parse_segment(memory, at)
+        if marker == END_MARKER:
             break
         at = end
-        if marker in OTHER_FRAMES:
+        if marker in UNSUPPORTED_FRAME_MARKERS:
             raise NotParseable("the JPEG picture is lossless or hierarchical: baseline and progressive ones are read")
-        if marker in FRAMES:
-            frames.append(_frame(memory[start + 2 : end]))
-        if marker == SCAN:
+        if marker in FRAME_MARKERS:
+            frames.append(_parse_frame(memory[start + 2 : end]))
+        if marker == SCAN_MARKER:
             scans += 1
-            at = _end_of_scan(memory, end)
-        if marker in PIXELS:
+            at = _find_scan_end(memory, end)
+        if marker in PIXEL_MARKERS:
             parts += [bytes([0xFF, marker]), memory[start:at]]
     else:
         raise NotParseable(f"the JPEG picture has more than {MAX_SEGMENTS:,} segments")
@@ -126,35 +126,39 @@ def _looked_through(memory: memoryview) -> tuple[Frame, memoryview]:
         )
     if scans > MAX_SCANS:
         raise NotParseable(f"the JPEG picture has {scans:,} scans: at most {MAX_SCANS} are read")
-    return frames[0], joined([*parts, bytes([0xFF, END])])
+    return frames[0], join_buffers([*parts, bytes([0xFF, END_MARKER])])
 
 
-def _end_of_scan(memory: memoryview, at: int) -> int:
-    for start in range(at, len(memory), SEARCHED):
+def _find_scan_end(memory: memoryview, at: int) -> int:
+    for start in range(at, len(memory), SEARCH_CHUNK_BYTES):
         # One byte more, for a marker has two.
-        if found := MARKER.search(memory, start, start + SEARCHED + 1):
+        if found := MARKER_PATTERN.search(memory, start, start + SEARCH_CHUNK_BYTES + 1):
             return found.start()
     return len(memory)
 
 
-def _segment(memory: memoryview, at: int) -> tuple[int, int, int]:
+def _parse_segment(memory: memoryview, at: int) -> tuple[int, int, int]:
     """The marker there, and where its segment, which begins with its own length, begins and ends."""
     # More of its first byte, 255, may stand before a marker.
-    fill = FILL.match(memory, at)
+    fill = FILL_PATTERN.match(memory, at)
     if fill is None and at < len(memory):
         raise NotParseable(f"the JPEG picture is damaged: no segment begins at its byte {at:,}")
     start = fill.end() + 1 if fill else len(memory) + 1
     marker = memory[start - 1] if start <= len(memory) else None
-    if marker == END:
+    if marker == END_MARKER:
         return marker, start, start
-    length = LENGTH.unpack_from(memory, start)[0] if start + LENGTH.size <= len(memory) else 0
-    if marker is None or length < LENGTH.size or start + length > len(memory):
+    length = LENGTH_STRUCT.unpack_from(memory, start)[0] if start + LENGTH_STRUCT.size <= len(memory) else 0
+    if marker is None or length < LENGTH_STRUCT.size or start + length > len(memory):
         raise NotParseable(f"the JPEG picture is cut off or damaged at its byte {at:,} of {len(memory):,}")
     return marker, start, start + length
 
 
-def _frame(said: memoryview) -> Frame:
-    frame = Frame(*FRAME.unpack_from(said)) if len(said) >= FRAME.size else Frame(0, 0, 0, 0)
+def _parse_frame(payload: memoryview) -> FrameHeader:
+    frame = (
+        FrameHeader(*FRAME_STRUCT.unpack_from(payload))
+        if len(payload) >= FRAME_STRUCT.size
+        else FrameHeader(0, 0, 0, 0)
+    )
     if not (frame.height and frame.width and frame.components in (1, 3, 4)):
         raise NotParseable(
             f"the JPEG picture is {frame.width} x {frame.height} pixels of {frame.components} components: "

@@ -1,6 +1,6 @@
 """JSON as RFC 8259 has it: UTF-8 without a mark, no NaN, no Infinity, no number past float64, no name twice.
 
-Arrays are read by compiled code (service/codecs/json_arrays.py), everything else by orjson.
+Arrays are read by compiled code (service/codecs/json_scanner.py), everything else by orjson.
 """
 
 import json
@@ -19,69 +19,69 @@ import pybase64
 from numpy.typing import NDArray
 
 from service.codecs import decimals
-from service.codecs import json_arrays as scanner
+from service.codecs import json_scanner as scanner
+from service.codecs.buffers import all_within, as_little_endian_bytes
 from service.codecs.decimals import MidpointArray
-from service.codecs.layout import bytes_of, largest_within
-from service.codecs.options import AnswerOptions
+from service.codecs.response_options import ResponseOptions
 from service.errors import FieldError, InvalidRequest, NotParseable
 
 MEDIA_TYPE = "application/json"
 
-MAX_REMAINDER = 1_000_000
+MAX_NON_ARRAY_BYTES = 1_000_000
 """Bytes that a body may have beside its arrays and base64."""
 
-MAX_PARTS = 50_000
+MAX_TOKENS = 50_000
 """Lists, objects, names and commas that a body may have there; each array counts as four.
 
 They become Python objects of up to 2 kB and 1 microsecond each, and orjson makes them without letting go of Python's
 lock. A thousand pairs of images with weights, each an object of shape, dtype and data, have 46 thousand.
 """
 
-MAX_NAMES = 512
+MAX_OBJECT_NAMES = 512
 """Names that one object may have: no request knows as many, and each unknown one is an error of its own."""
 
-TINY = 1024
+MAX_UNSCANNED_BYTES = 1024
 """Bytes; orjson alone is done with so few before the scanner has begun."""
 
-SMALL = 16_384
+MAX_REPARSED_BYTES = 16_384
 """A faulty body of up to this many bytes is shown to orjson for a better message."""
 
-SECONDS_A_BYTE = 2e-9
-SECONDS_A_PART = 0.5e-6
-COUNTED = 1 << 17
+SECONDS_PER_BYTE = 2e-9
+SECONDS_PER_TOKEN = 0.5e-6
+TOKEN_SAMPLE_BYTES = 1 << 17
 """Bytes at the beginning of a text in which brackets, colons and quotes are counted to predict the time."""
 
-SPANS = 64
-USUAL_SIDES = 4
+SPANS_PER_SCAN = 64
+TYPICAL_NDIM = 4
 BASE64_FIELD = "data"
-NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
-NOT_NUMBERS = re.compile(rb"NaN|-?Infinity")
+NUMBER_PATTERN = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
+NONFINITE_PATTERN = re.compile(rb"NaN|-?Infinity")
 CLOSING_BRACE = ord("}")
 
-LARGEST = sys.float_info.max
+MAX_FLOAT64 = sys.float_info.max
 
-NO_OPTIONS = AnswerOptions()
+DEFAULT_OPTIONS = ResponseOptions()
 
-TOKENS = secrets.randbelow(9 * 10**9) + 10**9
+FIRST_PLACEHOLDER = secrets.randbelow(9 * 10**9) + 10**9
 """Where an array was cut out, a number stands that nobody sends: this one and those after it, times 10^-300."""
 
-PART = 1 << 16
+CHUNK_VALUES = 1 << 16
 """Numbers that are written at a time, in two to five milliseconds: other threads run in between."""
 
-SCANNED = 1 << 20
+SEARCH_CHUNK_BYTES = 1 << 20
 """Bytes of a faulty text that are searched at a time."""
 
 
 @dataclass(frozen=True, slots=True)
-class FaultyArray:
+class InvalidArray:
     """A long list that was to be an array of numbers, and what is wrong with it.
 
     `fault` is one of json_arrays' codes; `place` the index of what is at fault; `found` what is there; `got` and
     `expected` are lengths (-1: not known).
     """
 
-    fault: int
-    place: tuple[int, ...]
+    reason: int
+    position: tuple[int, ...]
     found: str
     got: int
     expected: int
@@ -97,25 +97,25 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
     view = memoryview(content)
     if not view:
         raise NotParseable("the body is empty: send a JSON object")
-    if len(view) <= TINY:
-        return _decoded_whole(view)
+    if len(view) <= MAX_UNSCANNED_BYTES:
+        return _decode_unscanned(view)
     text = np.frombuffer(view, np.uint8)
     text.flags.writeable = False
-    view = view[: len(view) - scanner.space_behind(text)]
+    view = view[: len(view) - scanner.count_trailing_space(text)]
     if not view or view[-1] != CLOSING_BRACE:
-        return _other_than_an_object(view)
-    remainder, cut, total = _without_arrays(view)
+        return _decode_non_object(view)
+    remainder, cut, total = _extract_arrays(view)
     try:
         value = decimals.loads(remainder)
     except orjson.JSONDecodeError as error:
-        raise _refused_beside_arrays(view, error) from error
-    value, names = _restored(value, cut)
+        raise _remainder_error(view, error) from error
+    value, names = _restore_arrays(value, cut)
     if names != total:
-        _require_unique_names(remainder)
+        _check_unique_names(remainder)
     return value
 
 
-def _without_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
+def _extract_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
     """The text with a number for each array, what each number stands for, and how many names the text has.
 
     Raises NotParseable, and InvalidRequest once there is too much beside the arrays.
@@ -127,41 +127,43 @@ def _without_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
     while True:
         for span in scan.spans():
             # Between spaces, so that no digit beside it becomes part of it.
-            token = b" %de-300 " % (TOKENS + len(cut))
-            cut[float(token)] = scan.value(span)
-            pieces += (view[begin : span[scanner.BEGIN]], token)
-            size += span[scanner.BEGIN] - begin
-            begin = span[scanner.END]
+            placeholder = b" %de-300 " % (FIRST_PLACEHOLDER + len(cut))
+            cut[float(placeholder)] = scan.value(span)
+            pieces += (view[begin : span[scanner.SPAN_BEGIN]], placeholder)
+            size += span[scanner.SPAN_BEGIN] - begin
+            begin = span[scanner.SPAN_END]
         if scan.done:
             size += len(view) - begin
-        if size > MAX_REMAINDER:
-            raise _too_much(f"{MAX_REMAINDER:,} bytes that are neither arrays of numbers nor base64")
-        if scan.parts > MAX_PARTS:
-            raise _too_much(f"{MAX_PARTS:,} lists, objects, names and commas outside of arrays; an array counts as 4")
+        if size > MAX_NON_ARRAY_BYTES:
+            raise _non_array_limit_error(f"{MAX_NON_ARRAY_BYTES:,} bytes that are neither arrays of numbers nor base64")
+        if scan.parts > MAX_TOKENS:
+            raise _non_array_limit_error(
+                f"{MAX_TOKENS:,} lists, objects, names and commas outside of arrays; an array counts as 4"
+            )
         if scan.done:
             break
     pieces.append(view[begin:])
     return b"".join(pieces), cut, scan.names
 
 
-def seconds_to_decode(content: bytes | bytearray | memoryview) -> float:
+def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
     """The predicted time: that of numbers, and that of lists, objects, names and strings, as if all became objects."""
-    seconds = SECONDS_A_BYTE * len(content)
-    if len(content) > TINY:
-        text = np.frombuffer(memoryview(content)[:COUNTED], np.uint8)
+    seconds = SECONDS_PER_BYTE * len(content)
+    if len(content) > MAX_UNSCANNED_BYTES:
+        text = np.frombuffer(memoryview(content)[:TOKEN_SAMPLE_BYTES], np.uint8)
         text.flags.writeable = False
-        marks = scanner.count_marks(text) * (len(content) / len(text))
-        seconds += SECONDS_A_PART * min(marks, MAX_PARTS)
+        marks = scanner.count_structural_characters(text) * (len(content) / len(text))
+        seconds += SECONDS_PER_TOKEN * min(marks, MAX_TOKENS)
     return seconds
 
 
-def encode(fields: Mapping[str, Any], options: AnswerOptions = NO_OPTIONS) -> list[bytes | memoryview]:
+def encode(fields: Mapping[str, Any], options: ResponseOptions = DEFAULT_OPTIONS) -> list[bytes | memoryview]:
     """The fields as one object, in parts: arrays in the form that is asked for, `nonfinite` numbers as null."""
     nonfinite = count_nonfinite(fields)
     answer = {**fields, "nonfinite": nonfinite} if nonfinite else fields
     if options.arrays == "nested" and not any(map(_is_large, fields.values())):
         return [dumps(answer)]
-    return _parts({name: _in_form(value, options.arrays) for name, value in answer.items()})
+    return _encode_value({name: _format_array(value, options.arrays) for name, value in answer.items()})
 
 
 def count_nonfinite(fields: Mapping[str, Any]) -> int:
@@ -169,86 +171,86 @@ def count_nonfinite(fields: Mapping[str, Any]) -> int:
     count = 0
     for value in fields.values():
         if type(value) is np.ndarray:
-            if not largest_within(value, LARGEST):
+            if not all_within(value, MAX_FLOAT64):
                 count += value.size - int(np.isfinite(value).sum())
         elif type(value) is float:
             count += not math.isfinite(value)
         elif type(value) is list and value and type(value[0]) is float:
-            count += len(value) - sum(sum(map(math.isfinite, part)) for part in in_parts(value))
+            count += len(value) - sum(sum(map(math.isfinite, part)) for part in iter_chunks(value))
     return count
 
 
-def in_parts(values: list[Any]) -> Iterator[list[Any]]:
+def iter_chunks(values: list[Any]) -> Iterator[list[Any]]:
     """A list in parts of a few milliseconds each: other threads run in between."""
-    return (values[start : start + PART] for start in range(0, len(values), PART))
+    return (values[start : start + CHUNK_VALUES] for start in range(0, len(values), CHUNK_VALUES))
 
 
-def as_array(values: list[Any]) -> NDArray[Any]:
+def list_to_array(values: list[Any]) -> NDArray[Any]:
     """A list of numbers as an array, made in parts like those."""
-    return np.concatenate([np.array(part) for part in in_parts(values)]) if values else np.array(values)
+    return np.concatenate([np.array(part) for part in iter_chunks(values)]) if values else np.array(values)
 
 
-def _in_form(value: Any, form: str) -> Any:
+def _format_array(value: Any, form: str) -> Any:
     if not isinstance(value, np.ndarray) or form == "nested":
         return value
-    data = Base64(bytes_of(value)) if form == "base64" else value.ravel()
+    data = Base64Bytes(as_little_endian_bytes(value)) if form == "base64" else value.ravel()
     return {"shape": value.shape, "dtype": value.dtype.name, "data": data}
 
 
 @dataclass(frozen=True, slots=True)
-class Base64:
+class Base64Bytes:
     """Bytes that are written as a string of base64."""
 
     content: memoryview
 
 
-def _parts(value: Any) -> list[bytes | memoryview]:
+def _encode_value(value: Any) -> list[bytes | memoryview]:
     """JSON of the value, in parts where it is large: other threads can have their turn in between."""
-    if isinstance(value, Base64):
+    if isinstance(value, Base64Bytes):
         return [b'"', pybase64.b64encode(value.content), b'"']
     if isinstance(value, np.ndarray):
-        return list(_nested(np.ascontiguousarray(value)))
-    if isinstance(value, list) and len(value) > PART:
+        return list(_encode_nested(np.ascontiguousarray(value)))
+    if isinstance(value, list) and len(value) > CHUNK_VALUES:
         written: list[bytes | memoryview] = []
-        for part in in_parts(value):
+        for part in iter_chunks(value):
             written += (b"," if written else b"[", memoryview(dumps(part))[1:-1])
         return [*written, b"]"]
     if not isinstance(value, dict) or not any(map(_is_large, value.values())):
         return [dumps(value)]
     parts: list[bytes | memoryview] = []
     for name, entry in value.items():
-        parts += (b"," if parts else b"{", dumps(name), b":", *_parts(entry))
+        parts += (b"," if parts else b"{", dumps(name), b":", *_encode_value(entry))
     return [*parts, b"}"]
 
 
 def _is_large(value: Any) -> bool:
     if type(value) is np.ndarray:
-        return value.size > PART
+        return value.size > CHUNK_VALUES
     if type(value) is list:
-        return len(value) > PART
+        return len(value) > CHUNK_VALUES
     if type(value) is dict:
         return any(map(_is_large, value.values()))
-    return type(value) is Base64
+    return type(value) is Base64Bytes
 
 
-def _decoded_whole(view: memoryview) -> Any:
+def _decode_unscanned(view: memoryview) -> Any:
     """The value of a small text, all of it by orjson."""
     try:
         value = decimals.loads(view)
     except orjson.JSONDecodeError as error:
-        raise _refused_by_orjson(view, error) from error
+        raise _orjson_error(view, error) from error
     text = bytes(view)
     colons = text.count(b":")
-    if (type(value) is not dict or len(value) != colons) and _restored(value, {})[1] != colons:
-        _require_unique_names(text)
+    if (type(value) is not dict or len(value) != colons) and _restore_arrays(value, {})[1] != colons:
+        _check_unique_names(text)
     return value
 
 
-def _other_than_an_object(view: memoryview) -> Any:
+def _decode_non_object(view: memoryview) -> Any:
     """A body that does not end as an object does: its model will say what it should be."""
-    if len(view) > SMALL:
+    if len(view) > MAX_REPARSED_BYTES:
         raise NotParseable(f"the body is not a JSON object: it ends in {bytes(view[-20:])!r}, not in a brace")
-    return _decoded_whole(view)
+    return _decode_unscanned(view)
 
 
 def dumps(value: Any) -> bytes:
@@ -256,16 +258,16 @@ def dumps(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _nested(array: NDArray[Any]) -> Iterator[bytes | memoryview]:
+def _encode_nested(array: NDArray[Any]) -> Iterator[bytes | memoryview]:
     """The array as nested lists, some rows at a time."""
-    if array.size <= PART or not array.ndim:
+    if array.size <= CHUNK_VALUES or not array.ndim:
         yield dumps(array)
         return
-    at_a_time = max(1, PART * len(array) // array.size)
+    at_a_time = max(1, CHUNK_VALUES * len(array) // array.size)
     for start in range(0, len(array), at_a_time):
         yield b"," if start else b"["
         if array.ndim > 1 and at_a_time == 1:
-            yield from _nested(array[start])
+            yield from _encode_nested(array[start])
         else:
             yield memoryview(dumps(array[start : start + at_a_time]))[1:-1]
     yield b"]"
@@ -278,58 +280,63 @@ class Scan:
         self._view = view
         self._text = np.frombuffer(view, np.uint8)
         self._text.flags.writeable = False
-        self._state = np.zeros(scanner.STATE_FIELDS, np.int64)
+        self._state = np.zeros(scanner.STATE_FIELD_COUNT, np.int64)
         self._values = np.empty(len(view) // 2 + 1)
         self._counts, self._sides = np.empty((2, scanner.MAX_DIMENSIONS), np.int64)
-        self._spans = np.empty((SPANS, scanner.SPAN_FIELDS), np.int64)
+        self._spans = np.empty((SPANS_PER_SCAN, scanner.SPAN_FIELD_COUNT), np.int64)
         self.done = False
 
     @property
     def parts(self) -> int:
         """How many parts a JSON parser will be left with, as far as the text is scanned."""
-        return int(self._state[scanner.PARTS])
+        return int(self._state[scanner.STATE_TOKEN_COUNT])
 
     @property
     def names(self) -> int:
         """How many names stand in the text, as far as it is scanned and left to the JSON parser."""
-        return int(self._state[scanner.NAMES])
+        return int(self._state[scanner.STATE_NAME_COUNT])
 
     def spans(self) -> list[list[int]]:
         """What is found next. Raises NotParseable."""
         outcome = scanner.scan(self._text, self._state, self._values, self._counts, self._sides, self._spans)
-        found = int(self._state[scanner.SPANS])
-        self._state[scanner.SPANS] = 0
-        if outcome == scanner.DONE:
+        found = int(self._state[scanner.STATE_SPAN_COUNT])
+        self._state[scanner.STATE_SPAN_COUNT] = 0
+        if outcome == scanner.SCAN_DONE:
             self.done = True
-        elif outcome == scanner.MALFORMED:
-            raise _malformed(self._view, int(self._state[scanner.AT]))
+        elif outcome == scanner.SCAN_MALFORMED:
+            raise _malformed_error(self._view, int(self._state[scanner.STATE_POSITION]))
         # Few arrays have more sides, and all columns would take longer than the rest of a small body.
-        spans: list[list[int]] = self._spans[:found, : scanner.FIRST_SIDE + USUAL_SIDES].tolist()
+        spans: list[list[int]] = self._spans[:found, : scanner.SPAN_SHAPE + TYPICAL_NDIM].tolist()
         for at, span in enumerate(spans):
-            if span[scanner.SIDES] > USUAL_SIDES:
+            if span[scanner.SPAN_NDIM] > TYPICAL_NDIM:
                 spans[at] = self._spans[at].tolist()
         return spans
 
     def value(self, span: list[int]) -> object:
         """What stands in the text at a span."""
-        if span[scanner.KIND] == scanner.STRING:
-            return self._view[span[scanner.BEGIN] + 1 : span[scanner.END] - 1]
-        sides = tuple(span[scanner.FIRST_SIDE : scanner.FIRST_SIDE + span[scanner.SIDES]])
-        if span[scanner.KIND] == scanner.ARRAY:
-            values = self._values[span[scanner.OFFSET] : span[scanner.OFFSET] + math.prod(sides)].reshape(sides)
-            if not span[scanner.CODE]:
+        if span[scanner.SPAN_KIND] == scanner.KIND_STRING:
+            return self._view[span[scanner.SPAN_BEGIN] + 1 : span[scanner.SPAN_END] - 1]
+        sides = tuple(span[scanner.SPAN_SHAPE : scanner.SPAN_SHAPE + span[scanner.SPAN_NDIM]])
+        if span[scanner.SPAN_KIND] == scanner.KIND_ARRAY:
+            values = self._values[span[scanner.SPAN_OFFSET] : span[scanner.SPAN_OFFSET] + math.prod(sides)].reshape(
+                sides
+            )
+            if not span[scanner.SPAN_CODE]:
                 return values
-            return MidpointArray(values, self._text[span[scanner.BEGIN] : span[scanner.END]])
-        found = KINDS.get(self._view[span[scanner.OFFSET]], "a number")
-        return FaultyArray(span[scanner.CODE], sides, found, span[scanner.GOT], span[scanner.EXPECTED])
+            return MidpointArray(values, self._text[span[scanner.SPAN_BEGIN] : span[scanner.SPAN_END]])
+        found = KIND_BY_FIRST_BYTE.get(self._view[span[scanner.SPAN_OFFSET]], "a number")
+        return InvalidArray(span[scanner.SPAN_CODE], sides, found, span[scanner.SPAN_GOT], span[scanner.SPAN_EXPECTED])
 
 
-KINDS = {ord('"'): "a string", ord("{"): "an object", ord("["): "a list", ord("n"): "null"} | dict.fromkeys(
-    b"tf", "a boolean"
-)
+KIND_BY_FIRST_BYTE = {
+    ord('"'): "a string",
+    ord("{"): "an object",
+    ord("["): "a list",
+    ord("n"): "null",
+} | dict.fromkeys(b"tf", "a boolean")
 
 
-def _restored(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
+def _restore_arrays(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
     """The parsed value with what was cut out put back, and how many names its objects have."""
     names = 0
     root = [value]
@@ -338,84 +345,89 @@ def _restored(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
         node = containers.pop()
         if type(node) is dict:
             names += len(node)
-            if len(node) > MAX_NAMES:
-                raise _too_many_names(len(node))
+            if len(node) > MAX_OBJECT_NAMES:
+                raise _too_many_names_error(len(node))
         for key, entry in node.items() if type(node) is dict else enumerate(node):
             if isinstance(entry, float):
                 node[key] = cut.get(entry, entry)
-            elif type(entry) in CONTAINERS:
+            elif type(entry) in CONTAINER_TYPES:
                 containers.append(entry)
     return root[0], names
 
 
-CONTAINERS = {dict, list}
+CONTAINER_TYPES = {dict, list}
 
 
-def _too_much(allowed: str) -> InvalidRequest:
+def _non_array_limit_error(allowed: str) -> InvalidRequest:
     return InvalidRequest(
         f"the body has more than {allowed}: send large lists of numbers as arrays",
         errors=[FieldError("(body)", "is not made of arrays", None, allowed)],
     )
 
 
-def _too_many_names(count: int) -> InvalidRequest:
-    message = (
-        f"an object in the body has {count:,} names: at most {MAX_NAMES} are allowed, and no request knows as many"
+def _too_many_names_error(count: int) -> InvalidRequest:
+    message = f"an object in the body has {count:,} names: at most {MAX_OBJECT_NAMES} are allowed, and no request knows as many"
+    return InvalidRequest(
+        message, errors=[FieldError("(body)", message, f"{count:,} names", f"{MAX_OBJECT_NAMES} names")]
     )
-    return InvalidRequest(message, errors=[FieldError("(body)", message, f"{count:,} names", f"{MAX_NAMES} names")])
 
 
-def _malformed(view: memoryview, at: int) -> NotParseable:
+def _malformed_error(view: memoryview, at: int) -> NotParseable:
     """What to say of a text that the scanner found to be no JSON at a place."""
-    if len(view) <= SMALL:
+    if len(view) <= MAX_REPARSED_BYTES:
         try:
             orjson.loads(view)
         except orjson.JSONDecodeError as error:
-            return _refused_by_orjson(view, error)
-    line, column = _count(view[:at], b"\n") + 1, at - _last(view[:at], b"\n")
+            return _orjson_error(view, error)
+    line, column = _count_character(view[:at], b"\n") + 1, at - _find_last_character(view[:at], b"\n")
     found = bytes(view[at : at + 20]).decode("utf-8", "replace")
-    open_lists = _count(view[:at], b"[") - _count(view[:at], b"]")
+    open_lists = _count_character(view[:at], b"[") - _count_character(view[:at], b"]")
     what = f"found {found!r}" if found else f"it ends with {open_lists} lists open"
-    if number := NUMBER.match(view[at : at + SMALL]):
+    if number := NUMBER_PATTERN.match(view[at : at + MAX_REPARSED_BYTES]):
         what = f"the number {number[0][:20].decode()} is infinity in float64"
-    return NotParseable(f"the body is not JSON: {what}: line {line} column {column} (char {at}){_hint(view, at)}")
+    return NotParseable(
+        f"the body is not JSON: {what}: line {line} column {column} (char {at}){_nonfinite_hint(view, at)}"
+    )
 
 
-def _count(view: memoryview, character: bytes) -> int:
-    return sum(bytes(view[start : start + SCANNED]).count(character) for start in range(0, len(view), SCANNED))
+def _count_character(view: memoryview, character: bytes) -> int:
+    return sum(
+        bytes(view[start : start + SEARCH_CHUNK_BYTES]).count(character)
+        for start in range(0, len(view), SEARCH_CHUNK_BYTES)
+    )
 
 
-def _last(view: memoryview, character: bytes) -> int:
+def _find_last_character(view: memoryview, character: bytes) -> int:
     """Where the last of these characters is; -1 where there is none."""
-    for start in range((len(view) - 1) // SCANNED * SCANNED, -1, -SCANNED):
-        if (found := bytes(view[start : start + SCANNED]).rfind(character)) >= 0:
+    for start in range((len(view) - 1) // SEARCH_CHUNK_BYTES * SEARCH_CHUNK_BYTES, -1, -SEARCH_CHUNK_BYTES):
+        if (found := bytes(view[start : start + SEARCH_CHUNK_BYTES]).rfind(character)) >= 0:
             return start + found
     return -1
 
 
-def _refused_by_orjson(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
+def _orjson_error(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
     # orjson counts characters: in ASCII bodies those are bytes.
-    hint = _hint(view, error.pos) if bytes(view).isascii() else ""
+    hint = _nonfinite_hint(view, error.pos) if bytes(view).isascii() else ""
     return NotParseable(f"the body is not JSON: {error}{hint}")
 
 
-def _refused_beside_arrays(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
+def _remainder_error(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
     """Of a small text orjson sees the whole: its places are counted in that, not in what is left without arrays."""
-    if len(view) <= SMALL:
+    if len(view) <= MAX_REPARSED_BYTES:
         try:
             orjson.loads(view)
         except orjson.JSONDecodeError as whole:
-            return _refused_by_orjson(view, whole)
+            return _orjson_error(view, whole)
     return NotParseable(f"the body is not JSON: {error.msg}, counted without its arrays")
 
 
-def _hint(view: memoryview, at: int) -> str:
+def _nonfinite_hint(view: memoryview, at: int) -> str:
     """Orjson points at the I of -Infinity."""
-    found = NOT_NUMBERS.search(view, max(0, at - 1), at + 9)
+    found = NONFINITE_PATTERN.search(view, max(0, at - 1), at + 9)
     return f" ({found[0].decode()} is no JSON number: numbers must be finite)" if found else ""
 
 
-def _require_unique_names(remainder: bytes) -> None:
+def _check_unique_names(remainder: bytes) -> None:
     """Raise InvalidRequest where one object has a name twice; called where there are fewer names than colons."""
     repeated: Counter[str] = Counter()
 

@@ -15,40 +15,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs import npy
-from service.codecs.inflate import inflated
-from service.codecs.layout import Check, no_check, require_memory, require_room, short, shown
-from service.codecs.signatures import mismatch
+from service.codecs.buffers import DecodeCheck, check_size, no_check, quote_name, raise_if_out_of_memory, truncate_name
+from service.codecs.inflate import inflate
+from service.codecs.signatures import format_mismatch_error
 from service.errors import NotAcceptable, NotParseable
 
 MEDIA_TYPE = "application/x-npz"
 
-MAX_MEMBERS = 64
-SUFFIX = ".npy"
-ALIGNMENT = 64
+MAX_ARCHIVE_MEMBERS = 64
+NPY_SUFFIX = ".npy"
+ALIGNMENT_BYTES = 64
 """Where a .npy file lies in the archive, so that its numbers, 64 or 128 bytes on, can be used where they are."""
 
-MAX_ARCHIVE = 2**32 - 2**20
+MAX_ARCHIVE_BYTES = 2**32 - 2**20
 """Zip's own limit without its extension to 64 bits, which no body needs, less room for a directory."""
 
-LOCAL = struct.Struct("<4s5H3I2H")
-CENTRAL = struct.Struct("<4s6H3I5H2I")
-END = struct.Struct("<4s4H2IH")
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+END_RECORD = struct.Struct("<4s4H2IH")
 LOCAL_SIGNATURE, CENTRAL_SIGNATURE, END_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 
-STORED, DEFLATED = 0, 8
-DEFLATE_OPTIONS, SIZES_FOLLOW, UTF8 = 6, 8, 2048
-IN_64_BITS = 2**32 - 1
+METHOD_STORED, METHOD_DEFLATED = 0, 8
+FLAG_DEFLATE_OPTIONS, FLAG_SIZES_FOLLOW, FLAG_UTF8 = 6, 8, 2048
+ZIP64_SIZE_MARK = 2**32 - 1
 """Stands for a size that the header has elsewhere; numpy writes it into every local header."""
 
-VERSION = 20
-JANUARY_1980 = 33
+ZIP_VERSION = 20
+DOS_DATE_1980_01_01 = 33
 """The first day that a zip archive can name: equal arrays give equal bytes."""
 
-PADDING = struct.Struct("<3H")
+PADDING_FIELD = struct.Struct("<3H")
 PADDING_ID = 0xD935
 """The extra field by which Android's zipalign pads too; readers skip it."""
 
-MAX_RATIO = 1032
+MAX_DEFLATE_RATIO = 1032
 """Deflate makes at most this many bytes of one: 258 of two bits."""
 
 
@@ -66,34 +66,38 @@ class Member(NamedTuple):
     @property
     def file(self) -> str:
         """Its name, for messages."""
-        return shown(self.name.decode("utf-8", "replace"))
+        return quote_name(self.name.decode("utf-8", "replace"))
 
 
-def decode(content: bytes | bytearray | memoryview, limit: int, check: Check = no_check) -> dict[str, NDArray[Any]]:
+def decode(
+    content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check
+) -> dict[str, NDArray[Any]]:
     """The arrays by name; those of stored members are views of the content where npy.decode can make them that.
 
     The limit is on all of the members together, their .npy headers included.
     """
     memory = memoryview(content)
-    members, end = _directory(memory)
-    require_room(sum(member.size for member in members.values()), limit, "what the archive holds", "(body)")
+    members, end = _parse_directory(memory)
+    check_size(sum(member.size for member in members.values()), limit, "what the archive holds", "(body)")
     arrays = {}
-    for name, (member, packed) in zip(members, _packed(memory[:end], list(members.values())), strict=True):
-        file = _stored(member, packed) if member.method == STORED else _inflated(member, packed, check)
+    for name, (member, packed) in zip(members, _locate_members(memory[:end], list(members.values())), strict=True):
+        file = (
+            _read_stored(member, packed) if member.method == METHOD_STORED else _inflate_member(member, packed, check)
+        )
         if zlib.crc32(file) != member.crc:
             raise NotParseable(f"{member.file} in the archive is damaged: its CRC is not what the archive says")
-        arrays[name] = npy.decode(file, limit, field=short(name), source=f"{member.file} in the archive")
+        arrays[name] = npy.decode(file, limit, field=truncate_name(name), source=f"{member.file} in the archive")
     return arrays
 
 
-def seconds_to_decode(content: bytes | bytearray | memoryview, limit: int) -> float:
+def estimate_decode_seconds(content: bytes | bytearray | memoryview, limit: int) -> float:
     """The predicted time, from the archive's directory: stored members are checked, deflated ones inflated."""
     memory = memoryview(content)
     try:
-        members, _ = _directory(memory)
+        members, _ = _parse_directory(memory)
     except NotParseable:
         return 0.0
-    inflated_bytes = sum(member.size for member in members.values() if member.method == DEFLATED)
+    inflated_bytes = sum(member.size for member in members.values() if member.method == METHOD_DEFLATED)
     return 1e-9 * len(memory) + 6e-9 * min(inflated_bytes, limit)
 
 
@@ -107,25 +111,25 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
         size, crc = 0, 0
         for part in file:
             size, crc = size + len(part), zlib.crc32(part, crc)
-        encoded = f"{name}{SUFFIX}".encode()
-        common = (VERSION, UTF8, STORED, 0, JANUARY_1980, crc, size, size, len(encoded))
-        padding = -(offset + LOCAL.size + len(encoded) + PADDING.size) % ALIGNMENT
-        extra = PADDING.pack(PADDING_ID, 2 + padding, ALIGNMENT) + bytes(padding)
-        if offset + size > MAX_ARCHIVE:
+        encoded = f"{name}{NPY_SUFFIX}".encode()
+        common = (ZIP_VERSION, FLAG_UTF8, METHOD_STORED, 0, DOS_DATE_1980_01_01, crc, size, size, len(encoded))
+        padding = -(offset + LOCAL_HEADER.size + len(encoded) + PADDING_FIELD.size) % ALIGNMENT_BYTES
+        extra = PADDING_FIELD.pack(PADDING_ID, 2 + padding, ALIGNMENT_BYTES) + bytes(padding)
+        if offset + size > MAX_ARCHIVE_BYTES:
             raise NotAcceptable("the arrays are over the 4 GB that an .npz holds; ask for application/x-safetensors")
-        parts += [LOCAL.pack(LOCAL_SIGNATURE, *common, len(extra)) + encoded + extra, *file]
-        directory += CENTRAL.pack(CENTRAL_SIGNATURE, VERSION, *common, 0, 0, 0, 0, 0, offset) + encoded
-        offset += LOCAL.size + len(encoded) + len(extra) + size
+        parts += [LOCAL_HEADER.pack(LOCAL_SIGNATURE, *common, len(extra)) + encoded + extra, *file]
+        directory += CENTRAL_HEADER.pack(CENTRAL_SIGNATURE, ZIP_VERSION, *common, 0, 0, 0, 0, 0, offset) + encoded
+        offset += LOCAL_HEADER.size + len(encoded) + len(extra) + size
     count = len(arrays)
-    return [*parts, bytes(directory) + END.pack(END_SIGNATURE, 0, 0, count, count, len(directory), offset, 0)]
+    return [*parts, bytes(directory) + END_RECORD.pack(END_SIGNATURE, 0, 0, count, count, len(directory), offset, 0)]
 
 
-def _directory(memory: memoryview) -> tuple[dict[str, Member], int]:
+def _parse_directory(memory: memoryview) -> tuple[dict[str, Member], int]:
     """The members by the names of their arrays, and where the directory begins."""
     if memory[:4] not in (LOCAL_SIGNATURE, END_SIGNATURE):
-        raise mismatch(memory, "an .npz file")
-    end = len(memory) - END.size
-    record = END.unpack_from(memory, end) if end >= 0 else (b"",)
+        raise format_mismatch_error(memory, "an .npz file")
+    end = len(memory) - END_RECORD.size
+    record = END_RECORD.unpack_from(memory, end) if end >= 0 else (b"",)
     if record[0] != END_SIGNATURE:
         raise NotParseable(
             "the archive does not end as a zip archive does: it was cut off, or bytes or a comment follow its end"
@@ -135,13 +139,13 @@ def _directory(memory: memoryview) -> tuple[dict[str, Member], int]:
         raise NotParseable(
             "the archive's end does not fit its directory: it must be one file of up to 4 GB, with nothing before it"
         )
-    if count > MAX_MEMBERS:
-        raise NotParseable(f"the archive has {count} entries: at most {MAX_MEMBERS} are read")
+    if count > MAX_ARCHIVE_MEMBERS:
+        raise NotParseable(f"the archive has {count} entries: at most {MAX_ARCHIVE_MEMBERS} are read")
     members: dict[str, Member] = {}
     at = start
     for _ in range(count):
-        member, at = _entry(memory[:end], at)
-        name = _array_name(member)
+        member, at = _parse_entry(memory[:end], at)
+        name = _parse_array_name(member)
         if name in members:
             raise NotParseable(f"the archive has two entries {member.file}: send each array once")
         members[name] = member
@@ -150,10 +154,10 @@ def _directory(memory: memoryview) -> tuple[dict[str, Member], int]:
     return members, start
 
 
-def _entry(memory: memoryview, at: int) -> tuple[Member, int]:
+def _parse_entry(memory: memoryview, at: int) -> tuple[Member, int]:
     """The directory's entry there, and where it ends."""
-    name_at = at + CENTRAL.size
-    record = CENTRAL.unpack_from(memory, at) if name_at <= len(memory) else (b"",)
+    name_at = at + CENTRAL_HEADER.size
+    record = CENTRAL_HEADER.unpack_from(memory, at) if name_at <= len(memory) else (b"",)
     if record[0] != CENTRAL_SIGNATURE:
         raise NotParseable("the archive's directory is damaged: it has fewer entries than it says")
     flags, method, crc, packed, size, name, extra, comment = *record[3:5], *record[7:13]
@@ -164,29 +168,29 @@ def _entry(memory: memoryview, at: int) -> tuple[Member, int]:
     return member, end
 
 
-def _array_name(member: Member) -> str:
+def _parse_array_name(member: Member) -> str:
     try:
-        name = member.name.decode("utf-8" if member.flags & UTF8 else "ascii")
+        name = member.name.decode("utf-8" if member.flags & FLAG_UTF8 else "ascii")
     except UnicodeDecodeError:
         name = ""
     plain = name.isprintable() and not any(part in name for part in ("/", "\\", ".."))
-    if not (plain and name.endswith(SUFFIX) and len(name) > len(SUFFIX)):
+    if not (plain and name.endswith(NPY_SUFFIX) and len(name) > len(NPY_SUFFIX)):
         raise NotParseable(
             f"the archive has an entry {member.file}: only plain names such as input.npy are read, without a folder"
         )
-    if member.flags & ~(DEFLATE_OPTIONS | SIZES_FOLLOW | UTF8):
+    if member.flags & ~(FLAG_DEFLATE_OPTIONS | FLAG_SIZES_FOLLOW | FLAG_UTF8):
         raise NotParseable(f"{member.file} in the archive is encrypted, or a patch: send it as it is")
-    if member.method not in (STORED, DEFLATED):
+    if member.method not in (METHOD_STORED, METHOD_DEFLATED):
         raise NotParseable(
             f"{member.file} in the archive is compressed by method {member.method}: "
             "stored (0) and deflated (8) members are read, as numpy.savez and numpy.savez_compressed write them"
         )
-    return name.removesuffix(SUFFIX)
+    return name.removesuffix(NPY_SUFFIX)
 
 
-def _packed(memory: memoryview, members: list[Member]) -> Iterator[tuple[Member, memoryview]]:
+def _locate_members(memory: memoryview, members: list[Member]) -> Iterator[tuple[Member, memoryview]]:
     """Each member with its bytes in the archive; overlapping ones are refused before the first is given."""
-    places = [_place(memory, member) for member in members]
+    places = [_locate_member(memory, member) for member in members]
     taken = sorted((member.offset, end) for member, (_, end) in zip(members, places, strict=True))
     for (_, end), (offset, _) in pairwise(taken):
         if offset < end:
@@ -195,21 +199,21 @@ def _packed(memory: memoryview, members: list[Member]) -> Iterator[tuple[Member,
         yield member, memory[start:end]
 
 
-def _place(memory: memoryview, member: Member) -> tuple[int, int]:
+def _locate_member(memory: memoryview, member: Member) -> tuple[int, int]:
     """Where a member's bytes begin and end, by its local header, which must agree with the directory."""
-    name_at = member.offset + LOCAL.size
-    record = LOCAL.unpack_from(memory, member.offset) if name_at <= len(memory) else (b"",)
+    name_at = member.offset + LOCAL_HEADER.size
+    record = LOCAL_HEADER.unpack_from(memory, member.offset) if name_at <= len(memory) else (b"",)
     if record[0] != LOCAL_SIGNATURE:
         raise NotParseable(f"{member.file} in the archive is not where the directory says")
     flags, method, crc, packed, size, name, extra = *record[2:4], *record[6:]
     start = name_at + name + extra
-    later = bool(flags & SIZES_FOLLOW)
+    later = bool(flags & FLAG_SIZES_FOLLOW)
     agrees = (
         method == member.method
         and memory[name_at : name_at + name] == member.name
         and (later or crc == member.crc)
-        and (later or packed in (member.packed, IN_64_BITS))
-        and (later or size in (member.size, IN_64_BITS))
+        and (later or packed in (member.packed, ZIP64_SIZE_MARK))
+        and (later or size in (member.size, ZIP64_SIZE_MARK))
     )
     if not agrees:
         raise NotParseable(f"{member.file} in the archive has a header that contradicts the directory")
@@ -218,15 +222,15 @@ def _place(memory: memoryview, member: Member) -> tuple[int, int]:
     return start, start + member.packed
 
 
-def _stored(member: Member, packed: memoryview) -> memoryview:
+def _read_stored(member: Member, packed: memoryview) -> memoryview:
     if len(packed) != member.size:
         raise NotParseable(f"{member.file} in the archive is stored with {len(packed):,} bytes for {member.size:,}")
     return packed
 
 
-def _inflated(member: Member, packed: memoryview, check: Check) -> memoryview:
+def _inflate_member(member: Member, packed: memoryview, check: DecodeCheck) -> memoryview:
     """The member's bytes; never more than it declares, and nothing is allocated for what deflate cannot hold."""
-    if member.size > MAX_RATIO * len(packed):
+    if member.size > MAX_DEFLATE_RATIO * len(packed):
         raise NotParseable(
             f"{member.file} in the archive cannot be {member.size:,} bytes: {len(packed):,} deflated ones hold fewer"
         )
@@ -234,10 +238,10 @@ def _inflated(member: Member, packed: memoryview, check: Check) -> memoryview:
     file = np.empty(member.size, np.uint8).data
     filled = 0
     try:
-        for piece in inflated([packed], -zlib.MAX_WBITS, member.size, check):
+        for piece in inflate([packed], -zlib.MAX_WBITS, member.size, check):
             file[filled : filled + len(piece)] = piece
             filled += len(piece)
     except zlib.error as error:
-        require_memory(error)
+        raise_if_out_of_memory(error)
         raise NotParseable(f"{member.file} in the archive is damaged: {error}") from error
     return file

@@ -12,33 +12,41 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.codecs.layout import bytes_of, laid_over, require_dtype, require_room, require_shape, short, shown
-from service.codecs.signatures import mismatch
+from service.codecs.buffers import (
+    as_little_endian_bytes,
+    check_shape,
+    check_size,
+    quote_name,
+    resolve_dtype,
+    truncate_name,
+    view_as_array,
+)
+from service.codecs.signatures import format_mismatch_error
 from service.errors import FieldError, InvalidRequest, NotParseable
 
 MEDIA_TYPE = "application/x-safetensors"
 
-MAX_HEADER = 65_536
+MAX_SAFETENSORS_HEADER_BYTES = 65_536
 """Bytes: four times what as many tensors need. Python's lock is held while the header is parsed."""
 
 MAX_TENSORS = 256
 MAX_OPTIONS = 100
-METADATA = "__metadata__"
+METADATA_KEY = "__metadata__"
 
-NAMES = {
+DTYPE_NAMES = {
     **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
     **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
     **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
 """numpy's name of a dtype -> that of safetensors."""
 
-NUMPY_NAMES = {name: numpy_name for numpy_name, name in NAMES.items()}
+NUMPY_DTYPE_NAMES = {name: numpy_name for numpy_name, name in DTYPE_NAMES.items()}
 
-LENGTH = 8
+LENGTH_FIELD_BYTES = 8
 """Bytes of the header's length, and the alignment of what follows the header."""
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """What the header says of one array."""
 
     begin: int
@@ -51,21 +59,23 @@ class Entry(NamedTuple):
 def decode(content: bytes | bytearray | memoryview, limit: int) -> dict[str, NDArray[Any] | str]:
     """The arrays by name, views of the content where they are aligned in it, and the strings of `__metadata__`."""
     memory = memoryview(content)
-    header, start = _header(memory)
-    options = _options(header.pop(METADATA, {}))
+    header, start = _read_header(memory)
+    options = _parse_options(header.pop(METADATA_KEY, {}))
     if len(options) > MAX_OPTIONS:
-        raise NotParseable(f"the safetensors {METADATA} has {len(options):,} entries: at most {MAX_OPTIONS} are read")
+        raise NotParseable(
+            f"the safetensors {METADATA_KEY} has {len(options):,} entries: at most {MAX_OPTIONS} are read"
+        )
     if len(header) > MAX_TENSORS:
         raise NotParseable(f"the safetensors header has {len(header):,} tensors: at most {MAX_TENSORS} are read")
     for name in options.keys() & header.keys():
-        message = f"{shown(name)} is both a tensor and a name in {METADATA}: send it once"
-        raise InvalidRequest(message, errors=[FieldError(short(name), message)])
-    entries = [_entry(name, said) for name, said in header.items()]
+        message = f"{quote_name(name)} is both a tensor and a name in {METADATA_KEY}: send it once"
+        raise InvalidRequest(message, errors=[FieldError(truncate_name(name), message)])
+    entries = [_parse_entry(name, fields) for name, fields in header.items()]
     declared = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries)
-    require_room(declared, limit, "all tensors together", "(body)")
-    _require_every_byte_once(entries, len(memory) - start)
+    check_size(declared, limit, "all tensors together", "(body)")
+    _check_coverage(entries, len(memory) - start)
     arrays = {
-        entry.name: laid_over(memory[start + entry.begin : start + entry.end], entry.dtype, entry.shape)
+        entry.name: view_as_array(memory[start + entry.begin : start + entry.end], entry.dtype, entry.shape)
         for entry in entries
     }
     return {**options, **arrays}
@@ -80,80 +90,82 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
     at = 0
     for name, array in ordered:
         end = at + array.nbytes
-        header[name] = {"dtype": NAMES[array.dtype.name], "shape": array.shape, "data_offsets": [at, end]}
-        parts.append(bytes_of(array))
+        header[name] = {"dtype": DTYPE_NAMES[array.dtype.name], "shape": array.shape, "data_offsets": [at, end]}
+        parts.append(as_little_endian_bytes(array))
         at = end
     text = orjson.dumps(header)
-    text += b" " * (-len(text) % LENGTH)
-    return [len(text).to_bytes(LENGTH, "little") + text, *parts]
+    text += b" " * (-len(text) % LENGTH_FIELD_BYTES)
+    return [len(text).to_bytes(LENGTH_FIELD_BYTES, "little") + text, *parts]
 
 
-def _header(memory: memoryview) -> tuple[dict[str, Any], int]:
+def _read_header(memory: memoryview) -> tuple[dict[str, Any], int]:
     """The header, and where it ends."""
-    length = int.from_bytes(memory[:LENGTH], "little")
-    if len(memory) < LENGTH or length > MAX_HEADER:
-        if bytes(memory[LENGTH : LENGTH + 1]) != b"{":
-            raise mismatch(memory, "a safetensors file")
-        raise NotParseable(f"the safetensors header is {length:,} bytes long: at most {MAX_HEADER:,} are read")
-    text = bytes(memory[LENGTH : LENGTH + length])
+    length = int.from_bytes(memory[:LENGTH_FIELD_BYTES], "little")
+    if len(memory) < LENGTH_FIELD_BYTES or length > MAX_SAFETENSORS_HEADER_BYTES:
+        if bytes(memory[LENGTH_FIELD_BYTES : LENGTH_FIELD_BYTES + 1]) != b"{":
+            raise format_mismatch_error(memory, "a safetensors file")
+        raise NotParseable(
+            f"the safetensors header is {length:,} bytes long: at most {MAX_SAFETENSORS_HEADER_BYTES:,} are read"
+        )
+    text = bytes(memory[LENGTH_FIELD_BYTES : LENGTH_FIELD_BYTES + length])
     if len(text) < length:
         raise NotParseable(f"the body ends inside its safetensors header: it was cut off after {len(memory):,} bytes")
     try:
         header = orjson.loads(text)
         # orjson is the stricter of the two about what JSON is; only the other one shows names that come twice.
-        json.loads(text, object_pairs_hook=_require_unique)
+        json.loads(text, object_pairs_hook=_check_unique_names)
     except (ValueError, RecursionError) as error:
         raise NotParseable(f"the safetensors header is not JSON: {error}") from error
     if not isinstance(header, dict) or text[:1] != b"{":
         raise NotParseable("the safetensors header is not a JSON object that begins with its first byte")
-    return header, LENGTH + length
+    return header, LENGTH_FIELD_BYTES + length
 
 
-def _require_unique(pairs: list[tuple[str, Any]]) -> None:
+def _check_unique_names(pairs: list[tuple[str, Any]]) -> None:
     names: set[str] = set()
     for name, _ in pairs:
         if name in names:
-            raise NotParseable(f"the safetensors header has {shown(name)} twice: send it once")
+            raise NotParseable(f"the safetensors header has {quote_name(name)} twice: send it once")
         names.add(name)
 
 
-def _options(metadata: object) -> dict[str, str]:
+def _parse_options(metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise NotParseable(
-            f'the safetensors header\'s {METADATA} is not an object of strings, such as {{"mode": "same"}}'
+            f'the safetensors header\'s {METADATA_KEY} is not an object of strings, such as {{"mode": "same"}}'
         )
     return metadata
 
 
-def _entry(name: str, said: object) -> Entry:
-    match said:
+def _parse_entry(name: str, fields: object) -> TensorEntry:
+    match fields:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **other} if not other:
             pass
         case _:
             raise NotParseable(
-                f"the safetensors header's {shown(name)} is not an object of dtype, shape and two data_offsets"
+                f"the safetensors header's {quote_name(name)} is not an object of dtype, shape and two data_offsets"
             )
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise NotParseable(
-            f"the safetensors header's {shown(name)} has a shape or data_offsets that are no integers from 0 on"
+            f"the safetensors header's {quote_name(name)} has a shape or data_offsets that are no integers from 0 on"
         )
-    numpy_dtype = require_dtype(NUMPY_NAMES.get(dtype, ""), short(name), came=shown(dtype))
-    require_shape(tuple(shape), short(name))
-    return Entry(begin, end, name, numpy_dtype.newbyteorder("<"), tuple(shape))
+    numpy_dtype = resolve_dtype(NUMPY_DTYPE_NAMES.get(dtype, ""), truncate_name(name), received=quote_name(dtype))
+    check_shape(tuple(shape), truncate_name(name))
+    return TensorEntry(begin, end, name, numpy_dtype.newbyteorder("<"), tuple(shape))
 
 
-def _require_every_byte_once(entries: list[Entry], length: int) -> None:
+def _check_coverage(entries: list[TensorEntry], length: int) -> None:
     at = 0
     for entry in sorted(entries):
         size = math.prod(entry.shape) * entry.dtype.itemsize
         if entry.end - entry.begin != size:
             raise NotParseable(
-                f"{shown(entry.name)} has the data_offsets {entry.begin:,} to {entry.end:,}: "
-                f"{short(str(entry.shape))} of {entry.dtype.name} has {size:,} bytes"
+                f"{quote_name(entry.name)} has the data_offsets {entry.begin:,} to {entry.end:,}: "
+                f"{truncate_name(str(entry.shape))} of {entry.dtype.name} has {size:,} bytes"
             )
         if entry.begin != at:
             what = "overlaps what comes before it" if entry.begin < at else "leaves a hole before it"
-            raise NotParseable(f"{shown(entry.name)} {what}: it begins at {entry.begin:,}, where {at:,} is free")
+            raise NotParseable(f"{quote_name(entry.name)} {what}: it begins at {entry.begin:,}, where {at:,} is free")
         at = entry.end
     if at != length:
         raise NotParseable(f"the tensors are {at:,} bytes by the safetensors header: {length:,} follow it")

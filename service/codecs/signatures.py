@@ -18,7 +18,7 @@ SIGNATURES = (
 """How a format begins, what it is called, and its media type where it is served."""
 
 
-def mismatch(memory: memoryview, expected: str, source: str = "the body") -> NotParseable:
+def format_mismatch_error(memory: memoryview, expected: str, source: str = "the body") -> NotParseable:
     """The error for what is not `expected`; it says what it is instead where the first bytes tell."""
     if not memory:
         return NotParseable(f"{source} is empty: it must be {expected}")

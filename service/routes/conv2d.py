@@ -7,13 +7,13 @@ from pydantic import Field
 from starlette.responses import Response
 
 import core
-from service.arrays import Array
-from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
-from service.openapi import computing, link
+from service.array_field import Array
+from service.openapi import endpoint_docs, make_link
 from service.requests import Dilation, Groups, Padding, Stride
-from service.routes.array_route import ArrayRoute
+from service.routes.convolution import ConvolutionRequest, ConvolutionResponse, handle_convolution
+from service.routes.raw_route import RawRoute
 
-router = APIRouter(tags=["convolution"], route_class=ArrayRoute)
+router = APIRouter(tags=["convolution"], route_class=RawRoute)
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the lesson's edge kernel": {"input": [[1, 1, 0, 0, 0, 0, 1, 1]], "weight": [[-1, 1]]},
@@ -27,7 +27,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 LINKS = {
-    "next-layer": link(
+    "next-layer": make_link(
         "/conv2d", "the output as another layer's input", requestBody={"input": "$response.body#/output"}
     ),
 }
@@ -36,7 +36,7 @@ LINKS = {
 class Conv2dRequest(ConvolutionRequest):
     """The arguments of torch.nn.functional.conv2d, and torch.nn.Conv2d's padding_mode."""
 
-    ARRAYS: ClassVar = ("input", "weight", "bias")
+    ARRAY_FIELDS: ClassVar = ("input", "weight", "bias")
 
     input: Array = Field(description="(N, C, H, W), (C, H, W) or (H, W)")
     weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one channel in and one out")
@@ -51,8 +51,8 @@ class Conv2dRequest(ConvolutionRequest):
 @router.post(
     "/conv2d",
     summary="A Conv2d layer's output",
-    **computing(Conv2dRequest, ConvolutionAnswer, EXAMPLES, path="/conv2d", links=LINKS),
+    **endpoint_docs(Conv2dRequest, ConvolutionResponse, EXAMPLES, path="/conv2d", links=LINKS),
 )
 async def conv2d(request: Request) -> Response:
     """torch.nn.functional.conv2d: images under a bank of filters; the output has the input's rank."""
-    return await convolved(core.conv2d, Conv2dRequest, request)
+    return await handle_convolution(core.conv2d, Conv2dRequest, request)

@@ -7,12 +7,12 @@ from pydantic import AliasChoices, Field
 from starlette.responses import Response
 
 import core
-from service.arrays import Array, ArrayOrName, WorkingFloat
-from service.convolution import ConvolutionAnswer, ConvolutionRequest, convolved
-from service.openapi import computing, link
-from service.routes.array_route import ArrayRoute
+from service.array_field import Array, ArrayOrName, WorkingFloat
+from service.openapi import endpoint_docs, make_link
+from service.routes.convolution import ConvolutionRequest, ConvolutionResponse, handle_convolution
+from service.routes.raw_route import RawRoute
 
-router = APIRouter(tags=["convolution"], route_class=ArrayRoute)
+router = APIRouter(tags=["convolution"], route_class=RawRoute)
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the lesson": {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]},
@@ -25,7 +25,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 LINKS = {
-    "learn-it-back": link(
+    "learn-it-back": make_link(
         "/train-kernel",
         "the kernel that makes of the input what came out",
         requestBody={"input": "$request.body#/input", "target": "$response.body#/output"},
@@ -36,7 +36,7 @@ LINKS = {
 class CorrelateRequest(ConvolutionRequest):
     """An input (..., H, W), a kernel (h, w) or its name, and how to lay one on the other."""
 
-    ARRAYS: ClassVar = ("input", "kernel")
+    ARRAY_FIELDS: ClassVar = ("input", "kernel")
 
     input: Array = Field(validation_alias=AliasChoices("input", "X"), description="(..., H, W); also `X`")
     kernel: ArrayOrName = Field(
@@ -54,8 +54,8 @@ class CorrelateRequest(ConvolutionRequest):
 @router.post(
     "/correlate",
     summary="2-D cross-correlation with one kernel",
-    **computing(CorrelateRequest, ConvolutionAnswer, EXAMPLES, path="/correlate", links=LINKS),
+    **endpoint_docs(CorrelateRequest, ConvolutionResponse, EXAMPLES, path="/correlate", links=LINKS),
 )
 async def correlate(request: Request) -> Response:
     """Slide the kernel over every plane of the input and sum the products."""
-    return await convolved(core.correlate, CorrelateRequest, request)
+    return await handle_convolution(core.correlate, CorrelateRequest, request)

@@ -7,13 +7,13 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from core import ENGINES, describe_devices
-from service.openapi import traced
+from service.openapi import success_docs
 from service.version import VERSION
 
 router = APIRouter(tags=["operations"])
 
 
-class Device(BaseModel):
+class DeviceInfo(BaseModel):
     """A device that requests may name; model and memory where torch can tell."""
 
     device: str
@@ -21,24 +21,24 @@ class Device(BaseModel):
     memory_bytes: int | None
 
 
-class Info(BaseModel):
+class ServiceInfo(BaseModel):
     """Versions, devices, engines, threads for one computation, and every setting in force."""
 
     version: str
     torch: str
-    devices: list[Device]
+    devices: list[DeviceInfo]
     engines: dict[str, str]
     threads: int
     settings: dict[str, Any]
 
 
-@router.get("/info", summary="Version, devices, engines and every limit in force", responses=traced())
-async def info(request: Request) -> Info:
+@router.get("/info", summary="Version, devices, engines and every limit in force", responses=success_docs())
+async def info(request: Request) -> ServiceInfo:
     """`engines` maps each engine to the `method` it works by."""
-    return Info(
+    return ServiceInfo(
         version=VERSION,
         torch=torch.__version__,
-        devices=[Device.model_validate(device) for device in describe_devices()],
+        devices=[DeviceInfo.model_validate(device) for device in describe_devices()],
         engines={name: engine.METHOD for name, engine in ENGINES.items()},
         threads=torch.get_num_threads(),
         settings=request.app.state.settings.model_dump(),

@@ -4,13 +4,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from core import KERNELS, named_kernel
-from service.openapi import link, traced
+from service.openapi import make_link, success_docs
 
 router = APIRouter(tags=["convolution"])
 
 
 LINKS = {
-    "correlate": link(
+    "correlate": make_link(
         "/correlate",
         "a named kernel, here the first of them, laid on an image",
         parameters={"kernel": "$response.body#/kernels/0/example"},
@@ -34,7 +34,7 @@ class NamedKernels(BaseModel):
     kernels: list[NamedKernel]
 
 
-@router.get("/kernels", summary="The named kernels", responses=traced(LINKS))
+@router.get("/kernels", summary="The named kernels", responses=success_docs(LINKS))
 async def kernels() -> NamedKernels:
     """Every name that `kernel` of /correlate takes, with its arguments and the numbers of an example."""
     return NamedKernels(

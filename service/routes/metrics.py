@@ -3,8 +3,8 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.exposition import SERVED, exposition
-from service.negotiation import header_fields
+from service.metrics.prometheus import METRICS_MEDIA_TYPES, render_metrics
+from service.negotiation import collect_headers
 from service.version import VERSION
 
 router = APIRouter(tags=["operations"])
@@ -17,11 +17,11 @@ router = APIRouter(tags=["operations"])
     responses={
         200: {
             "description": "Every number that there is, of all workers together",
-            "content": {media_type: {"schema": {"type": "string"}} for media_type in SERVED},
+            "content": {media_type: {"schema": {"type": "string"}} for media_type in METRICS_MEDIA_TYPES},
         }
     },
 )
 async def metrics(request: Request) -> Response:
     """Prometheus' text format, or OpenMetrics where Accept asks for it."""
-    text, media_type = exposition(request.app.state.metrics, VERSION, header_fields(request.scope).get(b"accept"))
+    text, media_type = render_metrics(request.app.state.metrics, VERSION, collect_headers(request.scope).get(b"accept"))
     return Response(text, headers={"Content-Type": media_type})

@@ -10,12 +10,12 @@ from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from service.doors import ASSETS
+from service.middleware.auth import DOCS_ASSETS_PATH
 
 router = APIRouter(include_in_schema=False)
 
 
-class Assets(StaticFiles):
+class DocsAssets(StaticFiles):
     """The files that /docs loads, each as a whole: what Starlette says to a Range it cannot serve is plain text."""
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class Assets(StaticFiles):
         await super().__call__({**scope, "headers": headers}, receive, send)
 
 
-INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+INLINE_SCRIPT_PATTERN = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
-PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
+SWAGGER_UI_PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
 
 
 @router.get("/")
-async def front_door() -> RedirectResponse:
+async def redirect_to_docs() -> RedirectResponse:
     """Whoever opens the address in a browser wants to see what there is."""
     return RedirectResponse("/docs")
 
@@ -45,12 +45,12 @@ async def docs(request: Request) -> HTMLResponse:
     page = get_swagger_ui_html(
         openapi_url=f"{root}{request.app.openapi_url}",
         title=f"{request.app.title} - Swagger UI",
-        swagger_js_url=f"{root}{ASSETS}/swagger-ui-bundle.js",
-        swagger_css_url=f"{root}{ASSETS}/swagger-ui.css",
-        swagger_favicon_url=f"{root}{ASSETS}/favicon.png",
-        swagger_ui_parameters=PARAMETERS,
+        swagger_js_url=f"{root}{DOCS_ASSETS_PATH}/swagger-ui-bundle.js",
+        swagger_css_url=f"{root}{DOCS_ASSETS_PATH}/swagger-ui.css",
+        swagger_favicon_url=f"{root}{DOCS_ASSETS_PATH}/favicon.png",
+        swagger_ui_parameters=SWAGGER_UI_PARAMETERS,
     )
-    scripts = " ".join(f"'sha256-{_digest(script)}'" for script in INLINE_SCRIPT.findall(page.body))
+    scripts = " ".join(f"'sha256-{_hash_script(script)}'" for script in INLINE_SCRIPT_PATTERN.findall(page.body))
     page.headers["Content-Security-Policy"] = (
         f"default-src 'none'; script-src 'self' {scripts}; style-src 'self'; img-src 'self' data: blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -58,5 +58,5 @@ async def docs(request: Request) -> HTMLResponse:
     return page
 
 
-def _digest(script: bytes) -> str:
+def _hash_script(script: bytes) -> str:
     return b64encode(sha256(script).digest()).decode()

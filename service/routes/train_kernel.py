@@ -14,14 +14,12 @@ from torch import Tensor
 
 import core
 from service import loss_curve
-from service.arrays import Array, ArrayOrNumber, first_place
-from service.codecs import ENCODED, Fields, Format, png
-from service.codecs.layout import largest_within
-from service.codecs.options import FitOptions
-from service.negotiation import header_fields
-from service.openapi import computing, link
-from service.presence import unless_left
-from service.progress import EVENT_STREAM, NDJSON, ProgressStream
+from service.array_field import Array, ArrayOrNumber, find_first_true
+from service.codecs import ENCODABLE_FORMATS, Format, ResponseFields, png
+from service.codecs.buffers import all_within
+from service.codecs.response_options import FitResponseOptions
+from service.negotiation import collect_headers
+from service.openapi import endpoint_docs, make_link
 from service.requests import (
     Device,
     Dilation,
@@ -30,44 +28,49 @@ from service.requests import (
     Padding,
     RequestModel,
     Stride,
-    answer_options,
-    decoded,
-    query_options,
-    require_room,
+    check_admission,
+    parse_query,
+    read_request,
+    take_response_options,
 )
-from service.responses import Answerer, as_numpy
-from service.routes.array_route import ArrayRoute
+from service.responses import Responder, as_numpy
+from service.routes.raw_route import RawRoute
+from service.scheduling.disconnect import run_until_disconnect
+from service.streaming import EVENT_STREAM, NDJSON, ProgressStream
 
-router = APIRouter(tags=["learning"], route_class=ArrayRoute)
+router = APIRouter(tags=["learning"], route_class=RawRoute)
 
-SVG = "image/svg+xml"
+SVG_MEDIA_TYPE = "image/svg+xml"
 
-CURVE = "the loss, step by step, as a picture"
-EVENTS = "events `reading`, `forecast` and `step` as they happen, then `result` with the whole answer, or `error`"
+CURVE_DOC = "the loss, step by step, as a picture"
+EVENTS_DOC = "events `reading`, `forecast` and `step` as they happen, then `result` with the whole answer, or `error`"
 
-SECONDS_TO_DRAW = 1.0
+DRAW_S_PER_NUMBER = 1.0
 """A number; long enough for a thread whatever the history's length."""
 
-DOCUMENT_HEADERS = [
+SVG_HEADERS = [
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"),
     (b"x-content-type-options", b"nosniff"),
 ]
 """An SVG is a document that a browser may open: it shows itself and does nothing."""
 
-SERVED: Mapping[str, Format] = {
-    **{media_type: served for media_type, served in ENCODED.items() if media_type != png.MEDIA_TYPE},
-    SVG: Format(
+RESPONSE_FORMATS: Mapping[str, Format] = {
+    **{media_type: served for media_type, served in ENCODABLE_FORMATS.items() if media_type != png.MEDIA_TYPE},
+    SVG_MEDIA_TYPE: Format(
         None,
-        lambda fields, _: [loss_curve.svg(fields)],
-        seconds_to_encode=SECONDS_TO_DRAW,
-        carries=CURVE,
-        headers=DOCUMENT_HEADERS,
+        lambda fields, _: [loss_curve.draw_svg(fields)],
+        encode_seconds_per_number=DRAW_S_PER_NUMBER,
+        content_doc=CURVE_DOC,
+        headers=SVG_HEADERS,
     ),
     png.MEDIA_TYPE: Format(
-        None, lambda fields, _: [loss_curve.png(fields)], seconds_to_encode=SECONDS_TO_DRAW, carries=CURVE
+        None,
+        lambda fields, _: [loss_curve.draw_png(fields)],
+        encode_seconds_per_number=DRAW_S_PER_NUMBER,
+        content_doc=CURVE_DOC,
     ),
-    EVENT_STREAM: Format(None, None, carries=EVENTS),
-    NDJSON: Format(None, None, carries=EVENTS + ", one a line"),
+    EVENT_STREAM: Format(None, None, content_doc=EVENTS_DOC),
+    NDJSON: Format(None, None, content_doc=EVENTS_DOC + ", one a line"),
 }
 """A picture is that of the loss; a stream tells of the steps as they happen."""
 
@@ -80,12 +83,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 LINKS = {
-    "correlate": link(
+    "correlate": make_link(
         "/correlate",
         "the learned kernel laid on the image it was learned from",
         requestBody={"input": "$request.body#/input", "kernel": "$response.body#/kernel"},
     ),
-    "conv2d": link(
+    "conv2d": make_link(
         "/conv2d",
         "the learned filters as the layer that they were learned for",
         requestBody={"input": "$request.body#/input", "weight": "$response.body#/kernel"},
@@ -93,29 +96,35 @@ LINKS = {
 }
 
 MAX_PAIRS = 1000
-MAX_HISTORY = 1000
-LARGEST = sys.float_info.max
+MAX_THINNED_STEPS = 1000
+MAX_FINITE_VALUE = sys.float_info.max
 
-WEIGHTS = "what each value of the target counts, or one plane for all; 0 leaves it out"
+WEIGHTS_DOC = "what each value of the target counts, or one plane for all; 0 leaves it out"
 
 Tolerance = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1})]
-Positive = Annotated[int, Field(json_schema_extra={"minimum": 1})]
+PositiveInteger = Annotated[int, Field(json_schema_extra={"minimum": 1})]
 Seed = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": 2**63 - 1})]
-Share = Annotated[float, Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})]
+Fraction = Annotated[float, Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})]
 
-Rate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
+LearningRate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
 HuberDelta = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
 """core checks them: the rules and their messages stand there."""
 
 Rank = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "boolean"}]})]
 """An integer from 1 on, or true for 1. core checks it."""
 
-_SIDE = {"type": "integer", "minimum": 1}
+_KERNEL_SIDE_SCHEMA = {"type": "integer", "minimum": 1}
 
 KernelSize = Annotated[
     Any,
     WithJsonSchema(
-        {"anyOf": [_SIDE, {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}, {"const": "auto"}]}
+        {
+            "anyOf": [
+                _KERNEL_SIDE_SCHEMA,
+                {"type": "array", "items": _KERNEL_SIDE_SCHEMA, "minItems": 2, "maxItems": 2},
+                {"const": "auto"},
+            ]
+        }
     ),
 ]
 """An integer, [rows, columns] or "auto". core checks it."""
@@ -123,43 +132,49 @@ KernelSize = Annotated[
 Ridge = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "auto"}]})]
 """A number from 0 on or "auto", which core checks."""
 
-INPUT = AliasChoices("input", "X")
-TARGET = AliasChoices("target", "Y")
+INPUT_ALIASES = AliasChoices("input", "X")
+TARGET_ALIASES = AliasChoices("target", "Y")
 
 
-class FiniteArrays(RequestModel):
+class FiniteArraysModel(RequestModel):
     """Arrays to learn from. Binary formats can hold NaN and infinity, of which nothing can be learned."""
 
     @model_validator(mode="after")
-    def _finite(self) -> Self:
+    def _check_finite(self) -> Self:
         for name in type(self).model_fields:
             array = getattr(self, name)
-            if isinstance(array, np.ndarray) and not largest_within(array, LARGEST):
+            if isinstance(array, np.ndarray) and not all_within(array, MAX_FINITE_VALUE):
                 faulty = ~np.isfinite(array)
                 raise PydanticCustomError(
                     "corr2d",
                     "holds {count} values that are NaN or infinite: a kernel is learned from finite numbers",
-                    {"count": int(faulty.sum()), "place": f".{name}{first_place(faulty)}", "limit": "finite numbers"},
+                    {
+                        "count": int(faulty.sum()),
+                        "place": f".{name}{find_first_true(faulty)}",
+                        "limit": "finite numbers",
+                    },
                 )
         return self
 
 
-class TrainingPair(FiniteArrays):
+class TrainingPair(FiniteArraysModel):
     """An image and what the kernel is to make of it."""
 
-    input: Array = Field(validation_alias=INPUT, description="also `X`")
-    target: Array = Field(validation_alias=TARGET, description="also `Y`")
-    weights: Array | None = Field(None, description=WEIGHTS)
+    input: Array = Field(validation_alias=INPUT_ALIASES, description="also `X`")
+    target: Array = Field(validation_alias=TARGET_ALIASES, description="also `Y`")
+    weights: Array | None = Field(None, description=WEIGHTS_DOC)
 
 
-class TrainKernelRequest(FiniteArrays):
+class TrainKernelRequest(FiniteArraysModel):
     """Examples of what a kernel does, and how to search for it."""
 
-    ANSWER: ClassVar = FitOptions
+    RESPONSE_OPTIONS: ClassVar = FitResponseOptions
 
-    input: Array | None = Field(None, validation_alias=INPUT, description="(H, W), (C, H, W) or (N, C, H, W); also `X`")
-    target: Array | None = Field(None, validation_alias=TARGET, description="likewise; also `Y`")
-    weights: Array | None = Field(None, description=WEIGHTS)
+    input: Array | None = Field(
+        None, validation_alias=INPUT_ALIASES, description="(H, W), (C, H, W) or (N, C, H, W); also `X`"
+    )
+    target: Array | None = Field(None, validation_alias=TARGET_ALIASES, description="likewise; also `Y`")
+    weights: Array | None = Field(None, description=WEIGHTS_DOC)
     pairs: list[TrainingPair] | None = Field(
         None,
         max_length=MAX_PAIRS,
@@ -172,7 +187,7 @@ class TrainKernelRequest(FiniteArrays):
         fail_fast=True,
         description="pairs that the kernel is not fitted to: the kernel of least loss on them is returned",
     )
-    patience: Positive | None = Field(
+    patience: PositiveInteger | None = Field(
         None, description="stop when the validation loss has not fallen below its least for so many steps"
     )
     kernel_size: KernelSize | None = Field(
@@ -189,7 +204,7 @@ class TrainKernelRequest(FiniteArrays):
     solver: core.Solver = Field(
         "sgd", description="exact: the best kernel itself; the others descend, as torch.optim defines them"
     )
-    learning_rate: Rate = Field(
+    learning_rate: LearningRate = Field(
         0.03, description="how far each step goes against the gradient; auto takes it from the curvature"
     )
     steps: int = Field(10, description="how many", json_schema_extra={"minimum": 1, "maximum": 1_000_000})
@@ -227,11 +242,13 @@ class TrainKernelRequest(FiniteArrays):
         description="solver exact: added to the loss, times the sum of the squared differences of neighbouring entries",
         json_schema_extra={"minimum": 0},
     )
-    momentum: Share | None = Field(None, description="of solver momentum or nesterov; 0.9 where it is not given")
-    betas: list[Share] | None = Field(
+    momentum: Fraction | None = Field(None, description="of solver momentum or nesterov; 0.9 where it is not given")
+    betas: list[Fraction] | None = Field(
         None, min_length=2, max_length=2, description="of solver adam; 0.9 and 0.999 where they are not given"
     )
-    batch_size: Positive | None = Field(None, description="images a step, for solver sgd; all where it is not given")
+    batch_size: PositiveInteger | None = Field(
+        None, description="images a step, for solver sgd; all where it is not given"
+    )
     refuse_divergence: bool = Field(
         default=False, description="answer with an error where the loss is bound to grow, instead of letting it"
     )
@@ -253,14 +270,14 @@ class TrainKernelRequest(FiniteArrays):
 
     def arguments(self) -> dict[str, object]:
         """Core takes pairs as tuples."""
-        return {**super().arguments(), "pairs": _tuples(self.pairs), "validation": _tuples(self.validation)}
+        return {**super().arguments(), "pairs": _to_tuples(self.pairs), "validation": _to_tuples(self.validation)}
 
 
-def _tuples(pairs: list[TrainingPair] | None) -> list[tuple[Any, Any, Any]] | None:
+def _to_tuples(pairs: list[TrainingPair] | None) -> list[tuple[Any, Any, Any]] | None:
     return None if pairs is None else [(pair.input, pair.target, pair.weights) for pair in pairs]
 
 
-class TrainKernelAnswer(BaseModel):
+class TrainKernelResponse(BaseModel):
     """The learned kernel and what can be said about it; null where that is not defined, or would take too long."""
 
     kernel: Array = Field(description="(h, w) where all arrays were (H, W), (O, C/groups, h, w) otherwise")
@@ -335,42 +352,46 @@ class TrainKernelAnswer(BaseModel):
 @router.post(
     "/train-kernel",
     summary="A kernel learned from examples",
-    **computing(TrainKernelRequest, TrainKernelAnswer, EXAMPLES, path="/train-kernel", served=SERVED, links=LINKS),
+    **endpoint_docs(
+        TrainKernelRequest, TrainKernelResponse, EXAMPLES, path="/train-kernel", served=RESPONSE_FORMATS, links=LINKS
+    ),
 )
 async def train_kernel(request: Request) -> Response:
     """The kernel that brings conv2d(input, kernel) nearest to target, by least squares or by descending to it."""
-    headers = header_fields(request.scope)
-    require_room(request, headers, waits=True)
-    options = query_options(request)
-    form = answer_options(options, FitOptions)
-    answer = Answerer(request, headers, form, SERVED)
-    asked = await decoded(request, headers, options, TrainKernelRequest, waits=True)
+    headers = collect_headers(request.scope)
+    check_admission(request, headers, always_queued=True)
+    options = parse_query(request)
+    response_options = take_response_options(options, FitResponseOptions)
+    responder = Responder(request, headers, response_options, RESPONSE_FORMATS)
+    parsed = await read_request(request, headers, options, TrainKernelRequest, always_queued=True)
     state = request.app.state
 
-    async def fitted(report: Callable[[core.Progress], None] | None = None) -> Fields:
-        convert = partial(_fields, thin=form.history == "thin")
-        fields: Fields = await state.compute.fit(
-            request, answer, core.plan_fit_kernel, convert, report, **asked.arguments()
+    async def run_fit(report: Callable[[core.Progress], None] | None = None) -> ResponseFields:
+        convert = partial(_collect_fields, thin=response_options.history == "thin")
+        fields: ResponseFields = await state.compute.fit(
+            request, responder, core.plan_fit_kernel, convert, report, **parsed.arguments()
         )
-        state.metrics.engine(fields["method"])
+        state.metrics.count_engine(fields["method"])
         return fields
 
-    if SERVED[answer.media_type].encode is None:
-        stream = ProgressStream(request, answer.media_type, form, from_forecast=asked.refuse_divergence)
-        await stream.begin(fitted)
+    if RESPONSE_FORMATS[responder.media_type].encode is None:
+        stream = ProgressStream(
+            request, responder.media_type, response_options, wait_for_forecast=parsed.refuse_divergence
+        )
+        await stream.start(run_fit)
         return stream
-    return await answer(**await unless_left(request.receive, fitted()))
+    return await responder(**await run_until_disconnect(request.receive, run_fit()))
 
 
-def _fields(fit: core.FitResult, *, thin: bool) -> Fields:
+def _collect_fields(fit: core.FitResult, *, thin: bool) -> ResponseFields:
     """The answer's, arrays as numpy's, in its order."""
-    fields: dict[str, Any] = {name: getattr(fit, name, None) for name in TrainKernelAnswer.model_fields}
+    fields: dict[str, Any] = {name: getattr(fit, name, None) for name in TrainKernelResponse.model_fields}
     fields = {name: as_numpy(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
     # No list: as series of numbers, those become arrays in binary formats.
     fields["kernel_shape"] = tuple(fit.kernel.shape)
     del fields["nonfinite"]
     if thin:
-        steps = _thinned(len(fit.loss_history))
+        steps = _thin_steps(len(fit.loss_history))
         fields["loss_history"] = [fit.loss_history[step - 1] for step in steps]
         if fit.validation_history is not None:
             fields["validation_history"] = [fit.validation_history[step - 1] for step in steps]
@@ -380,10 +401,12 @@ def _fields(fit: core.FitResult, *, thin: bool) -> Fields:
     return fields
 
 
-def _thinned(steps: int) -> list[int]:
+def _thin_steps(steps: int) -> list[int]:
     """At most MAX_HISTORY of the steps from 1 on: half of them dense at the start, where most happens, half even."""
-    if steps <= MAX_HISTORY:
+    if steps <= MAX_THINNED_STEPS:
         return list(range(1, steps + 1))
-    chosen = np.concatenate([np.geomspace(1, steps, MAX_HISTORY // 2), np.linspace(1, steps, MAX_HISTORY // 2)])
+    chosen = np.concatenate(
+        [np.geomspace(1, steps, MAX_THINNED_STEPS // 2), np.linspace(1, steps, MAX_THINNED_STEPS // 2)]
+    )
     thinned: list[int] = np.unique(chosen.round().astype(int)).tolist()
     return thinned

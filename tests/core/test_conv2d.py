@@ -15,7 +15,7 @@ from core.engines import torch_conv
 from tests import reference
 
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
-ONE_OR_TWO = st.tuples(st.integers(1, 3), st.integers(1, 3))
+INTEGER_PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 @st.composite
@@ -30,8 +30,8 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "filters": groups * draw(st.integers(1, 2)),
         "kernel": draw(st.tuples(*[st.integers(1, 4)] * 2)),
-        "stride": draw(ONE_OR_TWO),
-        "dilation": draw(ONE_OR_TWO),
+        "stride": draw(INTEGER_PAIRS),
+        "dilation": draw(INTEGER_PAIRS),
         "padding": draw(st.tuples(*[st.integers(0, 4)] * 2)),
         "groups": groups,
         "bias": draw(st.booleans()),
@@ -39,7 +39,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def tensors(layer: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def draw_tensors(layer: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(layer["seed"])
 
     def draw(*shape: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def tensors(layer: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return draw(*layer["images"]), weight, draw(filters) if layer["bias"] else None
 
 
-def spans(layer: dict[str, Any]) -> list[int]:
+def compute_spans(layer: dict[str, Any]) -> list[int]:
     return [apart * (taps - 1) + 1 for taps, apart in zip(layer["kernel"], layer["dilation"], strict=True)]
 
 
@@ -61,7 +61,7 @@ def test_every_engine_gives_the_same_layer(
 ) -> None:
     """Wider than it need be, so that strides and dilations leave an output of at least a tile."""
     layer = {**layer, "images": (*layer["images"][:2], layer["images"][2] + 12, layer["images"][3] + 2 * more)}
-    images, weight, bias = tensors(layer)
+    images, weight, bias = draw_tensors(layer)
     options = {name: layer[name] for name in ("stride", "dilation", "padding", "groups")}
     try:
         output = conv2d(images, weight, bias, **options, padding_mode=mode, dtype="float64", engines=(engine,)).output
@@ -72,14 +72,14 @@ def test_every_engine_gives_the_same_layer(
 
 
 @given(layer=layers(), mode=st.sampled_from(PADDING_MODES), dtype=st.sampled_from(["float32", "float64"]))
-def test_conv2d_is_torchs(layer: dict[str, Any], mode: core.PaddingMode, dtype: core.Dtype) -> None:
+def test_conv2d_matches_torch(layer: dict[str, Any], mode: core.PaddingMode, dtype: core.Dtype) -> None:
     rows, columns = layer["padding"]
     height, width = layer["images"][2:]
-    assume(spans(layer)[0] <= height + 2 * rows)
-    assume(spans(layer)[1] <= width + 2 * columns)
+    assume(compute_spans(layer)[0] <= height + 2 * rows)
+    assume(compute_spans(layer)[1] <= width + 2 * columns)
     # torch refuses borders that its own padding cannot make in one reflection or one turn.
     assume(mode not in ("reflect", "circular") or (rows < height and columns < width))
-    images, weight, bias = tensors(layer)
+    images, weight, bias = draw_tensors(layer)
     options = layer["stride"], 0, layer["dilation"], layer["groups"]
     torch_mode = "constant" if mode == "zeros" else mode
     bordered = functional.pad(images, (columns, columns, rows, rows), torch_mode)
@@ -105,14 +105,14 @@ def test_conv2d_is_torchs(layer: dict[str, Any], mode: core.PaddingMode, dtype: 
     mode=st.sampled_from(PADDING_MODES),
     sides=st.tuples(*[st.integers(0, 9)] * 4),
 )
-def test_four_sides_of_any_width_give_the_naive_loops_answer(
+def test_four_sided_padding_matches_naive_loops(
     layer: dict[str, Any], mode: core.PaddingMode, sides: tuple[int, int, int, int]
 ) -> None:
     top, bottom, left, right = sides
     height, width = layer["images"][2:]
-    assume(spans(layer)[0] <= height + top + bottom)
-    assume(spans(layer)[1] <= width + left + right)
-    images, weight, bias = tensors(layer)
+    assume(compute_spans(layer)[0] <= height + top + bottom)
+    assume(compute_spans(layer)[1] <= width + left + right)
+    images, weight, bias = draw_tensors(layer)
     options = {"stride": layer["stride"], "dilation": layer["dilation"], "groups": layer["groups"]}
     output = conv2d(images, weight, bias, padding=sides, padding_mode=mode, dtype="float64", **options).output
     offsets = np.zeros(layer["filters"]) if bias is None else bias.numpy()
@@ -123,8 +123,8 @@ def test_four_sides_of_any_width_give_the_naive_loops_answer(
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's own, about its own copy
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @given(layer=layers())
-def test_same_padding_gives_one_output_a_stride(mode: core.PaddingMode, layer: dict[str, Any]) -> None:
-    images, weight, bias = tensors(layer)
+def test_same_padding_gives_one_output_per_stride(mode: core.PaddingMode, layer: dict[str, Any]) -> None:
+    images, weight, bias = draw_tensors(layer)
     options = {"stride": layer["stride"], "dilation": layer["dilation"], "groups": layer["groups"]}
     output = conv2d(images, weight, bias, padding="same", padding_mode=mode, dtype="float64", **options).output
     height, width = layer["images"][2:]
@@ -134,14 +134,14 @@ def test_same_padding_gives_one_output_a_stride(mode: core.PaddingMode, layer: d
         torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_strided_same_padding_is_tensorflows() -> None:
+def test_strided_same_padding_matches_tensorflow() -> None:
     # tf.nn.conv2d of 1..7 by [1, 1, 1] at stride 2 pads one zero on each side; of 1..6 only one at the end.
     row = np.arange(1.0, 8.0)[None]
     assert conv2d(row, [[1, 1, 1]], stride=[1, 2], padding="same").output.tolist() == [[3, 9, 15, 13]]
     assert conv2d(row[:, :6], [[1, 1, 1]], stride=[1, 2], padding="same").output.tolist() == [[6, 12, 11]]
 
 
-def test_the_lessons_layer() -> None:
+def test_d2l_layer() -> None:
     images = torch.ones(1, 1, 6, 8)
     images[..., 2:6] = 0
     output = conv2d(images, torch.tensor([[[[-1.0, 1.0]]]])).output
@@ -160,7 +160,7 @@ def test_the_lessons_layer() -> None:
         ((3, 2, 5, 6), (7, 2, 2, 3), (3, 7, 4, 4)),
     ],
 )
-def test_the_output_has_the_inputs_rank(
+def test_output_has_the_rank_of_the_input(
     input_shape: tuple[int, ...], weight_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> None:
     assert conv2d(np.ones(input_shape), np.ones(weight_shape)).output.shape == output_shape
@@ -169,23 +169,23 @@ def test_the_output_has_the_inputs_rank(
 @pytest.mark.parametrize("padding", [0, 2, "same", (3, 0, 1, 2)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("unrolled_bytes", [3000, 300_000, 100_000_000])
-def test_working_in_strips_changes_nothing(
+def test_strips_do_not_change_the_output(
     unrolled_bytes: int, padding: Any, stride: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
     images, weight, bias = rng.normal(size=(5, 3, 23, 17)), rng.normal(size=(4, 3, 5, 3)), rng.normal(size=4)
     whole = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
-    monkeypatch.setattr(torch_conv, "UNROLLED_BYTES", unrolled_bytes)
+    monkeypatch.setattr(torch_conv, "MAX_UNROLLED_BYTES", unrolled_bytes)
     strips = conv2d(images, weight, bias, stride=stride, padding=padding, dtype="float64").output
     torch.testing.assert_close(strips, whole, rtol=1e-13, atol=1e-13)
 
 
-def test_options_may_be_numpys_integers() -> None:
+def test_options_may_be_numpy_integers() -> None:
     options: dict[str, Any] = dict.fromkeys(("stride", "padding", "dilation"), np.int64(2))
     output = conv2d(np.ones((6, 6)), [[1]], **options).output
     assert output.shape == (5, 5)
 
 
-def test_a_float64_batch_takes_little_more_memory_than_it_has() -> None:
+def test_float64_batch_takes_little_extra_memory() -> None:
     script = (
         "import resource, numpy as np, core\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -200,7 +200,7 @@ def test_a_float64_batch_takes_little_more_memory_than_it_has() -> None:
 
 
 @pytest.mark.parametrize("option", ["stride", "dilation"])
-def test_the_largest_steps_are_taken(option: str) -> None:
+def test_largest_strides_and_dilations_are_accepted(option: str) -> None:
     options: dict[str, Any] = {option: 2**31 - 1}
     assert conv2d([[5]], [[2]], padding=0, **options).output.tolist() == [[10]]
 
@@ -245,7 +245,7 @@ def test_the_largest_steps_are_taken(option: str) -> None:
         ({"padding_mode": "symmetric"}, core.InvalidOption, 'padding_mode "symmetric" is not one of'),
     ],
 )
-def test_what_cannot_be_done_is_refused_with_a_reason(
+def test_invalid_calls_are_rejected_with_a_reason(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -253,6 +253,6 @@ def test_what_cannot_be_done_is_refused_with_a_reason(
     assert message in str(caught.value)
 
 
-def test_a_border_of_a_billion_pixels_is_refused_on_its_estimate() -> None:
+def test_padding_of_a_billion_is_rejected_by_its_estimate() -> None:
     with pytest.raises(core.TooLarge, match="MB of memory"):
         conv2d([[1]], [[1]], padding=10**9, limits=core.Limits(megabytes=2000, gflop=2000))

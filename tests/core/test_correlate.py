@@ -13,7 +13,7 @@ from PIL import Image
 
 import core
 from core import Boundary, Mode, correlate
-from tests import contract, reference
+from tests import precision_contract, reference
 
 CAMERA = Path(__file__).parents[2] / "docs" / "images" / "camera.png"
 
@@ -24,48 +24,48 @@ MODES_AND_BOUNDARIES = [("valid", "zeros")] + [
 ENGINES = ["auto", *core.ENGINES]
 
 
-def only(engine: str) -> dict[str, Any]:
+def select_engine(engine: str) -> dict[str, Any]:
     """The arguments that leave the choice no choice."""
     if engine == "auto":
         return {}
     return {"engines": (engine,), "method": core.ENGINES[engine].METHOD}
 
 
-def kernel_for(engine: str, size: tuple[int, int], rng: np.random.Generator) -> reference.Floats:
+def draw_kernel(engine: str, size: tuple[int, int], rng: np.random.Generator) -> reference.Floats:
     """Random numbers; those of one engine must have a low rank."""
     if engine == "separable":
         return np.outer(rng.normal(size=size[0]), rng.normal(size=size[1]))
     return rng.normal(size=size)
 
 
-def lesson_image() -> torch.Tensor:
+def build_d2l_image() -> torch.Tensor:
     image = torch.ones(6, 8)
     image[:, 2:6] = 0
     return image
 
 
-def test_the_lessons_first_example() -> None:
+def test_d2l_first_example() -> None:
     result = correlate([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]])
     assert result.output.tolist() == [[19, 25], [37, 43]]
     assert result.output.dtype == torch.float32
 
 
-def test_the_lessons_edge_kernel_finds_vertical_edges_only() -> None:
-    edges = correlate(lesson_image(), [[-1, 1]]).output
+def test_d2l_edge_kernel_finds_vertical_edges_only() -> None:
+    edges = correlate(build_d2l_image(), [[-1, 1]]).output
     assert edges.tolist() == [[0, -1, 0, 0, 0, 1, 0]] * 6
-    assert correlate(lesson_image().T, [[-1, 1]]).output.abs().max() == 0
+    assert correlate(build_d2l_image().T, [[-1, 1]]).output.abs().max() == 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
 @pytest.mark.parametrize(("mode", "boundary"), MODES_AND_BOUNDARIES)
-def test_every_mode_and_boundary_gives_the_naive_loops_answer(
+def test_every_mode_and_boundary_matches_naive_loops(
     mode: Mode, boundary: Boundary, kernel_size: tuple[int, int], engine: str, rng: np.random.Generator
 ) -> None:
-    image, kernel = rng.normal(size=(7, 25)), kernel_for(engine, kernel_size, rng)
+    image, kernel = rng.normal(size=(7, 25)), draw_kernel(engine, kernel_size, rng)
     fill = 1.5 if boundary == "constant" else 0.0
     output = correlate(
-        image, kernel, mode=mode, boundary=boundary, fill_value=fill, dtype="float64", **only(engine)
+        image, kernel, mode=mode, boundary=boundary, fill_value=fill, dtype="float64", **select_engine(engine)
     ).output
     np.testing.assert_allclose(output, reference.correlate(image, kernel, mode, boundary, fill), rtol=1e-12, atol=1e-12)
 
@@ -90,7 +90,7 @@ def test_kernels_larger_than_the_image_and_one_pixel_images(
     mode_and_boundary=st.sampled_from(MODES_AND_BOUNDARIES),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_plane_of_a_batch_is_correlated_alike(
+def test_every_plane_of_a_batch_is_correlated(
     batch: list[int],
     size: tuple[int, int],
     kernel_size: tuple[int, int],
@@ -117,22 +117,22 @@ def test_convolve_flips_the_kernel(mode: Mode, rng: np.random.Generator) -> None
     np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
 
 
-def random_image(rng: np.random.Generator) -> reference.Floats:
+def draw_random_image(rng: np.random.Generator) -> reference.Floats:
     return rng.normal(size=(64, 80))
 
 
-def sixteen_bit_image(rng: np.random.Generator) -> reference.Floats:
+def draw_16_bit_image(rng: np.random.Generator) -> reference.Floats:
     return np.floor(rng.uniform(0, 65536, size=(64, 80)))
 
 
-def smooth_image(rng: np.random.Generator) -> reference.Floats:
+def draw_smooth_image(rng: np.random.Generator) -> reference.Floats:
     """Values up to 65535, neighbours that hardly differ: a difference kernel leaves little of them."""
     rows, columns = np.mgrid[0:64, 0:80]
     image: reference.Floats = np.floor(65535 * (rows + columns) / 142 + rng.uniform(0, 2, size=(64, 80)))
     return image
 
 
-def flat_with_a_step(rng: np.random.Generator) -> reference.Floats:
+def draw_step_image(rng: np.random.Generator) -> reference.Floats:
     del rng
     image = np.full((64, 80), 60000.0)
     image[:, 40:] += 1
@@ -140,7 +140,7 @@ def flat_with_a_step(rng: np.random.Generator) -> reference.Floats:
 
 
 PRECISE_KERNELS = ["sobel_x", "box(5)", "laplacian", "log(1.5)", "log(3.0)", "motion(9, 30)", "gaussian(2.0)", "random"]
-FULL_RANK = {"laplacian", "motion(9, 30)", "random"}
+FULL_RANK_KERNELS = {"laplacian", "motion(9, 30)", "random"}
 
 
 @pytest.mark.parametrize(
@@ -149,11 +149,11 @@ FULL_RANK = {"laplacian", "motion(9, 30)", "random"}
         (engine, name)
         for engine in ENGINES
         for name in PRECISE_KERNELS
-        if engine != "separable" or name not in FULL_RANK
+        if engine != "separable" or name not in FULL_RANK_KERNELS
     ],
 )
-@pytest.mark.parametrize("image_of", [random_image, sixteen_bit_image, smooth_image, flat_with_a_step])
-def test_float32_keeps_to_the_precision_contract(
+@pytest.mark.parametrize("image_of", [draw_random_image, draw_16_bit_image, draw_smooth_image, draw_step_image])
+def test_float32_meets_the_precision_contract(
     image_of: Callable[[np.random.Generator], reference.Floats],
     kernel_name: str,
     engine: str,
@@ -162,20 +162,20 @@ def test_float32_keeps_to_the_precision_contract(
     image = image_of(rng).astype(np.float32).astype(np.float64)
     kernel = rng.normal(size=(15, 15)) if kernel_name == "random" else core.named_kernel(kernel_name)
     kernel = kernel.astype(np.float32).astype(np.float64)
-    result = correlate(image, kernel, **only(engine))
-    case = contract.Case(
+    result = correlate(image, kernel, **select_engine(engine))
+    case = precision_contract.Case(
         result.engine,
         "float32",
         image.astype(np.float32)[None, None],
         kernel.astype(np.float32)[None, None],
     )
-    assert contract.fault(case, np.asarray(result.array)[None, None]) is None
+    assert precision_contract.find_violation(case, np.asarray(result.array)[None, None]) is None
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_output_is_not_finite_exactly_where_the_direct_sum_is_not(
+def test_output_is_nonfinite_exactly_where_the_direct_sum_is(
     value: float, dtype: core.Dtype, engine: str, rng: np.random.Generator
 ) -> None:
     image = rng.normal(size=(40, 48))
@@ -184,7 +184,7 @@ def test_an_output_is_not_finite_exactly_where_the_direct_sum_is_not(
         kernel = np.outer([1.0, 0.0, -2.0], [0.0, 1.0, 0.0])
     image[14, 24] = value
     image[33, 2] = np.nan
-    output = correlate(image, kernel, mode="same", dtype=dtype, **only(engine)).output.numpy()
+    output = correlate(image, kernel, mode="same", dtype=dtype, **select_engine(engine)).output.numpy()
     with np.errstate(invalid="ignore"):
         expected = reference.correlate(image, kernel, "same")
     np.testing.assert_array_equal(np.isfinite(output), np.isfinite(expected))
@@ -194,24 +194,28 @@ def test_an_output_is_not_finite_exactly_where_the_direct_sum_is_not(
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_values_near_the_largest_do_not_overflow_on_the_way(engine: str, dtype: core.Dtype) -> None:
+def test_values_near_the_maximum_do_not_overflow(engine: str, dtype: core.Dtype) -> None:
     largest = float(torch.finfo(torch.float32 if dtype == "float32" else torch.float64).max)
     image = np.full((40, 48), largest / 8)
     image[:, ::2] *= -1
-    output = correlate(image, [[0.5, 0.5]] * 6, dtype=dtype, **only(engine)).output
+    output = correlate(image, [[0.5, 0.5]] * 6, dtype=dtype, **select_engine(engine)).output
     assert output.abs().max() <= 1e-6 * largest
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", [(700, 300), (130, 900)])
 @pytest.mark.parametrize(("mode", "boundary"), [("valid", "zeros"), ("same", "reflect"), ("full", "constant")])
-def test_large_planes_whose_borders_are_computed_apart(
+def test_large_planes_with_separate_borders(
     engine: str, size: tuple[int, int], mode: Mode, boundary: Boundary, rng: np.random.Generator
 ) -> None:
-    image, kernel = rng.normal(size=size), kernel_for(engine, (12, 9), rng)
+    image, kernel = rng.normal(size=size), draw_kernel(engine, (12, 9), rng)
     fill = 2.0 if boundary == "constant" else 0.0
-    output = correlate(image, kernel, mode=mode, boundary=boundary, fill_value=fill, dtype="float64", **only(engine))
-    expected = reference.valid_by_windows(reference.padded(image, kernel.shape, mode, boundary, fill), kernel)
+    output = correlate(
+        image, kernel, mode=mode, boundary=boundary, fill_value=fill, dtype="float64", **select_engine(engine)
+    )
+    expected = reference.correlate_valid_by_windows(
+        reference.pad_for_mode(image, kernel.shape, mode, boundary, fill), kernel
+    )
     np.testing.assert_allclose(output.output, expected, rtol=1e-10, atol=1e-11)
 
 
@@ -225,51 +229,51 @@ def test_small_and_narrow_outputs_of_large_kernels(
     kernel = rng.normal(size=kernel_size)
     tolerance = 1e-5 if dtype == "float32" else 1e-13
     for engine in ("stencil", "auto"):
-        output = correlate(image, kernel, dtype=dtype, **only(engine)).output
+        output = correlate(image, kernel, dtype=dtype, **select_engine(engine)).output
         for plane, expected in zip(output, image, strict=True):
-            exact = reference.valid_by_windows(expected, kernel)
+            exact = reference.correlate_valid_by_windows(expected, kernel)
             np.testing.assert_allclose(plane, exact, atol=tolerance * np.abs(kernel).sum())
 
 
-def test_integers_are_converted_as_torch_converts_them() -> None:
+def test_integers_are_converted_like_torch() -> None:
     image = np.array([[2**24 + 1, 2**53 + 1], [-(2**63), 2**63 - 1]])
     identity = correlate(image, [[1]]).output
     assert torch.equal(identity, torch.from_numpy(image).to(torch.float32))
 
 
 @pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="needs numbers wider than float64")
-def test_numbers_wider_than_float64_are_rounded_once() -> None:
+def test_wider_than_float64_is_rounded_once() -> None:
     above = np.array([[np.longdouble(16777217) + np.longdouble(2) ** -38]])
     assert correlate(above, [[1]]).output.tolist() == [[16777218]]
     assert correlate([[1]], above).output.tolist() == [[16777218]]
 
 
-def test_an_integer_fill_value_is_rounded_once() -> None:
+def test_integer_fill_value_is_rounded_once() -> None:
     for fill in (2**54 + 2**30, 2**54 + 2**30 + 1):
         output = correlate([[0]], [[1, 0]], mode="full", boundary="constant", fill_value=fill).output
         assert output[0, 0] == torch.tensor([fill]).to(torch.float32)[0]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", ">f4", ">i2", "float16", "<f8"])
-def test_every_plain_dtype_and_byte_order_is_taken(dtype: str) -> None:
+def test_every_plain_dtype_and_byte_order_is_accepted(dtype: str) -> None:
     image = np.arange(12).reshape(3, 4).astype(dtype)
     assert correlate(image, "box(1)", dtype="float64").output.tolist() == np.arange(12.0).reshape(3, 4).tolist()
 
 
-def test_views_with_negative_strides_and_read_only_arrays_are_taken() -> None:
+def test_negative_strides_and_read_only_arrays_are_accepted() -> None:
     image = np.arange(12.0).reshape(3, 4)
     image.flags.writeable = False
     assert correlate(image[::-1, ::-1], "identity").output.tolist() == image[::-1, ::-1].tolist()
 
 
-def test_the_input_is_left_alone() -> None:
+def test_input_is_not_modified() -> None:
     image = torch.arange(12.0).reshape(3, 4)
     output = correlate(image, "identity").output
     output += 1
     assert image.tolist() == torch.arange(12.0).reshape(3, 4).tolist()
 
 
-def test_sobel_edges_of_a_real_picture_are_scipys() -> None:
+def test_sobel_edges_of_a_photograph_match_scipy() -> None:
     picture = np.asarray(Image.open(CAMERA)).astype(np.float64)
     edges = correlate(picture, "sobel_x", mode="same", boundary="symmetric", dtype="float64").output.numpy()
     assert np.abs(edges - scipy.ndimage.sobel(picture, axis=1, mode="reflect")).max() <= 1e-3 * 255
@@ -278,23 +282,25 @@ def test_sobel_edges_of_a_real_picture_are_scipys() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_threads_share_the_engines(engine: str, rng: np.random.Generator) -> None:
     images = rng.normal(size=(32, 44, 54))
-    kernel = kernel_for(engine, (7, 5), rng)
+    kernel = draw_kernel(engine, (7, 5), rng)
     with ThreadPoolExecutor(8) as pool:
-        outputs = list(pool.map(lambda image: correlate(image, kernel, dtype="float64", **only(engine)).output, images))
+        outputs = list(
+            pool.map(lambda image: correlate(image, kernel, dtype="float64", **select_engine(engine)).output, images)
+        )
     for image, output in zip(images, outputs, strict=True):
-        np.testing.assert_allclose(output, reference.valid_by_windows(image, kernel), rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(output, reference.correlate_valid_by_windows(image, kernel), rtol=1e-11, atol=1e-11)
 
 
 # Not torch_fft: the transforms of torch's library differ in their last bits with the number of threads.
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "torch_fft"])
 def test_results_do_not_depend_on_the_number_of_threads(engine: str, rng: np.random.Generator) -> None:
-    image, kernel = rng.normal(size=(331, 333)), kernel_for(engine, (27, 17), rng)
+    image, kernel = rng.normal(size=(331, 333)), draw_kernel(engine, (27, 17), rng)
     threads = torch.get_num_threads()
     try:
         outputs = []
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            outputs.append(correlate(image, kernel, machine=core.Machine(number), **only(engine)).output)
+            outputs.append(correlate(image, kernel, machine=core.Machine(number), **select_engine(engine)).output)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outputs[0], outputs[1])
@@ -339,7 +345,7 @@ def test_results_do_not_depend_on_the_number_of_threads(engine: str, rng: np.ran
         ({"input": [[1]], "kernel": [[1]], "device": "cuda:99"}, core.DeviceUnavailable, "it has: "),
     ],
 )
-def test_what_cannot_be_done_is_refused_with_a_reason(
+def test_invalid_calls_are_rejected_with_a_reason(
     arguments: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -347,7 +353,7 @@ def test_what_cannot_be_done_is_refused_with_a_reason(
     assert message in str(caught.value)
 
 
-def test_a_problem_over_the_limits_is_refused_before_anything_is_allocated() -> None:
+def test_problem_over_the_limits_allocates_nothing() -> None:
     limits = core.Limits(megabytes=1, gflop=0.001)
     with pytest.raises(core.TooLarge, match="MB of memory; at most 1 MB") as caught:
         correlate(np.ones((400, 400)), "box(3)", limits=limits)
@@ -359,7 +365,7 @@ def test_a_problem_over_the_limits_is_refused_before_anything_is_allocated() -> 
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float16, np.float32])
-def test_what_a_call_would_cost_is_told_from_its_shapes(dtype: Any) -> None:
+def test_cost_is_predicted_from_shapes(dtype: Any) -> None:
     image = np.broadcast_to(np.zeros((), dtype), (50_000, 50_000))
     cost = core.cost_of(correlate, input=image, kernel="box(3)")
     assert cost.megabytes > 2 * 4 * 50_000**2 / 1e6
@@ -369,7 +375,7 @@ def test_what_a_call_would_cost_is_told_from_its_shapes(dtype: Any) -> None:
         core.cost_of(correlate, input=image[:2], kernel="box(3)")
 
 
-def test_what_a_layer_and_a_fit_would_cost() -> None:
+def test_cost_of_a_layer_and_a_fit() -> None:
     image = np.zeros((64, 64))
     assert core.cost_of(core.conv2d, input=image, weight=np.zeros((8, 1, 3, 3))).gflop > 0
     few, many = (

@@ -19,7 +19,7 @@ from tests import reference
 PROBLEM = Problem(batch=1, channels=1, height=8, width=8, filters=1, kernel_height=3, kernel_width=3)
 
 
-def choose(method: core.Method = "auto", **engines: SimpleNamespace) -> core.Choice:
+def choose_engine(method: core.Method = "auto", **engines: SimpleNamespace) -> core.Choice:
     """The choice among engines made up for it, not remembered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("core.engines.ENGINES", engines)
@@ -27,26 +27,26 @@ def choose(method: core.Method = "auto", **engines: SimpleNamespace) -> core.Cho
     return choice
 
 
-def engine(method: str, seconds: float, obstacle: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(METHOD=method, seconds=lambda *_: seconds, obstacle=lambda _: obstacle)
+def fake_engine(method: str, seconds: float, unsupported_reason: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(METHOD=method, seconds=lambda *_: seconds, unsupported_reason=lambda _: unsupported_reason)
 
 
-def test_the_engine_with_the_least_predicted_time_is_chosen() -> None:
-    choice = choose(slow=engine("direct", 2.0), fast=engine("fft", 1.0))
+def test_engine_with_least_predicted_time_is_chosen() -> None:
+    choice = choose_engine(slow=fake_engine("direct", 2.0), fast=fake_engine("fft", 1.0))
     assert (choice.engine, choice.seconds, choice.unsupported) == ("fast", 1.0, {})
     assert choice.predictions == {"slow": 2.0, "fast": 1.0}
 
 
-def test_an_engine_that_cannot_is_passed_over_with_its_reason() -> None:
-    choice = choose(slow=engine("direct", 2.0), fast=engine("fft", 1.0, "rank too high"))
+def test_unsupported_engine_is_skipped_with_its_reason() -> None:
+    choice = choose_engine(slow=fake_engine("direct", 2.0), fast=fake_engine("fft", 1.0, "rank too high"))
     assert (choice.engine, choice.unsupported) == ("slow", {"fast": "rank too high"})
 
 
-def test_a_method_leaves_only_its_own_engines() -> None:
-    engines = {"slow": engine("direct", 2.0), "fast": engine("fft", 1.0)}
-    assert choose("direct", **engines).engine == "slow"
+def test_method_restricts_the_engines() -> None:
+    engines = {"slow": fake_engine("direct", 2.0), "fast": fake_engine("fft", 1.0)}
+    assert choose_engine("direct", **engines).engine == "slow"
     with pytest.raises(MethodUnavailable, match=r"slow works by direct; fast works by fft") as caught:
-        choose("separable", **engines)
+        choose_engine("separable", **engines)
     assert caught.value.limit == "auto, direct, fft"
 
 
@@ -58,27 +58,27 @@ def test_every_engine_predicts_more_time_for_more_work() -> None:
         assert 0 < candidate.seconds(small, machine) < candidate.seconds(larger, machine)
 
 
-def test_the_same_problem_and_machine_get_the_same_choice_and_more_threads_no_longer_time() -> None:
+def test_choice_is_deterministic_and_threads_never_slow_it() -> None:
     problem = replace(PROBLEM, height=1000, width=1000, kernel_height=9, kernel_width=9)
     one, four = core.Machine(1), core.Machine(4)
     assert core.choose(problem, "auto", one) == core.choose(replace(problem), "auto", one)
     assert core.choose(problem, "auto", four).seconds < core.choose(problem, "auto", one).seconds
 
 
-def test_a_process_that_runs_once_does_not_compile_for_a_small_image() -> None:
+def test_single_run_process_does_not_compile_for_small_images() -> None:
     problem = replace(PROBLEM, height=64, width=64)
     assert core.choose(problem, "auto", core.Machine(2)).engine == "stencil"
-    assert core.choose(problem, "auto", core.Machine(2, compiling=1.0)).engine == "torch"
+    assert core.choose(problem, "auto", core.Machine(2, compile_seconds=1.0)).engine == "torch"
 
 
-def test_the_machines_speeds_are_measured() -> None:
+def test_machine_speeds_are_measured() -> None:
     machine = core.measure_machine(core.Machine(2))
     assert machine.threads == 2
     assert 1e9 < machine.flops < 1e13
     assert 1e8 < machine.bandwidth < 1e12
 
 
-def test_a_low_rank_is_found_where_it_pays_and_only_there(rng: np.random.Generator) -> None:
+def test_low_rank_is_searched_only_where_it_pays(rng: np.random.Generator) -> None:
     image, gaussian = rng.normal(size=(500, 500)), core.named_kernel("gaussian(3.0)")
     assert core.correlate(image, gaussian).engine == "separable"
     assert core.correlate(image, rng.normal(size=gaussian.shape)).engine != "separable"
@@ -87,7 +87,7 @@ def test_a_low_rank_is_found_where_it_pays_and_only_there(rng: np.random.Generat
         core.correlate(image, rng.normal(size=(9, 9)), method="separable")
 
 
-def factors_of(kernel: NDArray[Any]) -> separable.Factors:
+def factorize(kernel: NDArray[Any]) -> separable.Factors:
     factors = separable.find_factors(kernel[None, None], 4)
     assert factors is not None
     return factors
@@ -95,12 +95,12 @@ def factors_of(kernel: NDArray[Any]) -> separable.Factors:
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_kernels_of_every_low_rank_are_factored_to_their_own_precision(
+def test_low_rank_factors_keep_full_precision(
     rank: int, dtype: type[np.floating[Any]], rng: np.random.Generator
 ) -> None:
     kernel: NDArray[Any] = (rng.normal(size=(11, rank)) @ rng.normal(size=(rank, 9))).astype(dtype)
-    factors = factors_of(kernel)
-    columns, rows, total, left = factors.columns, factors.rows, factors.total, factors.left
+    factors = factorize(kernel)
+    columns, rows, total, left = factors.columns, factors.rows, factors.total, factors.residual
     assert total >= float(np.abs(kernel).sum()) * (1 - 1e-6)
     assert columns.shape == (rank, 11)
     assert (np.abs(columns).sum(1) <= 1).all()
@@ -110,33 +110,35 @@ def test_kernels_of_every_low_rank_are_factored_to_their_own_precision(
 
 def test_integers_of_rank_one_have_integer_factors() -> None:
     kernel = np.outer([3, 6, 9], [-2, 0, 2]).astype(np.float32)
-    _, columns, rows, *_ = factors_of(kernel)
+    _, columns, rows, *_ = factorize(kernel)
     assert (columns.T @ rows == kernel).all()
     # They are divided and multiplied by a power of two.
     assert (np.abs(64 * columns) == [[6, 12, 18]]).all()
     assert (np.abs(rows) == [[64, 0, 64]]).all()
 
 
-def test_a_kernel_of_zeros_has_rank_one_and_one_that_is_not_finite_none() -> None:
-    assert len(factors_of(np.zeros((3, 3))).rows) == 1
+def test_zero_kernel_has_rank_one_and_nonfinite_none() -> None:
+    assert len(factorize(np.zeros((3, 3))).rows) == 1
     for infinite in (np.nan, np.inf):
         kernel = np.ones((3, 3))
         kernel[1, 2] = infinite
         assert separable.find_factors(kernel[None, None], 4) is None
 
 
-def test_without_halide_the_others_serve(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    monkeypatch.setattr("core.engines.jit.obstacle_of_platform", lambda: "needs Halide, which is not installed")
-    core.prepare()
+def test_other_engines_work_without_halide(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    monkeypatch.setattr(
+        "core.engines.halide_jit.platform_unsupported_reason", lambda: "needs Halide, which is not installed"
+    )
+    core.warm_up()
     # Sizes that no other test has: what is remembered about problems knows nothing of the patch.
     image, kernel = rng.normal(size=(331, 77)), rng.normal(size=(3, 3))
     result = core.correlate(image, kernel, dtype="float64")
     assert result.engine in ("torch", "torch_fft")
     assert "needs Halide" in result.choice.unsupported["stencil"]
-    np.testing.assert_allclose(result.output, reference.valid_by_windows(image, kernel), atol=1e-12)
+    np.testing.assert_allclose(result.output, reference.correlate_valid_by_windows(image, kernel), atol=1e-12)
 
 
-def test_explain_shows_every_engine_and_what_is_in_the_way() -> None:
+def test_explain_lists_every_engine_and_its_unsupported_reason() -> None:
     problem = core.Problem(1, 1, 90, 90, 1, 5, 5, rank=1)
     candidates = {entry.engine: entry for entry in core.explain(problem, machine=core.Machine(1))}
     assert set(candidates) == set(ENGINES)
@@ -147,11 +149,11 @@ def test_explain_shows_every_engine_and_what_is_in_the_way() -> None:
         assert entry.predicted_seconds is not None
         assert entry.measured_seconds is not None
     strided = {entry.engine: entry for entry in core.explain(replace(problem, stride=(2, 2)), measure=False)}
-    assert strided["torch_fft"].obstacle == "works without stride or dilation"
+    assert strided["torch_fft"].unsupported_reason == "works without stride or dilation"
     assert strided["stencil"].measured_seconds is None
 
 
-def test_no_more_threads_than_the_process_may_use() -> None:
+def test_threads_are_capped_at_the_process_limit() -> None:
     script = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -183,7 +185,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / ima
 
 
 @pytest.mark.parametrize("method", sorted({engine.METHOD for engine in ENGINES.values()}))
-def test_the_result_says_which_engine_ran_and_where(method: core.Method) -> None:
+def test_result_reports_engine_and_device(method: core.Method) -> None:
     result = core.correlate(torch.ones(40, 40), "box(3)", method=method, device="cpu")
     assert result.predicted_seconds > 0
     assert result.seconds > 0

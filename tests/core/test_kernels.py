@@ -12,25 +12,25 @@ SUMS = {"identity": 1, "box": 1, "gaussian": 1, "sharpen": 1, "emboss": 1, "moti
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_kernel_keeps_brightness_or_answers_nothing_on_a_flat_image(name: str) -> None:
+def test_kernels_keep_or_remove_constant_brightness(name: str) -> None:
     assert named_kernel(KERNELS[name].example).sum() == pytest.approx(SUMS.get(name, 0), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_example_is_the_family_it_stands_for(name: str) -> None:
+def test_examples_are_valid_names_of_their_family(name: str) -> None:
     assert KERNELS[name].example.startswith(name)
     assert KERNELS[name].signature.startswith(name)
     assert named_kernel(f"  {KERNELS[name].example} ").ndim == 2
 
 
 @pytest.mark.parametrize(("name", "axis"), [("x", 1), ("y", 0)])
-def test_derivatives_are_scipys(name: str, axis: int) -> None:
+def test_derivatives_match_scipy(name: str, axis: int) -> None:
     for family, filtered in (("sobel", scipy.ndimage.sobel), ("prewitt", scipy.ndimage.prewitt)):
         kernel = named_kernel(f"{family}_{name}")
         np.testing.assert_array_equal(scipy.ndimage.correlate(IMPULSE, kernel), filtered(IMPULSE, axis))
 
 
-def test_a_derivative_is_positive_where_the_picture_gets_brighter() -> None:
+def test_derivative_is_positive_towards_brighter_pixels() -> None:
     ramp = np.tile(np.arange(9.0), (9, 1))
     for name in ("sobel", "prewitt", "scharr"):
         assert (core.correlate(ramp, f"{name}_x").output > 0).all()
@@ -40,25 +40,25 @@ def test_a_derivative_is_positive_where_the_picture_gets_brighter() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1, 2.0, 3.3])
-def test_gaussian_is_scipys(sigma: float) -> None:
+def test_gaussian_matches_scipy(sigma: float) -> None:
     expected = scipy.ndimage.gaussian_filter(IMPULSE, sigma)
     np.testing.assert_allclose(
         scipy.ndimage.correlate(IMPULSE, named_kernel(f"gaussian({sigma})")), expected, atol=1e-16
     )
 
 
-def test_gaussian_takes_its_size() -> None:
+def test_gaussian_accepts_a_size() -> None:
     assert named_kernel("gaussian(1.5, 4)").shape == (4, 4)
     np.testing.assert_allclose(named_kernel("gaussian(1, 2)"), 0.25)
     np.testing.assert_allclose(named_kernel("gaussian(0.001, 2)"), 0.25)
 
 
-def test_laplacian_is_scipys() -> None:
+def test_laplacian_matches_scipy() -> None:
     kernel = named_kernel("laplacian")
     np.testing.assert_array_equal(scipy.ndimage.correlate(IMPULSE, kernel), scipy.ndimage.laplace(IMPULSE))
 
 
-def test_log_is_near_scipys_and_nothing_on_a_flat_image() -> None:
+def test_log_approximates_scipy_and_sums_to_zero() -> None:
     kernel = named_kernel("log(2)")
     expected = scipy.ndimage.gaussian_laplace(IMPULSE, 2)[12:29, 12:29]
     assert np.abs(kernel - expected).max() < 0.03 * np.abs(expected).max()
@@ -101,7 +101,7 @@ def test_motion_is_a_line_of_its_length_and_angle() -> None:
         ("__import__('os')", "is not a named kernel"),
     ],
 )
-def test_a_name_that_names_nothing_is_refused_with_a_hint(text: str, message: str) -> None:
+def test_unknown_name_is_rejected_with_a_suggestion(text: str, message: str) -> None:
     with pytest.raises(core.UnknownKernel) as caught:
         named_kernel(text)
     assert message in str(caught.value)

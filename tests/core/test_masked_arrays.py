@@ -23,7 +23,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "initial_kernel of fit_kernel": lambda array: core.fit_kernel(IMAGE, IMAGE[1:, 1:], initial_kernel=array(KERNEL)),
 }
 
-FORMS: dict[str, Callable[[np.ndarray[Any, Any]], object]] = {
+MASKED_ARRAYS: dict[str, Callable[[np.ndarray[Any, Any]], object]] = {
     "one element masked": lambda array: np.ma.array(array, mask=np.arange(array.size).reshape(array.shape) == 0),
     "no element masked": np.ma.array,
     "float32": lambda array: np.ma.array(array.astype(np.float32), mask=array == array.max()),
@@ -35,11 +35,11 @@ FORMS: dict[str, Callable[[np.ndarray[Any, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", MASKED_ARRAYS)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_masked_array_is_rejected(call: str, form: str) -> None:
     with pytest.raises(core.InvalidNumbers) as caught:
-        CALLS[call](FORMS[form])
+        CALLS[call](MASKED_ARRAYS[form])
     field = call.split(maxsplit=1)[0]
     assert caught.value.field == field
     assert caught.value.message == (
@@ -50,7 +50,7 @@ def test_a_masked_array_is_rejected(call: str, form: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_filled_masked_array_is_accepted(call: str) -> None:
-    assert CALLS[call](lambda array: FORMS["one element masked"](array).filled(0)) is not None  # type: ignore[attr-defined]
+    assert CALLS[call](lambda array: MASKED_ARRAYS["one element masked"](array).filled(0)) is not None  # type: ignore[attr-defined]
 
 
 def test_a_large_masked_array_is_rejected() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core import Boundary, Mode, Operation, correlate
-from tests.reference import NUMPY_PAD
+from tests.reference import NUMPY_PAD_MODES
 
 SCIPY_BOUNDARIES: dict[Boundary, dict[str, Any]] = {
     "zeros": {"boundary": "fill"},
@@ -21,16 +21,16 @@ SCIPY_BOUNDARIES: dict[Boundary, dict[str, Any]] = {
 }
 
 
-def integers(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float64]:
+def draw_integers(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float64]:
     """Numbers whose sums are exact, so that one pixel of displacement cannot pass for rounding."""
     return rng.integers(-9, 10, shape).astype(np.float64)
 
 
-def fill_of(boundary: Boundary) -> float:
+def get_fill_value(boundary: Boundary) -> float:
     return 1.5 if boundary == "constant" else 0.0
 
 
-def by_direct_sums(
+def correlate_directly(
     image: NDArray[np.float64], kernel: NDArray[np.float64], mode: Mode, boundary: Boundary, operation: Operation
 ) -> Tensor:
     return correlate(
@@ -38,20 +38,20 @@ def by_direct_sums(
         kernel,
         mode=mode,
         boundary=boundary,
-        fill_value=fill_of(boundary),
+        fill_value=get_fill_value(boundary),
         operation=operation,
         method="direct",
         dtype="float64",
     ).output
 
 
-def full_by_scipy(
+def correlate_full_with_scipy(
     image: NDArray[np.float64], kernel: NDArray[np.float64], boundary: Boundary, operation: Operation
 ) -> NDArray[np.float64]:
     """Pad by numpy, then take the valid part."""
     h, w = kernel.shape
-    options = {"constant_values": fill_of(boundary)} if boundary in ("zeros", "constant") else {}
-    padded = np.pad(image, ((h - 1, h - 1), (w - 1, w - 1)), NUMPY_PAD[boundary], **options)  # type: ignore[call-overload]
+    options = {"constant_values": get_fill_value(boundary)} if boundary in ("zeros", "constant") else {}
+    padded = np.pad(image, ((h - 1, h - 1), (w - 1, w - 1)), NUMPY_PAD_MODES[boundary], **options)  # type: ignore[call-overload]
     slide = scipy.signal.convolve2d if operation == "convolve" else scipy.signal.correlate2d
     full: NDArray[np.float64] = slide(padded, kernel, mode="valid")
     return full
@@ -65,12 +65,12 @@ def full_by_scipy(
     kernel_size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_each_operation_is_its_namesake_in_scipy(
+def test_operations_match_scipy_functions_of_the_same_name(
     mode: Any, boundary: Boundary, operation: Operation, size: tuple[int, int], kernel_size: tuple[int, int], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    image, kernel = integers(rng, size), integers(rng, kernel_size)
-    output = by_direct_sums(image, kernel, mode, boundary, operation)
+    image, kernel = draw_integers(rng, size), draw_integers(rng, kernel_size)
+    output = correlate_directly(image, kernel, mode, boundary, operation)
     namesake = scipy.signal.convolve2d if operation == "convolve" else scipy.signal.correlate2d
     expected = namesake(image, kernel, mode=mode, **SCIPY_BOUNDARIES[boundary])
     np.testing.assert_array_equal(output, expected)
@@ -83,15 +83,15 @@ def test_each_operation_is_its_namesake_in_scipy(
     kernel_size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_same_is_a_part_of_full(
+def test_same_is_a_crop_of_full(
     boundary: Boundary, operation: Operation, size: tuple[int, int], kernel_size: tuple[int, int], seed: int
 ) -> None:
     """The part begins at (size - 1) // 2 of `convolve`, and at size // 2 of `correlate`."""
     rng = np.random.default_rng(seed)
-    image, kernel = integers(rng, size), integers(rng, kernel_size)
-    output = by_direct_sums(image, kernel, "same", boundary, operation)
+    image, kernel = draw_integers(rng, size), draw_integers(rng, kernel_size)
+    output = correlate_directly(image, kernel, "same", boundary, operation)
     top, left = ((side - 1) // 2 if operation == "convolve" else side // 2 for side in kernel_size)
-    full = full_by_scipy(image, kernel, boundary, operation)
+    full = correlate_full_with_scipy(image, kernel, boundary, operation)
     np.testing.assert_array_equal(output, full[top : top + size[0], left : left + size[1]])
 
 

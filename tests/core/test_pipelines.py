@@ -19,13 +19,13 @@ import pytest
 from numpy.typing import NDArray
 
 import core
-from core.engines import block_fft, column_fft, fourier, implicit_gemm, jit, pipelines, separable, stencil
-from core.engines.pipelines import Argument, Built, Pipeline
+from core.engines import block_fft, column_fft, halide_jit, implicit_gemm, pipelines, separable, stencil, stockham
+from core.engines.pipelines import Argument, ObjectFile, Pipeline
 
-pytestmark = pytest.mark.skipif(jit.obstacle_of_platform() is not None, reason="Halide is not installed")
+pytestmark = pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed")
 
 
-folder_for_pipelines: Callable[[], Path | None] = inspect.unwrap(pipelines.cache_folder)
+find_cache_folder: Callable[[], Path | None] = inspect.unwrap(pipelines.cache_folder)
 """Looked for anew at each call."""
 
 
@@ -35,24 +35,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(home))
-        patch.setattr(pipelines, "cache_folder", folder_for_pipelines)
-        child = pipelines._Child()
-        patch.setattr(pipelines, "_child", child)
+        patch.setattr(pipelines, "cache_folder", find_cache_folder)
+        child = pipelines._CompilerProcess()
+        patch.setattr(pipelines, "_compiler", child)
         yield home / "corr2d"
         child.close()
 
 
-def rows_pipeline() -> Pipeline:
+def load_rows_pipeline() -> Pipeline:
     """The pipeline of short rows of float64, which this returns anew, from the cache or the compiler, each time."""
-    pipelines._linked.pop(name_of_rows(), None)
-    return pipelines.compiled(inspect.unwrap(stencil._rows))("float64")
+    pipelines._linked_pipelines.pop(build_rows_name(), None)
+    return pipelines.cached_pipeline(inspect.unwrap(stencil._rows_pipeline))("float64")
 
 
-def name_of_rows() -> str:
-    return pipelines.build_name("core.engines.stencil", "_rows", ("float64",))
+def build_rows_name() -> str:
+    return pipelines.pipeline_name("core.engines.stencil", "_rows_pipeline", ("float64",))
 
 
-def correlated(pipeline: Pipeline) -> NDArray[np.float64]:
+def run_pipeline(pipeline: Pipeline) -> NDArray[np.float64]:
     images, kernel = np.arange(64.0).reshape(1, 1, 2, 32), np.array([[[[1.0, -1.0]]]])
     output = np.empty((1, 1, 2, 31))
     pipeline(images, kernel, output)
@@ -60,7 +60,7 @@ def correlated(pipeline: Pipeline) -> NDArray[np.float64]:
     return plane
 
 
-def longest_pause(work: Callable[[], object]) -> tuple[float, float]:
+def measure_thread_pause(work: Callable[[], object]) -> tuple[float, float]:
     """The longest time for which another thread of this process did not run during the work, and the work's own."""
     over = threading.Event()
     pauses: list[float] = []
@@ -88,96 +88,100 @@ def longest_pause(work: Callable[[], object]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_computation_lets_other_threads_run(dtype: core.Dtype) -> None:
+def test_computation_does_not_block_other_threads(dtype: core.Dtype) -> None:
     image, kernel = np.ones((2500, 2500), dtype), np.ones((15, 15), dtype)
     machine = core.Machine(1)
     core.correlate(image[:100], kernel, method="direct", dtype=dtype, machine=machine)
     pauses = [
-        longest_pause(lambda: core.correlate(image, kernel, method="direct", dtype=dtype, machine=machine))
+        measure_thread_pause(lambda: core.correlate(image, kernel, method="direct", dtype=dtype, machine=machine))
         for _ in range(3)
     ]
     # A call that held the lock would be one pause as long as itself.
     assert min(pause / seconds for pause, seconds in pauses) < 0.5
 
 
-def test_compiling_lets_other_threads_run(folder: Path) -> None:
+def test_compilation_does_not_block_other_threads(folder: Path) -> None:
     for path in folder.glob("p*"):
         path.unlink()
-    pause, seconds = longest_pause(lambda: pipelines.compiled(inspect.unwrap(stencil._depthwise))("float64"))
+    pause, seconds = measure_thread_pause(
+        lambda: pipelines.cached_pipeline(inspect.unwrap(stencil._depthwise_pipeline))("float64")
+    )
     assert seconds > 0.2
     assert pause < 0.5 * seconds
-    name = pipelines.build_name("core.engines.stencil", "_depthwise", ("float64",))
+    name = pipelines.pipeline_name("core.engines.stencil", "_depthwise_pipeline", ("float64",))
     assert [path.name for path in folder.glob("p*")] == [name]
 
 
-def test_what_was_compiled_is_kept_and_read_by_the_next_process(folder: Path) -> None:
-    expected = correlated(rows_pipeline())
+def test_compiled_pipeline_is_reused_by_the_next_process(folder: Path) -> None:
+    expected = run_pipeline(load_rows_pipeline())
     command = "import sys; from core.engines import pipelines, stencil; import numpy as np\n"
     command += "pipelines._start_child = lambda: sys.exit('it compiles again')\n"
     command += "images, output = np.arange(64.0).reshape(1, 1, 2, 32), np.empty((1, 1, 2, 31))\n"
-    command += "stencil._rows('float64')(images, np.array([[[[1.0, -1.0]]]]), output); print(output.tolist())\n"
+    command += (
+        "stencil._rows_pipeline('float64')(images, np.array([[[[1.0, -1.0]]]]), output); print(output.tolist())\n"
+    )
     kept = {path.name for path in folder.glob("p*")}
     # Halide's runtime, which this process had already, is compiled by neither.
-    runtime = pipelines.build_name(*pipelines.RUNTIME)
-    pipelines.keep(runtime, pipelines._child.build(*pipelines.RUNTIME))
+    runtime = pipelines.pipeline_name(*pipelines.HALIDE_RUNTIME_KEY)
+    pipelines.write_cached(runtime, pipelines._compiler.build(*pipelines.HALIDE_RUNTIME_KEY))
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == str([[expected.tolist()]])
     assert {path.name for path in folder.glob("p*")} == kept | {runtime}
 
 
-def test_a_damaged_file_is_compiled_anew(folder: Path) -> None:
-    name = name_of_rows()
-    rows_pipeline()
+def test_damaged_file_is_recompiled(folder: Path) -> None:
+    name = build_rows_name()
+    load_rows_pipeline()
     good = (folder / name).read_bytes()
     for damaged in (b"", b"nothing of the kind", b"\n\n", good[:-1], good[:200] + b"x" + good[201:]):
         (folder / name).write_bytes(damaged)
-        assert pipelines.read_kept(name) is None
-    pipelines._child.build("core.engines.stencil", "_rows", ("float64",))
-    assert pipelines.read_kept(name) is not None
+        assert pipelines.read_cached(name) is None
+    pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float64",))
+    assert pipelines.read_cached(name) is not None
 
 
-def test_without_a_folder_to_write_to_each_process_compiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_compiles_without_a_writable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del folder
-    child = pipelines._Child()
-    monkeypatch.setattr(pipelines, "_child", child)
+    child = pipelines._CompilerProcess()
+    monkeypatch.setattr(pipelines, "_compiler", child)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/proc/nowhere")
     assert pipelines.cache_folder() is None
-    built = child.build("core.engines.stencil", "_rows", ("float64",))
+    built = child.build("core.engines.stencil", "_rows_pipeline", ("float64",))
     assert [argument.dimensions for argument in built.arguments] == [4, 4, 4]
     child.close()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders have no such owners here")
-def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_writable_by_others_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    assert folder_for_pipelines() == tmp_path / "home" / "corr2d"
+    assert find_cache_folder() == tmp_path / "home" / "corr2d"
     (tmp_path / "home" / "corr2d").chmod(0o777)
-    spare = folder_for_pipelines()
+    spare = find_cache_folder()
     assert spare is not None
     assert spare.parent == tmp_path / "tmp"
     spare.chmod(0o777)
-    assert folder_for_pipelines() is None
+    assert find_cache_folder() is None
     spare.rmdir()
     spare.symlink_to(tmp_path)
-    assert folder_for_pipelines() is None
+    assert find_cache_folder() is None
 
 
 def test_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path
     monkeypatch.setattr(pipelines, "cache_folder", lambda: folder)
-    for name, days in (("pold", 2 * pipelines.KEPT_DAYS), ("pnew", 0)):
+    for name, days in (("pold", 2 * pipelines.CACHE_MAX_AGE_DAYS), ("pnew", 0)):
         (folder / name).write_bytes(b"")
         then = time.time() - 86_400 * days
         os.utime(folder / name, (then, then))
-    pipelines.remove_old()
+    pipelines.prune_cache()
     assert [path.name for path in folder.iterdir()] == ["pnew"]
 
 
 def test_arrays_of_another_type_or_rank_are_rejected() -> None:
-    pipeline = stencil._rows("float64")
+    pipeline = stencil._rows_pipeline("float64")
     images, kernel, output = np.zeros((1, 1, 2, 32)), np.zeros((1, 1, 1, 2)), np.empty((1, 1, 2, 31))
     for wrong in (
         (images.astype(np.float32), kernel, output),
@@ -190,9 +194,9 @@ def test_arrays_of_another_type_or_rank_are_rejected() -> None:
         pipeline(images[:, :, :1], kernel, output)  # it would read past its input
 
 
-def test_a_thread_that_must_not_wait_compiles_nothing(folder: Path) -> None:
+def test_nonblocking_thread_does_not_compile(folder: Path) -> None:
     del folder
-    pipeline = pipelines.compiled(inspect.unwrap(stencil._values))
+    pipeline = pipelines.cached_pipeline(inspect.unwrap(stencil._values_pipeline))
     with pipelines.compiled_only(), pytest.raises(core.NotCompiled):
         pipeline("float64")
     made = pipeline("float64")
@@ -201,28 +205,28 @@ def test_a_thread_that_must_not_wait_compiles_nothing(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
-def test_a_child_process_that_dies_is_replaced(folder: Path) -> None:
+def test_crashed_child_process_is_replaced(folder: Path) -> None:
     del folder
-    pipelines._child.build("core.engines.stencil", "_rows", ("float32",))
-    process = pipelines._child._process
+    pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
+    process = pipelines._compiler._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert pipelines._child.build("core.engines.stencil", "_rows", ("float32",)).code
+    assert pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no alarms")
-def test_an_idle_child_process_ends_and_the_next_is_started(folder: Path) -> None:
+def test_idle_child_process_exits_and_the_next_is_started(folder: Path) -> None:
     del folder
-    pipelines._child.build("core.engines.stencil", "_rows", ("float32",))
-    process = pipelines._child._process
+    pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
+    process = pipelines._compiler._process
     assert process is not None
     os.kill(process.pid, signal.SIGALRM)  # as after IDLE_S
     assert process.wait(20) == 0
-    assert pipelines._child.build("core.engines.stencil", "_rows", ("float32",)).code
+    assert pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
 
 
-def test_the_child_process_ends_with_its_parent(tmp_path: Path) -> None:
+def test_child_process_ends_with_its_parent(tmp_path: Path) -> None:
     command = "import os; from core.engines import pipelines\n"
     command += "pipelines._child.build('core.engines.stencil', '_rows', ('float32',))\n"
     command += "print(pipelines._child._process.pid, flush=True); os.kill(os.getpid(), 9)"
@@ -235,51 +239,53 @@ def test_the_child_process_ends_with_its_parent(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
-KEYS: dict[Any, list[tuple[object, ...]]] = {
-    stencil._tiles: [(...,)],
-    stencil._tall_tiles: [(...,)],
-    stencil._rows: [(...,)],
-    stencil._values: [(...,)],
-    stencil._depthwise: [(...,)],
-    stencil._filters: [(...,)],
-    stencil._strided: [(...,)],
-    implicit_gemm._wide: [(..., *tile) for tile in implicit_gemm.TILES],
-    implicit_gemm._narrow: [(..., *tile) for tile in implicit_gemm.TILES],
-    implicit_gemm._phases: [(...,)],
-    separable._passes: [(...,)],
-    separable._cross: [()],
-    column_fft._pipeline: [(length, vectors, ...) for length in column_fft.RADICES for vectors in column_fft.TILES],
-    block_fft._pipeline: [(block, ...) for block in block_fft.BLOCKS],
-    block_fft._spectrum: [(block, ...) for block in block_fft.BLOCKS],
-    fourier._survey: [(...,)],
+PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
+    stencil._tiles_pipeline: [(...,)],
+    stencil._tall_tiles_pipeline: [(...,)],
+    stencil._rows_pipeline: [(...,)],
+    stencil._values_pipeline: [(...,)],
+    stencil._depthwise_pipeline: [(...,)],
+    stencil._layer_pipeline: [(...,)],
+    stencil._strided_pipeline: [(...,)],
+    implicit_gemm._rows_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
+    implicit_gemm._bands_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
+    implicit_gemm._polyphase_pipeline: [(...,)],
+    separable._passes_pipeline: [(...,)],
+    separable._cross_approximation_pipeline: [()],
+    column_fft._strip_pipeline: [
+        (length, vectors, ...) for length in column_fft.TRANSFORM_RADICES for vectors in column_fft.PRODUCT_TILES
+    ],
+    block_fft._block_pipeline: [(block, ...) for block in block_fft.FFT_BLOCKS],
+    block_fft._kernel_spectrum_pipeline: [(block, ...) for block in block_fft.FFT_BLOCKS],
+    stockham._stats_pipeline: [(...,)],
 }
 """All that is compiled, with its arguments; the type stands where the dots are."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("pipeline", KEYS, ids=lambda pipeline: f"{pipeline.__module__}.{pipeline.__name__}")
+@pytest.mark.parametrize("pipeline", PIPELINE_KEYS, ids=lambda pipeline: f"{pipeline.__module__}.{pipeline.__name__}")
 def test_every_pipeline_can_be_scheduled(pipeline: Any, dtype: str) -> None:
     # In this process and without compiling: that is done in another one, or has been done by an earlier run.
-    for key in KEYS[pipeline]:
+    for key in PIPELINE_KEYS[pipeline]:
         scheduled, inputs = inspect.unwrap(pipeline)(*(dtype if part is ... else part for part in key))
         assert scheduled.outputs() if hasattr(scheduled, "outputs") else scheduled.defined()
         assert inputs
 
 
-def test_the_table_of_pipelines_is_complete() -> None:
-    modules = Path(jit.__file__).parent.glob("*.py")
-    assert sum(module.read_text().count("\n@jit.compiled\n") for module in modules) == len(KEYS)
+def test_pipeline_table_is_complete() -> None:
+    modules = Path(halide_jit.__file__).parent.glob("*.py")
+    assert sum(module.read_text().count("\n@halide_jit.cached_pipeline\n") for module in modules) == len(PIPELINE_KEYS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
-def test_pipelines_can_be_linked_however_far_apart_memory_is() -> None:
+def test_pipelines_link_at_any_memory_distance() -> None:
     script = """
 import ctypes, numpy as np
 from core.engines import stencil
 map_memory = ctypes.CDLL(None).mmap
 map_memory.restype = ctypes.c_void_p
 map_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-for make in (stencil._tiles, stencil._tall_tiles, stencil._rows, stencil._values):
+for make in (stencil._tiles_pipeline, stencil._tall_tiles_pipeline, stencil._rows_pipeline, stencil._values_pipeline):
     for dtype in ("float32", "float64"):
         # Private, anonymous, without a reserve: only addresses are taken, more than a 32-bit offset reaches.
         for _ in range(2):
@@ -298,7 +304,7 @@ def test_objects_link_whatever_the_size_of_their_data() -> None:
     # data almost fill their pages.
     script = """
 import llvmlite.binding as llvm
-from core.engines.pipelines import Built, _link
+from core.engines.pipelines import ObjectFile, _link_pipeline
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic")
@@ -318,30 +324,30 @@ calls:
     text += "".join(f"declare void @{name}()\\n" for name in names.split())
     module = llvm.parse_assembly(text)
     module.triple = llvm.get_process_triple()
-    _link(f"data_{size}", Built([], machine.emit_object(module)))()
+    _link_pipeline(f"data_{size}", ObjectFile([], machine.emit_object(module)))()
 print("linked")
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "linked\n"), run.stderr
 
 
-def test_where_the_child_process_cannot_compile_this_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> Built:
+def test_process_compiles_itself_if_the_child_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> ObjectFile:
         raise RuntimeError("Unable to create temp directory")
 
     monkeypatch.setattr(pipelines, "cache_folder", lambda: None)
-    monkeypatch.setattr(pipelines._child, "build", fail)
-    assert (correlated(rows_pipeline()) == -1).all()
+    monkeypatch.setattr(pipelines._compiler, "build", fail)
+    assert (run_pipeline(load_rows_pipeline()) == -1).all()
 
 
-def test_what_cannot_be_compiled_raises_the_compilers_words() -> None:
+def test_compile_error_contains_the_compiler_message() -> None:
     with pytest.raises(RuntimeError, match="no_such_pipeline"):
-        pipelines._child.build("core.engines.stencil", "no_such_pipeline", ())
+        pipelines._compiler.build("core.engines.stencil", "no_such_pipeline", ())
 
 
-def test_what_is_kept_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_pipeline_is_restored_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipelines, "cache_folder", lambda: tmp_path)
-    built = Built([Argument("float32", 4), Argument("int32", None)], b"\x7fELF\n\n\x00code")
-    pipelines.keep("pname", built)
-    assert pipelines.read_kept("pname") == built
-    assert pipelines.read_kept("pother") is None
+    built = ObjectFile([Argument("float32", 4), Argument("int32", None)], b"\x7fELF\n\n\x00code")
+    pipelines.write_cached("pname", built)
+    assert pipelines.read_cached("pname") == built
+    assert pipelines.read_cached("pother") is None

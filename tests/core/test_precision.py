@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 import core
 from core import ENGINES, Dtype, MethodUnavailable
 from core.engines import precision, separable
-from tests import contract, reference
+from tests import precision_contract, reference
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
 METHODS: dict[str, core.Method] = {"direct": "direct", "fft": "fft", "separable": "separable"}
@@ -18,21 +18,25 @@ METHODS: dict[str, core.Method] = {"direct": "direct", "fft": "fft", "separable"
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_keeps_to_the_contract(engine: str, dtype: Dtype) -> None:
+def test_every_engine_meets_the_contract(engine: str, dtype: Dtype) -> None:
     # 60 problems; 2000 of each with HYPOTHESIS_PROFILE=thorough.
     computed = 0
     for number in range(hypothesis.settings().max_examples):
-        case = contract.drawn(np.random.default_rng([number, 16]), engine, dtype)
+        case = precision_contract.draw_case(np.random.default_rng([number, 16]), engine, dtype)
         try:
             result = core.conv2d(**case.arguments)
         except MethodUnavailable:
             continue
         computed += 1
-        assert contract.fault(case, np.asarray(result.array)) is None, (number, case.kinds, case.options)
+        assert precision_contract.find_violation(case, np.asarray(result.array)) is None, (
+            number,
+            case.kinds,
+            case.options,
+        )
     assert computed > 40
 
 
-def every(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -> dict[str, NDArray[Any]]:
+def run_every_engine(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -> dict[str, NDArray[Any]]:
     """The output by each engine that can."""
     outputs = {}
     for name, engine in ENGINES.items():
@@ -45,59 +49,59 @@ def every(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -
     return outputs
 
 
-def require(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -> None:
+def assert_contract(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -> None:
     """Each engine's output keeps to the contract."""
-    for name, output in every(image, kernel, dtype).items():
-        case = contract.Case(name, dtype, image.astype(dtype)[None, None], kernel.astype(dtype)[None, None])
-        assert contract.fault(case, output[None, None]) is None, name
+    for name, output in run_every_engine(image, kernel, dtype).items():
+        case = precision_contract.Case(name, dtype, image.astype(dtype)[None, None], kernel.astype(dtype)[None, None])
+        assert precision_contract.find_violation(case, output[None, None]) is None, name
 
 
-def test_small_taps_beside_a_large_one_count(rng: np.random.Generator) -> None:
+def test_small_taps_next_to_a_large_one_count(rng: np.random.Generator) -> None:
     kernel = np.full((31, 31), 4e-7)
     kernel[5, 7] = 1
-    require(rng.random((64, 64)), kernel)
+    assert_contract(rng.random((64, 64)), kernel)
     kernel = np.ones((9, 9))
     kernel[3, 0] = 1e12
     image = rng.normal(size=(40, 40))
     image[:, :32] = 0
-    require(image, kernel)
+    assert_contract(image, kernel)
 
 
-def test_nothing_typical_is_subtracted_before_plain_sums(rng: np.random.Generator) -> None:
+def test_plain_sums_subtract_no_mean(rng: np.random.Generator) -> None:
     rows, columns = np.indices((80, 80))
     hill = 1e6 * (1 - np.exp(-((rows - 40) ** 2 + (columns - 40) ** 2) / 38.0**2)) + 0.1
     hill = hill.astype(np.float32)
     kernel = np.zeros((7, 7))
     kernel[3, 3:5] = -1, 1
     difference = hill[3:-3, 4:-2] - hill[3:-3, 3:-3]
-    assert (every(hill, kernel)["stencil"] == difference).all()
+    assert (run_every_engine(hill, kernel)["stencil"] == difference).all()
     columns_of_100_000 = np.sign(rng.normal(size=(1, 90))) * 1e5 + rng.normal(size=(80, 90))
-    require(columns_of_100_000, np.ones((9, 8)))
+    assert_contract(columns_of_100_000, np.ones((9, 8)))
     identity = np.zeros((7, 7))
     identity[3, 3] = 1
     beside = np.full((30, 30), 0.0012346, np.float32)
     beside[::2] = 1000
-    for name, output in every(beside, identity).items():
+    for name, output in run_every_engine(beside, identity).items():
         assert name in ("column_fft", "block_fft", "torch_fft") or (output == beside[3:-3, 3:-3]).all(), name
 
 
-def test_nothing_overflows_or_underflows_on_the_way(rng: np.random.Generator) -> None:
+def test_intermediate_values_do_not_overflow_or_underflow(rng: np.random.Generator) -> None:
     zeros_and_one = np.zeros((40, 40))
     zeros_and_one[10, 10] = 1e29
-    for name, output in every(zeros_and_one, np.full((7, 7), 1e12)).items():
+    for name, output in run_every_engine(zeros_and_one, np.full((7, 7), 1e12)).items():
         assert (output[4:11, 4:11] == np.inf).all(), name
         output[4:11, 4:11] = 0
         # Transforms may be off by 1e-6 of 1e41, the largest output without the limits of float32.
         assert np.abs(output).max() <= (1e30 if ENGINES[name].METHOD == "fft" else 0), name
-    require(rng.normal(size=(50, 50)) * 1e-40, rng.normal(size=(9, 9)))
-    require(rng.normal(size=(50, 50)) * 1e-310, rng.normal(size=(9, 9)), "float64")
+    assert_contract(rng.normal(size=(50, 50)) * 1e-40, rng.normal(size=(9, 9)))
+    assert_contract(rng.normal(size=(50, 50)) * 1e-310, rng.normal(size=(9, 9)), "float64")
     images = (rng.normal(size=(2, 8, 60, 60)) * 1e36).astype(np.float32)
     weight = (rng.normal(size=(8, 8, 33, 33)) * 1e-8).astype(np.float32)
-    case = contract.Case("torch_fft", "float32", images, weight)
-    assert contract.fault(case, np.asarray(core.conv2d(**case.arguments).array)) is None
+    case = precision_contract.Case("torch_fft", "float32", images, weight)
+    assert precision_contract.find_violation(case, np.asarray(core.conv2d(**case.arguments).array)) is None
 
 
-def kinds(values: NDArray[Any]) -> NDArray[Any]:
+def classify_values(values: NDArray[Any]) -> NDArray[Any]:
     """0 for a finite number, 1 and -1 for infinities, 2 for NaN."""
     return np.where(np.isnan(values), 2, np.where(np.isinf(values), np.sign(values), 0))
 
@@ -105,49 +109,47 @@ def kinds(values: NDArray[Any]) -> NDArray[Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [(0, 0), (40, 40), (60, 20), (79, 79), (20, 60), (39, 41)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_pixel_that_is_not_finite_spoils_only_what_reads_it(
+def test_nonfinite_pixel_affects_only_its_outputs(
     dtype: Dtype, place: tuple[int, int], value: float, rng: np.random.Generator
 ) -> None:
     image = rng.normal(size=(80, 80))
     image[place] = value
     for kernel in (rng.normal(size=(7, 7)), rng.normal(size=(9, 2)) @ rng.normal(size=(2, 9)), np.ones((3, 5))):
         with np.errstate(invalid="ignore"):
-            expected = reference.valid_by_windows(image, kernel)
-        for name, output in every(image, kernel, dtype).items():
-            np.testing.assert_array_equal(kinds(output), kinds(expected), name)
+            expected = reference.correlate_valid_by_windows(image, kernel)
+        for name, output in run_every_engine(image, kernel, dtype).items():
+            np.testing.assert_array_equal(classify_values(output), classify_values(expected), name)
             off = np.abs(
                 np.where(np.isfinite(expected), output - np.where(np.isfinite(expected), expected, 0), 0)
             ).max()
             assert off < (1e-4 if dtype == "float32" else 1e-12), name
 
 
-def test_integers_come_out_as_integers(rng: np.random.Generator) -> None:
+def test_integers_give_integers(rng: np.random.Generator) -> None:
     image, kernel = rng.integers(0, 256, (90, 90)), rng.integers(0, 6, (25, 25))
     for dtype in DTYPES:
-        for name, output in every(image, kernel, dtype).items():
-            np.testing.assert_array_equal(output, reference.valid_by_windows(image, kernel), name)
+        for name, output in run_every_engine(image, kernel, dtype).items():
+            np.testing.assert_array_equal(output, reference.correlate_valid_by_windows(image, kernel), name)
             assert not np.signbit(output).any(), name
 
 
-def test_sparse_images_and_unlike_values(rng: np.random.Generator) -> None:
+def test_sparse_images_and_mixed_scales(rng: np.random.Generator) -> None:
     stars = (rng.random((80, 80)) < 0.002) * rng.random((80, 80)) * 1e3
     kernel = rng.normal(size=(21, 21))
-    require(stars, kernel - kernel[::-1, ::-1])
-    require((-1.0) ** np.indices((80, 80)).sum(0), core.named_kernel("gaussian(2.0)"))
+    assert_contract(stars, kernel - kernel[::-1, ::-1])
+    assert_contract((-1.0) ** np.indices((80, 80)).sum(0), core.named_kernel("gaussian(2.0)"))
     step = np.ones((110, 110))
     step[:, :55] = -1
-    require(np.where(rng.random((160, 160)) < 0.01, 0, 0.7), step)
+    assert_contract(np.where(rng.random((160, 160)) < 0.01, 0, 0.7), step)
     unmet = np.zeros((60, 60))
     unmet[0, 59] = 1e6
     small = np.zeros((16, 3))
     small[4, 1] = 1
-    require(unmet, small)
+    assert_contract(unmet, small)
 
 
 @pytest.mark.parametrize("scales", [(1, 65535), (1, 1e9)])
-def test_an_image_does_not_depend_on_the_others_of_its_batch(
-    scales: tuple[float, float], rng: np.random.Generator
-) -> None:
+def test_image_does_not_depend_on_others_in_its_batch(scales: tuple[float, float], rng: np.random.Generator) -> None:
     images = (rng.random((2, 1, 70, 70)) * np.reshape(scales, (2, 1, 1, 1))).astype(np.float32)
     weight = rng.normal(size=(2, 1, 25, 25)).astype(np.float32)
     alone = [
@@ -156,31 +158,34 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(
     together = np.asarray(core.conv2d(images, weight, method="fft", engines=("torch_fft",)).array)
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-6 * float(np.abs(one).max()))
-    case = contract.Case("torch_fft", "float32", images, weight)
-    assert contract.fault(case, together) is None
+    case = precision_contract.Case("torch_fft", "float32", images, weight)
+    assert precision_contract.find_violation(case, together) is None
 
 
-def test_a_band_does_not_depend_on_the_others_of_its_image(rng: np.random.Generator) -> None:
+def test_band_does_not_depend_on_others_of_its_image(rng: np.random.Generator) -> None:
     images = (rng.random((1, 3, 80, 80)) * np.reshape([1, 300, 101325], (3, 1, 1))).astype(np.float32)
     weight = rng.normal(size=(3, 1, 31, 31)).astype(np.float32)
-    case = contract.Case("torch_fft", "float32", images, weight, {"groups": 3, "padding": (0, 0, 0, 0)})
-    assert contract.fault(case, np.asarray(core.conv2d(**case.arguments).array)) is None
+    case = precision_contract.Case("torch_fft", "float32", images, weight, {"groups": 3, "padding": (0, 0, 0, 0)})
+    assert precision_contract.find_violation(case, np.asarray(core.conv2d(**case.arguments).array)) is None
 
 
 @pytest.mark.skipif(np.finfo(np.longdouble).eps == np.finfo(np.float64).eps, reason="long double is no longer here")
-def test_where_float64_does_not_do_long_double_does(rng: np.random.Generator) -> None:
+def test_long_double_is_used_if_float64_is_not_enough(rng: np.random.Generator) -> None:
     for side in (9, 40):
         image, kernel = rng.normal(size=(80, 80)), rng.random((side, side)) * 1e-7
         kernel[0, 0] = 1
         # Only the smallest taps meet the largest pixel.
         image[0, 79] = 1e5
-        oracle = reference.valid_by_windows(image.astype(np.longdouble), kernel.astype(np.longdouble))
-        for wide in (precision.by_numpy(image, kernel, np.longdouble), precision.most_precisely(image, kernel)):
+        oracle = reference.correlate_valid_by_windows(image.astype(np.longdouble), kernel.astype(np.longdouble))
+        for wide in (
+            precision.correlate_with_numpy_fft(image, kernel, np.longdouble),
+            precision.correlate_most_precisely(image, kernel),
+        ):
             assert np.abs(wide - oracle).max() < 1e-13
-        require(image, kernel, "float64")
+        assert_contract(image, kernel, "float64")
 
 
-def test_a_named_kernel_has_a_rank(rng: np.random.Generator) -> None:
+def test_named_kernel_has_a_rank(rng: np.random.Generator) -> None:
     image = rng.normal(size=(300, 300))
     for name, family in core.KERNELS.items():
         kernel = core.named_kernel(family.example)
@@ -191,7 +196,7 @@ def test_a_named_kernel_has_a_rank(rng: np.random.Generator) -> None:
     assert "separable" in core.correlate(image, "gaussian(0.3)").choice.predictions
 
 
-def test_an_error_bound_is_above_the_error(rng: np.random.Generator) -> None:
+def test_error_bound_is_above_the_error(rng: np.random.Generator) -> None:
     image = rng.normal(size=(90, 90)) * 1000
     for engine in ENGINES:
         for kernel in (rng.normal(size=(15, 15)), np.outer(*rng.normal(size=(2, 15)))):
@@ -200,7 +205,7 @@ def test_an_error_bound_is_above_the_error(rng: np.random.Generator) -> None:
                 result = bounded(input=image, kernel=kernel, method=ENGINES[engine].METHOD, engines=(engine,))
             except MethodUnavailable:
                 continue
-            oracle = reference.valid_by_windows(
+            oracle = reference.correlate_valid_by_windows(
                 *(values.astype(np.float32).astype(float) for values in (image, kernel))
             )
             error = float(np.abs(np.asarray(result.array) - oracle).max())
@@ -215,7 +220,7 @@ def test_an_error_bound_is_above_the_error(rng: np.random.Generator) -> None:
     assert 1e-11 < layer.error_bound < 1e-6
 
 
-def test_the_arithmetic_of_the_chosen_engine_is_what_is_limited() -> None:
+def test_cost_counts_the_arithmetic_of_the_chosen_engine() -> None:
     photo = np.zeros((3000, 4000), np.uint8)
     cost = core.cost_of(core.correlate, input=photo, kernel="gaussian(8.0)", mode="same")
     assert cost.engine == "separable"

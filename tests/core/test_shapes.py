@@ -3,7 +3,7 @@ import pytest
 from core.shapes import Mode, Operation, Problem, Sides, mode_padding, same_padding
 
 
-def test_the_cost_of_a_problem_is_counted_by_hand() -> None:
+def test_cost_matches_a_manual_count() -> None:
     problem = Problem(
         batch=2,
         channels=4,
@@ -20,7 +20,7 @@ def test_the_cost_of_a_problem_is_counted_by_hand() -> None:
     assert problem.padded_size == (11, 16)
     assert problem.output_size == (5, 8)  # rows (11 - 3) // 2 + 1, columns 16 - (2 * 4 + 1) + 1
     assert problem.operations == 2 * (2 * 6 * 5 * 8) * (2 * 3 * 5)
-    assert problem.bytes == 4 * (2 * 4 * 10 * 12 + 6 * 2 * 3 * 5 + 2 * 6 * 5 * 8)
+    assert problem.total_bytes == 4 * (2 * 4 * 10 * 12 + 6 * 2 * 3 * 5 + 2 * 6 * 5 * 8)
     assert problem.padded_bytes == 4 * 2 * 4 * 11 * 16
 
 
@@ -35,7 +35,7 @@ def test_the_cost_of_a_problem_is_counted_by_hand() -> None:
         ("full", "convolve", (3, 3, 1, 1)),
     ],
 )
-def test_a_mode_is_a_padding(mode: Mode, operation: Operation, sides: Sides) -> None:
+def test_mode_is_converted_to_padding(mode: Mode, operation: Operation, sides: Sides) -> None:
     assert mode_padding(mode, operation, (4, 2)) == sides
 
 

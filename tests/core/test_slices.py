@@ -14,13 +14,13 @@ MACHINE = core.Machine(2)
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Slices for problems of any size; plans that were made before know nothing of them."""
-    monkeypatch.setattr(slices, "SLICE_SECONDS", 1e-9)
-    core.engines._planned.cache_clear()  # noqa: SLF001 - has no public name
+    monkeypatch.setattr(slices, "TARGET_SLICE_S", 1e-9)
+    core.engines._make_plan.cache_clear()  # noqa: SLF001 - has no public name
     yield
-    core.engines._planned.cache_clear()  # noqa: SLF001 - has no public name
+    core.engines._make_plan.cache_clear()  # noqa: SLF001 - has no public name
 
 
-def draw(rng: np.random.Generator) -> dict[str, Any]:
+def draw_layer(rng: np.random.Generator) -> dict[str, Any]:
     """A layer that has something to cut along every axis."""
     groups = int(rng.choice([1, 1, 2, 4]))
     h, w = rng.integers(1, 6, size=2)
@@ -48,7 +48,7 @@ def test_slices_give_the_same_output(engine: str, seed: int, small_slices: None)
         calls += 1
 
     for _ in range(4):
-        options = draw(rng)
+        options = draw_layer(rng)
         filters, h, w = options.pop("weight_shape")
         images, groups = options.pop("input"), options["groups"]
         if engine in ("torch_fft", "column_fft", "block_fft", "separable"):
@@ -73,7 +73,7 @@ def test_slices_give_the_same_output(engine: str, seed: int, small_slices: None)
 
 @pytest.mark.parametrize("boundary", ["zeros", "constant", "replicate", "reflect", "symmetric", "circular"])
 @pytest.mark.parametrize("kernel_size", [(3, 3), (41, 90)])
-def test_slices_read_the_border_of_the_whole(
+def test_slices_read_the_border_of_the_whole_image(
     boundary: core.Boundary, kernel_size: tuple[int, int], small_slices: None, rng: np.random.Generator
 ) -> None:
     image, kernel = rng.normal(size=(40, 60)), rng.normal(size=kernel_size)
@@ -81,25 +81,25 @@ def test_slices_read_the_border_of_the_whole(
     if boundary == "constant":
         options["fill_value"] = 3.5
     sliced = core.correlate(image, kernel, engines=("implicit_gemm",), **options).array
-    core.engines._planned.cache_clear()  # noqa: SLF001 - has no public name
+    core.engines._make_plan.cache_clear()  # noqa: SLF001 - has no public name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "SLICE_SECONDS", 1e9)
+        patch.setattr(slices, "TARGET_SLICE_S", 1e9)
         whole = core.correlate(image, kernel, engines=("implicit_gemm",), **options).array
     np.testing.assert_allclose(np.asarray(sliced), np.asarray(whole), rtol=1e-12, atol=1e-12)
 
 
 def test_slices_bound_the_memory_of_the_estimate() -> None:
     problem = Problem(8, 64, 400, 400, 64, 3, 3, padding=(1, 1, 1, 1))
-    cost = limits._estimate(problem, "direct", MACHINE, ("torch",))  # noqa: SLF001 - arrays would be large
-    assert cost.megabytes < problem.bytes / 1e6 + 300
+    cost = limits._estimate_cost(problem, "direct", MACHINE, ("torch",))  # noqa: SLF001 - arrays would be large
+    assert cost.megabytes < problem.total_bytes / 1e6 + 300
     assert cost.result_megabytes == problem.output_bytes / 1e6
     assert cost.engine == "torch"
 
 
-def test_what_the_calling_thread_may_compute_is_a_limit() -> None:
+def test_calling_thread_limit_applies() -> None:
     image = np.ones((40, 40))
-    core.correlate(image, "box(3)", limits=core.Limits(engines=core.IN_CALLING_THREAD))
+    core.correlate(image, "box(3)", limits=core.Limits(engines=core.CALLING_THREAD_ENGINES))
     with pytest.raises(core.TooLarge, match="engine torch_fft") as caught:
-        core.correlate(image, "box(3)", engines=("torch_fft",), limits=core.Limits(engines=core.IN_CALLING_THREAD))
+        core.correlate(image, "box(3)", engines=("torch_fft",), limits=core.Limits(engines=core.CALLING_THREAD_ENGINES))
     assert caught.value.quantity == "engine"
     assert caught.value.cost.engine == "torch_fft"

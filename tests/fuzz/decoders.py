@@ -27,83 +27,83 @@ except ImportError:
     )
 
 # Numba compiles that one from its bytecode, which must be as it was written.
-with atheris.instrument_imports(include=["service.codecs"], exclude=["service.codecs.json_arrays"]):
+with atheris.instrument_imports(include=["service.codecs"], exclude=["service.codecs.json_scanner"]):
     from service.codecs import content_coding
     from service.errors import ServiceError
-    from tests.fuzz import repairs
-    from tests.service.codecs.files import FILES, assert_sound
-    from tests.service.codecs.reading import assert_read_as_by_orjson
+    from tests.fuzz import checksums
+    from tests.service.codecs.json_oracle import assert_matches_orjson
+    from tests.service.codecs.valid_files import VALID_FILES, assert_valid_arrays
 
-LIMIT = 1_000_000
-MAX_LENGTH = 8192
-SECONDS_AN_INPUT = 5
+DECODE_LIMIT_BYTES = 1_000_000
+MAX_INPUT_BYTES = 8192
+SECONDS_PER_INPUT = 5
 MEMORY_MB = 1024
 """Of the whole process. Its imports alone, numpy and what decodes JSON, are a quarter of it."""
 
-Check = Callable[[bytes], None]
+InputCheck = Callable[[bytes], None]
 
 
 @dataclass(frozen=True)
-class Format:
+class FuzzTarget:
     """What must be true of any bytes, valid files to begin from, and how a mutated one gets past its checksums."""
 
-    check: Check
+    check: InputCheck
     seeds: Sequence[bytes]
     repair: Callable[[bytes], bytes] = bytes
 
 
-def sound(decode: Callable[[bytes, int], object]) -> Check:
+def build_decoder_check(decode: Callable[[bytes, int], object]) -> InputCheck:
     def check(content: bytes) -> None:
         decoded: object = {}
         refusal = "a sentence"
         try:
-            decoded = decode(content, LIMIT)
+            decoded = decode(content, DECODE_LIMIT_BYTES)
         except ServiceError as error:
             refusal = error.detail
-        assert_sound(decoded, LIMIT)
+        assert_valid_arrays(decoded, DECODE_LIMIT_BYTES)
         assert 0 < len(refusal) < 1000, refusal
 
     return check
 
 
-def of(name: str, repair: Callable[[bytes], bytes] = bytes) -> Format:
+def create_target(name: str, repair: Callable[[bytes], bytes] = bytes) -> FuzzTarget:
     """The format whose files are called so, all of which have one decoder."""
-    files = [file for kind, file in FILES.items() if name in kind.split()]
-    return Format(sound(files[0][0]), [content for _, content in files], repair)
+    files = [file for kind, file in VALID_FILES.items() if name in kind.split()]
+    return FuzzTarget(build_decoder_check(files[0][0]), [content for _, content in files], repair)
 
 
-def coding(name: str, seed: bytes) -> Format:
+def create_coding_target(name: str, seed: bytes) -> FuzzTarget:
     """A content coding, which decodes to bytes within the limit."""
 
     def check(content: bytes) -> None:
         with suppress(ServiceError):
-            assert len(content_coding.decode(name, content, LIMIT)) <= LIMIT
+            assert len(content_coding.decode(name, content, DECODE_LIMIT_BYTES)) <= DECODE_LIMIT_BYTES
 
-    return Format(check, [seed])
+    return FuzzTarget(check, [seed])
 
 
-TEXTS = (
+JSON_SEEDS = (
     b'{"input": [[1, 2.5e1, -3], [4, 5, 0.25]], "kernel": [[1, 0.1234567890123456789]], "mode": "same"}',
     b'{"pairs": [{"X": [[[1]]], "Y": [[1e-3]]}], "stride": [1, 2], "bias": true, "seed": null}',
     b'{"input": {"shape": [2, 3], "dtype": "float32", "data": "' + b"A" * 140 + b'"}, "kernel": "gaussian(2.0)"}',
 )
 
-FORMATS: Mapping[str, Format] = {
-    "npy": of("npy", repairs.npy),
-    "npz": of("npz", repairs.npz),
-    "safetensors": of("safetensors", repairs.safetensors),
-    "png": of("png", repairs.png),
-    "jpeg": of("jpeg"),
-    "json": Format(assert_read_as_by_orjson, TEXTS),
-    "gzip": coding("gzip", gzip.compress(TEXTS[0])),
-    "deflate": coding("deflate", zlib.compress(TEXTS[0])),
-    "zstd": coding("zstd", zstd.compress(TEXTS[0])),
+TARGETS: Mapping[str, FuzzTarget] = {
+    "npy": create_target("npy", checksums.repair_npy),
+    "npz": create_target("npz", checksums.repair_npz),
+    "safetensors": create_target("safetensors", checksums.repair_safetensors),
+    "png": create_target("png", checksums.repair_png),
+    "jpeg": create_target("jpeg"),
+    "json": FuzzTarget(assert_matches_orjson, JSON_SEEDS),
+    "gzip": create_coding_target("gzip", gzip.compress(JSON_SEEDS[0])),
+    "deflate": create_coding_target("deflate", zlib.compress(JSON_SEEDS[0])),
+    "zstd": create_coding_target("zstd", zstd.compress(JSON_SEEDS[0])),
 }
 
 
 def fuzz(name: str, seconds: int, corpus: Path, findings: Path) -> None:
     """Mutate what is in the corpus until the time is over or something is found; does not return."""
-    chosen = FORMATS[name]
+    chosen = TARGETS[name]
     for number, seed in enumerate(chosen.seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
 
@@ -121,8 +121,8 @@ def fuzz(name: str, seconds: int, corpus: Path, findings: Path) -> None:
     sys.stderr.write(f"what is found goes to {findings}; again: python tests/fuzz/decoders.py {name} --again FILE\n")
     options = {
         "max_total_time": seconds,
-        "max_len": MAX_LENGTH,
-        "timeout": SECONDS_AN_INPUT,
+        "max_len": MAX_INPUT_BYTES,
+        "timeout": SECONDS_PER_INPUT,
         "rss_limit_mb": MEMORY_MB,
         "artifact_prefix": f"{findings}/{name}-",
         "print_final_stats": 1,
@@ -135,13 +135,13 @@ def fuzz(name: str, seconds: int, corpus: Path, findings: Path) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("format", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, help="a folder of inputs to begin from, and to keep new ones in")
     parser.add_argument("--again", type=Path, metavar="FILE", help="check the bytes of one file, and nothing else")
     arguments = parser.parse_args()
     if arguments.again:
-        FORMATS[arguments.format].check(arguments.again.read_bytes())
+        TARGETS[arguments.format].check(arguments.again.read_bytes())
         return
     findings = Path(tempfile.mkdtemp(prefix="corr2d-fuzz-"))
     corpus = arguments.corpus or findings / "corpus"

@@ -6,31 +6,31 @@ from structlog.testing import LogCapture
 
 from service.app import create_app
 from service.settings import Settings
-from tests.serving import Send, in_process, listening, talking_to
+from tests.servers import SendFn, open_client, serve_in_process, start_server
 
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    with listening(create_app(Settings(device="cpu"))) as address:
+    with start_server(create_app(Settings(device="cpu"))) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
-def sent_to_a_port(address: str) -> Iterator[Send]:
-    with talking_to(address) as send:
+def send_over_tcp(address: str) -> Iterator[SendFn]:
+    with open_client(address) as send:
         yield send
 
 
 @pytest.fixture(scope="session")
-def sent_in_process() -> Iterator[Send]:
-    with in_process(create_app(Settings(device="cpu"))) as send:
+def send_in_process() -> Iterator[SendFn]:
+    with serve_in_process(create_app(Settings(device="cpu"))) as send:
         yield send
 
 
 @pytest.fixture(params=["sent_in_process", "sent_to_a_port"])
-def send(request: pytest.FixtureRequest) -> Send:
+def send(request: pytest.FixtureRequest) -> SendFn:
     """One request, answered by the application in this process and by a real server."""
-    sent: Send = request.getfixturevalue(request.param)
+    sent: SendFn = request.getfixturevalue(request.param)
     return sent
 
 

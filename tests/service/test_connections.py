@@ -5,92 +5,114 @@ from itertools import pairwise
 
 import pytest
 
-from service.connections import ConnectionLimits, Mark, Phase, by_claim, expire_overdue
+from service.server.timeouts import (
+    ConnectionLimits,
+    ConnectionPhase,
+    ConnectionProgress,
+    expire_overdue,
+    sort_for_eviction,
+)
 
-LIMITS = ConnectionLimits(connections=10, idle_s=8, header_s=8, body_s=10, send_s=20)
+CONNECTION_LIMITS = ConnectionLimits(connections=10, idle_s=8, header_s=8, body_s=10, send_s=20)
 
 
 @dataclass
-class Fake:
+class FakeConnection:
     """A connection in some phase that has moved so many bytes."""
 
-    phase: Phase = Phase.SENDING
+    phase: ConnectionPhase = ConnectionPhase.SENDING
     moved: int = 0
     expired: bool = False
-    mark: Mark = field(default_factory=lambda: Mark(Phase.IDLE, 0, 8))
+    last_progress: ConnectionProgress = field(default_factory=lambda: ConnectionProgress(ConnectionPhase.IDLE, 0, 8))
 
-    def progress(self) -> tuple[Phase, int]:
+    def progress(self) -> tuple[ConnectionPhase, int]:
         return self.phase, self.moved
 
-    def expire(self, phase: Phase, seconds: float) -> None:
+    def expire(self, phase: ConnectionPhase, seconds: float) -> None:
         self.expired = True
 
 
-def seconds_until_expired(phase: Phase, bytes_each: int, every_s: float, *, is_short: bool = False) -> float | None:
+def count_seconds_until_expired(
+    phase: ConnectionPhase, bytes_each: int, every_s: float, *, is_low_on_memory: bool = False
+) -> float | None:
     """Of a connection that moves so many bytes at a time; None if it lives for ten minutes."""
-    connection = Fake(phase)
+    connection = FakeConnection(phase)
     for tick in range(2400):
         now = tick / 4
         connection.moved = bytes_each * int(now / every_s)
-        expire_overdue([connection], LIMITS, now, is_short=is_short)
+        expire_overdue([connection], CONNECTION_LIMITS, now, is_low_on_memory=is_low_on_memory)
         if connection.expired:
             return now
     return None
 
 
+@pytest.mark.robustness(79)
 @pytest.mark.parametrize(("size", "every_s"), [(16_000, 20), (1000, 1.25), (65_536, 80), (65_536, 4), (4_000_000, 60)])
-def test_79_who_takes_a_response_at_the_promised_rate_may_go_on(size: int, every_s: float) -> None:
-    assert seconds_until_expired(Phase.SENDING, size, every_s) is None
+def test_reader_at_the_minimum_rate_is_kept(size: int, every_s: float) -> None:
+    assert count_seconds_until_expired(ConnectionPhase.SENDING, size, every_s) is None
 
 
+@pytest.mark.robustness(79)
 @pytest.mark.parametrize(("size", "every_s"), [(16_000, 40), (1, 1), (65_536, 110), (10_000_000, 300)])
-def test_79_who_is_slower_than_that_is_cut_off(size: int, every_s: float) -> None:
-    assert seconds_until_expired(Phase.SENDING, size, every_s) is not None
+def test_reader_below_the_minimum_rate_is_disconnected(size: int, every_s: float) -> None:
+    assert count_seconds_until_expired(ConnectionPhase.SENDING, size, every_s) is not None
 
 
-def test_who_takes_nothing_has_the_time_of_one_lump_and_less_while_memory_is_short() -> None:
-    assert seconds_until_expired(Phase.SENDING, 0, 1) == pytest.approx(100, abs=0.5)
-    assert seconds_until_expired(Phase.SENDING, 0, 1, is_short=True) == pytest.approx(5, abs=0.5)
+def test_stalled_reader_is_dropped_sooner_if_memory_is_short() -> None:
+    assert count_seconds_until_expired(ConnectionPhase.SENDING, 0, 1) == pytest.approx(100, abs=0.5)
+    assert count_seconds_until_expired(ConnectionPhase.SENDING, 0, 1, is_low_on_memory=True) == pytest.approx(
+        5, abs=0.5
+    )
 
 
-def test_that_memory_is_short_counts_at_once() -> None:
-    connection = Fake()
-    expire_overdue([connection], LIMITS, 0)
-    expire_overdue([connection], LIMITS, 10, is_short=True)
-    expire_overdue([connection], LIMITS, 14.9, is_short=True)
+def test_memory_shortage_shortens_timeouts_at_once() -> None:
+    connection = FakeConnection()
+    expire_overdue([connection], CONNECTION_LIMITS, 0)
+    expire_overdue([connection], CONNECTION_LIMITS, 10, is_low_on_memory=True)
+    expire_overdue([connection], CONNECTION_LIMITS, 14.9, is_low_on_memory=True)
     assert not connection.expired
-    expire_overdue([connection], LIMITS, 15.1, is_short=True)
+    expire_overdue([connection], CONNECTION_LIMITS, 15.1, is_low_on_memory=True)
     assert connection.expired
 
 
 @pytest.mark.parametrize(("size", "every_s"), [(16_000, 10), (1600, 1), (100_000, 10)])
-def test_a_body_that_comes_at_the_promised_rate_may_go_on(size: int, every_s: float) -> None:
-    assert seconds_until_expired(Phase.BODY, size, every_s) is None
+def test_body_at_the_minimum_rate_is_kept(size: int, every_s: float) -> None:
+    assert count_seconds_until_expired(ConnectionPhase.BODY, size, every_s) is None
 
 
-def test_a_body_that_stalls_has_no_more_than_its_time() -> None:
-    assert seconds_until_expired(Phase.BODY, 0, 1) == pytest.approx(10, abs=0.5)
-    assert seconds_until_expired(Phase.BODY, 10_000_000, 30) == pytest.approx(10, abs=0.5)
+def test_stalled_body_gets_no_more_than_its_timeout() -> None:
+    assert count_seconds_until_expired(ConnectionPhase.BODY, 0, 1) == pytest.approx(10, abs=0.5)
+    assert count_seconds_until_expired(ConnectionPhase.BODY, 10_000_000, 30) == pytest.approx(10, abs=0.5)
 
 
-def test_nobody_is_blamed_for_what_the_service_takes() -> None:
-    assert seconds_until_expired(Phase.WORKING, 0, 1) is None
+def test_service_time_does_not_count_against_clients() -> None:
+    assert count_seconds_until_expired(ConnectionPhase.WORKING, 0, 1) is None
 
 
-def test_the_order_in_which_connections_have_to_go() -> None:
+def test_eviction_order() -> None:
     now = 100.0
-    told = Fake(Phase.LINGERING, mark=Mark(Phase.LINGERING, 0, now + 2))
-    old, new = (Fake(Phase.IDLE, mark=Mark(Phase.IDLE, 0, now + left)) for left in (1, 7))
-    asking = Fake(Phase.HEAD, mark=Mark(Phase.HEAD, 0, now + 1))
-    slow, slower = (Fake(Phase.BODY, mark=Mark(Phase.BODY, 0, now + left)) for left in (7, 3))
-    unread = Fake(Phase.SENDING, mark=Mark(Phase.SENDING, 0, now + 1))
+    told = FakeConnection(
+        ConnectionPhase.LINGERING, last_progress=ConnectionProgress(ConnectionPhase.LINGERING, 0, now + 2)
+    )
+    old, new = (
+        FakeConnection(ConnectionPhase.IDLE, last_progress=ConnectionProgress(ConnectionPhase.IDLE, 0, now + left))
+        for left in (1, 7)
+    )
+    asking = FakeConnection(ConnectionPhase.HEAD, last_progress=ConnectionProgress(ConnectionPhase.HEAD, 0, now + 1))
+    slow, slower = (
+        FakeConnection(ConnectionPhase.BODY, last_progress=ConnectionProgress(ConnectionPhase.BODY, 0, now + left))
+        for left in (7, 3)
+    )
+    unread = FakeConnection(
+        ConnectionPhase.SENDING, last_progress=ConnectionProgress(ConnectionPhase.SENDING, 0, now + 1)
+    )
     staying = [
-        Fake(Phase.BODY, mark=Mark(Phase.BODY, 0, now + 9)),
-        Fake(Phase.BODY, mark=Mark(Phase.IDLE, 0, now + 1)),
-        Fake(Phase.SENDING, mark=Mark(Phase.SENDING, 0, now + 90)),
-        Fake(Phase.WORKING, mark=Mark(Phase.WORKING, 0, now)),
+        FakeConnection(ConnectionPhase.BODY, last_progress=ConnectionProgress(ConnectionPhase.BODY, 0, now + 9)),
+        FakeConnection(ConnectionPhase.BODY, last_progress=ConnectionProgress(ConnectionPhase.IDLE, 0, now + 1)),
+        FakeConnection(ConnectionPhase.SENDING, last_progress=ConnectionProgress(ConnectionPhase.SENDING, 0, now + 90)),
+        FakeConnection(ConnectionPhase.WORKING, last_progress=ConnectionProgress(ConnectionPhase.WORKING, 0, now)),
     ]
     expected = [told, old, new, asking, slower, slow, unread]
-    found = by_claim([*staying, *expected[::-1]], LIMITS, now)
+    found = sort_for_eviction([*staying, *expected[::-1]], CONNECTION_LIMITS, now)
     assert [id(connection) for connection in found[::-1]] == [id(connection) for connection in expected]
     assert all(one is not other for one, other in pairwise(found))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.problem import first_error
-from tests.serving import Send
+from tests.problem_details import assert_first_error
+from tests.servers import SendFn
 
 
-def test_the_lessons_layer(send: Send) -> None:
+def test_d2l_layer(send: SendFn) -> None:
     image = np.ones((1, 1, 6, 8))
     image[..., 2:6] = 0
     response = send("POST", "/conv2d", json={"input": image.tolist(), "weight": [[[[-1, 1]]]]})
@@ -17,7 +17,7 @@ def test_the_lessons_layer(send: Send) -> None:
     assert response.json()["shape"] == [1, 1, 6, 7]
 
 
-def test_every_option_reaches_core(send: Send, rng: np.random.Generator) -> None:
+def test_every_option_reaches_core(send: SendFn, rng: np.random.Generator) -> None:
     images, weight, bias = rng.normal(size=(2, 4, 9, 8)), rng.normal(size=(6, 2, 3, 2)), rng.normal(size=6)
     options: dict[str, Any] = {"stride": [2, 1], "padding": [1, 2], "dilation": [1, 2], "groups": 2}
     body = {"input": images.tolist(), "weight": weight.tolist(), "bias": bias.tolist(), **options, "dtype": "float64"}
@@ -31,7 +31,7 @@ def test_every_option_reaches_core(send: Send, rng: np.random.Generator) -> None
     assert reflected != answer["output"]
 
 
-def test_same_and_four_sided_padding(send: Send) -> None:
+def test_same_and_four_sided_padding(send: SendFn) -> None:
     body = {"input": [[1, 2, 3, 4, 5, 6]], "weight": [[1, 1, 1]]}
     assert send("POST", "/conv2d", json={**body, "padding": "same"}).json()["output"] == [[3, 6, 9, 12, 15, 11]]
     assert send("POST", "/conv2d", json={**body, "padding": [0, 0, 2, 0]}).json()["output"] == [[1, 3, 6, 9, 12, 15]]
@@ -39,9 +39,9 @@ def test_same_and_four_sided_padding(send: Send) -> None:
 
 
 @pytest.mark.parametrize("method", ["fft", "separable"])
-def test_a_method_that_no_engine_works_by_is_422_with_the_reason(send: Send, method: str) -> None:
+def test_unsupported_method_is_422_with_the_reason(send: SendFn, method: str) -> None:
     body = {"input": [[1, 2, 3], [4, 5, 6]], "weight": [[1]], "method": method, "stride": 2}
-    error = first_error(send("POST", "/conv2d", json=body), 422)
+    error = assert_first_error(send("POST", "/conv2d", json=body), 422)
     assert error["field"] == "method"
     assert "torch works by direct" in error["message"]
     assert "stride" in error["message"]

@@ -13,35 +13,45 @@ import numpy as np
 import pytest
 
 from core import Cost
-from service.admission import Share
-from service.app import LANES, create_app
+from service.app import COMPUTE_CONCURRENCY, create_app
+from service.scheduling.admission import Reservation
 from service.settings import Settings
-from tests.files import NPY, saved
-from tests.problem import first_error, problem_of
-from tests.serving import Send, Serve, in_process, listening, on_a_port, talking_to, without_limits
+from tests.problem_details import assert_first_error, assert_problem
+from tests.sample_files import NPY, save_npy
+from tests.servers import (
+    SendFn,
+    ServeFn,
+    create_unlimited_app,
+    open_client,
+    serve_in_process,
+    serve_over_tcp,
+    start_server,
+)
 
-BODY = b'{"input": [[1]], "kernel": [[2]]}'
-JSON = {"Content-Type": "application/json"}
+SMALL_BODY = b'{"input": [[1]], "kernel": [[2]]}'
+JSON_HEADERS = {"Content-Type": "application/json"}
 
 
-@pytest.fixture(scope="module", params=[in_process, on_a_port])
-def small(request: pytest.FixtureRequest) -> Iterator[Send]:
+@pytest.fixture(scope="module", params=[serve_in_process, serve_over_tcp])
+def small(request: pytest.FixtureRequest) -> Iterator[SendFn]:
     with request.param(create_app(Settings(max_body_mb=0.001, request_timeout_s=0.3))) as send:
         yield send
 
 
-def test_a_body_of_the_limit_is_taken_and_one_byte_more_is_413(small: Send) -> None:
-    assert small("POST", "/correlate", content=BODY.ljust(1000), headers=JSON).status_code == 200
-    error = first_error(response := small("POST", "/correlate", content=BODY.ljust(1001), headers=JSON), 413)
+def test_body_at_the_limit_is_accepted_one_byte_more_is_413(small: SendFn) -> None:
+    assert small("POST", "/correlate", content=SMALL_BODY.ljust(1000), headers=JSON_HEADERS).status_code == 200
+    error = assert_first_error(
+        response := small("POST", "/correlate", content=SMALL_BODY.ljust(1001), headers=JSON_HEADERS), 413
+    )
     assert (error["got"], error["limit"]) == ("1,001 bytes", "1,000 bytes")
     assert "CORR2D_MAX_BODY_MB" in response.json()["detail"]
     assert response.headers["connection"] == "close"
 
 
-def test_a_body_without_a_declared_length_is_counted(small: Send) -> None:
+def test_body_without_content_length_is_counted(small: SendFn) -> None:
     def chunks(size: int) -> Iterator[bytes]:
-        yield BODY
-        for _ in range(size - len(BODY)):
+        yield SMALL_BODY
+        for _ in range(size - len(SMALL_BODY)):
             yield b" "
 
     async def async_chunks(size: int) -> AsyncIterator[bytes]:
@@ -49,17 +59,17 @@ def test_a_body_without_a_declared_length_is_counted(small: Send) -> None:
             yield chunk
 
     streamed = chunks if isinstance(getattr(small, "__self__", None), httpx.Client) else async_chunks
-    assert small("POST", "/correlate", content=streamed(1000), headers=JSON).status_code == 200
-    assert problem_of(small("POST", "/correlate", content=streamed(1001), headers=JSON), 413)["detail"]
+    assert small("POST", "/correlate", content=streamed(1000), headers=JSON_HEADERS).status_code == 200
+    assert assert_problem(small("POST", "/correlate", content=streamed(1001), headers=JSON_HEADERS), 413)["detail"]
 
 
-@pytest.mark.parametrize("serve", [in_process, on_a_port])
-def test_a_computation_past_its_deadline_is_504_and_stops(serve: Serve) -> None:
-    app = without_limits(timeout_s=0.3)
+@pytest.mark.parametrize("serve", [serve_in_process, serve_over_tcp])
+def test_deadline_stops_the_computation_with_504(serve: ServeFn) -> None:
+    app = create_unlimited_app(timeout_s=0.3)
     body = {"input": [[1] * 12] * 12, "target": [[0] * 12] * 12, "loss": "huber", "steps": 10**6, "learning_rate": 1e-9}
     with serve(app) as send:
         start = time.monotonic()
-        problem = problem_of(send("POST", "/train-kernel", json=body), 504)
+        problem = assert_problem(send("POST", "/train-kernel", json=body), 504)
         assert time.monotonic() - start < 5
         assert "CORR2D_REQUEST_TIMEOUT_S" in problem["detail"]
         # The thread is free again, within a step.
@@ -68,26 +78,28 @@ def test_a_computation_past_its_deadline_is_504_and_stops(serve: Serve) -> None:
             time.sleep(0.01)
 
 
-def test_a_request_that_waits_past_its_deadline_is_504_and_the_next_is_served() -> None:
+def test_queued_request_past_its_deadline_is_504() -> None:
     app, release = create_app(Settings(request_timeout_s=3)), threading.Event()
 
     def hold(seconds: float) -> None:
-        share = Share(app.state.admission)
-        share.deadline += 60
-        asyncio.run(app.state.pool.run(share, Cost(1, 1, seconds), lambda _: release.wait(30)))
+        reservation = Reservation(app.state.admission)
+        reservation.deadline += 60
+        asyncio.run(app.state.pool.run(reservation, Cost(1, 1, seconds), lambda _: release.wait(30)))
 
-    with in_process(app) as send:
+    with serve_in_process(app) as send:
         # One of them in the lane that is for short ones.
-        holders = [threading.Thread(target=hold, args=(0.01 if number else 0.2,)) for number in range(LANES + 1)]
+        holders = [
+            threading.Thread(target=hold, args=(0.01 if number else 0.2,)) for number in range(COMPUTE_CONCURRENCY + 1)
+        ]
         for holder in holders:
             holder.start()
         while app.state.pool.running < len(holders):
             time.sleep(0.01)
         # What is small does not wait behind them: it never was in the queue.
-        assert send("POST", "/correlate", content=BODY, headers=JSON).status_code == 200
+        assert send("POST", "/correlate", content=SMALL_BODY, headers=JSON_HEADERS).status_code == 200
         learning = {"input": [[1, 2]], "target": [[1, 2]], "steps": 1}
         response = send("POST", "/train-kernel", json=learning)
-        assert "the wait for its turn included" in problem_of(response, 504)["detail"]
+        assert "the wait for its turn included" in assert_problem(response, 504)["detail"]
         assert float(response.headers["server-timing"].split("wait;dur=")[1].split(",")[0]) > 1000
         release.set()
         for holder in holders:
@@ -95,38 +107,38 @@ def test_a_request_that_waits_past_its_deadline_is_504_and_the_next_is_served() 
         assert send("POST", "/train-kernel", json=learning).status_code == 200
 
 
-def test_the_second_that_is_refused_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.admission.REMEMBERED_S", 60)
+def test_rejected_request_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.scheduling.admission.REJECTION_CACHE_S", 60)
     app, release = create_app(Settings(queue=4)), threading.Event()
 
     def hold() -> None:
-        asyncio.run(app.state.pool.run(Share(app.state.admission), Cost(1, 1, 1), lambda _: release.wait(30)))
+        asyncio.run(app.state.pool.run(Reservation(app.state.admission), Cost(1, 1, 1), lambda _: release.wait(30)))
 
-    with in_process(app) as send, ThreadPoolExecutor(LANES + 3) as holders:
+    with serve_in_process(app) as send, ThreadPoolExecutor(COMPUTE_CONCURRENCY + 3) as holders:
         try:
-            for _ in range(LANES + 3):
+            for _ in range(COMPUTE_CONCURRENCY + 3):
                 holders.submit(hold)
             while app.state.pool.depth < 3:
                 time.sleep(0.01)
             long = {"input": [[1] * 8] * 8, "target": [[0] * 8] * 8, "loss": "huber", "steps": 20_000}
             refusals = [send("POST", "/train-kernel", json={**long, "learning_rate": 1e-9}) for _ in range(2)]
-            assert len({problem_of(refusal, 503)["detail"] for refusal in refusals}) == 1
+            assert len({assert_problem(refusal, 503)["detail"] for refusal in refusals}) == 1
             parsed = [float(re.findall(r"parse;dur=([\d.]+)", one.headers["server-timing"])[0]) for one in refusals]
             assert parsed[0] > parsed[1] == 0
         finally:
             release.set()
 
 
-def test_a_computation_that_would_pass_its_deadline_is_413(small: Send) -> None:
+def test_computation_predicted_to_miss_its_deadline_is_413(small: SendFn) -> None:
     body = {"input": [[1] * 8] * 8, "target": [[0] * 8] * 8, "steps": 1_000_000}
-    problem = problem_of(small("POST", "/train-kernel", json=body), 413)
+    problem = assert_problem(small("POST", "/train-kernel", json=body), 413)
     assert "this would take about" in problem["detail"]
     assert "CORR2D_REQUEST_TIMEOUT_S" in problem["detail"]
 
 
-def test_the_event_loop_answers_while_a_computation_runs() -> None:
+def test_event_loop_responds_during_a_computation() -> None:
     body = {"input": [[1] * 300] * 300, "target": [[0] * 300] * 300, "steps": 300, "learning_rate": 1e-9}
-    with listening(create_app(Settings(threads=1))) as address, talking_to(address) as send:
+    with start_server(create_app(Settings(threads=1))) as address, open_client(address) as send:
         done: list[int] = []
         thread = threading.Thread(
             target=lambda: done.append(httpx.post(f"{address}/train-kernel", json=body, timeout=60).status_code)
@@ -141,8 +153,8 @@ def test_the_event_loop_answers_while_a_computation_runs() -> None:
     assert answered > 20
 
 
-def test_a_large_body_is_the_same_in_one_piece_in_many_and_compressed(send: Send) -> None:
-    image = saved(np.arange(1_600_000, dtype=np.float32).reshape(1600, 1000))
+def test_large_body_is_the_same_whole_chunked_or_compressed(send: SendFn) -> None:
+    image = save_npy(np.arange(1_600_000, dtype=np.float32).reshape(1600, 1000))
     for body, coding in ((image, "identity"), (gzip.compress(image, 1), "gzip")):
         pieces = [body[at : at + 100_000] for at in range(0, len(body), 100_000)]
 

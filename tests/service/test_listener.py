@@ -6,17 +6,17 @@ import threading
 
 import pytest
 
-from service.listener import shut
+from service.server.listener import stop_accepting
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can")
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
-def test_who_is_connected_is_served_and_nobody_else_gets_in(family: socket.AddressFamily, host: str) -> None:
+def test_queued_connection_is_served_and_new_ones_blocked(family: socket.AddressFamily, host: str) -> None:
     with socket.create_server((host, 0), family=family) as listener:
         address = listener.getsockname()[:2]
         with socket.create_connection(address, timeout=10) as early:
-            shut(listener)
+            stop_accepting(listener)
             with pytest.raises(TimeoutError):
                 socket.create_connection(address, timeout=0.3)
             accepted, _ = listener.accept()
@@ -27,9 +27,9 @@ def test_who_is_connected_is_served_and_nobody_else_gets_in(family: socket.Addre
                 assert early.recv(8) == b"answered"
 
 
-def test_who_knocks_meanwhile_finds_the_port_closed() -> None:
+def test_blocked_connection_fails_when_the_socket_closes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        shut(listener)
+        stop_accepting(listener)
         closing = threading.Timer(0.3, listener.close)
         closing.start()
         with pytest.raises(ConnectionRefusedError):
@@ -37,7 +37,7 @@ def test_who_knocks_meanwhile_finds_the_port_closed() -> None:
         closing.join()
 
 
-def test_a_socket_for_which_it_cannot_be_done_is_left_as_it_is() -> None:
+def test_unsupported_socket_is_left_unchanged() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.close()
-        shut(listener)
+        stop_accepting(listener)

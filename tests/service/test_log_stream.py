@@ -14,7 +14,7 @@ import pytest
 
 from service import log_stream
 from service.log_stream import LogStream
-from tests.serving import CORR2D
+from tests.servers import CORR2D_COMMAND
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -25,7 +25,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 @contextmanager
-def piped() -> Iterator[tuple[LogStream, int]]:
+def open_piped_stream() -> Iterator[tuple[LogStream, int]]:
     """A stream on a pipe, and where it is read."""
     reads, writes = os.pipe()
     stream = LogStream(writes)
@@ -34,23 +34,23 @@ def piped() -> Iterator[tuple[LogStream, int]]:
     os.close(reads)
 
 
-def read(descriptor: int, until: bytes) -> bytes:
+def read_until(descriptor: int, until: bytes) -> bytes:
     content = b""
     while not content.endswith(until):
         content += os.read(descriptor, 1 << 16)
     return content
 
 
-def test_lines_come_in_order_and_whole() -> None:
-    with piped() as (stream, reads):
+def test_lines_are_written_whole_and_in_order() -> None:
+    with open_piped_stream() as (stream, reads):
         for number in range(3000):
             stream.write(f"{number}\n")
-        assert read(reads, b"\n2999\n").decode().split() == [str(number) for number in range(3000)]
+        assert read_until(reads, b"\n2999\n").decode().split() == [str(number) for number in range(3000)]
         assert stream.dropped == 0
 
 
 def test_lines_of_several_processes_do_not_mix() -> None:
-    with piped() as (one, reads):
+    with open_piped_stream() as (one, reads):
         other = LogStream(one.fileno())
         for _ in range(2000):
             one.write("a" * 99 + "\n")
@@ -63,9 +63,9 @@ def test_lines_of_several_processes_do_not_mix() -> None:
         assert set(content.decode().split()) == {"a" * 99, "b" * 99, "end"}
 
 
-def test_a_writer_does_not_wait_and_is_told_how_much_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_does_not_block_and_drops_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_stream, "MAX_PENDING_CHARS", 100_000)
-    with piped() as (stream, reads):
+    with open_piped_stream() as (stream, reads):
         reported: list[int] = []
 
         def report(lines: int) -> None:
@@ -79,12 +79,12 @@ def test_a_writer_does_not_wait_and_is_told_how_much_was_dropped(monkeypatch: py
         assert time.monotonic() - start < 5
         assert 5000 * 100 > 2 * 100_000 + (1 << 16)
         assert stream.dropped > 0
-        content = read(reads, b"reported\n").decode()
+        content = read_until(reads, b"reported\n").decode()
         wait_until(lambda: sum(reported) == stream.dropped)
         assert content.count("x\n") + stream.dropped == 5000
 
 
-def test_what_cannot_be_written_is_counted() -> None:
+def test_unwritable_lines_are_counted() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with Path("/dev/full").open("w") as full:
@@ -98,8 +98,8 @@ def test_what_cannot_be_written_is_counted() -> None:
         stream.drain()
 
 
-def test_only_text_is_taken() -> None:
-    with piped() as (stream, _), pytest.raises(TypeError):
+def test_only_text_is_accepted() -> None:
+    with open_piped_stream() as (stream, _), pytest.raises(TypeError):
         stream.write(b"bytes")  # type: ignore[arg-type]
 
 
@@ -116,7 +116,7 @@ for number in range(100): log.info("line", number=number)
     ("end", "code"),
     [("exit_now(7)", 7), ("sys.exit(7)", 7), ("raise ValueError", 1), ("print('', file=sys.stderr)", 0)],
 )
-def test_the_last_lines_are_written_however_the_process_ends(end: str, code: int) -> None:
+def test_last_lines_are_written_however_the_process_ends(end: str, code: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LAST_LINES + end], capture_output=True, text=True, check=False, timeout=60
     )
@@ -126,7 +126,7 @@ def test_the_last_lines_are_written_however_the_process_ends(end: str, code: int
 
 
 @pytest.mark.parametrize("end", ["exit_now(7)", "sys.exit(7)"])
-def test_the_end_does_not_wait_for_a_reader_that_stalls(end: str) -> None:
+def test_exit_does_not_wait_for_a_stalled_reader(end: str) -> None:
     script = LAST_LINES + "for _ in range(3000): log.info('x' * 100)\n" + end
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) as process:
         try:
@@ -138,11 +138,11 @@ def test_the_end_does_not_wait_for_a_reader_that_stalls(end: str) -> None:
 @pytest.mark.parametrize(
     ("workers", "closed"), [("1", "<&-"), ("1", ">&-"), ("1", "2>&-"), ("1", "<&- >&- 2>&-"), ("2", "<&- >&- 2>&-")]
 )
-def test_standard_files_that_are_closed_are_no_reason_not_to_start(workers: str, closed: str) -> None:
+def test_start_works_with_closed_standard_streams(workers: str, closed: str) -> None:
     script = f"""
 import os, socket, subprocess, time, urllib.request
 with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-command = f'exec "{CORR2D}" serve --device cpu --drain-s 0 --workers {workers} --port {{port}} {closed}'
+command = f'exec "{CORR2D_COMMAND}" serve --device cpu --drain-s 0 --workers {workers} --port {{port}} {closed}'
 process = subprocess.Popen(["sh", "-c", command])
 deadline = time.monotonic() + 240
 while True:
@@ -161,6 +161,6 @@ assert process.wait(60) == 0
     assert done.returncode == 0, done.stderr
 
 
-def test_a_refusal_to_start_has_its_code_also_without_stderr() -> None:
-    command = f'exec "{CORR2D}" serve --queue nonsense >&- 2>&-'
+def test_startup_failure_keeps_its_exit_code_without_stderr() -> None:
+    command = f'exec "{CORR2D_COMMAND}" serve --queue nonsense >&- 2>&-'
     assert subprocess.run(["sh", "-c", command], check=False, timeout=60).returncode == 3

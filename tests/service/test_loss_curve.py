@@ -18,22 +18,33 @@ from PIL import Image
 import core
 from service import loss_curve
 
-SVG = "{http://www.w3.org/2000/svg}"
-X_LINK = "{http://www.w3.org/1999/xlink}"
+SVG_NAMESPACE = "{http://www.w3.org/2000/svg}"
+XLINK_NAMESPACE = "{http://www.w3.org/1999/xlink}"
 
 # The lesson's: ten steps towards [[-1, 1]].
-HISTORY = [6.0, 2.4576, 1.00663296, 0.412316861, 0.168884986, 0.06917529, 0.028334199, 0.011605688, 0.00475369, 1.9e-3]
-FINAL = 0.000797537
+LOSS_HISTORY = [
+    6.0,
+    2.4576,
+    1.00663296,
+    0.412316861,
+    0.168884986,
+    0.06917529,
+    0.028334199,
+    0.011605688,
+    0.00475369,
+    1.9e-3,
+]
+FINAL_LOSS = 0.000797537
 
-RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+SUPERSCRIPT_DIGITS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
-def fields(**changes: Any) -> dict[str, Any]:
+def build_fields(**changes: Any) -> dict[str, Any]:
     return {
-        "loss_history": HISTORY,
-        "final_loss": FINAL,
+        "loss_history": LOSS_HISTORY,
+        "final_loss": FINAL_LOSS,
         "best_possible_loss": None,
-        "steps": len(changes.get("loss_history", HISTORY)),
+        "steps": len(changes.get("loss_history", LOSS_HISTORY)),
         "status": "completed",
         "message": "the loss fell from 6 to 0.000797537 in 10 steps",
         "solver": "sgd",
@@ -42,31 +53,31 @@ def fields(**changes: Any) -> dict[str, Any]:
     }
 
 
-class Picture:
+class SvgImage:
     """An SVG, asked for what stands in it."""
 
     def __init__(self, **changes: Any) -> None:
-        self.content = loss_curve.svg(fields(**changes))
+        self.content = loss_curve.draw_svg(build_fields(**changes))
         self.root = ET.fromstring(self.content)  # noqa: S314 - drawn here
 
     @property
     def texts(self) -> list[str]:
-        return ["".join(text.itertext()) for text in self.root.iter(f"{SVG}text")]
+        return ["".join(text.itertext()) for text in self.root.iter(f"{SVG_NAMESPACE}text")]
 
     @property
     def text(self) -> str:
         return " ".join(self.texts)
 
     def group(self, name: str) -> ET.Element:
-        (found,) = [group for group in self.root.iter(f"{SVG}g") if group.get("id") == name]
+        (found,) = [group for group in self.root.iter(f"{SVG_NAMESPACE}g") if group.get("id") == name]
         return found
 
     def has(self, name: str) -> bool:
-        return any(group.get("id") == name for group in self.root.iter(f"{SVG}g"))
+        return any(group.get("id") == name for group in self.root.iter(f"{SVG_NAMESPACE}g"))
 
     def points(self, name: str) -> list[list[tuple[float, float]]]:
         """The stretches of a line, each from a move to the next."""
-        path = self.group(name).find(f"{SVG}path")
+        path = self.group(name).find(f"{SVG_NAMESPACE}path")
         assert path is not None
         numbers = re.findall(r"([ML]) (\S+) (\S+)", path.get("d", ""))
         stretches: list[list[tuple[float, float]]] = []
@@ -77,34 +88,36 @@ class Picture:
         return stretches
 
     def marks(self, name: str) -> list[tuple[float, float]]:
-        return [(float(use.get("x", "")), float(use.get("y", ""))) for use in self.group(name).iter(f"{SVG}use")]
+        return [
+            (float(use.get("x", "")), float(use.get("y", ""))) for use in self.group(name).iter(f"{SVG_NAMESPACE}use")
+        ]
 
     def ticks(self, axis: str) -> list[tuple[str, float]]:
         """What is written beside each tick, and where that is."""
         ticks = []
-        for group in self.root.iter(f"{SVG}g"):
+        for group in self.root.iter(f"{SVG_NAMESPACE}g"):
             if re.fullmatch(rf"{axis}tick_\d+", group.get("id", "")):
-                (use,) = group.iter(f"{SVG}use")
+                (use,) = group.iter(f"{SVG_NAMESPACE}use")
                 ticks.append(("".join(group.itertext()).strip(), float(use.get(axis, ""))))
         return ticks
 
     def losses(self, *heights: float) -> list[float]:
         """The losses that stand at these heights, by the ticks alone."""
-        named = [(number(text), y) for text, y in self.ticks("y") if text != "0"]
+        named = [(parse_tick(text), y) for text, y in self.ticks("y") if text != "0"]
         (first, at), (last, end) = named[0], named[-1]
         decades = (math.log10(last) - math.log10(first)) / (end - at)
         return [10 ** (math.log10(first) + decades * (height - at)) for height in heights]
 
 
-def number(text: str) -> float:
-    raised = text.translate(RAISED)
+def parse_tick(text: str) -> float:
+    raised = text.translate(SUPERSCRIPT_DIGITS)
     return float(raised) if raised == text else 10.0 ** int(raised.removeprefix("10"))
 
 
-def test_the_curve_is_the_history_and_the_final_loss_on_a_log_scale() -> None:
-    picture = Picture()
+def test_curve_shows_history_and_final_loss_on_a_log_scale() -> None:
+    picture = SvgImage()
     (line,) = picture.points("loss-history")
-    np.testing.assert_allclose(picture.losses(*(y for _, y in line)), [*HISTORY, FINAL], rtol=1e-4)
+    np.testing.assert_allclose(picture.losses(*(y for _, y in line)), [*LOSS_HISTORY, FINAL_LOSS], rtol=1e-4)
     across = dict(picture.ticks("x"))
     for step, (x, _) in enumerate(line):
         assert x == pytest.approx(across["0"] + (across["10"] - across["0"]) * step / 10, abs=1e-3)
@@ -112,85 +125,85 @@ def test_the_curve_is_the_history_and_the_final_loss_on_a_log_scale() -> None:
     assert end == line[-1]
 
 
-def test_what_is_written_says_how_the_fit_went() -> None:
-    picture = Picture(best_possible_loss=1e-4)
+def test_labels_describe_the_fit() -> None:
+    picture = SvgImage(best_possible_loss=1e-4)
     assert {"step", "loss", "sgd, learning rate 0.06: completed after 10 steps"} <= set(picture.texts)
     assert {"final loss 0.000797537", "smallest possible loss 0.0001"} <= set(picture.texts)
-    assert fields()["message"] in picture.texts
-    title = picture.root.find(f"{SVG}title")
+    assert build_fields()["message"] in picture.texts
+    title = picture.root.find(f"{SVG_NAMESPACE}title")
     assert title is not None
     assert title.text == "sgd, learning rate 0.06: completed after 10 steps"
     assert (
         "exact: converged after 1 step"
-        in Picture(
+        in SvgImage(
             loss_history=[6.0], final_loss=0.5, solver="exact", learning_rate=None, status=core.Status.CONVERGED
         ).texts
     )
 
 
-def test_a_result_of_core_is_drawn_as_it_is() -> None:
+def test_core_result_is_plotted_unchanged() -> None:
     image = np.eye(6)
     fit = core.fit_kernel(image, core.correlate(image, [[-1, 1]]).output, solver="exact")
-    drawn = loss_curve.svg({name: getattr(fit, name) for name in loss_curve.FIELDS}).decode()
+    drawn = loss_curve.draw_svg({name: getattr(fit, name) for name in loss_curve.PLOTTED_FIELDS}).decode()
     assert "exact: converged after 1 step" in drawn
     assert fit.message in drawn
 
 
-def test_the_smallest_possible_loss_is_a_dashed_line() -> None:
-    picture = Picture(best_possible_loss=2e-4)
+def test_smallest_possible_loss_is_a_dashed_line() -> None:
+    picture = SvgImage(best_possible_loss=2e-4)
     ((left, right),) = picture.points("smallest-possible-loss")
     assert left[1] == right[1]
     assert picture.losses(left[1]) == pytest.approx([2e-4], rel=1e-3)
-    path = picture.group("smallest-possible-loss").find(f"{SVG}path")
+    path = picture.group("smallest-possible-loss").find(f"{SVG_NAMESPACE}path")
     assert path is not None
     assert "stroke-dasharray" in path.get("style", "")
 
 
 @pytest.mark.parametrize("best", [0.0, 8.6e-32])
-def test_a_smallest_loss_far_below_does_not_press_the_curve_flat(best: float) -> None:
-    picture = Picture(best_possible_loss=best)
+def test_very_small_best_loss_does_not_flatten_the_curve(best: float) -> None:
+    picture = SvgImage(best_possible_loss=best)
     assert not picture.has("smallest-possible-loss")
     assert f"smallest possible loss {best:g}, below this picture" in picture.texts
     (line,) = picture.points("loss-history")
-    (without,) = Picture().points("loss-history")
+    (without,) = SvgImage().points("loss-history")
     assert line[0][1] - line[-1][1] == pytest.approx(without[0][1] - without[-1][1], rel=0.02)
 
 
 @pytest.mark.parametrize("best", [None, math.inf, math.nan])
-def test_a_smallest_loss_that_is_not_known_is_not_spoken_of(best: float | None) -> None:
-    assert "smallest" not in Picture(best_possible_loss=best).text
+def test_unknown_best_loss_is_not_shown(best: float | None) -> None:
+    assert "smallest" not in SvgImage(best_possible_loss=best).text
 
 
-def test_a_loss_of_zero_stands_below_all_others_and_is_called_zero() -> None:
-    picture = Picture(final_loss=0.0, best_possible_loss=0.0)
+def test_zero_loss_is_drawn_below_all_others_and_labelled() -> None:
+    picture = SvgImage(final_loss=0.0, best_possible_loss=0.0)
     (line,) = picture.points("loss-history")
     assert line[-1][1] > max(y for _, y in line[:-1])
     assert dict(picture.ticks("y"))["0"] == pytest.approx(line[-1][1])
-    np.testing.assert_allclose(picture.losses(*(y for _, y in line[:-1])), HISTORY, rtol=1e-4)
+    np.testing.assert_allclose(picture.losses(*(y for _, y in line[:-1])), LOSS_HISTORY, rtol=1e-4)
     ((least, _),) = picture.points("smallest-possible-loss")
     assert least[1] == line[-1][1]
     assert {"final loss 0", "smallest possible loss 0"} <= set(picture.texts)
 
 
 @pytest.mark.parametrize("steps", [1, 10])
-def test_losses_that_are_all_zero_are_a_line_at_zero(steps: int) -> None:
-    picture = Picture(loss_history=[0.0] * steps, final_loss=0.0, best_possible_loss=0.0)
+def test_all_zero_losses_are_a_line_at_zero(steps: int) -> None:
+    picture = SvgImage(loss_history=[0.0] * steps, final_loss=0.0, best_possible_loss=0.0)
     (line,) = picture.points("loss-history")
     ((name, height),) = picture.ticks("y")
     assert name == "0"
     assert all(y == pytest.approx(height) for _, y in line)
 
 
-def test_a_single_update_has_two_points() -> None:
-    picture = Picture(loss_history=[18467.6], final_loss=122.3, best_possible_loss=122.3)
+def test_single_update_has_two_points() -> None:
+    picture = SvgImage(loss_history=[18467.6], final_loss=122.3, best_possible_loss=122.3)
     (line,) = picture.points("loss-history")
     np.testing.assert_allclose(picture.losses(*(y for _, y in line)), [18467.6, 122.3], rtol=1e-4)
     assert [name for name, _ in picture.ticks("x")] == ["0", "1"]
 
 
-def test_losses_that_are_not_finite_are_gaps_with_crosses_above() -> None:
+def test_nonfinite_losses_are_gaps_with_crosses() -> None:
     history = [6.0, 5.0, math.inf, 3.0, math.nan, None, 1.0, 0.5]
-    picture = Picture(loss_history=history, final_loss=0.25)
+    picture = SvgImage(loss_history=history, final_loss=0.25)
     stretches = picture.points("loss-history")
     assert [len(stretch) for stretch in stretches] == [2, 1, 3]
     across = dict(picture.ticks("x"))
@@ -202,55 +215,55 @@ def test_losses_that_are_not_finite_are_gaps_with_crosses_above() -> None:
 
 
 @pytest.mark.parametrize("final", [math.inf, math.nan, None])
-def test_a_final_loss_that_is_not_finite_is_said_to_be(final: float | None) -> None:
-    picture = Picture(final_loss=final)
+def test_nonfinite_final_loss_is_reported(final: float | None) -> None:
+    picture = SvgImage(final_loss=final)
     assert not picture.has("final-loss")
     assert "1 of 11 losses not finite, the final one too" in picture.texts
 
 
-def test_nothing_finite_is_a_picture_without_a_curve() -> None:
-    picture = Picture(loss_history=[math.inf], final_loss=math.inf, status="diverged")
+def test_no_finite_loss_gives_a_plot_without_a_curve() -> None:
+    picture = SvgImage(loss_history=[math.inf], final_loss=math.inf, status="diverged")
     assert not picture.ticks("y")
     assert "2 of 2 losses not finite, the final one too" in picture.texts
 
 
-def test_a_divergence_ends_in_red_where_its_last_update_was_made() -> None:
+def test_divergence_is_marked_red_at_its_last_update() -> None:
     history = [5.0 * 40**step for step in range(4)]
-    rose = Picture(loss_history=history, final_loss=5.0 * 40**4, status="diverged")
+    rose = SvgImage(loss_history=history, final_loss=5.0 * 40**4, status="diverged")
     (line,) = rose.points("loss-history")
     assert len(line) == 5
-    assert loss_curve.RED in ET.tostring(rose.group("final-loss"), "unicode")
+    assert loss_curve.ERROR_COLOR in ET.tostring(rose.group("final-loss"), "unicode")
     # The update that led to no number was not made.
-    (line,) = Picture(loss_history=history, final_loss=history[-1], status="diverged").points("loss-history")
+    (line,) = SvgImage(loss_history=history, final_loss=history[-1], status="diverged").points("loss-history")
     assert len(line) == 4
-    (line,) = Picture(loss_history=[5.0, 5.0], final_loss=5.0).points("loss-history")
+    (line,) = SvgImage(loss_history=[5.0, 5.0], final_loss=5.0).points("loss-history")
     assert len(line) == 3
 
 
-def test_a_thinned_history_stands_at_its_own_steps() -> None:
-    picture = Picture(loss_history=[8.0, 4.0, 2.0], loss_history_steps=[1, 11, 71], final_loss=1.0, steps=100)
+def test_thinned_history_keeps_its_steps() -> None:
+    picture = SvgImage(loss_history=[8.0, 4.0, 2.0], loss_history_steps=[1, 11, 71], final_loss=1.0, steps=100)
     (line,) = picture.points("loss-history")
     across = dict(picture.ticks("x"))
     unit = (across["100"] - across["0"]) / 100
     np.testing.assert_allclose([(x - across["0"]) / unit for x, _ in line], [0, 10, 70, 100], atol=1e-3)
 
 
-def test_a_million_losses_keep_their_extremes_in_a_small_file(rng: np.random.Generator) -> None:
+def test_million_losses_keep_their_extremes_in_a_small_file(rng: np.random.Generator) -> None:
     losses = 50 + 1e4 * np.exp(-np.arange(10**6) / 2e5 + 0.2 * rng.normal(size=10**6))
     losses[123_456], losses[654_321] = 1e7, 1e-3
-    picture = Picture(loss_history=losses.tolist(), final_loss=60.0)
+    picture = SvgImage(loss_history=losses.tolist(), final_loss=60.0)
     assert len(picture.content) < 200_000
     drawn = picture.losses(*(y for stretch in picture.points("loss-history") for _, y in stretch))
     assert max(drawn) == pytest.approx(1e7, rel=1e-3)
     assert min(drawn) == pytest.approx(1e-3, rel=1e-3)
     assert "1,000,000" in picture.texts
-    assert len(loss_curve.png(fields(loss_history=losses.tolist(), final_loss=60.0))) < 200_000
+    assert len(loss_curve.draw_png(build_fields(loss_history=losses.tolist(), final_loss=60.0))) < 200_000
 
 
-def test_a_million_losses_keep_their_gaps() -> None:
+def test_million_losses_keep_their_gaps() -> None:
     losses = np.ones(10**6)
     losses[500_000:500_003] = math.inf
-    picture = Picture(loss_history=losses.tolist(), final_loss=1.0)
+    picture = SvgImage(loss_history=losses.tolist(), final_loss=1.0)
     assert len(picture.points("loss-history")) == 2
     assert "3 of 1,000,001 losses not finite" in picture.texts
 
@@ -270,9 +283,9 @@ def test_a_million_losses_keep_their_gaps() -> None:
         ([], 3.0),
     ],
 )
-def test_no_losses_are_too_strange_to_be_drawn(history: list[float], final: float) -> None:
+def test_any_losses_can_be_plotted(history: list[float], final: float) -> None:
     for best in (None, 0.0, final, 5e-324):
-        picture = Picture(loss_history=history, final_loss=final, best_possible_loss=best)
+        picture = SvgImage(loss_history=history, final_loss=final, best_possible_loss=best)
         assert picture.has("final-loss")
         names = [name for name, _ in picture.ticks("y")]
         assert len(set(names)) == len(names)
@@ -280,18 +293,20 @@ def test_no_losses_are_too_strange_to_be_drawn(history: list[float], final: floa
 
 @pytest.mark.parametrize("ratio", [1 + 1e-6, 1.01, 2, 9, 50, 900, 1e5, 1e30, 1e200])
 @pytest.mark.parametrize("low", [1e-9, 0.03, 700.0])
-def test_every_scale_has_ticks_that_say_where_they_stand(low: float, ratio: float) -> None:
-    picture = Picture(loss_history=[low * ratio], final_loss=low)
+def test_every_scale_has_labelled_ticks(low: float, ratio: float) -> None:
+    picture = SvgImage(loss_history=[low * ratio], final_loss=low)
     ticks = picture.ticks("y")
     assert 2 <= len(ticks) <= 12
     ((start, end),) = picture.points("loss-history")
     scale = (math.log10(low * ratio) - math.log10(low)) / (start[1] - end[1])
     for name, y in ticks:
-        assert math.log10(number(name)) == pytest.approx(math.log10(low) + scale * (y - end[1]), abs=1e-3 * abs(scale))
+        assert math.log10(parse_tick(name)) == pytest.approx(
+            math.log10(low) + scale * (y - end[1]), abs=1e-3 * abs(scale)
+        )
 
 
-def test_a_long_message_is_wrapped_and_cut() -> None:
-    picture = Picture(
+def test_long_message_is_wrapped_and_truncated() -> None:
+    picture = SvgImage(
         message="these examples leave <8> combinations of the kernel's entries open & cost $1 or $2; " * 20
     )
     assert "open & cost $1 or $2" in picture.text
@@ -299,38 +314,41 @@ def test_a_long_message_is_wrapped_and_cut() -> None:
     assert any(text.endswith(" ...") for text in picture.texts)
 
 
-def test_a_png_is_the_same_picture() -> None:
-    picture = Image.open(BytesIO(loss_curve.png(fields())))
+def test_png_is_the_same_plot() -> None:
+    picture = Image.open(BytesIO(loss_curve.draw_png(build_fields())))
     assert picture.format == "PNG"
     assert picture.size == (960, 540)
     assert picture.info["Title"] == "sgd, learning rate 0.06: completed after 10 steps"
     assert "Software" not in picture.info
     pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    blue, red = ([int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (loss_curve.BLUE, loss_curve.RED))
+    blue, red = (
+        [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+        for colour in (loss_curve.CURVE_COLOR, loss_curve.ERROR_COLOR)
+    )
     assert (pixels == blue).all(1).sum() > 1000
     assert not (pixels == red).all(1).any()
     assert (pixels == 255).all(1).mean() > 0.8
-    diverged = Image.open(BytesIO(loss_curve.png(fields(status="diverged"))))
+    diverged = Image.open(BytesIO(loss_curve.draw_png(build_fields(status="diverged"))))
     assert (np.asarray(diverged.convert("RGB")).reshape(-1, 3) == red).all(1).sum() > 100
 
 
-def test_threads_draw_what_one_draws_alone() -> None:
+def test_concurrent_plots_equal_sequential_ones() -> None:
     # matplotlib's settings are the whole process's: who is done first would put them back under the other's hands.
-    short, long = fields(loss_history=[1.0], message=""), fields(best_possible_loss=1e-4)
-    drawings = [(loss_curve.svg, short), (loss_curve.svg, long), (loss_curve.png, long)]
+    short, long = build_fields(loss_history=[1.0], message=""), build_fields(best_possible_loss=1e-4)
+    drawings = [(loss_curve.draw_svg, short), (loss_curve.draw_svg, long), (loss_curve.draw_png, long)]
     alone = [draw(asked) for draw, asked in drawings]
     with ThreadPoolExecutor(3) as threads:
         for _ in range(6):
             assert list(threads.map(lambda drawing: drawing[0](drawing[1]), drawings)) == alone
 
 
-def test_every_process_draws_the_same_whatever_a_matplotlibrc_says(tmp_path: Path) -> None:
+def test_matplotlibrc_has_no_effect(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text(
         "font.size: 30\nsvg.fonttype: path\nlines.linewidth: 20\nbackend: template\n"
     )
     script = (
         "import sys; from service import loss_curve; assert 'matplotlib' not in sys.modules; "
-        f"fields = {fields()!r}; sys.stdout.buffer.write(loss_curve.svg(fields) + loss_curve.png(fields)); "
+        f"fields = {build_fields()!r}; sys.stdout.buffer.write(loss_curve.svg(fields) + loss_curve.png(fields)); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     drawn = subprocess.run(
@@ -340,5 +358,5 @@ def test_every_process_draws_the_same_whatever_a_matplotlibrc_says(tmp_path: Pat
         capture_output=True,
         check=True,
     )
-    assert drawn.stdout == loss_curve.svg(fields()) + loss_curve.png(fields())
+    assert drawn.stdout == loss_curve.draw_svg(build_fields()) + loss_curve.draw_png(build_fields())
     assert not drawn.stderr

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.problem import problem_of
-from tests.serving import Send
+from tests.problem_details import assert_problem
+from tests.servers import SendFn
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
+def disable_garbage_collector() -> Iterator[None]:
     """Only what nobody refers to any more is given back, and at once."""
     gc.collect()
     gc.disable()
@@ -32,14 +32,14 @@ def without_collector() -> Iterator[None]:
     ],
     ids=["in the codec's threads", "on the event loop", "in the pool"],
 )
-def test_a_refused_body_is_gone_with_its_answer(send: Send, path: str, body: bytes, status: int) -> None:
+def test_rejected_body_is_freed_with_its_response(send: SendFn, path: str, body: bytes, status: int) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    problem_of(send("POST", path, content=body, headers=headers), status)
-    with without_collector():
+    assert_problem(send("POST", path, content=body, headers=headers), status)
+    with disable_garbage_collector():
         tracemalloc.start()
         try:
             for _ in range(3):
-                problem_of(send("POST", path, content=body, headers=headers), status)
+                assert_problem(send("POST", path, content=body, headers=headers), status)
             # So that the threads have ended what they did for the last one.
             send("GET", "/livez")
             assert tracemalloc.get_traced_memory()[0] < 1_000_000

@@ -16,16 +16,16 @@ import safetensors.numpy
 from backports import zstd
 
 import core
-from service.codecs.options import OutputOptions
-from service.requests import MAX_OPTIONS, RequestModel
+from service.codecs.response_options import OutputResponseOptions
+from service.requests import MAX_QUERY_OPTIONS, RequestModel
 from service.routes.conv2d import Conv2dRequest
 from service.routes.correlate import CorrelateRequest
 from service.routes.train_kernel import TrainKernelRequest
-from tests.files import JSON, NPY, NPZ, PNG, SAFETENSORS
-from tests.problem import first_error, problem_of
-from tests.serving import Send
+from tests.problem_details import assert_first_error, assert_problem
+from tests.sample_files import JSON, NPY, NPZ, PNG, SAFETENSORS
+from tests.servers import SendFn
 
-BODY = b'{"input": [[1, 2], [3, 4]], "kernel": [[1]]}'
+SMALL_BODY = b'{"input": [[1, 2], [3, 4]], "kernel": [[1]]}'
 ARRAYS = {
     "/correlate": {"input": [[1, 2], [3, 4]], "kernel": [[1]]},
     "/conv2d": {"input": [[1, 2], [3, 4]], "weight": [[1]]},
@@ -36,7 +36,9 @@ Headers = dict[str, str]
 Lines = list[tuple[str, str]]
 
 
-def post(send: Send, headers: Headers | Lines, path: str = "/correlate", body: bytes = BODY) -> httpx.Response:
+def post_json(
+    send: SendFn, headers: Headers | Lines, path: str = "/correlate", body: bytes = SMALL_BODY
+) -> httpx.Response:
     """A JSON body unless the header says otherwise."""
     lines = list(headers.items()) if isinstance(headers, dict) else headers
     if not any(name.lower() == "content-type" for name, _ in lines):
@@ -44,13 +46,13 @@ def post(send: Send, headers: Headers | Lines, path: str = "/correlate", body: b
     return send("POST", path, content=body, headers=[(name, value.encode("latin-1")) for name, value in lines])
 
 
-def asked(send: Send, query: str, path: str = "/correlate", **changes: object) -> httpx.Response:
+def post_with_query(send: SendFn, query: str, path: str = "/correlate", **changes: object) -> httpx.Response:
     """A JSON body of that endpoint's arrays, changed (None: left out), and a query string as it stands."""
     fields = {name: value for name, value in {**ARRAYS[path], **changes}.items() if value is not None}
     return send("POST", f"{path}?{query}", json=fields)
 
 
-ACCEPTS = {
+TYPE_BY_ACCEPT = {
     "": JSON,
     "*/*": JSON,
     "*": JSON,
@@ -92,14 +94,16 @@ ACCEPTS = {
 """Accept, and what an answer to it is in (RFC 9110, 12.5.1): of several liked alike, the first that is served."""
 
 
-@pytest.mark.parametrize(("accept", "expected"), ACCEPTS.items(), ids=map(repr, ACCEPTS))
-def test_accept_chooses_the_format_of_the_answer(sent_in_process: Send, accept: str, expected: str) -> None:
-    response = post(sent_in_process, {"Accept": accept})
+@pytest.mark.parametrize(("accept", "expected"), TYPE_BY_ACCEPT.items(), ids=map(repr, TYPE_BY_ACCEPT))
+def test_accept_selects_the_response_format(send_in_process: SendFn, accept: str, expected: str) -> None:
+    response = post_json(send_in_process, {"Accept": accept})
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == expected
 
 
-def over_the_wire(address: str, lines: Lines, body: bytes = BODY) -> tuple[int, http.client.HTTPMessage, bytes]:
+def send_raw_request(
+    address: str, lines: Lines, body: bytes = SMALL_BODY
+) -> tuple[int, http.client.HTTPMessage, bytes]:
     """A request with these header fields and none that a client adds by itself."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
     connection.putrequest("POST", "/correlate", skip_accept_encoding=True)
@@ -112,20 +116,20 @@ def over_the_wire(address: str, lines: Lines, body: bytes = BODY) -> tuple[int, 
     return response.status, response.headers, content
 
 
-def test_without_accept_the_answer_is_json_and_not_compressed(address: str) -> None:
+def test_default_response_is_uncompressed_json(address: str) -> None:
     zeros = json.dumps({"input": [[0] * 100] * 100, "kernel": "identity"}).encode()
-    status, headers, content = over_the_wire(address, [("Content-Type", JSON)], zeros)
+    status, headers, content = send_raw_request(address, [("Content-Type", JSON)], zeros)
     assert (status, headers["content-type"], headers["content-encoding"]) == (200, JSON, None)
     assert json.loads(content)["shape"] == [100, 100]
 
 
-def test_without_a_content_type_nothing_is_guessed(address: str) -> None:
-    status, headers, content = over_the_wire(address, [])
+def test_content_type_is_never_guessed(address: str) -> None:
+    status, headers, content = send_raw_request(address, [])
     assert (status, headers["content-type"]) == (415, "application/problem+json")
     assert b"no Content-Type" in content
 
 
-def answer_to_a_header(address: str, request: str) -> bytes:
+def send_headers_only(address: str, request: str) -> bytes:
     """What comes back where no byte of the body is ever sent."""
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=5) as connection:
@@ -137,28 +141,28 @@ def answer_to_a_header(address: str, request: str) -> bytes:
 
 
 @pytest.mark.parametrize("query", ["mode=same&mode=full", "&".join(["a=1"] * 200), "png=maybe"])
-def test_what_the_query_string_alone_refuses_is_answered_before_the_body_comes(address: str, query: str) -> None:
+def test_query_string_errors_are_sent_before_the_body_arrives(address: str, query: str) -> None:
     header = f"POST /correlate?{query} HTTP/1.1\nHost: corr2d\nContent-Type: {JSON}\nContent-Length: 60000000\n\n"
-    assert answer_to_a_header(address, header).startswith(b"HTTP/1.1 422")
+    assert send_headers_only(address, header).startswith(b"HTTP/1.1 422")
 
 
 @pytest.mark.parametrize("path", ["/nope", "/correlate/", "/" + "x" * 5000, "/%ff%fe", "/..%2f..%2fetc/passwd"])
-def test_an_unknown_path_is_404_and_names_those_there_are(send: Send, path: str) -> None:
-    assert "/correlate" in problem_of(send("GET", path), 404)["detail"]
+def test_unknown_path_is_404_with_the_existing_paths(send: SendFn, path: str) -> None:
+    assert "/correlate" in assert_problem(send("GET", path), 404)["detail"]
 
 
 @pytest.mark.parametrize("accept", ["image/png", "text/html", "application/x-npy", "application/json;q=0"])
-def test_errors_are_problem_details_whatever_accept_says(send: Send, accept: str) -> None:
-    problem_of(send("GET", "/nope", headers={"Accept": accept}), 404)
-    problem_of(send("GET", "/correlate", headers={"Accept": accept}), 405)
-    response = post(send, {"Accept": accept}, body=b"{")
-    problem_of(response, 406 if accept.startswith(("text", "application/json")) else 400)
+def test_errors_are_problem_details_for_any_accept(send: SendFn, accept: str) -> None:
+    assert_problem(send("GET", "/nope", headers={"Accept": accept}), 404)
+    assert_problem(send("GET", "/correlate", headers={"Accept": accept}), 405)
+    response = post_json(send, {"Accept": accept}, body=b"{")
+    assert_problem(response, 406 if accept.startswith(("text", "application/json")) else 400)
 
 
 @pytest.mark.parametrize("accept", [JSON, NPY, PNG])
 @pytest.mark.parametrize("coding", ["identity", "gzip"])
-def test_every_answer_says_what_it_was_chosen_by(send: Send, accept: str, coding: str) -> None:
-    vary = post(send, {"Accept": accept, "Accept-Encoding": coding}).headers["vary"]
+def test_every_response_has_vary(send: SendFn, accept: str, coding: str) -> None:
+    vary = post_json(send, {"Accept": accept, "Accept-Encoding": coding}).headers["vary"]
     assert {name.strip().lower() for name in vary.split(",")} == {"accept", "accept-encoding"}
 
 
@@ -173,13 +177,13 @@ def test_every_answer_says_what_it_was_chosen_by(send: Send, accept: str, coding
         'application/json; profile="a, b"',
     ],
 )
-def test_media_types_have_parameters_and_no_case(send: Send, content_type: str) -> None:
-    assert post(send, {"Content-Type": content_type}).status_code == 200
+def test_media_types_have_parameters_and_ignore_case(send: SendFn, content_type: str) -> None:
+    assert post_json(send, {"Content-Type": content_type}).status_code == 200
 
 
-ZEROS = json.dumps({"input": [[0] * 60] * 60, "kernel": "identity"}).encode()
+COMPRESSIBLE_BODY = json.dumps({"input": [[0] * 60] * 60, "kernel": "identity"}).encode()
 
-CODINGS = {
+CODING_BY_ACCEPT = {
     "": None,
     "identity": None,
     "gzip": "gzip",
@@ -208,24 +212,24 @@ CODINGS = {
 }
 
 
-@pytest.mark.parametrize(("accept", "expected"), CODINGS.items(), ids=map(repr, CODINGS))
-def test_accept_encoding_chooses_the_coding_of_the_answer(
-    sent_in_process: Send, accept: str, expected: str | None
+@pytest.mark.parametrize(("accept", "expected"), CODING_BY_ACCEPT.items(), ids=map(repr, CODING_BY_ACCEPT))
+def test_accept_encoding_selects_the_response_coding(
+    send_in_process: SendFn, accept: str, expected: str | None
 ) -> None:
-    response = post(sent_in_process, {"Accept-Encoding": accept}, body=ZEROS)
+    response = post_json(send_in_process, {"Accept-Encoding": accept}, body=COMPRESSIBLE_BODY)
     assert response.status_code == 200
     assert response.headers.get("content-encoding") in ([expected, "x-gzip"] if accept == "x-gzip" else [expected])
 
 
 @pytest.mark.parametrize("accept", [JSON, NPY, NPZ, SAFETENSORS])
 @pytest.mark.parametrize(("coding", "unpack"), [("gzip", gzip.decompress), ("zstd", zstd.decompress)])
-def test_a_compressed_answer_is_the_same_answer(
+def test_compressed_response_is_the_same_response(
     address: str, accept: str, coding: str, unpack: Callable[[bytes], bytes]
 ) -> None:
     lines = [("Content-Type", JSON), ("Accept", accept)]
-    _, plain, content = over_the_wire(address, lines, ZEROS)
+    _, plain, content = send_raw_request(address, lines, COMPRESSIBLE_BODY)
     assert plain["content-encoding"] is None
-    _, headers, compressed = over_the_wire(address, [*lines, ("Accept-Encoding", coding)], ZEROS)
+    _, headers, compressed = send_raw_request(address, [*lines, ("Accept-Encoding", coding)], COMPRESSIBLE_BODY)
     assert headers["content-encoding"] == coding
     assert headers["content-type"] == accept
     assert int(headers["content-length"]) == len(compressed) <= 0.8 * len(content)
@@ -233,16 +237,16 @@ def test_a_compressed_answer_is_the_same_answer(
     assert headers["corr2d-result"] == plain["corr2d-result"]
 
 
-def test_what_is_small_or_does_not_shrink_is_sent_as_it_is(send: Send, rng: np.random.Generator) -> None:
+def test_small_or_incompressible_response_is_not_compressed(send: SendFn, rng: np.random.Generator) -> None:
     headers = {"Accept": NPY, "Accept-Encoding": "gzip, zstd"}
-    assert "content-encoding" not in post(send, headers).headers
+    assert "content-encoding" not in post_json(send, headers).headers
     noise = {"input": rng.normal(size=(100, 100)).tolist(), "kernel": "identity", "dtype": "float64"}
-    response = post(send, headers, body=json.dumps(noise).encode())
+    response = post_json(send, headers, body=json.dumps(noise).encode())
     assert "content-encoding" not in response.headers
     assert len(response.content) == 128 + 80_000
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, verb: str) -> dict[str, Any]:
+def record_arguments(monkeypatch: pytest.MonkeyPatch, verb: str) -> dict[str, Any]:
     """What core's verb will be called with."""
     arguments: dict[str, Any] = {}
 
@@ -254,7 +258,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, verb: str) -> dict[str, Any]:
     return arguments
 
 
-SENT: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]]]]] = {
+QUERY_OPTIONS: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]]]]] = {
     "/correlate": (
         CorrelateRequest,
         "correlate",
@@ -335,9 +339,9 @@ SENT: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]
 """For each endpoint: its model, core's verb, and for each field what stands in a query string and what core gets."""
 
 
-@pytest.mark.parametrize("path", SENT)
+@pytest.mark.parametrize("path", QUERY_OPTIONS)
 def test_every_field_is_among_the_options_below(path: str) -> None:
-    model, _, options = SENT[path]
+    model, _, options = QUERY_OPTIONS[path]
     assert set(options) == set(model.model_fields)
 
 
@@ -345,14 +349,14 @@ def test_every_field_is_among_the_options_below(path: str) -> None:
     ("path", "name", "text", "expected"),
     [
         (path, name, *sent)
-        for path, (_, _, options) in SENT.items()
+        for path, (_, _, options) in QUERY_OPTIONS.items()
         for name, texts in options.items()
         for sent in texts
     ],
 )
 @pytest.mark.parametrize("escape", [quote, quote_plus])
-def test_every_option_of_the_query_string_reaches_core(
-    sent_in_process: Send,
+def test_every_query_option_reaches_core(
+    send_in_process: SendFn,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
     name: str,
@@ -360,8 +364,8 @@ def test_every_option_of_the_query_string_reaches_core(
     expected: object,
     escape: Callable[[str], str],
 ) -> None:
-    arguments = recorded(monkeypatch, SENT[path][1])
-    response = asked(sent_in_process, f"{name}={escape(text)}", path, **{name: None})
+    arguments = record_arguments(monkeypatch, QUERY_OPTIONS[path][1])
+    response = post_with_query(send_in_process, f"{name}={escape(text)}", path, **{name: None})
     assert response.status_code == 422
     assert response.json()["detail"] == "seen"
     if name == "explain":
@@ -375,7 +379,7 @@ def test_every_option_of_the_query_string_reaches_core(
     assert type(got) is type(expected)
 
 
-def files() -> dict[str, bytes]:
+def build_array_files() -> dict[str, bytes]:
     """The same array in the formats that have room for arrays only."""
     archive, ones = io.BytesIO(), np.ones((3, 3))
     np.savez(archive, input=ones)
@@ -384,11 +388,11 @@ def files() -> dict[str, bytes]:
     return {NPY: single.getvalue(), NPZ: archive.getvalue(), SAFETENSORS: safetensors.numpy.save({"input": ones})}
 
 
-@pytest.mark.parametrize(("content_type", "content"), files().items())
-def test_options_of_a_binary_body_are_held_to_the_same_rules(send: Send, content_type: str, content: bytes) -> None:
+@pytest.mark.parametrize(("content_type", "content"), build_array_files().items())
+def test_binary_body_options_follow_the_same_rules(send: SendFn, content_type: str, content: bytes) -> None:
     def error(query: str, path: str = "/conv2d") -> dict[str, Any]:
         response = send("POST", f"{path}?{query}", content=content, headers={"Content-Type": content_type})
-        return first_error(response, 422)
+        return assert_first_error(response, 422)
 
     assert error("weight=[[1]]&stride=0")["field"] == "stride"
     assert error("weight=[[1]]&padding=full")["field"] == "padding"
@@ -402,48 +406,55 @@ def test_options_of_a_binary_body_are_held_to_the_same_rules(send: Send, content
     assert error("")["field"] == "weight"
 
 
-def test_an_option_that_comes_twice_is_refused(send: Send) -> None:
-    error = first_error(asked(send, "mode=same&mode=full"), 422)
+def test_duplicate_option_is_rejected(send: SendFn) -> None:
+    error = assert_first_error(post_with_query(send, "mode=same&mode=full"), 422)
     assert (error["field"], error["limit"]) == ("mode", "once")
     assert "2 times" in error["message"]
-    assert first_error(asked(send, "arrays=flat&arrays=flat"), 422)["field"] == "arrays"
-    problem = problem_of(asked(send, "mode=same&mode=same&mode=same&dtype=float64&dtype=float32"), 422)
+    assert assert_first_error(post_with_query(send, "arrays=flat&arrays=flat"), 422)["field"] == "arrays"
+    problem = assert_problem(post_with_query(send, "mode=same&mode=same&mode=same&dtype=float64&dtype=float32"), 422)
     assert {error["field"] for error in problem["errors"]} == {"mode", "dtype"}
 
 
-def test_an_unknown_option_is_refused_and_near_misses_named(send: Send) -> None:
-    error = first_error(asked(send, "bondary=reflect"), 422)
+def test_unknown_option_is_rejected_with_a_suggestion(send: SendFn) -> None:
+    error = assert_first_error(post_with_query(send, "bondary=reflect"), 422)
     assert error["field"] == "bondary"
     assert 'did you mean "boundary"?' in error["message"]
-    assert 'did you mean "padding_mode"?' in first_error(asked(send, "paddingmode=zeros", "/conv2d"), 422)["message"]
-    assert first_error(asked(send, "MODE=same"), 422)["field"] == "MODE"
+    assert (
+        'did you mean "padding_mode"?'
+        in assert_first_error(post_with_query(send, "paddingmode=zeros", "/conv2d"), 422)["message"]
+    )
+    assert assert_first_error(post_with_query(send, "MODE=same"), 422)["field"] == "MODE"
 
 
 @pytest.mark.parametrize(("query", "field"), [("kernel=identity", "kernel"), ("mode=same", "mode")])
-def test_an_option_in_the_body_and_in_the_query_string_is_refused(send: Send, query: str, field: str) -> None:
-    error = first_error(asked(send, query, mode="same"), 422)
+def test_option_in_body_and_query_is_rejected(send: SendFn, query: str, field: str) -> None:
+    error = assert_first_error(post_with_query(send, query, mode="same"), 422)
     assert error["field"] == field
     assert "in the body and in the query string" in error["message"]
 
 
-def test_an_option_under_both_of_its_names_is_refused(send: Send) -> None:
-    assert "both of its names" in first_error(asked(send, "K=identity"), 422)["message"]
-    assert "both of its names" in first_error(asked(send, "X=[[1]]&kernel=identity", kernel=None), 422)["message"]
+def test_option_under_both_of_its_names_is_rejected(send: SendFn) -> None:
+    assert "both of its names" in assert_first_error(post_with_query(send, "K=identity"), 422)["message"]
+    assert (
+        "both of its names"
+        in assert_first_error(post_with_query(send, "X=[[1]]&kernel=identity", kernel=None), 422)["message"]
+    )
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path, (model, *_) in SENT.items() for name in model.ANSWER.model_fields]
+    ("path", "name"),
+    [(path, name) for path, (model, *_) in QUERY_OPTIONS.items() for name in model.RESPONSE_OPTIONS.model_fields],
 )
-def test_options_about_the_answer_belong_in_the_query_string(send: Send, path: str, name: str) -> None:
-    error = first_error(asked(send, "", path, **{name: "flat"}), 422)
+def test_response_options_belong_in_the_query(send: SendFn, path: str, name: str) -> None:
+    error = assert_first_error(post_with_query(send, "", path, **{name: "flat"}), 422)
     assert error["field"] == name
     assert error["message"] == f'"{name}" belongs in the query string: ?{name}=...'
 
 
 @pytest.mark.parametrize("value", ["maybe", "", "CLIP", "1", "true", "null", "[]", "{}", "clip%20", "clip%00"])
-@pytest.mark.parametrize("name", OutputOptions.model_fields)
-def test_options_about_the_answer_have_few_values(send: Send, name: str, value: str) -> None:
-    error = first_error(asked(send, f"{name}={value}"), 422)
+@pytest.mark.parametrize("name", OutputResponseOptions.model_fields)
+def test_response_options_have_few_values(send: SendFn, name: str, value: str) -> None:
+    error = assert_first_error(post_with_query(send, f"{name}={value}"), 422)
     assert error["field"] == name
     assert ("'scale' or 'clip'" if name == "png" else "'nested', 'base64' or 'flat'") in error["limit"]
 
@@ -452,48 +463,52 @@ def test_options_about_the_answer_have_few_values(send: Send, name: str, value: 
     "query",
     ["mode=%", "mode=%2", "mode=%zz", "mode=%ff%fe", "mode=%u0041", "mode=same%00", "mode=%ED%A0%80", "mode=same%ff"],
 )
-def test_bad_percent_encodings_are_no_value(send: Send, query: str) -> None:
-    assert first_error(asked(send, query), 422)["field"] == "mode"
+def test_invalid_percent_encoding_is_rejected(send: SendFn, query: str) -> None:
+    assert assert_first_error(post_with_query(send, query), 422)["field"] == "mode"
 
 
 @pytest.mark.parametrize("query", ["%ff=1", "%00=1", "=1", "=", "%", "%ED%A0%80=1", "mo%64es=1", "a" * 5000])
-def test_names_that_no_option_has_are_refused(send: Send, query: str) -> None:
-    assert "unknown field" in first_error(asked(send, query), 422)["message"]
+def test_invalid_option_names_are_rejected(send: SendFn, query: str) -> None:
+    assert "unknown field" in assert_first_error(post_with_query(send, query), 422)["message"]
 
 
 @pytest.mark.parametrize("query", ["", "&", "&&&&", "mode=same&", "&mode=same", "mo%64e=s%61me"])
-def test_what_says_nothing_else_changes_nothing_else(send: Send, query: str) -> None:
-    assert asked(send, query).json()["output"] == [[1, 2], [3, 4]]
+def test_equivalent_query_spellings_give_the_same_response(send: SendFn, query: str) -> None:
+    assert post_with_query(send, query).json()["output"] == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("query", ["mode=\xff", "\xff=1", "mode=s\u00e4me"])
-def test_bytes_that_are_not_ascii_are_no_value(address: str, query: str) -> None:
+def test_non_ascii_bytes_are_rejected(address: str, query: str) -> None:
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=5) as connection:
-        head = f"POST /correlate?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nContent-Length: {len(BODY)}\r\n"
-        connection.sendall(head.encode("latin-1") + b"Connection: close\r\n\r\n" + BODY)
+        head = f"POST /correlate?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nContent-Length: {len(SMALL_BODY)}\r\n"
+        connection.sendall(head.encode("latin-1") + b"Connection: close\r\n\r\n" + SMALL_BODY)
         received = connection.makefile("rb").read()
     assert received[9:12] in (b"422", b"400")
 
 
 @pytest.mark.parametrize("name", ["mode", "fill_value", "dtype", "device", "explain", "kernel"])
 @pytest.mark.parametrize("given", ["{}", "{}="])
-def test_an_option_without_a_value_is_refused(send: Send, name: str, given: str) -> None:
+def test_option_without_a_value_is_rejected(send: SendFn, name: str, given: str) -> None:
     body = {"input": [[1]]} if name == "kernel" else ARRAYS["/correlate"]
-    assert first_error(send("POST", f"/correlate?{given.format(name)}", json=body), 422)["field"] == name
+    assert assert_first_error(send("POST", f"/correlate?{given.format(name)}", json=body), 422)["field"] == name
 
 
 @pytest.mark.parametrize(
     "kernel",
     ["[[1,NaN]]", "[[1e999]]", "[" * 5000, "[" * 2000 + "]" * 2000, "[[" + "1" * 5000 + "]]", '{"shape":[1]}', "[1,]"],
 )
-def test_kernels_of_the_query_string_that_are_none(send: Send, kernel: str) -> None:
-    assert first_error(asked(send, "kernel=" + quote(kernel), kernel=None), 422)["field"].startswith("kernel")
+def test_invalid_query_kernels_are_rejected(send: SendFn, kernel: str) -> None:
+    assert assert_first_error(post_with_query(send, "kernel=" + quote(kernel), kernel=None), 422)["field"].startswith(
+        "kernel"
+    )
 
 
-def test_a_hundred_options_are_read_and_more_are_not(send: Send) -> None:
-    many = problem_of(asked(send, "&".join(f"option_{number}=1" for number in range(MAX_OPTIONS))), 422)
-    assert many["errors_omitted"] == MAX_OPTIONS - len(many["errors"])
-    for count in (MAX_OPTIONS + 1, 2 * MAX_OPTIONS, 1500):
+def test_hundred_options_are_accepted_and_more_rejected(send: SendFn) -> None:
+    many = assert_problem(
+        post_with_query(send, "&".join(f"option_{number}=1" for number in range(MAX_QUERY_OPTIONS))), 422
+    )
+    assert many["errors_omitted"] == MAX_QUERY_OPTIONS - len(many["errors"])
+    for count in (MAX_QUERY_OPTIONS + 1, 2 * MAX_QUERY_OPTIONS, 1500):
         query = "&".join(f"a{number}=1" for number in range(count))
-        assert f"more than {MAX_OPTIONS} options" in problem_of(asked(send, query), 422)["detail"]
+        assert f"more than {MAX_QUERY_OPTIONS} options" in assert_problem(post_with_query(send, query), 422)["detail"]

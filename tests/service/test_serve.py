@@ -13,18 +13,18 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.protocol import HeadWithBody
-from tests.serving import CORR2D, serving, talking_to, workers_of
+from service.server.protocol import CoalescingTransport
+from tests.servers import CORR2D_COMMAND, list_workers, open_client, run_serve_command
 
-LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
+D2L_EXAMPLE = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_it_says_where_it_listens_answers_and_stops_when_told(tmp_path: Path, workers: str) -> None:
+def test_serve_prints_its_address_responds_and_stops(tmp_path: Path, workers: str) -> None:
     log = tmp_path / "log"
-    with serving(log, "--workers", workers, CORR2D_LOG_FORMAT="json", CORR2D_QUEUE="5") as (process, address):
-        with talking_to(address) as send:
-            assert send("POST", "/correlate", json=LESSON).json()["output"] == [[19, 25], [37, 43]]
+    with run_serve_command(log, "--workers", workers, CORR2D_LOG_FORMAT="json", CORR2D_QUEUE="5") as (process, address):
+        with open_client(address) as send:
+            assert send("POST", "/correlate", json=D2L_EXAMPLE).json()["output"] == [[19, 25], [37, 43]]
             assert send("GET", "/info").json()["settings"]["queue"] == 5
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -33,20 +33,20 @@ def test_it_says_where_it_listens_answers_and_stops_when_told(tmp_path: Path, wo
     assert {"POST /correlate", "GET /info"} <= {f"{line['method']} {line['path']}" for line in requests}
 
 
-def test_the_curl_line_that_it_prints_works(tmp_path: Path) -> None:
-    with serving(tmp_path / "log") as (process, address):
+def test_printed_curl_command_works(tmp_path: Path) -> None:
+    with run_serve_command(tmp_path / "log") as (process, address):
         assert process.stdout is not None
         command = process.stdout.readline()
         assert address.removeprefix("http://") in command
-        with talking_to(address):
+        with open_client(address):
             answer = subprocess.run(command, shell=True, capture_output=True, check=True, text=True)  # noqa: S602 # it is for a shell
     assert json.loads(answer.stdout)["output"] == [[19, 25], [37, 43]]
 
 
-def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
+def test_ctrl_c_exits_cleanly(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with serving(log) as (process, address):
-        with talking_to(address):
+    with run_serve_command(log) as (process, address):
+        with open_client(address):
             pass
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
@@ -55,23 +55,23 @@ def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_signals_that_have_no_meaning_end_nothing(tmp_path: Path, workers: str) -> None:
-    with serving(tmp_path / "log", "--workers", workers) as (process, address), talking_to(address) as send:
-        serves = workers_of(process.pid)
+def test_ignored_signals_end_nothing(tmp_path: Path, workers: str) -> None:
+    with run_serve_command(tmp_path / "log", "--workers", workers) as (process, address), open_client(address) as send:
+        serves = list_workers(process.pid)
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             for pid in (process.pid, *serves):
                 os.kill(pid, number)
         time.sleep(1)
-        assert send("POST", "/correlate", json=LESSON).status_code == 200
-        assert workers_of(process.pid) == serves
+        assert send("POST", "/correlate", json=D2L_EXAMPLE).status_code == 200
+        assert list_workers(process.pid) == serves
         assert process.poll() is None
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_sigquit_exits_at_once(tmp_path: Path, workers: str) -> None:
     flags = ("--workers", workers, "--drain-s", "60")
-    with serving(tmp_path / "log", *flags) as (process, address), talking_to(address):
-        serves = workers_of(process.pid)
+    with run_serve_command(tmp_path / "log", *flags) as (process, address), open_client(address):
+        serves = list_workers(process.pid)
         for pid in serves:
             os.kill(pid, signal.SIGQUIT)
         process.send_signal(signal.SIGQUIT)
@@ -82,15 +82,18 @@ def test_sigquit_exits_at_once(tmp_path: Path, workers: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_worker_that_ends_early_again_is_replaced_after_a_pause(tmp_path: Path) -> None:
+def test_crashing_worker_is_restarted_after_a_pause(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with serving(log, "--workers", "2", CORR2D_LOG_FORMAT="json") as (process, address), talking_to(address) as send:
-        victim = workers_of(process.pid)[0]
+    with (
+        run_serve_command(log, "--workers", "2", CORR2D_LOG_FORMAT="json") as (process, address),
+        open_client(address) as send,
+    ):
+        victim = list_workers(process.pid)[0]
         for _ in range(3):
-            others = {*workers_of(process.pid)}
+            others = {*list_workers(process.pid)}
             os.kill(victim, signal.SIGKILL)
             deadline = time.monotonic() + 30
-            while not (new := {*workers_of(process.pid)} - others):
+            while not (new := {*list_workers(process.pid)} - others):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             # Long before it can count anything itself.
@@ -101,11 +104,11 @@ def test_a_worker_that_ends_early_again_is_replaced_after_a_pause(tmp_path: Path
         assert "corr2d_worker_restarts_total 3.0\n" in send("GET", "/metrics").text
 
 
-def test_it_can_be_stopped_while_it_starts(tmp_path: Path) -> None:
+def test_serve_can_be_stopped_during_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([CORR2D, "serve", "--port", str(port)], stdout=log, stderr=log)
+        process = subprocess.Popen([CORR2D_COMMAND, "serve", "--port", str(port)], stdout=log, stderr=log)
         # It listens before it loads torch, which takes much longer than these few milliseconds.
         while process.poll() is None:
             with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
@@ -115,31 +118,31 @@ def test_it_can_be_stopped_while_it_starts(tmp_path: Path) -> None:
     assert "listens" not in (tmp_path / "log").read_text()
 
 
-def test_ipv6_addresses_are_printed_as_urls_have_them(tmp_path: Path) -> None:
+def test_ipv6_addresses_are_printed_as_urls(tmp_path: Path) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 on this machine")
-    with serving(tmp_path / "log", "--host", "::1") as (_, address), talking_to(address) as send:
+    with run_serve_command(tmp_path / "log", "--host", "::1") as (_, address), open_client(address) as send:
         assert address.startswith("http://[::1]:")
         assert send("GET", "/livez").status_code == 200
 
 
-def test_it_does_not_read_what_is_lying_about(tmp_path: Path) -> None:
+def test_environment_files_are_not_read(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("CORR2D_PORT=nonsense\n")
-    process = subprocess.run([CORR2D, "config"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    process = subprocess.run([CORR2D_COMMAND, "config"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "nonsense" not in process.stdout
 
 
-def test_a_client_that_leaves_does_no_harm(address: str) -> None:
+def test_disconnected_client_has_no_effect(address: str) -> None:
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = "POST /correlate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
         connection.sendall(head.encode() + b'{"input": [[')
-    assert httpx.post(f"{address}/correlate", json=LESSON).status_code == 200
+    assert httpx.post(f"{address}/correlate", json=D2L_EXAMPLE).status_code == 200
 
 
-def test_the_head_of_an_answer_leaves_with_its_body_or_at_once_where_none_follows() -> None:
+def test_headers_are_sent_with_the_body_or_alone_at_once() -> None:
     sent: list[bytes] = []
 
     class Transport(asyncio.Transport):
@@ -153,7 +156,7 @@ def test_the_head_of_an_answer_leaves_with_its_body_or_at_once_where_none_follow
             return b"closed" in sent
 
     async def talk() -> None:
-        transport = HeadWithBody(Transport(), asyncio.get_running_loop())
+        transport = CoalescingTransport(Transport(), asyncio.get_running_loop())
         transport.write(b"HTTP/1.1 200 OK\r\n\r\n")
         assert not sent
         transport.write(memoryview(b"body"))

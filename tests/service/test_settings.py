@@ -4,7 +4,7 @@ from pydantic import BaseModel
 from service.settings import Settings, SettingsError, load_settings
 
 
-def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_override_environment_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings() == Settings()
     monkeypatch.setenv("CORR2D_PORT", "9001")
     monkeypatch.setenv("CORR2D_QUEUE", "7")
@@ -29,7 +29,7 @@ def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pyte
         ("CORR2D_API_KEY", "secret", "CORR2D_API_KEY is not a setting; did you mean CORR2D_API_KEYS?"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_said_in_one_line(
+def test_invalid_setting_is_reported_in_one_line(
     variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -40,7 +40,7 @@ def test_a_setting_that_makes_no_sense_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_flag_is_called_by_its_name() -> None:
+def test_invalid_flag_is_named_in_the_error() -> None:
     with pytest.raises(SettingsError, match=r"--max-body-mb '-1'"):
         load_settings(max_body_mb="-1")
 

@@ -12,19 +12,19 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from service.app import create_app
-from service.routes.array_route import ShortWay
+from service.routes.raw_route import FastPathMiddleware
 from service.settings import Settings
-from tests.serving import serving, talking_to
+from tests.servers import open_client, run_serve_command
 
-LESSON = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
-LAYER = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
-FIT = {"input": [[0, 1, 2], [3, 4, 5]], "target": [[0, 1], [3, 4]], "steps": 3}
+D2L_EXAMPLE = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
+LAYER_REQUEST = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
+FIT_REQUEST = {"input": [[0, 1, 2], [3, 4, 5]], "target": [[0, 1], [3, 4]], "steps": 3}
 
-TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
 
 @contextmanager
-def collecting() -> Iterator[tuple[str, list[Span]]]:
+def start_collector() -> Iterator[tuple[str, list[Span]]]:
     """The address of a collector, and the spans that it has got."""
     spans: list[Span] = []
 
@@ -49,26 +49,29 @@ def collecting() -> Iterator[tuple[str, list[Span]]]:
             server.shutdown()
 
 
-def test_a_collector_is_told_of_every_request_by_its_route(tmp_path: Path) -> None:
-    with collecting() as (collector, spans):
+def test_collector_receives_every_request_by_route(tmp_path: Path) -> None:
+    with start_collector() as (collector, spans):
         variables = {
             "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector,
             "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
         }
-        with serving(tmp_path / "log", **variables) as (process, address):
-            with talking_to(address) as send:
-                caller = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
-                assert send("POST", "/correlate", json=LESSON, headers=caller).json()["output"] == [[19, 25], [37, 43]]
-                assert send("POST", "/conv2d", json=LAYER).status_code == 200
-                assert send("POST", "/train-kernel", json=FIT).status_code == 200
+        with run_serve_command(tmp_path / "log", **variables) as (process, address):
+            with open_client(address) as send:
+                caller = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"}
+                assert send("POST", "/correlate", json=D2L_EXAMPLE, headers=caller).json()["output"] == [
+                    [19, 25],
+                    [37, 43],
+                ]
+                assert send("POST", "/conv2d", json=LAYER_REQUEST).status_code == 200
+                assert send("POST", "/train-kernel", json=FIT_REQUEST).status_code == 200
                 assert send("POST", "/correlate", json={}).status_code == 422
             # It sends what it has before it goes.
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
     told = {span.name: span for span in spans}
     assert {"POST /correlate", "POST /conv2d", "POST /train-kernel", "GET /readyz"} <= told.keys()
-    (traced,) = [span for span in spans if span.trace_id.hex() == TRACE and span.kind == Span.SPAN_KIND_SERVER]
+    (traced,) = [span for span in spans if span.trace_id.hex() == TRACE_ID and span.kind == Span.SPAN_KIND_SERVER]
     attributes = {attribute.key: attribute.value for attribute in traced.attributes}
     assert traced.name == "POST /correlate"
     assert attributes["http.route"].string_value == "/correlate"
@@ -83,10 +86,8 @@ def test_a_collector_is_told_of_every_request_by_its_route(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("variable", ["", "OTEL_EXPORTER_OTLP_ENDPOINT"])
-def test_only_where_it_is_asked_for_do_requests_take_the_long_way(
-    monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_fast_path_is_bypassed_only_with_telemetry(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     if variable:
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     added = [getattr(middleware.cls, "__name__", "") for middleware in create_app(Settings()).user_middleware]
-    assert (ShortWay.__name__ in added) is not bool(variable)
+    assert (FastPathMiddleware.__name__ in added) is not bool(variable)

@@ -9,21 +9,21 @@ import torch
 
 import core
 from service.codecs import npz
-from service.routes.train_kernel import TrainKernelAnswer
+from service.routes.train_kernel import TrainKernelResponse
 from tests import reference
-from tests.problem import first_error
-from tests.serving import Send
+from tests.problem_details import assert_first_error
+from tests.servers import SendFn
 
-LESSON = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6}
+D2L_PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6}
 
 
-def test_the_lesson(send: Send) -> None:
+def test_d2l_example(send: SendFn) -> None:
     start = [[0.3, -0.2]]
-    response = send("POST", "/train-kernel", json={**LESSON, "initial_kernel": start})
+    response = send("POST", "/train-kernel", json={**D2L_PAIR, "initial_kernel": start})
     assert response.status_code == 200
     answer = response.json()
-    images, targets, kernel = (torch.tensor([[x]], dtype=torch.float32) for x in (*LESSON.values(), start))
-    history, learned = reference.lesson_loop(images, targets, kernel, 0.03, 10)
+    images, targets, kernel = (torch.tensor([[x]], dtype=torch.float32) for x in (*D2L_PAIR.values(), start))
+    history, learned = reference.run_d2l_loop(images, targets, kernel, 0.03, 10)
     assert answer["loss_history"] == pytest.approx(history, rel=1e-5)
     np.testing.assert_allclose(answer["kernel"], learned[0, 0], rtol=1e-5)
     assert answer["kernel_shape"] == [1, 2]
@@ -36,22 +36,22 @@ def test_the_lesson(send: Send) -> None:
     assert "nonfinite" not in answer
 
 
-def test_a_learned_kernel_goes_straight_into_the_other_endpoints(send: Send) -> None:
-    kernel = send("POST", "/train-kernel", json={**LESSON, "seed": 1, "steps": 100}).json()["kernel"]
+def test_fitted_kernel_can_be_sent_to_other_endpoints(send: SendFn) -> None:
+    kernel = send("POST", "/train-kernel", json={**D2L_PAIR, "seed": 1, "steps": 100}).json()["kernel"]
     for path, name in (("/correlate", "kernel"), ("/conv2d", "weight")):
-        edges = send("POST", path, json={"input": LESSON["input"], name: kernel}).json()["output"]
-        np.testing.assert_allclose(edges, LESSON["target"], atol=1e-6)
+        edges = send("POST", path, json={"input": D2L_PAIR["input"], name: kernel}).json()["output"]
+        np.testing.assert_allclose(edges, D2L_PAIR["target"], atol=1e-6)
 
-    images = {"input": [[LESSON["input"]]], "target": [[LESSON["target"]]], "seed": 1}
+    images = {"input": [[D2L_PAIR["input"]]], "target": [[D2L_PAIR["target"]]], "seed": 1}
     answer = send("POST", "/train-kernel?arrays=base64", json=images).json()
     assert answer["kernel_shape"] == answer["kernel"]["shape"] == [1, 1, 1, 2]
     assert send("POST", "/conv2d", json={"input": images["input"], "weight": answer["kernel"]}).status_code == 200
 
 
-def test_the_lessons_names_and_pairs_are_taken(send: Send) -> None:
-    named = send("POST", "/train-kernel", json={"X": LESSON["input"], "Y": LESSON["target"], "seed": 5}).json()
-    paired = send("POST", "/train-kernel", json={"pairs": [LESSON], "seed": 5}).json()
-    mixed = {"pairs": [LESSON, {"X": LESSON["input"][:2], "Y": LESSON["target"][:2]}], "seed": 5, "steps": 1}
+def test_d2l_field_names_and_pairs_are_accepted(send: SendFn) -> None:
+    named = send("POST", "/train-kernel", json={"X": D2L_PAIR["input"], "Y": D2L_PAIR["target"], "seed": 5}).json()
+    paired = send("POST", "/train-kernel", json={"pairs": [D2L_PAIR], "seed": 5}).json()
+    mixed = {"pairs": [D2L_PAIR, {"X": D2L_PAIR["input"][:2], "Y": D2L_PAIR["target"][:2]}], "seed": 5, "steps": 1}
     assert named["kernel"] == paired["kernel"]
     assert send("POST", "/train-kernel", json=mixed).json()["loss_history"][0] > paired["loss_history"][0]
 
@@ -76,7 +76,7 @@ def test_the_lessons_names_and_pairs_are_taken(send: Send) -> None:
         {"solver": "exact", "loss": "huber", "huber_delta": "auto"},
     ],
 )
-def test_every_option_reaches_core(send: Send, rng: np.random.Generator, options: dict[str, Any]) -> None:
+def test_every_option_reaches_core(send: SendFn, rng: np.random.Generator, options: dict[str, Any]) -> None:
     images, targets = rng.normal(size=(2, 9, 8)), rng.normal(size=(4, 5, 7))
     body: dict[str, Any] = {
         "input": images.tolist(),
@@ -105,15 +105,15 @@ def test_every_option_reaches_core(send: Send, rng: np.random.Generator, options
     assert answer["unknowns"] == (4 * 1 + 4 if "symmetric" in options else 4 * 6 + 4)
     assert answer["seed"] == (None if options["solver"] == "exact" else 9)
     expected = core.fit_kernel(**body)
-    for name in TrainKernelAnswer.model_fields:
+    for name in TrainKernelResponse.model_fields:
         if hasattr(expected, name):
             value = getattr(expected, name)
             value = value.tolist() if isinstance(value, torch.Tensor) else value
             assert answer[name] == (value if value is None or isinstance(value, (list, str)) else pytest.approx(value))
 
 
-def test_the_truth_about_the_lesson(send: Send) -> None:
-    answer = send("POST", "/train-kernel", json={**LESSON, "solver": "exact"}).json()
+def test_d2l_example_is_reported_truthfully(send: SendFn) -> None:
+    answer = send("POST", "/train-kernel", json={**D2L_PAIR, "solver": "exact"}).json()
     np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=1e-12)
     assert (answer["largest_eigenvalue"], answer["smallest_eigenvalue"]) == pytest.approx((60, 12))
     assert answer["condition_number"] == pytest.approx(5)
@@ -125,30 +125,30 @@ def test_the_truth_about_the_lesson(send: Send) -> None:
     np.testing.assert_allclose(answer["standard_errors"], [[0, 0]], atol=1e-9)
 
 
-def test_a_divergence_can_be_refused(send: Send) -> None:
-    error = first_error(
-        send("POST", "/train-kernel", json={**LESSON, "bias": True, "seed": 1, "refuse_divergence": True}), 422
+def test_divergence_can_be_rejected(send: SendFn) -> None:
+    error = assert_first_error(
+        send("POST", "/train-kernel", json={**D2L_PAIR, "bias": True, "seed": 1, "refuse_divergence": True}), 422
     )
     assert error["field"] == "learning_rate"
     assert error["got"] == "0.03"
     tried = float(re.findall(r'try "auto" \((.*)\) or solver "exact"', error["message"])[0])
-    answer = send("POST", "/train-kernel", json={**LESSON, "bias": True, "seed": 1, "learning_rate": tried}).json()
+    answer = send("POST", "/train-kernel", json={**D2L_PAIR, "bias": True, "seed": 1, "learning_rate": tried}).json()
     assert (answer["prediction"], answer["status"]) == ("converges", "completed")
 
 
-def test_a_pixel_can_be_left_out(send: Send) -> None:
-    spoiled = [[0, -1, 0, 0, 0, 1, 99], *LESSON["target"][1:]]
+def test_pixel_can_be_excluded(send: SendFn) -> None:
+    spoiled = [[0, -1, 0, 0, 0, 1, 99], *D2L_PAIR["target"][1:]]
     weights = [[1, 1, 1, 1, 1, 1, 0], *[[1] * 7] * 5]
-    pair = {"input": LESSON["input"], "target": spoiled, "weights": weights}
-    for body in (pair, {"pairs": [pair, LESSON]}):
+    pair = {"input": D2L_PAIR["input"], "target": spoiled, "weights": weights}
+    for body in (pair, {"pairs": [pair, D2L_PAIR]}):
         answer = send("POST", "/train-kernel", json={**body, "solver": "exact"}).json()
         np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=1e-12)
 
 
 @pytest.mark.parametrize("delta", [0.01, "auto"])
-def test_outliers_do_not_spoil_a_huber_fit(send: Send, delta: Any) -> None:
-    spoiled = [[0, -1, 0, 0, 0, 1, 99], *LESSON["target"][1:]]
-    body = {"input": LESSON["input"], "target": spoiled, "solver": "exact", "loss": "huber", "huber_delta": delta}
+def test_outliers_do_not_spoil_a_huber_fit(send: SendFn, delta: Any) -> None:
+    spoiled = [[0, -1, 0, 0, 0, 1, 99], *D2L_PAIR["target"][1:]]
+    body = {"input": D2L_PAIR["input"], "target": spoiled, "solver": "exact", "loss": "huber", "huber_delta": delta}
     answer = send("POST", "/train-kernel", json=body).json()
     np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=0.01)
     assert answer["status"] == "converged"
@@ -164,17 +164,17 @@ def test_outliers_do_not_spoil_a_huber_fit(send: Send, delta: Any) -> None:
 
 
 @pytest.mark.parametrize(("delta", "got"), [(0, "0"), (-1, "-1"), ("wide", "'wide'"), (True, "true")])
-def test_a_faulty_huber_delta_is_rejected(send: Send, delta: Any, got: str) -> None:
-    response = send("POST", "/train-kernel", json={**LESSON, "loss": "huber", "huber_delta": delta})
-    error = first_error(response, 422)
+def test_invalid_huber_delta_is_rejected(send: SendFn, delta: Any, got: str) -> None:
+    response = send("POST", "/train-kernel", json={**D2L_PAIR, "loss": "huber", "huber_delta": delta})
+    error = assert_first_error(response, 422)
     assert error["field"] == "huber_delta"
     assert 'is not a number above 0, or "auto"' in error["message"]
-    error = first_error(send("POST", "/train-kernel", json={**LESSON, "huber_delta": 1}), 422)
+    error = assert_first_error(send("POST", "/train-kernel", json={**D2L_PAIR, "huber_delta": 1}), 422)
     assert 'huber_delta means nothing to loss "sum"' in error["message"]
 
 
-def test_a_huber_fit_can_be_streamed(send: Send) -> None:
-    body = {**LESSON, "target": [[0, -1, 0, 0, 9, 1, 0]] * 6, "solver": "exact", "loss": "huber", "huber_delta": 0.1}
+def test_huber_fit_can_be_streamed(send: SendFn) -> None:
+    body = {**D2L_PAIR, "target": [[0, -1, 0, 0, 9, 1, 0]] * 6, "solver": "exact", "loss": "huber", "huber_delta": 0.1}
     response = send("POST", "/train-kernel", json=body, headers={"Accept": "application/x-ndjson"})
     events = [json.loads(line) for line in response.text.splitlines()]
     result = events[-1]
@@ -186,8 +186,8 @@ def test_a_huber_fit_can_be_streamed(send: Send) -> None:
     assert events[names.index("forecast")]["message"] == "the Huber loss is minimised by reweighted least squares"
 
 
-def test_a_long_history_can_be_thinned(send: Send) -> None:
-    body = {**LESSON, "seed": 1, "steps": 5000, "learning_rate": 1e-4}
+def test_long_history_can_be_thinned(send: SendFn) -> None:
+    body = {**D2L_PAIR, "seed": 1, "steps": 5000, "learning_rate": 1e-4}
     full = send("POST", "/train-kernel", json=body).json()
     thin = send("POST", "/train-kernel?history=thin", json=body).json()
     steps = thin.pop("loss_history_steps")
@@ -195,15 +195,15 @@ def test_a_long_history_can_be_thinned(send: Send) -> None:
     assert (steps[0], steps[-1]) == (1, 5000)
     assert thin["loss_history"] == [full["loss_history"][step - 1] for step in steps]
     assert {**full, "loss_history": None} == {**thin, "loss_history": None}
-    short = send("POST", "/train-kernel?history=thin", json={**LESSON, "seed": 1}).json()
+    short = send("POST", "/train-kernel?history=thin", json={**D2L_PAIR, "seed": 1}).json()
     assert short["loss_history_steps"] == list(range(1, 11))
 
 
-def test_binary_answers_hold_every_array_and_series(send: Send) -> None:
+def test_binary_responses_contain_every_array_and_series(send: SendFn) -> None:
     response = send(
         "POST",
         "/train-kernel?history=thin",
-        json={**LESSON, "bias": True, "seed": 1},
+        json={**D2L_PAIR, "bias": True, "seed": 1},
         headers={"Accept": npz.MEDIA_TYPE},
     )
     arrays = npz.decode(response.content, 10**6)
@@ -215,7 +215,7 @@ def test_binary_answers_hold_every_array_and_series(send: Send) -> None:
     assert json.loads(response.headers["Corr2d-Result"])["kernel_shape"] == [1, 2]
 
 
-def test_a_path_of_ridges_and_a_covariance_are_reported_on_request(send: Send, rng: np.random.Generator) -> None:
+def test_ridge_path_and_covariance_are_returned_on_request(send: SendFn, rng: np.random.Generator) -> None:
     image, target = rng.normal(size=(9, 9)), rng.normal(size=(2, 7, 8))
     options: dict[str, Any] = {"solver": "exact", "ridge": "auto", "bias": True}
     body = {"input": image.tolist(), "target": target.tolist(), **options, "ridge_path": True, "covariance": True}
@@ -255,18 +255,16 @@ def test_a_path_of_ridges_and_a_covariance_are_reported_on_request(send: Send, r
         ),
     ],
 )
-def test_ridges_that_cannot_be_searched_are_rejected(
-    send: Send, change: dict[str, Any], field: str, message: str
-) -> None:
-    error = first_error(send("POST", "/train-kernel", json={**LESSON, **change}), 422)
+def test_invalid_ridge_searches_are_rejected(send: SendFn, change: dict[str, Any], field: str, message: str) -> None:
+    error = assert_first_error(send("POST", "/train-kernel", json={**D2L_PAIR, **change}), 422)
     assert error["field"] == field
     assert message in error["message"]
 
 
 @pytest.mark.parametrize(("media_type", "start"), [("image/svg+xml", b"<?xml"), ("image/png", b"\x89PNG")])
-def test_the_loss_comes_as_a_picture(send: Send, media_type: str, start: bytes) -> None:
+def test_loss_is_returned_as_a_plot(send: SendFn, media_type: str, start: bytes) -> None:
     for change in ({}, {"solver": "exact"}, {"bias": True}, {"input": [[1e200] * 8] * 6}, {"target": [[0] * 7] * 6}):
-        response = send("POST", "/train-kernel", json={**LESSON, "seed": 1, **change}, headers={"Accept": media_type})
+        response = send("POST", "/train-kernel", json={**D2L_PAIR, "seed": 1, **change}, headers={"Accept": media_type})
         assert response.status_code == 200
         assert response.headers["Content-Type"] == media_type
         assert response.content.startswith(start)
@@ -300,8 +298,8 @@ def test_the_loss_comes_as_a_picture(send: Send, media_type: str, start: bytes) 
         ({"input": [[1e200] * 8] * 6, "loss": "l1", "solver": "adam"}, "completed", "the loss stayed at"),
     ],
 )
-def test_each_way_to_end_has_its_sentence(send: Send, change: dict[str, Any], status: str, message: str) -> None:
-    response = send("POST", "/train-kernel", json={**LESSON, "seed": 1, **change})
+def test_each_outcome_has_its_message(send: SendFn, change: dict[str, Any], status: str, message: str) -> None:
+    response = send("POST", "/train-kernel", json={**D2L_PAIR, "seed": 1, **change})
     assert response.status_code == 200
     answer = response.json()
     assert answer["status"] == status
@@ -312,16 +310,18 @@ def test_each_way_to_end_has_its_sentence(send: Send, change: dict[str, Any], st
     assert all(math.isfinite(number) for number in answer["loss_history"] if number is not None)
 
 
-def test_nothing_is_learned_from_what_is_not_finite(send: Send) -> None:
+def test_nonfinite_examples_are_rejected(send: SendFn) -> None:
     image, target = np.ones((3, 4)), np.ones((3, 3))
     image[1, 2] = np.nan
     body = b"".join(npz.encode({"input": image, "target": target}))
-    error = first_error(send("POST", "/train-kernel", content=body, headers={"Content-Type": npz.MEDIA_TYPE}), 422)
+    error = assert_first_error(
+        send("POST", "/train-kernel", content=body, headers={"Content-Type": npz.MEDIA_TYPE}), 422
+    )
     assert error["field"] == "input[1][2]"
     assert "holds 1 values that are NaN or infinite" in error["message"]
 
 
-def test_constraints_are_options_of_the_body_and_of_the_query_string(send: Send, rng: np.random.Generator) -> None:
+def test_constraints_are_options_of_body_and_query(send: SendFn, rng: np.random.Generator) -> None:
     body = {"input": rng.normal(size=(9, 9)).tolist(), "target": rng.normal(size=(7, 7)).tolist(), "bias": True}
     options = {"solver": "exact", "nonnegative": True, "sum_to": 1, "symmetric": "full", "smoothness": 0.5}
     answer = send("POST", "/train-kernel", json={**body, **options}).json()
@@ -350,57 +350,59 @@ def test_constraints_are_options_of_the_body_and_of_the_query_string(send: Send,
         ({"solver": "exact", "smoothness": -1.0}, "smoothness", "smoothness -1.0 is not a number from 0 on"),
     ],
 )
-def test_constraints_that_cannot_be_kept_are_validation_errors(
-    send: Send, options: dict[str, Any], field: str, message: str
+def test_contradictory_constraints_are_validation_errors(
+    send: SendFn, options: dict[str, Any], field: str, message: str
 ) -> None:
-    error = first_error(send("POST", "/train-kernel", json={**LESSON, **options}), 422)
+    error = assert_first_error(send("POST", "/train-kernel", json={**D2L_PAIR, **options}), 422)
     assert error["field"] == field
     assert message in error["message"]
 
 
-NOISE = np.random.default_rng(8)
-HELD_OUT = {"input": NOISE.normal(size=(9, 9)).tolist(), "target": NOISE.normal(size=(9, 8)).tolist()}
+RNG = np.random.default_rng(8)
+HELD_OUT_PAIR = {"input": RNG.normal(size=(9, 9)).tolist(), "target": RNG.normal(size=(9, 8)).tolist()}
 
 
-def test_validation_reaches_core(send: Send) -> None:
+def test_validation_reaches_core(send: SendFn) -> None:
     body: dict[str, Any] = {
-        **LESSON,
+        **D2L_PAIR,
         "seed": 1,
         "steps": 200,
         "learning_rate": "auto",
-        "validation": [HELD_OUT],
+        "validation": [HELD_OUT_PAIR],
         "patience": 2,
     }
     answer = send("POST", "/train-kernel", json=body).json()
-    expected = core.fit_kernel(**{**body, "validation": [(HELD_OUT["input"], HELD_OUT["target"])]})
+    expected = core.fit_kernel(**{**body, "validation": [(HELD_OUT_PAIR["input"], HELD_OUT_PAIR["target"])]})
     assert answer["status"] == "stopped_early"
     assert answer["validation_history"] == pytest.approx(expected.validation_history)
     assert answer["validation_loss"] == pytest.approx(expected.validation_loss)
     assert (answer["best_step"], answer["steps"]) == (expected.best_step, expected.steps)
     np.testing.assert_allclose(answer["kernel"], expected.kernel)
-    plain = send("POST", "/train-kernel", json={**LESSON, "seed": 1}).json()
+    plain = send("POST", "/train-kernel", json={**D2L_PAIR, "seed": 1}).json()
     assert plain["validation_history"] is plain["validation_loss"] is plain["best_step"] is None
 
 
-def test_validation_comes_in_the_query_of_binary_bodies(send: Send) -> None:
-    arrays = {name: np.asarray(value, np.float64) for name, value in LESSON.items()}
+def test_validation_is_accepted_in_the_query_of_binary_bodies(send: SendFn) -> None:
+    arrays = {name: np.asarray(value, np.float64) for name, value in D2L_PAIR.items()}
     response = send(
         "POST",
         "/train-kernel",
-        params={"validation": json.dumps([HELD_OUT]), "seed": "1", "steps": "30", "history": "thin"},
+        params={"validation": json.dumps([HELD_OUT_PAIR]), "seed": "1", "steps": "30", "history": "thin"},
         content=b"".join(npz.encode(arrays)),
         headers={"Content-Type": npz.MEDIA_TYPE, "Accept": npz.MEDIA_TYPE},
     )
     assert response.status_code == 200, response.text
-    options: dict[str, Any] = {**LESSON, "seed": 1, "steps": 30}
-    expected = core.fit_kernel(**options, validation=[(HELD_OUT["input"], HELD_OUT["target"])]).validation_history
+    options: dict[str, Any] = {**D2L_PAIR, "seed": 1, "steps": 30}
+    expected = core.fit_kernel(
+        **options, validation=[(HELD_OUT_PAIR["input"], HELD_OUT_PAIR["target"])]
+    ).validation_history
     assert expected is not None
     np.testing.assert_allclose(npz.decode(response.content, 10**6)["validation_history"], expected)
     assert json.loads(response.headers["Corr2d-Result"])["best_step"] >= 0
 
 
-def test_a_validation_history_is_thinned_like_that_of_the_loss(send: Send) -> None:
-    body = {**LESSON, "seed": 1, "steps": 5000, "learning_rate": 1e-4, "validation": [HELD_OUT]}
+def test_validation_history_is_thinned_like_the_loss(send: SendFn) -> None:
+    body = {**D2L_PAIR, "seed": 1, "steps": 5000, "learning_rate": 1e-4, "validation": [HELD_OUT_PAIR]}
     full = send("POST", "/train-kernel", json=body).json()
     thin = send("POST", "/train-kernel?history=thin", json=body).json()
     steps = thin["loss_history_steps"]
@@ -408,9 +410,9 @@ def test_a_validation_history_is_thinned_like_that_of_the_loss(send: Send) -> No
     assert thin["validation_history"] == [full["validation_history"][step - 1] for step in steps]
 
 
-def test_steps_are_streamed_with_their_validation_loss(send: Send) -> None:
-    body = {**LESSON, "seed": 1, "steps": 200_000, "learning_rate": 1e-4}
-    for validation, has_loss in (([HELD_OUT], True), (None, False)):
+def test_steps_are_streamed_with_their_validation_loss(send: SendFn) -> None:
+    body = {**D2L_PAIR, "seed": 1, "steps": 200_000, "learning_rate": 1e-4}
+    for validation, has_loss in (([HELD_OUT_PAIR], True), (None, False)):
         response = send(
             "POST",
             "/train-kernel?history=thin",
@@ -432,17 +434,17 @@ def test_steps_are_streamed_with_their_validation_loss(send: Send) -> None:
         ({"validation": [{"input": [[1]]}]}, "validation[0].target"),
         ({"validation": [{"input": [[1, 2]], "target": [[1, 2]]}]}, "validation[0].target"),
         ({"patience": 5}, "patience"),
-        ({"patience": 5, "solver": "exact", "validation": [HELD_OUT]}, "patience"),
+        ({"patience": 5, "solver": "exact", "validation": [HELD_OUT_PAIR]}, "patience"),
     ],
 )
-def test_validation_that_cannot_be_used_is_rejected(send: Send, change: dict[str, Any], field: str) -> None:
-    assert first_error(send("POST", "/train-kernel", json={**LESSON, **change}), 422)["field"] == field
+def test_invalid_validation_is_rejected(send: SendFn, change: dict[str, Any], field: str) -> None:
+    assert assert_first_error(send("POST", "/train-kernel", json={**D2L_PAIR, **change}), 422)["field"] == field
 
 
-def test_a_size_is_chosen(send: Send) -> None:
+def test_size_is_selected(send: SendFn) -> None:
     rng = np.random.default_rng(2)
     image, kernel = rng.normal(size=(30, 30)), rng.normal(size=(3, 5))
-    target = reference.valid(image, kernel)[2:-2, 1:-1]
+    target = reference.correlate_valid(image, kernel)[2:-2, 1:-1]
     target += 0.1 * rng.normal(size=target.shape)
     body = {"input": image.tolist(), "target": target.tolist(), "kernel_size": "auto", "solver": "exact"}
     answer = send("POST", "/train-kernel", json=body).json()
@@ -464,7 +466,7 @@ def test_a_size_is_chosen(send: Send) -> None:
     assert arrays["kernel_sizes"].tolist() == [[1, 1], [1, 3], [1, 5], [3, 1], [3, 3], [3, 5]]
     assert arrays["kernel_sizes_loss"].shape == arrays["kernel_sizes_bic"].shape == (6,)
     assert json.loads(response.headers["Corr2d-Result"])["kernel_offset"] == [2, 1]
-    plain = send("POST", "/train-kernel", json={**LESSON, "seed": 1}).json()
+    plain = send("POST", "/train-kernel", json={**D2L_PAIR, "seed": 1}).json()
     assert [plain[name] for name in ("kernel_sizes", "kernel_sizes_bic", "kernel_offset")] == [None] * 3
-    error = first_error(send("POST", "/train-kernel", json={**body, "solver": "sgd", "loss": "l1"}), 422)
+    error = assert_first_error(send("POST", "/train-kernel", json={**body, "solver": "sgd", "loss": "l1"}), 422)
     assert error["field"] == "loss"

@@ -12,12 +12,12 @@ from typing import Protocol
 
 import httpx
 
-from tests.problem import problem_of
+from tests.problem_details import assert_problem
 
-PATIENCE = 20.0
+SOCKET_TIMEOUT_S = 20.0
 """Seconds that a client of a bare socket waits for anything."""
 
-AT_ONCE = struct.pack("ii", 1, 0)
+LINGER_RESET = struct.pack("ii", 1, 0)
 """SO_LINGER's: the connection is reset, what is under way is lost."""
 
 
@@ -28,7 +28,7 @@ class Exchange(Protocol):
     def name(self) -> str:
         """What it is; with its number where it is in the list of hazards."""
 
-    def take_place(self, client: httpx.Client) -> None:
+    def run_exchange(self, client: httpx.Client) -> None:
         """Send, and check the answer."""
 
 
@@ -42,21 +42,21 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     method: str = "POST"
     status: int = 200
-    right: Callable[[httpx.Response], object] = lambda _: None
+    check_response: Callable[[httpx.Response], object] = lambda _: None
 
-    def take_place(self, client: httpx.Client) -> None:
+    def run_exchange(self, client: httpx.Client) -> None:
         """Send, and check the answer."""
         response = client.request(self.method, self.path, content=self.body, headers=self.headers)
         if self.status >= http.HTTPStatus.BAD_REQUEST:
-            problem_of(response, self.status)
+            assert_problem(response, self.status)
         else:
             assert response.status_code == self.status, response.text[:1000]
-            self.right(response)
+            self.check_response(response)
         assert response.headers["x-request-id"]
 
 
 @dataclass(frozen=True, slots=True)
-class Malformed:
+class MalformedRequest:
     """Bytes on a connection of their own, which the service answers with a problem of one of the statuses, and closes.
 
     `may_be_cut`: it may also close before all has been sent, with the answer lost on the way.
@@ -65,45 +65,45 @@ class Malformed:
     name: str
     sent: bytes
     statuses: tuple[int, ...]
-    may_be_cut: bool = False
+    may_be_truncated: bool = False
 
-    def take_place(self, client: httpx.Client) -> None:
+    def run_exchange(self, client: httpx.Client) -> None:
         """Send, and check the answer."""
-        with connected(client) as connection:
+        with open_connection(client) as connection:
             with suppress(ConnectionError, TimeoutError):
                 connection.sendall(self.sent)
             try:
-                answer = until_closed(connection)
+                answer = receive_until_closed(connection)
             except ConnectionError:
                 answer = b""
-            if answer or not self.may_be_cut:
-                response = parsed(answer)
+            if answer or not self.may_be_truncated:
+                response = parse_response(answer)
                 assert response.status_code in self.statuses, response.text[:1000]
-                problem_of(response, response.status_code)
+                assert_problem(response, response.status_code)
 
 
 @dataclass(frozen=True, slots=True)
-class Pipelined:
+class PipelinedRequests:
     """Many requests before the first answer is read: all are answered, in order."""
 
     name: str
     path: str
     count: int
 
-    def take_place(self, client: httpx.Client) -> None:
+    def run_exchange(self, client: httpx.Client) -> None:
         """Send, and check the answers."""
-        with connected(client) as connection:
+        with open_connection(client) as connection:
             for number in range(self.count):
                 last = "Connection: close\r\n" if number == self.count - 1 else ""
                 head = f"GET {self.path} HTTP/1.1\r\nHost: corr2d\r\nX-Request-ID: {number}\r\n{last}\r\n"
                 connection.sendall(head.encode())
-            answers = until_closed(connection).split(b"HTTP/1.1 200 OK\r\n")[1:]
-        ids = [parsed(b"HTTP/1.1 200 OK\r\n" + answer).headers["x-request-id"] for answer in answers]
+            answers = receive_until_closed(connection).split(b"HTTP/1.1 200 OK\r\n")[1:]
+        ids = [parse_response(b"HTTP/1.1 200 OK\r\n" + answer).headers["x-request-id"] for answer in answers]
         assert ids == [str(number) for number in range(self.count)]
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving:
+class Disconnection:
     """Bytes on a connection of their own, and away: once `until` has come of the answer, and after so many seconds."""
 
     name: str
@@ -112,9 +112,9 @@ class Leaving:
     seconds: float = 0.0
     reset: bool = False
 
-    def take_place(self, client: httpx.Client) -> None:
+    def run_exchange(self, client: httpx.Client) -> None:
         """Send and leave; that nobody is harmed, the next exchange shows."""
-        with connected(client) as connection:
+        with open_connection(client) as connection:
             with suppress(ConnectionError):
                 connection.sendall(self.sent)
             come = b""
@@ -124,18 +124,18 @@ class Leaving:
                 come += piece
             time.sleep(self.seconds)
             if self.reset:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
 
 
 @contextmanager
-def connected(client: httpx.Client) -> Iterator[socket.socket]:
+def open_connection(client: httpx.Client) -> Iterator[socket.socket]:
     """A connection to where the client sends its requests."""
     url = client.base_url
-    with socket.create_connection((url.host, url.port or 80), timeout=PATIENCE) as connection:
+    with socket.create_connection((url.host, url.port or 80), timeout=SOCKET_TIMEOUT_S) as connection:
         yield connection
 
 
-def until_closed(connection: socket.socket) -> bytes:
+def receive_until_closed(connection: socket.socket) -> bytes:
     """All that comes."""
     pieces = []
     while piece := connection.recv(1 << 20):
@@ -143,7 +143,7 @@ def until_closed(connection: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
-def parsed(answer: bytes) -> httpx.Response:
+def parse_response(answer: bytes) -> httpx.Response:
     """An answer, from its bytes."""
 
     class Replay:

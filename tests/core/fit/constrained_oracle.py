@@ -8,10 +8,10 @@ import numpy as np
 import scipy.linalg
 
 from core import FitResult
-from tests.core.fit.layers import Layer, Lesson
+from tests.core.fit.layers import FitCase, Layer
 from tests.reference import Floats
 
-IMAGES: dict[str, list[Callable[[int, int, int, int], tuple[int, int]]]] = {
+SYMMETRY_MAPS: dict[str, list[Callable[[int, int, int, int], tuple[int, int]]]] = {
     "horizontal": [lambda i, j, h, w: (i, w - 1 - j)],
     "vertical": [lambda i, j, h, w: (h - 1 - i, j)],
     "both": [lambda i, j, h, w: (i, w - 1 - j), lambda i, j, h, w: (h - 1 - i, j)],
@@ -22,12 +22,12 @@ IMAGES: dict[str, list[Callable[[int, int, int, int], tuple[int, int]]]] = {
 """Maps of an entry's row and column to those of an entry that is equal, h and w the sides of the kernel."""
 
 
-def ties(layer: Layer, symmetric: str | None) -> Floats:
+def build_symmetry_rows(layer: Layer, symmetric: str | None) -> Floats:
     """Return a matrix with a row for each pair of entries of a filter that are to be equal: it maps them to 0."""
     _, depth, h, w = layer.kernel_shape
     number = np.arange(depth * h * w).reshape(depth, h, w)
     rows = [np.zeros(depth * h * w)]
-    for image in IMAGES.get(symmetric or "", []):
+    for image in SYMMETRY_MAPS.get(symmetric or "", []):
         for channel, i, j in np.ndindex(depth, h, w):
             row = np.zeros(depth * h * w)
             row[number[channel, i, j]] += 1
@@ -36,7 +36,7 @@ def ties(layer: Layer, symmetric: str | None) -> Floats:
     return np.array(rows)
 
 
-def differences(layer: Layer) -> Floats:
+def build_difference_rows(layer: Layer) -> Floats:
     """Return a matrix with a row for each pair of neighbours in a plane: it maps a filter to their differences."""
     _, depth, h, w = layer.kernel_shape
     number = np.arange(depth * h * w).reshape(depth, h, w)
@@ -51,7 +51,7 @@ def differences(layer: Layer) -> Floats:
 
 
 @dataclass(frozen=True)
-class Filter:
+class FilterProblem:
     """One filter's problem: minimise |matrix x - target|^2, of which the last `penalties` rows are not examples.
 
     taps: entries of the kernel, before the bias. loss_scale: what the sum of squares is multiplied by.
@@ -74,24 +74,26 @@ class Filter:
         return self.loss_scale * float(np.sum((self.matrix @ unknowns - self.target) ** 2))
 
 
-def filters(lesson: Lesson, options: dict[str, Any]) -> list[Filter]:
+def build_filter_problems(fit_case: FitCase, options: dict[str, Any]) -> list[FilterProblem]:
     """Return the problem of every filter."""
-    layer, result = lesson.layer, []
+    layer, result = fit_case.layer, []
     taps = int(np.prod(layer.kernel_shape[1:]))
-    scale = 1 / lesson.weight if options.get("loss") == "mean" else 1.0
+    scale = 1 / fit_case.weight if options.get("loss") == "mean" else 1.0
     for index in range(layer.filters):
         group = index // (layer.filters // layer.groups)
-        rows = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
+        rows = np.concatenate([layer.windows(x, group) for x, _, _ in fit_case.pairs])
         if layer.bias:
             rows = np.hstack([rows, np.ones((len(rows), 1))])
-        target = np.concatenate([y[:, index].ravel() for _, y, _ in lesson.pairs])
-        weights = np.concatenate([(np.ones_like(y) if w is None else w)[:, index].ravel() for _, y, w in lesson.pairs])
+        target = np.concatenate([y[:, index].ravel() for _, y, _ in fit_case.pairs])
+        weights = np.concatenate(
+            [(np.ones_like(y) if w is None else w)[:, index].ravel() for _, y, w in fit_case.pairs]
+        )
         ridge = np.sqrt(options.get("ridge", 0.0) / scale) * np.eye(taps, rows.shape[1])
-        smooth = np.sqrt(options.get("smoothness", 0.0) / scale) * differences(layer)
+        smooth = np.sqrt(options.get("smoothness", 0.0) / scale) * build_difference_rows(layer)
         smooth = np.hstack([smooth, np.zeros((len(smooth), rows.shape[1] - taps))])
         penalties = np.vstack([ridge, smooth])
         result.append(
-            Filter(
+            FilterProblem(
                 np.vstack([rows * np.sqrt(weights)[:, None], penalties]),
                 np.append(target * np.sqrt(weights), np.zeros(len(penalties))),
                 len(penalties),
@@ -103,17 +105,17 @@ def filters(lesson: Lesson, options: dict[str, Any]) -> list[Filter]:
     return result
 
 
-def unknowns_of(fit: FitResult, lesson: Lesson) -> Floats:
+def stack_unknowns(fit: FitResult, fit_case: FitCase) -> Floats:
     """Return kernel and bias, (O, size)."""
-    kernel = fit.kernel.numpy().reshape(lesson.layer.filters, -1)
+    kernel = fit.kernel.numpy().reshape(fit_case.layer.filters, -1)
     return kernel if fit.bias is None else np.hstack([kernel, fit.bias.numpy()[:, None]])
 
 
-def assert_satisfied(fit: FitResult, lesson: Lesson, options: dict[str, Any]) -> None:
+def assert_satisfied(fit: FitResult, fit_case: FitCase, options: dict[str, Any]) -> None:
     """Check the constraints themselves."""
-    kernel = fit.kernel.numpy().reshape(lesson.layer.kernel_shape)
+    kernel = fit.kernel.numpy().reshape(fit_case.layer.kernel_shape)
     _, _, h, w = kernel.shape
-    for image in IMAGES.get(options.get("symmetric", ""), []):
+    for image in SYMMETRY_MAPS.get(options.get("symmetric", ""), []):
         for i, j in np.ndindex(h, w):
             other = image(i, j, h, w)
             assert (kernel[:, :, i, j] == kernel[:, :, other[0], other[1]]).all()
@@ -124,15 +126,15 @@ def assert_satisfied(fit: FitResult, lesson: Lesson, options: dict[str, Any]) ->
         assert (error <= 1e-12 * np.abs(kernel).sum((1, 2, 3))).all()
 
 
-def assert_optimal(fit: FitResult, lesson: Lesson, options: dict[str, Any], tolerance: float = 1e-9) -> None:
+def assert_optimal(fit: FitResult, fit_case: FitCase, options: dict[str, Any], tolerance: float = 1e-9) -> None:
     """Check the conditions of Karush, Kuhn and Tucker, which are sufficient: the problem is convex.
 
     The tolerance is relative to the gradient at zero and, with a sum, at equal entries.
     """
-    classes = scipy.linalg.null_space(ties(lesson.layer, options.get("symmetric")))
+    classes = scipy.linalg.null_space(build_symmetry_rows(fit_case.layer, options.get("symmetric")))
     projection = classes @ classes.T
     loss = rounding = 0.0
-    for part, unknowns in zip(filters(lesson, options), unknowns_of(fit, lesson), strict=True):
+    for part, unknowns in zip(build_filter_problems(fit_case, options), stack_unknowns(fit, fit_case), strict=True):
         total = options.get("sum_to")
         equal = np.where(np.arange(len(unknowns)) < part.taps, (total or 0.0) / part.taps, 0)
         reference = max(np.linalg.norm(part.gradient(at)) for at in (np.zeros(len(unknowns)), equal))
@@ -155,7 +157,7 @@ def assert_optimal(fit: FitResult, lesson: Lesson, options: dict[str, Any], tole
 
 
 @dataclass(frozen=True)
-class LinearBest:
+class LinearSolution:
     """The best kernel of one filter under ties and a sum, of least norm, with its precision.
 
     errors are NaN if the free unknowns are not determined.
@@ -167,13 +169,13 @@ class LinearBest:
     free: int
     freedom: float
     residual_std: float
-    clear: bool
+    has_clear_rank: bool
 
 
-def solve_linear(part: Filter, layer: Layer, options: dict[str, Any]) -> LinearBest:
+def solve_linear(part: FilterProblem, layer: Layer, options: dict[str, Any]) -> LinearSolution:
     """Solve by numpy.linalg.lstsq in an orthonormal basis of all that the constraints leave free."""
     size = part.matrix.shape[1]
-    rows = ties(layer, options.get("symmetric"))
+    rows = build_symmetry_rows(layer, options.get("symmetric"))
     right = np.zeros(len(rows))
     if options.get("sum_to") is not None:
         rows, right = np.vstack([rows, np.ones(part.taps)]), np.append(right, options["sum_to"])
@@ -184,7 +186,7 @@ def solve_linear(part: Filter, layer: Layer, options: dict[str, Any]) -> LinearB
     unknowns = base + basis @ free
     values = np.linalg.svd(examples, compute_uv=False)
     shares = values / values.max() if values.size and values.max() > 0 else values
-    clear = bool(((shares < 1e-13) | (shares > 1e-3)).all())
+    has_clear_rank = bool(((shares < 1e-13) | (shares > 1e-3)).all())
     rank = int((shares > 1e-8).sum())
     left = float(np.sum((part.matrix @ unknowns - part.target)[: len(examples)] ** 2))
     errors, freedom, deviation = np.full(size, np.nan), np.nan, np.nan
@@ -195,4 +197,4 @@ def solve_linear(part: Filter, layer: Layer, options: dict[str, Any]) -> LinearB
         if freedom > 1e-6:
             deviation = float(np.sqrt(left / freedom))
             errors = deviation * np.sqrt(np.maximum(np.diag(basis @ inverse @ gram @ inverse @ basis.T), 0))
-    return LinearBest(unknowns, errors, rank, basis.shape[1], freedom, deviation, clear)
+    return LinearSolution(unknowns, errors, rank, basis.shape[1], freedom, deviation, has_clear_rank)

@@ -72,7 +72,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class FitCase:
     """A layer, and pairs of images (N, C, H, W) and targets (N, O, oh, ow) with weights like the targets or None."""
 
     layer: Layer
@@ -109,14 +109,14 @@ def layers(draw: st.DrawFn, *, plain: bool = False) -> Layer:
 
 
 @st.composite
-def lessons(
+def fit_cases(
     draw: st.DrawFn,
     *,
     plain: bool = False,
     weighted: bool = True,
     noises: tuple[float, ...] = (0.1, 1.0),
     largest: int = 12,
-) -> Lesson:
+) -> FitCase:
     """Random images, and what a random kernel makes of them with noise; pairs of several sizes, weights of any kind."""
     layer = draw(layers(plain=plain))
     side = st.integers(3, largest)
@@ -137,6 +137,6 @@ def lessons(
             drawn = rng.normal(size=targets.shape if kind == "each value" else targets.shape[2:])
             weights = np.broadcast_to(drawn.clip(min=0), targets.shape)
         pairs.append((images, targets, weights))
-    lesson = Lesson(layer, pairs)
-    assume(lesson.weight > 0)
-    return lesson
+    fit_case = FitCase(layer, pairs)
+    assume(fit_case.weight > 0)
+    return fit_case

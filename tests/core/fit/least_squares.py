@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.core.fit.layers import Lesson
+from tests.core.fit.layers import FitCase
 from tests.reference import Floats
 
 
 @dataclass(frozen=True)
-class Best:
+class LeastSquaresSolution:
     """The best kernel of least norm and what is known of it.
 
     loss: the weighted sum of squares, without the ridge's share. singular_values: of every filter's matrix. norm_ratio:
@@ -32,7 +32,7 @@ class Best:
     residual_std: list[float]
 
     @property
-    def clear(self) -> bool:
+    def has_clear_rank(self) -> bool:
         """Every singular value is either noise or far above it, so that nobody's rounding decides about the rank."""
         if self.norm_ratio > 100:
             # lstsq leaves small columns out; a fit scales them.
@@ -41,34 +41,34 @@ class Best:
         return all(bool(((share < 1e-13) | (share > 1e-3)).all()) for share in shares)
 
     @property
-    def decided(self) -> bool:
+    def has_decided_rank(self) -> bool:
         """No singular value lies near the threshold, where rounding decides about the rank."""
         shares = [values / values.max() for values in self.singular_values if values.max() > 0]
         near = [(share > self.threshold / 30) & (share < self.threshold * 30) for share in shares]
         return self.norm_ratio <= 100 and not any(share.any() for share in near)
 
 
-def equations_of(lesson: Lesson, filter_: int) -> tuple[Floats, Floats, Floats]:
+def build_weighted_system(fit_case: FitCase, filter_: int) -> tuple[Floats, Floats, Floats]:
     """Return the windows that a filter sees, with ones for a bias, its targets and their weights."""
-    layer = lesson.layer
+    layer = fit_case.layer
     group = filter_ // (layer.filters // layer.groups)
-    matrix = np.concatenate([layer.windows(x, group) for x, _, _ in lesson.pairs])
+    matrix = np.concatenate([layer.windows(x, group) for x, _, _ in fit_case.pairs])
     if layer.bias:
         matrix = np.hstack([matrix, np.ones((len(matrix), 1))])
-    target = np.concatenate([y[:, filter_].ravel() for _, y, _ in lesson.pairs])
-    weights = np.concatenate([(np.ones_like(y) if w is None else w)[:, filter_].ravel() for _, y, w in lesson.pairs])
+    target = np.concatenate([y[:, filter_].ravel() for _, y, _ in fit_case.pairs])
+    weights = np.concatenate([(np.ones_like(y) if w is None else w)[:, filter_].ravel() for _, y, w in fit_case.pairs])
     return matrix, target, weights
 
 
-def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
+def solve_least_squares(fit_case: FitCase, ridge: float = 0.0) -> LeastSquaresSolution:
     """Filter by filter. `ridge` times the squares of the kernel is added to the sum of squares."""
-    layer = lesson.layer
+    layer = fit_case.layer
     taps = int(np.prod(layer.kernel_shape[1:]))
     columns, errors, degrees, deviations = [], [], [], []
     values: list[Floats] = []
     loss, spread, squares, rank, norm_ratio = 0.0, 0.0, 0.0, 0, 1.0
     for filter_ in range(layer.filters):
-        matrix, target, weights = equations_of(lesson, filter_)
+        matrix, target, weights = build_weighted_system(fit_case, filter_)
         root = np.sqrt(weights)
         rows, right = matrix * root[:, None], target * root
         norms = np.linalg.norm(rows, axis=0)
@@ -100,7 +100,7 @@ def least_squares(lesson: Lesson, ridge: float = 0.0) -> Best:
         columns.append(solution)
         errors.append(np.sqrt(np.maximum(variance * diagonal, 0)))
     together, errors_together = np.stack(columns), np.stack(errors)
-    return Best(
+    return LeastSquaresSolution(
         kernel=together[:, :taps].reshape(layer.kernel_shape),
         bias=together[:, taps] if layer.bias else None,
         loss=loss,

@@ -13,7 +13,7 @@ from core import PaddingMode, fit_kernel
 # torch says it of the padding of the loop that core is held against.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
-SAME = 1e-9
+RELATIVE_TOLERANCE = 1e-9
 """Relative: what histories and kernels may differ by, until the loss is below that share of its start."""
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -31,14 +31,16 @@ LOSSES: dict[str, Any] = {
 PADDINGS = {0: (0, 0), 1: (1, 1), (0, 2): (0, 2), "same": "same"}
 
 
-def optimizer(solver: str, weights: list[torch.Tensor], rate: float, options: dict[str, Any]) -> torch.optim.Optimizer:
+def create_optimizer(
+    solver: str, weights: list[torch.Tensor], rate: float, options: dict[str, Any]
+) -> torch.optim.Optimizer:
     if solver == "adam":
         return torch.optim.Adam(weights, lr=rate, **options)
     return torch.optim.SGD(weights, lr=rate, nesterov=solver == "nesterov", **options)
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
+def fit_problems(draw: st.DrawFn) -> dict[str, Any]:
     groups = draw(st.integers(1, 2))
     return {
         "sizes": draw(st.lists(st.tuples(st.integers(3, 12), st.integers(3, 12)), min_size=1, max_size=3)),
@@ -62,8 +64,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("solver", OPTIMIZERS)
-@given(problem=problems())
-def test_every_descent_is_that_of_torch_optim_on_the_images(solver: Any, problem: dict[str, Any]) -> None:
+@given(problem=fit_problems())
+def test_every_descent_matches_torch_optim(solver: Any, problem: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(problem["seed"])
 
     def draw(*shape: int) -> torch.Tensor:
@@ -106,7 +108,7 @@ def test_every_descent_is_that_of_torch_optim_on_the_images(solver: Any, problem
             weight.copy_(draw(*weight.shape) / 10)
     start = [weight.detach().clone() for weight in layer.parameters()]
     rate, steps = 1e-3, problem["steps"]
-    descending = optimizer(solver, list(layer.parameters()), rate, OPTIMIZERS[solver])
+    descending = create_optimizer(solver, list(layer.parameters()), rate, OPTIMIZERS[solver])
     history = []
     criterion = LOSSES[problem["loss"]](reduction="none")
 
@@ -139,9 +141,9 @@ def test_every_descent_is_that_of_torch_optim_on_the_images(solver: Any, problem
     )
     assert fit.steps == steps
     losses, expected = np.array([*fit.loss_history, fit.final_loss]), np.array([*history, loss().item()])
-    counts = expected >= SAME * expected[0]
-    np.testing.assert_allclose(losses[counts], expected[counts], rtol=SAME)
-    torch.testing.assert_close(fit.kernel, layer.weight.detach(), rtol=SAME, atol=1e-12)
+    counts = expected >= RELATIVE_TOLERANCE * expected[0]
+    np.testing.assert_allclose(losses[counts], expected[counts], rtol=RELATIVE_TOLERANCE)
+    torch.testing.assert_close(fit.kernel, layer.weight.detach(), rtol=RELATIVE_TOLERANCE, atol=1e-12)
     if layer.bias is not None:
         assert fit.bias is not None
-        torch.testing.assert_close(fit.bias, layer.bias.detach(), rtol=SAME, atol=1e-12)
+        torch.testing.assert_close(fit.bias, layer.bias.detach(), rtol=RELATIVE_TOLERANCE, atol=1e-12)

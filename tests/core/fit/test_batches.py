@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import core
 from core import FitResult, Forecast, Reading, Status, fit_kernel, fit_kernel_steps
-from core.fit import way
+from core.fit import strategy
 
-ELEMENTWISE: dict[str, Any] = {
+ELEMENTWISE_LOSSES: dict[str, Any] = {
     "sum": torch.nn.MSELoss,
     "mean": torch.nn.MSELoss,
     "huber": torch.nn.HuberLoss,
@@ -23,7 +23,7 @@ Image = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """(1, C, H, W), its target and that's weights."""
 
 
-def drawn(seed: int, *, weighted: bool = False) -> list[tuple[Any, ...]]:
+def draw_pairs(seed: int, *, weighted: bool = False) -> list[tuple[Any, ...]]:
     """Three pairs of different sizes: of 3, 1 and 2 images."""
     rng = np.random.default_rng(seed)
     pairs: list[tuple[Any, ...]] = []
@@ -33,7 +33,7 @@ def drawn(seed: int, *, weighted: bool = False) -> list[tuple[Any, ...]]:
     return pairs
 
 
-def apart(pairs: list[tuple[Any, ...]]) -> list[Image]:
+def split_images(pairs: list[tuple[Any, ...]]) -> list[Image]:
     images = []
     for inputs, targets, *weights in pairs:
         counts = weights[0] if weights else np.ones_like(targets)
@@ -42,14 +42,14 @@ def apart(pairs: list[tuple[Any, ...]]) -> list[Image]:
     return images
 
 
-def by_torch(
+def train_with_torch(
     images: list[Image], size: int, *, loss: str, rate: float, steps: int, seed: int, ridge: float = 0.0
 ) -> tuple[list[float], torch.nn.Conv2d, float]:
     """History, layer and the final loss over all images, from a kernel of zeros."""
     layer = torch.nn.Conv2d(2, 2, (3, 2), dtype=torch.float64)
     for weight in layer.parameters():
         torch.nn.init.zeros_(weight)
-    elementwise = ELEMENTWISE[loss](reduction="none")
+    elementwise = ELEMENTWISE_LOSSES[loss](reduction="none")
 
     def of(batch: list[Image]) -> torch.Tensor:
         total = torch.stack([(elementwise(layer(x), y) * w).sum() for x, y, w in batch]).sum()
@@ -70,7 +70,7 @@ def by_torch(
     return history, layer, of(images).item()
 
 
-def learned(pairs: list[Any], **options: Any) -> FitResult:
+def fit_from_zeros(pairs: list[Any], **options: Any) -> FitResult:
     start = {"initial_kernel": np.zeros((2, 2, 3, 2)), "bias": True, "initial_bias": 0.0}
     return fit_kernel(pairs=pairs, **{**start, "learning_rate": 1e-3, **options})
 
@@ -79,21 +79,23 @@ def learned(pairs: list[Any], **options: Any) -> FitResult:
 @settings(max_examples=15)
 @given(
     size=st.integers(1, 6),
-    loss=st.sampled_from(list(ELEMENTWISE)),
+    loss=st.sampled_from(list(ELEMENTWISE_LOSSES)),
     weighted=st.booleans(),
     ridge=st.sampled_from([0.0, 0.2]),
     steps=st.sampled_from([1, 5, 20]),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_every_batch_is_that_of_a_torch_loop_in_the_same_order(
+def test_every_batch_matches_a_torch_loop_in_the_same_order(
     unknowns: int, size: int, loss: str, weighted: bool, ridge: float, steps: int, seed: int
 ) -> None:
-    pairs = drawn(3, weighted=weighted)
+    pairs = draw_pairs(3, weighted=weighted)
     rate = 1e-3 if loss == "sum" else 0.1
-    history, layer, final_loss = by_torch(apart(pairs), size, loss=loss, rate=rate, steps=steps, seed=seed, ridge=ridge)
+    history, layer, final_loss = train_with_torch(
+        split_images(pairs), size, loss=loss, rate=rate, steps=steps, seed=seed, ridge=ridge
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(way, "MOST_UNKNOWNS", unknowns)
-        fit = learned(pairs, batch_size=size, loss=loss, learning_rate=rate, steps=steps, seed=seed, ridge=ridge)
+        patch.setattr(strategy, "MAX_UNKNOWNS", unknowns)
+        fit = fit_from_zeros(pairs, batch_size=size, loss=loss, learning_rate=rate, steps=steps, seed=seed, ridge=ridge)
     by_equations = unknowns == 4096 and loss in ("sum", "mean")
     assert fit.method == ("normal equations" if by_equations else "convolutions")
     assert fit.loss_history == pytest.approx(history, rel=1e-9)
@@ -104,31 +106,31 @@ def test_every_batch_is_that_of_a_torch_loop_in_the_same_order(
     torch.testing.assert_close(fit.bias, layer.bias.detach(), rtol=1e-9, atol=1e-12)
 
 
-def test_the_seed_decides_about_the_order() -> None:
-    fits = [learned(drawn(3), batch_size=2, seed=seed) for seed in (7, 7, 8, None)]
+def test_seed_determines_the_order() -> None:
+    fits = [fit_from_zeros(draw_pairs(3), batch_size=2, seed=seed) for seed in (7, 7, 8, None)]
     assert fits[0].loss_history == fits[1].loss_history
     assert fits[0].loss_history != fits[2].loss_history
     assert fits[0].seed == 7
     assert fits[3].seed is not None
-    assert learned(drawn(3), batch_size=2, seed=fits[3].seed).loss_history == fits[3].loss_history
+    assert fit_from_zeros(draw_pairs(3), batch_size=2, seed=fits[3].seed).loss_history == fits[3].loss_history
 
 
-def test_a_batch_of_all_images_is_no_batch() -> None:
-    whole, batches = learned(drawn(3)), learned(drawn(3), batch_size=6, seed=1)
+def test_batch_of_all_images_is_full_descent() -> None:
+    whole, batches = fit_from_zeros(draw_pairs(3)), fit_from_zeros(draw_pairs(3), batch_size=6, seed=1)
     assert batches.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
     assert batches.largest_stable_learning_rate == pytest.approx(whole.largest_stable_learning_rate)
     assert (whole.seed, batches.seed) == (None, 1)
 
 
-def test_more_images_than_there_are_make_no_batch() -> None:
+def test_batch_size_above_the_image_count_is_rejected() -> None:
     with pytest.raises(core.InvalidOption) as caught:
-        learned(drawn(3), batch_size=7)
+        fit_from_zeros(draw_pairs(3), batch_size=7)
     assert str(caught.value) == "batch_size 7 is above the number of images, 6"
     assert (caught.value.field, caught.value.got, caught.value.limit) == ("batch_size", 7, 6)
 
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
-def test_batches_come_to_the_best_kernel_where_there_is_one_for_all(loss: Any, rng: np.random.Generator) -> None:
+def test_batches_converge_if_one_kernel_fits_all(loss: Any, rng: np.random.Generator) -> None:
     images, kernel = rng.normal(size=(12, 1, 12, 12)), rng.normal(size=(1, 1, 3, 3))
     targets = torch.nn.functional.conv2d(torch.from_numpy(images), torch.from_numpy(kernel))
     fit = fit_kernel(images, targets, loss=loss, batch_size=3, learning_rate="auto", steps=400, seed=1)
@@ -140,12 +142,12 @@ def test_batches_come_to_the_best_kernel_where_there_is_one_for_all(loss: Any, r
 
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
-def test_the_forecast_is_of_an_average_batch(loss: Any) -> None:
+def test_prediction_is_for_an_average_batch(loss: Any) -> None:
     options: dict[str, Any] = {"initial_kernel": np.zeros((2, 2, 3, 2)), "loss": loss}
     whole, batches = (
         next(
             event
-            for event in fit_kernel_steps(pairs=drawn(3), batch_size=size, **options)
+            for event in fit_kernel_steps(pairs=draw_pairs(3), batch_size=size, **options)
             if isinstance(event, Forecast)
         )
         for size in (None, 2)
@@ -156,25 +158,25 @@ def test_the_forecast_is_of_an_average_batch(loss: Any) -> None:
     assert batches.largest_eigenvalue == pytest.approx(whole.largest_eigenvalue)
 
 
-def test_a_hopeless_rate_is_seen_between_batches_too() -> None:
-    fit = learned(drawn(3), batch_size=2, seed=1, learning_rate=10.0, steps=1000)
+def test_divergence_is_detected_between_batches() -> None:
+    fit = fit_from_zeros(draw_pairs(3), batch_size=2, seed=1, learning_rate=10.0, steps=1000)
     assert fit.status is Status.DIVERGED
     assert fit.steps < 100
     assert np.isfinite(fit.final_loss)
     assert torch.isfinite(fit.kernel).all()
 
 
-def test_every_image_is_read_for_itself() -> None:
-    steps = fit_kernel_steps(pairs=drawn(3), kernel_size=(3, 2), batch_size=2)
+def test_each_image_is_read_separately() -> None:
+    steps = fit_kernel_steps(pairs=draw_pairs(3), kernel_size=(3, 2), batch_size=2)
     readings = [event for event in steps if isinstance(event, Reading)]
     assert readings[-1] == Reading(6, 6)
 
 
-@pytest.mark.parametrize("loss", list(ELEMENTWISE))
-def test_a_batch_of_which_nothing_counts_changes_nothing(loss: str) -> None:
-    images, targets, weights = drawn(3, weighted=True)[0]
+@pytest.mark.parametrize("loss", list(ELEMENTWISE_LOSSES))
+def test_batch_of_zero_weight_changes_nothing(loss: str) -> None:
+    images, targets, weights = draw_pairs(3, weighted=True)[0]
     weights[:] = np.array([1, 0, 0])[:, None, None, None]
-    fit = learned([(images, targets, weights)], batch_size=1, loss=loss, steps=3, seed=0)
-    alone = learned([(images[:1], targets[:1])], loss=loss, steps=1)
+    fit = fit_from_zeros([(images, targets, weights)], batch_size=1, loss=loss, steps=3, seed=0)
+    alone = fit_from_zeros([(images[:1], targets[:1])], loss=loss, steps=1)
     torch.testing.assert_close(fit.kernel, alone.kernel, rtol=1e-9, atol=1e-12)
     assert sorted(fit.loss_history)[:2] == [0, 0]

@@ -28,13 +28,13 @@ CHOICES: dict[str, list[dict[str, Any]]] = {
         {"smoothness": 0.1},
     ],
 }
-MEANS_SQUARES = ("sum", "mean")
+SQUARED_LOSSES = ("sum", "mean")
 
 
 def is_allowed(options: dict[str, Any]) -> bool:
     """Return whether the documentation allows these options together."""
     loss, exact = options.get("loss", "sum"), options["solver"] == "exact"
-    squares = loss in MEANS_SQUARES
+    squares = loss in SQUARED_LOSSES
     constrained = any(name in options for name in ("nonnegative", "symmetric", "separable", "smoothness"))
     searches = options.get("ridge") == "auto" or "ridge_path" in options
     return not (
@@ -45,7 +45,7 @@ def is_allowed(options: dict[str, Any]) -> bool:
     )
 
 
-def combinations() -> list[dict[str, Any]]:
+def list_combinations() -> list[dict[str, Any]]:
     """Return all combinations that are allowed, and a tenth of the others."""
     chosen = [dict(itertools.chain(*map(dict.items, parts))) for parts in itertools.product(*CHOICES.values())]
     allowed = [options for options in chosen if is_allowed(options)]
@@ -53,23 +53,23 @@ def combinations() -> list[dict[str, Any]]:
     return [*allowed, *rejected[::10]]
 
 
-def name_of(options: dict[str, Any]) -> str:
+def format_name(options: dict[str, Any]) -> str:
     """Return the options in a word."""
     return "-".join(name if name == "validation" else f"{name}={value}" for name, value in options.items())
 
 
-def fit(options: dict[str, Any]) -> FitResult:
+def run_fit(options: dict[str, Any]) -> FitResult:
     """Fit with a bias and a few small steps."""
     return fit_kernel(INPUT, TARGET, bias=True, learning_rate=1e-4, steps=4, seed=0, **options)
 
 
-@pytest.mark.parametrize("options", combinations(), ids=name_of)
+@pytest.mark.parametrize("options", list_combinations(), ids=format_name)
 def test_every_combination_is_fitted_or_rejected(options: dict[str, Any]) -> None:
     if not is_allowed(options):
         with pytest.raises(CoreError):
-            fit(options)
+            run_fit(options)
         return
-    found = fit(options)
+    found = run_fit(options)
     assert np.isfinite(found.kernel.numpy()).all()
     assert np.isfinite(found.final_loss)
     assert (found.validation_loss is None) == ("validation" not in options)

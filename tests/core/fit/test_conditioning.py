@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core import FitResult, fit_kernel
-from core.fit import fitting
-from tests.core.fit.layers import Layer, Lesson
+from core.fit import fit_run
+from tests.core.fit.layers import FitCase, Layer
 from tests.core.fit.test_exact import CAMERA
-from tests.reference import Floats, valid_by_windows
+from tests.reference import Floats, correlate_valid_by_windows
 
 PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)[:180, :180]
 
 
-def windows(image: Floats, size: tuple[int, int], *, bias: bool = False) -> Floats:
+def build_windows(image: Floats, size: tuple[int, int], *, bias: bool = False) -> Floats:
     """Return a row for every window of an image (H, W), with a 1 for the bias."""
     rows = Layer(size).windows(image[None, None])
     return np.hstack([rows, np.ones((len(rows), 1))]) if bias else rows
@@ -28,7 +28,7 @@ def windows(image: Floats, size: tuple[int, int], *, bias: bool = False) -> Floa
 def assert_as_good_as_lstsq(image: Floats, target: Floats, kernel: Floats, *, bias: float | None = None) -> FitResult:
     """Fit, and compare rank, loss and the distance from the kernel that made the target."""
     fit = fit_kernel(image, target, kernel_size=kernel.shape, bias=bias is not None, solver="exact")
-    matrix = windows(image, kernel.shape, bias=bias is not None)
+    matrix = build_windows(image, kernel.shape, bias=bias is not None)
     expected, _, rank, _ = np.linalg.lstsq(matrix, target.ravel())
     truth = kernel.ravel() if bias is None else np.append(kernel.ravel(), bias)
     found = fit.kernel.numpy().ravel()
@@ -50,52 +50,52 @@ def assert_as_good_as_lstsq(image: Floats, target: Floats, kernel: Floats, *, bi
 
 @pytest.mark.parametrize("offset", [1, 1e3, 1e5, 1e6, 1e7, 1e9])
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
-def test_an_offset_costs_no_more_digits_than_lstsq_loses(offset: float, noise: float) -> None:
+def test_offset_loses_no_more_digits_than_lstsq(offset: float, noise: float) -> None:
     rng = np.random.default_rng(1)
     image, kernel = offset + 0.1 * rng.normal(size=(40, 40)), rng.normal(size=(3, 3))
-    target = valid_by_windows(image, kernel)
+    target = correlate_valid_by_windows(image, kernel)
     fit = assert_as_good_as_lstsq(image, target + noise * rng.normal(size=target.shape), kernel)
     assert fit.rank == 9
     assert "rank" not in fit.message
 
 
-def test_an_exact_target_of_large_integers_is_fitted_exactly() -> None:
+def test_exact_target_of_large_integers_is_fitted_exactly() -> None:
     rng = np.random.default_rng(2)
     image, kernel = (
         np.asarray(4194304.0 + rng.integers(0, 4, (40, 40)), np.float64),
         rng.integers(-3, 4, (16, 16)).astype(float),
     )
-    fit = assert_as_good_as_lstsq(image, valid_by_windows(image, kernel), kernel)
+    fit = assert_as_good_as_lstsq(image, correlate_valid_by_windows(image, kernel), kernel)
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-6)
 
 
-def test_a_bias_beside_a_bright_sky_is_determined() -> None:
+def test_bias_with_a_bright_background_is_identified() -> None:
     rng = np.random.default_rng(3)
     image, kernel = 1000 + 0.03 * rng.normal(size=(80, 80)), rng.normal(size=(15, 15))
-    fit = assert_as_good_as_lstsq(image, valid_by_windows(image, kernel) + 5, kernel, bias=5)
+    fit = assert_as_good_as_lstsq(image, correlate_valid_by_windows(image, kernel) + 5, kernel, bias=5)
     assert fit.rank == 226
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1, 2, 4])
 @pytest.mark.parametrize("side", [3, 7, 15])
-def test_blurred_photographs_are_fitted_as_lstsq_fits_them(sigma: float, side: int) -> None:
+def test_blurred_photographs_match_lstsq(sigma: float, side: int) -> None:
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, sigma)
     kernel = np.random.default_rng(side).normal(size=(side, side))
-    fit = assert_as_good_as_lstsq(image, valid_by_windows(image, kernel), kernel)
+    fit = assert_as_good_as_lstsq(image, correlate_valid_by_windows(image, kernel), kernel)
     assert ("below the precision of float64" in fit.message) == (fit.rank != side * side)
 
 
-def test_961_unknowns_of_a_blurred_photograph_are_all_determined() -> None:
+def test_961_unknowns_of_a_blurred_photograph_are_identified() -> None:
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, 1)
     kernel = np.random.default_rng(31).normal(size=(31, 31))
-    fit = fit_kernel(image, valid_by_windows(image, kernel), solver="exact")
+    fit = fit_kernel(image, correlate_valid_by_windows(image, kernel), solver="exact")
     # numpy.linalg.lstsq: rank 961, and the kernel to 3e-10.
     assert fit.rank == 961
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-5, 1e5, 1e9])
-def test_bands_of_unlike_size_are_fitted_as_lstsq_fits_them(size: float) -> None:
+def test_bands_of_different_scale_match_lstsq(size: float) -> None:
     rng = np.random.default_rng(4)
     layer = Layer((3, 3), channels=3, filters=2, bias=True)
     images = (5 + rng.normal(size=(1, 3, 24, 24))) * np.array([1, size, 300])[:, None, None]
@@ -114,15 +114,15 @@ def test_bands_of_unlike_size_are_fitted_as_lstsq_fits_them(size: float) -> None
     np.testing.assert_allclose(fit.standard_errors.numpy().reshape(2, -1), errors[:, :27], rtol=1e-6)
 
 
-def test_a_history_beside_an_offset_is_that_of_long_doubles() -> None:
+def test_history_with_an_offset_matches_long_double() -> None:
     rng = np.random.default_rng(5)
     image, kernel = 1e4 + 0.1 * rng.normal(size=(20, 20)), rng.normal(size=(3, 3))
-    target = valid_by_windows(image, kernel) + 1e-3 * rng.normal(size=(18, 18))
+    target = correlate_valid_by_windows(image, kernel) + 1e-3 * rng.normal(size=(18, 18))
     start = rng.normal(size=(3, 3))
     # A rate that leaves the offset alone after a step: then the loss is that of the contrast.
     fit = fit_kernel(image, target, initial_kernel=start, learning_rate="auto", steps=30)
     assert fit.learning_rate is not None
-    matrix, values = windows(image, (3, 3)).astype(np.longdouble), target.ravel().astype(np.longdouble)
+    matrix, values = build_windows(image, (3, 3)).astype(np.longdouble), target.ravel().astype(np.longdouble)
     current, history = start.ravel().astype(np.longdouble), []
     for _ in range(30):
         residual = matrix @ current - values
@@ -132,7 +132,7 @@ def test_a_history_beside_an_offset_is_that_of_long_doubles() -> None:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Lesson, dict[str, Any]]:
+def fit_problems(draw: st.DrawFn) -> tuple[FitCase, dict[str, Any]]:
     """Examples of every conditioning and scale, and a fit of them."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     layer = Layer(
@@ -160,29 +160,29 @@ def problems(draw: st.DrawFn) -> tuple[Lesson, dict[str, Any]]:
     }
     if options["solver"] == "sgd" and len(images) > 1 and draw(st.booleans()):
         options["batch_size"] = 1
-    return Lesson(layer, [(images, targets, None)]), options
+    return FitCase(layer, [(images, targets, None)]), options
 
 
-@given(problems())
-def test_the_losses_of_a_fit_never_contradict_each_other(drawn: tuple[Lesson, dict[str, Any]]) -> None:
-    lesson, options = drawn
-    fit = fit_kernel(pairs=lesson.pairs, **lesson.layer.options, **options)
+@given(fit_problems())
+def test_losses_of_a_fit_are_consistent(drawn: tuple[FitCase, dict[str, Any]]) -> None:
+    fit_case, options = drawn
+    fit = fit_kernel(pairs=fit_case.pairs, **fit_case.layer.options, **options)
     losses = [*fit.loss_history, fit.final_loss, fit.best_possible_loss, fit.excess_loss]
     assert all(loss is not None and loss >= 0 and math.isfinite(loss) for loss in losses)
     assert fit.best_possible_loss is not None
     assert fit.excess_loss is not None
     assert fit.best_possible_loss <= fit.final_loss
     # What rounding of the targets, and of the sums that are compared with them, leaves of a loss of zero.
-    scale = 1 if options["loss"] == "sum" else lesson.weight
-    squares = sum(float(np.sum(y**2)) for _, y, _ in lesson.pairs) / scale
+    scale = 1 if options["loss"] == "sum" else fit_case.weight
+    squares = sum(float(np.sum(y**2)) for _, y, _ in fit_case.pairs) / scale
     rounding = 1e-9 * fit.final_loss + 1e-24 * max(squares, fit.loss_history[0])
     assert fit.excess_loss == pytest.approx(fit.final_loss - fit.best_possible_loss, abs=rounding)
     if "batch_size" not in options:
         assert fit.best_possible_loss <= min(fit.loss_history) + rounding
 
 
-def test_more_unknowns_than_are_factored_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "MAX_FACTORED_SIZE", 8)
+def test_unfactored_unknowns_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_run, "MAX_FACTORED_SIZE", 8)
     rng = np.random.default_rng(6)
     image = 1e9 + rng.normal(size=(40, 40))
     fit = fit_kernel(image, rng.normal(size=(38, 38)), solver="exact")
@@ -195,7 +195,7 @@ def test_more_unknowns_than_are_factored_say_so(monkeypatch: pytest.MonkeyPatch)
     ("input_size", "target_size"), [(1e100, 1e-100), (1e-147, 1), (1e200, 1), (1, 1e200), (1e-300, 1e-5)]
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_no_size_of_numbers_changes_an_exact_fit(input_size: float, target_size: float, bias: bool) -> None:
+def test_exact_fit_is_scale_invariant(input_size: float, target_size: float, bias: bool) -> None:
     rng = np.random.default_rng(7)
     image, target = rng.normal(size=(12, 12)), rng.normal(size=(10, 10))
     plain = fit_kernel(image, target, solver="exact", bias=bias)

@@ -20,15 +20,15 @@ from core.fit import active_set, low_rank
 from tests.core.fit.constrained_oracle import (
     assert_optimal,
     assert_satisfied,
-    differences,
-    filters,
+    build_difference_rows,
+    build_filter_problems,
+    build_symmetry_rows,
     solve_linear,
-    ties,
-    unknowns_of,
+    stack_unknowns,
 )
-from tests.core.fit.layers import Layer, Lesson, lessons
+from tests.core.fit.layers import FitCase, Layer, fit_cases
 from tests.core.fit.test_exact import CAMERA
-from tests.reference import Floats, valid_by_windows
+from tests.reference import Floats, correlate_valid_by_windows
 
 PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)
 
@@ -55,7 +55,7 @@ def constraints(draw: st.DrawFn, *, signs: bool = True, penalties: bool = True) 
 
 
 @st.composite
-def ill_conditioned(draw: st.DrawFn) -> Lesson:
+def ill_conditioned_cases(draw: st.DrawFn) -> FitCase:
     """Blurred parts of a photograph, or noise beside a large offset, with exact or noisy targets."""
     layer = Layer(
         draw(st.tuples(st.integers(1, 5), st.integers(1, 5))),
@@ -73,25 +73,25 @@ def ill_conditioned(draw: st.DrawFn) -> Lesson:
     kernel = rng.normal(size=layer.kernel_shape) + draw(st.sampled_from([0.0, 1.0]))
     targets = layer.output(images, kernel, rng.normal(size=layer.filters) if layer.bias else None)
     targets = targets + draw(st.sampled_from([0.0, 0.1, 1.0])) * targets.std() * rng.normal(size=targets.shape)
-    return Lesson(layer, [(images, targets, None)])
+    return FitCase(layer, [(images, targets, None)])
 
 
-def learned(lesson: Lesson, options: dict[str, Any]) -> FitResult:
+def fit_constrained(fit_case: FitCase, options: dict[str, Any]) -> FitResult:
     """Fit; drawn kernels that cannot have the constraints, or have nothing left to learn, are not counted."""
-    rows, columns = lesson.layer.kernel_size
+    rows, columns = fit_case.layer.kernel_size
     assume(options.get("symmetric") not in ("transpose", "full") or rows == columns)
-    size = int(np.prod(lesson.layer.kernel_shape[1:])) + lesson.layer.bias
-    free = size - np.linalg.matrix_rank(ties(lesson.layer, options.get("symmetric")))
+    size = int(np.prod(fit_case.layer.kernel_shape[1:])) + fit_case.layer.bias
+    free = size - np.linalg.matrix_rank(build_symmetry_rows(fit_case.layer, options.get("symmetric")))
     assume(free > ("sum_to" in options))
-    return fit_kernel(pairs=lesson.pairs, solver="exact", **lesson.layer.options, **options)
+    return fit_kernel(pairs=fit_case.pairs, solver="exact", **fit_case.layer.options, **options)
 
 
 @settings(max_examples=300)
-@given(lesson=lessons(noises=(0.0, 0.1, 1.0)), options=constraints())
-def test_the_best_kernel_satisfies_constraints_and_optimality(lesson: Lesson, options: dict[str, Any]) -> None:
-    fit = learned(lesson, options)
-    assert_satisfied(fit, lesson, options)
-    assert_optimal(fit, lesson, options)
+@given(fit_case=fit_cases(noises=(0.0, 0.1, 1.0)), options=constraints())
+def test_best_kernel_satisfies_constraints_and_optimality(fit_case: FitCase, options: dict[str, Any]) -> None:
+    fit = fit_constrained(fit_case, options)
+    assert_satisfied(fit, fit_case, options)
+    assert_optimal(fit, fit_case, options)
     assert fit.status is Status.CONVERGED
     assert fit.best_possible_loss == fit.final_loss
     assert fit.excess_loss == 0
@@ -99,22 +99,22 @@ def test_the_best_kernel_satisfies_constraints_and_optimality(lesson: Lesson, op
 
 
 @settings(max_examples=200)
-@given(lesson=ill_conditioned(), options=constraints())
-def test_ill_conditioned_examples_change_no_condition(lesson: Lesson, options: dict[str, Any]) -> None:
-    fit = learned(lesson, options)
-    assert_satisfied(fit, lesson, options)
-    assert_optimal(fit, lesson, options)
+@given(fit_case=ill_conditioned_cases(), options=constraints())
+def test_ill_conditioned_examples_satisfy_the_same_conditions(fit_case: FitCase, options: dict[str, Any]) -> None:
+    fit = fit_constrained(fit_case, options)
+    assert_satisfied(fit, fit_case, options)
+    assert_optimal(fit, fit_case, options)
 
 
 @settings(max_examples=200)
-@given(lesson=lessons(largest=10), options=constraints(signs=False))
-def test_linear_constraints_agree_with_lstsq(lesson: Lesson, options: dict[str, Any]) -> None:
-    fit = learned(lesson, options)
-    best = [solve_linear(part, lesson.layer, options) for part in filters(lesson, options)]
-    assume(all(part.clear for part in best))
+@given(fit_case=fit_cases(largest=10), options=constraints(signs=False))
+def test_linear_constraints_agree_with_lstsq(fit_case: FitCase, options: dict[str, Any]) -> None:
+    fit = fit_constrained(fit_case, options)
+    best = [solve_linear(part, fit_case.layer, options) for part in build_filter_problems(fit_case, options)]
+    assume(all(part.has_clear_rank for part in best))
     assert fit.unknowns == sum(part.free for part in best)
     assert fit.rank == sum(part.rank for part in best)
-    found = unknowns_of(fit, lesson)
+    found = stack_unknowns(fit, fit_case)
     expected = np.stack([part.unknowns for part in best])
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-7 * max(1, np.abs(expected).max()))
     if not all(part.freedom > 1e-3 for part in best):
@@ -122,7 +122,7 @@ def test_linear_constraints_agree_with_lstsq(lesson: Lesson, options: dict[str, 
     assert fit.standard_errors is not None
     assert fit.residual_std is not None
     assert fit.degrees_of_freedom is not None
-    taps = found.shape[1] - lesson.layer.bias
+    taps = found.shape[1] - fit_case.layer.bias
     errors = np.stack([part.errors for part in best])
     tolerance = 1e-7 * max(1, float(np.max(errors**2)))
     np.testing.assert_allclose(
@@ -140,7 +140,7 @@ def test_linear_constraints_agree_with_lstsq(lesson: Lesson, options: dict[str, 
         np.testing.assert_allclose(
             end.reshape(len(best), -1), expected_end, rtol=1e-6, atol=1e-6 * max(1, np.abs(expected_end).max())
         )
-    if lesson.layer.bias:
+    if fit_case.layer.bias:
         assert fit.bias_standard_errors is not None
         np.testing.assert_allclose(fit.bias_standard_errors, errors[:, taps], rtol=1e-6, atol=1e-7)
 
@@ -171,14 +171,16 @@ def test_nonnegative_kernels_agree_with_scipy(seed: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("smoothness", [1e-3, 1.0, 1e3])
-def test_smoothness_is_least_squares_with_added_rows(loss: str, smoothness: float) -> None:
+def test_smoothness_matches_least_squares_with_added_rows(loss: str, smoothness: float) -> None:
     rng = np.random.default_rng(1)
     layer = Layer((4, 3), channels=2, filters=2, bias=True)
     images, targets = rng.normal(size=(1, 2, 12, 12)), rng.normal(size=(1, 2, 9, 10))
     fit = fit_kernel(images, targets, bias=True, solver="exact", loss=loss, smoothness=smoothness)  # type: ignore[arg-type]
     plain = fit_kernel(images, targets, bias=True, solver="exact", loss=loss)  # type: ignore[arg-type]
     scale = 180 if loss == "mean" else 1
-    rows = np.sqrt(smoothness * scale) * np.hstack([differences(layer), np.zeros((len(differences(layer)), 1))])
+    rows = np.sqrt(smoothness * scale) * np.hstack(
+        [build_difference_rows(layer), np.zeros((len(build_difference_rows(layer)), 1))]
+    )
     matrix = np.vstack([np.hstack([layer.windows(images), np.ones((90, 1))]), rows])
     values = np.vstack([targets[0].reshape(2, -1).T, np.zeros((len(rows), 2))])
     expected = np.linalg.lstsq(matrix, values)[0]
@@ -204,7 +206,7 @@ def test_intervals_contain_the_true_values_in_95_percent(options: dict[str, Any]
     kernel = kernel + kernel.T
     kernel = kernel + kernel[:, ::-1]
     kernel *= 2 / kernel.sum()
-    clean = valid_by_windows(image, kernel)
+    clean = correlate_valid_by_windows(image, kernel)
     # As many filters are as many independent runs.
     targets = clean + 0.3 * rng.normal(size=(2000, *clean.shape))
     fit = fit_kernel(image, targets, kernel_size=3, solver="exact", **options)
@@ -216,7 +218,7 @@ def test_intervals_contain_the_true_values_in_95_percent(options: dict[str, Any]
     assert 0.94 <= np.mean((low <= kernel) & (kernel <= high)) <= 0.96
 
 
-def test_a_sum_of_zero_without_negative_entries_leaves_the_bias() -> None:
+def test_zero_sum_and_nonnegative_leave_only_the_bias() -> None:
     rng = np.random.default_rng(3)
     image, target = rng.normal(size=(8, 8)), rng.normal(size=(6, 6)) + 3
     fit = fit_kernel(image, target, bias=True, solver="exact", nonnegative=True, sum_to=0)
@@ -229,7 +231,7 @@ def test_a_sum_of_zero_without_negative_entries_leaves_the_bias() -> None:
     assert without.final_loss == pytest.approx(np.sum(target**2))
 
 
-def test_undetermined_entries_are_shared_by_least_norm() -> None:
+def test_unidentified_entries_have_least_norm() -> None:
     fit = fit_kernel(np.ones((8, 8)), 3 * np.ones((6, 6)), solver="exact", symmetric="full", sum_to=1)
     np.testing.assert_allclose(fit.kernel, np.full((3, 3), 1 / 9), atol=1e-14)
     assert (fit.rank, fit.unknowns) == (0, 2)
@@ -244,7 +246,7 @@ def test_undetermined_entries_are_shared_by_least_norm() -> None:
 
 @pytest.mark.parametrize(("rank", "shape"), [(1, (5, 5)), (2, (5, 5)), (1, (7, 3)), (2, (3, 6)), (3, (7, 7))])
 @pytest.mark.parametrize("bias", [False, True])
-def test_separable_kernels_come_back_from_exact_data(rank: int, shape: tuple[int, int], bias: bool) -> None:
+def test_separable_kernels_are_recovered_from_exact_data(rank: int, shape: tuple[int, int], bias: bool) -> None:
     rng = np.random.default_rng(rank)
     layer = Layer(shape, channels=2, filters=2, bias=bias)
     kernel = rng.normal(size=(2, 2, shape[0], rank)) @ rng.normal(size=(2, 2, rank, shape[1]))
@@ -275,7 +277,7 @@ def test_separable_kernels_are_stationary_and_beat_truncation(seed: int) -> None
     options: dict[str, Any] = {"loss": str(rng.choice(["sum", "mean"]))}
     if seed % 3 == 0:
         options |= {"smoothness": 0.5, "ridge": 0.1}
-    lesson = Lesson(layer, [(images, targets, None)])
+    fit_case = FitCase(layer, [(images, targets, None)])
     plain = fit_kernel(images, targets, solver="exact", **layer.options, **options)
     fit = fit_kernel(images, targets, solver="exact", **layer.options, **options, separable=rank)
     kernel, best = fit.kernel.numpy(), plain.kernel.numpy()
@@ -284,7 +286,9 @@ def test_separable_kernels_are_stationary_and_beat_truncation(seed: int) -> None
     truncated = (left * values[..., None, :]) @ right
     assert (np.linalg.matrix_rank(kernel, tol=1e-10 * np.abs(kernel).max()) <= rank).all()
     total = 0.0
-    for index, (part, unknowns) in enumerate(zip(filters(lesson, options), unknowns_of(fit, lesson), strict=True)):
+    for index, (part, unknowns) in enumerate(
+        zip(build_filter_problems(fit_case, options), stack_unknowns(fit, fit_case), strict=True)
+    ):
         cut = np.append(truncated[index].ravel(), [] if plain.bias is None else plain.bias[index].numpy())
         assert part.loss(unknowns) <= part.loss(cut) * (1 + 1e-9)
         gradient, at_zero = part.gradient(unknowns), np.linalg.norm(part.gradient(np.zeros(len(unknowns))))
@@ -299,7 +303,7 @@ def test_separable_kernels_are_stationary_and_beat_truncation(seed: int) -> None
     assert fit.final_loss >= plain.final_loss * (1 - 1e-9)
 
 
-def test_a_rank_that_every_kernel_has_is_no_constraint() -> None:
+def test_full_rank_constraint_has_no_effect() -> None:
     rng = np.random.default_rng(4)
     pair = rng.normal(size=(12, 12)), rng.normal(size=(10, 9))
     fit, plain = fit_kernel(*pair, solver="exact", separable=3), fit_kernel(*pair, solver="exact")
@@ -312,7 +316,7 @@ def test_a_rank_that_every_kernel_has_is_no_constraint() -> None:
 
 
 @pytest.mark.parametrize("symmetric", SYMMETRIES)
-def test_a_symmetric_kernel_comes_back_from_exact_data(symmetric: Any) -> None:
+def test_symmetric_kernel_is_recovered_from_exact_data(symmetric: Any) -> None:
     rng = np.random.default_rng(5)
     kernel = rng.normal(size=(5, 5))
     steps: dict[str, list[Callable[[Floats], Floats]]] = {
@@ -326,25 +330,25 @@ def test_a_symmetric_kernel_comes_back_from_exact_data(symmetric: Any) -> None:
     for step in steps[symmetric]:
         kernel = kernel + step(kernel)
     image = rng.normal(size=(20, 20))
-    fit = fit_kernel(image, valid_by_windows(image, kernel), solver="exact", symmetric=symmetric)
+    fit = fit_kernel(image, correlate_valid_by_windows(image, kernel), solver="exact", symmetric=symmetric)
     np.testing.assert_allclose(fit.kernel, kernel, atol=1e-12)
     classes = {"horizontal": 15, "vertical": 15, "both": 9, "rotation": 13, "transpose": 15, "full": 6}
     assert (fit.rank, fit.unknowns) == (classes[symmetric], classes[symmetric])
 
 
-def test_a_blurred_photograph_keeps_the_accuracy_of_qr() -> None:
+def test_blurred_photograph_keeps_the_accuracy_of_qr() -> None:
     blurred = scipy.ndimage.gaussian_filter(PHOTOGRAPH[:120, :120], 2)
     kernel = np.random.default_rng(6).random((5, 5))
     kernel = kernel + kernel[::-1, ::-1]
     kernel /= kernel.sum()
-    target = valid_by_windows(blurred, kernel)
+    target = correlate_valid_by_windows(blurred, kernel)
     assert np.linalg.cond(Layer((5, 5)).windows(blurred[None, None])) > 1e6
     fit = fit_kernel(blurred, target, solver="exact", symmetric="rotation", sum_to=1, nonnegative=True)
     np.testing.assert_allclose(fit.kernel, kernel, atol=1e-7)
 
 
 @pytest.mark.parametrize(("input_size", "target_size"), [(1e-200, 1.0), (1e180, 1e180), (1.0, 1e-220)])
-def test_constraints_hold_for_numbers_of_any_size(input_size: float, target_size: float) -> None:
+def test_constraints_hold_at_any_scale(input_size: float, target_size: float) -> None:
     rng = np.random.default_rng(7)
     image, target = rng.normal(size=(12, 12)), rng.normal(size=(10, 10))
     ratio = target_size / input_size
@@ -354,7 +358,7 @@ def test_constraints_hold_for_numbers_of_any_size(input_size: float, target_size
     np.testing.assert_allclose(fit.kernel.numpy() / ratio, plain.kernel, rtol=1e-9, atol=1e-12)
 
 
-def test_filters_are_solved_for_on_their_own() -> None:
+def test_filters_are_solved_separately() -> None:
     rng = np.random.default_rng(8)
     image, targets = rng.normal(size=(12, 12)), rng.normal(size=(3, 10, 10))
     options: dict[str, Any] = {"solver": "exact", "nonnegative": True, "sum_to": 1.0, "bias": True}
@@ -364,7 +368,7 @@ def test_filters_are_solved_for_on_their_own() -> None:
         np.testing.assert_allclose(together.kernel[index, 0], alone.kernel, atol=1e-10)
 
 
-def test_a_search_that_is_stopped_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_search_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(9)
     pair = rng.normal(size=(20, 20)), rng.normal(size=(14, 14))
     best = fit_kernel(*pair, solver="exact", nonnegative=True)
@@ -422,7 +426,7 @@ PAIR: dict[str, Any] = {"input": np.ones((6, 8)), "target": np.ones((5, 6))}
         ],
     ],
 )
-def test_constraints_that_cannot_be_kept_are_rejected(options: dict[str, Any], message: str) -> None:
+def test_contradictory_constraints_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidOption) as caught:
         core.plan_fit_kernel(**PAIR, **{"solver": "exact", **options})
     assert message in str(caught.value)
@@ -430,7 +434,7 @@ def test_constraints_that_cannot_be_kept_are_rejected(options: dict[str, Any], m
     assert caught.value.limit is not None
 
 
-def test_too_many_or_no_unknowns_are_rejected_before_the_fit() -> None:
+def test_too_many_or_no_unknowns_are_rejected_early() -> None:
     with pytest.raises(
         InvalidOption, match="nonnegative with 1089 unknowns in each filter: constraints are solved for"
     ):
@@ -445,7 +449,7 @@ def test_too_many_or_no_unknowns_are_rejected_before_the_fit() -> None:
     assert biased.bias.item() == pytest.approx(1)
 
 
-def test_no_call_of_a_search_takes_long() -> None:
+def test_no_step_of_a_search_takes_long() -> None:
     rng = np.random.default_rng(10)
     image = rng.normal(size=(60, 60))
     plan = core.plan_fit_kernel(image, rng.normal(size=(44, 44)), solver="exact", nonnegative=True)
@@ -454,12 +458,12 @@ def test_no_call_of_a_search_takes_long() -> None:
 
 
 @pytest.mark.parametrize("options", [{"symmetric": "full"}, {"sum_to": 1.0}, {"smoothness": 1.0}, {"separable": 1}])
-def test_a_kernel_beyond_memory_is_rejected_by_its_size(options: dict[str, Any]) -> None:
+def test_kernel_beyond_memory_is_rejected_by_size(options: dict[str, Any]) -> None:
     with pytest.raises(core.InvalidShape, match="is larger than the input"):
         core.plan_fit_kernel(**PAIR, kernel_size=2**31 - 1, solver="exact", **options)
 
 
-def integer_lessons() -> list[tuple[Floats, Floats, tuple[int, int], float, bool]]:
+def build_integer_cases() -> list[tuple[Floats, Floats, tuple[int, int], float, bool]]:
     """Return small examples of integers, many of low rank, with kernel size, sum and bias."""
     rng = np.random.default_rng(0)
     drawn = [
@@ -481,8 +485,8 @@ def integer_lessons() -> list[tuple[Floats, Floats, tuple[int, int], float, bool
     return drawn
 
 
-@pytest.mark.parametrize(("x", "y", "size", "total", "bias"), integer_lessons())
-def test_the_loss_under_a_sum_is_the_smallest_whatever_the_rank(
+@pytest.mark.parametrize(("x", "y", "size", "total", "bias"), build_integer_cases())
+def test_loss_under_a_sum_is_minimal_at_any_rank(
     x: Floats, y: Floats, size: tuple[int, int], total: float, bias: bool
 ) -> None:
     windows = np.lib.stride_tricks.sliding_window_view(x, size).reshape(-1, size[0] * size[1])
@@ -510,7 +514,7 @@ def test_the_loss_under_a_sum_is_the_smallest_whatever_the_rank(
         (1e-200, {"ridge": "auto"}, "ridge"),
     ],
 )
-def test_options_that_float64_cannot_hold_with_the_examples_are_rejected(
+def test_options_beyond_float64_are_rejected(
     scale: float, options: dict[str, Any], field: str, rng: np.random.Generator
 ) -> None:
     x, y = scale * rng.normal(size=(9, 9)), rng.normal(size=(7, 7))

@@ -11,19 +11,19 @@ from PIL import Image
 
 import core
 from core import FitResult, InvalidOption, fit_kernel, fit_kernel_steps, plan_fit_kernel
-from core.fit import way
-from tests.core.fit.layers import Layer, Lesson, lessons
-from tests.core.fit.least_squares import equations_of, least_squares
+from core.fit import strategy
+from tests.core.fit.layers import FitCase, Layer, fit_cases
+from tests.core.fit.least_squares import build_weighted_system, solve_least_squares
 from tests.core.fit.test_conditioning import PHOTOGRAPH
 from tests.core.fit.test_exact import CAMERA
-from tests.reference import Floats, valid_by_windows
+from tests.reference import Floats, correlate_valid_by_windows
 
 
-def systems(lesson: Lesson) -> list[tuple[Floats, Floats]]:
+def build_systems(fit_case: FitCase) -> list[tuple[Floats, Floats]]:
     """Return matrix and right-hand side of each filter, multiplied by the roots of the weights."""
-    layer, found = lesson.layer, []
+    layer, found = fit_case.layer, []
     for filter_ in range(layer.filters):
-        matrix, target, weights = equations_of(lesson, filter_)
+        matrix, target, weights = build_weighted_system(fit_case, filter_)
         counted = weights > 0
         root = np.sqrt(weights[counted])
         found.append((matrix[counted] * root[:, None], target[counted] * root))
@@ -33,8 +33,8 @@ def systems(lesson: Lesson) -> list[tuple[Floats, Floats]]:
 class HatMatrices:
     """GCV by the hat matrix of each filter, explicitly."""
 
-    def __init__(self, lesson: Lesson) -> None:
-        self.systems, self.taps = systems(lesson), int(np.prod(lesson.layer.kernel_shape[1:]))
+    def __init__(self, fit_case: FitCase) -> None:
+        self.systems, self.taps = build_systems(fit_case), int(np.prod(fit_case.layer.kernel_shape[1:]))
         self.count = sum(len(matrix) for matrix, _ in self.systems)
 
     def __call__(self, ridge: float) -> tuple[float, float, float]:
@@ -52,17 +52,17 @@ class HatMatrices:
         return self.count * left / spare**2 if spare > 1e-9 else np.inf, left, freedom
 
 
-def learned(lesson: Lesson, **options: Any) -> FitResult:
-    return fit_kernel(pairs=lesson.pairs, **lesson.layer.options, **{"solver": "exact", **options})
+def fit_with_ridge(fit_case: FitCase, **options: Any) -> FitResult:
+    return fit_kernel(pairs=fit_case.pairs, **fit_case.layer.options, **{"solver": "exact", **options})
 
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @settings(max_examples=60)
-@given(lesson=lessons())
-def test_a_path_is_that_of_explicit_hat_matrices_and_augmented_rows(lesson: Lesson, loss: str) -> None:
-    scale = 1 if loss == "sum" else lesson.weight
-    fit = learned(lesson, loss=loss, ridge_path=True)
-    explicit = HatMatrices(lesson)
+@given(fit_case=fit_cases())
+def test_path_matches_explicit_hat_matrices(fit_case: FitCase, loss: str) -> None:
+    scale = 1 if loss == "sum" else fit_case.weight
+    fit = fit_with_ridge(fit_case, loss=loss, ridge_path=True)
+    explicit = HatMatrices(fit_case)
     assert fit.ridge == 0
     assert fit.ridge_path is not None
     assert fit.ridge_path_kernels is not None
@@ -73,7 +73,7 @@ def test_a_path_is_that_of_explicit_hat_matrices_and_augmented_rows(lesson: Less
     for number in range(0, 50, 7):
         ridge = float(ridges[number]) * scale
         gcv, left, freedom = explicit(ridge)
-        best = least_squares(lesson, ridge)
+        best = solve_least_squares(fit_case, ridge)
         assert fit.ridge_path_losses is not None
         assert fit.ridge_path_losses[number] == pytest.approx(left / scale, rel=1e-6, abs=1e-12 * squares / scale)
         assert fit.ridge_path_degrees_of_freedom is not None
@@ -85,7 +85,7 @@ def test_a_path_is_that_of_explicit_hat_matrices_and_augmented_rows(lesson: Less
             # Rounding errors of the augmented rows are divided by the ridge.
             continue
         np.testing.assert_allclose(fit.ridge_path_kernels[number], best.kernel, rtol=1e-5, atol=1e-5)
-        if lesson.layer.bias:
+        if fit_case.layer.bias:
             assert fit.ridge_path_biases is not None
             assert best.bias is not None
             np.testing.assert_allclose(fit.ridge_path_biases[number], best.bias, rtol=1e-5, atol=1e-5)
@@ -94,11 +94,11 @@ def test_a_path_is_that_of_explicit_hat_matrices_and_augmented_rows(lesson: Less
 
 
 @settings(max_examples=40)
-@given(lesson=lessons(noises=(0.1, 1.0, 10.0)))
-def test_the_chosen_ridge_has_the_smallest_cross_validation_of_all(lesson: Lesson) -> None:
-    explicit = HatMatrices(lesson)
+@given(fit_case=fit_cases(noises=(0.1, 1.0, 10.0)))
+def test_chosen_ridge_minimizes_cross_validation(fit_case: FitCase) -> None:
+    explicit = HatMatrices(fit_case)
     assume(explicit.count > 1)
-    fit = learned(lesson, ridge="auto")
+    fit = fit_with_ridge(fit_case, ridge="auto")
     assert fit.ridge is not None
     largest = max((float(np.linalg.norm(matrix, 2)) ** 2 for matrix, _ in explicit.systems), default=1.0)
     assume(largest > 0)
@@ -116,25 +116,25 @@ def test_the_chosen_ridge_has_the_smallest_cross_validation_of_all(lesson: Lesso
 @pytest.mark.parametrize("solver", ["exact", "sgd", "momentum", "nesterov", "adam"])
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @settings(max_examples=20)
-@given(lesson=lessons(noises=(1.0,)))
-def test_a_chosen_ridge_gives_the_fit_of_the_same_number(lesson: Lesson, solver: str, loss: str) -> None:
-    assume(sum(len(matrix) for matrix, _ in systems(lesson)) > 1)
+@given(fit_case=fit_cases(noises=(1.0,)))
+def test_chosen_ridge_gives_the_fit_of_that_ridge(fit_case: FitCase, solver: str, loss: str) -> None:
+    assume(sum(len(matrix) for matrix, _ in build_systems(fit_case)) > 1)
     options: dict[str, Any] = {"solver": solver, "loss": loss, "learning_rate": 1e-3, "steps": 5, "seed": 0}
-    fit = learned(lesson, ridge="auto", **options)
+    fit = fit_with_ridge(fit_case, ridge="auto", **options)
     assert fit.ridge is not None
-    same = learned(lesson, ridge=fit.ridge, **options)
+    same = fit_with_ridge(fit_case, ridge=fit.ridge, **options)
     assert same.ridge == fit.ridge
     np.testing.assert_array_equal(fit.kernel, same.kernel)
     assert fit.loss_history == same.loss_history
     assert (fit.final_loss, fit.best_possible_loss) == (same.final_loss, same.best_possible_loss)
     assert fit.message.startswith(same.message)
-    scale = 1 if loss == "sum" else lesson.weight
-    plain = learned(lesson, ridge="auto").ridge
+    scale = 1 if loss == "sum" else fit_case.weight
+    plain = fit_with_ridge(fit_case, ridge="auto").ridge
     assert plain is not None
     assert scale * fit.ridge == pytest.approx(plain, rel=1e-9, abs=0)
 
 
-def test_a_ridge_for_batches_is_chosen_from_all_examples() -> None:
+def test_ridge_for_batches_is_chosen_from_all_examples() -> None:
     rng = np.random.default_rng(0)
     images, targets = rng.normal(size=(6, 1, 8, 8)), rng.normal(size=(6, 2, 6, 6))
     whole = fit_kernel(images, targets, solver="exact", ridge="auto")
@@ -148,7 +148,7 @@ def test_a_ridge_for_batches_is_chosen_from_all_examples() -> None:
         np.testing.assert_allclose(batches.ridge_path_kernels, whole.ridge_path_kernels, rtol=1e-6, atol=1e-9)
 
 
-def blurred(sigma: float, seed: int, side: int = 160) -> Floats:
+def load_blurred_photograph(sigma: float, seed: int, side: int = 160) -> Floats:
     """Return a part of a photograph, of values from 0 to 1, blurred."""
     photograph = np.asarray(Image.open(CAMERA), np.float64) / 255
     row, column = np.random.default_rng(seed).integers(0, 512 - side, 2)
@@ -156,12 +156,12 @@ def blurred(sigma: float, seed: int, side: int = 160) -> Floats:
     return image[row : row + side, column : column + side]
 
 
-def diagonal(side: int) -> Floats:
+def build_motion_kernel(side: int) -> Floats:
     """Return the kernel of a diagonal motion."""
     return np.eye(side)
 
 
-def laplacian(side: int) -> Floats:
+def build_laplacian_kernel(side: int) -> Floats:
     """Return the Laplacian of a Gaussian."""
     kernel = np.zeros((side, side))
     kernel[side // 2, side // 2] = 1
@@ -169,7 +169,7 @@ def laplacian(side: int) -> Floats:
     return kernel
 
 
-def scene(seed: int) -> tuple[Lesson, Floats]:  # noqa: PLR0911 - one for each scene
+def build_scene(seed: int) -> tuple[FitCase, Floats]:  # noqa: PLR0911 - one for each scene
     """Return the examples of a scene, and the kernel that made their targets."""
     rng = np.random.default_rng(seed)
 
@@ -180,47 +180,47 @@ def scene(seed: int) -> tuple[Lesson, Floats]:  # noqa: PLR0911 - one for each s
         make: Callable[[int], Floats] | None = None,
         *,
         weighted: bool = False,
-    ) -> tuple[Lesson, Floats]:
+    ) -> tuple[FitCase, Floats]:
         kernel = rng.normal(size=layer.kernel_shape) if make is None else make(layer.kernel_size[0])[None, None]
         bias = rng.normal(size=layer.filters) if layer.bias else None
         targets = layer.output(images, kernel, bias)
         deviations = noise * targets.std() * (rng.uniform(0.2, 3, targets.shape) if weighted else np.ones(()))
         weights = np.broadcast_to(1 / deviations**2, targets.shape) if weighted else None
-        return Lesson(layer, [(images, targets + deviations * rng.normal(size=targets.shape), weights)]), kernel
+        return FitCase(layer, [(images, targets + deviations * rng.normal(size=targets.shape), weights)]), kernel
 
     match seed:
         case 0 | 1 | 2 | 3:
             sigma, side, noise, make = [
                 (0.5, 9, 0.05, None),
                 (1.0, 9, 0.01, None),
-                (1.0, 13, 0.05, laplacian),
-                (2.0, 11, 0.01, diagonal),
+                (1.0, 13, 0.05, build_laplacian_kernel),
+                (2.0, 11, 0.01, build_motion_kernel),
             ][seed]
-            return of(blurred(sigma, seed)[None, None], Layer((side, side)), noise, make)
+            return of(load_blurred_photograph(sigma, seed)[None, None], Layer((side, side)), noise, make)
         case 4:
             return of(rng.normal(size=(1, 1, 30, 30)), Layer((9, 9)), 1.0)
         case 5:
             return of(1000 + rng.normal(size=(1, 1, 60, 60)), Layer((9, 9)), 1e-4)
         case 6:
-            return of(blurred(1.0, seed)[None, None], Layer((11, 11), bias=True), 0.02)
+            return of(load_blurred_photograph(1.0, seed)[None, None], Layer((11, 11), bias=True), 0.02)
         case 7:
-            images = np.stack([blurred(1.0, channel, 100) for channel in range(3)])
+            images = np.stack([load_blurred_photograph(1.0, channel, 100) for channel in range(3)])
             return of(images[None], Layer((5, 5), channels=3, filters=2), 0.02)
         case 8:
-            return of(blurred(1.0, seed)[None, None], Layer((11, 11)), 0.02, weighted=True)
+            return of(load_blurred_photograph(1.0, seed)[None, None], Layer((11, 11)), 0.02, weighted=True)
         case _:
-            images = np.stack([blurred(1.0, image, 50) for image in range(4)])
+            images = np.stack([load_blurred_photograph(1.0, image, 50) for image in range(4)])
             return of(images[:, None], Layer((7, 7), filters=2, stride=(2, 2), padding=(3, 3, 3, 3)), 0.02)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_chosen_ridge_is_about_as_good_as_the_best(seed: int) -> None:
-    lesson, kernel = scene(seed)
-    explicit = systems(lesson)
+def test_chosen_ridge_is_about_as_good_as_the_best(seed: int) -> None:
+    fit_case, kernel = build_scene(seed)
+    explicit = build_systems(fit_case)
     decomposed = []
     for number, (matrix, target) in enumerate(explicit):
         rows = matrix[:, : kernel[0].size]
-        if lesson.layer.bias:
+        if fit_case.layer.bias:
             rows, target = rows - rows.mean(0), target - target.mean()  # noqa: PLW2901
         vectors, values, axes = np.linalg.svd(rows, full_matrices=False)
         decomposed.append((vectors.T @ target, values, axes, kernel[number].ravel()))
@@ -233,7 +233,7 @@ def test_the_chosen_ridge_is_about_as_good_as_the_best(seed: int) -> None:
         return float(np.sqrt(np.sum(squares)) / np.linalg.norm(kernel))
 
     oracle = min(error(ridge) for ridge in np.geomspace(1e-12, 1e9, 400))
-    fit = learned(lesson, ridge="auto")
+    fit = fit_with_ridge(fit_case, ridge="auto")
     found = float(np.linalg.norm(fit.kernel.numpy() - kernel) / np.linalg.norm(kernel))
     assert fit.ridge is not None
     assert found == pytest.approx(error(fit.ridge), rel=1e-4)
@@ -242,16 +242,18 @@ def test_the_chosen_ridge_is_about_as_good_as_the_best(seed: int) -> None:
 
 @pytest.mark.parametrize("sigma", [0, 1, 3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_an_exact_target_is_still_fitted_exactly(sigma: float, bias: bool) -> None:
+def test_exact_target_is_still_fitted_exactly(sigma: float, bias: bool) -> None:
     rng = np.random.default_rng(0)
     image = scipy.ndimage.gaussian_filter(rng.normal(size=(40, 40)), sigma) if sigma else rng.normal(size=(40, 40))
     kernel = rng.normal(size=(3, 3))
-    fit = fit_kernel(image, valid_by_windows(image, kernel) + 2 * bias, solver="exact", ridge="auto", bias=bias)
+    fit = fit_kernel(
+        image, correlate_valid_by_windows(image, kernel) + 2 * bias, solver="exact", ridge="auto", bias=bias
+    )
     np.testing.assert_allclose(fit.kernel, kernel, atol=1e-7)
     assert fit.r_squared == pytest.approx(1)
 
 
-def test_a_kernel_that_is_left_open_is_that_of_least_norm() -> None:
+def test_unidentified_kernel_has_least_norm() -> None:
     image = np.ones((6, 8))
     fit = fit_kernel(image, image[:, 1:], solver="exact", ridge="auto", ridge_path=True)
     np.testing.assert_allclose(fit.kernel, [[0.5, 0.5]], rtol=1e-9)
@@ -273,7 +275,7 @@ def test_constant_examples_give_finite_numbers(image: float, target: float, bias
         assert "does not distinguish ridges" in fit.message
 
 
-def test_noise_alone_gives_a_kernel_of_about_zero_and_says_so() -> None:
+def test_noise_alone_gives_a_near_zero_kernel_and_a_message() -> None:
     image, target = np.random.default_rng(1).normal(size=(2, 12, 12))
     fit = fit_kernel(image, target[1:-1, 1:-1], solver="exact", ridge="auto")
     assert "a kernel of zeros predicts the target best" in fit.message
@@ -281,7 +283,7 @@ def test_noise_alone_gives_a_kernel_of_about_zero_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("values", [2, 3, 4, 5])
-def test_about_as_few_values_as_unknowns_give_finite_numbers(values: int) -> None:
+def test_few_values_per_unknown_give_finite_numbers(values: int) -> None:
     rng = np.random.default_rng(values)
     image, target = rng.normal(size=(2, values + 1)), rng.normal(size=(1, values))
     for bias in (False, True):
@@ -294,10 +296,10 @@ def test_about_as_few_values_as_unknowns_give_finite_numbers(values: int) -> Non
 
 
 @pytest.mark.parametrize("size", [1e-140, 1e-100, 1e100, 1e140])
-def test_ridges_of_very_large_and_small_values_scale_with_them(size: float) -> None:
+def test_ridges_scale_with_the_values(size: float) -> None:
     rng = np.random.default_rng(2)
     image, target = rng.normal(size=(12, 12)), rng.normal(size=(10, 10))
-    target += valid_by_windows(image, rng.normal(size=(3, 3)))
+    target += correlate_valid_by_windows(image, rng.normal(size=(3, 3)))
     plain = fit_kernel(image, target, solver="exact", ridge="auto", ridge_path=True, covariance=True, bias=True)
     fit = fit_kernel(size * image, target, solver="exact", ridge="auto", ridge_path=True, covariance=True, bias=True)
     assert plain.ridge
@@ -314,14 +316,14 @@ def test_ridges_of_very_large_and_small_values_scale_with_them(size: float) -> N
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e9])
-def test_a_channel_of_other_units_does_not_spoil_the_path(size: float) -> None:
+def test_channel_of_other_units_keeps_the_path_accurate(size: float) -> None:
     rng = np.random.default_rng(3)
     layer = Layer((2, 2), channels=2, bias=True)
     images = rng.normal(size=(1, 2, 15, 15)) * np.array([1, size])[:, None, None]
     kernel = rng.normal(size=layer.kernel_shape) / np.array([1, size])[:, None, None]
     targets = layer.output(images, kernel, np.ones(1)) + 0.3 * rng.normal(size=(1, 1, 14, 14))
-    lesson = Lesson(layer, [(images, targets, None)])
-    fit, explicit = learned(lesson, ridge_path=True, ridge="auto"), HatMatrices(lesson)
+    fit_case = FitCase(layer, [(images, targets, None)])
+    fit, explicit = fit_with_ridge(fit_case, ridge_path=True, ridge="auto"), HatMatrices(fit_case)
     assert fit.ridge_path is not None
     assert fit.ridge_path_gcv is not None
     for ridge, gcv in zip(fit.ridge_path.tolist(), fit.ridge_path_gcv.tolist(), strict=True):
@@ -329,11 +331,11 @@ def test_a_channel_of_other_units_does_not_spoil_the_path(size: float) -> None:
 
 
 @pytest.mark.parametrize("blur", [0, 1])
-def test_hundreds_of_unknowns_are_searched(blur: float) -> None:
+def test_hundreds_of_unknowns_are_supported(blur: float) -> None:
     rng = np.random.default_rng(4)
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, blur) if blur else PHOTOGRAPH + rng.normal(size=(180, 180)) * 50
     kernel = rng.normal(size=(24, 24))
-    target = valid_by_windows(image, kernel)
+    target = correlate_valid_by_windows(image, kernel)
     target += 0.1 * target.std() * rng.normal(size=target.shape)
     fit = fit_kernel(image, target, solver="exact", ridge="auto", covariance=True)
     plain = fit_kernel(image, target, solver="exact")
@@ -346,19 +348,19 @@ def test_hundreds_of_unknowns_are_searched(blur: float) -> None:
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("ridge", [0.0, 0.3, "auto"])
 @settings(max_examples=40)
-@given(lesson=lessons())
-def test_a_covariance_is_that_of_an_inverse(lesson: Lesson, ridge: Any, loss: str) -> None:
-    scale = 1 if loss == "sum" else lesson.weight
-    assume(sum(len(matrix) for matrix, _ in systems(lesson)) > 1)
-    fit = learned(lesson, ridge=ridge, loss=loss, covariance=True)
+@given(fit_case=fit_cases())
+def test_covariance_matches_an_inverse(fit_case: FitCase, ridge: Any, loss: str) -> None:
+    scale = 1 if loss == "sum" else fit_case.weight
+    assume(sum(len(matrix) for matrix, _ in build_systems(fit_case)) > 1)
+    fit = fit_with_ridge(fit_case, ridge=ridge, loss=loss, covariance=True)
     assert (fit.covariance is None) == (fit.standard_errors is None)
     assert fit.ridge is not None
-    best = least_squares(lesson, fit.ridge * scale)
-    assume(best.clear and min(best.freedom) > 1e-3)
+    best = solve_least_squares(fit_case, fit.ridge * scale)
+    assume(best.has_clear_rank and min(best.freedom) > 1e-3)
     if fit.covariance is None:
         return
     taps = best.kernel[0].size
-    for number, (matrix, _) in enumerate(systems(lesson)):
+    for number, (matrix, _) in enumerate(build_systems(fit_case)):
         gram = matrix.T @ matrix
         penalty = fit.ridge * scale * np.eye(len(gram)) * (np.arange(len(gram)) < taps)
         assume(np.linalg.cond(gram + penalty) < 1e9)
@@ -374,7 +376,7 @@ def test_a_covariance_is_that_of_an_inverse(lesson: Lesson, ridge: Any, loss: st
         np.testing.assert_allclose(np.diag(found), errors**2, rtol=1e-9, atol=1e-12 * np.abs(found).max())
 
 
-def test_the_covariance_of_planes_is_a_matrix() -> None:
+def test_covariance_of_planes_is_a_matrix() -> None:
     rng = np.random.default_rng(5)
     pair = rng.normal(size=(8, 9)), rng.normal(size=(7, 7))
     planes = fit_kernel(*pair, solver="exact", bias=True, covariance=True)
@@ -392,7 +394,7 @@ def test_the_covariance_of_planes_is_a_matrix() -> None:
         assert (fit.standard_errors, fit.covariance) == (None, None)
 
 
-REJECTED: list[tuple[dict[str, Any], str, str]] = [
+REJECTED_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"ridge": "auto", "loss": "huber"}, "ridge", 'loss is "huber": give a number'),
     ({"ridge": "auto", "loss": "l1"}, "ridge", 'loss is "l1": give a number'),
     ({"ridge": "best"}, "ridge", 'is not a number from 0 on, or "auto"'),
@@ -402,15 +404,15 @@ REJECTED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "field", "message"), REJECTED)
-def test_searches_that_make_no_sense_are_rejected(options: dict[str, Any], field: str, message: str) -> None:
+@pytest.mark.parametrize(("options", "field", "message"), REJECTED_OPTIONS)
+def test_invalid_searches_are_rejected(options: dict[str, Any], field: str, message: str) -> None:
     with pytest.raises(InvalidOption) as caught:
         fit_kernel_steps(np.ones((6, 8)), np.ones((6, 7)), **options)
     assert message in str(caught.value)
     assert caught.value.field == field
 
 
-def test_a_single_value_is_not_cross_validated() -> None:
+def test_single_value_is_rejected() -> None:
     for pair in (
         (np.ones((1, 2)), np.ones((1, 1))),
         (np.ones((6, 8)), np.ones((6, 7)), np.arange(42).reshape(6, 7) == 3.0),
@@ -433,7 +435,7 @@ def test_more_unknowns_than_1024_are_rejected(option: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("option", [{"ridge": "auto"}, {"ridge_path": True}])
 def test_equations_that_are_too_large_are_rejected(monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]) -> None:
-    monkeypatch.setattr(way, "MOST_MEGABYTES", 1e-3)
+    monkeypatch.setattr(strategy, "MAX_EQUATIONS_MB", 1e-3)
     with pytest.raises(InvalidOption, match=r"too large for these examples \(method convolutions\)"):
         fit_kernel_steps(np.ones((40, 40)), np.ones((9, 9)), **option)
     images = np.ones((3, 1, 40, 40)), np.ones((3, 1, 9, 9))
@@ -444,10 +446,10 @@ def test_equations_that_are_too_large_are_rejected(monkeypatch: pytest.MonkeyPat
     assert plan_fit_kernel(np.ones((40, 40)), np.ones((9, 9)), covariance=True).method == "convolutions"
 
 
-def test_a_search_takes_the_equations_that_are_not_worth_their_time_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_builds_equations_even_if_passes_are_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORTH_THE_TRUTH", "WORTH_THE_MINIMUM"):
-        monkeypatch.setattr(way, name, 0.0)
-    monkeypatch.setattr(way, "PRODUCT", 1.0)
+        monkeypatch.setattr(strategy, name, 0.0)
+    monkeypatch.setattr(strategy, "PRODUCT_S_PER_ENTRY", 1.0)
     pair = np.ones((12, 12)), np.ones((8, 8))
     assert plan_fit_kernel(*pair, steps=1).method == "convolutions"
     options: list[dict[str, Any]] = [{"ridge": "auto"}, {"ridge_path": True}, {"covariance": True}]

@@ -11,17 +11,17 @@ from hypothesis import assume, given
 from PIL import Image
 
 from core import FitResult, Status, fit_kernel
-from core.fit import way
-from tests.core.fit.layers import Layer, Lesson, lessons
-from tests.core.fit.least_squares import Best, least_squares
-from tests.core.fit.lesson import lesson_pair
-from tests.reference import Floats, valid_by_windows
+from core.fit import strategy
+from tests.core.fit.d2l_example import make_d2l_pair
+from tests.core.fit.layers import FitCase, Layer, fit_cases
+from tests.core.fit.least_squares import LeastSquaresSolution, solve_least_squares
+from tests.reference import Floats, correlate_valid_by_windows
 
 CAMERA = Path(__file__).parents[3] / "docs" / "images" / "camera.png"
 
 
-def learned(lesson: Lesson, **options: Any) -> FitResult:
-    return fit_kernel(pairs=lesson.pairs, **{"solver": "exact", **lesson.layer.options, **options})
+def fit_exact(fit_case: FitCase, **options: Any) -> FitResult:
+    return fit_kernel(pairs=fit_case.pairs, **{"solver": "exact", **fit_case.layer.options, **options})
 
 
 def assert_close(found: torch.Tensor | None, expected: Floats | None, tolerance: float) -> None:
@@ -32,7 +32,7 @@ def assert_close(found: torch.Tensor | None, expected: Floats | None, tolerance:
     np.testing.assert_allclose(found.numpy(), expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max()))
 
 
-def assert_intervals(fit: FitResult, best: Best) -> None:
+def assert_intervals(fit: FitResult, best: LeastSquaresSolution) -> None:
     """Compare the intervals with scipy's of Student's distribution."""
     reach = scipy.stats.t(best.freedom).ppf(0.975)
     assert fit.confidence_intervals is not None
@@ -47,11 +47,11 @@ def assert_intervals(fit: FitResult, best: Best) -> None:
             assert_close(found, expected, 1e-6)
 
 
-@given(lesson=lessons(noises=(0.0, 0.1, 1.0)))
-def test_the_best_kernel_is_that_of_lstsq_of_least_norm_where_several_are_best(lesson: Lesson) -> None:
-    best = least_squares(lesson)
-    assume(best.clear)
-    fit = learned(lesson)
+@given(fit_case=fit_cases(noises=(0.0, 0.1, 1.0)))
+def test_best_kernel_matches_lstsq_of_least_norm(fit_case: FitCase) -> None:
+    best = solve_least_squares(fit_case)
+    assume(best.has_clear_rank)
+    fit = fit_exact(fit_case)
     assert fit.method == "normal equations"
     assert fit.status is Status.CONVERGED
     assert_close(fit.kernel, best.kernel, 1e-8)
@@ -60,14 +60,14 @@ def test_the_best_kernel_is_that_of_lstsq_of_least_norm_where_several_are_best(l
     assert fit.best_possible_loss == fit.final_loss
     assert fit.excess_loss == 0
     assert fit.rank == best.rank
-    assert fit.unknowns == lesson.layer.filters * (best.kernel[0].size + lesson.layer.bias)
+    assert fit.unknowns == fit_case.layer.filters * (best.kernel[0].size + fit_case.layer.bias)
 
 
-@given(lesson=lessons(largest=9))
-def test_what_is_said_of_the_best_kernel_is_what_the_textbook_says(lesson: Lesson) -> None:
-    best = least_squares(lesson)
-    assume(best.clear)
-    fit = learned(lesson)
+@given(fit_case=fit_cases(largest=9))
+def test_statistics_match_textbook_formulas(fit_case: FitCase) -> None:
+    best = solve_least_squares(fit_case)
+    assume(best.has_clear_rank)
+    fit = fit_exact(fit_case)
     determined = fit.rank == fit.unknowns
     if determined:
         values = np.concatenate(best.singular_values)
@@ -90,20 +90,20 @@ def test_what_is_said_of_the_best_kernel_is_what_the_textbook_says(lesson: Lesso
         uncertainty = (fit.standard_errors, fit.confidence_intervals, fit.residual_std, fit.degrees_of_freedom)
         assert uncertainty == (None, None, None, None)
         assert (fit.bias_standard_errors, fit.bias_confidence_intervals) == (None, None)
-    assert fit.values == sum(y.size if w is None else np.count_nonzero(w) for _, y, w in lesson.pairs)
+    assert fit.values == sum(y.size if w is None else np.count_nonzero(w) for _, y, w in fit_case.pairs)
     if np.isfinite(best.r_squared):
         assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-9, abs=1e-9)
 
 
-@given(lesson=lessons(largest=9))
-def test_the_mean_has_the_kernel_and_errors_of_the_sum_and_a_share_of_its_loss(lesson: Lesson) -> None:
-    best = least_squares(lesson)
-    assume(best.clear)
-    whole, mean = learned(lesson), learned(lesson, loss="mean")
+@given(fit_case=fit_cases(largest=9))
+def test_mean_loss_gives_the_kernel_and_errors_of_the_sum(fit_case: FitCase) -> None:
+    best = solve_least_squares(fit_case)
+    assume(best.has_clear_rank)
+    whole, mean = fit_exact(fit_case), fit_exact(fit_case, loss="mean")
     assert_close(mean.kernel, whole.kernel.numpy(), 1e-9)
-    assert mean.final_loss == pytest.approx(whole.final_loss / lesson.weight, rel=1e-9, abs=1e-24)
-    assert mean.loss_history == pytest.approx([loss / lesson.weight for loss in whole.loss_history], rel=1e-12)
-    assert mean.largest_eigenvalue == pytest.approx((whole.largest_eigenvalue or 0) / lesson.weight, rel=1e-9)
+    assert mean.final_loss == pytest.approx(whole.final_loss / fit_case.weight, rel=1e-9, abs=1e-24)
+    assert mean.loss_history == pytest.approx([loss / fit_case.weight for loss in whole.loss_history], rel=1e-12)
+    assert mean.largest_eigenvalue == pytest.approx((whole.largest_eigenvalue or 0) / fit_case.weight, rel=1e-9)
     assert mean.rank == whole.rank
     assert mean.r_squared == (None if whole.r_squared is None else pytest.approx(whole.r_squared, rel=1e-9, abs=1e-9))
     assert_close(mean.standard_errors, None if whole.standard_errors is None else whole.standard_errors.numpy(), 1e-6)
@@ -111,12 +111,12 @@ def test_the_mean_has_the_kernel_and_errors_of_the_sum_and_a_share_of_its_loss(l
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("ridge", [1e-3, 2.5])
-@given(lesson=lessons())
-def test_a_ridge_adds_rows_to_the_matrix_and_none_for_the_bias(lesson: Lesson, ridge: float, loss: str) -> None:
-    share = 1 if loss == "sum" else lesson.weight
-    best = least_squares(lesson, ridge * share)
-    assume(best.clear)
-    fit = learned(lesson, ridge=ridge, loss=loss)
+@given(fit_case=fit_cases())
+def test_ridge_adds_rows_for_all_but_the_bias(fit_case: FitCase, ridge: float, loss: str) -> None:
+    share = 1 if loss == "sum" else fit_case.weight
+    best = solve_least_squares(fit_case, ridge * share)
+    assume(best.has_clear_rank)
+    fit = fit_exact(fit_case, ridge=ridge, loss=loss)
     # Where a filter's weights are all zero, nothing holds its bias but the wish for the least norm.
     assert_close(fit.kernel, best.kernel, 1e-7)
     assert_close(fit.bias, best.bias, 1e-7)
@@ -134,26 +134,26 @@ def test_a_ridge_adds_rows_to_the_matrix_and_none_for_the_bias(lesson: Lesson, r
         assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-7, abs=1e-7)
 
 
-def test_a_channel_that_repeats_another_shares_the_kernel_with_it(rng: np.random.Generator) -> None:
+def test_repeated_channel_shares_the_kernel(rng: np.random.Generator) -> None:
     image = rng.normal(size=(20, 20))
     kernel = rng.normal(size=(3, 3))
-    fit = fit_kernel(np.stack([image, image]), valid_by_windows(image, kernel), solver="exact")
+    fit = fit_kernel(np.stack([image, image]), correlate_valid_by_windows(image, kernel), solver="exact")
     np.testing.assert_allclose(fit.kernel.numpy(), np.stack([kernel, kernel])[None] / 2, atol=1e-12)
     assert (fit.rank, fit.unknowns) == (9, 18)
     assert "rank 9 of 18: these examples leave 9 combinations of the kernel's entries open" in fit.message
 
 
-def test_a_kernel_of_225_entries_comes_back_out_of_a_photograph_and_its_response(rng: np.random.Generator) -> None:
+def test_225_entry_kernel_is_recovered_from_a_photograph(rng: np.random.Generator) -> None:
     photograph = np.asarray(Image.open(CAMERA), np.float64)
     kernel = rng.normal(size=(15, 15))
-    fit = fit_kernel(photograph, valid_by_windows(photograph, kernel), solver="exact")
+    fit = fit_kernel(photograph, correlate_valid_by_windows(photograph, kernel), solver="exact")
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-6)
     assert fit.method == "normal equations"
     assert fit.rank == 225
     assert fit.r_squared == pytest.approx(1)
 
 
-def test_a_channel_a_billion_times_fainter_is_learned_as_lstsq_learns_it(rng: np.random.Generator) -> None:
+def test_faint_channel_matches_lstsq(rng: np.random.Generator) -> None:
     channels = rng.normal(size=(2, 8, 8)) * np.array([1e5, 1e-4])[:, None, None]
     target = 1e-5 * channels[0] + 1e4 * channels[1]
     fit = fit_kernel(channels, target, solver="exact")
@@ -161,7 +161,7 @@ def test_a_channel_a_billion_times_fainter_is_learned_as_lstsq_learns_it(rng: np
     assert fit.rank == 2
 
 
-def test_a_bias_is_learned_beside_numbers_of_a_billion(rng: np.random.Generator) -> None:
+def test_bias_is_fitted_on_values_of_a_billion(rng: np.random.Generator) -> None:
     image = 1e9 * rng.normal(size=(8, 8))
     fit = fit_kernel(image, 2 * image + 500, kernel_size=1, bias=True, solver="exact")
     assert fit.bias is not None
@@ -169,27 +169,25 @@ def test_a_bias_is_learned_beside_numbers_of_a_billion(rng: np.random.Generator)
     assert fit.rank == 2
 
 
-@given(lesson=lessons())
-def test_conjugate_gradients_find_the_same_kernel_where_the_equations_are_too_many(lesson: Lesson) -> None:
-    best = least_squares(lesson)
-    assume(best.clear and best.kernel[0].size + lesson.layer.bias > 3)
+@given(fit_case=fit_cases())
+def test_conjugate_gradients_match_if_equations_are_too_many(fit_case: FitCase) -> None:
+    best = solve_least_squares(fit_case)
+    assume(best.has_clear_rank and best.kernel[0].size + fit_case.layer.bias > 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(way, "MOST_UNKNOWNS", 3)
-        fit = learned(lesson)
+        patch.setattr(strategy, "MAX_UNKNOWNS", 3)
+        fit = fit_exact(fit_case)
     assert fit.method == "convolutions"
     assert fit.status is Status.CONVERGED
     assert_close(fit.kernel, best.kernel, 1e-6)
     assert_close(fit.bias, best.bias, 1e-6)
     assert fit.final_loss == pytest.approx(best.loss, rel=1e-6, abs=1e-9 * fit.loss_history[0])
     assert fit.steps == len(fit.loss_history)
-    assert fit.loss_history[0] == pytest.approx(learned(lesson).loss_history[0], rel=1e-12)
+    assert fit.loss_history[0] == pytest.approx(fit_exact(fit_case).loss_history[0], rel=1e-12)
     assert (fit.rank, fit.condition_number, fit.standard_errors) == (None, None, None)
 
 
 @pytest.mark.parametrize("seed", range(10, 16))
-def test_a_filter_that_conjugate_gradients_are_done_with_waits_for_the_others(
-    monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_converged_filter_waits_for_the_others(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     rng = np.random.default_rng(seed)
     image, targets, weights = (
         rng.normal(size=(7, 7)),
@@ -197,39 +195,39 @@ def test_a_filter_that_conjugate_gradients_are_done_with_waits_for_the_others(
         rng.normal(size=(2, 3, 3)).clip(min=0),
     )
     best = fit_kernel(image, targets, weights=weights, solver="exact")
-    monkeypatch.setattr(way, "MOST_UNKNOWNS", 3)
+    monkeypatch.setattr(strategy, "MAX_UNKNOWNS", 3)
     fit = fit_kernel(image, targets, weights=weights, solver="exact")
     assert fit.status is Status.CONVERGED
     assert fit.steps < 100
     torch.testing.assert_close(fit.kernel, best.kernel, rtol=1e-6, atol=1e-6)
 
 
-@given(lesson=lessons(plain=True))
-def test_conjugate_gradients_keep_to_a_ridge(lesson: Lesson) -> None:
-    best = least_squares(lesson, 0.5)
-    assume(best.kernel[0].size + lesson.layer.bias > 3 and best.clear)
+@given(fit_case=fit_cases(plain=True))
+def test_conjugate_gradients_respect_a_ridge(fit_case: FitCase) -> None:
+    best = solve_least_squares(fit_case, 0.5)
+    assume(best.kernel[0].size + fit_case.layer.bias > 3 and best.has_clear_rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(way, "MOST_UNKNOWNS", 3)
-        fit = learned(lesson, ridge=0.5)
+        patch.setattr(strategy, "MAX_UNKNOWNS", 3)
+        fit = fit_exact(fit_case, ridge=0.5)
     assert_close(fit.kernel, best.kernel, 1e-6)
 
 
 @pytest.mark.parametrize("unknowns", [1, 4096])
 @pytest.mark.parametrize("seed", range(5))
-def test_where_nothing_is_left_the_loss_is_still_what_the_kernel_leaves_on_the_images(
+def test_zero_residual_loss_is_computed_from_the_images(
     monkeypatch: pytest.MonkeyPatch, unknowns: int, seed: int
 ) -> None:
-    monkeypatch.setattr(way, "MOST_UNKNOWNS", unknowns)
+    monkeypatch.setattr(strategy, "MAX_UNKNOWNS", unknowns)
     rng = np.random.default_rng(seed)
     layer = Layer((3, 2), channels=2, filters=2, bias=True)
     images, kernel, bias = rng.normal(size=(2, 2, 20, 20)), rng.normal(size=layer.kernel_shape), rng.normal(size=2)
-    lesson = Lesson(layer, [(images, layer.output(images, kernel, bias), None)])
-    fit = learned(lesson)
+    fit_case = FitCase(layer, [(images, layer.output(images, kernel, bias), None)])
+    fit = fit_exact(fit_case)
     assert_close(fit.kernel, kernel, 1e-9)
     assert fit.bias is not None
     assert fit.final_loss >= 0
     # Two ways to round it: a few units in the last place of every target, squared.
-    left = lesson.squares(fit.kernel.numpy(), fit.bias.numpy())
+    left = fit_case.squares(fit.kernel.numpy(), fit.bias.numpy())
     assert fit.final_loss == pytest.approx(left, rel=1e-6, abs=1e-26 * fit.loss_history[0])
     assert fit.r_squared is not None
     assert fit.r_squared <= 1
@@ -237,11 +235,11 @@ def test_where_nothing_is_left_the_loss_is_still_what_the_kernel_leaves_on_the_i
 
 @pytest.mark.parametrize("unknowns", [1, 4096])
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
-def test_nothing_is_learned_from_nothing_and_nothing_needed_for_it(
+def test_zero_inputs_or_targets_give_a_zero_kernel(
     monkeypatch: pytest.MonkeyPatch, unknowns: int, ridge: float
 ) -> None:
-    monkeypatch.setattr(way, "MOST_UNKNOWNS", unknowns)
-    image, edges = lesson_pair()
+    monkeypatch.setattr(strategy, "MAX_UNKNOWNS", unknowns)
+    image, edges = make_d2l_pair()
     for pair in ((0 * image, edges), (image, 0 * edges), (0 * image, 0 * edges)):
         fit = fit_kernel(*pair, solver="exact", ridge=ridge)
         assert fit.kernel.tolist() == [[0, 0]]
@@ -251,10 +249,10 @@ def test_nothing_is_learned_from_nothing_and_nothing_needed_for_it(
 
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_truth_lies_within_the_errors_as_often_as_it_should(loss: Any, bias: bool) -> None:
+def test_true_kernel_lies_within_the_errors(loss: Any, bias: bool) -> None:
     rng = np.random.default_rng(12)
     runs, image, kernel = 1000, 3 + rng.normal(size=(12, 12)), rng.normal(size=(3, 3))
-    truth = valid_by_windows(image, kernel) + 5 * bias
+    truth = correlate_valid_by_windows(image, kernel) + 5 * bias
     # A filter is a run: all see the same image, each has noise of its own, of its own variance.
     noise = rng.normal(size=(runs, *truth.shape)) * np.linspace(0.5, 2, runs)[:, None, None]
     fit = fit_kernel(image, truth + noise, solver="exact", loss=loss, bias=bias)
@@ -293,7 +291,7 @@ def test_intervals_cover_the_truth_in_95_of_100_cases(layer: Layer, weighted: bo
         assert ((low <= 5) & (high >= 5)).mean() == pytest.approx(0.95, abs=0.015)
 
 
-def test_the_errors_are_those_of_the_best_kernel_wherever_a_descent_has_come_to(rng: np.random.Generator) -> None:
+def test_errors_are_those_of_the_best_kernel_during_descent(rng: np.random.Generator) -> None:
     image, target = rng.normal(size=(12, 12)), rng.normal(size=(10, 10))
     best, far = (fit_kernel(image, target, solver=solver, learning_rate=1e-4) for solver in ("exact", "sgd"))
     assert best.standard_errors is not None
@@ -302,22 +300,22 @@ def test_the_errors_are_those_of_the_best_kernel_wherever_a_descent_has_come_to(
     assert not torch.equal(best.kernel, far.kernel)
 
 
-def test_as_many_unknowns_as_values_leave_no_errors_to_estimate(rng: np.random.Generator) -> None:
+def test_no_degrees_of_freedom_give_no_errors(rng: np.random.Generator) -> None:
     fit = fit_kernel(rng.normal(size=(5, 5)), rng.normal(size=(3, 3)), solver="exact")
     assert (fit.rank, fit.unknowns) == (9, 9)
     assert fit.standard_errors is None
     assert fit.final_loss == pytest.approx(0, abs=1e-12)
 
 
-def test_a_constant_target_has_no_variance_to_explain(rng: np.random.Generator) -> None:
+def test_constant_target_has_no_r_squared(rng: np.random.Generator) -> None:
     fit = fit_kernel(rng.normal(size=(9, 9)), np.full((7, 7), 0.1), solver="exact")
     assert fit.r_squared is None
     assert "R squared" not in fit.message
     assert fit_kernel(rng.normal(size=(9, 9)), np.full((7, 7), 0.1), solver="exact", bias=True).r_squared is None
 
 
-def test_the_message_says_what_the_best_kernel_is_worth() -> None:
-    image, edges = lesson_pair()
+def test_message_reports_the_quality_of_the_best_kernel() -> None:
+    image, edges = make_d2l_pair()
     fit = fit_kernel(image, edges, solver="exact")
     assert fit.message == f"the best kernel: loss {fit.final_loss:.6g}, R squared 1"
     assert torch.allclose(fit.kernel, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from core import Forecast, Progress, Reading, Status, Step, exhaust, fit_kernel, fit_kernel_steps
-from core.fit import way, windows
-from tests.core.fit.lesson import lesson_pair
+from core import Forecast, Progress, Reading, Status, Step, fit_kernel, fit_kernel_steps, run_to_end
+from core.fit import im2col, strategy
+from tests.core.fit.d2l_example import make_d2l_pair
 
 
-def pairs(count: int = 3) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+def draw_pairs(count: int = 3) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     rng = np.random.default_rng(4)
     return [(rng.normal(size=(9 + index, 9)), rng.normal(size=(7 + index, 7))) for index in range(count)]
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": "exact"}, {"batch_size": 1}, {"solver": "adam"}, {"bias": True}])
-def test_first_the_examples_are_read_then_comes_a_forecast_then_the_steps(options: dict[str, Any]) -> None:
-    events = list(fit_kernel_steps(pairs=pairs(), learning_rate=1e-3, **options))
+def test_events_are_read_then_prediction_then_steps(options: dict[str, Any]) -> None:
+    events = list(fit_kernel_steps(pairs=draw_pairs(), learning_rate=1e-3, **options))
     kinds = [kind for kind, _ in itertools.groupby(type(event) for event in events)]
     assert kinds == [Reading, Forecast, Step]
     readings = [event for event in events if isinstance(event, Reading)]
@@ -32,22 +32,22 @@ def test_first_the_examples_are_read_then_comes_a_forecast_then_the_steps(option
     assert [step.number for step in steps] == list(range(1, len(steps) + 1))
 
 
-def test_a_large_example_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "CHUNK_BYTES", 1000)
-    events = list(fit_kernel_steps(pairs=pairs(2)))
+def test_large_example_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(im2col, "MAX_CHUNK_BYTES", 1000)
+    events = list(fit_kernel_steps(pairs=draw_pairs(2)))
     assert events.count(Reading(0, 2)) > 2
     assert events.count(Reading(1, 2)) > 2
     assert events.count(Reading(2, 2)) >= 1
 
 
-def test_without_equations_there_is_nothing_to_read() -> None:
-    events = list(fit_kernel_steps(pairs=pairs(), loss="huber"))
+def test_fit_without_equations_reads_nothing() -> None:
+    events = list(fit_kernel_steps(pairs=draw_pairs(), loss="huber"))
     assert [type(event) for event in events] == [Forecast] + 10 * [Step]
 
 
-def test_the_forecast_is_what_the_result_repeats() -> None:
+def test_predicted_values_are_repeated_in_the_result() -> None:
     seen: list[Progress] = []
-    fit = exhaust(fit_kernel_steps(*lesson_pair(), learning_rate="auto", seed=1), seen.append)
+    fit = run_to_end(fit_kernel_steps(*make_d2l_pair(), learning_rate="auto", seed=1), seen.append)
     forecast = next(event for event in seen if isinstance(event, Forecast))
     for name in (
         "learning_rate",
@@ -65,23 +65,23 @@ def test_the_forecast_is_what_the_result_repeats() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"loss": "l1"}, {"batch_size": 1}, {"solver": "adam"}])
-def test_steps_come_one_by_one_and_can_be_stopped(options: dict[str, Any]) -> None:
-    steps = fit_kernel_steps(*lesson_pair(), seed=1, steps=1_000_000, **options)
+def test_steps_are_generated_one_by_one_and_can_be_stopped(options: dict[str, Any]) -> None:
+    steps = fit_kernel_steps(*make_d2l_pair(), seed=1, steps=1_000_000, **options)
     first = list(itertools.islice((event for event in steps if isinstance(event, Step)), 3))
     steps.close()
     assert next(steps, None) is None
     assert [step.number for step in first] == [1, 2, 3]
-    assert [step.loss for step in first] == fit_kernel(*lesson_pair(), seed=1, steps=3, **options).loss_history
+    assert [step.loss for step in first] == fit_kernel(*make_d2l_pair(), seed=1, steps=3, **options).loss_history
 
 
-def test_reading_can_be_stopped_too() -> None:
-    steps = fit_kernel_steps(pairs=pairs())
+def test_reading_can_be_stopped() -> None:
+    steps = fit_kernel_steps(pairs=draw_pairs())
     assert next(steps) == Reading(0, 3)
     steps.close()
     assert next(steps, None) is None
 
 
-def test_whoever_listens_may_end_the_fit() -> None:
+def test_listener_can_end_the_fit() -> None:
     class EnoughError(Exception):
         pass
 
@@ -90,12 +90,12 @@ def test_whoever_listens_may_end_the_fit() -> None:
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        exhaust(fit_kernel_steps(pairs=pairs()), listen)
+        run_to_end(fit_kernel_steps(pairs=draw_pairs()), listen)
 
 
-def gradient(kernel: torch.Tensor) -> float:
+def compute_gradient_norm(kernel: torch.Tensor) -> float:
     """Return the length of the gradient of the Huber loss on the d2l example, by autograd."""
-    image, edges = (tensor.double() for tensor in lesson_pair())
+    image, edges = (tensor.double() for tensor in make_d2l_pair())
     weight = kernel.clone().requires_grad_()
     torch.nn.HuberLoss()(torch.nn.functional.conv2d(image[None, None], weight[None, None])[0, 0], edges).backward()
     assert weight.grad is not None
@@ -103,30 +103,30 @@ def gradient(kernel: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("tolerance", [0.1, 1e-6])
-def test_a_tolerance_ends_a_descent_of_unknown_minimum_by_its_gradient(tolerance: float) -> None:
+def test_tolerance_on_the_gradient_ends_a_descent(tolerance: float) -> None:
     start = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     arguments: dict[str, Any] = {"initial_kernel": start, "loss": "huber", "learning_rate": 1.0}
-    fit = fit_kernel(*lesson_pair(), tolerance=tolerance, steps=5000, **arguments)
+    fit = fit_kernel(*make_d2l_pair(), tolerance=tolerance, steps=5000, **arguments)
     assert fit.status is Status.CONVERGED
     assert 1 < fit.steps < 5000
-    assert gradient(fit.kernel) <= tolerance * gradient(start)
-    before = fit_kernel(*lesson_pair(), steps=fit.steps - 1, **arguments)
-    assert gradient(before.kernel) > tolerance * gradient(start)
+    assert compute_gradient_norm(fit.kernel) <= tolerance * compute_gradient_norm(start)
+    before = fit_kernel(*make_d2l_pair(), steps=fit.steps - 1, **arguments)
+    assert compute_gradient_norm(before.kernel) > tolerance * compute_gradient_norm(start)
     assert before.loss_history == fit.loss_history[:-1]
 
 
-def test_without_a_tolerance_all_steps_are_done() -> None:
-    fit = fit_kernel(*lesson_pair(), seed=1, steps=2000)
+def test_without_a_tolerance_all_steps_run() -> None:
+    fit = fit_kernel(*make_d2l_pair(), seed=1, steps=2000)
     assert (fit.steps, fit.status) == (2000, Status.COMPLETED)
 
 
-def test_a_tolerance_ends_no_descent_that_diverges() -> None:
-    fit = fit_kernel(*lesson_pair(), seed=1, steps=2000, learning_rate=0.04, tolerance=1e-3)
+def test_tolerance_does_not_end_a_diverging_descent() -> None:
+    fit = fit_kernel(*make_d2l_pair(), seed=1, steps=2000, learning_rate=0.04, tolerance=1e-3)
     assert fit.status is Status.DIVERGED
 
 
-def test_a_tolerance_ends_conjugate_gradients_too(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    monkeypatch.setattr(way, "MOST_UNKNOWNS", 3)
+def test_tolerance_ends_conjugate_gradients(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    monkeypatch.setattr(strategy, "MAX_UNKNOWNS", 3)
     image, target = rng.normal(size=(40, 40)), rng.normal(size=(36, 36))
     rough, fine = (fit_kernel(image, target, solver="exact", tolerance=tolerance) for tolerance in (0.1, None))
     assert rough.method == fine.method == "convolutions"
@@ -136,11 +136,11 @@ def test_a_tolerance_ends_conjugate_gradients_too(monkeypatch: pytest.MonkeyPatc
     assert all(np.diff(fine.loss_history) <= 0)
 
 
-def test_as_many_conjugate_gradients_as_there_may_be_are_said_not_to_be_enough(
+def test_too_few_conjugate_gradient_steps_are_reported(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr(way, "MOST_UNKNOWNS", 3)
-    monkeypatch.setattr("core.fit.exact.MOST_ITERATIONS", 2)
+    monkeypatch.setattr(strategy, "MAX_UNKNOWNS", 3)
+    monkeypatch.setattr("core.fit.exact.MAX_CG_ITERATIONS", 2)
     image, target = rng.normal(size=(40, 40)), rng.normal(size=(36, 36))
     fit = fit_kernel(image, target, solver="exact")
     assert (fit.status, fit.steps, fit.best_possible_loss) == (Status.COMPLETED, 2, None)

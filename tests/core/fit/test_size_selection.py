@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import core
-from core import FitResult, Progress, Reading, exhaust, fit_kernel, plan_fit_kernel
-from core.fit import analysis, size_selection
+from core import FitResult, Progress, Reading, fit_kernel, plan_fit_kernel, run_to_end
+from core.fit import diagnostics, size_selection
 from tests.core.fit.layers import Layer
 from tests.reference import Floats
 
@@ -27,11 +27,11 @@ def photograph() -> Floats:
     return np.asarray(Image.open(CAMERA).convert("L")).astype(np.float64)
 
 
-def sizes_within(side: int) -> list[int]:
+def list_candidate_sizes(side: int) -> list[int]:
     return list(range(2 - side % 2, side + 1, 2))
 
 
-def centred(layer: Layer, size: tuple[int, int]) -> Floats:
+def select_centred_taps(layer: Layer, size: tuple[int, int]) -> Floats:
     """Return which of a filter's taps (C/groups, h, w), flattened, belong to a centred smaller kernel."""
     (h, w), depth = layer.kernel_size, layer.channels // layer.groups
     mask = np.zeros((depth, h, w), bool)
@@ -40,12 +40,12 @@ def centred(layer: Layer, size: tuple[int, int]) -> Floats:
     return mask.ravel()
 
 
-def residual_squares(layer: Layer, pairs: Pairs, size: tuple[int, int]) -> float:
+def compute_residual_squares(layer: Layer, pairs: Pairs, size: tuple[int, int]) -> float:
     """Return the smallest sum of squares of a size by lstsq on the windows of the largest."""
     total = 0.0
     for filter_ in range(layer.filters):
         group = filter_ // (layer.filters // layer.groups)
-        rows = np.concatenate([layer.windows(x, group) for x, _, _ in pairs])[:, centred(layer, size)]
+        rows = np.concatenate([layer.windows(x, group) for x, _, _ in pairs])[:, select_centred_taps(layer, size)]
         if layer.bias:
             rows = np.hstack([rows, np.ones((len(rows), 1))])
         target = np.concatenate([y[:, filter_].ravel() for _, y, _ in pairs])
@@ -55,21 +55,21 @@ def residual_squares(layer: Layer, pairs: Pairs, size: tuple[int, int]) -> float
     return total
 
 
-def expected_table(layer: Layer, pairs: Pairs) -> list[tuple[tuple[int, int], float, float]]:
+def compute_expected_table(layer: Layer, pairs: Pairs) -> list[tuple[tuple[int, int], float, float]]:
     """Return (size, sum of squares, BIC) of all candidates with at least two values for an unknown."""
     counts = np.sum([((np.ones_like(y) if w is None else w) > 0).sum((0, 2, 3)) for _, y, w in pairs], axis=0)
     table = []
-    for rows in sizes_within(layer.kernel_size[0]):
-        for columns in sizes_within(layer.kernel_size[1]):
+    for rows in list_candidate_sizes(layer.kernel_size[0]):
+        for columns in list_candidate_sizes(layer.kernel_size[1]):
             unknowns = layer.channels // layer.groups * rows * columns + layer.bias
             if 2 * unknowns <= counts[counts > 0].min():
-                squares, values = residual_squares(layer, pairs, (rows, columns)), float(counts.sum())
+                squares, values = compute_residual_squares(layer, pairs, (rows, columns)), float(counts.sum())
                 bic = values * math.log(squares / values) + layer.filters * unknowns * math.log(values)
                 table.append(((rows, columns), squares, bic))
     return table
 
 
-def cropped(layer: Layer, images: Floats, fit: FitResult) -> Floats:
+def crop_images(layer: Layer, images: Floats, fit: FitResult) -> Floats:
     """Return images with their border, cropped so that the chosen size makes the same target without padding."""
     top, bottom, left, right = layer.padding
     modes = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -80,12 +80,12 @@ def cropped(layer: Layer, images: Floats, fit: FitResult) -> Floats:
     return padded[:, :, down : padded.shape[2] - down, across : padded.shape[3] - across]
 
 
-def check(fit: FitResult, layer: Layer, pairs: Pairs, loss: str = "sum") -> None:
+def assert_selection(fit: FitResult, layer: Layer, pairs: Pairs, loss: str = "sum") -> None:
     """Compare a fit of an automatic size with lstsq, and with a plain fit of that size to cropped images."""
     assert fit.kernel_sizes is not None
     assert fit.kernel_sizes_bic is not None
     assert fit.kernel_sizes_loss is not None
-    table = expected_table(layer, pairs)
+    table = compute_expected_table(layer, pairs)
     assert [tuple(size) for size in fit.kernel_sizes.tolist()] == [size for size, _, _ in table]
     weight = 1.0 if loss == "sum" else sum(float((np.ones_like(y) if w is None else w).sum()) for _, y, w in pairs)
     squares = [squares / weight for _, squares, _ in table]
@@ -97,7 +97,7 @@ def check(fit: FitResult, layer: Layer, pairs: Pairs, loss: str = "sum") -> None
     offset = tuple((layer.kernel_size[axis] - size[axis]) // 2 * layer.dilation[axis] for axis in (0, 1))
     assert fit.kernel_offset == offset
     plain = fit_kernel(
-        pairs=[(cropped(layer, x, fit), y, w) for x, y, w in pairs],
+        pairs=[(crop_images(layer, x, fit), y, w) for x, y, w in pairs],
         kernel_size=size,
         bias=layer.bias,
         stride=layer.stride,
@@ -142,14 +142,14 @@ def layers(draw: st.DrawFn) -> Layer:
     loss=st.sampled_from(["sum", "mean"]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_candidate_is_that_of_lstsq(
+def test_every_candidate_matches_lstsq(
     layer: Layer, sides: list[tuple[int, int]], noise: float, weighted: str, solver: Any, loss: Any, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     kernel = rng.normal(size=layer.kernel_shape)
-    kernel *= centred(layer, (rng.choice(sizes_within(layer.kernel_size[0])), layer.kernel_size[1])).reshape(
-        kernel.shape[1:]
-    )
+    kernel *= select_centred_taps(
+        layer, (rng.choice(list_candidate_sizes(layer.kernel_size[0])), layer.kernel_size[1])
+    ).reshape(kernel.shape[1:])
     pairs: Pairs = []
     for size in sides:
         assume(min(layer.output_size(size)) >= 1)
@@ -176,22 +176,22 @@ def test_every_candidate_is_that_of_lstsq(
         seed=5,
         learning_rate="auto",
     )
-    check(fit, layer, pairs, loss)
+    assert_selection(fit, layer, pairs, loss)
 
 
 @pytest.mark.parametrize("image", ["white", "photograph"])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_true_size_is_found(photograph: Floats, image: str, seed: int) -> None:
+def test_true_size_is_found(photograph: Floats, image: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     largest = rng.integers(10, 14, size=2)
-    size = [int(rng.choice([side for side in sizes_within(most) if side <= 9])) for most in largest]
+    size = [int(rng.choice([side for side in list_candidate_sizes(most) if side <= 9])) for most in largest]
     seen = rng.normal(size=(90, 90))
     if image == "photograph":
         row, column = rng.integers(0, 400, size=2)
         seen = photograph[row : row + 90, column : column + 90]
     layer = Layer(kernel_size=(int(largest[0]), int(largest[1])))
     kernel = np.zeros(layer.kernel_size)
-    mask = centred(layer, (size[0], size[1])).reshape(layer.kernel_size)
+    mask = select_centred_taps(layer, (size[0], size[1])).reshape(layer.kernel_size)
     # No entry at the border of the true kernel is near zero.
     kernel[mask] = rng.choice([-1, 1], size=size[0] * size[1]) * rng.uniform(0.5, 1.5, size=size[0] * size[1])
     target = layer.output(seen[None, None], kernel[None, None])[0, 0]
@@ -204,15 +204,15 @@ def test_the_true_size_is_found(photograph: Floats, image: str, seed: int) -> No
             np.testing.assert_allclose(fit.kernel, kernel[mask].reshape(size), atol=1e-6)
 
 
-def test_a_blurred_photograph_is_compared_by_factors(photograph: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blurred_photograph_is_compared_by_factors(photograph: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
     factored: list[bool] = []
-    original = analysis.analyse_factors
+    original = diagnostics.analyse_factors
 
     def analyse(*arguments: Any) -> Any:
         factored.append(True)
         return original(*arguments)
 
-    monkeypatch.setattr("core.fit.fitting.analyse_factors", analyse)
+    monkeypatch.setattr("core.fit.fit_run.analyse_factors", analyse)
     layer = Layer(kernel_size=(7, 9))
     mean = np.full((5, 5), 1 / 25)
     smooth = Layer(kernel_size=(5, 5)).output(photograph[None, None, 100:170, 100:170], mean[None, None])
@@ -222,19 +222,19 @@ def test_a_blurred_photograph_is_compared_by_factors(photograph: Floats, monkeyp
     kernel[2:5, 2:7] = rng.normal(size=(3, 5))
     target = layer.output(smooth, kernel[None, None])
     noisy: Pairs = [(smooth, target + 0.1 * rng.normal(size=target.shape), None)]
-    check(fit_kernel(pairs=noisy, kernel_size="auto", solver="exact", learning_rate="auto"), layer, noisy)
+    assert_selection(fit_kernel(pairs=noisy, kernel_size="auto", solver="exact", learning_rate="auto"), layer, noisy)
     assert factored
     exact = fit_kernel(smooth, target, kernel_size="auto", solver="exact")
     assert tuple(exact.kernel.shape[-2:]) == (3, 5)
 
 
-def test_images_that_leave_the_kernel_open(rng: np.random.Generator) -> None:
+def test_unidentified_kernels_are_compared(rng: np.random.Generator) -> None:
     layer = Layer(kernel_size=(5, 5))
     image = np.add.outer(rng.normal(size=30), np.zeros(30))
     target = layer.output(image[None, None], rng.normal(size=(1, 1, 5, 5)))
     pairs: Pairs = [(image[None, None], target + rng.normal(size=target.shape), None)]
     fit = fit_kernel(pairs=pairs, kernel_size="auto", solver="exact", learning_rate="auto")
-    table = expected_table(layer, pairs)
+    table = compute_expected_table(layer, pairs)
     assert fit.kernel_sizes_loss is not None
     assert fit.kernel_sizes_loss.tolist() == pytest.approx([squares for _, squares, _ in table], rel=1e-9)
     # Columns of a constant add nothing.
@@ -260,7 +260,7 @@ def test_padding_same(mode: Any, stride: int) -> None:
     options: dict[str, Any] = {"padding": "same", "padding_mode": mode, "stride": stride}
     for dilation in (1, 2):
         # The padding of the true size, with one that lies around it: TensorFlow's for a stride above 1.
-        largest = fit_padding(images.shape[2:], (7, 7), stride, dilation)
+        largest = compute_same_padding(images.shape[2:], (7, 7), stride, dilation)
         layer = Layer((7, 7), 1, 2, stride=(stride, stride), dilation=(dilation, dilation), padding=largest)
         layer = Layer(**{**vars(layer), "padding_mode": mode})
         whole = np.zeros(layer.kernel_shape)
@@ -276,12 +276,12 @@ def test_padding_same(mode: Any, stride: int) -> None:
         if stride == 1:
             plain = fit_kernel(pairs=noisy, kernel_size=(3, 5), dilation=dilation, solver="exact", **options)
             torch.testing.assert_close(fit.kernel, plain.kernel, rtol=1e-9, atol=1e-12)
-        table = expected_table(layer, noisy)
+        table = compute_expected_table(layer, noisy)
         assert fit.kernel_sizes_loss is not None
         assert fit.kernel_sizes_loss.tolist() == pytest.approx([squares for _, squares, _ in table], rel=1e-9)
 
 
-def fit_padding(size: Any, kernel: tuple[int, int], stride: int, dilation: int) -> tuple[int, int, int, int]:
+def compute_same_padding(size: Any, kernel: tuple[int, int], stride: int, dilation: int) -> tuple[int, int, int, int]:
     """Return TensorFlow's padding "same"."""
     sides: list[int] = []
     for pixels, taps in zip(size, kernel, strict=True):
@@ -290,7 +290,7 @@ def fit_padding(size: Any, kernel: tuple[int, int], stride: int, dilation: int) 
     return sides[0], sides[1], sides[2], sides[3]
 
 
-def test_the_largest_size_follows_from_the_shapes_or_the_request(rng: np.random.Generator) -> None:
+def test_largest_size_follows_from_shapes_or_request(rng: np.random.Generator) -> None:
     def largest(side: int, outputs: int, **options: Any) -> list[int]:
         fit = fit_kernel(
             rng.normal(size=(side, side)),
@@ -320,7 +320,7 @@ def test_the_largest_size_follows_from_the_shapes_or_the_request(rng: np.random.
     assert largest(61, 60, padding=[1, 0, 1, 0]) == [3, 3]
 
 
-def test_the_message_says_what_was_cropped_and_what_could_be_larger(rng: np.random.Generator) -> None:
+def test_message_reports_cropping_and_larger_sizes(rng: np.random.Generator) -> None:
     image = rng.normal(size=(40, 40))
     kernel = rng.normal(size=(1, 1, 3, 5))
     target = Layer(kernel_size=(3, 5)).output(image[None, None], kernel)[0, 0, 1:-1, 3:-3]
@@ -337,7 +337,7 @@ def test_the_message_says_what_was_cropped_and_what_could_be_larger(rng: np.rand
     assert [getattr(plain, name) for name in names] == [None] * 4
 
 
-def test_batches_validation_and_other_options_hold_for_the_chosen_size(rng: np.random.Generator) -> None:
+def test_other_options_apply_to_the_chosen_size(rng: np.random.Generator) -> None:
     layer, kernel = Layer(kernel_size=(7, 7)), np.zeros((1, 1, 7, 7))
     kernel[:, :, 2:5, 2:5] = rng.normal(size=(3, 3))
     images, others = rng.normal(size=(2, 4, 1, 30, 30))
@@ -371,14 +371,14 @@ def test_readings_count_both_phases(rng: np.random.Generator) -> None:
     pairs = [(rng.normal(size=(20, 20)), rng.normal(size=(16, 16))) for _ in range(3)]
     plan = plan_fit_kernel(pairs=pairs, kernel_size="auto", batch_size=1, learning_rate=1e-4)
     seen: list[Progress] = []
-    exhaust(plan.steps(), seen.append)
+    run_to_end(plan.steps(), seen.append)
     readings = [event for event in seen if isinstance(event, Reading)]
     assert {reading.of for reading in readings} == {6}
     assert [reading.done for reading in readings] == sorted(reading.done for reading in readings)
     assert readings[-1].done == 6
 
 
-def test_the_estimate_covers_reading_selection_and_a_fit(rng: np.random.Generator) -> None:
+def test_estimate_covers_reading_selection_and_a_fit(rng: np.random.Generator) -> None:
     pair = rng.normal(size=(120, 120)), rng.normal(size=(106, 106))
     for options in ({"solver": "exact"}, {"steps": 1000}):
         arguments: dict[str, Any] = {**options, "learning_rate": 1e-6}
@@ -394,7 +394,7 @@ def test_the_estimate_covers_reading_selection_and_a_fit(rng: np.random.Generato
 
 PAIR: dict[str, Any] = {"input": np.ones((20, 20)), "target": np.ones((14, 14)), "kernel_size": "auto"}
 
-REJECTED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
+REJECTED_OPTIONS: list[tuple[dict[str, Any], type[Exception], str, str]] = [
     ({"loss": "huber"}, core.InvalidOption, "loss", 'kernel_size "auto" compares sums of squares, loss "huber" is not'),
     ({"loss": "l1"}, core.InvalidOption, "loss", 'loss "l1" is not one: use loss "sum" or "mean"'),
     ({"initial_kernel": np.ones((3, 3))}, core.InvalidOption, "initial_kernel", "leave out one of them"),
@@ -444,7 +444,7 @@ REJECTED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "field", "message"), REJECTED)
+@pytest.mark.parametrize(("arguments", "error", "field", "message"), REJECTED_OPTIONS)
 def test_sizes_that_cannot_be_compared_are_rejected(
     arguments: dict[str, Any], error: type[Exception], field: str, message: str
 ) -> None:
@@ -475,11 +475,11 @@ def test_input_that_is_not_finite_is_rejected(rng: np.random.Generator) -> None:
         fit_kernel(image, np.ones((14, 14)), kernel_size="auto")
 
 
-def test_the_comparison_can_be_ended_between_heights(rng: np.random.Generator) -> None:
+def test_comparison_can_be_stopped_between_heights(rng: np.random.Generator) -> None:
     events: list[Progress] = []
     plan = plan_fit_kernel(rng.normal(size=(50, 50)), rng.normal(size=(30, 30)), kernel_size="auto", solver="exact")
-    exhaust(plan.steps(), events.append)
-    heights = len(size_selection.Frame((21, 21), (21, 21), open=False).sizes[0])
+    run_to_end(plan.steps(), events.append)
+    heights = len(size_selection.SizeRange((21, 21), (21, 21), open=False).sizes[0])
     assert heights == 11
     # Both phases have one reading; each height is followed by one more.
     assert events.count(Reading(1, 2)) >= heights

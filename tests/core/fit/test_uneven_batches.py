@@ -8,26 +8,26 @@ import pytest
 import core
 from core import Status, fit_kernel
 
-LOSSES = pytest.mark.parametrize("loss", ["sum", "mean"])
+parametrize_losses = pytest.mark.parametrize("loss", ["sum", "mean"])
 
 
-def one_bright_image(rng: np.random.Generator) -> tuple[Any, Any]:
+def draw_one_bright_image(rng: np.random.Generator) -> tuple[Any, Any]:
     images, targets = 0.01 * rng.normal(size=(10, 1, 8, 8)), rng.normal(size=(10, 1, 6, 6))
     images[3] *= 100
     return images, targets
 
 
-@LOSSES
-def test_the_automatic_rate_is_safe_for_the_steepest_batch(loss: Any, rng: np.random.Generator) -> None:
+@parametrize_losses
+def test_automatic_rate_is_stable_for_the_steepest_batch(loss: Any, rng: np.random.Generator) -> None:
     options: dict[str, Any] = {"loss": loss, "batch_size": 1, "steps": 100, "learning_rate": "auto", "seed": 1}
-    fit = fit_kernel(*one_bright_image(rng), refuse_divergence=True, **options)
+    fit = fit_kernel(*draw_one_bright_image(rng), refuse_divergence=True, **options)
     assert fit.prediction == "converges"
     assert fit.status is Status.COMPLETED
 
 
-@LOSSES
-def test_nothing_is_foretold_of_a_rate_that_only_some_batches_can_bear(loss: Any, rng: np.random.Generator) -> None:
-    examples = one_bright_image(rng)
+@parametrize_losses
+def test_rate_stable_for_some_batches_has_no_prediction(loss: Any, rng: np.random.Generator) -> None:
+    examples = draw_one_bright_image(rng)
     safe = fit_kernel(*examples, loss=loss, batch_size=1, steps=1, learning_rate="auto", seed=1)
     assert safe.largest_stable_learning_rate is not None
     rate = 0.9 * safe.largest_stable_learning_rate
@@ -35,7 +35,7 @@ def test_nothing_is_foretold_of_a_rate_that_only_some_batches_can_bear(loss: Any
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_message_compares_all_images_with_all_images(seed: int) -> None:
+def test_message_compares_losses_over_all_images(seed: int) -> None:
     rng = np.random.default_rng(seed)
     images, targets = rng.normal(size=(3, 1, 8, 8)), rng.normal(size=(3, 1, 6, 6))
     start = 0.3 * rng.normal(size=(1, 1, 3, 3))
@@ -45,12 +45,12 @@ def test_the_message_compares_all_images_with_all_images(seed: int) -> None:
     assert fit.message.startswith(f"the loss {went} from {whole:.6g} to {fit.final_loss:.6g} in 10 steps")
 
 
-def test_a_tolerance_beside_batches_is_refused(rng: np.random.Generator) -> None:
+def test_tolerance_with_batches_is_rejected(rng: np.random.Generator) -> None:
     with pytest.raises(core.InvalidOption, match="tolerance means nothing beside batch_size"):
-        fit_kernel(*one_bright_image(rng), batch_size=2, tolerance=0.1)
+        fit_kernel(*draw_one_bright_image(rng), batch_size=2, tolerance=0.1)
 
 
-def test_a_large_batch_costs_more_than_a_small_one(rng: np.random.Generator) -> None:
+def test_large_batch_costs_more_than_a_small_one(rng: np.random.Generator) -> None:
     images, targets = rng.normal(size=(100, 1, 8, 8)), rng.normal(size=(100, 1, 6, 6))
     limits = core.Limits(seconds=1)
     fit_kernel(images, targets, batch_size=1, steps=1000, learning_rate="auto", limits=limits)

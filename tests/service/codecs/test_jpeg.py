@@ -12,40 +12,46 @@ from PIL import Image
 
 from service.codecs.jpeg import decode
 from service.errors import BodyTooLarge, InvalidRequest, NotParseable
-from tests.service.codecs.drawn import LIMIT, Array, fault, peak, refused
+from tests.service.codecs.strategies import (
+    DECODE_LIMIT_BYTES,
+    Array,
+    assert_decode_rejected,
+    assert_single_error,
+    measure_peak_bytes,
+)
 
 
-def saved(picture: Image.Image, **options: Any) -> bytes:
+def save_jpeg(picture: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", **options)
     return buffer.getvalue()
 
 
-def photo(mode: str, width: int = 21, height: int = 13) -> Image.Image:
+def build_photo(mode: str, width: int = 21, height: int = 13) -> Image.Image:
     """Smooth, with something of every frequency."""
     row, column = np.mgrid[:height, :width]
     planes = [127 + 120 * np.sin((row * (1 + at) + column**1.5) / 9) for at in range(4)]
     return Image.fromarray(np.stack(planes, 2).astype(np.uint8), "CMYK" if mode == "CMYK" else "RGBA").convert(mode)
 
 
-def opened(content: bytes) -> Array:
+def read_with_pillow(content: bytes) -> Array:
     """As Pillow sees it, planes first."""
     with Image.open(io.BytesIO(content), formats=["JPEG"]) as picture:
         pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
     return pixels if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
 
 
-def segment(marker: int, said: bytes) -> bytes:
+def build_segment(marker: int, said: bytes) -> bytes:
     return bytes([0xFF, marker]) + struct.pack(">H", 2 + len(said)) + said
 
 
-def frame(content: bytes) -> int:
+def find_frame(content: bytes) -> int:
     """Where the header of the frame has its number of bits."""
     (at,) = (content.find(bytes([0xFF, marker, 0])) for marker in (0xC0, 0xC2) if bytes([0xFF, marker, 0]) in content)
     return at + 4
 
 
-SMALL = saved(photo("L", 9, 8))
+SMALL_JPEG = save_jpeg(build_photo("L", 9, 8))
 
 
 @given(
@@ -64,84 +70,101 @@ SMALL = saved(photo("L", 9, 8))
         },
     ),
 )
-def test_pictures_are_what_pillow_sees_in_them(mode: str, width: int, height: int, options: dict[str, Any]) -> None:
-    content = saved(photo(mode, width, height), **options)
-    decoded = decode(content, LIMIT)
+def test_pixels_match_pillow(mode: str, width: int, height: int, options: dict[str, Any]) -> None:
+    content = save_jpeg(build_photo(mode, width, height), **options)
+    decoded = decode(content, DECODE_LIMIT_BYTES)
     assert decoded.shape == ((height, width) if mode == "L" else (3, height, width))
     assert decoded.flags.c_contiguous
-    np.testing.assert_array_equal(decoded, opened(content))
+    np.testing.assert_array_equal(decoded, read_with_pillow(content))
 
 
-def test_the_orientation_that_a_camera_noted_is_not_applied() -> None:
+def test_exif_orientation_is_not_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    content = saved(photo("RGB"), exif=exif)
-    np.testing.assert_array_equal(decode(content, LIMIT), decode(saved(photo("RGB")), LIMIT))
+    content = save_jpeg(build_photo("RGB"), exif=exif)
+    np.testing.assert_array_equal(
+        decode(content, DECODE_LIMIT_BYTES), decode(save_jpeg(build_photo("RGB")), DECODE_LIMIT_BYTES)
+    )
 
 
-def test_what_telephones_append_is_ignored() -> None:
-    np.testing.assert_array_equal(decode(SMALL + b"\0\0\0\x18ftypmp42" + SMALL, LIMIT), decode(SMALL, LIMIT))
+def test_data_appended_by_phones_is_ignored() -> None:
+    np.testing.assert_array_equal(
+        decode(SMALL_JPEG + b"\0\0\0\x18ftypmp42" + SMALL_JPEG, DECODE_LIMIT_BYTES),
+        decode(SMALL_JPEG, DECODE_LIMIT_BYTES),
+    )
 
 
-def test_what_does_not_make_up_the_pixels_is_left_out() -> None:
-    broken = segment(0xE1, b"Exif\0\0" + b"\xff" * 99) + segment(0xED, b"Photoshop 3.0\0" + b"8BIM" * 9)
-    content = SMALL[:2] + broken + segment(0xE2, b"MPF\0") + segment(0xFE, b"") + SMALL[2:]
-    np.testing.assert_array_equal(decode(content, LIMIT), decode(SMALL, LIMIT))
+def test_segments_without_pixel_data_are_skipped() -> None:
+    broken = build_segment(0xE1, b"Exif\0\0" + b"\xff" * 99) + build_segment(0xED, b"Photoshop 3.0\0" + b"8BIM" * 9)
+    content = SMALL_JPEG[:2] + broken + build_segment(0xE2, b"MPF\0") + build_segment(0xFE, b"") + SMALL_JPEG[2:]
+    np.testing.assert_array_equal(decode(content, DECODE_LIMIT_BYTES), decode(SMALL_JPEG, DECODE_LIMIT_BYTES))
 
 
-def test_any_number_of_255s_may_stand_before_a_marker() -> None:
-    content = SMALL[:2] + b"\xff" * 1000 + SMALL[2:]
-    np.testing.assert_array_equal(decode(content, LIMIT), decode(SMALL, LIMIT))
+def test_fill_bytes_before_a_marker_are_skipped() -> None:
+    content = SMALL_JPEG[:2] + b"\xff" * 1000 + SMALL_JPEG[2:]
+    np.testing.assert_array_equal(decode(content, DECODE_LIMIT_BYTES), decode(SMALL_JPEG, DECODE_LIMIT_BYTES))
 
 
-def test_46_a_bomb_is_refused_by_its_header() -> None:
-    content = bytearray(SMALL)
-    struct.pack_into(">HH", content, frame(SMALL) + 1, 65_535, 50_000)
-    assert peak(lambda: refused(decode, content, limit=64_000_000)) < 100_000
-    error = refused(decode, content, limit=64_000_000)
+@pytest.mark.robustness(46)
+def test_image_bomb_is_rejected_by_its_header() -> None:
+    content = bytearray(SMALL_JPEG)
+    struct.pack_into(">HH", content, find_frame(SMALL_JPEG) + 1, 65_535, 50_000)
+    assert measure_peak_bytes(lambda: assert_decode_rejected(decode, content, limit=64_000_000)) < 100_000
+    error = assert_decode_rejected(decode, content, limit=64_000_000)
     assert isinstance(error, BodyTooLarge)
     assert "the picture of 50000 x 65535 pixels would be 3,276,750,000 bytes" in error.detail
-    assert fault(error).field == "input"
+    assert assert_single_error(error).field == "input"
 
 
-def test_46_the_limit_is_the_pictures_own_size() -> None:
-    content = saved(photo("RGB"))
+@pytest.mark.robustness(46)
+def test_limit_is_the_size_of_the_decoded_image() -> None:
+    content = save_jpeg(build_photo("RGB"))
     assert decode(content, 3 * 21 * 13).nbytes == 3 * 21 * 13
-    assert isinstance(refused(decode, content, limit=3 * 21 * 13 - 1), BodyTooLarge)
+    assert isinstance(assert_decode_rejected(decode, content, limit=3 * 21 * 13 - 1), BodyTooLarge)
 
 
-def test_46_a_bomb_of_scans_is_refused() -> None:
+@pytest.mark.robustness(46)
+def test_bomb_of_scans_is_rejected() -> None:
     """Each is a few bytes long and a pass over all of the pixels."""
-    content = saved(Image.new("L", (64, 64)), progressive=True)
+    content = save_jpeg(Image.new("L", (64, 64)), progressive=True)
     last = content[content.rindex(b"\xff\xda") : -2]
-    assert decode(content[:-2] + last * 10 + b"\xff\xd9", LIMIT).shape == (64, 64)
-    error = refused(decode, content[:-2] + last * 100 + b"\xff\xd9")
+    assert decode(content[:-2] + last * 10 + b"\xff\xd9", DECODE_LIMIT_BYTES).shape == (64, 64)
+    error = assert_decode_rejected(decode, content[:-2] + last * 100 + b"\xff\xd9")
     assert isinstance(error, NotParseable)
     assert "scans: at most 20 are read" in error.detail
 
 
+@pytest.mark.robustness(46)
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
-def test_46_a_picture_cut_off_anywhere_is_refused(options: dict[str, Any]) -> None:
-    content = saved(photo("L", 9, 8), **options)
+def test_truncation_anywhere_is_rejected(options: dict[str, Any]) -> None:
+    content = save_jpeg(build_photo("L", 9, 8), **options)
     for end in range(len(content)):
-        assert isinstance(refused(decode, content[:end]), NotParseable)
+        assert isinstance(assert_decode_rejected(decode, content[:end]), NotParseable)
 
 
-def test_46_a_png_called_jpeg_is_named() -> None:
-    error = refused(decode, b"\x89PNG\r\n\x1a\n")
+@pytest.mark.robustness(46)
+def test_png_sent_as_jpeg_is_named_in_the_error() -> None:
+    error = assert_decode_rejected(decode, b"\x89PNG\r\n\x1a\n")
     assert isinstance(error, NotParseable)
     assert error.detail == "the body is not a JPEG picture: it begins like a PNG picture; send it as image/png"
 
 
-def test_46_12_bits_are_not_taken() -> None:
-    content = bytearray(SMALL)
-    content[frame(SMALL)] = 12
-    error = refused(decode, content)
+@pytest.mark.robustness(46)
+def test_12_bit_images_are_rejected() -> None:
+    content = bytearray(SMALL_JPEG)
+    content[find_frame(SMALL_JPEG)] = 12
+    error = assert_decode_rejected(decode, content)
     assert isinstance(error, InvalidRequest)
-    assert (fault(error).field, fault(error).got, fault(error).limit) == ("input", "12 bits", "8 bits")
+    assert (assert_single_error(error).field, assert_single_error(error).got, assert_single_error(error).limit) == (
+        "input",
+        "12 bits",
+        "8 bits",
+    )
 
 
-FRAME = SMALL[frame(SMALL) - 4 :][: 2 + struct.unpack_from(">H", SMALL, frame(SMALL) - 2)[0]]
+FRAME_SEGMENT = SMALL_JPEG[find_frame(SMALL_JPEG) - 4 :][
+    : 2 + struct.unpack_from(">H", SMALL_JPEG, find_frame(SMALL_JPEG) - 2)[0]
+]
 
 
 @pytest.mark.parametrize(
@@ -150,21 +173,33 @@ FRAME = SMALL[frame(SMALL) - 4 :][: 2 + struct.unpack_from(">H", SMALL, frame(SM
         (b"", "the body is empty: it must be a JPEG picture"),
         (b"\xff\xd8\xff", "is cut off or damaged at its byte 2 of 3"),
         (b"\xff\xd8\xff\xd9", "has 0 frames and 0 scans"),
-        (b"\xff\xd8\xff\xe0\x00\x01" + SMALL[2:], "is cut off or damaged at its byte 2"),
-        (SMALL[:2] + segment(0xE0, b"JFIF\0") + b"junk" + SMALL[2:], "no segment begins at its byte 11"),
-        (SMALL.replace(FRAME, FRAME + FRAME), "has 2 frames and 1 scans"),
-        (SMALL.replace(FRAME, b""), "has 0 frames and 1 scans"),
-        (SMALL[: SMALL.index(b"\xff\xda")] + b"\xff\xd9", "has 1 frames and 0 scans"),
-        (SMALL.replace(FRAME, segment(0xC0, FRAME[4:5])), "is 0 x 0 pixels of 0 components"),
-        (SMALL.replace(FRAME, FRAME[:5] + b"\0\0" + FRAME[7:]), "is 9 x 0 pixels of 1 components"),
-        (SMALL.replace(FRAME, FRAME[:9] + b"\x02" + FRAME[10:]), "is 9 x 8 pixels of 2 components"),
-        (SMALL.replace(FRAME, FRAME[:9] + b"\x03" + FRAME[10:]), "is a damaged JPEG picture"),
-        (SMALL.replace(FRAME, b"\xff\xc3" + FRAME[2:]), "is lossless or hierarchical"),
-        (SMALL.replace(FRAME, segment(0xDE, b"") + FRAME), "is lossless or hierarchical"),
-        (SMALL[:2] + segment(0xFE, b"") * 4096 + SMALL[2:], "has more than 4,096 segments"),
+        (b"\xff\xd8\xff\xe0\x00\x01" + SMALL_JPEG[2:], "is cut off or damaged at its byte 2"),
+        (
+            SMALL_JPEG[:2] + build_segment(0xE0, b"JFIF\0") + b"junk" + SMALL_JPEG[2:],
+            "no segment begins at its byte 11",
+        ),
+        (SMALL_JPEG.replace(FRAME_SEGMENT, FRAME_SEGMENT + FRAME_SEGMENT), "has 2 frames and 1 scans"),
+        (SMALL_JPEG.replace(FRAME_SEGMENT, b""), "has 0 frames and 1 scans"),
+        (SMALL_JPEG[: SMALL_JPEG.index(b"\xff\xda")] + b"\xff\xd9", "has 1 frames and 0 scans"),
+        (SMALL_JPEG.replace(FRAME_SEGMENT, build_segment(0xC0, FRAME_SEGMENT[4:5])), "is 0 x 0 pixels of 0 components"),
+        (
+            SMALL_JPEG.replace(FRAME_SEGMENT, FRAME_SEGMENT[:5] + b"\0\0" + FRAME_SEGMENT[7:]),
+            "is 9 x 0 pixels of 1 components",
+        ),
+        (
+            SMALL_JPEG.replace(FRAME_SEGMENT, FRAME_SEGMENT[:9] + b"\x02" + FRAME_SEGMENT[10:]),
+            "is 9 x 8 pixels of 2 components",
+        ),
+        (
+            SMALL_JPEG.replace(FRAME_SEGMENT, FRAME_SEGMENT[:9] + b"\x03" + FRAME_SEGMENT[10:]),
+            "is a damaged JPEG picture",
+        ),
+        (SMALL_JPEG.replace(FRAME_SEGMENT, b"\xff\xc3" + FRAME_SEGMENT[2:]), "is lossless or hierarchical"),
+        (SMALL_JPEG.replace(FRAME_SEGMENT, build_segment(0xDE, b"") + FRAME_SEGMENT), "is lossless or hierarchical"),
+        (SMALL_JPEG[:2] + build_segment(0xFE, b"") * 4096 + SMALL_JPEG[2:], "has more than 4,096 segments"),
     ],
 )
-def test_what_is_no_picture_or_a_damaged_one_is_named(content: bytes, message: str) -> None:
-    error = refused(decode, content)
+def test_non_images_and_damaged_images_are_reported(content: bytes, message: str) -> None:
+    error = assert_decode_rejected(decode, content)
     assert isinstance(error, NotParseable)
     assert message in error.detail

@@ -13,14 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from service.codecs import json, json_arrays
+from service.codecs import json, json_scanner
 from service.codecs.decimals import MidpointArray
-from service.codecs.json import FaultyArray
-from service.codecs.options import AnswerOptions
+from service.codecs.json import InvalidArray
+from service.codecs.response_options import ResponseOptions
 from service.errors import InvalidRequest, NotParseable
-from tests.service.codecs.reading import assert_read_as_by_orjson
+from tests.service.codecs.json_oracle import assert_matches_orjson
 
-SPACE = st.text(" \t\n\r", max_size=2)
+WHITESPACE = st.text(" \t\n\r", max_size=2)
 
 NUMBERS = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False).map(repr),
@@ -29,41 +29,39 @@ NUMBERS = st.one_of(
 )
 
 
-def an_input(array: str) -> str:
+def build_input(array: str) -> str:
     return f'{{"input": {array}}}'
 
 
-def scanned(text: str) -> Any:
-    return json.decode(text.encode().rjust(json.TINY + 1))
+def decode_scanned(text: str) -> Any:
+    return json.decode(text.encode().rjust(json.MAX_UNSCANNED_BYTES + 1))
 
 
-def scanned_float64(array: str) -> Any:
-    value = scanned(an_input(array))["input"]
+def decode_scanned_float64(array: str) -> Any:
+    value = decode_scanned(build_input(array))["input"]
     return value.values if isinstance(value, MidpointArray) else value
 
 
-@given(data=st.data(), shape=array_shapes(max_dims=4, max_side=5), space=SPACE)
-def test_any_number_that_json_can_spell_is_read_as_by_pythons_float(
-    data: st.DataObject, shape: tuple[int, ...], space: str
-) -> None:
+@given(data=st.data(), shape=array_shapes(max_dims=4, max_side=5), space=WHITESPACE)
+def test_any_json_number_matches_python_float(data: st.DataObject, shape: tuple[int, ...], space: str) -> None:
     numbers = data.draw(arrays(object, (1, *shape), elements=NUMBERS))
     expected = np.array([float(number) for number in numbers.ravel()]).reshape(numbers.shape)
     text = standard.dumps(numbers.tolist()).replace('"', space)
     if np.isfinite(expected).all():
-        got = scanned_float64(text)
+        got = decode_scanned_float64(text)
         assert got.tobytes() == expected.tobytes()
         assert got.shape == expected.shape
     else:
         with pytest.raises(NotParseable, match="infinity"):
-            scanned(an_input(text))
+            decode_scanned(build_input(text))
 
 
-def test_forty_thousand_numbers_of_up_to_forty_digits_over_the_whole_range(rng: np.random.Generator) -> None:
+def test_forty_thousand_long_numbers_match_python_float(rng: np.random.Generator) -> None:
     digits = ["".join(map(str, rng.integers(0, 10, size))).lstrip("0") or "0" for size in rng.integers(1, 41, 40_000)]
     powers = rng.integers(-400, 300, 40_000)
     texts = [f"{number}e{power}" for number, power in zip(digits, powers, strict=True)]
     texts = [text for text in texts if np.isfinite(float(text))]
-    got = scanned_float64(f"[{', '.join(texts)}]")
+    got = decode_scanned_float64(f"[{', '.join(texts)}]")
     assert got.tobytes() == np.array(list(map(float, texts))).tobytes()
 
 
@@ -72,22 +70,22 @@ def test_forty_thousand_numbers_of_up_to_forty_digits_over_the_whole_range(rng: 
 @example(bits=[0x7FEFFFFFFFFFFFFF] * 100)
 @example(bits=[0x000FFFFFFFFFFFFF] * 100)
 @example(bits=[0x8000000000000000] * 100)
-def test_every_float64_comes_back_bit_for_bit(bits: list[int]) -> None:
+def test_every_float64_round_trips_bit_for_bit(bits: list[int]) -> None:
     values = [struct.unpack("<d", struct.pack("<Q", pattern))[0] for pattern in bits]
     finite = [value for value in values if np.isfinite(value)]
-    if len(finite) > json_arrays.SHORT_LIST:
-        got = scanned_float64(standard.dumps(finite))
+    if len(finite) > json_scanner.MAX_SHORT_LIST_LENGTH:
+        got = decode_scanned_float64(standard.dumps(finite))
         assert got.tobytes() == np.array(finite).tobytes()
 
 
 @pytest.mark.parametrize("digits", ["9007199254740993", "18014398509481986", "0.5000000000000000277555756156289135"])
 def test_halfway_numbers_round_to_even(digits: str) -> None:
     for spelt in (digits, digits + "." + "0" * 30 if "." not in digits else digits, f"-{digits}"):
-        numbers = scanned_float64(f"[[{', '.join([spelt] * 100)}]]")
+        numbers = decode_scanned_float64(f"[[{', '.join([spelt] * 100)}]]")
         assert set(numbers.ravel().tolist()) == {float(spelt)}
 
 
-def middle(bits: int) -> str:
+def build_midpoint(bits: int) -> str:
     """The number exactly between two float64s, the lower of which has these bits, in all its digits."""
     lower, upper = (Fraction(struct.unpack("<d", struct.pack("<Q", pattern))[0]) for pattern in (bits, bits + 1))
     exact = (lower + upper) / 2
@@ -108,25 +106,25 @@ def middle(bits: int) -> str:
 )
 @example(bits=0, zeros=0, kept=800)
 @example(bits=0x7FEFFFFFFFFFFFFE, zeros=0, kept=800)
-def test_numbers_between_two_floats_are_rounded_as_by_pythons_float(bits: int, zeros: int, kept: int) -> None:
+def test_numbers_between_two_floats_match_python_float(bits: int, zeros: int, kept: int) -> None:
     """Exactly in the middle, above and below it by one unit of a digit far behind, and the middle cut off anywhere."""
-    digits, _, exponent = middle(bits).partition("e")
+    digits, _, exponent = build_midpoint(bits).partition("e")
     digits = digits if "." in digits else f"{digits}."
     below = str(int(digits.replace(".", "")) * 10 - 1)
     spelt = [f"{digits}{'0' * zeros}", f"{digits}{'0' * zeros}1", f"{below[0]}.{below[1:]}", digits[: kept + 1] + "0"]
     texts = [f"{text.removesuffix('.')}e{exponent}" for text in spelt if not text.endswith(".")]
     if len(below) == len(digits) - 1 and below[0] == digits[0]:
         texts.append(f"{below[0]}.{below[1:]}e{exponent}")
-    got = scanned_float64(f"[{', '.join(texts * 40)}]")
+    got = decode_scanned_float64(f"[{', '.join(texts * 40)}]")
     assert got.tobytes() == np.array(list(map(float, texts * 40))).tobytes()
 
 
-def test_an_exponent_may_be_as_long_as_the_digits_that_it_makes_up_for() -> None:
+def test_exponent_may_compensate_many_digits() -> None:
     text = f"0.{'0' * 150_000}1e150001, 1{'0' * 150_000}e-150000, " + "1, " * 100 + "1"
-    assert set(scanned(an_input(f"[{text}]"))["input"].tolist()) == {1.0}
+    assert set(decode_scanned(build_input(f"[{text}]"))["input"].tolist()) == {1.0}
 
 
-JSON = st.recursive(
+JSON_VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=200)),
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
@@ -139,13 +137,13 @@ JSON = st.recursive(
 )
 
 
-@given(value=st.dictionaries(st.text(max_size=8), JSON, max_size=5), indent=st.sampled_from([None, 2]))
-def test_any_object_is_read_as_by_orjson(value: dict[str, Any], indent: int | None) -> None:
-    assert_read_as_by_orjson(standard.dumps(value, indent=indent, ensure_ascii=False).encode())
+@given(value=st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=5), indent=st.sampled_from([None, 2]))
+def test_any_object_matches_orjson(value: dict[str, Any], indent: int | None) -> None:
+    assert_matches_orjson(standard.dumps(value, indent=indent, ensure_ascii=False).encode())
 
 
 @given(data=st.data())
-def test_damage_is_refused_where_orjson_refuses_it(data: st.DataObject) -> None:
+def test_damage_is_rejected_where_orjson_rejects_it(data: st.DataObject) -> None:
     text = bytearray(
         b'{"input": [[1, 2.5e1, -3], [4, 5, 0.25]], "kernel": [[1]], "data": "' + b"A" * 140 + b'", "x": 1}'
     )
@@ -154,13 +152,13 @@ def test_damage_is_refused_where_orjson_refuses_it(data: st.DataObject) -> None:
         text[at : at + data.draw(st.integers(0, 2))] = data.draw(
             st.sampled_from([b"", *map(bytes, zip(b'[]{}",:-.eE0x N\xff'))])
         )
-    assert_read_as_by_orjson(bytes(text))
+    assert_matches_orjson(bytes(text))
 
 
 @pytest.mark.parametrize("text", ['{"a": 3[[1, 2]]}', '{"a": [[1, 2]]3}', '{"a": -[[1, 2]]}', "{[[1, 2]]: 1}"])
-def test_nothing_grows_together_with_what_stands_for_an_array(text: str) -> None:
+def test_placeholders_do_not_merge_with_adjacent_text(text: str) -> None:
     with pytest.raises(NotParseable):
-        scanned(text)
+        decode_scanned(text)
 
 
 @pytest.mark.parametrize(
@@ -182,32 +180,45 @@ def test_nothing_grows_together_with_what_stands_for_an_array(text: str) -> None
         "[1e+]",
     ],
 )
-def test_what_is_nearly_a_number_is_none(text: str) -> None:
+def test_invalid_numbers_are_rejected(text: str) -> None:
     for array in (text, f"[{', '.join([text] * 200)}]"):
         with pytest.raises(NotParseable):
-            scanned(an_input(array))
+            decode_scanned(build_input(array))
 
 
-def long(*rows: str) -> str:
-    return an_input(f"[{', '.join([*rows, *['[1, 2, 3]'] * 1000])}]")
+def build_long_list(*rows: str) -> str:
+    return build_input(f"[{', '.join([*rows, *['[1, 2, 3]'] * 1000])}]")
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        (long("[1, 2, 3]", "[1, 2]"), FaultyArray(json_arrays.RAGGED, (1,), "a number", 2, 3)),
-        (long("[1, 2, 3]", "[]"), FaultyArray(json_arrays.RAGGED, (1,), "a number", 0, 3)),
-        (long("[1, 2, 3]", "[1, true, 3]"), FaultyArray(json_arrays.NOT_A_NUMBER, (1, 1), "a boolean", 1, 3)),
-        (long("[1, 2, 3]", '["1", 2, 3]'), FaultyArray(json_arrays.NOT_A_NUMBER, (1, 0), "a string", 0, 3)),
-        (long("[1, 2, 3]", "[1, null, 3]"), FaultyArray(json_arrays.NOT_A_NUMBER, (1, 1), "null", 1, 3)),
-        (long("[1, 2, 3]", "[[1], 2, 3]"), FaultyArray(json_arrays.A_LIST, (1, 0), "a list", 0, 3)),
-        (long("[1, 2, 3]", "4"), FaultyArray(json_arrays.NOT_A_LIST, (1,), "a number", 1, 3)),
+        (build_long_list("[1, 2, 3]", "[1, 2]"), InvalidArray(json_scanner.INVALID_RAGGED, (1,), "a number", 2, 3)),
+        (build_long_list("[1, 2, 3]", "[]"), InvalidArray(json_scanner.INVALID_RAGGED, (1,), "a number", 0, 3)),
+        (
+            build_long_list("[1, 2, 3]", "[1, true, 3]"),
+            InvalidArray(json_scanner.INVALID_NOT_A_NUMBER, (1, 1), "a boolean", 1, 3),
+        ),
+        (
+            build_long_list("[1, 2, 3]", '["1", 2, 3]'),
+            InvalidArray(json_scanner.INVALID_NOT_A_NUMBER, (1, 0), "a string", 0, 3),
+        ),
+        (
+            build_long_list("[1, 2, 3]", "[1, null, 3]"),
+            InvalidArray(json_scanner.INVALID_NOT_A_NUMBER, (1, 1), "null", 1, 3),
+        ),
+        (
+            build_long_list("[1, 2, 3]", "[[1], 2, 3]"),
+            InvalidArray(json_scanner.INVALID_UNEXPECTED_LIST, (1, 0), "a list", 0, 3),
+        ),
+        (build_long_list("[1, 2, 3]", "4"), InvalidArray(json_scanner.INVALID_MISSING_LIST, (1,), "a number", 1, 3)),
     ],
 )
-def test_a_long_list_that_is_no_array_is_one_fault_with_its_place(text: str, fault: FaultyArray) -> None:
-    assert scanned(text)["input"] == fault
+def test_long_invalid_list_is_one_error_with_its_position(text: str, fault: InvalidArray) -> None:
+    assert decode_scanned(text)["input"] == fault
 
 
+@pytest.mark.robustness(27)
 @pytest.mark.parametrize(
     "text",
     [
@@ -217,21 +228,21 @@ def test_a_long_list_that_is_no_array_is_one_fault_with_its_place(text: str, fau
         '{"": 1, "": 1}',
     ],
 )
-def test_27_a_name_that_comes_twice_is_refused(text: str) -> None:
-    for padded in (text.encode(), text.encode().rjust(json.TINY + 1)):
+def test_duplicate_name_is_rejected(text: str) -> None:
+    for padded in (text.encode(), text.encode().rjust(json.MAX_UNSCANNED_BYTES + 1)):
         with pytest.raises(InvalidRequest, match="more than once"):
             json.decode(padded)
 
 
-def test_colons_in_strings_and_in_lists_left_alone_are_no_names() -> None:
+def test_colons_in_strings_and_short_lists_are_not_names() -> None:
     text = f'{{"a:b": ":", "c": [1, {{"d": 2}}], "e": "{":" * 300}"}}'
-    assert scanned(text) == orjson.loads(text)
+    assert decode_scanned(text) == orjson.loads(text)
     assert json.decode(text.encode()) == orjson.loads(text)
 
 
-def test_more_spans_than_fit_at_once() -> None:
-    pairs = [{"input": [[number, 1]] * 40, "target": [[number]] * 50} for number in range(3 * json.SPANS)]
-    read = scanned(standard.dumps({"pairs": pairs}))["pairs"]
+def test_more_spans_than_fit_in_one_scan() -> None:
+    pairs = [{"input": [[number, 1]] * 40, "target": [[number]] * 50} for number in range(3 * json.SPANS_PER_SCAN)]
+    read = decode_scanned(standard.dumps({"pairs": pairs}))["pairs"]
     assert len(read) == len(pairs)
     for pair, expected in zip(read, pairs, strict=True):
         np.testing.assert_array_equal(pair["input"], expected["input"])
@@ -241,33 +252,33 @@ def test_more_spans_than_fit_at_once() -> None:
 def test_arrays_of_up_to_32_dimensions() -> None:
     for dimensions in (5, 31, 32):
         text = "[" * dimensions + ", ".join("1" * 100) + "]" * dimensions
-        assert scanned(an_input(text))["input"].shape == (*[1] * (dimensions - 1), 100)
-    assert scanned(an_input(f"[{text}]"))["input"].fault == json_arrays.TOO_DEEP
+        assert decode_scanned(build_input(text))["input"].shape == (*[1] * (dimensions - 1), 100)
+    assert decode_scanned(build_input(f"[{text}]"))["input"].reason == json_scanner.INVALID_TOO_DEEP
 
 
-def test_a_thousand_pairs_of_described_arrays_are_not_too_much() -> None:
+def test_thousand_pairs_of_array_objects_are_accepted() -> None:
     described = {"shape": [28, 28], "dtype": "uint8", "data": "A" * 1048}
     pair = {"input": described, "target": described, "weights": described}
-    pairs = scanned(standard.dumps({"pairs": [pair] * 1000}))["pairs"]
+    pairs = decode_scanned(standard.dumps({"pairs": [pair] * 1000}))["pairs"]
     assert len(pairs) == 1000
     assert bytes(pairs[999]["weights"]["data"]) == b"A" * 1048
 
 
-def test_an_object_has_few_names() -> None:
-    few = {f"x{number}": 1 for number in range(json.MAX_NAMES)}
-    assert scanned(standard.dumps({"a": few}).ljust(json.TINY)) == {"a": few}
+def test_names_per_object_are_limited() -> None:
+    few = {f"x{number}": 1 for number in range(json.MAX_OBJECT_NAMES)}
+    assert decode_scanned(standard.dumps({"a": few}).ljust(json.MAX_UNSCANNED_BYTES)) == {"a": few}
     with pytest.raises(InvalidRequest, match="513 names"):
-        scanned(standard.dumps({"a": {**few, "y": 1}}).ljust(json.TINY))
+        decode_scanned(standard.dumps({"a": {**few, "y": 1}}).ljust(json.MAX_UNSCANNED_BYTES))
 
 
-def test_a_long_integer_beside_a_name_that_comes_twice() -> None:
+def test_long_integer_with_a_duplicate_name_is_rejected() -> None:
     with pytest.raises(InvalidRequest, match="more than once"):
-        scanned(f'{{"a": {"1" * 5000}e-5000, "a": 1, "b": {"1" * 300}}}'.ljust(json.TINY))
+        decode_scanned(f'{{"a": {"1" * 5000}e-5000, "a": 1, "b": {"1" * 300}}}'.ljust(json.MAX_UNSCANNED_BYTES))
 
 
-def test_what_is_no_array_must_be_small() -> None:
+def test_non_array_content_is_limited() -> None:
     with pytest.raises(InvalidRequest, match="neither arrays"):
-        scanned(an_input(f"[{', '.join(['{}'] * 600_000)}]"))
+        decode_scanned(build_input(f"[{', '.join(['{}'] * 600_000)}]"))
 
 
 @given(
@@ -275,7 +286,7 @@ def test_what_is_no_array_must_be_small() -> None:
         lambda dtype: arrays(dtype, array_shapes(max_dims=4, max_side=6))
     )
 )
-def test_arrays_are_written_as_by_orjson_and_nulls_are_counted(array: np.ndarray[Any, Any]) -> None:
+def test_arrays_are_encoded_as_by_orjson_and_nulls_counted(array: np.ndarray[Any, Any]) -> None:
     written = standard.loads(b"".join(json.encode({"output": array, "shape": list(array.shape)})))
     assert written["output"] == orjson.loads(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
     assert written.get("nonfinite", 0) == (~np.isfinite(array)).sum()
@@ -284,40 +295,40 @@ def test_arrays_are_written_as_by_orjson_and_nulls_are_counted(array: np.ndarray
 @pytest.mark.parametrize(
     "shape", [(300, 301), (3, 200, 250), (1, 1, 700, 300), (90_000,), (90_000, 1), (1, 90_000), (2, 1, 1, 90_000)]
 )
-def test_large_arrays_are_written_in_parts_that_make_the_same(shape: tuple[int, ...]) -> None:
+def test_large_arrays_encoded_in_parts_are_the_same(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     fields = {"output": array, "engine": "none", "explanation": {"a": 1}, "other": array[..., :1].copy()}
     parts = json.encode(fields)
     assert len(parts) > 1
-    assert max(map(len, parts)) < 30 * json.PART
+    assert max(map(len, parts)) < 30 * json.CHUNK_VALUES
     assert b"".join(parts) == orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def test_long_lists_are_written_in_parts_and_what_is_not_finite_in_them_is_counted() -> None:
+def test_long_lists_in_parts_count_nonfinite_values() -> None:
     losses = np.random.default_rng(1).normal(size=100_001).tolist()
     losses[70_000] = float("inf")
     parts = json.encode({"loss_history": losses, "steps": 3})
-    assert max(map(len, parts)) < 30 * json.PART
+    assert max(map(len, parts)) < 30 * json.CHUNK_VALUES
     assert standard.loads(b"".join(parts)) == {
         "loss_history": [*losses[:70_000], None, *losses[70_001:]],
         "steps": 3,
         "nonfinite": 1,
     }
-    assert json.as_array(losses).tolist() == losses
+    assert json.list_to_array(losses).tolist() == losses
 
 
-def test_a_long_string_is_a_view_of_the_body_only_as_data() -> None:
+def test_long_string_is_a_view_only_as_data() -> None:
     long = "A" * 200
     text = f'{{"data" : "{long}", "x": {{"data":"{long}", "kernel": "{long}", "x\\"data": "{long}"}}}}'
-    read = scanned(text)
+    read = decode_scanned(text)
     assert isinstance(read["data"], memoryview)
     assert isinstance(read["x"]["data"], memoryview)
     assert read["x"]["kernel"] == read["x"]['x"data'] == long
 
 
 @pytest.mark.parametrize("form", ["base64", "flat"])
-def test_forms_name_shape_and_dtype(form: str) -> None:
+def test_array_objects_have_shape_and_dtype(form: str) -> None:
     array = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
-    written = standard.loads(b"".join(json.encode({"output": array}, AnswerOptions(arrays=form))))["output"]
+    written = standard.loads(b"".join(json.encode({"output": array}, ResponseOptions(arrays=form))))["output"]
     assert (written["shape"], written["dtype"]) == ([100, 1000], "float32")
     assert len(written["data"]) in (100_000, (4 * array.size + 2) // 3 * 4)

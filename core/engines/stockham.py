@@ -1,0 +1,443 @@
+"""Fourier transforms that are compiled, and a survey of their input, for the engines that use them.
+
+If the smallest pixel is at least half as large as the largest, the middle of their range is subtracted first, and its
+part of the output added in the end: both are exact, and most of the error disappears.
+"""
+
+import cmath
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.engines import halide_jit
+from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines.precision import (
+    TRANSFORM_ERROR_FACTOR,
+    UNIT_ROUNDOFF,
+    TransformEstimate,
+    can_subtract_middle,
+    dtype_name,
+)
+from core.shapes import Dtype
+
+STATS_ROWS_PER_STEP = 4
+"""Rows that are surveyed together, so that no comparison waits for the one before."""
+
+
+class ValueStats(NamedTuple):
+    """What is known about the numbers of a plane and a kernel.
+
+    The lowest and the highest pixel; the size of the largest, which is not finite where one is not; the kernel's sum,
+    and its sum of squares.
+    """
+
+    low: float
+    high: float
+    size: float
+    total: float
+    squares: float
+
+    @property
+    def middle(self) -> float:
+        """Number that is subtracted from every pixel: the middle of the range if pixels are alike, else 0."""
+        return self.low / 2 + self.high / 2 if can_subtract_middle(self.low, self.high) else 0.0
+
+    def seen(self, dtype: np.dtype[Any]) -> TransformEstimate:
+        """Return the size and the norm, and estimate the error of a transform in that type."""
+        norm, middle = math.sqrt(self.squares), self.middle
+        radius = max(self.high - middle, middle - self.low)
+        return TransformEstimate(
+            self.size,
+            norm,
+            UNIT_ROUNDOFF[dtype] * (TRANSFORM_ERROR_FACTOR * radius * norm + 2 * abs(middle * self.total)),
+        )
+
+
+def compute_stats(plane: Plane, kernel: Plane) -> ValueStats:
+    """Of a plane (H, W), at least a vector wide, and a kernel (h, w)."""
+    numbers = np.empty(len(ValueStats._fields))
+    _stats_pipeline(dtype_name(plane))(plane, kernel, numbers)
+    return ValueStats(*numbers.tolist())
+
+
+@halide_jit.cached_pipeline
+def _stats_pipeline(dtype: Dtype) -> PipelineSpec:
+    """Plane (H, W), kernel (h, w) -> the numbers of a Survey, in float64."""
+    hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)
+    plane, kernel = hl.ImageParam(number, 2, "plane"), hl.ImageParam(number, 2, "kernel")
+    stats = build_stats([plane], kernel, number, halide_jit.vector_lanes(dtype))[0]
+    return stats, [plane, kernel]
+
+
+def build_stats(parts: Sequence[Any], kernel: Any, number: Any, lanes: int) -> tuple[Any, Any, Any]:
+    """The Func of a Survey's numbers, the middle, and its share of the output.
+
+    Of equally large parts (H, W), at least a vector wide, and a kernel (h, w).
+    """
+    hl = halide_jit.import_halide()
+    low, high, size = _build_extremes(parts, number, lanes)
+    total, squares = _build_kernel_sums(kernel)
+    stats, middle, middle_contribution, which = (
+        hl.Func("surveyed"),
+        hl.Func("middle"),
+        hl.Func("its_share"),
+        hl.Var("which"),
+    )
+    double = hl.Float(64)
+    stats[which] = hl.mux(which, [hl.cast(double, found) for found in (low, high, size, total, squares)])
+    middle[()] = hl.select(can_subtract_middle(low, high), low / 2 + high / 2, hl.cast(number, 0))
+    middle_contribution[()] = hl.cast(number, hl.cast(double, middle[()]) * total)
+    for func in (middle, middle_contribution):
+        func.compute_root()
+    return stats, middle[()], middle_contribution[()]
+
+
+def _build_extremes(parts: Sequence[Any], number: Any, lanes: int) -> tuple[Any, Any, Any]:
+    """The lowest and the highest of all numbers, and the size of the largest.
+
+    Sizes are compared as bit patterns: above all numbers stands infinity, above infinity what is none.
+    """
+    hl = halide_jit.import_halide()
+    lane, row = hl.Var("lane"), hl.Var("row")
+    width, height = (parts[0].dim(axis).extent() for axis in (0, 1))
+    rows = STATS_ROWS_PER_STEP
+    blocks = [hl.Range(0, (width + lanes - 1) // lanes), hl.Range(0, (height + rows - 1) // rows)]
+    block, every = hl.RDom(blocks, "block"), hl.RDom([hl.Range(0, lanes), hl.Range(0, rows)], "every")
+    pattern = hl.UInt(number.bits())
+
+    def extended(so_far: Any, low: Any, high: Any, size: Any) -> Any:
+        return hl.Tuple([hl.min(so_far[0], low), hl.max(so_far[1], high), hl.max(so_far[2], size)])
+
+    found, extremes = hl.Func("found"), hl.Func("extremes")
+    first = parts[0][0, 0]
+    nothing = hl.Tuple([first, first, hl.cast(pattern, 0)])
+    found[lane, row] = nothing
+    for part in parts:
+        # The last block moves inwards: what is seen twice changes nothing.
+        pixel = part[hl.min(block.x * lanes, width - lanes) + lane, hl.min(block.y * rows + row, height - 1)]
+        found[lane, row] = extended(found[lane, row], pixel, pixel, hl.reinterpret(pattern, hl.abs(pixel)))
+    extremes[()] = nothing
+    seen = found[every.x, every.y]
+    extremes[()] = extended(extremes[()], seen[0], seen[1], seen[2])
+    found.compute_root().bound(lane, 0, lanes).bound(row, 0, rows).vectorize(lane).unroll(row)
+    for number_of_part in range(len(parts)):
+        found.update(number_of_part).reorder(lane, row, block.x, block.y).vectorize(lane).unroll(row)
+    extremes.compute_root()
+    return extremes[()][0], extremes[()][1], hl.reinterpret(number, extremes[()][2])
+
+
+def _build_kernel_sums(kernel: Any) -> tuple[Any, Any]:
+    """The sum of a kernel (h, w) and that of its squares, in float64."""
+    hl = halide_jit.import_halide()
+    x, columns, totals = hl.Var("x"), hl.Func("columns_of_taps"), hl.Func("totals")
+    across, down = (hl.RDom([hl.Range(0, kernel.dim(axis).extent())]) for axis in (0, 1))
+    tap = hl.cast(hl.Float(64), kernel[x, down.x])
+    columns[x] = hl.Tuple([hl.f64(0.0), hl.f64(0.0)])
+    columns[x] = hl.Tuple([columns[x][0] + tap, columns[x][1] + tap * tap])
+    totals[()] = hl.Tuple([hl.f64(0.0), hl.f64(0.0)])
+    totals[()] = hl.Tuple([totals[()][part] + columns[across.x][part] for part in (0, 1)])
+    lanes, tail = halide_jit.vector_lanes("float64"), hl.TailStrategy.GuardWithIf
+    columns.compute_root().vectorize(x, lanes, tail).update().vectorize(x, lanes, tail)
+    totals.compute_root()
+    return totals[()][0], totals[()][1]
+
+
+class SignedExpr(NamedTuple):
+    """An expression that is subtracted where it would be added, and the other way round, if `negative`.
+
+    Signs that are carried along cost no instruction.
+    """
+
+    value: Any
+    negative: bool = False
+
+    def __neg__(self) -> "SignedExpr":
+        return SignedExpr(self.value, not self.negative)
+
+    def plus(self, other: "SignedExpr") -> "SignedExpr":
+        """The sum."""
+        if self.negative == other.negative:
+            return SignedExpr(self.value + other.value, self.negative)
+        return SignedExpr(self.value - other.value) if other.negative else SignedExpr(other.value - self.value)
+
+    def times(self, factor: float, number: Any) -> "SignedExpr":
+        """The product with a constant."""
+        return SignedExpr(self.value * constant(abs(factor), number), self.negative != (factor < 0))
+
+    def strict(self) -> "SignedExpr":
+        """The same, not to be taken apart by the compiler, which would make more of fewer operations."""
+        return SignedExpr(halide_jit.import_halide().strict_float(self.value), self.negative)
+
+    @property
+    def expression(self) -> Any:
+        """The number itself."""
+        return -self.value if self.negative else self.value
+
+
+ComplexExpr: TypeAlias = tuple[Any, Any]
+"""Real and imaginary part, as expressions of the compiler."""
+
+SignedComplex: TypeAlias = tuple[SignedExpr, SignedExpr]
+"""The same with signs carried along."""
+
+ReadFn: TypeAlias = Callable[[int, Any], tuple[Any, Any]]
+"""(offset, rest) -> the value at offset + rest, as a Complex; its parts may be Signed."""
+
+
+class Transform:
+    """The Fourier transform of many sequences side by side, by Stockham's autosort algorithm; no number crosses lanes.
+
+    A step of radix r turns transforms of `done` values into transforms of r * done. (Van Loan, Computational Frameworks
+    for the Fast Fourier Transform, 1.7.) Its Funcs are of (x, *others, k0, .., ki, rest): k0 is the lowest digit of a
+    frequency, the vectors run along x. What goes into and comes out of a small transform are Funcs of their own too:
+    that keeps expressions small, and sums, which are strict, apart from products, which are not, and so get fused.
+    """
+
+    def __init__(
+        self, read: ReadFn, x: Any, others: Sequence[Any], radices: Sequence[int], sign: int, number: Any, name: str
+    ) -> None:
+        hl = halide_jit.import_halide()
+        self._x, self._others, self._radices = x, list(others), radices
+        self._steps: list[_Step] = []
+        length, done = math.prod(radices), 1
+        digits, rest = [hl.Var(f"k{place}") for place in range(len(radices))], hl.Var("rest")
+        for place, radix in enumerate(radices):
+            remaining = length // (done * radix)
+            low, own_digit, tail = digits[:place], digits[place], [rest] if remaining > 1 else []
+            around = (x, *others, *low, *tail)
+            within = rest if remaining > 1 else 0
+            into = None
+            if place == 0:
+                values = [read(part * remaining, within) for part in range(radix)]
+            else:
+                before = self._steps[-1].step
+                values = [complex_parts(before[(x, *others, *low, within + part * remaining)]) for part in range(radix)]
+                bin_ = sum((digit * math.prod(radices[:i]) for i, digit in enumerate(low[1:], start=1)), low[0])
+                into = hl.Func(f"{name}_into_{place}")
+                into[around] = _pack_complex(_apply_twiddles(values, bin_, done, sign, number))
+                values = _unpack_complex(into[around], radix)
+            out, step = hl.Func(f"{name}_out_{place}"), hl.Func(f"{name}_step_{place}")
+            out[around] = _pack_complex(_small_dft(values, sign, number))
+            flat = _unpack_complex(out[around], radix)
+            step[(x, *others, *low, own_digit, *tail)] = hl.Tuple(
+                [hl.mux(own_digit, [value[which] for value in flat]) for which in (0, 1)]
+            )
+            # To bound the lower digits of a step that is not the last would have all of them computed.
+            for i in range(place + 1) if place + 1 == len(radices) else [place]:
+                step.bound(digits[i], 0, radices[i])
+            if tail:
+                step.bound(rest, 0, remaining)
+            self._steps.append(_Step(into, out, step, low, own_digit, tail))
+            done *= radix
+
+    @property
+    def funcs(self) -> list[tuple[Any, Any]]:
+        """What comes out of the small transforms, and the steps that hold it; the last step is the transform."""
+        return [(step.out, step.step) for step in self._steps]
+
+    @property
+    def last(self) -> Any:
+        """The Func of the transform: (x, *others, *digits of the frequency, the lowest first)."""
+        return self._steps[-1].step
+
+    def at(self, x: Any, others: Sequence[Any], frequency: Any) -> ComplexExpr:
+        """The transform at a frequency, an expression."""
+        digits, below = [], 1
+        for place, radix in enumerate(self._radices):
+            rest = frequency // below
+            digits.append(rest % radix if place + 1 < len(self._radices) else rest)
+            below *= radix
+        return complex_parts(self.last[(x, *others, *digits)])
+
+    def schedule(self, lanes: int, consumer: Any, loop: Any) -> None:
+        """Compute all of it in that loop of the consumer."""
+        last = self._steps[-1]
+        last.step.compute_at(consumer, loop).reorder(last.own_digit, self._x, *last.low[::-1], *self._others)
+        last.step.unroll(last.own_digit).vectorize(self._x, lanes)
+        self._in_registers(last, self._x, lanes)
+        self._schedule_inner(lanes, consumer, loop)
+
+    def schedule_at_root(self, lanes: int, outermost: Any) -> None:
+        """Compute all of it before everything else, with that dimension as the outermost loop of the last step."""
+        last = self._steps[-1]
+        last.step.compute_root().reorder(last.own_digit, self._x, *last.low[::-1], outermost).unroll(last.own_digit)
+        last.step.vectorize(self._x)
+        self._in_registers(last, last.low[-1], lanes)
+        self._schedule_inner(lanes, last.step, outermost)
+        for step in self._steps:
+            step.step.bound(self._x, 0, lanes)
+
+    def _schedule_inner(self, lanes: int, consumer: Any, loop: Any) -> None:
+        """All steps but the last in that loop; where there are three, the second for one lowest digit at a time."""
+        last = self._steps[-1]
+        for place, (_, _, step, low, own_digit, tail) in enumerate(self._steps[:-1]):
+            if place > 0:
+                step.compute_at(last.step, last.low[0])
+            else:
+                step.compute_at(consumer, loop)
+            step.reorder(own_digit, self._x, *self._others, *tail, *low[::-1]).unroll(own_digit).vectorize(
+                self._x, lanes
+            )
+            self._in_registers(self._steps[place], self._x, lanes)
+
+    def _in_registers(self, step: "_Step", loop: Any, lanes: int) -> None:
+        for func in (step.into, step.out):
+            if func is not None:
+                func.compute_at(step.step, loop).vectorize(self._x, lanes)
+
+
+class _Step(NamedTuple):
+    """The Funcs into and out of small transforms, that of the step, its lower digits, its own digit, and the rest."""
+
+    into: Any
+    out: Any
+    step: Any
+    low: list[Any]
+    own_digit: Any
+    tail: list[Any]
+
+
+_pinned_tables: list[NDArray[Any]] = []
+"""What compiled code reads by address must stay where it is."""
+
+
+def constant_table(values: NDArray[np.float64], number: Any) -> Any:
+    """Constants as compiled code reads them."""
+    hl = halide_jit.import_halide()
+    array = np.ascontiguousarray(values, np.float32 if number == hl.Float(32) else np.float64)
+    _pinned_tables.append(array)
+    return hl.Buffer(array)
+
+
+def constant(value: float, number: Any) -> Any:
+    """A constant of that type."""
+    hl = halide_jit.import_halide()
+    return hl.f32(value) if number == hl.Float(32) else hl.f64(value)
+
+
+def _apply_twiddles(values: Sequence[ComplexExpr], bin_: Any, done: int, sign: int, number: Any) -> list[ComplexExpr]:
+    """Each value turned by its bin's share of the circle, from a table."""
+    turns = 2 * np.pi * np.outer(np.arange(done), np.arange(len(values))) / (done * len(values))
+    cosine, sine = constant_table(np.cos(turns), number), constant_table(sign * np.sin(turns), number)
+    rotated = [values[0]]
+    for part, (a, b) in enumerate(values[1:], start=1):
+        c, s = cosine[part, bin_], sine[part, bin_]
+        rotated.append((a * c - b * s, a * s + b * c))
+    return rotated
+
+
+def _small_dft(values: Sequence[tuple[Any, Any]], sign: int, number: Any) -> list[ComplexExpr]:
+    """The transform of a few values, a power of two times at most one 3 or 5, written out."""
+    points = [(_as_signed(real), _as_signed(imaginary)) for real, imaginary in values]
+    return [(real.expression, imaginary.expression) for real, imaginary in _butterflies(points, sign, number)]
+
+
+def _as_signed(value: Any) -> SignedExpr:
+    return value if isinstance(value, SignedExpr) else SignedExpr(value)
+
+
+def _butterflies(values: list[SignedComplex], sign: int, number: Any) -> list[SignedComplex]:
+    count = len(values)
+    if count == 1:
+        return values
+    if count == 3:
+        return _dft3(values, sign, number)
+    if count == 5:
+        return _dft5(values, sign, number)
+    even, odd = (_butterflies(values[start::2], sign, number) for start in (0, 1))
+    first, second = [], []
+    for part, (value, other) in enumerate(zip(even, odd, strict=True)):
+        rotated, products = _rotate(other, cmath.exp(sign * 2j * math.pi * part / count), number)
+        if products:
+            # Sums of strict numbers and products: free to become one instruction each.
+            start = _make_strict(value)
+            first.append(_add(start, rotated))
+            second.append(_add(start, _negate(rotated)))
+        else:
+            first.append(_make_strict(_add(value, rotated)))
+            second.append(_make_strict(_add(value, _negate(rotated))))
+    return first + second
+
+
+def _dft3(values: list[SignedComplex], sign: int, number: Any) -> list[SignedComplex]:
+    start, one, two = values
+    both, apart = _add(one, two), _add(one, _negate(two))
+    real, imaginary = _scale(apart, sign * math.sqrt(0.75), number)
+    centre, rotated = _add(start, _negate(_scale(both, 0.5, number))), (-imaginary, real)
+    return [_add(start, both), _add(centre, rotated), _add(centre, _negate(rotated))]
+
+
+def _dft5(values: list[SignedComplex], sign: int, number: Any) -> list[SignedComplex]:
+    start, one, two, three, four = values
+    outer, inner = _add(one, four), _add(two, three)
+    across, along = _add(one, _negate(four)), _add(two, _negate(three))
+    outer, inner, across, along = (_make_strict(value) for value in (outer, inner, across, along))
+    cosines = [math.cos(2 * math.pi * turn / 5) for turn in (1, 2)]
+    sines = [sign * math.sin(2 * math.pi * turn / 5) for turn in (1, 2)]
+
+    def combine(one: SignedComplex, first: float, other: SignedComplex, second: float) -> SignedComplex:
+        return _add(_scale(one, first, number), _scale(other, second, number))
+
+    near = _add(start, combine(outer, cosines[0], inner, cosines[1]))
+    far = _add(start, combine(outer, cosines[1], inner, cosines[0]))
+    near_turned = combine(across, sines[0], along, sines[1])
+    far_turned = combine(across, sines[1], along, -sines[0])
+    near_turned, far_turned = ((-imaginary, real) for real, imaginary in (near_turned, far_turned))
+    return [
+        _add(start, _add(outer, inner)),
+        _add(near, near_turned),
+        _add(far, far_turned),
+        _add(far, _negate(far_turned)),
+        _add(near, _negate(near_turned)),
+    ]
+
+
+def _rotate(value: SignedComplex, factor: complex, number: Any) -> tuple[SignedComplex, bool]:
+    """The product with a constant of size one, and whether it took products; nothing is multiplied that need not be."""
+    real, imaginary = value
+    c, s = (round(part) if abs(part - round(part)) < 1e-12 else part for part in (factor.real, factor.imag))
+    if s == 0:
+        return (value if c == 1 else _negate(value)), False
+    if c == 0:
+        return ((-imaginary, real) if s == 1 else (imaginary, -real)), False
+    if abs(abs(c) - abs(s)) < 1e-12:
+        # An eighth of a turn: one product each for (real c - imaginary s, real s + imaginary c), as |c| = |s|.
+        one = (real if c > 0 else -real).plus(-imaginary if s > 0 else imaginary)
+        other = (real if s > 0 else -real).plus(imaginary if c > 0 else -imaginary)
+        return _scale(_make_strict((one, other)), abs(c), number), True
+    real, imaginary = _make_strict(value)
+    one = real.times(c, number).plus(-imaginary.times(s, number))
+    other = real.times(s, number).plus(imaginary.times(c, number))
+    return (one, other), True
+
+
+def _make_strict(value: SignedComplex) -> SignedComplex:
+    return value[0].strict(), value[1].strict()
+
+
+def _add(one: SignedComplex, other: SignedComplex) -> SignedComplex:
+    return one[0].plus(other[0]), one[1].plus(other[1])
+
+
+def _negate(value: SignedComplex) -> SignedComplex:
+    return -value[0], -value[1]
+
+
+def _scale(value: SignedComplex, factor: float, number: Any) -> SignedComplex:
+    return value[0].times(factor, number), value[1].times(factor, number)
+
+
+def complex_parts(value: Any) -> ComplexExpr:
+    """The two parts of a Func's value."""
+    return value[0], value[1]
+
+
+def _pack_complex(values: Sequence[ComplexExpr]) -> Any:
+    return halide_jit.import_halide().Tuple([part for value in values for part in value])
+
+
+def _unpack_complex(value: Any, count: int) -> list[ComplexExpr]:
+    return [(value[2 * part], value[2 * part + 1]) for part in range(count)]

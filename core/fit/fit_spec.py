@@ -1,0 +1,85 @@
+"""Everything of a fit except the kernel's size: a fit of any size follows from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from core.fit.examples import Examples
+from core.fit.fit_run import FitRun
+from core.fit.initialization import Initialization
+from core.fit.options import Options
+from core.fit.parameters import ParameterLayout
+from core.fit.ridge_selection import require_equations_for_ridges, require_ridge_search_size
+from core.fit.strategy import Strategy, TiledExample, choose_strategy, tile_example
+from core.fit.validation_set import ValidationSet, make_cost_adder, plan_validation
+from core.limits import Limits
+from core.machine import Machine
+from core.shapes import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class FitSpec:
+    """Checked arguments of a fit; `start` has the kernel's size."""
+
+    options: Options
+    examples: Examples
+    held_out: Examples | None
+    patience: int | None
+    initialization: Initialization
+    groups: int
+    seed: int
+    device: torch.device
+    machine: Machine
+    limits: Limits | None
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """The unknowns."""
+        return ParameterLayout(
+            self.initialization.kernel_shape,
+            self.groups,
+            self.initialization.bias,
+            self.examples.has_weights_per_filter,
+        )
+
+    def tiled_examples(self, problems: Sequence[Problem], *, separate: bool) -> list[TiledExample]:
+        """Divide the examples, whose problems these are; each image by itself if they are kept `apart`."""
+        return [
+            tile_example(example, replace(problem, batch=1) if separate else problem, self.machine, separate=separate)
+            for example, problem in zip(self.examples.pairs, problems, strict=True)
+        ]
+
+    def fit(self, problems: Sequence[Problem], held_out_problems: Sequence[Problem]) -> tuple[FitRun, Strategy]:
+        """Choose how to compute the fit of examples and validation pairs whose problems these are."""
+        layout, machine = self.layout, self.machine
+        constraints = self.options.constraints.for_kernel(layout.kernel_shape, bias=layout.bias)
+        options = replace(self.options, constraints=constraints)
+        tiled_examples = self.tiled_examples(problems, separate=options.batch_size is not None)
+        validation: ValidationSet | None = None
+        if self.held_out is not None:
+            validated = [
+                tile_example(example, problem, machine, separate=False)
+                for example, problem in zip(self.held_out.pairs, held_out_problems, strict=True)
+            ]
+            separate = self.held_out.has_weights_per_filter
+            validation = plan_validation(
+                validated, self.patience, layout, options, machine, has_weights_per_filter=separate
+            )
+        require_ridge_search_size(options, layout, lambda: sum(example.values for example in self.examples.pairs))
+        include = make_cost_adder(validation, layout, options, machine)
+        strategy = choose_strategy(tiled_examples, layout, options, machine, self.limits, include)
+        require_equations_for_ridges(options, strategy.method)
+        fit_run = FitRun(
+            options=options,
+            tiled_examples=tiled_examples,
+            layout=layout,
+            initialization=self.initialization,
+            seed=self.seed,
+            single_planes=self.examples.single_planes,
+            method=strategy.method,
+            device=self.device,
+            machine=machine,
+            validation=validation,
+        )
+        return fit_run, strategy

@@ -1,0 +1,59 @@
+"""What stands outside an image: numpy.pad's semantics on tensors, for a border of any width."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from core.shapes import Boundary, Pair, Sides
+
+
+def pad(images: Tensor, padding: Sides, boundary: Boundary, fill_value: float = 0.0) -> Tensor:
+    """The images (..., H, W) with a border of (top, bottom, left, right) pixels around every plane.
+
+    | boundary  | outside `a b c d` | numpy.pad |
+    | --------- | ----------------- | --------- |
+    | zeros     | 0 0 0             | constant  |
+    | constant  | v v v             | constant  |
+    | replicate | a a a             | edge      |
+    | reflect   | d c b             | reflect   |
+    | symmetric | c b a             | symmetric |
+    | circular  | b c d             | wrap      |
+    """
+    top, bottom, left, right = padding
+    height, width = images.shape[-2:]
+    return extract_window(images, (-top, height + bottom), (-left, width + right), boundary, fill_value)
+
+
+def extract_window(images: Tensor, rows: Pair, columns: Pair, boundary: Boundary, fill_value: float = 0.0) -> Tensor:
+    """The pixels from a first row and column to before a last one; what lies outside the images is as in `pad`."""
+    height, width = images.shape[-2:]
+    if rows[0] >= 0 and rows[1] <= height and columns[0] >= 0 and columns[1] <= width:
+        return images[..., slice(*rows), slice(*columns)]
+    if boundary not in ("zeros", "constant"):
+        if rows != (0, height):
+            images = images.index_select(-2, _source_indices(height, rows, boundary, images.device))
+        if columns != (0, width):
+            images = images.index_select(-1, _source_indices(width, columns, boundary, images.device))
+        return images
+    top, bottom = (min(max(0, row), height) for row in rows)
+    left, right = (min(max(0, column), width) for column in columns)
+    border = left - columns[0], columns[1] - right, top - rows[0], rows[1] - bottom
+    inside = images[..., top:bottom, left:right]
+    return functional.pad(inside, border, value=fill_value) if any(border) else inside
+
+
+def _source_indices(size: int, positions: Pair, boundary: Boundary, device: torch.device) -> Tensor:
+    """For every position on a line, inside or out, the pixel of the line that it repeats.
+
+    Reflection is periodic: a line read forth and back repeats after 2 * size pixels where its ends are doubled
+    (symmetric), after 2 * size - 2 where they are not (reflect); numpy.pad's repeated reflection is the same map.
+    """
+    position = torch.arange(*positions, device=device)
+    if boundary == "replicate" or size == 1:
+        return position.clamp(0, size - 1)
+    if boundary == "circular":
+        return position % size
+    doubled_ends = 1 if boundary == "symmetric" else 0
+    period = 2 * size - 2 + 2 * doubled_ends
+    position = position % period
+    return torch.minimum(position, period - doubled_ends - position)

@@ -1,0 +1,117 @@
+"""What PNG and JPEG share: Pillow decodes, and only what has been looked through before.
+
+Each format's own file walks through the chunks or segments, holds the size against the limit, and gives Pillow what
+makes up the pixels and nothing else: no text, no profile, no Exif, no animation. Pillow's readers are called by name:
+Image.open has limits of its own, which are those of the process, and warns by raising. While it is decoded, a picture
+takes two and a half times the memory that it takes in the end.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+from PIL.ImageFile import ImageFile
+
+from service.codecs.buffers import DecodeCheck, check_size, raise_if_out_of_memory
+from service.errors import FieldError, InvalidRequest, NotParseable
+
+RGB_CHANNELS = 3
+
+MAX_SIDE_PIXELS = 1_000_000
+"""Pillow keeps a pointer for every line, eight times what a line of one pixel is."""
+
+STRIP_PIXELS = 2**18
+"""Pixels that are taken out of a picture at a time: there is no second copy of the whole, and Python's lock, which
+Pillow holds for it, is held for a millisecond."""
+
+PILLOW_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    struct.error,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+"""What Pillow's readers raise on bytes that are no picture."""
+
+
+def check_image_size(height: int, width: int, bytes_per_pixel: int, limit: int) -> None:
+    """Raises BodyTooLarge where the decoded picture is over the limit, InvalidRequest where a side is too long."""
+    size = f"{width} x {height} pixels"
+    check_size(height * width * bytes_per_pixel, limit, f"the picture of {size}", "input")
+    if max(height, width) > MAX_SIDE_PIXELS:
+        allowed = f"sides of at most {MAX_SIDE_PIXELS:,} pixels"
+        message = f"input is a picture of {size}: {allowed} are read; send it as application/x-npy"
+        raise InvalidRequest(message, errors=[FieldError("input", message, size, allowed)])
+
+
+class _MemoryFile(io.RawIOBase):
+    """A picture in memory as a file, which is not copied first as io.BytesIO does."""
+
+    def __init__(self, content: memoryview, check: DecodeCheck) -> None:
+        self._content = content
+        self._check = check
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._content)}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._check()
+        part = self._content[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def decode_pixels(
+    reader: type[ImageFile], image_bytes: memoryview, mode: Literal["L", "I;16", "RGB"], check: DecodeCheck
+) -> NDArray[Any]:
+    """The picture as (H, W), or as (3, H, W) where the mode is RGB. Raises NotParseable where Pillow cannot read it."""
+    planes: NDArray[Any] | None = None
+    for height, top, strip in read_strips(reader, image_bytes, check):
+        lines = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+        lines = lines if mode == "RGB" else lines[..., None]
+        if planes is None:
+            dtype = np.uint16 if mode == "I;16" else np.uint8
+            planes = np.empty((lines.shape[2], height, lines.shape[1]), dtype)
+        planes[:, top : top + len(lines)] = np.moveaxis(lines, 2, 0)
+    assert planes is not None  # noqa: S101 - a picture has lines
+    return planes if mode == "RGB" else planes[0]
+
+
+def read_strips(
+    reader: type[ImageFile], image_bytes: memoryview, check: DecodeCheck, raw_mode: str | None = None
+) -> Iterator[tuple[int, int, Image]]:
+    """Yield the height of the image, the first row of a strip, and the strip, from top to bottom.
+
+    `raw_mode` is Pillow's name of the layout of a pixel in the file. Raises NotParseable if Pillow cannot read it.
+    """
+    try:
+        opened = reader(cast("IO[bytes]", _MemoryFile(image_bytes, check)))
+        if raw_mode is not None:
+            opened.tile = [tile._replace(args=raw_mode) for tile in opened.tile]
+        opened.load()
+        width, height = opened.size
+        rows = max(1, STRIP_PIXELS // width)
+        for top in range(0, height, rows):
+            yield height, top, opened.crop((0, top, width, min(top + rows, height)))
+    except PILLOW_ERRORS as error:
+        raise_if_out_of_memory(error)
+        raise NotParseable(f"the body is a damaged {reader.format} picture: {error}") from error

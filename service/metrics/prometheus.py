@@ -1,0 +1,146 @@
+"""The table of numbers as Prometheus reads it: names, types, labels and what they mean."""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from service.errors import NotAcceptable
+from service.metrics.counters import (
+    BUCKET_BOUNDS_S,
+    BUCKET_COUNT,
+    CELLS_PER_ROW,
+    FIRST_COUNTER_CELL,
+    FIRST_GAUGE_CELL,
+    GAUGE_NAMES,
+    PID_CELL,
+    Metrics,
+    Row,
+)
+from service.negotiation import negotiate_format
+
+METRICS_MEDIA_TYPES = ("text/plain", "application/openmetrics-text")
+
+BUCKET_LABELS = [*map(floatToGoString, BUCKET_BOUNDS_S), "+Inf"]
+
+METRIC_HELP: Mapping[str, str] = {
+    "requests": "requests that were answered",
+    "request_seconds": "time from the head of a request to the end of its answer",
+    "phase_seconds": "time of requests in one phase, of those that had it: what is computed at once did not wait",
+    "refused": "requests that were not granted, by the last part of their problem's type",
+    "engine": "computations by the engine that was chosen, and fits by their method",
+    "received_bytes": "bytes of bodies that were read, as they came",
+    "sent_bytes": "bytes of the bodies of answers, as they went",
+    "log_lines_dropped": "lines of the log that were not written: the reader of stderr fell behind, or writing failed",
+    "worker_restarts": "workers that were started in place of others",
+    "workers_ready": "workers that can compute: the warm-up came out right, and they are not going down",
+    "requests_in_progress": "requests whose answers have not been sent yet, the one for this among them",
+    "connections": "connections that are open",
+    "computations": "computations that run",
+    "queue_depth": "computations that wait for their turn",
+    "queue_limit": "computations that may wait for their turn",
+    "memory_used_bytes": "memory that requests hold, as it was estimated for them",
+    "memory_limit_bytes": "memory that all requests together may hold",
+    "workers": "worker processes that live",
+    "resident_memory_bytes": "memory of the worker processes, what they share counted for each of them",
+    "start_time_seconds": "when the service was started, since 1970",
+    "build": "what is running",
+}
+
+
+class MetricsCollector(Collector):
+    """All that is known, as Prometheus' families: counts of all workers there were, states of those that live."""
+
+    def __init__(self, metrics: Metrics, version: str) -> None:
+        self._metrics = metrics
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after the other."""
+        metrics, table = self._metrics, self._metrics.table
+        counts = _sum_rows(table.rows())
+        live_rows = table.live_rows()
+        states = _sum_rows(live_rows)
+
+        requests = _make_counter("requests", "route", "status")
+        for route, statuses in metrics.requests.items():
+            for status, offset in statuses.items():
+                requests.add_metric([route, str(status)], counts[offset])
+        yield requests
+        yield _make_histogram("request_seconds", "route", metrics.seconds, counts)
+        yield _make_histogram("phase_seconds", "phase", metrics.phase_ms, counts, unit=0.001)
+        for name, label, offsets in (("refused", "reason", metrics.rejections), ("engine", "engine", metrics.engines)):
+            counter = _make_counter(name, label)
+            for value, offset in offsets.items():
+                counter.add_metric([value], counts[offset])
+            yield counter
+        for name, offset in (
+            ("received_bytes", metrics.received_bytes),
+            ("sent_bytes", metrics.sent_bytes),
+            ("log_lines_dropped", metrics.dropped_lines),
+        ):
+            yield _make_counter(name, value=counts[offset])
+        yield _make_counter("worker_restarts", value=table.restarts)
+
+        for name, state in zip(GAUGE_NAMES, states[FIRST_GAUGE_CELL:FIRST_COUNTER_CELL], strict=True):
+            yield _make_gauge(name, state)
+        yield _make_gauge("workers", len(live_rows))
+        if resident := [size for row in live_rows if (size := _read_resident_bytes(int(row[PID_CELL]))) is not None]:
+            yield _make_gauge("resident_memory_bytes", sum(resident))
+        yield _make_gauge("start_time_seconds", table.started)
+        yield InfoMetricFamily(
+            "corr2d_build", METRIC_HELP["build"], {"version": self._version, "python": platform.python_version()}
+        )
+
+
+def render_metrics(metrics: Metrics, version: str, accept: bytes | None) -> tuple[bytes, str]:
+    """The text and its media type: OpenMetrics for those who like that best, Prometheus' own text for all others."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(MetricsCollector(metrics, version))
+    try:
+        preferred = negotiate_format(accept, METRICS_MEDIA_TYPES)
+    except NotAcceptable:
+        preferred = METRICS_MEDIA_TYPES[0]
+    # Not what was sent: choose_encoder takes any version for one that it has, and fails at one that is no number.
+    encode, media_type = choose_encoder(preferred)
+    return encode(registry), media_type
+
+
+def _sum_rows(rows: list[Row]) -> list[float]:
+    added: list[float] = np.array(rows, float).reshape(-1, CELLS_PER_ROW).sum(axis=0).tolist()
+    return added
+
+
+def _make_counter(name: str, *labels: str, value: float | None = None) -> CounterMetricFamily:
+    return CounterMetricFamily(f"corr2d_{name}", METRIC_HELP[name], value, labels or None)
+
+
+def _make_gauge(name: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"corr2d_{name}", METRIC_HELP[name], value)
+
+
+def _make_histogram(
+    name: str, label: str, offsets: Mapping[str, int], counts: list[float], unit: float = 1.0
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"corr2d_{name}", METRIC_HELP[name], labels=[label])
+    for value, offset in offsets.items():
+        buckets = accumulate(counts[offset : offset + BUCKET_COUNT])
+        family.add_metric([value], list(zip(BUCKET_LABELS, buckets, strict=True)), counts[offset + BUCKET_COUNT] * unit)
+    return family
+
+
+def _read_resident_bytes(pid: int) -> int | None:
+    """Bytes of a process's memory; None where the system has no /proc, or the process has just gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

@@ -1,0 +1,81 @@
+"""pydantic's errors in the contract's words: which field, what came, what is allowed."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service.errors import FieldError
+
+MAX_EXPLAINED_ERRORS = 20
+"""Errors that are worded: a response has no more, and counts the others."""
+
+MAX_HINT_CHARS = 60
+"""Characters of an unknown field that is compared with the known ones."""
+
+LOCATION_SECTIONS = ("body", "query", "path", "header")
+
+
+def convert_errors(errors: Sequence[Mapping[str, Any]], known_names: Sequence[str] = ()) -> list[FieldError]:
+    """Pydantic's errors, one for each field; unknown fields are held against the names `known`."""
+    by_field: dict[str, FieldError] = {}
+    # An unknown field is often the misspelling of one that is missing: say that first.
+    for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
+        context = error.get("ctx") or {}
+        field = (
+            context.get("field")
+            or (_format_path(error["loc"]) + context.get("place", "")).removeprefix(".")
+            or "(body)"
+        )
+        if field in by_field:
+            continue
+        if len(by_field) < MAX_EXPLAINED_ERRORS:
+            by_field[field] = _convert_error(error, field, context, known_names)
+        else:
+            by_field[field] = FieldError(field, error["msg"])
+    return list(by_field.values())
+
+
+def _convert_error(
+    error: Mapping[str, Any], field: str, context: Mapping[str, Any], known_names: Sequence[str]
+) -> FieldError:
+    got: object = _format_value(error["input"])
+    limit: object = None
+    match error["type"]:
+        case "corr2d":
+            message, got, limit = f"{field} {error['msg']}", context.get("got"), context.get("limit")
+        case "extra_forbidden" if field in known_names:
+            message, got, limit = f'"{field}" came under both of its names: send one', None, "one of them"
+        case "extra_forbidden":
+            near = difflib.get_close_matches(field, known_names, n=1) if len(field) <= MAX_HINT_CHARS else []
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            message, got, limit = (
+                f'unknown field "{field[:MAX_HINT_CHARS]}"{hint}',
+                None,
+                ", ".join(known_names) or None,
+            )
+        case "missing":
+            message, got = f'"{field}" is required', None
+        case "model_type":
+            message, limit = f"{field.strip('()')} must be an object, not {got}", ", ".join(known_names)
+        case "literal_error":
+            message, limit = f'"{field}" is not one of {context["expected"]}', context["expected"]
+        case _:
+            text = error["msg"][0].lower() + error["msg"][1:]
+            message = f'"{field}" {text.removeprefix("input ")}'
+    return FieldError(field, message, got, limit)
+
+
+def _format_path(location: Sequence[int | str]) -> str:
+    """("body", "pairs", 0, "input") -> "pairs[0].input"."""
+    parts = location[1:] if location and location[0] in LOCATION_SECTIONS else location
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def _format_value(value: object) -> str:
+    """A value as a message shows it: whole where it is small, its kind where it is not."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return repr(value)[:100]

@@ -1,0 +1,1 @@
+"""Admission, queues and threads for computations."""

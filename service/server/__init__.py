@@ -1,0 +1,1 @@
+"""uvicorn, its protocol and the supervisor of worker processes."""

@@ -1,0 +1,153 @@
+"""Long work that tells those who wait for it how far it is."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import Request
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from core import Forecast, Progress, Reading, Step
+from service.codecs import ResponseFields, json
+from service.codecs.response_options import ResponseOptions
+from service.problems import HANDLED_ERRORS, respond_to_error
+from service.responses import estimate_list_seconds
+from service.scheduling.codec_jobs import run_codec
+from service.scheduling.disconnect import run_until_disconnect, wait_for_disconnect
+
+EVENT_STREAM = "text/event-stream"
+NDJSON = "application/x-ndjson"
+
+MIN_EVENT_INTERVAL_S = 0.05
+"""Seconds: steps come by the thousand, and nobody reads more than twenty a second."""
+
+KEEPALIVE_INTERVAL_S = 15.0
+"""Seconds of silence after which proxies begin to think of closing a connection."""
+
+ReportingWork = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, ResponseFields]]
+"""What is given a function to report to, from any thread, and becomes the whole answer."""
+
+
+def format_sse_json(name: str, content: bytes) -> bytes:
+    """A JSON object as an event of an event stream."""
+    return format_sse_event(event=name, data_str=content.decode())
+
+
+def format_ndjson_line(name: str, content: bytes) -> bytes:
+    """A JSON object as a line of NDJSON, with the event's name as its first member."""
+    members = content[1:]
+    return b'{"event":"%s"%s%s\n' % (name.encode(), b"" if members == b"}" else b",", members)
+
+
+EVENT_FORMATTERS: Mapping[str, Callable[[str, bytes], bytes]] = {
+    EVENT_STREAM: format_sse_json,
+    NDJSON: format_ndjson_line,
+}
+"""How an event is written: its name, and its content as a JSON object."""
+
+
+class ProgressStream(Response):
+    """Work that tells how far it is: events `reading`, `forecast` and `step`, then `result` or `error`.
+
+    It begins when there is something to tell; what goes wrong before is a problem like any other.
+    """
+
+    def __init__(self, request: Request, media_type: str, options: ResponseOptions, *, wait_for_forecast: bool) -> None:
+        """`from_forecast`: nothing is told before the forecast, for what it says may be a reason to refuse."""
+        # Not Response.__init__: there is no body yet.
+        self.status_code = HTTPStatus.OK
+        self.background = None
+        self.body = b""
+        self.raw_headers = [
+            (b"content-type", media_type.encode()),
+            (b"cache-control", b"no-store"),
+            # Proxies that buffer would keep the events until the last.
+            (b"x-accel-buffering", b"no"),
+            (b"vary", b"accept, accept-encoding"),
+        ]
+        self._request = request
+        self._format_event = EVENT_FORMATTERS[media_type]
+        self._keepalive = KEEPALIVE_COMMENT if media_type == EVENT_STREAM else format_ndjson_line("waiting", b"{}")
+        self._options = options
+        self._wait_for_forecast = wait_for_forecast
+        self._events: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._last_event_at = 0.0
+        self._task: asyncio.Task[ResponseFields] | None = None
+
+    async def start(self, work: ReportingWork) -> None:
+        """Start the work and wait until it has something to tell. Raises what it raises before that."""
+        self._task = asyncio.create_task(work(self._report))
+        self._task.add_done_callback(lambda _: self._events.put_nowait(None))
+        try:
+            first = await run_until_disconnect(self._request.receive, self._events.get())
+        except BaseException:
+            self._task.cancel()
+            raise
+        if first is None:
+            self._task.result()
+        self._first = first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events as they come; the work ends when the client leaves."""
+        del scope
+        assert self._task is not None  # noqa: S101 - `begin` comes first
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
+        disconnected.add_done_callback(lambda _: self._events.put_nowait(None))
+        try:
+            event = self._first
+            while event is not None:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                event = await self._next_event()
+            if self._task.done():
+                await send(
+                    {
+                        "type": "http.response.body",
+                        "body": await self._format_final_event(self._task),
+                        "more_body": False,
+                    }
+                )
+        finally:
+            self._task.cancel()
+            disconnected.cancel()
+
+    async def _next_event(self) -> bytes | None:
+        try:
+            return await asyncio.wait_for(self._events.get(), KEEPALIVE_INTERVAL_S)
+        except TimeoutError:
+            return self._keepalive
+
+    async def _format_final_event(self, task: "asyncio.Task[ResponseFields]") -> bytes:
+        """The result, or what kept it from being one."""
+        try:
+            fields = task.result()
+            # A history of a million steps takes a while to write.
+            seconds = estimate_list_seconds(fields)
+            return await run_codec(self._request, seconds, lambda _: self._format_result(fields), "encode")
+        except HANDLED_ERRORS as error:
+            return self._format_event("error", bytes(respond_to_error(self._request, error).body))
+
+    def _format_result(self, fields: ResponseFields) -> bytes:
+        return self._format_event("result", b"".join(json.encode(fields, self._options)))
+
+    def _report(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        # Time counts from the first thing there is to tell: before that the work has waited.
+        self._last_event_at = self._last_event_at or now
+        if self._wait_for_forecast and isinstance(progress, Reading):
+            return
+        if not isinstance(progress, Forecast) and now - self._last_event_at < MIN_EVENT_INTERVAL_S:
+            return
+        self._last_event_at = now
+        fields = asdict(progress)
+        if isinstance(progress, Step) and progress.validation_loss is None:
+            del fields["validation_loss"]
+        event = self._format_event(type(progress).__name__.lower(), orjson.dumps(fields))
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)

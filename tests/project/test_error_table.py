@@ -1,0 +1,36 @@
+"""Every error that core or the service can raise has its line in the table, and its line in its tree."""
+
+import inspect
+import re
+
+import core
+import core.errors
+import service.errors
+from service.errors import ServiceError
+from service.problems import LIMIT_SETTINGS, PROBLEM_TYPES
+from service.settings import ENV_PREFIX, Settings
+
+
+def collect_subclasses(root: type[Exception]) -> set[type[Exception]]:
+    return {root}.union(*(collect_subclasses(child) for child in root.__subclasses__()))
+
+
+def test_table_lists_exactly_the_errors() -> None:
+    assert set(PROBLEM_TYPES) == collect_subclasses(core.CoreError) | collect_subclasses(ServiceError)
+
+
+def test_error_names_are_unique() -> None:
+    names = [kind.name for kind in PROBLEM_TYPES.values()]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) for name in names)
+
+
+def test_docstrings_show_the_class_trees() -> None:
+    for module, root in ((core.errors, core.CoreError), (service.errors, ServiceError)):
+        drawn = set(re.findall(r"(?:├──|└──) (\w+)", inspect.getdoc(module) or ""))
+        assert drawn == {error.__name__ for error in collect_subclasses(root) - {root}}
+
+
+def test_limits_name_existing_settings() -> None:
+    for setting in LIMIT_SETTINGS.values():
+        assert setting.removeprefix(ENV_PREFIX).lower() in Settings.model_fields

@@ -1,0 +1,136 @@
+"""The application under test: in this process, behind a real server, and as the command that is installed."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from anyio.from_thread import start_blocking_portal
+from fastapi import FastAPI
+
+import core
+from service.app import create_app
+from service.server.run import Server, create_config
+from service.settings import Settings
+
+CORR2D_COMMAND = Path(sys.executable).with_name("corr2d")
+
+SendFn = Callable[..., httpx.Response]
+ServeFn = Callable[[FastAPI], AbstractContextManager[SendFn]]
+
+
+def create_unlimited_app(timeout_s: float = 60) -> FastAPI:
+    """An application that takes on what it predicts to be too much, and has that much time for it."""
+    app = create_app(Settings(device="cpu", request_timeout_s=timeout_s))
+    app.state.compute._limits = core.Limits()  # noqa: SLF001 - no setting allows it
+    return app
+
+
+@contextmanager
+def serve_in_process(app: FastAPI) -> Iterator[SendFn]:
+    """The application without a socket, its start-up and shutdown included."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(app.router.lifespan_context(app)):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        client = httpx.AsyncClient(transport=transport, base_url="http://corr2d")
+        with portal.wrap_async_context_manager(client):
+
+            def send(method: str, path: str, **options: Any) -> httpx.Response:
+                async def request() -> httpx.Response:
+                    return await client.request(method, path, **options)
+
+                return portal.call(request)
+
+            wait_until_ready(send)
+            yield send
+
+
+@contextmanager
+def start_server(app: FastAPI) -> Iterator[str]:
+    """The address of a real uvicorn on a real port with the application behind it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(create_config(app, app.state.settings))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def serve_over_tcp(app: FastAPI) -> Iterator[SendFn]:
+    """The application behind a real server."""
+    with start_server(app) as address, open_client(address) as send:
+        yield send
+
+
+@contextmanager
+def open_client(address: str) -> Iterator[SendFn]:
+    """One client of a server that may still be starting."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+        wait_until_ready(client.request)
+        yield client.request
+
+
+@contextmanager
+def run_serve_command(log: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """The process and its address, as it prints it."""
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [CORR2D_COMMAND, "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **variables},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            address = re.search(r"listens on (http://[\w.:\[\]]+)", process.stdout.readline())
+            assert address, log.read_text()
+            yield process, address[1]
+        finally:
+            process.kill()
+
+
+def get_startup_error(*flags: str, **variables: str) -> str:
+    """The one line with which it refuses to start."""
+    command = [str(CORR2D_COMMAND), "serve", *flags]
+    environment = {**os.environ, **variables}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert process.returncode == 3, process.stderr
+    lines: list[str] = process.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def list_workers(supervisor: int) -> list[int]:
+    """Its children that serve, as /proc names them; the other one looks after shared memory."""
+    workers = []
+    for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
+        # One that has just ended is gone by now.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                workers.append(int(pid))
+    return workers
+
+
+def wait_until_ready(send: SendFn) -> None:
+    # The first start on a machine compiles the engines.
+    deadline = time.monotonic() + 180
+    while True:
+        with suppress(httpx.ConnectError):
+            if send("GET", "/readyz").status_code == 200:
+                return
+        assert time.monotonic() < deadline, "the service did not become ready"
+        time.sleep(0.01)

@@ -1,0 +1,84 @@
+"""A valid file of every kind, and what must be true of whatever a decoder returns."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from service.codecs import jpeg, npy, npz, png, safetensors
+from service.codecs.buffers import DTYPES
+
+INPUT_ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
+KERNEL_ARRAY = np.ones((3, 1, 2), np.int8)
+
+
+def save_compressed_npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, input=INPUT_ARRAY, kernel=KERNEL_ARRAY)
+    return buffer.getvalue()
+
+
+def save_image(mode: str, suffix: str, **options: bool) -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 9, 4), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+def build_interlaced_png() -> bytes:
+    """Two by two pixels in the three passes that have any, by hand: Pillow does not write it."""
+    chunks = (
+        (b"IHDR", struct.pack(">2I5B", 2, 2, 8, 0, 0, 0, 1)),
+        (b"IDAT", zlib.compress(bytes([0, 1, 0, 2, 0, 3, 4]))),
+        (b"IEND", b""),
+    )
+    packed = [
+        struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said)) for kind, said in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def build_16_bit_png(colour: int, samples: int) -> bytes:
+    """A file that Pillow does not write."""
+    rows = np.random.default_rng(2).integers(0, 256, (7, 1 + 9 * 2 * samples), np.uint8)
+    rows[:, 0] = np.arange(7) % 5
+    header = struct.pack(">2I5B", 9, 7, 16, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
+    packed = [
+        struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said)) for kind, said in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+VALID_FILES: Mapping[str, tuple[Callable[[bytes, int], object], bytes]] = {
+    "npy": (npy.decode, b"".join(npy.encode(INPUT_ARRAY))),
+    "npz": (npz.decode, b"".join(npz.encode({"input": INPUT_ARRAY, "kernel": KERNEL_ARRAY}))),
+    "compressed npz": (npz.decode, save_compressed_npz()),
+    "safetensors": (safetensors.decode, b"".join(safetensors.encode({"input": INPUT_ARRAY, "kernel": KERNEL_ARRAY}))),
+    "png": (png.decode, b"".join(png.encode(INPUT_ARRAY))),
+    "png with a palette": (png.decode, save_image("P", "png")),
+    "png with alpha": (png.decode, save_image("RGBA", "png")),
+    "interlaced png": (png.decode, build_interlaced_png()),
+    "png of 16-bit colour": (png.decode, build_16_bit_png(2, 3)),
+    "png of 16-bit grey with alpha": (png.decode, build_16_bit_png(4, 2)),
+    "jpeg": (jpeg.decode, save_image("L", "jpeg")),
+    "jpeg in colour": (jpeg.decode, save_image("RGB", "jpeg", progressive=True)),
+    "jpeg of four colours": (jpeg.decode, save_image("CMYK", "jpeg")),
+}
+
+
+def assert_valid_arrays(decoded: Any, limit: int) -> None:
+    """Arrays that compiled code can take as they are, within the limit; options beside them are strings."""
+    values = decoded.values() if isinstance(decoded, dict) else [decoded]
+    arrays = [value for value in values if not isinstance(value, str)]
+    assert sum(array.nbytes for array in arrays) <= limit
+    for array in arrays:
+        assert array.dtype.name in DTYPES
+        assert array.dtype.isnative
+        assert array.flags.c_contiguous
+        assert array.flags.aligned
+        assert array.size > 0

@@ -1,0 +1,224 @@
+"""What /openapi.json says holds for whatever is sent: schemathesis makes requests of it, and looks at the answers.
+
+Its every check is on, in its four phases. `HYPOTHESIS_PROFILE=thorough` makes thousands, others each time.
+"""
+
+import gzip
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+import requests
+import schemathesis
+from backports import zstd
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from numpy.typing import NDArray
+from schemathesis import Case, HookContext
+
+from service.app import create_app
+from service.codecs import FORMATS, jpeg, json
+from service.codecs.response_options import ResponseOptions
+from service.settings import Settings
+from tests.servers import open_client, start_server
+from tests.service.codecs.valid_files import VALID_FILES as FILES_OF_ALL_KINDS
+
+AnyCase: TypeAlias = Case[Any]
+
+IS_THOROUGH = settings.get_current_profile_name() == "thorough"
+MAX_EXAMPLES, MAX_WALKS = (2000, 500) if IS_THOROUGH else (30, 15)
+
+app = create_app(
+    Settings(device="cpu", threads=1, max_body_mb=1, max_compute_mb=10, max_compute_gflop=0.05, request_timeout_s=10)
+)
+
+COMPUTING_OPERATIONS = [f"POST {path}" for path in ("/correlate", "/conv2d", "/train-kernel")]
+
+api_schema = schemathesis.openapi.from_dict(
+    app.openapi(),
+    config=schemathesis.Config.from_dict(
+        {
+            "generation": {"deterministic": not IS_THOROUGH},
+            "phases": {"coverage": {"generate-duplicate-query-parameters": True}},
+            "checks": {
+                # 413: what is wrong may also be over a limit.
+                "negative_data_rejection": {"expected-statuses": [400, 405, 406, 413, 415, 422]},
+                "positive_data_acceptance": {"expected-statuses": ["2xx"]},
+            },
+            "operations": [
+                {
+                    "include-name": operation,
+                    # No schema says which shapes and options go together, how much is too much to compute, or what
+                    # bytes are a picture. What it takes in JSON is never unparsable, though: see below.
+                    "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", 400, 413, 422]}},
+                }
+                for operation in COMPUTING_OPERATIONS
+            ],
+        }
+    ),
+)
+
+
+IMAGE = np.arange(63, dtype=np.float32).reshape(7, 9)
+
+INPUT_FILES: Mapping[str, bytes] = {
+    **{
+        media_type: b"".join(served.encode({"input": IMAGE}, ResponseOptions()))
+        for media_type, served in FORMATS.items()
+        if served.encode and media_type != json.MEDIA_TYPE
+    },
+    jpeg.MEDIA_TYPE: FILES_OF_ALL_KINDS["jpeg"][1],
+}
+"""The image, in every binary format."""
+
+for media_type, file in INPUT_FILES.items():
+    schemathesis.openapi.media_type(media_type, st.just(file) | st.binary())
+
+
+def float32_arrays(*shape: int) -> st.SearchStrategy[NDArray[Any]]:
+    return arrays(np.float32, shape, elements=st.floats(-99, 99, width=32))
+
+
+@st.composite
+def matching_arrays(draw: st.DrawFn, path: str, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    """Arrays that fit an input of that shape."""
+    *_, height, width = shape
+    size = draw(st.integers(1, height)), draw(st.integers(1, width))
+    match path:
+        case "/correlate":
+            return {"kernel": draw(float32_arrays(*size))}
+        case "/conv2d":
+            filters = (draw(st.integers(1, 3)), shape[-3]) if len(shape) > 2 else ()
+            return {"weight": draw(float32_arrays(*filters, *size))}
+        case _:
+            return {"target": draw(float32_arrays(*shape[:-2], *size))}
+
+
+def draw_few(draw: st.DrawFn, options: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
+    names = sorted(options.keys() - taken.keys())
+    chosen = draw(st.sets(st.sampled_from(names), max_size=2)) if names else set()
+    return {name: options[name] for name in sorted(chosen)}
+
+
+@st.composite
+def valid_cases(draw: st.DrawFn, case: AnyCase) -> AnyCase:
+    """The case with arrays that fit together and few options, asking for any format that is served."""
+    answers = case.operation.definition.raw["responses"]["200"]["content"]
+    case.headers["Accept"] = draw(st.just(json.MEDIA_TYPE) | st.sampled_from(sorted(answers)))
+    if isinstance(case.body, dict):
+        image = draw(array_shapes(min_dims=2, max_dims=4, max_side=6).flatmap(lambda shape: float32_arrays(*shape)))
+        arrays = {"input": image, **draw(matching_arrays(case.path, image.shape))}
+        case.body = {**draw_few(draw, case.body, arrays), **{name: array.tolist() for name, array in arrays.items()}}
+        case.query = draw_few(draw, case.query, case.body)
+    else:
+        in_query = {name: str(array.tolist()) for name, array in draw(matching_arrays(case.path, IMAGE.shape)).items()}
+        case.query = {**draw_few(draw, case.query, in_query), **in_query}
+    return case
+
+
+@api_schema.hook
+def map_case(_: HookContext, case: AnyCase) -> AnyCase:
+    """An option comes in the body or in the query string, and an empty text is none of them: no schema says so."""
+    if case.operation.label in COMPUTING_OPERATIONS and case.meta is not None:
+        body = case.body if isinstance(case.body, dict) and case.meta.generation.mode.is_positive else {}
+        case.query = {name: value for name, value in case.query.items() if value != "" and name not in body}
+        if not case.headers.get("Content-Encoding", "identity").strip():
+            del case.headers["Content-Encoding"]
+    return case
+
+
+@api_schema.hook
+def flatmap_case(_: HookContext, case: AnyCase) -> st.SearchStrategy[AnyCase]:
+    """Of itself, schemathesis would hardly ever make a request that can be computed."""
+    if (
+        case.operation.label not in COMPUTING_OPERATIONS
+        or case.meta is None
+        or not case.meta.generation.mode.is_positive
+    ):
+        return st.just(case)
+    return st.booleans().flatmap(lambda fits: valid_cases(case) if fits else st.just(case))
+
+
+COMPRESS_BY_CODING: Mapping[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "zstd": zstd.compress,
+}
+
+
+def compress_request(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """The body as its Content-Encoding says that it is."""
+    compress = COMPRESS_BY_CODING.get(str(request.headers.get("Content-Encoding")))
+    if compress is not None and request.body:
+        content = request.body.encode() if isinstance(request.body, str) else request.body
+        assert isinstance(content, bytes)
+        request.body = compress(content)
+        request.prepare_content_length(request.body)
+    return request
+
+
+def assert_parsable(case: AnyCase, status: int) -> None:
+    """JSON that fits the schema may be refused for what it says, but not for what it is."""
+    fits = case.meta is not None and case.meta.generation.mode.is_positive
+    assert not (fits and case.media_type == json.MEDIA_TYPE and status == 400)
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[str]:
+    """The address of a service with small limits: nothing that is sent takes long."""
+    with start_server(app) as address, open_client(address):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as session:
+        session.auth = compress_request
+        yield session
+
+
+@pytest.fixture
+def answers() -> Iterator[Counter[int]]:
+    """How often there was which status: without good answers among them, little was tried."""
+    answers: Counter[int] = Counter()
+    yield answers
+    assert answers[200] > 2
+
+
+@api_schema.parametrize()
+@settings(max_examples=MAX_EXAMPLES, suppress_health_check=list(HealthCheck))
+def test_every_operation_matches_the_openapi_schema(
+    case: AnyCase, small: str, session: requests.Session, answers: Counter[int]
+) -> None:
+    response = case.call_and_validate(base_url=small, session=session)
+    answers[response.status_code] += 1
+    assert_parsable(case, response.status_code)
+
+
+def test_links_can_be_followed_in_sequence(small: str, session: requests.Session, answers: Counter[int]) -> None:
+    class Walk(api_schema.as_state_machine()):  # type: ignore[misc]  # a base that is made of the description
+        def get_call_kwargs(self, case: AnyCase) -> dict[str, Any]:
+            return {"base_url": small, "session": session}
+
+        def before_call(self, case: AnyCase) -> None:
+            # A link's body is JSON, whatever else was drawn; and what it holds is not in the query string.
+            if isinstance(case.body, dict):
+                case.media_type = json.MEDIA_TYPE
+                case.query = {name: value for name, value in case.query.items() if name not in case.body}
+
+        def after_call(self, response: schemathesis.Response, case: AnyCase) -> None:
+            super().after_call(response, case)
+            answers[response.status_code] += 1
+
+    Walk.run(
+        settings=settings(
+            max_examples=MAX_WALKS,
+            stateful_step_count=12,
+            derandomize=not IS_THOROUGH,
+            suppress_health_check=list(HealthCheck),
+        )
+    )

@@ -1,0 +1,109 @@
+"""Learning told as it happens: event streams, lines of JSON, and clients that leave."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from service.streaming import EVENT_STREAM, NDJSON
+from tests.problem_details import assert_first_error
+from tests.servers import SendFn, create_unlimited_app, start_server
+
+D2L_PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6, "seed": 1}
+LONG_FIT_REQUEST = {**D2L_PAIR, "loss": "huber", "steps": 1_000_000, "learning_rate": 1e-9}
+"""Minutes of steps."""
+
+
+def parse_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and contents, of either form."""
+    if response.headers["Content-Type"] == NDJSON:
+        for line in response.text.splitlines():
+            content = json.loads(line)
+            yield content.pop("event"), content
+        return
+    for event in response.text.strip().split("\n\n"):
+        name, data = event.split("\n")
+        yield name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+@pytest.mark.parametrize("media_type", [EVENT_STREAM, NDJSON])
+def test_stream_ends_with_the_json_response(send: SendFn, media_type: str) -> None:
+    response = send("POST", "/train-kernel", json=D2L_PAIR, headers={"Accept": media_type})
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == media_type
+    assert response.headers["Cache-Control"] == "no-store"
+    # A busy machine has time to tell of its reading.
+    names, contents = zip(*(event for event in parse_events(response) if event[0] != "reading"), strict=True)
+    assert names[0] == "forecast"
+    assert contents[0]["prediction"] == "converges"
+    assert contents[0]["largest_stable_learning_rate"] == pytest.approx(1 / 30)
+    assert names[-1] == "result"
+    assert contents[-1] == send("POST", "/train-kernel", json=D2L_PAIR).json()
+
+
+@pytest.mark.parametrize("media_type", [EVENT_STREAM, NDJSON])
+def test_steps_are_sent_at_most_twenty_times_a_second(send: SendFn, media_type: str) -> None:
+    body = {**D2L_PAIR, "steps": 60_000, "learning_rate": 1e-6}
+    start = time.perf_counter()
+    response = send("POST", "/train-kernel?history=thin", json=body, headers={"Accept": media_type})
+    seconds = time.perf_counter() - start
+    told = [content for name, content in parse_events(response) if name == "step"]
+    assert 1 <= len(told) <= 20 * seconds + 1
+    assert [step["number"] for step in told] == sorted({step["number"] for step in told})
+    *_, (name, result) = parse_events(response)
+    assert name == "result"
+    assert result["steps"] == 60_000
+    by_number = dict(zip(result["loss_history_steps"], result["loss_history"], strict=True))
+    assert all(by_number.get(step["number"], step["loss"]) == step["loss"] for step in told)
+
+
+def test_streamed_arrays_have_the_requested_form(send: SendFn) -> None:
+    response = send("POST", "/train-kernel?arrays=flat", json=D2L_PAIR, headers={"Accept": NDJSON})
+    *_, (_, result) = parse_events(response)
+    assert result["kernel"]["shape"] == [1, 2]
+
+
+@pytest.mark.parametrize("media_type", [EVENT_STREAM, NDJSON])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"solver": "newton"}, "solver"),
+        ({"kernel_size": 9}, "kernel_size"),
+        ({"bias": True, "refuse_divergence": True}, "learning_rate"),
+    ],
+)
+def test_rejection_before_the_first_event_is_a_problem(
+    send: SendFn, media_type: str, change: dict[str, Any], field: str
+) -> None:
+    response = send("POST", "/train-kernel", json={**D2L_PAIR, **change}, headers={"Accept": media_type})
+    assert assert_first_error(response, 422)["field"] == field
+
+
+def test_deadline_in_a_stream_is_its_last_event() -> None:
+    with start_server(create_unlimited_app(timeout_s=1)) as address:
+        response = httpx.post(f"{address}/train-kernel", json=LONG_FIT_REQUEST, headers={"Accept": NDJSON}, timeout=60)
+    *_, (name, problem) = parse_events(response)
+    assert name == "error"
+    assert problem["status"] == 504
+    assert problem["type"] == "urn:corr2d:error:deadline-passed"
+
+
+@pytest.mark.parametrize("accept", ["application/json", EVENT_STREAM])
+def test_disconnected_client_stops_the_fit_within_a_step(accept: str) -> None:
+    app = create_unlimited_app()
+    with start_server(app) as address:
+        with httpx.Client(base_url=address, timeout=0.5) as client:
+            asked = client.build_request("POST", "/train-kernel", json=LONG_FIT_REQUEST, headers={"Accept": accept})
+            # A stream begins at once; JSON would be long in coming.
+            with suppress(httpx.ReadTimeout):
+                client.send(asked, stream=True)
+                assert app.state.pool.busy
+        deadline = time.monotonic() + 10
+        while app.state.pool.busy:
+            assert time.monotonic() < deadline, "the work goes on for nobody"
+            time.sleep(0.01)
+        assert httpx.post(f"{address}/train-kernel", json=D2L_PAIR).status_code == 200
