@@ -6,10 +6,10 @@ FROM python:${PYTHON}-slim-bookworm AS base
 
 FROM base AS dependencies
 
-# torch for CPUs. For GPUs, in 5 GB: https://download.pytorch.org/whl/cu130, or empty for PyPI's own, which is CUDA's.
+# The CPU build of torch. For CUDA (5 GB): https://download.pytorch.org/whl/cu130, or empty for the CUDA build on PyPI.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-# For building behind a mirror; pip takes those that are given and not empty.
+# For builds behind a package mirror. pip ignores empty values.
 ARG PIP_INDEX_URL
 ARG PIP_FIND_LINKS
 ARG PIP_TRUSTED_HOST
@@ -18,12 +18,12 @@ ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX} PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CA
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 
-# The dependencies alone: this layer, nearly all of the image, lasts until one of them changes.
+# Only the dependencies: this layer, nearly all of the image, is cached until a dependency changes.
 RUN python3 -m venv --without-pip /opt/corr2d \
     && python3 -c 'import sys, tomllib; print(*tomllib.load(sys.stdin.buffer)["project"]["dependencies"], sep="\n")' \
         < pyproject.toml > dependencies.txt \
     && pip --python /opt/corr2d/bin/python3 install --constraint constraints.txt --requirement dependencies.txt \
-    # A quarter of that is tests, C++ headers and tools. torch_shm_manager is no tool: torch looks for it when imported.
+    # A quarter of the size is tests, C++ headers and tools. torch_shm_manager stays: importing torch requires it.
     && cd /opt/corr2d/lib/python3*/site-packages \
     && rm -rf torch/include torch/test \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
@@ -44,30 +44,30 @@ LABEL org.opencontainers.image.title="corr2d" \
       org.opencontainers.image.description="Convolution as a service: 2-D cross-correlation, Conv2d, learned kernels" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# Python's own site-packages hold pip and what belongs to it, which nothing here needs any more.
+# Remove pip, which is not needed at run time.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir / --shell /usr/sbin/nologin corr2d \
     && rm -rf /usr/local/bin/pip* /usr/local/bin/wheel /usr/local/lib/python3*/site-packages/*
 
 COPY --from=dependencies /opt/corr2d /opt/corr2d
 COPY --from=project /project /opt/corr2d
 
-# pip compiled all bytecode above; from here on nothing is written, so that the root may be read-only.
+# pip has compiled all bytecode above. The container writes nothing to the root, which may be read-only.
 ENV PATH=/opt/corr2d/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 CORR2D_HOST=0.0.0.0 CORR2D_PORT=8000
 
-# Without a folder that it may write to, matplotlib does not load. Shared memory is one beneath a read-only root as well,
-# for any user; its list of the fonts lies there from the first picture on, which takes a quarter of a second longer.
-# Compiled engines and the JSON reader are kept there too, for the next start of the same container.
+# matplotlib needs a writable directory for its font list, which the first plot creates in a quarter of a second.
+# Shared memory is writable for any user even if the root is read-only. Compiled engines and the compiled JSON parser
+# are cached there, too, for the next start of the same container.
 ENV MPLCONFIGDIR=/dev/shm/matplotlib XDG_CACHE_HOME=/dev/shm/cache
 
-# Should the service miss something that was left out, the build fails, not the start.
+# Fail the build, not the start, if the service needs a removed file.
 RUN python3 -c 'import service.app; from matplotlib.figure import Figure; Figure().savefig("/dev/null", format="svg")'
 
-# By number: Kubernetes' runAsNonRoot cannot look up a name.
+# A numeric user, because Kubernetes' runAsNonRoot cannot resolve a name.
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 
-# Ready means that a computation came out right. The empty ProxyHandler: a proxy in the environment is not asked.
+# /readyz succeeds if the warm-up computation had the right result. The empty ProxyHandler ignores proxy variables.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python3", "-c", "\
 import os, urllib.request as web; \
 web.build_opener(web.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['CORR2D_PORT'] + '/readyz', timeout=4)"]

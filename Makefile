@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use from constraints.txt; `make help` lists what there is.
+# All commands run in .venv, which is created from constraints.txt on first use; `make help` lists the targets.
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -20,53 +20,53 @@ test: .venv/dev.stamp  ## run the tests (20 minutes)
 coverage: .venv/dev.stamp  ## run the tests with branch coverage, which takes half as long again
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 
-test-without-halide: .venv/dev.stamp  ## run the tests of the service and of layers as where Halide has no wheel
+test-without-halide: .venv/dev.stamp  ## run the tests as on a platform without a Halide wheel
 	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/robustness tests/core/test_conv2d.py
 
-check: .venv/dev.stamp  ## lint, format, types, import rules, docs that match
+check: .venv/dev.stamp  ## check lint, format, types, import rules, and docs against the code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q -p no:randomly tests/project
 
-format: .venv/dev.stamp  ## put the code into its standard form
+format: .venv/dev.stamp  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/bench.stamp  ## measure the engines against their peers (20 minutes)
-	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --picture docs/images/engines.png
+bench: .venv/bench.stamp  ## compare the engines with torch, scipy and OpenCV (20 minutes)
+	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --plot docs/images/engines.png
 
-learning: .venv/bench.stamp  ## measure learning beside autograd and least squares on the explicit matrix (10 minutes)
-	$(BIN)/python benchmarks/learning.py --output benchmarks/learning.md --picture docs/images/learning.png
+learning: .venv/bench.stamp  ## compare learning with autograd and with numpy's and scipy's least squares (10 minutes)
+	$(BIN)/python benchmarks/learning.py --output benchmarks/learning.md --plot docs/images/learning.png
 
-wire: .venv/bench.stamp  ## measure the service against its peers over HTTP (12 minutes; needs wrk)
-	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --picture docs/images/wire.png
+wire: .venv/bench.stamp  ## compare the service with other servers over HTTP (12 minutes; needs wrk)
+	$(BIN)/python benchmarks/wire.py --output benchmarks/wire.md --plot docs/images/wire.png
 
-overload: .venv/bench.stamp  ## offer the service up to ten times what it can do (7 minutes)
-	$(BIN)/python benchmarks/overload.py --output benchmarks/overload.md --picture docs/images/overload.png
+overload: .venv/bench.stamp  ## send up to ten times the load that the service can process (7 minutes)
+	$(BIN)/python benchmarks/overload.py --output benchmarks/overload.md --plot docs/images/overload.png
 
-soak: .venv/bench.stamp  ## twenty thousand good and bad requests, and what becomes of the memory (8 minutes)
-	$(BIN)/python benchmarks/soak.py --output benchmarks/soak.md --picture docs/images/soak.png
+soak: .venv/bench.stamp  ## send twenty thousand valid and invalid requests and measure the memory (8 minutes)
+	$(BIN)/python benchmarks/soak.py --output benchmarks/soak.md --plot docs/images/soak.png
 
-fuzz: .venv/fuzz.stamp  ## thousands of requests made of the description, then a minute on every decoder (FUZZ_SECONDS=60)
+fuzz: .venv/fuzz.stamp  ## send random requests from the OpenAPI schema, then fuzz every decoder for FUZZ_SECONDS (60)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_schema_fuzz.py
 	for format in json npy npz safetensors png jpeg gzip deflate zstd; do \
 		$(BIN)/python tests/fuzz/decoders.py $$format --seconds $(FUZZ_SECONDS) || exit 1; done
 
-gpu: .venv/dev.stamp  ## check and time the engines on a GPU, where there is one
+gpu: .venv/dev.stamp  ## check and time the engines on a GPU, if there is one
 	$(BIN)/python benchmarks/gpu.py
 
-monitoring: .venv/dev.stamp  ## check alerts and dashboard with promtool, where it is installed (apt-get install prometheus)
+monitoring: .venv/dev.stamp  ## check alerts and dashboard with promtool, if it is installed (apt-get install prometheus)
 	$(BIN)/pytest -q -rs -p no:randomly tests/project/test_monitoring.py
 
-estimates: .venv/dev.stamp  ## compare estimates of time and memory with 500 drawn requests (10 minutes)
+estimates: .venv/dev.stamp  ## compare estimates of time and memory with 500 random requests (10 minutes)
 	$(BIN)/python benchmarks/estimates.py --requests 500
 
-pictures: .venv/bench.stamp  ## draw the pictures of the README again
+pictures: .venv/bench.stamp  ## regenerate the images of the README
 	$(BIN)/python docs/pictures.py
 
-constraints:  ## resolve constraints.txt anew from the ranges in pyproject.toml, with torch $(TORCH)
+constraints:  ## resolve constraints.txt again from the ranges in pyproject.toml, with torch $(TORCH)
 	$(PYTHON) -m venv .venv/resolver
 	.venv/resolver/bin/pip install --quiet pip-tools
 	echo "torch==$(TORCH)" > .venv/resolver/torch.txt
@@ -76,7 +76,7 @@ constraints:  ## resolve constraints.txt anew from the ranges in pyproject.toml,
 	( echo "# Generated by \`make constraints\`: every dependency, pinned."; \
 		sed -e 's/+cpu$$//' -e '/^#/d' -e '/^$$/d' .venv/resolver/constraints.txt ) > constraints.txt
 
-clean:  ## remove what the targets made
+clean:  ## remove the virtual environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 
 .venv/serve.stamp: pyproject.toml constraints.txt

@@ -1,20 +1,20 @@
-"""How long core.correlate and core.conv2d take on the CPU beside torch, scipy and OpenCV.
+"""Compare the time of core.correlate and core.conv2d on the CPU with torch, scipy and OpenCV.
 
     make bench                                       everything, in about 20 minutes
-    .venv/bin/python benchmarks/engines.py --help    fewer rows, more time, a Markdown file, a picture
+    .venv/bin/python benchmarks/engines.py --help    fewer rows, more time, a Markdown file, a plot
 
-How to read the tables. A row is a problem: "general 256, 7 x 7" is one plane of 256 x 256 under one kernel of 7 x 7
-random numbers, "separable" the same under a product of a column and a row, "conv2d 3 -> 8, 512, 5 x 5" makes 8 channels
-out of 3. A number is the shortest time in milliseconds that the column's function ever took; "-" stands where it does
-not solve the problem or should need more than half a second (only the fastest peer stays in any case). "core / best" is
-core's time by that of the fastest peer in the row: 1 is a draw, 0.5 twice as fast, 10 a defeat. "engine" is what core
-chose; with --choice the last columns are its engines one by one, each forced. The lines at the end sum it all up.
+Tables: A row is a problem: "general 256, 7 x 7" is one plane of 256 x 256 and one kernel of 7 x 7 random numbers,
+"separable" has a kernel that is the product of a column and a row, "conv2d 3 -> 8, 512, 5 x 5" computes 8 channels from
+3. A number is the shortest time of the column's function in milliseconds, or "-" if the function cannot compute the
+problem or is predicted to take more than half a second (the fastest peer is always measured). "core / best" is the time
+of core divided by that of the fastest peer in the row: 0.5 is twice as fast. "engine" is the engine that core chose;
+with --choice, the last columns are all engines, each forced. The lines at the end are a summary.
 
-How it is measured. All run in this process, with the same number of threads, and take turns of a few milliseconds until
-each has had its share of the row's time and three calls. Before that, every one of them must give the right numbers.
-What everybody starts from stands in benchmarks/peers.py: peers find what they like best. Every call allocates its
-output. Keep the machine idle meanwhile: other work hurts torch, and core on it, most, because their threads wait for
-one another.
+Method: All functions run in this process with the same number of threads, interleaved in turns of a few milliseconds,
+until each has used an equal part of the row's time and has run at least three times. Before that, the output of each is
+checked. benchmarks/peers.py prepares the inputs, for each peer in the layout in which it is fastest. Every call
+allocates its output. Keep the machine idle during the measurement: other processes slow down torch, and core on torch,
+most, because their threads wait for each other.
 """
 
 import argparse
@@ -70,39 +70,39 @@ PLOTTED_PLANE_SIDE = 1024
 SECONDS_PER_ROW = 0.8
 
 MAX_CALL_S = 0.5
-"""Seconds: a peer, or a forced engine, that should need more for one call is left out of the row."""
+"""Peers and forced engines whose predicted time per call is longer, in seconds, are left out of a row."""
 
 TURN_S = 0.005
-"""Seconds of one turn. A single call would find caches and cores as the threads of whoever came before left them: with
-such turns, core and torch came out up to four times slower on two cores."""
+"""Duration of a turn, in seconds. With turns of a single call, the threads of the previous function still occupy caches
+and cores: core and torch were measured up to four times slower on two cores."""
 
 PAUSE_S = 0.004
-"""Seconds before a turn: torch's threads go on spinning for milliseconds after a call, on the cores that whoever comes
-next needs."""
+"""Pause before a turn, in seconds: torch's threads spin for milliseconds after a call, on the cores that the next
+function needs."""
 
 MIN_TIMED_CALLS = 3
-"""Timed calls of everybody, however slow."""
+"""Minimum number of timed calls of each function."""
 
 TOLERANCES: Mapping[core.Dtype, float] = {"float32": 1e-5, "float64": 1e-10}
-"""The largest error allowed, relative to the largest output: right answers in float32 stay about ten times below it."""
+"""Largest allowed error, relative to the largest output: about ten times that of correct outputs in float32."""
 
 MIN_COMPARABLE_S = 50e-6
-"""Seconds: rows whose best peer takes less are summed up apart, for there the cost of a call from Python decides."""
+"""Rows whose best peer takes less, in seconds, are summarized separately: the overhead of a Python call dominates."""
 
 MAX_GOOD_CHOICE_RATIO = 1.15
-"""A choice is good where the chosen engine takes at most this many times what the fastest one takes."""
+"""A choice is good if the time of the chosen engine is at most this multiple of that of the fastest one."""
 
 BEST_PEER_TARGET = 1.5
 TORCH_TARGET = 10.0
 SEP_FILTER_TARGET = 1.5
-"""Targets of the geometric means of the peer's time by core's."""
+"""Targets for the geometric means of the peer's time divided by that of core."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """A cell, the engine that core chose, and the best times of core, of its peers and of its forced engines, by name.
 
-    `predicted` is what core expected of the forced engines. Times are in seconds.
+    `predicted` contains the predicted times of the forced engines. Times are in seconds.
     """
 
     cell: Cell
@@ -119,12 +119,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Core's time by the best peer's."""
+        """The time of core divided by that of the best peer."""
         return self.seconds / self.peers[self.best_peer]
 
     @property
     def engines(self) -> Mapping[str, float]:
-        """The times of core's engines; where the chosen one was too slow to be forced, core's own stands for it."""
+        """The times of the engines; if the chosen one was too slow to be forced, the time of core is used for it."""
         return {self.engine: self.seconds, **self.forced}
 
     @property
@@ -134,13 +134,13 @@ class Row:
 
     @property
     def regret(self) -> float:
-        """The chosen engine's time by the fastest one's."""
+        """The time of the chosen engine divided by that of the fastest one."""
         return self.engines[self.engine] / self.engines[self.fastest_engine]
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The machine as core measured it, and what calls took so far: seconds by contender and cell."""
+    """The machine as core measured it, and the measured times of calls in seconds, by contender and cell."""
 
     machine: core.Machine
     known: dict[tuple[str, Cell], float]
@@ -150,7 +150,7 @@ class Session:
 
 
 def measure_cell(cell: Cell, session: Session, seconds: float, *, force: bool) -> Row:
-    """Check and time everybody who can solve the cell in acceptable time, and core's engines one by one if asked."""
+    """Check and time core and the peers that are fast enough for the cell and, with `force`, each engine of core."""
     expectations = {name: predict_seconds(name, cell, session) for name in list_peers(cell)}
     limit = max(MAX_CALL_S, min(expectations.values()))
     peers = [name for name, expected in expectations.items() if expected <= limit]
@@ -173,14 +173,11 @@ def measure_cell(cell: Cell, session: Session, seconds: float, *, force: bool) -
         if isinstance(output, core.Result):
             engine = output.engine if name == SUBJECT_NAME else engine
             predicted[name] = output.predicted_seconds
-        if not error <= allowed:  # so written, NaN is an error too
+        if not error <= allowed:  # also true for NaN
             by = f" by engine {engine}" if name == SUBJECT_NAME else ""
-            sys.exit(
-                f"{name}{by} is wrong on {cell}, {cell.setting}: "
-                f"off by {error:.1g} of the largest output, allowed is {allowed:g}"
-            )
+            sys.exit(f"{name}{by} is wrong on {cell}, {cell.setting}: relative error {error:.1g}, allowed {allowed:g}")
         calls[name] = call
-        del output  # or it would be in memory until the next one is
+        del output  # free its memory before the next call
     del expected
 
     times = measure_best_times(calls, seconds)
@@ -197,9 +194,9 @@ def measure_cell(cell: Cell, session: Session, seconds: float, *, force: bool) -
 
 
 def predict_seconds(name: str, cell: Cell, session: Session) -> float:
-    """What a call should take, by its time for a smaller cell, which is tried now if it was not measured.
+    """Return the predicted seconds of a call, extrapolated from the time for a smaller cell.
 
-    Unless that should already take too long itself: then its own prediction stands for it.
+    If the smaller cell was not measured, it is measured now or, if it is predicted to take too long, predicted itself.
     """
     below = find_smaller_cell(cell)
     if below is None:
@@ -212,10 +209,10 @@ def predict_seconds(name: str, cell: Cell, session: Session) -> float:
 
 
 def find_smaller_cell(cell: Cell) -> Cell | None:
-    """The cell whose time tells most: on the next smaller plane, as work grows with the output's area.
+    """Return the smaller cell from which to extrapolate the time of a cell, or None.
 
-    Where that leaves less output than the kernel is large, it says little about planes where there is more: then it is
-    the same plane under the next smaller kernel, as work grows with the taps at most. None where there is none smaller.
+    It is the one with the next smaller plane, as work grows with the area of the output. If its output would be smaller
+    than the kernel, it is the one with the same plane and the next smaller kernel, as work grows at most with the taps.
     """
     planes = [plane for plane in PLANE_SIDES if plane < cell.plane and replace(cell, plane=plane).side >= cell.kernel]
     kernels = [kernel for kernel in KERNEL_SIDES if kernel < cell.kernel]
@@ -225,7 +222,7 @@ def find_smaller_cell(cell: Cell) -> Cell | None:
 
 
 def time_second_call(name: str, cell: Cell, session: Session) -> float:
-    """Seconds of a second call, for the first may have to compile; 0 where the contender cannot."""
+    """Return the seconds of a second call, as the first may compile; 0 if the contender cannot compute the cell."""
     call = CONTENDERS[name](create_task(cell, session.machine))
     with contextlib.suppress(core.MethodUnavailable):
         call()
@@ -236,12 +233,12 @@ def time_second_call(name: str, cell: Cell, session: Session) -> float:
 
 
 def measure_best_times(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The shortest time of each call. The turn is always with whoever has had least time: A B C A B C ..."""
+    """Return the shortest time of each call. The call with the least time spent has the next turn: A B C A B C ..."""
     best = dict.fromkeys(calls, math.inf)
     spent = dict.fromkeys(calls, 0.0)
     made = dict.fromkeys(calls, 0)
-    share = seconds / len(calls)
-    while waiting := [name for name in calls if spent[name] < share or made[name] < MIN_TIMED_CALLS]:
+    budget = seconds / len(calls)
+    while waiting := [name for name in calls if spent[name] < budget or made[name] < MIN_TIMED_CALLS]:
         name = min(waiting, key=spent.__getitem__)
         call, end_of_turn = calls[name], spent[name] + TURN_S
         sleep(PAUSE_S)
@@ -256,7 +253,7 @@ def measure_best_times(calls: Mapping[str, Callable[[], object]], seconds: float
 
 
 def compare_with_hardware(machine: core.Machine, seconds: float) -> list[str]:
-    """What small kernels leave of the memory's speed and larger ones of the arithmetic's, in sentences."""
+    """Compare the time of a small kernel with a memory copy and that of a larger one with a matrix product."""
     small, large = (Cell("general", *sizes, threads=machine.threads) for sizes in ((4096, 3), (1024, 15)))
     task = create_task(small, machine)
     side = large.plane
@@ -266,20 +263,22 @@ def compare_with_hardware(machine: core.Machine, seconds: float) -> list[str]:
         calls = {"stencil": CONTENDERS["stencil"](create_task(large, machine)), "sgemm": lambda: torch.mm(one, other)}
         arithmetic = measure_best_times(calls, seconds)
     except core.MethodUnavailable as error:
-        return [f"No stencil to hold against the hardware: {error}."]
-    copied = f"{format_milliseconds(memory['stencil'])} ms, {format_number(memory['stencil'] / memory['copy'])} times a copy by numpy"
+        return [f"Stencil not compared with the hardware: {error}."]
+    times_copy = format_number(memory["stencil"] / memory["copy"])
+    copied = f"{format_milliseconds(memory['stencil'])} ms, {times_copy} times a copy by numpy"
     sums, products = large.problem.operations / arithmetic["stencil"], 2 * side**3 / arithmetic["sgemm"]
-    rate = f"{format_number(sums / 1e9)} Gflop/s, {format_number(sums / products)} of torch's matrix product"
+    fraction = f"{format_number(sums / products)} of torch's {side} x {side} matrix product"
+    rate = f"{format_number(sums / 1e9)} Gflop/s, {fraction}"
     return [
-        f"Stencil, {small}, {small.setting}: reached {copied}, which takes {format_milliseconds(memory['copy'])} ms.",
-        f"Stencil, {large}, {large.setting}: reached {rate} ({side} x {side}), which does {format_number(products / 1e9)}.",
+        f"Stencil, {small}, {small.setting}: reached {copied} ({format_milliseconds(memory['copy'])} ms).",
+        f"Stencil, {large}, {large.setting}: reached {rate}, {format_number(products / 1e9)} Gflop/s.",
     ]
 
 
 def measure_choice_cost(cells: Iterable[Cell], machine: core.Machine) -> str:
-    """What finding the engine takes for a problem never seen, and for one that was, in a sentence."""
+    """Measure the time of choosing an engine for a new problem and for a cached one, as a sentence."""
     problems = {cell.problem for cell in cells}
-    unseen = replace(machine, flops=1.001 * machine.flops)  # what the engines remember, they remember by machine too
+    unseen = replace(machine, flops=1.001 * machine.flops)  # the machine is part of the cache keys
     first, again, calls = [], [], 100
     for problem in problems:
         start = perf_counter()
@@ -291,16 +290,14 @@ def measure_choice_cost(cells: Iterable[Cell], machine: core.Machine) -> str:
             core.choose(problem, "auto", machine)
         again.append((perf_counter() - start) / calls)
     new, known = (format_number(statistics.median(times) * 1e6) for times in (first, again))
-    return (
-        f"Choosing an engine, median of {len(problems)} problems: reached {new} us, {known} us where it is remembered."
-    )
+    return f"Choosing an engine, median of {len(problems)} problems: reached {new} us, {known} us if it is cached."
 
 
-# Reporting: the same Markdown on the screen and in the file.
+# Reporting: the same Markdown on stdout and in the file.
 
 
 COLUMN_WIDTH = 7
-"""Letters of the longest number."""
+"""Characters of the longest number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +315,7 @@ class ResultTable:
         return f"## {cell.kind}, {cell.setting}\n\n{self._line('milliseconds', names)}\n{'| --- ' * (len(names) + 1)}|"
 
     def line(self, row: Row) -> str:
-        """One line of the table."""
+        """Return one line of the table."""
         peers = [format_milliseconds(row.peers.get(name)) for name in self._peers]
         engines = [format_milliseconds(row.forced.get(name)) for name in self._engines]
         entries = [
@@ -340,7 +337,7 @@ class ResultTable:
         return list(core.ENGINES) if self.with_engines else []
 
     def _line(self, label: str, entries: Sequence[str]) -> str:
-        """One line, its columns as wide as their names so that a terminal shows a table too."""
+        """Return one line, padded so that columns are aligned in a terminal."""
         of_engines = max(map(len, core.ENGINES))
         of_names = [max(COLUMN_WIDTH, len(name)) for name in [*self._peers, *self._engines]]
         widths = [
@@ -357,17 +354,17 @@ class ResultTable:
 
 
 def format_milliseconds(seconds: float | None) -> str:
-    """A time as the tables show it."""
+    """Format a time in seconds as milliseconds, or "-" for None."""
     return "-" if seconds is None else format_number(seconds * 1e3)
 
 
 def format_number(number: float) -> str:
-    """Three digits at most, and never an exponent."""
+    """Format a number with at most three digits and without an exponent."""
     return f"{number:.3g}" if 1e-3 <= number < 999.5 else f"{number:.3f}" if number < 1 else f"{number:.0f}"
 
 
 def summarize(rows: Sequence[Row]) -> list[str]:
-    """Core against its peers, in sentences."""
+    """Compare core with its peers, in sentences."""
     slower = sum(row.ratio > 1 for row in rows)
     long = [row for row in rows if row.peers[row.best_peer] >= MIN_COMPARABLE_S]
     short = [row for row in rows if row.peers[row.best_peer] < MIN_COMPARABLE_S]
@@ -384,66 +381,66 @@ def summarize(rows: Sequence[Row]) -> list[str]:
 
 
 def describe_worst(rows: Sequence[Row], which: str) -> str:
-    """The row where core does worst, in a sentence."""
+    """Describe the row with the largest core / best, in a sentence."""
     if not rows:
         return f"Worst core / best: there are no {which}."
     row = max(rows, key=lambda row: row.ratio)
     slower = sum(row.ratio > 1 for row in rows)
     return (
         f"Worst core / best, {which}: {format_number(row.ratio)} ({row.cell}, {row.cell.setting}, engine {row.engine}, "
-        f"against {row.best_peer}); slower in {slower} of {len(rows)}."
+        f"best peer {row.best_peer}); slower in {slower} of {len(rows)}."
     )
 
 
 def describe_mean_advantage(rows: Sequence[Row], peer: str | None, which: str, target: float) -> str:
-    """The geometric mean of the peer's time by core's where it took part, in a sentence; None is the best peer."""
+    """Describe the geometric mean of the time of a peer (None: the best) divided by that of core, in a sentence."""
     ratios = {
         row.cell: row.peers[peer or row.best_peer] / row.seconds for row in rows if (peer or row.best_peer) in row.peers
     }
-    what = f"Geometric mean of {peer or 'best peer'} / core, {which}: target at least {target:g}"
+    title = f"Geometric mean of {peer or 'best peer'} / core, {which}: target at least {target:g}"
     if not ratios:
-        return f"{what}, not measured."
+        return f"{title}, not measured."
     mean = statistics.geometric_mean
     by_setting: dict[str, list[float]] = {}
     for cell, ratio in ratios.items():
         by_setting.setdefault(cell.setting, []).append(ratio)
     parts = "; ".join(f"{setting}: {format_number(mean(part))}" for setting, part in by_setting.items())
-    return f"{what}, reached {format_number(mean(ratios.values()))} in {len(ratios)} of {len(rows)} rows ({parts})."
+    return f"{title}, reached {format_number(mean(ratios.values()))} in {len(ratios)} of {len(rows)} rows ({parts})."
 
 
 def judge_choices(rows: Sequence[Row]) -> list[str]:
-    """How often the choice among the engines was good, what it cost, and where it was not good, in sentences."""
+    """Describe how often the choice of an engine was good, its cost, and the rows with a bad choice, in sentences."""
     misses = sorted(
         (row for row in rows if row.regret > MAX_GOOD_CHOICE_RATIO), key=lambda row: row.regret, reverse=True
     )
     overheads = {row: row.seconds / row.engines[row.fastest_engine] for row in rows}
     worst_row = max(overheads, key=overheads.__getitem__)
     good = sum(overhead <= MAX_GOOD_CHOICE_RATIO for overhead in overheads.values())
-    of_fastest = f"takes at most {MAX_GOOD_CHOICE_RATIO:g} times what the fastest takes: reached in"
+    of_fastest = f"takes at most {MAX_GOOD_CHOICE_RATIO:g} times the time of the fastest engine: reached in"
     at_worst = f"at worst {format_number(overheads[worst_row])} times ({worst_row.cell}, {worst_row.cell.setting})"
     return [
-        f"The chosen engine, forced, {of_fastest} {format_percent(len(rows) - len(misses), len(rows))}; misses stand below.",
-        f"core, choice and looks at the kernel included, {of_fastest} {format_percent(good, len(rows))}; {at_worst}.",
+        f"The chosen engine, forced, {of_fastest} {format_percent(len(rows) - len(misses), len(rows))}; misses below.",
+        f"core, including choice and rank check, {of_fastest} {format_percent(good, len(rows))}; {at_worst}.",
         *map(describe_miss, misses),
     ]
 
 
 def format_percent(part: int, whole: int) -> str:
-    """A share of the rows."""
+    """Format a part of the rows as a percentage."""
     return f"{format_number(100 * part / whole) if part else 0} % of {whole} rows"
 
 
 def describe_miss(row: Row) -> str:
-    """The chosen engine and the one that would have been right."""
-    chosen, right = (
+    """Describe a bad choice: the chosen engine and the fastest one."""
+    chosen, fastest = (
         f"{name} {format_milliseconds(row.engines[name])} ms (predicted {format_milliseconds(row.predicted.get(name))})"
         for name in (row.engine, row.fastest_engine)
     )
-    return f"{row.cell}, {row.cell.setting}: {format_number(row.regret)} times; chosen {chosen}, fastest {right}"
+    return f"{row.cell}, {row.cell.setting}: {format_number(row.regret)} times; chosen {chosen}, fastest {fastest}"
 
 
 def describe_environment() -> str:
-    """When, on what and with what this was measured."""
+    """Return the date, the machine and the versions of the libraries."""
     versions = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -459,7 +456,7 @@ def describe_environment() -> str:
 
 
 def get_cpu_model() -> str:
-    """The processor's name: Linux keeps it in a file, elsewhere Python knows something."""
+    """Return the processor's model: from /proc/cpuinfo on Linux, otherwise from the platform module."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -468,19 +465,19 @@ def get_cpu_model() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-# The picture: time against the size of the kernel.
+# The plot: time against kernel size.
 
 PEER_COLOURS = ("#9467bd", "#b07fd6", "#8c564b", "#e377c2", "#f08cc0", "#b5846f", "#d62728", "#ff7f0e", "#bcbd22")
 ENGINE_COLOURS = ("#1f6feb", "#17becf", "#2ca02c", "#0b7285", "#63a5f7", "#74c69d", "#3b3f8f")
 MIN_LABEL_GAP = 0.05
-"""The least distance of two labels, as a share of the picture's height."""
+"""Minimum distance between two labels, as a fraction of the height of the axes."""
 MIN_LABEL_RATIO = 1.1
-"""Below, two sizes of the kernel lie too close for the names of both."""
+"""Ratio of two kernel sizes below which only one of them is labelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A contender's times in seconds by size of the kernel, and their colour and style in the picture."""
+    """The times of a contender in seconds by kernel size, with their colour and style in the plot."""
 
     name: str
     points: Mapping[int, float]
@@ -489,7 +486,7 @@ class Line:
 
 
 def build_lines(rows: Sequence[Row]) -> list[Line]:
-    """Core, then its engines, then its peers, where they took part; core's is broad and lies below."""
+    """Return the lines of core (wide, below the others), of its engines and of its peers, as far as measured."""
     rows_of = {row.cell.kernel: row for row in sorted(rows, key=lambda row: row.cell.kernel)}
     whole = {"linewidth": 6, "alpha": 0.8, "zorder": 1.5, "solid_capstyle": "round"}
     solid = {"linewidth": 1.6, "marker": "o", "markersize": 4}
@@ -507,7 +504,7 @@ def build_lines(rows: Sequence[Row]) -> list[Line]:
 
 
 def style_axes(axes: Axes) -> None:
-    """Numbers as they are said, a faint grid, and no box around it."""
+    """Set plain tick labels, a faint grid and no frame on the top and right."""
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -517,7 +514,7 @@ def style_axes(axes: Axes) -> None:
 
 
 def draw_plot(rows: Sequence[Row], path: Path) -> None:
-    """One line for core, each of its engines when forced, and each peer; each is named at the right, in its colour."""
+    """Draw one line for core, each forced engine and each peer, with labels at the right in the colour of the line."""
     lines, cell = build_lines(rows), rows[0].cell
     kernels = list(lines[0].points)
     figure = Figure(figsize=(12, 8), dpi=100, facecolor="white")
@@ -525,16 +522,16 @@ def draw_plot(rows: Sequence[Row], path: Path) -> None:
     for line in lines:
         times = [seconds * 1e3 for seconds in line.points.values()]
         axes.loglog(list(line.points), times, color=line.colour, **line.style)
-    axes.set_title(f"One plane of {cell.plane} x {cell.plane} under one kernel of random numbers, {cell.setting}")
+    axes.set_title(f"One plane of {cell.plane} x {cell.plane}, one kernel of random numbers, {cell.setting}")
     axes.set_xlabel("rows and columns of the kernel")
-    axes.set_ylabel("milliseconds, the best of many calls")
+    axes.set_ylabel("milliseconds (shortest of many calls)")
     crowded = {after for before, after in itertools.pairwise(kernels) if after < MIN_LABEL_RATIO * before}
     axes.set_xticks(kernels, ["" if kernel in crowded else str(kernel) for kernel in kernels])
     style_axes(axes)
 
     ends = {line.name: (max(line.points), line.points[max(line.points)] * 1e3) for line in lines}
-    to_share = axes.transData + axes.transAxes.inverted()
-    heights = spread_labels({name: float(to_share.transform(end)[1]) for name, end in ends.items()})
+    to_axes_fraction = axes.transData + axes.transAxes.inverted()
+    heights = spread_labels({name: float(to_axes_fraction.transform(end)[1]) for name, end in ends.items()})
     for line in lines:
         axes.annotate(
             line.name,
@@ -551,27 +548,27 @@ def draw_plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def spread_labels(heights: Mapping[str, float]) -> dict[str, float]:
-    """The heights from 0 to 1 moved as little as makes them LABEL_GAP apart, their order kept."""
+    """Return the heights (0 to 1) with the smallest changes that make them MIN_LABEL_GAP apart, in the same order."""
     names = sorted(heights, key=heights.__getitem__)
     gap = min(MIN_LABEL_GAP, 1 / len(names))
-    # Without the gaps that stand below each they only have to rise: what does so is their isotonic regression.
-    wanted = [heights[name] - gap * place for place, name in enumerate(names)]
+    # After subtracting the gaps below each label, the heights must be nondecreasing: isotonic regression.
+    wanted = [heights[name] - gap * index for index, name in enumerate(names)]
     fitted = [
         max(
-            min(statistics.fmean(wanted[first : last + 1]) for last in range(place, len(names)))
-            for first in range(place + 1)
+            min(statistics.fmean(wanted[first : last + 1]) for last in range(index, len(names)))
+            for first in range(index + 1)
         )
-        for place in range(len(names))
+        for index in range(len(names))
     ]
     highest = 1 - gap * (len(names) - 1)
-    return {name: min(max(fitted[place], 0), highest) + gap * place for place, name in enumerate(names)}
+    return {name: min(max(fitted[index], 0), highest) + gap * index for index, name in enumerate(names)}
 
 
 # The command line.
 
 
 def build_tables(threads: int, arguments: argparse.Namespace) -> list[ResultTable]:
-    """All tables for so many threads, those without rows left out."""
+    """Return all tables for a number of threads that have rows."""
     tables = []
     for dtype, kind in itertools.product(arguments.dtypes, arguments.kinds):
         cells = [
@@ -588,8 +585,8 @@ def build_tables(threads: int, arguments: argparse.Namespace) -> list[ResultTabl
 
 
 def select_plotted_cells(arguments: argparse.Namespace) -> set[Cell]:
-    """The cells that the picture shows: one plane, float32, general kernels, the most threads; none without one."""
-    if arguments.picture is None or "float32" not in arguments.dtypes or "general" not in arguments.kinds:
+    """Return the cells of the plot: one plane, float32, general kernels, the most threads; none without --plot."""
+    if arguments.plot is None or "float32" not in arguments.dtypes or "general" not in arguments.kinds:
         return set()
     plane = PLOTTED_PLANE_SIDE if PLOTTED_PLANE_SIDE in arguments.planes else max(arguments.planes)
     threads = max(arguments.threads)
@@ -597,44 +594,44 @@ def select_plotted_cells(arguments: argparse.Namespace) -> set[Cell]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked now rather than after 20 minutes."""
+    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     cores = sorted({1, core.usable_cores()})
     for name, numbers, meaning in (
-        ("threads", cores, "a sweep for each of these"),
-        ("planes", PLANE_SIDES, "their sides, except for conv2d"),
-        ("kernels", KERNEL_SIDES, "their sides, except for conv2d"),
+        ("threads", cores, "numbers of threads"),
+        ("planes", PLANE_SIDES, "sides of the planes, except for conv2d"),
+        ("kernels", KERNEL_SIDES, "sides of the kernels, except for conv2d"),
     ):
         text = f"{meaning} (default: {' '.join(map(str, numbers))})"
         parser.add_argument(f"--{name}", nargs="+", metavar="N", type=int, default=numbers, help=text)
     for name, allowed in (("dtypes", get_args(core.Dtype)), ("kinds", get_args(CellKind))):
         parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=allowed, help="(default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS_PER_ROW, help="time per row (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there too, as Markdown")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw time against kernel size, as .png or .svg")
-    parser.add_argument("--choice", action="store_true", help="measure every engine of core, to judge the choice")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the report to FILE, as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot time against kernel size, as .png or .svg")
+    parser.add_argument("--choice", action="store_true", help="measure every engine of core, to assess the choice")
     arguments = parser.parse_args()
     for name in ("threads", "planes", "kernels"):
         numbers = sorted(set(getattr(arguments, name)))
         if numbers[0] < 1:
-            parser.error(f"--{name} {numbers[0]}: at least 1")
+            parser.error(f"--{name} {numbers[0]} is below 1")
         setattr(arguments, name, numbers)
-    for file in (arguments.output, arguments.picture):
+    for file in (arguments.output, arguments.plot):
         if file is not None and not file.parent.is_dir():
-            parser.error(f"{file}: there is no folder {file.parent}")
-    if arguments.picture is not None and arguments.picture.suffix not in (".png", ".svg"):
-        parser.error(f"--picture {arguments.picture}: a name that ends in .png or .svg")
-    if arguments.picture is not None and not select_plotted_cells(arguments):
-        parser.error("--picture shows general kernels in float32: they must be among --kinds, --dtypes and --kernels")
+            parser.error(f"{file}: folder {file.parent} does not exist")
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
+        parser.error(f"--plot {arguments.plot}: must end in .png or .svg")
+    if arguments.plot is not None and not select_plotted_cells(arguments):
+        parser.error("--plot plots general kernels in float32: include them in --kinds, --dtypes and --kernels")
     if not build_tables(1, arguments):
         parser.error("no rows: conv2d is measured in float32, and a kernel must be smaller than its plane")
     return arguments
 
 
 def main() -> None:
-    """Measure, print, and write the files that were asked for."""
+    """Measure, print the report, and write the requested files."""
     arguments = parse_arguments()
-    in_picture = select_plotted_cells(arguments)
+    plotted = select_plotted_cells(arguments)
     parts = [describe_environment()]
     print(parts[0], flush=True)
     rows: list[Row] = []
@@ -649,21 +646,21 @@ def main() -> None:
                 lines = [table.heading]
                 print("", table.heading, sep="\n", flush=True)
                 for cell in table.cells:
-                    force = arguments.choice or cell in in_picture
+                    force = arguments.choice or cell in plotted
                     rows.append(measure_cell(cell, session, arguments.seconds, force=force))
                     lines.append(table.line(rows[-1]))
                     print(lines[-1], flush=True)
                 parts.append("\n".join(lines))
         bounds += compare_with_hardware(machine, arguments.seconds)
-    verdict = [*summarize(rows), measure_choice_cost((row.cell for row in rows), machine), *bounds]
+    summary = [*summarize(rows), measure_choice_cost((row.cell for row in rows), machine), *bounds]
     if arguments.choice:
-        verdict += judge_choices(rows)
-    parts += ["## Summary", "\n".join(f"- {line}" for line in verdict)]
+        summary += judge_choices(rows)
+    parts += ["## Summary", "\n".join(f"- {line}" for line in summary)]
     print("", *parts[-2:], sep="\n")
     if arguments.output is not None:
         arguments.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    if arguments.picture is not None:
-        draw_plot([row for row in rows if row.cell in in_picture], arguments.picture)
+    if arguments.plot is not None:
+        draw_plot([row for row in rows if row.cell in plotted], arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Compare the estimates of time and memory with what drawn requests take: planes and layers, on every engine.
+"""Compare the estimates of time and memory with measurements of random requests: planes and layers, on every engine.
 
     python benchmarks/estimates.py [--requests 200] [--seed 0] [--engines torch_fft,torch] [--kinds plane,layer]
         [--seconds 2] [--values normal]
 
-Each request runs twice in this process; the first run compiles and is not counted. Time is the shorter of wall time and
-CPU time of the second run divided by the threads, if other programs take the cores. Memory is what the peak resident
-size (VmHWM of /proc) exceeds the size before by. `--values` takes hostile numbers instead of normal ones. Ends with the
-worst ratios and every request that breaks a promise: over 50 ms and off by more than 5 times, or a peak of more than
-1.2 times the estimate and 50 MB. The exit code is 1 if there is one.
+Each request runs twice in this process; the first run compiles and is not counted. The time is the wall time of the
+second run, or its CPU time divided by the cores if that is shorter because other programs use the cores. The memory is
+the increase of the peak resident size (VmHWM in /proc). `--values` selects the values of the images. A request is off
+if it takes more than 50 ms and its time differs from the prediction by more than a factor of 5, or if its peak memory
+exceeds 1.2 times the estimate plus 50 MB. Such requests are printed, and the exit code is 1 if there are any. The last
+lines are the worst ratios of each engine.
 """
 
 import argparse
@@ -65,13 +66,13 @@ class Outcome(NamedTuple):
 
     @property
     def off(self) -> bool:
-        """A promise is broken."""
+        """Whether a measurement exceeds the tolerance of its estimate."""
         wrong = max(self.times, 1 / self.times) > MAX_TIME_RATIO and max(self.seconds, self.predicted) > MIN_CHECKED_S
         return wrong or self.megabytes > MAX_MEMORY_RATIO * self.estimated + MEMORY_SLACK_MB
 
 
 def draw_plane(rng: np.random.Generator, engine: str, dtype: str) -> Request:
-    """One kernel over one or several planes."""
+    """Draw a request for one kernel and one or several planes."""
     height, width = (int(side) for side in np.exp(rng.uniform(np.log(16), np.log(3000), 2)))
     h, w = (int(side) for side in np.exp(rng.uniform(0, np.log(100), 2)))
     batch = int(rng.choice([1, 1, 1, 3, 20]))
@@ -82,7 +83,7 @@ def draw_plane(rng: np.random.Generator, engine: str, dtype: str) -> Request:
 
 
 def draw_layer(rng: np.random.Generator, engine: str, dtype: str) -> Request:
-    """A Conv2d layer."""
+    """Draw a request for a Conv2d layer."""
     groups = int(rng.choice([1, 1, 1, 2, 8, 32]))
     depth, each = (int(channels) for channels in np.exp(rng.uniform(0, np.log(128 if groups == 1 else 8), 2)))
     height, width = (int(side) for side in np.exp(rng.uniform(np.log(8), np.log(500), 2)))
@@ -102,7 +103,7 @@ DRAW_BY_KIND = {"plane": draw_plane, "layer": draw_layer}
 
 
 def build_arrays(rng: np.random.Generator, request: Request, values: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Input and kernel; one of rank 1 for the engine that needs it."""
+    """Return input and kernel; the kernel has rank 1 for engine `separable`."""
     dtype = np.dtype(request.options["dtype"])
     image = rng.standard_normal(request.input, dtype=np.float32).astype(dtype, copy=False)
     if request.options["engines"] == ("separable",):
@@ -114,7 +115,7 @@ def build_arrays(rng: np.random.Generator, request: Request, values: str) -> tup
 
 
 def make_hostile(image: NDArray[Any], values: str, rng: np.random.Generator) -> None:
-    """Make the values of an image hostile, in place."""
+    """Change the values of an image in place to the given kind (VALUE_KINDS)."""
     numbers = np.finfo(image.dtype)
     if values == "infinite":
         image.flat[rng.integers(0, image.size, 1 + image.size // 1000)] = np.inf
@@ -127,16 +128,17 @@ def make_hostile(image: NDArray[Any], values: str, rng: np.random.Generator) -> 
 def measure_request(
     request: Request, values: str, rng: np.random.Generator, longest: float, machine: core.Machine
 ) -> Outcome | None:
-    """Run the request; None if no engine can, or it is predicted to take longer than that."""
+    """Measure a request; None if its engine cannot compute it, or is predicted to take more than `longest` seconds."""
     verb: Callable[..., core.Result] = core.correlate if request.verb == "correlate" else core.conv2d
     name = "kernel" if request.verb == "correlate" else "weight"
-    shapes = {
+    shapes: dict[str, Any] = {
         "input": np.broadcast_to(np.float32(0), request.input),
         name: np.broadcast_to(np.float32(0), request.kernel),
     }
     options = {**request.options, "method": core.ENGINES[request.options["engines"][0]].METHOD, "machine": machine}
     try:
-        cost = core.cost_of(verb, **shapes, **options)
+        make_plan = core.plan_correlate if request.verb == "correlate" else core.plan_conv2d
+        cost = make_plan(**shapes, **options).cost
     except core.CoreError:
         return None
     if cost.seconds > longest or cost.megabytes > 4000:
@@ -158,7 +160,7 @@ def measure_request(
 
 
 def read_peak_mb(*, reset: bool = False) -> float:
-    """The peak resident size in megabytes; since now, if it is reset."""
+    """Return the peak resident size in megabytes, after resetting it if requested."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -172,7 +174,7 @@ def trim_heap() -> None:
 
 
 def main() -> int:
-    """Draw, measure, and report."""
+    """Draw, measure and report requests; the exit code is 1 if an estimate is off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -180,16 +182,21 @@ def main() -> int:
     parser.add_argument("--kinds", default="plane,layer")
     parser.add_argument("--dtypes", default="float32,float64")
     parser.add_argument("--values", default="normal", choices=VALUE_KINDS)
-    parser.add_argument("--seconds", type=float, default=MAX_REQUEST_S, help="longest predicted time that is run")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=MAX_REQUEST_S,
+        help="longest predicted time of a request (default: %(default)s)",
+    )
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     outcomes: list[Outcome] = []
     drawn = 0
     np.seterr(all="ignore")
-    # As the service does when it starts.
+    # The same as the service at its start.
     limit_malloc_arenas()
     machine = core.measure_machine(core.Machine(core.usable_cores()))
-    print(f"{machine.flops / 1e9:.0f} Gflop/s and {machine.bandwidth / 1e9:.1f} GB/s a thread", flush=True)
+    print(f"{machine.flops / 1e9:.0f} Gflop/s and {machine.bandwidth / 1e9:.1f} GB/s per thread", flush=True)
     while len(outcomes) < options.requests and drawn < 20 * options.requests:
         drawn += 1
         draw = DRAW_BY_KIND[str(rng.choice(options.kinds.split(",")))]
@@ -201,7 +208,7 @@ def main() -> int:
         if outcome.off:
             print(format_outcome(outcome), flush=True)
     print()
-    print(f"{len(outcomes)} requests; worst by engine: time / predicted (of at least {MIN_CHECKED_S} s), memory")
+    print(f"{len(outcomes)} requests; worst by engine: time / predicted (at least {MIN_CHECKED_S} s), memory")
     for engine in core.ENGINES:
         own = [outcome for outcome in outcomes if outcome.engine == engine]
         long = [outcome.times for outcome in own if max(outcome.seconds, outcome.predicted) > MIN_CHECKED_S]
@@ -214,7 +221,7 @@ def main() -> int:
 
 
 def format_outcome(outcome: Outcome) -> str:
-    """One offender."""
+    """Format an outcome as one line."""
     return (
         f"{outcome.seconds * 1000:8.1f} ms of {outcome.predicted * 1000:8.1f}  {outcome.megabytes:7.1f} MB of "
         f"{outcome.estimated:7.1f}  {outcome.request}"

@@ -1,11 +1,12 @@
-"""Compare the time and memory of drawn fits of every kind with their estimates.
+"""Compare the time and memory of random fits of every kind with their estimates.
 
     python -m benchmarks.fit_estimates [--fits 120] [--seed 0] [--seconds 10]
 
-Prints every fit whose time is off by more than 3 times or whose memory is above its estimate, then the worst of each:
-the time as measured divided by the prediction, for fits that take over 50 ms; the growth of the process's peak memory
-beside 1.2 times the estimate and 50 MB; and the longest pause between two events. numpy and torch compute with one
-thread, and times are those of the processor, so that other processes hardly count.
+Prints every fit whose time differs from the prediction by more than a factor of 3, whose memory is above the estimate,
+or that pauses for long. The last lines are the worst of each: the measured time divided by the prediction, for fits of
+more than 50 ms; the growth of the peak memory above 1.2 times the estimate, of which 50 MB are allowed; and the longest
+pause between two events. numpy and torch use one thread, and times are CPU times, so that other processes have little
+influence.
 """
 
 import argparse
@@ -24,24 +25,24 @@ import torch
 import core
 
 MIN_CHECKED_S = 0.05
-"""Seconds: predictions of less are not checked."""
+"""Fits that take less, in seconds, are not checked."""
 
 MAX_RIDGE_SEARCH_UNKNOWNS = 1024
-"""Unknowns of a filter up to which ridges are searched."""
+"""Largest number of unknowns per filter for ridge "auto"."""
 
 M_MMAP_THRESHOLD = -3
-"""mallopt's name for it, of glibc's malloc.h."""
+"""Parameter of mallopt, from malloc.h of glibc."""
 
 MEMORY_SLACK_MB = 50.0
-"""MB that a fit may take above 1.2 times its estimate."""
+"""Allowed memory of a fit above 1.2 times its estimate, in MB."""
 
 REMEASURED_RATIO = 2.0
 REMEASURED_PAUSE_S = 0.3
-"""Fits whose time is off by this factor, or that pause for this many seconds, are measured again."""
+"""Fits whose time differs by this factor, or that pause for this many seconds, are measured again."""
 
 
 def draw_fit(rng: np.random.Generator) -> dict[str, Any]:
-    """The arguments of a fit: any solver, loss, size, number of images, weights, batches."""
+    """Draw the arguments of a fit: any solver, loss, size, number of images, weights and batches."""
     channels, filters = (int(rng.choice([1, 1, 1, 2, 3, 8, 32])) for _ in range(2))
     groups = channels if channels == filters and rng.random() < 0.2 else 1
     largest = max(2, int(math.sqrt(4500 / (channels // groups))))
@@ -97,7 +98,7 @@ def draw_fit(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def read_peak_mb(*, reset: bool = False) -> float:
-    """The most memory that this process has held since the last reset, in MB."""
+    """Return the peak memory of this process since the last reset, in MB."""
     if reset:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -107,7 +108,7 @@ def read_peak_mb(*, reset: bool = False) -> float:
 
 
 def time_fit(plan: core.FitPlan) -> tuple[float, float]:
-    """Seconds that the processor spends on a fit, and the most of them between two events."""
+    """Return the CPU time of a fit and its longest pause between two events, in seconds."""
     pause, start = 0.0, time.process_time()
     last = start
 
@@ -122,24 +123,24 @@ def time_fit(plan: core.FitPlan) -> tuple[float, float]:
 
 
 def describe_fit(arguments: dict[str, Any]) -> str:
-    """A fit in a line."""
+    """Describe a fit in one line."""
     shapes = [f"{name} {arguments[name].shape}" for name in ("input", "target", "weights") if name in arguments]
     if "pairs" in arguments:
         shapes.append(
             f"{len(arguments['pairs'])} pairs {arguments['pairs'][0][0].shape} {arguments['pairs'][0][1].shape}"
         )
-    kept = {
+    options = {
         name: value for name, value in arguments.items() if name not in ("input", "target", "weights", "pairs", "seed")
     }
     defaults = {"groups": 1, "stride": 1, "dilation": 1, "padding": 0, "bias": False, "ridge": 0.0, "loss": "sum"}
     defaults |= {"ridge_path": False, "covariance": False}
-    return ", ".join(shapes + [f"{name} {value}" for name, value in kept.items() if defaults.get(name) != value])
+    return ", ".join(shapes + [f"{name} {value}" for name, value in options.items() if defaults.get(name) != value])
 
 
 def measure_fits(
     count: int, seed: int, longest: float, machine: core.Machine
 ) -> Iterator[tuple[str, core.Cost, float, float, float, str]]:
-    """Each fit: what it is, its cost, seconds of the processor and MB, the longest pause, the method."""
+    """Yield for each fit its description, cost, CPU seconds, growth in MB, longest pause in seconds, and method."""
     rng = np.random.default_rng(seed)
     done = 0
     while done < count:
@@ -147,7 +148,7 @@ def measure_fits(
         try:
             plan = core.plan_fit_kernel(**arguments, machine=machine)
         except core.InvalidOption:
-            # Equations that are too large for a search among ridges.
+            # The equations are too large for ridge "auto".
             continue
         if plan.cost.seconds > longest or plan.cost.megabytes > 2000:
             continue
@@ -156,7 +157,7 @@ def measure_fits(
         grown = read_peak_mb() - before
         off = not 1 / REMEASURED_RATIO < seconds / plan.cost.seconds < REMEASURED_RATIO or pause > REMEASURED_PAUSE_S
         if off or grown > 1.2 * plan.cost.megabytes:
-            # A pipeline may have been compiled, or another process in the way.
+            # A compilation or another process may have interfered.
             before = read_peak_mb(reset=True)
             seconds, pause = (min(pair) for pair in zip((seconds, pause), time_fit(plan), strict=True))
             grown = read_peak_mb() - before
@@ -165,17 +166,17 @@ def measure_fits(
 
 
 def main() -> None:
-    """Print what the module's docstring says."""
+    """Measure random fits and print those whose estimates are off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fits", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=10)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    # What is freed goes back to the system at once: malloc would keep more of it than some fits take.
+    # Large blocks are returned to the system when freed; malloc would retain more than some fits use.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 22)
     machine = core.measure_machine(core.Machine(1))
-    # Compiled once a process, and counted with nothing.
+    # Compile the pipelines before measuring.
     list(measure_fits(20, options.seed + 1, 0.2, machine))
     slow, fast, memory, longest = 0.0, math.inf, -math.inf, 0.0
     for text, cost, seconds, megabytes, pause, method in measure_fits(
@@ -190,7 +191,7 @@ def main() -> None:
             measured = f"{ratio:6.2f} x {cost.seconds:7.3f} s  {megabytes:6.0f} of {cost.megabytes:6.0f} MB"
             print(f"{measured}  pause {pause:5.2f} s  {method}: {text}", flush=True)
     print(f"time: {fast:.2f} to {slow:.2f} times the prediction; longest pause {longest:.2f} s")
-    print(f"memory: {memory:.0f} MB above 1.2 times the estimate, {MEMORY_SLACK_MB:.0f} are allowed")
+    print(f"memory: {memory:.0f} MB above 1.2 times the estimate (allowed: {MEMORY_SLACK_MB:.0f} MB)")
 
 
 if __name__ == "__main__":

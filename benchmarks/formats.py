@@ -1,7 +1,7 @@
-"""What the constants in service/codecs/__init__.py and service/scheduling/threads.py stand for, measured on this machine.
+"""Measure the constants of service/codecs/__init__.py and service/scheduling/threads.py on this machine.
 
-`python benchmarks/formats.py` prints, for every format, nanoseconds for a byte of a body and for a number of an answer,
-and how long work takes to a thread and back. The image is a photograph, neither flat nor noise.
+`python benchmarks/formats.py` prints, for every format, the nanoseconds per byte of a body and per number of a
+response, and the time of a thread hand-off. The image is a photograph, neither uniform nor noise.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ IMAGE_PATH = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
 
 
 def measure_best_seconds(work: Callable[[], object]) -> float:
-    """Seconds, the least of several runs."""
+    """Return the shortest time of several runs, in seconds."""
     times = []
     for _ in range(REPETITIONS):
         start = time.perf_counter()
@@ -37,9 +37,11 @@ def measure_best_seconds(work: Callable[[], object]) -> float:
 
 
 def measure_format(served: Format) -> tuple[float, float, float]:
-    """Nanoseconds for a byte of a body, measured and predicted, and for a number of an answer; NaN if not served."""
-    picture = png.decode(IMAGE_PATH.read_bytes(), limit=1 << 30).astype(np.float32)
-    image = np.tile(picture, (IMAGE_SIDE // picture.shape[0], IMAGE_SIDE // picture.shape[1])) + np.float32(1 / 3)
+    """Return ns per byte of a body, measured and predicted, and ns per number of a response; NaN if not supported."""
+    photograph = png.decode(IMAGE_PATH.read_bytes(), limit=1 << 30).astype(np.float32)
+    image = np.tile(photograph, (IMAGE_SIDE // photograph.shape[0], IMAGE_SIDE // photograph.shape[1])) + np.float32(
+        1 / 3
+    )
     fields = {"output": image}
     decoding = encoding = math.nan
     body = b""
@@ -57,7 +59,7 @@ def measure_format(served: Format) -> tuple[float, float, float]:
 
 
 async def measure_thread_round_trip() -> float:
-    """Seconds for work that is none, to a thread and back: the median of many."""
+    """Return the median time in seconds of an empty job in a thread of the pool."""
     admission = Admission(10**9, timeout_s=60)
     admission.queue = pool = WorkerPool(admission, concurrency=2, queue=2, queue_timeout_s=60)
     times = []
@@ -70,15 +72,15 @@ async def measure_thread_round_trip() -> float:
 
 
 def main() -> None:
-    """Print a table and two lines."""
-    print("| format | ns a byte, decoded | predicted | ns a number, encoded | in the table |")
+    """Print the table of formats and the time of a thread hand-off."""
+    print("| format | decoding, ns per byte | predicted | encoding, ns per number | in FORMATS |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for media_type, served in FORMATS.items():
         decoding, predicted, encoding = measure_format(served)
-        tabled = predicted, 1e9 * served.encode_seconds_per_number
-        print(f"| {media_type} | {decoding:.2f} | {tabled[0]:.2f} | {encoding:.2f} | {tabled[1]:.2f} |")
-    hop = 1e6 * asyncio.run(measure_thread_round_trip())
-    print(f"to a thread and back: {hop:.0f} us; worth a thread: {1e6 * threads.INLINE_THRESHOLD_S:.0f} us")
+        constant = 1e9 * served.encode_seconds_per_number
+        print(f"| {media_type} | {decoding:.2f} | {predicted:.2f} | {encoding:.2f} | {constant:.2f} |")
+    hand_off = 1e6 * asyncio.run(measure_thread_round_trip())
+    print(f"thread hand-off: {hand_off:.0f} us; INLINE_THRESHOLD_S: {1e6 * threads.INLINE_THRESHOLD_S:.0f} us")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The engines on a GPU: right over the whole matrix, and the choice between them.
+"""Check the accuracy of the engines on a GPU, and the choice between them.
 
-    make gpu                                         where there is one; elsewhere it says so and does nothing
-    .venv/bin/python benchmarks/gpu.py --device cpu  the same checks on the CPU, to try this script
+    make gpu                                         without a GPU, it reports that and exits
+    .venv/bin/python benchmarks/gpu.py --device cpu  the same checks on the CPU, to test this script
 
-First every engine that runs there is held against the CPU's answer in float64, which the tests hold against the naive
-loops, over all modes, boundaries, strides, dilations, groups and dtypes; each has to keep to the precision contract:
-an error of at most twice that of plain float32 sums, plus a millionth of the largest output. TF32, which rounds to ten
-bits, would fail it. Then the engines are timed one by one, and the choice between them is judged.
+First, every engine that runs on the device is compared with the float64 result of the CPU, which the tests compare with
+naive loops, for all modes, boundaries, strides, dilations, groups and dtypes. The allowed error is twice that of plain
+float32 sums plus a millionth of the largest output; TF32, which rounds to ten bits, would exceed it. Then each engine
+is timed, and the chosen engine is compared with the fastest.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import core
 
 PLANE_AND_KERNEL_SIZES = (((33, 47), (3, 3)), ((64, 50), (8, 5)), ((40, 90), (31, 33)), ((300, 280), (15, 15)))
 LAYER_CHANNELS = ((1, 1, 1), (3, 8, 1), (8, 8, 8), (16, 32, 2))
-"""Channels, filters, groups."""
+"""Channels, filters and groups of each layer."""
 
 TIMED_PLANES = (256, 1024, 4096)
 TIMED_KERNELS = (3, 15, 63, 127)
@@ -35,21 +35,21 @@ MAX_GOOD_CHOICE_RATIO = 1.15
 
 @dataclass(frozen=True, slots=True)
 class GpuCheck:
-    """A call of core with everything but the engine and the device."""
+    """A call of core without the engine and the device."""
 
     name: str
     verb: Any
     arrays: tuple[Any, ...]
     options: dict[str, Any]
 
-    def answer(self, device: str, dtype: core.Dtype, engines: tuple[str, ...]) -> Any:
-        """The output as numpy's float64."""
+    def compute(self, device: str, dtype: core.Dtype, engines: tuple[str, ...]) -> Any:
+        """Return the output as a float64 numpy array."""
         result = self.verb(*self.arrays, **self.options, device=device, dtype=dtype, engines=engines)
         return result.output.cpu().double().numpy()
 
 
 def build_checks() -> Iterator[GpuCheck]:
-    """The whole matrix."""
+    """Yield all combinations of shapes and options."""
     rng = np.random.default_rng(0)
     for (size, kernel_size), mode in itertools.product(PLANE_AND_KERNEL_SIZES, get_args(core.Mode)):
         image, kernel = rng.normal(size=size), rng.normal(size=kernel_size)
@@ -73,11 +73,11 @@ def build_checks() -> Iterator[GpuCheck]:
 
 
 def run_checks(device: str) -> tuple[int, list[str]]:
-    """How many answers were held against the contract, and what broke it."""
-    held, broken = 0, []
+    """Return the number of outputs compared and a description of each that exceeds the allowed error."""
+    compared, failures = 0, []
     for check in build_checks():
-        exact = check.answer("cpu", "float64", ("torch",))
-        plain = check.answer("cpu", "float32", ("torch",))
+        exact = check.compute("cpu", "float64", ("torch",))
+        plain = check.compute("cpu", "float32", ("torch",))
         largest = np.abs(exact).max()
         allowed: dict[core.Dtype, float] = {
             "float32": 2 * np.abs(plain - exact).max() + 1e-6 * largest,
@@ -85,18 +85,18 @@ def run_checks(device: str) -> tuple[int, list[str]]:
         }
         for dtype, engine in itertools.product(allowed, core.ENGINES):
             try:
-                answer = check.answer(device, dtype, (engine,))
+                output = check.compute(device, dtype, (engine,))
             except (core.MethodUnavailable, core.InvalidOption):
-                continue  # the engine cannot, or the device has no such dtype
-            error = np.abs(answer - exact).max()
-            held += 1
+                continue  # the engine does not support the problem, or the device the dtype
+            error = np.abs(output - exact).max()
+            compared += 1
             if not error <= allowed[dtype]:
-                broken.append(f"{check.name}, {dtype}, {engine}: off by {error:.3g}, allowed is {allowed[dtype]:.3g}")
-    return held, broken
+                failures.append(f"{check.name}, {dtype}, {engine}: error {error:.3g}, allowed {allowed[dtype]:.3g}")
+    return compared, failures
 
 
 def measure_times(device: str) -> Iterator[tuple[str, dict[str, float], str]]:
-    """The shortest times in seconds by engine, and the engine that is chosen, for planes and for a layer."""
+    """Yield a problem, the shortest time of each engine in seconds, and the chosen engine, for planes and a layer."""
     generator = torch.Generator(device).manual_seed(0)
     for plane, kernel in itertools.product(TIMED_PLANES, TIMED_KERNELS):
         arrays = [torch.randn(side, side, device=device, generator=generator) for side in (plane, kernel)]
@@ -108,7 +108,7 @@ def measure_times(device: str) -> Iterator[tuple[str, dict[str, float], str]]:
 
 
 def time_best(verb: Any, arrays: list[torch.Tensor], device: str) -> tuple[dict[str, float], str]:
-    """Best of many, the device's queue emptied each time."""
+    """Return the shortest time of each engine in seconds, with synchronization, and the chosen engine."""
     best: dict[str, float] = {}
     for engine in core.ENGINES:
         end = math.inf
@@ -119,7 +119,7 @@ def time_best(verb: Any, arrays: list[torch.Tensor], device: str) -> tuple[dict[
                 if result.output.is_cuda:
                     torch.cuda.synchronize()
                 elapsed = perf_counter() - start
-                # The first call loads and compiles.
+                # The first call loads and compiles, and is not counted.
                 if math.isinf(end):
                     end = perf_counter() + TIMING_S
                 else:
@@ -130,18 +130,18 @@ def time_best(verb: Any, arrays: list[torch.Tensor], device: str) -> tuple[dict[
 
 
 def main() -> int:
-    """Check, time, and say what came out; 1 where something broke the contract."""
+    """Check, time and report; the exit code is 1 if an error is larger than allowed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first GPU)")
-    wanted = parser.parse_args().device or core.available_devices()[0]
-    if wanted == "cpu" and "--device" not in " ".join(sys.argv):
-        print("skipped: there is no GPU on this machine; --device cpu tries the script on the CPU")
+    requested = parser.parse_args().device or core.available_devices()[0]
+    if requested == "cpu" and "--device" not in " ".join(sys.argv):
+        print("skipped: this machine has no GPU; --device cpu runs the script on the CPU")
         return 0
-    device = str(core.resolve_device(wanted))
+    device = str(core.resolve_device(requested))
     model = next(entry["model"] for entry in core.describe_devices() if entry["device"] == device)
-    print(f"{device}, {model or 'no model named'}, torch {torch.__version__}\n")
-    held, broken = run_checks(device)
-    print(f"{held} answers held against the precision contract, {len(broken)} broke it", *broken, sep="\n")
+    print(f"{device}, {model or 'unknown model'}, torch {torch.__version__}\n")
+    compared, failures = run_checks(device)
+    print(f"{compared} outputs compared, {len(failures)} with a larger error than allowed", *failures, sep="\n")
     print("\n| problem | chosen | times in ms |\n| --- | --- | --- |")
     good = total = 0
     for name, best, chosen in measure_times(device):
@@ -150,7 +150,7 @@ def main() -> int:
         total += 1
         good += best[chosen] <= MAX_GOOD_CHOICE_RATIO * min(best.values())
     print(f"\nThe choice is within {MAX_GOOD_CHOICE_RATIO} of the fastest engine in {good} of {total} problems.")
-    return 1 if broken else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

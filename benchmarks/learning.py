@@ -1,16 +1,16 @@
-"""How long core.fit_kernel takes on the CPU beside the plain autograd loop and least squares on the explicit matrix.
+"""Compare core.fit_kernel on the CPU with a plain autograd loop and with least squares on the explicit matrix.
 
-    make learning                                     everything, in about 15 minutes
-    .venv/bin/python benchmarks/learning.py --help    fewer rounds, a Markdown file, a picture
+    make learning                                     everything, in about 10 minutes
+    .venv/bin/python benchmarks/learning.py --help    fewer rounds, a Markdown file, a plot
 
-How to read it. "autograd" is the loop that everybody writes first: torch.nn.functional.conv2d in float32, the sum of
-the squared differences, backward, an update. It takes minutes, so a step of it is timed many times and the shortest
-counts, times the number of steps: that flatters it. "core" is the whole of core.fit_kernel from float32 arrays to the
-result, all that it says included, in float64; the shortest of several. "lstsq" and "gelsy" are numpy.linalg.lstsq and
-scipy.linalg.lstsq(lapack_driver="gelsy") in float64 on the matrix of all windows, which is made first; each runs in a
-process of its own, whose peak of resident memory above what it had with the images loaded is "memory".
+"autograd" is the plain training loop: torch.nn.functional.conv2d in float32, the sum of the squared differences,
+backward, an update. As it takes minutes, its time is the shortest time of a step times the number of steps, which
+favours it. "core" is the shortest time of core.fit_kernel from float32 arrays to the complete result, in float64.
+"lstsq" and "gelsy" are numpy.linalg.lstsq and scipy.linalg.lstsq(lapack_driver="gelsy") in float64 on the matrix of all
+windows, whose construction is included. Each of the exact solutions runs in its own process; "memory" is its peak
+resident memory above that with the images loaded.
 
-How it is measured. Rounds: in each, everybody has a turn. Before, core's history is held against the loop's.
+All functions are measured in every round, after the loss history of core has been compared with that of the loop.
 """
 
 import argparse
@@ -39,35 +39,35 @@ KERNEL_SIDES = (3, 15)
 STEPS = 1000
 NOISE_STD = 0.1
 LEARNING_RATE_BY_KERNEL = {3: 1e-8, 15: 1e-9}
-"""Of gradient descent, below the largest stable one for both kernels."""
+"""Learning rates by kernel side, below the largest stable one."""
 
 LOOP_STEPS_PER_TURN = 5
-"""Of the loop, in a turn."""
+"""Steps of the autograd loop in each measurement."""
 
 LEAST_SQUARES_SOLVERS = ("core", "lstsq", "gelsy")
 
 HISTORY_TOLERANCE = 1e-3
-"""What float32 may cost the loop's history."""
+"""Relative tolerance for the loss history of the loop, which is in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedTarget:
-    """What is to be shown, and what was."""
+    """A target ratio and the measured one."""
 
-    what: str
-    asked: float
+    name: str
+    target: float
     reached: float
 
     @property
     def line(self) -> str:
         """A row of Markdown."""
         return (
-            f"| {self.what} | {self.asked:g} | {self.reached:.3g} | {'yes' if self.reached >= self.asked else 'no'} |"
+            f"| {self.name} | {self.target:g} | {self.reached:.3g} | {'yes' if self.reached >= self.target else 'no'} |"
         )
 
 
 def draw_examples(side: int, kernel: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Noise as an image, what a random kernel makes of it, and noise on top."""
+    """Return a random image and its correlation with a random kernel, with noise added."""
     rng = np.random.default_rng(side + kernel)
     image = rng.standard_normal((side, side), np.float32)
     taps = rng.standard_normal((kernel, kernel), np.float32)
@@ -78,7 +78,7 @@ def draw_examples(side: int, kernel: int) -> tuple[NDArray[np.float32], NDArray[
 def run_autograd_loop(
     image: NDArray[np.float32], target: NDArray[np.float32], kernel: int, rate: float, steps: int
 ) -> list[float]:
-    """The lesson's loop: its loss history."""
+    """Run the loop of the d2l example and return its loss history."""
     images, targets = torch.from_numpy(image)[None, None], torch.from_numpy(target)[None, None]
     weight = torch.zeros(1, 1, kernel, kernel, requires_grad=True)
     history = []
@@ -94,7 +94,7 @@ def run_autograd_loop(
 
 
 def measure_seconds(work: Callable[[], object]) -> float:
-    """Of one run."""
+    """Return the seconds of one run."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -103,13 +103,13 @@ def measure_seconds(work: Callable[[], object]) -> float:
 def run_fit(
     image: NDArray[np.float32], target: NDArray[np.float32], machine: core.Machine, **options: Any
 ) -> core.FitResult:
-    """core's, from a kernel of zeros."""
+    """Fit a kernel with core, starting from zeros."""
     kernel = image.shape[0] - target.shape[0] + 1
     return core.fit_kernel(image, target, initial_kernel=np.zeros((kernel, kernel)), machine=machine, **options)
 
 
 def compare_descents(machine: core.Machine, rounds: int) -> tuple[list[str], list[SpeedTarget]]:
-    """Core beside the loop: a table and what it shows."""
+    """Compare gradient descent in core with the loop: return a table and the targets."""
     lines = ["| kernel | steps | autograd, s | core, s | times as fast |", "| --- | ---: | ---: | ---: | ---: |"]
     targets = []
     for kernel in KERNEL_SIDES:
@@ -128,31 +128,31 @@ def compare_descents(machine: core.Machine, rounds: int) -> tuple[list[str], lis
             for steps, shortest in whole.items():
                 fitted = partial(run_fit, image, target, machine, learning_rate=rate, steps=steps)
                 whole[steps] = min(shortest, measure_seconds(fitted))
-        for steps, took in whole.items():
-            ratio = steps * step / took
-            lines.append(f"| {kernel} x {kernel} | {steps} | {steps * step:.3g} | {took:.3g} | {ratio:.3g} |")
+        for steps, seconds in whole.items():
+            ratio = steps * step / seconds
+            lines.append(f"| {kernel} x {kernel} | {steps} | {steps * step:.3g} | {seconds:.3g} | {ratio:.3g} |")
             if (kernel, steps) != (3, 10):
-                what = f"{IMAGE_SIDE} x {IMAGE_SIDE}, {kernel} x {kernel}, {steps} steps: times as fast as autograd"
-                targets.append(SpeedTarget(what, 500 if steps == STEPS else 5, ratio))
+                name = f"{IMAGE_SIDE} x {IMAGE_SIDE}, {kernel} x {kernel}, {steps} steps: times as fast as autograd"
+                targets.append(SpeedTarget(name, 500 if steps == STEPS else 5, ratio))
     return lines, targets
 
 
 def read_status_bytes(name: str) -> int:
-    """What the system says of this process, in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None  # noqa: S101 - there is one for every process
+    assert found is not None  # noqa: S101 - every process has these fields
     return 1024 * int(found[1])
 
 
 def measure_solution(name: str) -> dict[str, float]:
-    """Seconds, peak memory in bytes and the residual of one way to the best 15 x 15 kernel; in a process of its own."""
+    """Return seconds, peak memory in bytes and first entry of the best 15 x 15 kernel, computed by the named solver."""
     image, target = draw_examples(IMAGE_SIDE, 15)
     machine = core.measure_machine(core.Machine(core.usable_cores()))
     torch.set_num_threads(machine.threads)
     if name == "core":
-        # Compiling happens once a process: it is not part of a solution.
+        # Compile first, as this happens once per process.
         run_fit(image, target, machine, solver="exact")
-    # Linux keeps a process's peak of resident memory; 5 makes it begin again.
+    # Reset the peak resident memory (VmHWM).
     Path("/proc/self/clear_refs").write_text("5")
     before = read_status_bytes("VmRSS")
     start = time.perf_counter()
@@ -167,12 +167,12 @@ def measure_solution(name: str) -> dict[str, float]:
             from scipy.linalg import lstsq
 
             kernel = lstsq(windows, right, lapack_driver="gelsy", overwrite_a=True, check_finite=False)[0]
-    took = time.perf_counter() - start
-    return {"seconds": took, "bytes": read_status_bytes("VmHWM") - before, "first": float(kernel[0])}
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "bytes": read_status_bytes("VmHWM") - before, "first": float(kernel[0])}
 
 
 def compare_solutions(rounds: int) -> tuple[list[str], list[SpeedTarget]]:
-    """The exact solver beside least squares on the explicit matrix."""
+    """Compare the exact solver with least squares on the explicit matrix: return a table and the targets."""
     best: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for name in LEAST_SQUARES_SOLVERS:
@@ -183,18 +183,18 @@ def compare_solutions(rounds: int) -> tuple[list[str], list[SpeedTarget]]:
     np.testing.assert_allclose(
         [best[name]["first"] for name in LEAST_SQUARES_SOLVERS], best["core"]["first"], rtol=1e-9
     )
-    lines = ["| way | seconds | memory, MB |", "| --- | ---: | ---: |"]
+    lines = ["| solver | seconds | memory, MB |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {one['seconds']:.3g} | {one['bytes'] / 1e6:.0f} |" for name, one in best.items()]
-    what = f"exact, 15 x 15 on {IMAGE_SIDE} x {IMAGE_SIDE}"
+    name = f"exact, 15 x 15 on {IMAGE_SIDE} x {IMAGE_SIDE}"
     return lines, [
-        SpeedTarget(f"{what}: times as fast as lstsq", 20, best["lstsq"]["seconds"] / best["core"]["seconds"]),
-        SpeedTarget(f"{what}: lstsq's memory by core's", 10, best["lstsq"]["bytes"] / best["core"]["bytes"]),
+        SpeedTarget(f"{name}: times as fast as lstsq", 20, best["lstsq"]["seconds"] / best["core"]["seconds"]),
+        SpeedTarget(f"{name}: memory of lstsq / core", 10, best["lstsq"]["bytes"] / best["core"]["bytes"]),
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseTimes:
-    """Seconds until the forecast, of a step after it, and of a step of the loop."""
+    """Seconds of reading the examples, of a step, and of a step of the autograd loop."""
 
     reading: float
     step: float
@@ -202,7 +202,7 @@ class PhaseTimes:
 
 
 def measure_phases(side: int, kernel: int, machine: core.Machine, rounds: int) -> PhaseTimes:
-    """How long core reads, and then steps."""
+    """Measure reading and steps in core, and steps of the loop."""
     image, target = draw_examples(side, kernel)
     reading = step = loop_step = np.inf
     rate = LEARNING_RATE_BY_KERNEL[kernel] * (IMAGE_SIDE / side) ** 2
@@ -214,55 +214,53 @@ def measure_phases(side: int, kernel: int, machine: core.Machine, rounds: int) -
         )
         while not isinstance(next(progress), core.Forecast):
             pass
-        foretold = time.perf_counter()
+        read = time.perf_counter()
         for _ in progress:
             pass
-        reading, step = min(reading, foretold - start), min(step, (time.perf_counter() - foretold) / STEPS)
+        reading, step = min(reading, read - start), min(step, (time.perf_counter() - read) / STEPS)
     return PhaseTimes(reading, step, loop_step)
 
 
-def measure_growth(machine: core.Machine, rounds: int, picture: Path | None) -> list[str]:
-    """What depends on the image's size, and what does not."""
+def measure_growth(machine: core.Machine, rounds: int, plot: Path | None) -> list[str]:
+    """Measure how reading and steps depend on the size of the image: return a table and draw the plot."""
     lines = [
-        "| kernel | image | reading, ms | reading, ns a pixel | a step, us | a step of autograd, us |",
+        "| kernel | image | reading, ms | reading, ns per pixel | step, us | autograd step, us |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     measured = {
         kernel: [measure_phases(side, kernel, machine, rounds) for side in IMAGE_SIDES] for kernel in KERNEL_SIDES
     }
-    for kernel, taken in measured.items():
-        for side, one in zip(IMAGE_SIDES, taken, strict=True):
+    for kernel, times in measured.items():
+        for side, one in zip(IMAGE_SIDES, times, strict=True):
             lines.append(
                 f"| {kernel} x {kernel} | {side} x {side} | {1e3 * one.reading:.3g} "
                 f"| {1e9 * one.reading / side**2:.3g} | {1e6 * one.step:.3g} | {1e6 * one.loop_step:.3g} |"
             )
-    if picture is not None:
-        draw_plot(measured, picture)
+    if plot is not None:
+        draw_plot(measured, plot)
     return lines
 
 
-def draw_plot(measured: dict[int, list[PhaseTimes]], picture: Path) -> None:
-    """Time against the image's side."""
+def draw_plot(measured: dict[int, list[PhaseTimes]], path: Path) -> None:
+    """Draw time against image size."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (kernel, taken), style in zip(measured.items(), ("-", "--"), strict=True):
-        named = f"{kernel} x {kernel}"
-        axes.loglog(
-            IMAGE_SIDES, [1e3 * one.loop_step for one in taken], f"C3o{style}", label=f"a step of autograd, {named}"
-        )
-        axes.loglog(IMAGE_SIDES, [1e3 * one.reading for one in taken], f"C0s{style}", label=f"core reads, {named}")
-        axes.loglog(IMAGE_SIDES, [1e3 * one.step for one in taken], f"C2^{style}", label=f"a step of core, {named}")
+    for (kernel, times), style in zip(measured.items(), ("-", "--"), strict=True):
+        size = f"{kernel} x {kernel}"
+        axes.loglog(IMAGE_SIDES, [1e3 * one.loop_step for one in times], f"C3o{style}", label=f"autograd: step, {size}")
+        axes.loglog(IMAGE_SIDES, [1e3 * one.reading for one in times], f"C0s{style}", label=f"core: reading, {size}")
+        axes.loglog(IMAGE_SIDES, [1e3 * one.step for one in times], f"C2^{style}", label=f"core: step, {size}")
     axes.set_xticks(IMAGE_SIDES, [str(side) for side in IMAGE_SIDES])
     axes.minorticks_off()
-    axes.set_xlabel("pixels on a side")
+    axes.set_xlabel("rows and columns of the image")
     axes.set_ylabel("milliseconds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(picture, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def format_report(parts: Sequence[tuple[str, list[str]]], machine: core.Machine) -> str:
-    """A Markdown file."""
+    """Return the report as Markdown."""
     head = (
         f"{datetime.now(UTC):%Y-%m-%d}, {machine.threads} threads, {machine.flops / 1e9:.0f} Gflop/s each in float32; "
         f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__} (`make learning`)"
@@ -271,11 +269,11 @@ def format_report(parts: Sequence[tuple[str, list[str]]], machine: core.Machine)
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, print the report, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--solution", choices=LEAST_SQUARES_SOLVERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.solution:
@@ -283,19 +281,19 @@ def main() -> None:
         return
     machine = core.measure_machine(core.Machine(core.usable_cores()))
     torch.set_num_threads(machine.threads)
-    fast, targets = compare_descents(machine, options.rounds)
+    descents, targets = compare_descents(machine, options.rounds)
     exact, more = compare_solutions(max(1, options.rounds // 3))
     parts = [
-        ("Gradient descent, to the result", fast),
+        ("Gradient descent, complete fits", descents),
         (f"The best 15 x 15 kernel on {IMAGE_SIDE} x {IMAGE_SIDE}", exact),
-        ("What grows with the image", measure_growth(machine, options.rounds, options.picture)),
+        ("Time against image size", measure_growth(machine, options.rounds, options.plot)),
     ]
-    shown = [
-        "| what | target | reached | holds |",
+    target_table = [
+        "| ratio | target | reached | holds |",
         "| --- | ---: | ---: | --- |",
         *(one.line for one in [*targets, *more]),
     ]
-    text = format_report([*parts, ("What it must show", shown)], machine)
+    text = format_report([*parts, ("Targets", target_table)], machine)
     print(text)
     if options.output:
         options.output.write_text(text)

@@ -1,12 +1,12 @@
-"""Compare the peak memory of the service under drawn requests of every kind with CORR2D_MEMORY_MB.
+"""Compare the peak memory of the service under random requests of every kind with CORR2D_MEMORY_MB.
 
     python benchmarks/memory.py [--requests 2000] [--memory-mb 600] [--seed 0] [--clients 8]
 
-Planes and layers on every engine and in both dtypes, some with infinite, huge or subnormal values; fits of every
-solver; small requests in every format. Eight clients send them at a time. Requests may be rejected (413, 503 and 504),
-and no other status but 200 is right. The peak is VmHWM of /proc, of the server and its children. The exit code is 1 if
-it exceeds what the server holds when it is ready (libraries and compiled code, about 400 MB) by more than the setting
-and 300 MB, or if a response is not right.
+The requests are planes and layers for every engine and dtype, some with infinite, huge or subnormal values, fits with
+every solver, and small requests in every format, sent by eight clients. The allowed statuses are 200, 413, 503 and 504.
+The peak is VmHWM in /proc, of the server and its children. The exit code is 1 if it exceeds the memory of the server
+before the first request (libraries and compiled code, about 400 MB) by more than the setting plus 300 MB, or if a
+response has another status.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tests.traffic import valid_requests
 ALLOWED_ABOVE_MB = 300
 MAX_BODY_MB = 64
 KIND_FRACTIONS = {"plane": 0.35, "layer": 0.35, "fit": 0.2, "small": 0.1}
-"""Fractions of the requests."""
+"""Fractions of the requests by kind."""
 
 REJECTION_STATUSES = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 OPTION_NAMES = ("mode", "boundary", "stride", "dilation", "padding", "groups", "padding_mode", "dtype", "method")
@@ -73,11 +73,12 @@ def draw_convolution(kind: str, rng: np.random.Generator) -> HttpRequest | None:
     values = str(rng.choice(["normal", "normal", "normal", *estimates.VALUE_KINDS]))
     request = estimates.DRAW_BY_KIND["plane" if engine == "separable" else kind](rng, engine, dtype)
     options = {**request.options, "method": core.ENGINES[engine].METHOD if rng.random() < 0.5 else "auto"}
-    verb, name = (core.correlate, "kernel") if request.verb == "correlate" else (core.conv2d, "weight")
-    shapes = {"input": np.broadcast_to(np.float32(0), request.input)}
+    is_correlate = request.verb == "correlate"
+    make_plan, name = (core.plan_correlate, "kernel") if is_correlate else (core.plan_conv2d, "weight")
+    shapes: dict[str, Any] = {"input": np.broadcast_to(np.float32(0), request.input)}
     shapes[name] = np.broadcast_to(np.float32(0), request.kernel)
     try:
-        core.cost_of(verb, **shapes, **options)
+        make_plan(**shapes, **options).cost  # noqa: B018 - raises if there is no engine
     except core.CoreError:
         return None
     image, kernel = estimates.build_arrays(rng, request, values)
@@ -87,7 +88,7 @@ def draw_convolution(kind: str, rng: np.random.Generator) -> HttpRequest | None:
 
 
 def build_fit_request(arguments: dict[str, Any]) -> HttpRequest:
-    """Send a fit as npz, or as JSON if it has pairs."""
+    """Build the request for a fit, as npz, or as JSON if it has pairs."""
     text = fit_estimates.describe_fit(arguments)
     if "pairs" in arguments:
         pairs = [{"input": _to_array(pair[0]), "target": _to_array(pair[1])} for pair in arguments["pairs"]]
@@ -117,13 +118,13 @@ def _format_value(value: Any) -> str:
 
 
 def read_memory_mb(pid: int, field: str = "VmHWM") -> float:
-    """Return the resident memory of a process and its children, at most until now, in 10^6 bytes."""
+    """Return a memory field of a process and its children, by default the peak resident memory, in 10^6 bytes."""
     statuses = (Path(f"/proc/{one}/status").read_text(encoding="ascii") for one in list_process_tree(pid))
     return sum(int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e6 for status in statuses)
 
 
 def main() -> int:
-    """Send, and report."""
+    """Send the requests and report the peak memory; the exit code is 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--memory-mb", type=int, default=600)
@@ -164,9 +165,9 @@ def main() -> int:
         peak = read_memory_mb(pid)
     print("\n".join(wrong))
     counted = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
-    above = peak - ready - options.memory_mb
-    print(f"{counted}; peak {peak:.0f} MB: {above:+.0f} MB beside CORR2D_MEMORY_MB, {ALLOWED_ABOVE_MB} are allowed")
-    return 1 if wrong or above > ALLOWED_ABOVE_MB else 0
+    excess = peak - ready - options.memory_mb
+    print(f"{counted}; peak {peak:.0f} MB: {excess:+.0f} MB above the limit (allowed: {ALLOWED_ABOVE_MB} MB)")
+    return 1 if wrong or excess > ALLOWED_ABOVE_MB else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Measure the longest pauses of the event loop, and the latency of other requests meanwhile, case by case.
 
     .venv/bin/python benchmarks/pauses.py                              this checkout
-    .venv/bin/python benchmarks/pauses.py ../before .                  two checkouts, in turn, in one run
-    .venv/bin/python benchmarks/pauses.py --only engines --tries 3     some of it
+    .venv/bin/python benchmarks/pauses.py ../before .                  two checkouts, interleaved, in one run
+    .venv/bin/python benchmarks/pauses.py --only engines --tries 3     some of the cases
 
-For each case: the longest pause of the event loop in ms (the least of some tries, without what an idle process on the
-same machine was held up by meanwhile), the longest time for which the loop's own thread computed at a stretch, and the
-slowest of GET /livez, sent every 20 ms from a process of its own. The first try of an engine compiles it. At the end:
-the latency of a 3 x 3 request at the 99th percentile while direct sums of 5200 x 5200 pixels, and layers of 128
-channels, keep coming.
+For each case, in ms: the longest pause of the event loop (the least of some tries, minus the pauses of an idle process
+on the same machine), the longest time for which the thread of the loop computed without interruption, and the slowest
+GET /livez, sent every 20 ms by another process. The first try of an engine compiles it. The last table is the latency
+of 3 x 3 requests during direct sums of 5200 x 5200 pixels and layers of 128 channels.
 """
 
 import argparse
@@ -52,29 +51,29 @@ RNG = np.random.default_rng(70)
 
 
 def save_npz(**arrays: Any) -> bytes:
-    """An archive as numpy writes it."""
+    """Return an npz archive."""
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
 
 
 def draw_noise(*shape: int) -> NDArray[np.float32]:
-    """An array of normal numbers."""
+    """Return an array of normally distributed float32 numbers."""
     return RNG.normal(size=shape).astype(np.float32)
 
 
 def draw_pixels(*shape: int) -> NDArray[np.uint8]:
-    """An array of whole numbers, a quarter as large."""
+    """Return a random uint8 array, whose body is a quarter of the size of float32."""
     return RNG.integers(0, 256, shape, np.uint8)
 
 
 def build_computation(name: str, path: str, options: dict[str, Any], **arrays: Any) -> Request:
-    """A request in npz that is answered in npy."""
+    """Return a request with an npz body and an npy response."""
     return Request(name, f"{path}?{urlencode(options)}", save_npz(**arrays), {"Content-Type": NPZ, "Accept": NPY})
 
 
 def engine_requests() -> Iterator[Request]:
-    """Every engine, in both types: planes and layers, small and large."""
+    """Yield planes and layers of several sizes for every engine and dtype."""
     sides = {"direct": (5200, 3), "separable": (5200, 31), "fft": (3000, 127), "auto": (2000, 15)}
     for dtype in ("float32", "float64"):
         for method, (side, taps) in sides.items():
@@ -107,7 +106,7 @@ def engine_requests() -> Iterator[Request]:
 
 
 def fit_requests() -> Iterator[Request]:
-    """Fits by all solvers, of many unknowns, many steps and many images."""
+    """Yield fits of many unknowns and of many steps, with several solvers and losses."""
     image, target = draw_noise(600, 600), draw_noise(570, 570)
     for solver, loss in (("exact", "sum"), ("sgd", "sum"), ("adam", "huber"), ("momentum", "l1")):
         options: dict[str, Any] = {"solver": solver, "loss": loss, "steps": 20, "learning_rate": 1e-9}
@@ -125,7 +124,7 @@ def fit_requests() -> Iterator[Request]:
 
 
 def large_responses() -> Iterator[Request]:
-    """Large results in every format."""
+    """Yield requests for large responses in every format."""
     file = io.BytesIO()
     np.save(file, draw_noise(4000, 3800))
     for accept in (JSON, NPY, NPZ, "application/x-safetensors", "image/png"):
@@ -145,7 +144,7 @@ REQUEST_GROUPS: dict[str, Callable[[], Iterator[Request] | Sequence[Request]]] =
 
 
 class RepeatedRequest:
-    """Sends a request again and again from a process of its own, for as long as the block lasts."""
+    """Context manager that sends a request repeatedly from another process; `times` are in ms."""
 
     def __init__(self, address: str, request: bytes, interval_s: float) -> None:
         host, _, port = address.removeprefix("http://").rpartition(":")
@@ -154,7 +153,7 @@ class RepeatedRequest:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        # Its first answer has come.
+        # Wait for the first response.
         cast("IO[str]", self._process.stdout).readline()
         return self
 
@@ -171,11 +170,11 @@ times = []
 while True:
     start = time.perf_counter()
     connection.sendall(request.encode())
-    come = b""
-    while not come.endswith(b"}"):
+    response = b""
+    while not response.endswith(b"}"):
         piece = connection.recv(65536)
-        assert piece, come
-        come += piece
+        assert piece, response
+        response += piece
     times.append(time.perf_counter() - start)
     if len(times) == 1:
         print(flush=True)
@@ -187,14 +186,14 @@ print(*times[1:] or times, sep="\\n")
 
 @dataclass(frozen=True, slots=True)
 class ServiceUnderTest:
-    """One checkout's, and a client of it."""
+    """The service of one checkout, and a client."""
 
     name: str
-    paused: MonitoredServer
+    server: MonitoredServer
     client: httpx.Client
 
     def measure(self, request: Request) -> tuple[LoopPause, float, int]:
-        """The longest pause, the slowest /livez in ms, and the status."""
+        """Return the longest pause, the slowest /livez in ms, and the status of the response."""
         status = 0
 
         def run_exchange() -> None:
@@ -206,30 +205,30 @@ class ServiceUnderTest:
             except httpx.HTTPError:
                 status = 0
 
-        with RepeatedRequest(self.paused.address, LIVEZ_REQUEST, 0.02) as asker:
-            pause = self.paused.measure_pause(run_exchange)
-        return pause, max(asker.times), status
+        with RepeatedRequest(self.server.address, LIVEZ_REQUEST, 0.02) as probe:
+            pause = self.server.measure_pause(run_exchange)
+        return pause, max(probe.times), status
 
-    def small_while(self, body: bytes, path: str, headers: dict[str, str]) -> list[float]:
-        """Milliseconds of 3 x 3 requests, one after the other, while two clients keep sending these."""
-        over = time.monotonic() + BACKGROUND_S
+    def time_small_requests(self, body: bytes, path: str, headers: dict[str, str]) -> list[float]:
+        """Return the milliseconds of sequential 3 x 3 requests while two clients repeat the given request."""
+        end = time.monotonic() + BACKGROUND_S
 
         def keep_sending() -> None:
-            with httpx.Client(base_url=self.paused.address, timeout=120) as client:
-                while time.monotonic() < over:
+            with httpx.Client(base_url=self.server.address, timeout=120) as client:
+                while time.monotonic() < end:
                     client.post(path, content=body, headers=headers)
 
         clients = [threading.Thread(target=keep_sending) for _ in range(2)]
-        with RepeatedRequest(self.paused.address, SMALL_REQUEST, 0.005) as asker:
+        with RepeatedRequest(self.server.address, SMALL_REQUEST, 0.005) as probe:
             for client in clients:
                 client.start()
             for client in clients:
                 client.join()
-        return asker.times
+        return probe.times
 
 
 def background_requests() -> Iterator[tuple[str, str, bytes]]:
-    """Requests that are sent again and again while small requests are timed."""
+    """Yield name, path and body of the requests that are repeated while small requests are timed."""
     plane = save_npz(input=draw_pixels(5200, 1500), kernel=draw_noise(9, 9))
     yield "direct sums, 5200 x 1500, 9 x 9", "/correlate?method=direct", plane
     yield "direct sums, 5200 x 5200, 3 x 3", "/correlate?method=direct&kernel=sobel_x", b""
@@ -241,7 +240,7 @@ def background_requests() -> Iterator[tuple[str, str, bytes]]:
 
 
 def main() -> None:
-    """Print a line for each case, with the figures of all checkouts."""
+    """Print a line for each case, with the times of all checkouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", nargs="*", type=Path, default=[PROJECT_ROOT])
     parser.add_argument("--only", choices=[*REQUEST_GROUPS, "small"], action="append")
@@ -251,12 +250,12 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         services = []
         for number, checkout in enumerate(options.checkouts):
-            paused = stack.enter_context(start_monitored_server(folder / f"log{number}", checkout=checkout.resolve()))
-            stack.enter_context(open_client(paused.address))
-            client = stack.enter_context(httpx.Client(base_url=paused.address, timeout=300))
-            services.append(ServiceUnderTest(str(checkout), paused, client))
+            server = stack.enter_context(start_monitored_server(folder / f"log{number}", checkout=checkout.resolve()))
+            stack.enter_context(open_client(server.address))
+            client = stack.enter_context(httpx.Client(base_url=server.address, timeout=300))
+            services.append(ServiceUnderTest(str(checkout), server, client))
         print(f"checkouts: {', '.join(service.name for service in services)}; {os.cpu_count()} cores; milliseconds")
-        print("| case | status | first pause | least pause | computed | slowest livez, least |")
+        print("| case | status | first pause | shortest pause | loop thread | slowest /livez |")
         print("| --- | --- | --- | --- | --- | --- |")
         for group, requests in REQUEST_GROUPS.items():
             if options.only and group not in options.only:
@@ -275,16 +274,14 @@ def main() -> None:
                 print(f"| {request.name} | {' | '.join(joined)} |", flush=True)
         if options.only and "small" not in options.only:
             return
-        print(
-            "\n| 3 x 3 requests while these keep coming | median | 99 of 100 within | most |\n| --- | --- | --- | --- |"
-        )
+        print("\n| 3 x 3 requests during | median | 99th percentile | maximum |\n| --- | --- | --- | --- |")
         file = io.BytesIO()
         np.save(file, np.ones((5200, 5200), np.uint8))
         for name, path, body in background_requests():
             cells = []
             headers = {"Content-Type": NPZ if body else NPY, "Accept": NPY}
             for service in services:
-                times = service.small_while(body or file.getvalue(), path, headers)
+                times = service.time_small_requests(body or file.getvalue(), path, headers)
                 ninety_nine = statistics.quantiles(times, n=100)[98]
                 cells.append([f"{ms:.2f}" for ms in (statistics.median(times), ninety_nine, max(times))])
             joined = [" / ".join(column) for column in zip(*cells, strict=True)]

@@ -1,7 +1,7 @@
-"""The problems that benchmarks/engines.py measures, the right numbers, and everybody's way to get them.
+"""The problems that benchmarks/engines.py measures, their correct outputs, and the calls of core and its peers.
 
-Peers find what they like best: inputs in their layout, kernels already flipped or taken apart, and no cut where their
-output has the input's size. core gets what OpenCV and scipy get, numpy's arrays.
+Peers are called in their most favourable form: inputs in their preferred layout, kernels already flipped or factorized,
+and no crop if their output has the size of the input. core is called with numpy arrays, as OpenCV and scipy are.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,17 +20,17 @@ from torch.nn import functional
 import core
 
 CellKind: TypeAlias = Literal["general", "separable", "conv2d"]
-"""A plane under a kernel of random numbers, a plane under a product of a column and a row, or a layer."""
+"""A plane and a kernel of random numbers, a plane and the product of a column and a row, or a layer."""
 
 Array: TypeAlias = NDArray[Any]
 Output: TypeAlias = Tensor | Array | core.Result
 TimedCall: TypeAlias = Callable[[], Output]
-"""One timed call; what it needs is prepared, its output it allocates."""
+"""One timed call, which allocates its output; its inputs are prepared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A row's problem: square planes and kernels, mode valid, and how many threads may work on it."""
+    """The problem of a row: square planes and kernels, mode valid, and the number of threads."""
 
     kind: CellKind
     plane: int
@@ -52,17 +52,17 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        """What the row's table has in common, besides the kind."""
+        """The dtype and number of threads, which all rows of a table share."""
         return f"{self.dtype}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
     @property
     def side(self) -> int:
-        """Rows, and columns, of an output plane."""
+        """Number of rows, and of columns, of an output plane."""
         return (self.plane - self.kernel) // self.stride + 1
 
     @property
     def problem(self) -> core.Problem:
-        """The cell as core's engines see it, before anybody has looked at the kernel."""
+        """The cell as a Problem of core, with unknown rank of the kernel."""
         return core.Problem(
             batch=1,
             channels=self.channels,
@@ -79,10 +79,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CellTask:
-    """A cell with its numbers and the machine as core knows it.
+    """A cell with its arrays and the machine as measured by core.
 
-    images (C, P, P); weight (O, C / groups, k, k); factors (2, k), the column and the row whose product the kernel is,
-    or (0, k) where it is none.
+    images (C, P, P); weight (O, C / groups, k, k); factors (2, k), the column and the row whose product is the kernel,
+    or (0, k) if the kernel is not separable.
     """
 
     cell: Cell
@@ -93,7 +93,7 @@ class CellTask:
 
 
 def create_task(cell: Cell, machine: core.Machine) -> CellTask:
-    """The same numbers every time."""
+    """Return the task of a cell; its random numbers are always the same."""
     rng = np.random.default_rng(1)
     dtype = np.dtype(cell.dtype)
     separable = cell.kind == "separable"
@@ -105,25 +105,25 @@ def create_task(cell: Cell, machine: core.Machine) -> CellTask:
 
 @lru_cache(maxsize=4)
 def _draw_images(channels: int, plane: int, dtype: core.Dtype) -> Array:
-    """(C, P, P), kept for the next kernel."""
+    """Return images (C, P, P), cached for the next kernel."""
     return np.random.default_rng(0).standard_normal((channels, plane, plane), dtype=np.dtype(dtype))
 
 
-# The right numbers.
+# The correct outputs.
 
 
 def compute_reference(task: CellTask) -> Array:
-    """(O, oh, ow), by the correlation theorem in float64 with code that no contender uses, rounded to the dtype."""
+    """Compute the output (O, oh, ow) by the correlation theorem in float64, with numpy.fft, rounded to the dtype."""
     cell = task.cell
-    together = cell.filters // cell.groups
-    valid = cell.plane - cell.kernel + 1  # beyond, the kernel reads round the edge
+    group_filters = cell.filters // cell.groups
+    valid = cell.plane - cell.kernel + 1  # beyond, the circular correlation wraps around
     spectra = _compute_spectra(cell.channels, cell.plane, cell.dtype).reshape(
         cell.groups, -1, cell.plane, cell.plane // 2 + 1
     )
     expected = np.empty((cell.filters, cell.side, cell.side), cell.dtype)
     for number, filter in enumerate(task.weight):
         kernels = np.fft.rfft2(filter.astype(np.float64), (cell.plane, cell.plane))
-        total = (spectra[number // together] * kernels.conj()).sum(0)
+        total = (spectra[number // group_filters] * kernels.conj()).sum(0)
         plane = np.fft.irfft2(total, (cell.plane, cell.plane))
         expected[number] = plane[: valid : cell.stride, : valid : cell.stride]
     return expected
@@ -131,34 +131,34 @@ def compute_reference(task: CellTask) -> Array:
 
 @lru_cache(maxsize=1)
 def _compute_spectra(channels: int, plane: int, dtype: core.Dtype) -> Array:
-    """(C, P, P // 2 + 1), kept for the next kernel: on large planes all contenders together take less time."""
+    """Return spectra (C, P, P // 2 + 1), cached because they can take longer than all contenders together."""
     return np.fft.rfft2(_draw_images(channels, plane, dtype).astype(np.float64))
 
 
 def compute_relative_error(output: Output, expected: Array, cell: Cell) -> float:
-    """The largest error by the largest value that is expected; NaN where the output has one."""
+    """Return the largest error divided by the largest expected value; NaN if the output contains NaN."""
     difference = crop_valid(output, cell) - expected
     return float(max(difference.max(), -difference.min()) / max(expected.max(), -expected.min()))
 
 
 def crop_valid(output: Output, cell: Cell) -> Array:
-    """(O, oh, ow), cut out of the output where that has the input's size."""
+    """Return the valid part (O, oh, ow) of an output, which may have the size of the input."""
     array = np.asarray(output.output if isinstance(output, core.Result) else output)
     array = array.reshape(cell.filters, *array.shape[-2:])
     first = cell.kernel // 2 if array.shape[-1] == cell.plane else 0
     return array[:, first : first + cell.side, first : first + cell.side]
 
 
-# The contenders. Each prepares what a task holds and returns the call to be timed.
+# The contenders. Each function prepares the arrays of a task and returns the call to be timed.
 
 
 def prepare_core_auto(task: CellTask) -> TimedCall:
-    """The subject, as everybody calls it."""
+    """Return a call of core with the engine that it chooses."""
     return _prepare_core(task)
 
 
 def prepare_core_forced(engine: str, task: CellTask) -> TimedCall:
-    """The subject with no choice; raises MethodUnavailable, when called, where that engine cannot."""
+    """Return a call of core with one engine, which raises MethodUnavailable if the engine cannot compute the task."""
     return _prepare_core(task, engines=(engine,))
 
 
@@ -171,15 +171,15 @@ def _prepare_core(task: CellTask, **options: Any) -> TimedCall:
 
 
 def prepare_torch_conv2d(task: CellTask) -> TimedCall:
-    """torch, in the layout that everybody has."""
+    """Return a call of torch with contiguous tensors."""
     cell = task.cell
     batch, filters = torch.from_numpy(task.images[None]), torch.from_numpy(task.weight)
     return lambda: functional.conv2d(batch, filters, stride=cell.stride, groups=cell.groups)
 
 
 def prepare_torch_channels_last(task: CellTask) -> TimedCall:
-    """torch, in the layout that it likes best; nobody pays for the way there or back."""
-    # .contiguous() would leave one channel as it is: its strides mean nothing, and yet torch chooses by them.
+    """Return a call of torch with channels_last tensors; the conversion is not timed."""
+    # .contiguous() would not change the strides of a single channel, by which torch chooses its algorithm.
     cell = task.cell
     batch = torch.from_numpy(task.images[None]).to(memory_format=torch.channels_last)
     filters = torch.from_numpy(task.weight).to(memory_format=torch.channels_last)
@@ -187,50 +187,50 @@ def prepare_torch_channels_last(task: CellTask) -> TimedCall:
 
 
 def prepare_scipy_correlate2d(task: CellTask) -> TimedCall:
-    """The plain loops, one thread."""
+    """Return a call of scipy's plain loops, which use one thread."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: signal.correlate2d(image, kernel, mode="valid")
 
 
 def prepare_scipy_fftconvolve(task: CellTask) -> TimedCall:
-    """One FFT over the whole plane; it convolves, so the kernel is flipped."""
+    """Return a call of scipy's FFT of the whole plane; the kernel is flipped, because it convolves."""
     image, flipped = task.images[0], task.weight[0, 0, ::-1, ::-1].copy()
     return lambda: signal.fftconvolve(image, flipped, mode="valid")
 
 
 def prepare_scipy_oaconvolve(task: CellTask) -> TimedCall:
-    """An FFT by tiles, overlapped and added; it convolves, so the kernel is flipped."""
+    """Return a call of scipy's overlap-add FFT; the kernel is flipped, because it convolves."""
     image, flipped = task.images[0], task.weight[0, 0, ::-1, ::-1].copy()
     return lambda: signal.oaconvolve(image, flipped, mode="valid")
 
 
 def prepare_scipy_ndimage(task: CellTask) -> TimedCall:
-    """Loops for any number of dimensions, one thread; the output has the input's size."""
+    """Return a call of scipy.ndimage, which uses one thread; the output has the size of the input."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: ndimage.correlate(image, kernel, mode="constant")
 
 
 def prepare_opencv_filter2d(task: CellTask) -> TimedCall:
-    """Direct sums, for large kernels an FFT by tiles; the output has the input's size."""
+    """Return a call of filter2D: direct sums, or FFT tiles for large kernels; the output has the size of the input."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_CONSTANT)
 
 
 def prepare_opencv_sep_filter2d(task: CellTask) -> TimedCall:
-    """Two passes, for the two factors, which it need not find; the output has the input's size."""
+    """Return a call of sepFilter2D with the known factors; the output has the size of the input."""
     image, (column, row) = task.images[0], task.factors
     return lambda: cv2.sepFilter2D(image, -1, row, column, borderType=cv2.BORDER_CONSTANT)
 
 
 def prepare_opencv_match_template(task: CellTask) -> TimedCall:
-    """An FFT by tiles: template matching by plain correlation."""
+    """Return a call of matchTemplate with plain correlation, which uses FFT tiles."""
     image, kernel = task.images[0], task.weight[0, 0]
     return lambda: cv2.matchTemplate(image, kernel, cv2.TM_CCORR)
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A contender other than core, and what it can solve."""
+    """A contender other than core, with the kinds and dtypes that it supports."""
 
     prepare: Callable[[CellTask], TimedCall]
     kinds: tuple[CellKind, ...] = ("general", "separable")
@@ -256,9 +256,9 @@ CONTENDERS: Mapping[str, Callable[[CellTask], TimedCall]] = {
     **{name: peer.prepare for name, peer in PEERS.items()},
     **{engine: partial(prepare_core_forced, engine) for engine in core.ENGINES},
 }
-"""The subject, its peers, and its engines one by one."""
+"""core, its peers, and each of its engines."""
 
 
 def list_peers(cell: Cell) -> list[str]:
-    """The names of the peers that can solve the cell."""
+    """Return the names of the peers that can compute the cell."""
     return [name for name, peer in PEERS.items() if cell.kind in peer.kinds and cell.dtype in peer.dtypes]

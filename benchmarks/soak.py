@@ -1,23 +1,23 @@
-"""Whether corr2d's memory grows over twenty thousand good and bad requests, beside a service that leaks on purpose.
+"""Measure whether the memory of corr2d grows over twenty thousand valid and invalid requests.
 
     make soak                                     everything, in about 8 minutes
-    .venv/bin/python benchmarks/soak.py --help    fewer requests, another leak, a Markdown file, a picture
+    .venv/bin/python benchmarks/soak.py --help    fewer requests, another leak, a Markdown file, a plot
 
-How to read it. "Memory" is what is resident of the server's process, as /proc/PID/smaps_rollup says (Rss), looked at
-every 100 requests while none runs. "Growth" is from the 2000th request to the last, by a straight line of least squares
-through all of it, and by the medians of its first and its last fifth: flat is where both are at most 5 MiB, a leak
-where both are more. Before that engines are compiled, and what is remembered of shapes fills up. It still rises in
-steps, ever more rarely: the heap is as large as the largest requests that ever met made it. The control is the same
-service, but of each request that comes to its application some bytes are kept. Anonymous memory is the part that no
-file stands behind: what is resident also grows by pages of libraries that are touched for the first time.
+The control is the same service with an added leak: it keeps some bytes for each request. "Memory" is the resident
+memory of the server process (Rss in /proc/PID/smaps_rollup), read every 100 requests while none is running. "Growth" is
+measured from request 2000 to the last one, by a least squares line and by the medians of the first and last fifth. The
+verdict is "flat" if both are at most 5 MiB and "leaks" if both are larger. Before request 2000, engines are compiled
+and caches of shapes fill up. After it, the memory of the service still rises in rare steps, when larger requests than
+before run at the same time. "Anonymous" memory is not backed by a file: resident memory also grows when pages of
+libraries are used for the first time.
 
-How it is measured. The traffic is that of tests/traffic: every third request is good, drawn at random among all
-endpoints and formats, plain or compressed, of up to 256 x 256 pixels, and its answer is compared with one computed by
-other means; then comes one that is bad in one of the ways of the project's list of hazards, from NaN in JSON to bytes
-that are no HTTP and clients that leave in the middle, and then a small good one. The first twentieth is good. What is
-refused has to be refused with the right status, as a problem of at most 8 KiB. Bodies may have 2 MB: of a bomb that
-becomes 64 MB the C library keeps tens of megabytes or not, which would hide a leak. Four clients send at a time;
-meanwhile slow ones hang on, which the service has to be rid of in its time. The same seed gives both the same traffic.
+The traffic is that of tests/traffic. Every third request is a random valid one, for any endpoint and format, plain or
+compressed, of up to 256 x 256 pixels, and its response is compared with a result computed independently. Each is
+followed by an invalid request from the cases of docs/robustness.md, and by a small valid one. The first twentieth of
+the requests is valid. Rejections must have the right status, and be problem details of at most 8 KiB. Bodies are
+limited to 2 MB: of a decompression bomb of 64 MB, the C library may retain tens of megabytes, which would hide a leak.
+Four clients send at a time, and slow clients stay connected until the service disconnects them. Both services receive
+the same traffic.
 """
 
 import argparse
@@ -53,23 +53,23 @@ from tests.soak import (
 GROWTH_LIMIT_BYTES = 5 * MIB
 
 SERVER_FLAGS = ("--max-body-mb", "2")
-"""What a bomb becomes, then."""
+"""Also limits the decompressed size of bombs."""
 
 MIN_SAMPLES = 10
 
 PLOT_MARGIN_MIB, MIN_LABEL_GAP = 15, 0.12
-"""Of the picture: MiB below where growth begins to count, and the share of its height between two labels."""
+"""Margin below the start of the growth, in MiB, and distance between two labels as a fraction of the axes' height."""
 
 WARM_UP_FRACTION = 0.05
-"""The share of the requests before the first bad one."""
+"""Fraction of the requests before the first invalid one."""
 
 GROWTH_START_FRACTION = 0.1
-"""The share of them from which on growth counts."""
+"""Fraction of the requests after which growth is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class SoakSubject:
-    """Who is soaked: how it is started, what it keeps of each request, and what must be found."""
+    """A service to be measured: its command, its leak in bytes per request, and the expected verdict."""
 
     name: str
     command: Sequence[str]
@@ -79,7 +79,7 @@ class SoakSubject:
 
 @dataclass(frozen=True, slots=True)
 class SoakOutcome:
-    """What was seen of one."""
+    """The measurements of one service; `seconds` is their duration."""
 
     soak: SoakReport
     growth: MemoryGrowth
@@ -87,16 +87,16 @@ class SoakOutcome:
 
 
 def soak_subject(subject: SoakSubject, requests: int, since: int, seed: int) -> SoakOutcome:
-    """Soak it."""
+    """Send the traffic to a service and return the measurements."""
 
-    def each(sample: MemorySample) -> None:
+    def report_progress(sample: MemorySample) -> None:
         if sample.requests % 1000 == 0:
             print_progress(f"{subject.name}: {sample.requests} requests, {sample.resident / MIB:.1f} MiB")
 
     with tempfile.TemporaryDirectory() as folder:
         start = perf_counter()
         with start_service(subject.command, Path(folder) / "log", *SERVER_FLAGS, leak=subject.leak) as (address, pid):
-            soak = run_soak(address, pid, requests, seed, int(WARM_UP_FRACTION * requests), each)
+            soak = run_soak(address, pid, requests, seed, int(WARM_UP_FRACTION * requests), report_progress)
         return SoakOutcome(soak, estimate_growth(soak.samples, since), perf_counter() - start)
 
 
@@ -104,9 +104,9 @@ def soak_subject(subject: SoakSubject, requests: int, since: int, seed: int) -> 
 
 
 def format_report(seen: Mapping[SoakSubject, SoakOutcome], since: int, seed: int) -> str:
-    """What became of their memory, and whether all answers were right."""
+    """Return the report: a table of the memory and a list of the incorrect responses."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "uvicorn", "uvloop"))
-    circumstances = (
+    environment = (
         f"{datetime.now(UTC):%Y-%m-%d}, {get_cpu_model()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
         f"{packages}; {CLIENT_COUNT} clients at a time, seed {seed}"
     )
@@ -116,8 +116,8 @@ def format_report(seen: Mapping[SoakSubject, SoakOutcome], since: int, seed: int
         f"at {since}",
         "at the end",
         "anonymous, at the end",
-        "growth by the line",
-        "growth by the ends",
+        "growth by line",
+        "growth by medians",
         f"within {GROWTH_LIMIT_BYTES / MIB:g}",
         "expected",
         "minutes",
@@ -138,7 +138,7 @@ def format_report(seen: Mapping[SoakSubject, SoakOutcome], since: int, seed: int
             f"{one.seconds / 60:.1f}",
         ]
         memory.append(f"| {' | '.join(columns)} |")
-    parts = [circumstances, "## Memory", "\n".join(memory), "## Answers that were not right"]
+    parts = [environment, "## Memory", "\n".join(memory), "## Incorrect responses"]
     wrong = [
         f"- {subject.name}: {many} x {name}: {one.soak.reasons[name]!r}"
         for subject, one in seen.items()
@@ -151,25 +151,25 @@ def format_report(seen: Mapping[SoakSubject, SoakOutcome], since: int, seed: int
 
 
 def draw_plot(seen: Mapping[SoakSubject, SoakOutcome], since: int, path: Path) -> None:
-    """Memory over requests above what it is when growth begins to count, each named at its end."""
+    """Draw the memory of both services against requests, relative to that at the start of the growth."""
     figure = Figure(figsize=(9, 5), dpi=150, facecolor="white")
     axes = figure.add_axes((0.08, 0.11, 0.66, 0.8))
     ends, colours = {}, {}
     for (subject, one), colour in zip(seen.items(), ("#1f6feb", "#d62728"), strict=False):
         samples = one.soak.samples
         begin = next(sample.resident for sample in samples if sample.requests >= since)
-        counts, sizes = [sample.requests for sample in samples], [(each.resident - begin) / MIB for each in samples]
+        counts, sizes = [sample.requests for sample in samples], [(sample.resident - begin) / MIB for sample in samples]
         axes.plot(counts, sizes, color=colour, linewidth=1.5)
         label = f"{subject.name}:\n{one.growth.by_line / MIB:+.1f} MiB, {one.growth.verdict(GROWTH_LIMIT_BYTES)}"
         ends[label], colours[label] = (counts[-1], sizes[-1]), colour
     axes.axhspan(0, GROWTH_LIMIT_BYTES / MIB, color="#7f7f7f", alpha=0.15, linewidth=0)
     axes.axvline(since, color="#7f7f7f", linewidth=0.8, linestyle="--")
-    axes.set_title("resident memory, MiB above that at the dashed line")
-    axes.set_xlabel(f"good and bad requests; grey: {GROWTH_LIMIT_BYTES / MIB:g} MiB of growth, which may be")
+    axes.set_title("resident memory in MiB, relative to that at the dashed line")
+    axes.set_xlabel(f"valid and invalid requests; grey: allowed growth of {GROWTH_LIMIT_BYTES / MIB:g} MiB")
     axes.set_ylim(bottom=-PLOT_MARGIN_MIB)
     style_axes(axes)
-    to_share = axes.transData + axes.transAxes.inverted()
-    heights = spread_labels({label: float(to_share.transform(end)[1]) for label, end in ends.items()})
+    to_axes_fraction = axes.transData + axes.transAxes.inverted()
+    heights = spread_labels({label: float(to_axes_fraction.transform(end)[1]) for label, end in ends.items()})
     if min(heights.values()) + MIN_LABEL_GAP > max(heights.values()):
         heights[max(heights, key=heights.__getitem__)] = min(heights.values()) + MIN_LABEL_GAP
     for label, height in heights.items():
@@ -181,35 +181,39 @@ def draw_plot(seen: Mapping[SoakSubject, SoakOutcome], since: int, path: Path) -
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked now rather than after minutes."""
+    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=20_000, help="to each (default: %(default)s)")
-    parser.add_argument("--since", type=int, help="growth counts from that request on (default: a tenth of them)")
-    parser.add_argument("--leak", type=int, default=1000, help="bytes a request, of the control (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the traffic (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as Markdown")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw both, as .png or .svg")
+    parser.add_argument("--requests", type=int, default=20_000, help="number for each service (default: %(default)s)")
+    parser.add_argument(
+        "--since", type=int, help="measure growth from this request on (default: a tenth of --requests)"
+    )
+    parser.add_argument(
+        "--leak", type=int, default=1000, help="leak of the control in bytes per request (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the traffic (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report to FILE, as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the memory of both, as .png or .svg")
     arguments = parser.parse_args()
     arguments.since = int(GROWTH_START_FRACTION * arguments.requests) if arguments.since is None else arguments.since
     if arguments.requests - arguments.since < MIN_SAMPLES * REQUESTS_PER_SAMPLE:
-        parser.error(f"--requests at least {MIN_SAMPLES * REQUESTS_PER_SAMPLE} above --since")
-    for file in (arguments.output, arguments.picture):
+        parser.error(f"--requests must exceed --since by at least {MIN_SAMPLES * REQUESTS_PER_SAMPLE}")
+    for file in (arguments.output, arguments.plot):
         if file is not None and not file.parent.is_dir():
-            parser.error(f"{file}: there is no folder {file.parent}")
-    if arguments.picture is not None and arguments.picture.suffix not in (".png", ".svg"):
-        parser.error(f"--picture {arguments.picture}: a name that ends in .png or .svg")
+            parser.error(f"{file}: folder {file.parent} does not exist")
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
+        parser.error(f"--plot {arguments.plot}: must end in .png or .svg")
     if sys.platform != "linux":
-        parser.error("this needs Linux, which says what a process has in memory")
+        parser.error("this needs Linux, for /proc/PID/smaps_rollup")
     return arguments
 
 
 def main() -> None:
-    """Soak, and print, write and draw what was asked for; the exit code is 1 where it is not as it must be."""
+    """Measure, print or write the report, and draw the plot; the exit code is 1 if a verdict or response is wrong."""
     arguments = parse_arguments()
-    leak = f"control, {arguments.leak} bytes a request"
+    control = f"control, leak of {arguments.leak} bytes per request"
     subjects = [
         SoakSubject("corr2d", SERVICE_COMMAND, 0, "flat"),
-        SoakSubject(leak, LEAKY_COMMAND, arguments.leak, "leaks"),
+        SoakSubject(control, LEAKY_COMMAND, arguments.leak, "leaks"),
     ]
     seen = {subject: soak_subject(subject, arguments.requests, arguments.since, arguments.seed) for subject in subjects}
     text = format_report(seen, arguments.since, arguments.seed)
@@ -217,12 +221,12 @@ def main() -> None:
         print(text, end="")
     else:
         arguments.output.write_text(text, encoding="utf-8")
-    if arguments.picture is not None:
-        draw_plot(seen, arguments.since, arguments.picture)
+    if arguments.plot is not None:
+        draw_plot(seen, arguments.since, arguments.plot)
     if any(
         one.soak.wrong or one.growth.verdict(GROWTH_LIMIT_BYTES) != subject.verdict for subject, one in seen.items()
     ):
-        sys.exit("not as it must be")
+        sys.exit("failed: incorrect responses, or a verdict other than expected")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cross-correlation, Conv2d and the learning of kernels on torch; useful from a notebook, knows no web.
+"""Cross-correlation, Conv2d and kernel fitting on numpy arrays and torch tensors; usable without the HTTP service.
 
 >>> from core import correlate
 >>> correlate([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]]).output
@@ -6,11 +6,14 @@ tensor([[19., 25.],
         [37., 43.]])
 """
 
-from core.conv2d import conv2d, conv2d_problem
-from core.correlate import correlate
+from core.conv2d import conv2d, conv2d_problem, plan_conv2d
+from core.convolution import ConvolutionPlan
+from core.correlate import correlate, plan_correlate
 from core.device import available_devices, describe_devices, resolve_device, usable_cores, usable_memory
-from core.engines import CALLING_THREAD_ENGINES, ENGINES, Choice, Method, Result, choose, warm_up
+from core.engines import CALLING_THREAD_ENGINES, ENGINES
+from core.engines.choice import Choice, Method, choose
 from core.engines.pipelines import NotCompiled, compiled_only
+from core.engines.run import Result, warm_up
 from core.engines.slices import Check
 from core.errors import (
     CoreError,
@@ -24,15 +27,15 @@ from core.errors import (
     TooLarge,
     UnknownKernel,
 )
-from core.explain import Candidate, explain, with_error_bound
-from core.fit import FitPlan, fit_kernel, fit_kernel_steps, plan_fit_kernel, run_to_end
+from core.explain import Candidate, explain
 from core.fit.constraints import Symmetry
+from core.fit.fit import FitPlan, fit_kernel, fit_kernel_steps, plan_fit_kernel, run_to_end
 from core.fit.losses import Loss
 from core.fit.optimizers import Solver
 from core.fit.result import RIDGE_PATH_FIELDS, FitResult, Forecast, Prediction, Progress, Reading, Status, Step
 from core.fit.size_selection import DEFAULT_MAX_KERNEL_SIZE
 from core.kernels import KERNELS, named_kernel
-from core.limits import Limits, cost_of
+from core.limits import Limits
 from core.machine import Machine, measure_machine, use_one_blas_thread
 from core.shapes import OVERFLOW_THRESHOLDS, Boundary, Dtype, Mode, Operation, PaddingMode, Problem
 
@@ -47,6 +50,7 @@ __all__ = [
     "Candidate",
     "Check",
     "Choice",
+    "ConvolutionPlan",
     "CoreError",
     "Cost",
     "DeviceUnavailable",
@@ -84,13 +88,14 @@ __all__ = [
     "conv2d",
     "conv2d_problem",
     "correlate",
-    "cost_of",
     "describe_devices",
     "explain",
     "fit_kernel",
     "fit_kernel_steps",
     "measure_machine",
     "named_kernel",
+    "plan_conv2d",
+    "plan_correlate",
     "plan_fit_kernel",
     "resolve_device",
     "run_to_end",
@@ -98,5 +103,4 @@ __all__ = [
     "usable_memory",
     "use_one_blas_thread",
     "warm_up",
-    "with_error_bound",
 ]

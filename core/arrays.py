@@ -1,4 +1,4 @@
-"""Array-likes -> tensors of the dtype and device that were asked for."""
+"""Conversion of array-likes to numpy arrays and torch tensors of the requested dtype and device."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -22,39 +22,40 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": t
 
 
 Array: TypeAlias = Tensor | NDArray[Any]
-"""What engines compute on: numpy's arrays or torch's tensors. On the CPU each is a view of the other."""
+"""Array type of the engines: numpy arrays or torch tensors. On the CPU each can be viewed as the other."""
 
 
 class ConvolveFn(Protocol):
     """A convolution: images (N, C, H, W), weight (O, C/groups, h, w), bias (O) or None -> output (N, O, oh, ow).
 
-    The output is written into `out`, if there is one, which may be a part of a larger array; a new one is row-major.
-    Arrays on the CPU are numpy's as `as_array` makes them. The weight may be what the engine itself has made of one.
+    The output is written into `out` if given, which may be a view of a larger array; a newly allocated output is
+    row-major. On the CPU, arrays are numpy arrays as returned by `as_array`. `weight` may also be a form that the
+    engine itself derived from a weight.
     """
 
     def __call__(self, images: Array, weight: Any, bias: Array | None, out: Array | None = None, /) -> Array:
-        """Compute it."""
+        """Compute the convolution."""
 
 
 ArrayT = TypeVar("ArrayT", Tensor, NDArray[Any], Array)
-"""Either, the same one in and out."""
+"""An array type of a function that returns the type that it receives."""
 
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 
 NUMPY_CONVERTIBLE_CODES = frozenset("bBhHiIlLqQefdg")
-"""numpy's codes for the numbers that it converts itself, without the detour by torch that takes as long as a call."""
+"""numpy type codes that `as_array` converts with numpy alone: a conversion by torch takes as long as a small call."""
 
 PYTHON_NUMBER_TYPES = {int, float}
 
 MAX_TORCH_ITEM_BYTES = 8
-"""Bytes of float64; numpy has wider types, which torch does not know."""
+"""Bytes of float64; wider numpy types are not supported by torch and are converted to float64."""
 
 
 def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -> Array:
-    """The value as numpy's array for the CPU and as a tensor for other devices; errors and sharing are as_tensor's.
+    """Return the value as a numpy array for the CPU, or as a tensor for other devices.
 
-    The numbers of a row follow each other: compiled engines count on that. An array that needs nothing done to it
-    passes at once: for a small image, that counts.
+    The values of a row are adjacent in memory: compiled engines require it. Shares memory and raises errors as
+    `as_tensor` does. An array that needs no conversion is returned first, which matters for the time of small images.
     """
     if (
         type(value) is np.ndarray
@@ -82,9 +83,9 @@ def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -
 
 
 def as_shaped_array(field: str, value: ArrayLike) -> Array:
-    """The value itself where it is an array already, whose shape can be looked at before anything is copied.
+    """Return the value itself if it is a valid array, so that its shape can be checked before anything is copied.
 
-    Raises what `as_numbers` raises for what is none yet, for a masked array, and for an array that holds nothing.
+    Other values, masked arrays and empty arrays go through `as_real_tensor`, which converts them or raises.
     """
     if isinstance(value, np.ndarray | Tensor) and 0 not in value.shape and not isinstance(value, MaskedArray):
         return value
@@ -92,7 +93,7 @@ def as_shaped_array(field: str, value: ArrayLike) -> Array:
 
 
 def as_numpy(array: Array) -> NDArray[Any]:
-    """A view of an array on the CPU as numpy's."""
+    """Return a numpy view of an array on the CPU."""
     if isinstance(array, np.ndarray):
         return array
     if array.requires_grad or array.is_neg():
@@ -102,27 +103,31 @@ def as_numpy(array: Array) -> NDArray[Any]:
 
 
 def as_torch(array: Array) -> Tensor:
-    """A view of an array as torch's."""
+    """Return a torch view of an array."""
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
 def as_tensor(field: str, value: ArrayLike, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The value as a tensor, sharing its memory where dtype and device already agree.
+    """Return the value as a tensor that shares its memory if dtype and device already match.
 
-    Integers are converted as torch converts them. Raises what `as_numbers` raises.
+    Integers are rounded as torch rounds them. Raises the same errors as `as_real_tensor`.
     """
     return as_real_tensor(field, value).to(device=device, dtype=dtype)
 
 
 def as_real_tensor(field: str, value: ArrayLike) -> Tensor:
-    """The value as a tensor of its own dtype, sharing its memory.
+    """Return the value as a tensor of its own dtype that shares its memory if possible.
 
-    Raises InvalidNumbers for anything but real numbers and for masked arrays, and InvalidShape for ragged sequences and
-    for arrays that hold nothing.
+    Raises InvalidNumbers for masked arrays and for values other than real numbers, and InvalidShape for ragged
+    sequences and empty arrays.
     """
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(_as_torch_compatible(field, value))
     if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise InvalidNumbers(f"{field} is {tensor.dtype}: it needs real numbers", field=field, got=str(tensor.dtype))
+        raise InvalidNumbers(
+            f"{field} has values of type {tensor.dtype}; only integers and floating-point numbers are allowed",
+            field=field,
+            got=str(tensor.dtype),
+        )
     if tensor.numel() == 0:
         raise InvalidShape(
             f"{field} is empty: its shape is {format_shape(tensor.shape)} and every side must be at least 1",
@@ -134,7 +139,7 @@ def as_real_tensor(field: str, value: ArrayLike) -> Tensor:
 
 
 def _as_torch_compatible(field: str, value: NDArray[np.generic] | NestedNumbers) -> NDArray[np.generic]:
-    """A numpy array that torch can take: native byte order, positive strides, writable."""
+    """Return a numpy array that torch accepts: native byte order, positive strides, writable."""
     if _contains_masked_array(value):
         raise InvalidNumbers(
             f"{field} is a numpy masked array; only arrays without a mask are allowed: "
@@ -149,19 +154,19 @@ def _as_torch_compatible(field: str, value: NDArray[np.generic] | NestedNumbers)
         raise InvalidShape(f"{field} is ragged: its rows differ in length", field=field) from error
     if array.dtype.kind not in "iuf":
         raise InvalidNumbers(
-            f"{field} has values of type {array.dtype}: only real numbers can be convolved",
+            f"{field} has values of type {array.dtype}; only integers and floating-point numbers are allowed",
             field=field,
             got=str(array.dtype),
             limit="integers and floating-point numbers",
         )
     native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= MAX_TORCH_ITEM_BYTES else np.dtype(np.float64)
     array = array.astype(native, copy=False)
-    # torch shares memory with what it is given and warns that a read-only array could be written through it.
+    # torch shares the array's memory; for a read-only array it warns that the tensor is writable.
     return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
 
 
 def _contains_masked_array(value: object) -> bool:
-    """Return whether the value is a masked array, or nested sequences that hold one. numpy.asarray drops masks."""
+    """Return whether the value is a masked array or nested sequences that contain one: numpy.asarray drops masks."""
     if isinstance(value, list | tuple):
         return not set(map(type, value)) <= PYTHON_NUMBER_TYPES and any(map(_contains_masked_array, value))
     return isinstance(value, MaskedArray)

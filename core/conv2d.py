@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from core.arrays import ArrayLike, ArrayT, as_array, as_shaped_array
+from core.convolution import ConvolutionPlan
 from core.device import resolve_device_for_dtype
-from core.engines import ALL_ENGINES, Method, Result, run_engine
+from core.engines import ALL_ENGINES
+from core.engines.choice import Method
+from core.engines.run import Result
 from core.engines.slices import Check
 from core.errors import InvalidShape
-from core.limits import Limits
-from core.machine import Machine
+from core.machine import Machine, this_machine
 from core.shapes import (
     Dtype,
     PaddingMode,
@@ -35,21 +37,55 @@ def conv2d(
     method: Method = "auto",
     device: str = "auto",
     dtype: Dtype = "float32",
-    limits: Limits | None = None,
     machine: Machine | None = None,
     engines: tuple[str, ...] = ALL_ENGINES,
     check: Check | None = None,
 ) -> Result:
-    """torch.nn.functional.conv2d with torch.nn.Conv2d's padding modes.
+    """Return the output of torch.nn.functional.conv2d with torch.nn.Conv2d's padding modes.
 
     input (N, C, H, W), (C, H, W) or (H, W); weight (O, C/groups, h, w), or (h, w) for one channel in and one out; bias
     (O). The output has the input's rank; one plane under several filters gives (O, oh, ow). `padding` is an integer,
-    (rows, columns), (top, bottom, left, right), "valid", or "same" by TensorFlow's rule where the stride is not 1.
+    (rows, columns), (top, bottom, left, right), "valid", or "same" (TensorFlow's rule if the stride is not 1).
     `machine`, `engines` and `check` as for correlate.
 
-    Raises InvalidShape, InvalidOption, InvalidNumbers, DeviceUnavailable, MethodUnavailable and, where `limits` are
-    given, TooLarge. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
+    Raises InvalidShape, InvalidOption, InvalidNumbers, DeviceUnavailable and MethodUnavailable. Source:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
     """
+    plan = plan_conv2d(
+        input,
+        weight,
+        bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        method=method,
+        device=device,
+        dtype=dtype,
+        machine=machine,
+        engines=engines,
+    )
+    return plan.run(check)
+
+
+def plan_conv2d(
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: PaddingMode = "zeros",
+    method: Method = "auto",
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    machine: Machine | None = None,
+    engines: tuple[str, ...] = ALL_ENGINES,
+) -> ConvolutionPlan:
+    """Check the arguments of `conv2d` and return its plan: the cost, the engine, and `run`."""
     require_one_of("padding_mode", padding_mode, PaddingMode)
     resolved = resolve_device_for_dtype(device, dtype)
     planes = as_shaped_array("input", input)
@@ -69,11 +105,18 @@ def conv2d(
         device=resolved.type,
         weight_name="weight",
     )
-    if limits is not None:
-        limits.check(problem, method=method, machine=machine, engines=engines)
-    shape = _match_input_rank((problem.batch, problem.filters, *problem.output_size), planes.ndim)
-    batch = as_array("input", images, dtype, resolved)
-    return run_engine(problem, batch, filters, offsets, shape, method, machine, engines, check)
+    return ConvolutionPlan(
+        problem=problem,
+        input=images,
+        input_shape=tuple(images.shape),
+        filters=filters,
+        bias=offsets,
+        output_shape=_match_input_rank((problem.batch, problem.filters, *problem.output_size), planes.ndim),
+        method=method,
+        device=resolved,
+        machine=machine or this_machine(),
+        engines=engines,
+    )
 
 
 def conv2d_problem(
@@ -90,9 +133,9 @@ def conv2d_problem(
     device: str,
     weight_name: str,
 ) -> Problem:
-    """The Problem of images (N, C, H, W) under filters of a shape (O, C/groups, h, w), its sizes checked.
+    """Return the problem of images (N, C, H, W) and filters (O, C/groups, h, w). Raises InvalidShape and InvalidOption.
 
-    `weight_name` is what the caller's user calls the filters, for messages.
+    `weight_name` is the field of the filters in messages.
     """
     batch, channels, height, width = images_shape
     outputs, channels_per_group, h, w = filters_shape
@@ -114,8 +157,9 @@ def conv2d_problem(
             limit=expected,
         )
     if bias_shape is not None and tuple(bias_shape) != (outputs,):
+        filters_need = "1 filter needs" if outputs == 1 else f"{outputs} filters need"
         raise InvalidShape(
-            f"bias has shape {format_shape(bias_shape)}: {outputs} filter{'' if outputs == 1 else 's'} need ({outputs})",
+            f"bias has shape {format_shape(bias_shape)}; {filters_need} ({outputs})",
             field="bias",
             got=format_shape(bias_shape),
             limit=f"({outputs})",
@@ -142,7 +186,7 @@ def conv2d_problem(
 
 
 def as_images(field: str, planes: ArrayT) -> ArrayT:
-    """(H, W), (C, H, W) or (N, C, H, W) as (N, C, H, W)."""
+    """Return planes (H, W), (C, H, W) or (N, C, H, W) as (N, C, H, W)."""
     if not 2 <= planes.ndim <= 4:
         raise InvalidShape(
             f"{field} has shape {format_shape(planes.shape)}: it needs (H, W), (C, H, W) or (N, C, H, W)",
@@ -154,7 +198,7 @@ def as_images(field: str, planes: ArrayT) -> ArrayT:
 
 
 def as_filters(field: str, weight: ArrayT) -> ArrayT:
-    """(h, w) or (O, C/groups, h, w) as (O, C/groups, h, w)."""
+    """Return a weight (h, w) or (O, C/groups, h, w) as (O, C/groups, h, w)."""
     if weight.ndim not in (2, 4):
         raise InvalidShape(
             f"{field} has shape {format_shape(weight.shape)}: it needs (O, C/groups, h, w), "
@@ -167,7 +211,7 @@ def as_filters(field: str, weight: ArrayT) -> ArrayT:
 
 
 def _match_input_rank(shape: tuple[int, ...], input_rank: int) -> tuple[int, ...]:
-    """(N, O, oh, ow) without the batch and channel axes that the input did not have."""
+    """Return (N, O, oh, ow) without the batch and channel axes that the input does not have."""
     if input_rank == 4:
         return shape
     return shape[2:] if input_rank == 2 and shape[1] == 1 else shape[1:]

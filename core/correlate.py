@@ -8,13 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 from core.arrays import NUMPY_DTYPES, ArrayLike, as_array, as_shaped_array
+from core.convolution import ConvolutionPlan
 from core.device import CPU_DEVICE, resolve_device_for_dtype
-from core.engines import ALL_ENGINES, Method, Result, run_engine
+from core.engines import ALL_ENGINES
+from core.engines.choice import Method
+from core.engines.run import Result
 from core.engines.slices import Check
 from core.errors import InvalidOption, InvalidShape
 from core.kernels import named_kernel, named_kernel_rank
-from core.limits import Limits
-from core.machine import Machine
+from core.machine import Machine, this_machine
 from core.shapes import (
     OVERFLOW_THRESHOLDS,
     Boundary,
@@ -40,41 +42,78 @@ def correlate(
     method: Method = "auto",
     device: str = "auto",
     dtype: Dtype = "float32",
-    limits: Limits | None = None,
     machine: Machine | None = None,
     engines: tuple[str, ...] = ALL_ENGINES,
     check: Check | None = None,
 ) -> Result:
-    """Y[i, j] = sum over a, b of X[i + a, j + b] K[a, b], for every plane of X = input (..., H, W).
+    """Return Y[i, j] = sum over a, b of X[i + a, j + b] K[a, b], for every plane of X = input (..., H, W).
 
     kernel is K (h, w), or the name of one such as "gaussian(2.0)". The output is (..., H - h + 1, W - w + 1) in mode
     "valid", (..., H, W) in "same", (..., H + h - 1, W + w - 1) in "full"; `boundary` says what stands outside the
     input in the latter two (see core.padding.pad). operation "convolve" flips the kernel in both axes first; its "same"
     is the centre of "full", as in scipy.signal.convolve2d, and differs from "correlate" for kernels of even size (see
     core.shapes.mode_padding).
-    `machine` is what the choice among engines assumes and how many threads they may use, `engines` which ones it may
-    choose among; this machine and all of them where nothing is said. `check` is called between slices of a long
-    computation, of about 0.05 s of predicted time each; an exception that it raises ends the computation.
+    `machine` describes the processor to the choice among engines and limits their threads; `engines` lists those to
+    choose from. The defaults are this machine and all engines. `check` is called between slices of a long computation,
+    of about 0.05 s of predicted time each; an exception that it raises ends the computation.
 
-    Raises InvalidShape, InvalidOption, InvalidNumbers, UnknownKernel, DeviceUnavailable, MethodUnavailable and, where
-    `limits` are given, TooLarge.
+    Raises InvalidShape, InvalidOption, InvalidNumbers, UnknownKernel, DeviceUnavailable and MethodUnavailable.
     """
+    plan = plan_correlate(
+        input,
+        kernel,
+        mode=mode,
+        boundary=boundary,
+        fill_value=fill_value,
+        operation=operation,
+        method=method,
+        device=device,
+        dtype=dtype,
+        machine=machine,
+        engines=engines,
+    )
+    return plan.run(check)
+
+
+def plan_correlate(
+    input: ArrayLike,
+    kernel: ArrayLike | str,
+    *,
+    mode: Mode = "valid",
+    boundary: Boundary = "zeros",
+    fill_value: float = 0.0,
+    operation: Operation = "correlate",
+    method: Method = "auto",
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    machine: Machine | None = None,
+    engines: tuple[str, ...] = ALL_ENGINES,
+) -> ConvolutionPlan:
+    """Check the arguments of `correlate` and return its plan: the cost, the engine, and `run`."""
     resolved = resolve_device_for_dtype(device, dtype)
     images = as_shaped_array("input", input)
     taps = as_array("kernel", named_kernel(kernel) if isinstance(kernel, str) else kernel, dtype, resolved)
     kind = "cpu" if resolved is CPU_DEVICE else resolved.type
     rank = named_kernel_rank(kernel) if isinstance(kernel, str) else None
     case = _build_problem(tuple(images.shape), taps.shape, mode, boundary, fill_value, operation, dtype, kind, rank)
-    if limits is not None:
-        limits.check(case.problem, method=method, machine=machine, engines=engines)
     if operation == "convolve":
         taps = taps[::-1, ::-1].copy() if isinstance(taps, np.ndarray) else taps.flip(0, 1)
-    planes, weight = as_array("input", images, dtype, resolved).reshape(case.planes_shape), taps[None, None]
-    return run_engine(case.problem, planes, weight, None, case.output_shape, method, machine, engines, check)
+    return ConvolutionPlan(
+        problem=case.problem,
+        input=images,
+        input_shape=case.planes_shape,
+        filters=taps[None, None],
+        bias=None,
+        output_shape=case.output_shape,
+        method=method,
+        device=resolved,
+        machine=machine or this_machine(),
+        engines=engines,
+    )
 
 
 class _ProblemAndShapes(NamedTuple):
-    """A problem, its planes (N, 1, H, W), and the shape of the output as the caller wants it."""
+    """A problem, the shape of its planes (N, 1, H, W), and the shape of the output."""
 
     problem: Problem
     planes_shape: tuple[int, ...]
@@ -93,7 +132,7 @@ def _build_problem(
     device: str,
     rank: int | None,
 ) -> _ProblemAndShapes:
-    """The problem of these shapes and options, checked once: the next call with the same ones finds it ready."""
+    """Return the problem of these shapes and options. It is cached: equal calls are checked once."""
     require_one_of("mode", mode, Mode)
     require_one_of("boundary", boundary, Boundary)
     require_one_of("operation", operation, Operation)
@@ -102,8 +141,8 @@ def _build_problem(
     h, w, height, width = *_kernel_size(kernel_shape), *_plane_size(input_shape)
     if mode == "valid" and (h > height or w > width):
         raise InvalidShape(
-            f"kernel {format_shape((h, w))} is larger than input {format_shape((height, width))}: "
-            'mode "valid" needs it to fit; "same" and "full" do not',
+            f"kernel has shape {format_shape((h, w))}, larger than the input {format_shape((height, width))}; "
+            'mode "valid" requires it to fit: use mode "same" or "full"',
             field="kernel",
             got=format_shape((h, w)),
             limit=format_shape((height, width)),
@@ -143,7 +182,7 @@ def _round_fill_value(fill_value: float, dtype: Dtype) -> float:
 
 
 def _reject_ineffective_options(mode: Mode, boundary: Boundary, fill_value: float) -> None:
-    """Refuse options that could change nothing: whoever sends them expects something else."""
+    """Reject options that have no effect together with the others."""
     if mode == "valid" and boundary != "zeros":
         raise InvalidOption(
             f'boundary "{boundary}" has no effect in mode "valid", which reads nothing outside the input: '

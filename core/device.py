@@ -1,4 +1,4 @@
-"""`auto | cpu | cuda | cuda:1 | mps` -> a torch device, and what can be said about it."""
+"""Device names (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`), and the cores and memory that this process may use."""
 
 import math
 import os
@@ -11,31 +11,32 @@ from core.errors import DeviceUnavailable, InvalidOption
 from core.shapes import Dtype, require_one_of
 
 DEFAULT_MEMORY_BYTES = 4 << 30
+"""Memory in bytes that is assumed if the system does not report its own."""
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 CPU_DEVICE = torch.device("cpu")
-"""What `resolve_device` returns for the CPU: asking a device for its type takes longer than `is CPU`."""
+"""The object that `resolve_device` returns for the CPU: `is CPU_DEVICE` is faster than reading a device's type."""
 
 
 def available_devices() -> list[str]:
-    """The devices of this machine by name, the one that `auto` takes first."""
+    """Return the names of this machine's devices; `auto` selects the first."""
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() else []
     return [*cuda, *mps, "cpu"]
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """The torch device of that name; `auto` is the fastest kind there is.
+    """Return the torch device of that name; `auto` selects the first of `available_devices`.
 
-    Raises DeviceUnavailable, naming the devices that are there.
+    Raises DeviceUnavailable with the names of the available devices.
     """
     devices = available_devices()
     name = str(name)
     wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
     if wanted not in devices:
         raise DeviceUnavailable(
-            f'device "{name}" is not on this machine; it has: {", ".join(devices)} ("auto" takes {devices[0]})',
+            f'device "{name}" is not available; available devices: {", ".join(devices)} ("auto" selects {devices[0]})',
             field="device",
             got=name,
             limit=", ".join(["auto", *devices]),
@@ -45,9 +46,9 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 @lru_cache(maxsize=64)
 def resolve_device_for_dtype(name: str | torch.device, dtype: Dtype) -> torch.device:
-    """The device of that name, looked up once: asking the drivers takes longer than a small convolution.
+    """Return the device of that name, cached: querying the drivers takes longer than a small convolution.
 
-    Raises DeviceUnavailable, and InvalidOption where there is no such dtype or the device cannot compute in it.
+    Raises DeviceUnavailable, and InvalidOption if the dtype is not valid or the device does not support it.
     """
     require_one_of("dtype", dtype, Dtype)
     device = resolve_device(name)
@@ -56,10 +57,10 @@ def resolve_device_for_dtype(name: str | torch.device, dtype: Dtype) -> torch.de
 
 
 def require_dtype_support(device: torch.device, dtype: Dtype) -> None:
-    """Raise InvalidOption where the device cannot compute in that dtype."""
+    """Raise InvalidOption if the device does not support the dtype."""
     if device.type == "mps" and dtype == "float64":
         raise InvalidOption(
-            'device "mps" has no float64: use dtype "float32" or device "cpu"',
+            'device "mps" does not support dtype "float64": use dtype "float32" or device "cpu"',
             field="dtype",
             got="float64",
             limit="float32",
@@ -67,7 +68,7 @@ def require_dtype_support(device: torch.device, dtype: Dtype) -> None:
 
 
 def describe_devices() -> list[dict[str, object]]:
-    """Name, model and memory in bytes (None where torch cannot tell) of every device."""
+    """Return name, model and memory in bytes of every device; the last two are None if torch does not report them."""
     described: list[dict[str, object]] = []
     for name in available_devices():
         if name.startswith("cuda"):
@@ -79,10 +80,10 @@ def describe_devices() -> list[dict[str, object]]:
 
 
 def usable_cores(cgroup: Path = CGROUP_ROOT) -> int:
-    """The cores that this process may use: its affinity, further bounded by a container's CPU quota.
+    """Return the number of cores that this process may use: its CPU affinity, limited by a container's CPU quota.
 
-    A container started with `--cpus 2` still sees every core of its host. Its quota stands, in microseconds of CPU time
-    and of the period that it is for, in `cpu.max` (cgroup v2) or in two files of `cpu/` (v1); "max" or -1 mean none.
+    A container started with `--cpus 2` still sees every core of its host. `cpu.max` (cgroup v2) or two files in `cpu/`
+    (v1) contain the quota and its period, in microseconds; "max" or -1 means no quota.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
@@ -95,10 +96,10 @@ def usable_cores(cgroup: Path = CGROUP_ROOT) -> int:
 
 
 def usable_memory(cgroup: Path = CGROUP_ROOT) -> int:
-    """The bytes of memory that this process may use: the machine's, further bounded by a container's limit.
+    """Return the bytes of memory that this process may use: the machine's memory, limited by a container's limit.
 
-    That stands in `memory.max` (cgroup v2) or `memory/memory.limit_in_bytes` (v1), where "max" or a number beyond every
-    machine mean none. 4 GB where the system does not say.
+    `memory.max` (cgroup v2) or `memory/memory.limit_in_bytes` (v1) contains the limit; "max" or a number above the
+    machine's memory means no limit. Returns 4 GiB if the system does not report its memory.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,27 +1,27 @@
-"""What can go wrong, in the words of the domain; no status codes, no web.
+"""Exceptions of core, independent of HTTP.
 
 CoreError
-├── InvalidArgument (also a ValueError)   cannot be accepted on any machine
+├── InvalidArgument (also a ValueError)   not valid on any machine
 │   ├── InvalidShape                      sizes that do not fit together
 │   ├── InvalidOption                     an option outside its allowed values
-│   ├── InvalidNumbers                    values that are not plain real numbers
-│   └── UnknownKernel                     a kernel name that names nothing
+│   ├── InvalidNumbers                    values that are not real numbers
+│   └── UnknownKernel                     a kernel name that does not exist, or invalid arguments of a named kernel
 ├── DeviceUnavailable                     a device that this machine does not have
-├── MethodUnavailable                     no engine can do this problem by that method
+├── MethodUnavailable                     no engine supports the problem with the requested method
 └── TooLarge                              above the limits that the caller set
 """
 
 from typing import Literal, NamedTuple
 
 Quantity = Literal["memory", "compute", "time", "engine"]
-"""What a limit is on."""
+"""The quantity that a limit applies to."""
 
 
 class Cost(NamedTuple):
-    """What a call is expected to take: memory in megabytes (10^6 bytes), Gflop (10^9 operations), seconds.
+    """The predicted cost of a call: memory in megabytes (10^6 bytes), arithmetic in Gflop (10^9 operations), seconds.
 
-    `megabytes` is the peak of the memory that the call adds: copies of its arguments, and what the engine takes, by
-    name `engine`. `result_megabytes` is the part of it that the result keeps.
+    `megabytes` is the peak memory that the call adds: copies of its arguments, and the arrays of `engine`, the engine
+    that would run. `result_megabytes` is the part of it that the result occupies.
     """
 
     megabytes: float
@@ -32,9 +32,10 @@ class Cost(NamedTuple):
 
 
 class CoreError(Exception):
-    """Something that the caller can understand and change.
+    """Base class of the errors that the caller can fix by changing the call.
 
-    `field` is the argument at fault, `got` what came in it and `limit` what is allowed; each may be None.
+    `field` is the name of the invalid argument, `got` the received value and `limit` the allowed range; each may be
+    None.
     """
 
     def __init__(self, message: str, *, field: str | None = None, got: object = None, limit: object = None) -> None:
@@ -46,7 +47,7 @@ class CoreError(Exception):
 
 
 class InvalidArgument(CoreError, ValueError):
-    """An argument that cannot be accepted on any machine."""
+    """An argument that is not valid on any machine."""
 
 
 class InvalidShape(InvalidArgument):
@@ -58,11 +59,11 @@ class InvalidOption(InvalidArgument):
 
 
 class InvalidNumbers(InvalidArgument):
-    """Values that are not plain real numbers."""
+    """Values that are not real numbers."""
 
 
 class UnknownKernel(InvalidArgument):
-    """A kernel name that names nothing, or arguments that it does not take."""
+    """A kernel name that does not exist, or invalid arguments of a named kernel."""
 
 
 class DeviceUnavailable(CoreError):
@@ -70,11 +71,11 @@ class DeviceUnavailable(CoreError):
 
 
 class MethodUnavailable(CoreError):
-    """No engine can solve this problem by the method asked for."""
+    """No engine supports the problem with the requested method."""
 
 
 class TooLarge(CoreError):
-    """An estimate above the limits that the caller set; nothing has been allocated. `cost` is the whole estimate."""
+    """An estimate above the limits that the caller set, raised before any allocation. `cost` is the whole estimate."""
 
     def __init__(self, message: str, *, quantity: Quantity, got: str, limit: str, cost: Cost) -> None:
         super().__init__(message, got=got, limit=limit)

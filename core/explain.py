@@ -1,34 +1,29 @@
-"""What every engine would take for a problem, and takes: the choice, laid open."""
+"""Predicted and measured times of every engine for a problem."""
 
 import math
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from core.arrays import TORCH_DTYPES, Array, as_numpy
-from core.engines import ENGINES, Method, Result, choose, run_engine
-from core.engines.precision import UNIT_ROUNDOFF, allowed_error, max_magnitude
+from core.engines import ENGINES
+from core.engines.choice import Method, choose
+from core.engines.run import run_engine
 from core.errors import MethodUnavailable
-from core.kernels import named_kernel
 from core.machine import Machine, this_machine
 from core.shapes import Problem
 
 MAX_MEASURED_RUN_S = 2.0
-"""Seconds: an engine that is predicted to take longer is not run."""
+"""Predicted time above which an engine is not run, in seconds."""
 
 MEASUREMENT_BUDGET_S = 0.2
-"""Seconds to spend on one engine, after a first call that may have to compile."""
+"""Time to measure one engine after its first run, which may have to compile, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One engine and one problem. Times are in seconds; None where the engine cannot, or was not run."""
+    """An engine's times for a problem, in seconds; None if it cannot compute the problem, or was not measured."""
 
     engine: str
     method: str
@@ -41,9 +36,9 @@ class Candidate:
 def explain(
     problem: Problem, *, method: Method = "auto", machine: Machine | None = None, measure: bool = True
 ) -> list[Candidate]:
-    """Every engine's predicted time for the problem and, with `measure`, the shortest of several on random numbers.
+    """Return every engine's predicted time and, with `measure`, the shortest of several runs on random numbers.
 
-    A problem with a `rank` of 1 gets a kernel of that rank. Raises MethodUnavailable where no engine can.
+    A problem with a `rank` gets a kernel of that rank. Raises MethodUnavailable if no engine can compute it.
     """
     machine = machine or this_machine()
     choice = choose(problem, method, machine)
@@ -58,40 +53,6 @@ def explain(
         measured = _measure_seconds(problem, name, method, machine) if runs else None
         candidates.append(Candidate(name, engine.METHOD, name == choice.engine, alone.seconds, measured))
     return candidates
-
-
-def with_error_bound(verb: Callable[..., Result]) -> Callable[..., Result]:
-    """Return correlate or conv2d with an `error_bound` in its result: the precision contract as one number.
-
-    (m + 1) u S for an engine that sums directly, 1e-6 max|Y| + 4 sqrt(m) u S for others (1e-14 in float64), with m taps
-    and S at most the largest |input| times the largest sum of the |taps| of one filter. None if that is not finite.
-    """
-
-    def bounded(**arguments: Any) -> Result:
-        result = verb(**arguments)
-        kernel = arguments.get("kernel", arguments.get("weight"))
-        return result._replace(error_bound=_compute_error_bound(result, arguments, kernel))
-
-    return bounded
-
-
-def _compute_error_bound(result: Result, arguments: Mapping[str, Any], kernel: Any) -> float | None:
-    taps = np.abs(_to_numpy(named_kernel(kernel) if isinstance(kernel, str) else kernel), dtype=np.float64)
-    filters = taps.reshape(len(taps) if taps.ndim == 4 else 1, -1)
-    bias = 0.0 if arguments.get("bias") is None else max_magnitude(_to_numpy(arguments["bias"]))
-    output, dtype = max_magnitude(_to_numpy(result.array)), np.dtype(arguments.get("dtype", "float32"))
-    pixel = max(max_magnitude(_to_numpy(arguments["input"])), abs(arguments.get("fill_value", 0.0)))
-    with np.errstate(over="ignore", invalid="ignore"):
-        sums = pixel * float(filters.sum(1).max())
-        if ENGINES[result.engine].METHOD == "direct":
-            bound = (int(np.count_nonzero(filters, axis=1).max()) + 1) * UNIT_ROUNDOFF[dtype] * (sums + bias)
-        else:
-            bound = float(allowed_error(dtype, filters.shape[1], output, sums)) + UNIT_ROUNDOFF[dtype] * (bias + output)
-    return bound if math.isfinite(bound) else None
-
-
-def _to_numpy(values: Any) -> NDArray[Any]:
-    return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _measure_seconds(problem: Problem, engine: str, method: Method, machine: Machine) -> float:
@@ -113,10 +74,7 @@ def _measure_seconds(problem: Problem, engine: str, method: Method, machine: Mac
 
 
 def _random_arrays(problem: Problem) -> tuple[Array, Array]:
-    """Random images and weight of the problem's shapes, type and device, and of its rank where it has one.
-
-    On the CPU as numpy's arrays, as they come from the wire.
-    """
+    """Return random images and weight of the problem's shapes, dtype, device and rank; on the CPU as numpy's arrays."""
     generator = torch.Generator().manual_seed(0)
     dtype = TORCH_DTYPES[problem.dtype]
     images = torch.randn(

@@ -1,7 +1,7 @@
 """The named kernels: `sobel_x`, `gaussian(2.0)`, `motion(9, 45)`, ...
 
-All are written for cross-correlation: laid on the image as they stand, nothing is flipped. x runs to the right and y
-down, so a derivative in x is positive where the picture gets brighter to the right.
+All are defined for cross-correlation, without a flip. x points right and y points down, so a derivative in x is
+positive at pixels whose right neighbours are brighter than their left ones.
 """
 
 import difflib
@@ -18,22 +18,22 @@ from numpy.typing import NDArray
 from core.errors import UnknownKernel
 
 MAX_NAMED_KERNEL_SIDE = 1023
-"""The largest side of a kernel that a name may ask for; a larger one is sent as an array."""
+"""Maximum side of a named kernel, in pixels; larger kernels have to be passed as arrays."""
 
 MAX_KERNEL_NAME_CHARS = 200
-"""The longest name that is looked at."""
+"""Maximum length of a kernel name with its arguments, in characters."""
 
 KERNEL_CACHE_BYTES = 1 << 25
-"""The most memory of kernels that are kept: a request resolves its name more than once."""
+"""Maximum memory of cached kernels, in bytes; a request resolves its kernel name more than once."""
 
 Kernel = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class KernelFamily:
-    """A name with its arguments: `signature` for reading, `example` for trying, `make` for the numbers (h, w).
+    """A named kernel and its parameters: signature and example for messages, and `make`, which builds the array (h, w).
 
-    `rank` is that of its kernels as matrices, if it is low.
+    `rank` is the rank of its kernels as matrices if it is low, otherwise None.
     """
 
     signature: str
@@ -46,7 +46,7 @@ class KernelFamily:
 
 
 class _KernelCache:
-    """The kernels made last, up to a number of bytes. Safe to use from any thread."""
+    """Cache of the most recently used kernels, limited in bytes. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._max_bytes = limit
@@ -55,14 +55,14 @@ class _KernelCache:
         self._bytes = 0
 
     def get(self, text: str) -> Kernel | None:
-        """The kernel of that name, if it is kept."""
+        """Return the cached kernel of that name, or None."""
         with self._lock:
             if text in self._kernels:
                 self._kernels.move_to_end(text)
             return self._kernels.get(text)
 
     def put(self, text: str, kernel: Kernel) -> None:
-        """Keep a kernel, and drop those that were used longest ago if there are too many bytes."""
+        """Add a kernel and evict the least recently used kernels above the limit."""
         with self._lock:
             if kernel.nbytes <= self._max_bytes and text not in self._kernels:
                 self._kernels[text] = kernel
@@ -75,9 +75,9 @@ _kernel_cache = _KernelCache(KERNEL_CACHE_BYTES)
 
 
 def named_kernel(text: str) -> Kernel:
-    """Return the kernel (h, w) of a name such as "sobel_x" or "gaussian(2.0)", as an array that cannot be written to.
+    """Return the kernel (h, w) of a name such as "sobel_x" or "gaussian(2.0)", as a read-only array.
 
-    Raises UnknownKernel with the nearest names, or with the signature where the arguments do not fit it.
+    Raises UnknownKernel with the nearest names, or with the signature if the arguments do not match it.
     """
     kernel = _kernel_cache.get(text)
     if kernel is None:
@@ -101,7 +101,7 @@ def _build_named_kernel(text: str) -> Kernel:
         return _build_finite(family.make, _parse_arguments(call[2] or "", family))
     except ValueError as error:
         raise UnknownKernel(
-            f'"{text[:60]}" does not fit {family.signature} ({error}); for example "{family.example}"',
+            f'"{text[:60]}" does not match {family.signature}: {error}; for example "{family.example}"',
             field="kernel",
             got=text[:60],
             limit=family.signature,
@@ -113,29 +113,29 @@ def _build_finite(make: Callable[..., Kernel], arguments: list[float]) -> Kernel
         try:
             kernel = make(*arguments)
         except ArithmeticError as error:
-            raise ValueError("its numbers are out of range") from error
+            raise ValueError("an argument is out of range") from error
     if not np.isfinite(kernel).all():
-        raise ValueError("its numbers are out of range")
+        raise ValueError("an argument is out of range")
     return kernel
 
 
 def _parse_arguments(text: str, family: KernelFamily) -> list[float]:
     arguments = [float(word) for word in text.split(",")] if text.strip() else []
     if not family.required_arguments <= len(arguments) <= family.required_arguments + family.optional_arguments:
-        raise ValueError(f"it has {len(arguments)} arguments")
+        raise ValueError(f"received {len(arguments)} argument{'' if len(arguments) == 1 else 's'}")
     return arguments
 
 
 def box(n: float) -> Kernel:
-    """The mean over n x n pixels."""
+    """Return the mean over n x n pixels."""
     side = _require_side("n", n)
     return np.full((side, side), 1 / side**2)
 
 
 def gaussian(sigma: float, n: float | None = None) -> Kernel:
-    """A Gaussian of standard deviation sigma (pixels), n x n, sum 1; n covers 4 sigma to each side unless given.
+    """Return a Gaussian of standard deviation sigma (pixels), n x n, sum 1; by default n covers 4 sigma to each side.
 
-    The cut and the normalisation are scipy.ndimage.gaussian_filter's.
+    Truncation and normalization are those of scipy.ndimage.gaussian_filter.
     """
     line = _gaussian_1d(sigma, n)
     kernel: Kernel = np.outer(line, line)
@@ -143,7 +143,7 @@ def gaussian(sigma: float, n: float | None = None) -> Kernel:
 
 
 def laplacian_of_gaussian(sigma: float) -> Kernel:
-    """The Laplacian of a Gaussian of standard deviation sigma (pixels), shifted to sum 0.
+    """Return the Laplacian of a Gaussian of standard deviation sigma (pixels), shifted to sum 0.
 
     (r^2 - 2 sigma^2) / sigma^4 times the sum-1 Gaussian; Marr and Hildreth, "Theory of edge detection", 1980.
     """
@@ -156,19 +156,19 @@ def laplacian_of_gaussian(sigma: float) -> Kernel:
 
 
 def motion_blur(n: float, angle: float) -> Kernel:
-    """The blur of a camera moved n pixels (odd) at `angle` degrees, counter-clockwise from the x axis; sum 1.
+    """Return the blur of a camera motion over n pixels (odd) at `angle` degrees, counter-clockwise from the x axis.
 
-    A pixel weighs 1 minus its distance from the line, as in MATLAB's fspecial("motion").
+    The weight of a pixel is 1 minus its distance from the line, normalized to sum 1, as in MATLAB's fspecial("motion").
     """
     side = _require_side("n", n)
     if side % 2 == 0:
         raise ValueError(f"n must be odd, {side} is even")
     if not math.isfinite(angle):
         raise ValueError("angle must be finite")
-    # The angle is turned within one half circle, where sine and cosine of the right angles are exact enough.
+    # Reduced to a half circle, in which sine and cosine of multiples of 90 degrees are accurate enough.
     radians = math.radians(angle % 180)
     sine, cosine, reach = math.sin(radians), math.cos(radians), side // 2
-    # Pixels nearer than 1 to the line: at most 6 in each column of a flat one, in each row of a steep one.
+    # Pixels closer than 1 to the line: at most 6 in each column (or row, if the line is steeper than 45 degrees).
     along_axis = np.arange(-reach, reach + 1, dtype=np.float64)[:, None]
     slope = -sine / cosine if abs(cosine) > abs(sine) else -cosine / sine
     near = np.floor(slope * along_axis) + np.arange(-2, 4)
@@ -177,23 +177,23 @@ def motion_blur(n: float, angle: float) -> Kernel:
     weight = np.maximum(1 - np.hypot(x * sine + y * cosine, beyond), 0)
     weight[(weight < 1e-12) | (np.abs(near) > reach)] = 0
     kernel = np.zeros((side, side))
-    # What lies outside weighs nothing.
+    # Pixels outside the kernel have weight 0, so clipping their indices adds nothing.
     rows, columns = (np.clip(axis, -reach, reach).astype(np.intp) + reach for axis in (y, x))
     np.add.at(kernel, (rows, columns), weight / weight.sum())
     return kernel
 
 
 def _gaussian_1d(sigma: float, n: float | None) -> Kernel:
-    """A Gaussian along one side, sum 1."""
+    """Return a one-dimensional Gaussian, sum 1."""
     exponents = -0.5 * (_centered_coordinates(sigma, n) / sigma) ** 2
-    # Its largest is 0 at least where a pixel is the centre; an even n has none, and a small sigma nothing else.
+    # Shifted so that the largest is 0: for even n no pixel is at the centre, and a small sigma underflows everywhere.
     line: Kernel = np.exp(exponents - exponents.max())
     line /= line.sum()
     return line
 
 
 def _centered_coordinates(sigma: float, n: float | None) -> Kernel:
-    """The distances from the centre along one side, in pixels."""
+    """Return the signed distances from the centre along one side, in pixels."""
     if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma must be above 0, not {sigma:g}")
     side = _require_side("n", 2 * int(4 * sigma + 0.5) + 1 if n is None else n)
@@ -207,7 +207,7 @@ def _require_side(name: str, value: float) -> int:
 
 
 def named_kernel_rank(text: str) -> int | None:
-    """The rank of a named kernel as a matrix, if it is low. The name is one that `named_kernel` takes."""
+    """Return the rank of a named kernel as a matrix if it is low, otherwise None. The name must be valid."""
     return KERNELS[text.partition("(")[0].strip()].rank
 
 
@@ -243,7 +243,7 @@ KERNELS: dict[str, KernelFamily] = {
     ),
     "sharpen": _fixed_kernel("sharpen", "the image minus its Laplacian", [[0, -1, 0], [-1, 5, -1], [0, -1, 0]]),
     "emboss": _fixed_kernel("emboss", "relief lit from the lower right", [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]),
-    "edge_x": _fixed_kernel("edge_x", "difference of neighbours in x, the lesson's edge kernel", [[-1, 1]]),
+    "edge_x": _fixed_kernel("edge_x", "difference of neighbours in x, the edge kernel of the d2l example", [[-1, 1]]),
     "motion": KernelFamily(
         "motion(n, angle)",
         "motion(9, 45)",

@@ -1,4 +1,4 @@
-"""What the choice among engines knows about the hardware: threads, and two speeds measured in a few milliseconds."""
+"""Description of the CPU for the engines' cost models: number of threads, and two speeds that are quick to measure."""
 
 import functools
 import time
@@ -13,15 +13,17 @@ from core.device import usable_cores
 BENCHMARK_MATRIX_SIDE = 256
 BENCHMARK_COPY_VALUES = 8_000_000
 BENCHMARK_REPETITIONS = 5
+"""Rows and columns of the matrices that are multiplied, float32 values that are copied, timed runs of each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Machine:
-    """A CPU as the cost models see it. The defaults are a server core of 2023; `measure_machine` finds this one's.
+    """CPU parameters of the cost models. The default speeds are those of a 2023 server core; see `measure_machine`.
 
-    `threads` is also how many threads an engine may use. `flops`: float32 operations per second of one thread in a
-    matrix product. `bandwidth`: bytes per second that one thread moves between arrays larger than its caches.
-    `compiling`: seconds that a compiled engine needs before its first run, for a process that will not see many.
+    `threads` is also the maximum number of threads that an engine may use. `flops` is the float32 operations per second
+    of one thread in a matrix product. `bandwidth` is the bytes per second that one thread moves between arrays larger
+    than its caches. `compile_seconds` is added to the predicted time of compiled engines, for short-lived processes
+    that cannot reuse a compiled pipeline often.
     """
 
     threads: int
@@ -32,23 +34,23 @@ class Machine:
 
 @functools.cache
 def this_machine() -> Machine:
-    """The cores that this process may use, with default speeds: what is taken where the caller names no machine."""
+    """Return the default machine: the cores that this process may use, with default speeds."""
     return Machine(usable_cores())
 
 
 def use_one_blas_thread() -> None:
-    """Let numpy's BLAS compute with one thread, in the whole process and from now on.
+    """Limit numpy's BLAS to one thread for the rest of the process.
 
-    Its threads wait for each other by spinning, so that several computations at a time, or other processes, make each
-    of them many times as slow. For a service to call at its start; estimates of fits count with it.
+    BLAS threads wait for each other by spinning, so concurrent computations or other processes slow each of them down
+    many times. A service calls this at startup; the time estimates of fits assume it.
     """
     threadpool_limits(limits=1, user_api="blas")
 
 
 def measure_machine(machine: Machine) -> Machine:
-    """The machine with the speeds that one thread of it shows, in about 50 ms; other work on it lowers them little.
+    """Return the machine with measured single-thread speeds. Takes about 50 ms and is robust to moderate other load.
 
-    Not to be called while torch computes: its number of threads is 1 meanwhile.
+    Do not call this while torch computes: it sets torch's number of threads to 1 during the measurement.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,7 +70,7 @@ def measure_machine(machine: Machine) -> Machine:
 
 
 def _best_seconds(call: Callable[[], object]) -> float:
-    """The least of several times, in seconds; the first call only warms up."""
+    """Return the shortest time of several calls, in seconds, after one warm-up call."""
     call()
     times = []
     for _ in range(BENCHMARK_REPETITIONS):

@@ -1,4 +1,4 @@
-"""What stands outside an image: numpy.pad's semantics on tensors, for a border of any width."""
+"""Padding of images: numpy.pad's semantics on tensors, for borders of any width."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from core.shapes import Boundary, Pair, Sides
 
 
 def pad(images: Tensor, padding: Sides, boundary: Boundary, fill_value: float = 0.0) -> Tensor:
-    """The images (..., H, W) with a border of (top, bottom, left, right) pixels around every plane.
+    """Return the images (..., H, W) with a border of (top, bottom, left, right) pixels around every plane.
 
     | boundary  | outside `a b c d` | numpy.pad |
     | --------- | ----------------- | --------- |
@@ -25,7 +25,10 @@ def pad(images: Tensor, padding: Sides, boundary: Boundary, fill_value: float = 
 
 
 def extract_window(images: Tensor, rows: Pair, columns: Pair, boundary: Boundary, fill_value: float = 0.0) -> Tensor:
-    """The pixels from a first row and column to before a last one; what lies outside the images is as in `pad`."""
+    """Return a window of the images; pixels outside them are filled as by `pad`.
+
+    `rows` and `columns` are half-open ranges in coordinates of the images; they may extend beyond them.
+    """
     height, width = images.shape[-2:]
     if rows[0] >= 0 and rows[1] <= height and columns[0] >= 0 and columns[1] <= width:
         return images[..., slice(*rows), slice(*columns)]
@@ -43,10 +46,10 @@ def extract_window(images: Tensor, rows: Pair, columns: Pair, boundary: Boundary
 
 
 def _source_indices(size: int, positions: Pair, boundary: Boundary, device: torch.device) -> Tensor:
-    """For every position on a line, inside or out, the pixel of the line that it repeats.
+    """Return, for every position inside or outside a line of pixels, the index of the pixel that it repeats.
 
-    Reflection is periodic: a line read forth and back repeats after 2 * size pixels where its ends are doubled
-    (symmetric), after 2 * size - 2 where they are not (reflect); numpy.pad's repeated reflection is the same map.
+    Reflection is periodic: the period is 2 * size pixels if the end pixels are doubled (symmetric), and 2 * size - 2 if
+    they are not (reflect). numpy.pad's repeated reflection is the same map.
     """
     position = torch.arange(*positions, device=device)
     if boundary == "replicate" or size == 1:

@@ -1,7 +1,6 @@
-"""Sizes: modes, paddings, output shapes and the cost of a problem, in plain integers.
+"""Shapes, options and the cost of a convolution problem, computed from plain integers.
 
-Nothing here touches an array, so every question about a problem (does it fit, what comes out, what does it cost)
-is answered before anything is allocated.
+Nothing in this module reads an array, so shapes and cost are checked before anything is allocated.
 """
 
 import math
@@ -27,28 +26,28 @@ Sides = tuple[int, int, int, int]
 """Top, bottom, left, right."""
 
 Axis = Literal["batch", "groups", "filters", "rows", "columns"]
-"""A direction in which a problem can be cut into smaller ones: filters within a group, rows and columns of output."""
+"""An axis along which a problem can be sliced: filters within a group, rows and columns of the output."""
 
 SliceUnits: TypeAlias = Mapping[Axis, int]
-"""The axes along which an engine may be cut, the best first, and how many of each should stay together."""
+"""The axes along which an engine's problem may be sliced, best first, and the smallest useful slice along each."""
 
 StringT = TypeVar("StringT", bound=str)
 
 OVERFLOW_THRESHOLDS: Mapping[Dtype, float] = {"float32": (2 - 2**-24) * 2.0**127, "float64": math.inf}
-"""The smallest magnitude that rounds to infinity. For float32 that is the midpoint between the largest finite number,
+"""The smallest magnitude that rounds to infinity. For float32 it is the midpoint between the largest finite number,
 (2 - 2^-23) 2^127, and 2^128: every smaller magnitude rounds to a finite number."""
 
 MAX_CONV_PARAMETER = 2**31 - 1
-"""The largest stride, dilation or padding: what torch's own operators can hold."""
+"""Maximum stride, dilation or padding: the largest value that torch's operators accept."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A bank of kernels slid over a batch of images, described without its numbers.
+    """Shapes and options of a convolution of a batch of images with a bank of kernels, without the array values.
 
     input (batch, channels, height, width), weight (filters, channels / groups, kernel_height, kernel_width),
-    output (batch, filters, *output_size). The sizes are known to fit together: whoever makes a Problem has checked.
-    `rank` is the numerical rank of the one kernel, where somebody has looked.
+    output (batch, filters, *output_size). The constructor validates nothing: the caller has to check that the sizes fit
+    together. `rank` is the numerical rank of a single kernel if it is known, otherwise None.
     """
 
     batch: int
@@ -69,7 +68,7 @@ class Problem:
     rank: int | None = None
 
     def __hash__(self) -> int:
-        """Of all fields, counted once: problems are the keys of what is remembered between calls."""
+        """Return the hash of all fields, computed once: problems are keys of several caches."""
         return self._hash
 
     @cached_property
@@ -78,17 +77,17 @@ class Problem:
 
     @cached_property
     def is_single_plane(self) -> bool:
-        """One kernel laid over single planes, pixel by pixel: what correlate makes, and some of conv2d."""
+        """Whether one kernel is applied to single planes, without stride or dilation; always the case in correlate."""
         return self.channels == self.filters == 1 and self.stride == self.dilation == (1, 1)
 
     @cached_property
     def is_padded(self) -> bool:
-        """Something outside the image is read."""
+        """Whether pixels outside the image are read."""
         return any(self.padding)
 
     @cached_property
     def padded_size(self) -> Pair:
-        """Rows and columns of one image with its border."""
+        """Rows and columns of one padded image."""
         top, bottom, left, right = self.padding
         return self.height + top + bottom, self.width + left + right
 
@@ -104,60 +103,60 @@ class Problem:
 
     @cached_property
     def taps(self) -> int:
-        """Products that are summed into one output value."""
+        """Number of products that are summed into one output value."""
         return self.channels // self.groups * self.kernel_height * self.kernel_width
 
     @cached_property
     def max_array_values(self) -> int:
-        """Values of the input with its border, or of the output, whichever has more."""
+        """Number of values of the padded input or of the output, whichever is larger."""
         (rows, columns), (padded_rows, padded_columns) = self.output_size, self.padded_size
         return self.batch * max(self.channels * padded_rows * padded_columns, self.filters * rows * columns)
 
     @cached_property
     def operations(self) -> int:
-        """Multiplications and additions of the direct sum."""
+        """Number of multiplications and additions of the direct sum."""
         rows, columns = self.output_size
         return 2 * self.batch * self.filters * rows * columns * self.taps
 
     @cached_property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Bytes per value."""
         return 4 if self.dtype == "float32" else 8
 
     @cached_property
     def output_bytes(self) -> int:
-        """Memory of the output."""
+        """Memory of the output, in bytes."""
         rows, columns = self.output_size
         return self.itemsize * self.batch * self.filters * rows * columns
 
     @cached_property
     def input_bytes(self) -> int:
-        """Memory of the images, without their border."""
+        """Memory of the images without padding, in bytes."""
         return self.itemsize * self.batch * self.channels * self.height * self.width
 
     @cached_property
     def padded_bytes(self) -> int:
-        """Memory of the images with their border."""
+        """Memory of the padded images, in bytes."""
         rows, columns = self.padded_size
         return self.itemsize * self.batch * self.channels * rows * columns
 
     @cached_property
     def total_bytes(self) -> int:
-        """Memory of input, weight and output, which every engine needs."""
+        """Memory of input, weight and output, in bytes."""
         return self.input_bytes + self.itemsize * self.filters * self.taps + self.output_bytes
 
 
 def dilated_size(size: int, dilation: int) -> int:
-    """How many pixels `size` taps span when they lie `dilation` apart."""
+    """Return the number of pixels that `size` taps span if they are `dilation` pixels apart."""
     return dilation * (size - 1) + 1
 
 
 def mode_padding(mode: Mode, operation: Operation, kernel_size: Pair) -> Sides:
     """Return the padding of a mode: none for "valid", size - 1 on every side for "full".
 
-    In "same", (size - 1) is split. If it is odd, "correlate" pads one pixel more after the image, which is the rule of
-    torch and TensorFlow; "convolve" pads one pixel more before it, which makes "same" the centre of "full" as
-    scipy.signal.convolve2d and MATLAB's conv2 cut it.
+    In "same", size - 1 is split between both sides. If it is odd, "correlate" pads one pixel more after the image, as
+    torch and TensorFlow do; "convolve" pads one pixel more before it, so that "same" is the centre of "full" as in
+    scipy.signal.convolve2d and MATLAB's conv2.
     """
     h, w = kernel_size
     if mode == "valid":
@@ -170,7 +169,7 @@ def mode_padding(mode: Mode, operation: Operation, kernel_size: Pair) -> Sides:
 
 
 def same_padding(size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair) -> Sides:
-    """TensorFlow's "same": ceil(size / stride) outputs along each side, the odd pixel of border last.
+    """Return TensorFlow's "same" padding: ceil(size / stride) outputs per axis, an odd padding pixel after the image.
 
     With stride 1 this is torch's rule. https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
     """
@@ -186,7 +185,7 @@ def same_padding(size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair) ->
 def parse_conv2d_padding(
     padding: int | Sequence[int] | str, size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair
 ) -> Sides:
-    """Conv2d's `padding` as four sides: an integer, rows and columns, four sides, "valid" or "same"."""
+    """Return Conv2d's `padding` (an integer, rows and columns, four sides, "valid" or "same") as four sides."""
     match padding:
         case "valid":
             return 0, 0, 0, 0
@@ -202,7 +201,7 @@ def parse_conv2d_padding(
             sides = []
     if not sides or not all(is_integer(side) and 0 <= side <= MAX_CONV_PARAMETER for side in sides):
         raise InvalidOption(
-            f"padding {format_value(padding)} is none of: an integer, [rows, columns], [top, bottom, left, right] "
+            f"padding {format_value(padding)} is not one of: an integer, [rows, columns], [top, bottom, left, right] "
             f'(each 0 to {MAX_CONV_PARAMETER}), "valid", "same"',
             field="padding",
             got=format_value(padding),
@@ -213,7 +212,7 @@ def parse_conv2d_padding(
 
 
 def require_positive_pair(field: str, value: int | Sequence[int]) -> Pair:
-    """An option that is one positive integer for both directions, or one each for rows and columns."""
+    """Return an option as (rows, columns): one positive integer for both, or one for each. Raises InvalidOption."""
     pair = [value, value] if is_integer(value) else value
     if (
         not isinstance(pair, Sequence)
@@ -230,7 +229,7 @@ def require_positive_pair(field: str, value: int | Sequence[int]) -> Pair:
 
 
 def require_positive(field: str, value: int, limit: int = MAX_CONV_PARAMETER) -> int:
-    """An option that is one positive integer."""
+    """Return a positive integer up to `limit`. Raises InvalidOption."""
     if not is_integer(value) or not 1 <= value <= limit:
         raise InvalidOption(
             f"{field} {format_value(value)} is not an integer from 1 to {limit}",
@@ -242,22 +241,22 @@ def require_positive(field: str, value: int, limit: int = MAX_CONV_PARAMETER) ->
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """True for integers, numpy's too; False for booleans, which Python counts among them."""
+    """Return whether the value is a Python or numpy integer, but not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> bool:
-    """True for real numbers, numpy's too; False for booleans."""
+    """Return whether the value is a Python or numpy real number, but not a boolean."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def format_value(value: object) -> str:
-    """A value as messages show it: its repr, cut in length and depth."""
+    """Return a value's repr for error messages, limited in length and depth."""
     return reprlib.repr(value)
 
 
 def require_one_of(field: str, value: StringT, allowed: object) -> StringT:
-    """The value, if the Literal type `allowed` has it."""
+    """Return the value if it belongs to the Literal type `allowed`. Raises InvalidOption otherwise."""
     names = get_args(allowed)
     if value not in names:
         raise InvalidOption(
@@ -267,7 +266,7 @@ def require_one_of(field: str, value: StringT, allowed: object) -> StringT:
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """A shape as messages write it: `(3, 3)`."""
+    """Return a shape as text for error messages: `(3, 3)`."""
     return f"({', '.join(map(str, shape))})"
 
 

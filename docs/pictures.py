@@ -1,4 +1,4 @@
-"""Draw the pictures of the README again: `make pictures`."""
+"""Regenerate the images of the README: `make pictures`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ IMAGES = Path(__file__).parent / "images"
 
 
 def main() -> None:
-    """Write edges.png and loss.png beside camera.png."""
+    """Write edges.png and loss.png to docs/images."""
     camera = FILE_READERS[".png"]((IMAGES / "camera.png").read_bytes())
     edges = core.correlate(camera, "sobel_x", mode="same", boundary="symmetric").output
     (IMAGES / "edges.png").write_bytes(b"".join(FILE_WRITERS[".png"](edges.numpy())))

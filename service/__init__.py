@@ -1,1 +1,1 @@
-"""corr2d over HTTP: parse, one call into core, encode."""
+"""HTTP service and command line of corr2d."""

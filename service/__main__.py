@@ -1,6 +1,7 @@
 """The command line: `corr2d --help`.
 
-Each command imports what it needs when it runs, so that help and version answer at once: torch takes seconds.
+Each command imports its modules when it runs, so that `--help` and `version` print at once: importing torch takes
+seconds.
 """
 
 import inspect
@@ -27,24 +28,24 @@ from service.version import VERSION
 Number = TypeVar("Number", int, float)
 
 STDOUT_FD, STDERR_FD = 1, 2
-"""File descriptors: Python has no streams for those that were closed at the start."""
+"""File descriptors: Python has no stream for a descriptor that was closed at startup."""
 
 EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
 
 app = typer.Typer(
     name="corr2d",
-    help="2-D cross-correlation, Conv2d and learned kernels: as a service, or on files.",
+    help="2-D cross-correlation, Conv2d and learned kernels, as an HTTP service or on files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 InputArgument = Annotated[
-    Path, typer.Argument(help="a .npy array or a .png picture (values 0..255)", exists=True, dir_okay=False)
+    Path, typer.Argument(help="a .npy array or a .png image (values 0..255)", exists=True, dir_okay=False)
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help=".npy, or .png (scaled from its minimum and maximum); otherwise printed"),
+    typer.Option("--output", "-o", help="a .npy file, or .png (scaled from minimum to maximum); unset: printed"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or float64")]
@@ -55,25 +56,25 @@ PADDING_HELP = "an integer, rows,columns, top,bottom,left,right, valid or same"
 PaddingOption = Annotated[str, typer.Option(help=PADDING_HELP)]
 PaddingModeOption = Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")]
 InitialArrayOption = Annotated[
-    Path | None, typer.Option(help="to begin with; unset: random", exists=True, dir_okay=False)
+    Path | None, typer.Option(help=".npy file with the initial values; unset: random", exists=True, dir_okay=False)
 ]
 
 
 def format_setting(value: object) -> str:
-    """A setting's value as help texts and docs/http-api.md show it."""
+    """Return the value of a setting as help texts and docs/http-api.md show it."""
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def add_settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each field of Settings, with its type and help; it gets those that were given."""
+    """Give a command one flag per field of Settings; the command receives None for flags that are not set."""
 
     def with_flags(**flags: object) -> None:
         command(**flags)
 
     with_flags.__doc__, with_flags.__name__ = command.__doc__, command.__name__
-    with_flags.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what typer reads
+    with_flags.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads this
         [
             inspect.Parameter(
                 name,
@@ -97,9 +98,9 @@ def add_settings_options(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @add_settings_options
 def serve(**flags: object) -> None:
-    """Answer HTTP requests until told to stop. Every flag is also a CORR2D_* environment variable."""
-    # From the first moment on: torch takes seconds to load, and to the first process of a container no signal is
-    # delivered that it does not ask for. uvicorn ends gracefully, then raises the signal again for this handler.
+    """Serve HTTP requests until SIGINT or SIGTERM. Every flag is also a CORR2D_* environment variable."""
+    # Set before torch is loaded, which takes seconds: the first process of a container receives only signals that it
+    # has a handler for. uvicorn shuts down gracefully, then raises the signal again for this handler.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     open_standard_files()
@@ -117,8 +118,8 @@ def serve(**flags: object) -> None:
     except CoreError as error:
         _exit_with_error(f"{ENV_PREFIX}DEVICE {error}", exit_codes.INVALID_SETTINGS)
     key = " -H 'X-API-Key: ...'" if settings.requires_api_key else ""
-    greeting = f"corr2d {VERSION} listens on http://{address} (description: /docs, stop: Ctrl-C). Try:\n"
-    # Nobody need read it.
+    greeting = f"corr2d {VERSION} listens on http://{address} (API docs: /docs, stop: Ctrl-C). Try:\n"
+    # A LogStream does not block if stdout is a pipe that is not read.
     LogStream(STDOUT_FD).write(f"{greeting}  {EXAMPLE_COMMAND % address}{key}\n")
     run(settings, listener)
 
@@ -126,12 +127,16 @@ def serve(**flags: object) -> None:
 @app.command()
 def correlate(
     input: InputArgument,
-    kernel: Annotated[str, typer.Option("--kernel", "-k", help='a name ("corr2d kernels" lists them) or a .npy file')],
+    kernel: Annotated[
+        str, typer.Option("--kernel", "-k", help='a kernel name ("corr2d kernels" lists them) or a .npy file')
+    ],
     output: OutputOption = None,
     mode: Annotated[str, typer.Option(help="valid, same or full")] = "valid",
     boundary: Annotated[str, typer.Option(help="zeros, constant, replicate, reflect, symmetric or circular")] = "zeros",
-    fill_value: Annotated[float, typer.Option(help="outside the input with boundary constant")] = 0.0,
-    operation: Annotated[str, typer.Option(help="correlate, or convolve (flips the kernel first)")] = "correlate",
+    fill_value: Annotated[float, typer.Option(help="value outside the input, for boundary constant")] = 0.0,
+    operation: Annotated[
+        str, typer.Option(help="correlate, or convolve (flips the kernel in both axes)")
+    ] = "correlate",
     method: MethodOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -160,8 +165,10 @@ def correlate(
 @app.command()
 def conv2d(
     input: InputArgument,
-    weight: Annotated[Path, typer.Argument(help="(O, C/groups, h, w) or (h, w)", exists=True, dir_okay=False)],
-    bias: Annotated[Path | None, typer.Option(help="(O)", exists=True, dir_okay=False)] = None,
+    weight: Annotated[
+        Path, typer.Argument(help="filters of shape (O, C/groups, h, w) or (h, w)", exists=True, dir_okay=False)
+    ],
+    bias: Annotated[Path | None, typer.Option(help=".npy file of shape (O)", exists=True, dir_okay=False)] = None,
     output: OutputOption = None,
     stride: StrideOption = "1",
     padding: PaddingOption = "0",
@@ -172,7 +179,7 @@ def conv2d(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """A Conv2d layer's output: a file under a bank of filters, as torch.nn.functional.conv2d defines it.
+    """Apply a Conv2d layer to a file, as torch.nn.functional.conv2d defines it.
 
     corr2d conv2d images.npy weight.npy --stride 2 --padding same -o features.npy
     """
@@ -197,20 +204,20 @@ def conv2d(
 
 @app.command()
 def explain(
-    input: Annotated[str, typer.Argument(help="its size: 1024, 1080x1920, or NxCxHxW such as 8x3x224x224")],
-    kernel: Annotated[str, typer.Argument(help="its size: 15, 3x7, or OxCxhxw such as 64x3x7x7")],
+    input: Annotated[str, typer.Argument(help="size: 1024, 1080x1920, or NxCxHxW such as 8x3x224x224")],
+    kernel: Annotated[str, typer.Argument(help="size: 15, 3x7, or OxCxhxw such as 64x3x7x7")],
     stride: StrideOption = "1",
     padding: PaddingOption = "0",
     dilation: DilationOption = "1",
     groups: int = 1,
     padding_mode: PaddingModeOption = "zeros",
-    rank: Annotated[int | None, typer.Option(help="take a kernel of that rank", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="rank of the kernel; unset: full rank", min=1)] = None,
     method: MethodOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
-    threads: Annotated[int | None, typer.Option(help="unset: all that may be used", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; unset: all available cores", min=1)] = None,
 ) -> None:
-    """Show what every engine should take for arrays of these sizes, takes, and which is chosen.
+    """Show the predicted and the measured time of every engine for arrays of these sizes, and the choice.
 
     corr2d explain 1024 15 --rank 1
     """
@@ -236,11 +243,11 @@ def explain(
 @app.command()
 def train(
     input: InputArgument,
-    target: Annotated[Path, typer.Argument(help="what the kernel is to make of it", exists=True, dir_okay=False)],
+    target: Annotated[Path, typer.Argument(help="desired output for the input", exists=True, dir_okay=False)],
     output: OutputOption = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the loss, step by step: .svg or .png")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a plot of the loss per step: .svg or .png")] = None,
     kernel_size: Annotated[
-        str | None, typer.Option(help="an integer, rows,columns, or auto; unset: from the sizes of the files")
+        str | None, typer.Option(help="an integer, rows,columns, or auto; unset: derived from the sizes of the files")
     ] = None,
     max_kernel_size: Annotated[
         str | None, typer.Option(help="largest size that auto compares: an integer, or rows,columns; unset: 13")
@@ -249,68 +256,71 @@ def train(
     initial_kernel: InitialArrayOption = None,
     initial_bias: InitialArrayOption = None,
     weights: Annotated[
-        Path | None, typer.Option(help="what each of the target's values counts", exists=True, dir_okay=False)
+        Path | None, typer.Option(help=".npy file with the weights of the target values", exists=True, dir_okay=False)
     ] = None,
     validation_input: Annotated[
-        Path | None, typer.Option(help="a file that the kernel is not fitted to", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="input of a validation pair, which the kernel is not fitted to", exists=True, dir_okay=False),
     ] = None,
     validation_target: Annotated[
-        Path | None, typer.Option(help="the target that belongs to it", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="target of the validation pair", exists=True, dir_okay=False)
     ] = None,
     validation_weights: Annotated[
-        Path | None, typer.Option(help="the weights of that target's values", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="weights of the validation target", exists=True, dir_okay=False)
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="steps without a smaller validation loss after which to stop; unset: never")
+        int | None, typer.Option(help="stop after this many steps without a smaller validation loss; unset: never")
     ] = None,
     solver: Annotated[
-        str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (the best kernel)")
+        str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (the minimum)")
     ] = "sgd",
-    learning_rate: Annotated[str, typer.Option(help="a number, or auto: from the curvature")] = "0.03",
+    learning_rate: Annotated[str, typer.Option(help="a number, or auto (derived from the curvature)")] = "0.03",
     steps: Annotated[int, typer.Option(help="updates of the kernel")] = 10,
-    loss: Annotated[str, typer.Option(help="of the differences: sum (of squares), mean, huber or l1")] = "sum",
+    loss: Annotated[str, typer.Option(help="sum or mean (of squared residuals), huber or l1")] = "sum",
     huber_delta: Annotated[
-        str | None, typer.Option(help="of loss huber: a number, unset: 1; or auto: from the residuals")
+        str | None, typer.Option(help="delta of loss huber: a number, or auto (derived from the residuals); unset: 1")
     ] = None,
-    tolerance: Annotated[float | None, typer.Option(help="end early, at this share of the first gradient")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="stop when the gradient falls to this fraction of the first gradient")
+    ] = None,
     ridge: Annotated[
         str,
-        typer.Option(help="a number: times the kernel's squares is added to the loss; or auto: by cross-validation"),
+        typer.Option(help="weight of the sum of squared kernel entries in the loss; or auto (by cross-validation)"),
     ] = "0",
     ridge_path: Annotated[
-        Path | None, typer.Option(help="write the kernels of 50 ridges, and their cross-validation: .npz")
+        Path | None, typer.Option(help="write the kernels of 50 ridges and their cross-validation scores: .npz")
     ] = None,
     covariance: Annotated[Path | None, typer.Option(help="write the covariance of the unknowns: .npy")] = None,
     nonnegative: Annotated[
-        bool, typer.Option("--nonnegative", help="no kernel entry below 0 (constraints need --solver exact)")
+        bool, typer.Option("--nonnegative", help="require kernel entries >= 0 (constraints need --solver exact)")
     ] = False,
-    sum_to: Annotated[float | None, typer.Option(help="sum of the kernel entries of each filter")] = None,
+    sum_to: Annotated[float | None, typer.Option(help="required sum of the kernel entries of each filter")] = None,
     symmetric: Annotated[
         str | None,
         typer.Option(help="equal kernel entries: horizontal, vertical, both, rotation, transpose or full"),
     ] = None,
     separable: Annotated[int | None, typer.Option(help="maximum rank of each plane of the kernel")] = None,
     smoothness: Annotated[
-        float, typer.Option(help="times the squared differences of neighbouring entries is added to the loss")
+        float, typer.Option(help="weight of the squared differences of neighbouring entries in the loss")
     ] = 0.0,
-    momentum: Annotated[float | None, typer.Option(help="of momentum and nesterov; unset: 0.9")] = None,
-    betas: Annotated[str | None, typer.Option(help="of adam; unset: 0.9,0.999")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images a step; unset: all")] = None,
+    momentum: Annotated[float | None, typer.Option(help="for solvers momentum and nesterov; unset: 0.9")] = None,
+    betas: Annotated[str | None, typer.Option(help="for solver adam; unset: 0.9,0.999")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images per step; unset: all")] = None,
     refuse_divergence: Annotated[
-        bool, typer.Option("--refuse-divergence", help="stop where it is known beforehand")
+        bool, typer.Option("--refuse-divergence", help="stop with an error if the descent is predicted to diverge")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="of what is drawn at random; unset: a fresh one")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of initial values and batches; unset: random")] = None,
     stride: StrideOption = "1",
     padding: Annotated[
         str | None,
-        typer.Option(help=f"{PADDING_HELP}; unset: 0, and of a target as large as the input only the inside is used"),
+        typer.Option(help=f"{PADDING_HELP}; unset: 0, and a target as large as the input is cropped to its interior"),
     ] = None,
     padding_mode: PaddingModeOption = "zeros",
     dilation: DilationOption = "1",
     groups: int = 1,
     device: DeviceOption = "auto",
 ) -> None:
-    """Learn the kernel that leads from one file to another.
+    """Learn the kernel that maps one file to another.
 
     corr2d train before.png after.png --kernel-size 7 --solver exact -o kernel.npy
 
@@ -366,9 +376,11 @@ def train(
 
 @app.command()
 def kernels(
-    name: Annotated[str | None, typer.Argument(help='one of them, such as "gaussian(2.0)", to see its numbers')] = None,
+    name: Annotated[
+        str | None, typer.Argument(help='kernel to print, such as "gaussian(2.0)"; unset: list all')
+    ] = None,
 ) -> None:
-    """List the named kernels, or print the numbers of one."""
+    """List the named kernels, or print the entries of one."""
     from core import KERNELS, named_kernel
 
     if name is not None:
@@ -376,7 +388,7 @@ def kernels(
             for row in named_kernel(name).tolist():
                 typer.echo("  ".join(f"{value:10.6g}" for value in row))
         return
-    table = Table("kernel", "what it does", "for example", box=None)
+    table = Table("kernel", "description", "example", box=None)
     for family in KERNELS.values():
         table.add_row(family.signature, family.description, family.example)
     Console().print(table)
@@ -385,7 +397,7 @@ def kernels(
 @app.command()
 @add_settings_options
 def config(**flags: object) -> None:
-    """Show every setting in force, where it comes from, and what it means."""
+    """Show every setting: its value, its origin (flag, environment or default) and its meaning."""
     settings = _load_settings(flags)
     table = Table("setting", "value", "from", "meaning", box=None)
     for name, field in Settings.model_fields.items():
@@ -397,13 +409,13 @@ def config(**flags: object) -> None:
 
 @app.command()
 def version() -> None:
-    """Show the versions of corr2d and of what its numbers rest on."""
+    """Show the versions of corr2d, Python and torch."""
     typer.echo(f"corr2d {VERSION} (Python {platform.python_version()}, torch {version_of('torch')})")
 
 
 @contextmanager
 def _report_errors() -> Iterator[None]:
-    """Turn what a user can change into one line on stderr."""
+    """Report errors that the user can fix as one line on stderr, and exit."""
     from core import CoreError
 
     try:
@@ -422,7 +434,7 @@ def _load_settings(flags: Mapping[str, object]) -> Settings:
 
 
 def _open_listener(settings: Settings) -> socket.socket:
-    """A listening socket, so that a port in use is said before torch is loaded."""
+    """Return a listening socket. Opened before torch is loaded, so that a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
@@ -430,7 +442,7 @@ def _open_listener(settings: Settings) -> socket.socket:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
         _exit_with_error(
             f"cannot listen on {settings.host} port {settings.port}: {reason}; "
-            f"{ENV_PREFIX}HOST and {ENV_PREFIX}PORT (--host, --port) choose others",
+            f"choose another address with {ENV_PREFIX}HOST and {ENV_PREFIX}PORT (--host, --port)",
             exit_codes.INVALID_SETTINGS,
         )
 
@@ -441,24 +453,24 @@ def _exit_with_error(message: str, code: int) -> NoReturn:
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:
-    """A shape of two or four sizes; one size alone is a square's."""
+    """Parse a shape of two or four sizes; a single size means a square."""
     try:
         sizes = tuple(int(size) for size in text.lower().replace(",", "x").split("x"))
     except ValueError:
         sizes = ()
     sizes *= 2 if len(sizes) == 1 else 1
     if len(sizes) not in (2, 4) or min(sizes) < 1:
-        raise typer.BadParameter(f"{text} is no size such as 1024, 1080x1920 or 8x3x224x224")
+        raise typer.BadParameter(f"{text} is not a valid size: use for example 1024, 1080x1920 or 8x3x224x224")
     return sizes
 
 
 def _parse_integers(text: str) -> int | list[int] | str:
-    """An option such as 2 or 1,2 as integers; any other word is left to core to judge."""
+    """Parse an option such as 2 or 1,2 as integers; return other text unchanged, for core to validate."""
     return _parse_list(text, int)
 
 
 def _parse_numbers(text: str) -> float | list[float] | str:
-    """An option such as 0.03 or 0.9,0.999, likewise."""
+    """Parse an option such as 0.03 or 0.9,0.999 as numbers; return other text unchanged, for core to validate."""
     return _parse_list(text, float)
 
 

@@ -1,4 +1,4 @@
-"""The application: everything is built here, from settings, and nothing before."""
+"""ASGI application, created from the settings."""
 
 import asyncio
 import gc
@@ -35,20 +35,19 @@ from service.settings import Settings
 from service.version import VERSION
 
 API_DESCRIPTION = """\
-Convolution as a service: post arrays, get back their 2-D cross-correlation, a Conv2d layer's output, or a kernel
-learned from examples. Errors are `application/problem+json` and say what came, what is allowed and how to change it.
+Convolution as a service: send arrays, receive their 2-D cross-correlation, a Conv2d layer's output, or a kernel
+learned from examples. Errors are `application/problem+json`; the detail gives the received value, the allowed values
+and a fix.
 """
 
 COMPUTE_CONCURRENCY = 2
-"""Computations at a time, each with all threads, where there are as many; beside them one more that is short.
-
-Likewise bodies that are decoded and responses that are encoded, each in one thread.
-"""
+"""Maximum number of concurrent long computations, if there are as many threads; each uses all threads. One short
+computation may run in addition. The pool of codec jobs, which take one thread each, has the same limit."""
 
 GIL_SWITCH_INTERVAL_S = 5e-4
 
 REQUEST_MEMORY_FRACTION = 0.6
-"""Of what the machine or the container has: for requests. The rest is for Python, torch and compiled code."""
+"""Fraction of the memory of the machine or container; the rest is for Python, torch and compiled code."""
 
 DEFAULT_MAX_COMPUTE_MB = 2000
 
@@ -56,9 +55,9 @@ TELEMETRY_DISABLED: TelemetryConfig = {"tracing": False, "metrics": False, "logs
 
 
 def create_app(settings: Settings, table: SharedCounters | None = None) -> FastAPI:
-    """The service with these settings, counting in that table, or in one of its own.
+    """Return the application with these settings. Without `table`, its metrics are counted in a table of its own.
 
-    Call it once a process: the threads that torch may use belong to the process.
+    Call it once per process: it sets the number of torch threads, which is global.
     """
     threads = settings.threads or usable_cores()
     has_telemetry = any(name.startswith("OTEL_") for name in os.environ)
@@ -67,11 +66,11 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
         version=VERSION,
         description=API_DESCRIPTION,
         lifespan=_lifespan,
-        # Ours is in service/routes/pages.py.
+        # Served by service/routes/pages.py.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # Asking for each request whether anybody listens takes longer than decoding a small one.
+        # Checking for a telemetry exporter takes longer, per request, than decoding a small body.
         telemetry=None if has_telemetry else TELEMETRY_DISABLED,
     )
     settings, memory = _resolve_memory_settings(settings)
@@ -81,7 +80,7 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
     machine = Machine(max(1, threads // settings.workers))
     app.state.admission = Admission(memory, settings.request_timeout_s)
     concurrency, queue_timeout_s = min(COMPUTE_CONCURRENCY, machine.threads), settings.queue_timeout_s
-    # Whoever decodes or encodes has a place among those that are computed or wait: the queue of codecs needs no other.
+    # Every codec job belongs to a request that holds a slot of the compute pool, so this queue is never full.
     app.state.codecs = WorkerPool(
         app.state.admission,
         concurrency=concurrency,
@@ -96,10 +95,10 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
     app.state.max_body = int(settings.max_body_mb * 1e6)
     app.state.readiness = Readiness()
     app.state.owns_process = False
-    # Each outside of those above it.
+    # Each middleware wraps those added before it.
     app.add_middleware(SecurityHeadersMiddleware)
     if not has_telemetry:
-        # Spans are named by the route that FastAPI finds.
+        # Not with telemetry: it names spans by the route that FastAPI finds.
         app.add_middleware(FastPathMiddleware, routers=[correlate.router, conv2d.router, train_kernel.router])
     if settings.requires_api_key:
         listed = settings.api_keys.get_secret_value() if settings.api_keys else None
@@ -109,8 +108,8 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
     app.add_middleware(RequestLogMiddleware, metrics=app.state.metrics, protocol_error_app=respond_to_protocol_error)
     add_error_handlers(app)
     for resource in (health, metrics, info, kernels, train_kernel, conv2d, correlate):
-        # Their routes, not include_router: FastAPI looks an included router's routes up anew for every request. And
-        # before those of /docs, for they are tried in turn.
+        # The routes themselves, not include_router: FastAPI resolves the routes of an included router at every
+        # request. Placed before the routes of /docs, because routes are tried in order.
         app.router.routes[:0] = resource.router.routes
     app.router.routes += pages.router.routes
     app.mount(DOCS_ASSETS_PATH, pages.DocsAssets())
@@ -120,7 +119,7 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
 
 
 def _resolve_memory_settings(settings: Settings) -> tuple[Settings, int]:
-    """The settings with those of memory settled, and the bytes that the requests of one worker may take."""
+    """Return the settings with the memory limits filled in, and the bytes for the requests of one worker."""
     megabytes = settings.memory_mb
     if megabytes is None:
         megabytes = max(
@@ -134,9 +133,9 @@ def _resolve_memory_settings(settings: Settings) -> tuple[Settings, int]:
 
 
 def create_worker_app(settings: Settings, table: SharedCounters) -> FastAPI:
-    """The service as the only application of a process."""
+    """Return the application for a worker process of its own, and configure malloc and the interpreter for it."""
     limit_malloc_arenas()
-    # The event loop waits that long for Python's lock, for each thread that computes in Python.
+    # The event loop waits this long for the GIL, once for each thread that runs Python code.
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     app = create_app(settings, table)
     app.state.owns_process = True
@@ -150,25 +149,25 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     warming = asyncio.create_task(_warm_up_in_background(app))
     yield
     warming.cancel()
-    app.state.readiness.mark_unavailable("the service is going down")
+    app.state.readiness.mark_unavailable("the service is shutting down")
     app.state.metrics.ready.set(0)
     pools: tuple[WorkerPool, ...] = (app.state.pool, app.state.codecs)
     for pool in pools:
         pool.close()
     if app.state.owns_process and any(pool.busy for pool in pools):
-        # A computation past its deadline cannot be interrupted, and Python would wait for its thread before it ends.
-        structlog.get_logger("corr2d").warning("leaving a computation unfinished")
+        # A computation past its deadline cannot be interrupted, and Python waits for its threads at exit.
+        structlog.get_logger("corr2d").warning("exiting with an unfinished computation")
         exit_now(0)
 
 
 async def _warm_up_in_background(app: FastAPI) -> None:
     log = structlog.get_logger("corr2d")
     try:
-        # Beside the pool, and without its deadline: the first computation on a GPU may take its time.
+        # Outside the pool and its deadline: the first computation on a GPU may be slow.
         warming = partial(warm_up_service, app.state.settings.device, app.state.compute.machine)
         device, machine = await anyio.to_thread.run_sync(run_at_low_priority, warming)
     except Exception as error:
-        # Whatever it is, it must not go unseen: nobody waits for this task.
+        # Every exception is reported here: no code awaits this task.
         app.state.readiness.mark_unavailable(f"the warm-up failed: {error}")
         log.exception("warm-up failed")
         if app.state.owns_process:
@@ -176,7 +175,7 @@ async def _warm_up_in_background(app: FastAPI) -> None:
     else:
         app.state.compute.machine = machine
         if app.state.owns_process:
-            # What is loaded by now stays: to look through it for garbage again and again would hold up requests.
+            # Loaded modules stay alive: excluding them keeps garbage collections, which delay requests, short.
             gc.collect()
             gc.freeze()
         app.state.readiness.mark_ready(device)

@@ -1,7 +1,7 @@
-"""The array that pydantic validates: nested lists, or {"shape", "dtype", "data"} with flat numbers or base64.
+"""pydantic field type for arrays: nested lists, or {"shape", "dtype", "data"} with flat numbers or base64.
 
-Codecs read what is large: their arrays come ready. Short lists are checked a level at a time by whole-list operations
-and become one numpy array; the place of a fault is looked for only once there is one.
+The codecs decode large arrays before validation. Short lists are checked one level at a time with whole-list operations
+and become one numpy array; the index of an invalid value is computed only if there is one.
 """
 
 import binascii
@@ -44,11 +44,11 @@ JSON_TYPE_NAMES = {
 
 
 def parse_array(value: object, working_dtype: str = "float64") -> NDArray[Any]:
-    """Return an array in one of the JSON forms, or what a codec has made of one, as a numpy array.
+    """Return an array in one of the JSON forms, or an array decoded by a codec, as a numpy array.
 
-    Its dtype is the one that it names or came in, else int64 or float64, depending on its numbers. They can be
-    converted to `working_dtype` without being rounded twice. Raises PydanticCustomError with the place of the first
-    fault.
+    The dtype is that of the array object or the decoded array; for lists it is int64 or float64, depending on the
+    numbers. Converting the values to `working_dtype` does not round them twice. Raises PydanticCustomError with the
+    index of the first invalid value.
     """
     if isinstance(value, np.ndarray):
         return value
@@ -60,36 +60,36 @@ def parse_array(value: object, working_dtype: str = "float64") -> NDArray[Any]:
         return _select_float64(value, working_dtype)
     if isinstance(value, InvalidArray):
         return _reject_invalid_array(value)
-    return reject(f"is {name_json_type(value)}: it needs {ARRAY_FORMS}", got=name_json_type(value), limit=ARRAY_FORMS)
+    return reject(f"is {name_json_type(value)}, expected {ARRAY_FORMS}", got=name_json_type(value), limit=ARRAY_FORMS)
 
 
 def reject(message: str, *, position: str = "", got: object = None, limit: object = None) -> NoReturn:
-    """Raise the error that pydantic reports for this field, at a place inside it such as `[2][0]`."""
+    """Raise the error that pydantic reports for this field; `position` is a path inside it, such as `[2][0]`."""
     context = {"message": message, "place": position, "got": got, "limit": limit}
     raise PydanticCustomError("corr2d", "{message}", context)
 
 
 def name_json_type(value: object) -> str:
-    """What a JSON value is, for messages."""
+    """Return the type of a JSON value for messages, such as "a string"."""
     return JSON_TYPE_NAMES.get(type(value), "a number")
 
 
-def find_first_true(faulty: NDArray[np.bool_]) -> str:
-    """The index of the first True, as a path: `[2][0]`."""
-    return _format_index(int(faulty.argmax()), faulty.shape)
+def find_first_true(invalid: NDArray[np.bool_]) -> str:
+    """Return the index of the first True as a path, such as `[2][0]`."""
+    return _format_index(int(invalid.argmax()), invalid.shape)
 
 
-def _reject_invalid_array(faulty: InvalidArray) -> NoReturn:
-    position = "".join(f"[{index}]" for index in faulty.position)
-    match faulty.reason:
+def _reject_invalid_array(invalid: InvalidArray) -> NoReturn:
+    position = "".join(f"[{index}]" for index in invalid.position)
+    match invalid.reason:
         case json_scanner.INVALID_RAGGED:
-            _reject_ragged(position, faulty.got, faulty.expected)
+            _reject_ragged(position, invalid.got, invalid.expected)
         case json_scanner.INVALID_MISSING_LIST:
-            _reject_non_list(position, faulty.found, faulty.expected)
+            _reject_non_list(position, invalid.found, invalid.expected)
         case json_scanner.INVALID_TOO_DEEP:
             _reject_depth()
         case _:
-            _reject_non_number(position, faulty.found)
+            _reject_non_number(position, invalid.found)
 
 
 def _reject_ragged(position: str, got: int, expected: int) -> NoReturn:
@@ -98,7 +98,7 @@ def _reject_ragged(position: str, got: int, expected: int) -> NoReturn:
             "is empty: every side must be at least 1", position=position, got="length 0", limit="every side at least 1"
         )
     reject(
-        f"is ragged: its length is {got} where that of those before it is {expected}",
+        f"is ragged: length {got}, expected {expected}",
         position=position,
         got=f"length {got}",
         limit=f"length {expected}",
@@ -107,11 +107,11 @@ def _reject_ragged(position: str, got: int, expected: int) -> NoReturn:
 
 def _reject_non_list(position: str, found: str, length: int) -> NoReturn:
     expected = f"a list of {length}"
-    reject(f"is {found} where {expected} stands beside it", position=position, got=found, limit=expected)
+    reject(f"is {found}, expected {expected}", position=position, got=found, limit=expected)
 
 
 def _reject_non_number(position: str, found: str, more: str = "") -> NoReturn:
-    reject(f"is {found} where a number belongs{more}", position=position, got=found, limit="a number")
+    reject(f"is {found}, expected a number{more}", position=position, got=found, limit="a number")
 
 
 def _reject_depth() -> NoReturn:
@@ -138,7 +138,7 @@ def _parse_nested(rows: list[Any], working_dtype: str) -> NDArray[Any]:
 
 
 def _infer_shape(rows: list[Any]) -> tuple[int, ...]:
-    """The shape that the first entry of every level suggests."""
+    """Return the shape given by the first entry of every level."""
     shape: list[int] = []
     node: Any = rows
     while type(node) is list:
@@ -158,14 +158,16 @@ def _infer_shape(rows: list[Any]) -> tuple[int, ...]:
 def _convert_numbers(values: list[Any], shape: tuple[int, ...], dtype: str, *, prefix: str = "") -> NDArray[Any]:
     """Return int64 numbers if all are integers that fit, otherwise float64.
 
-    The latter can be converted to `dtype` without being rounded twice. Rejects a value that is not a number, with its
+    Converting float64 numbers to `dtype` does not round them twice. Rejects a value that is not a number, with its
     index in `shape`.
     """
     kinds = set(map(type, values))
     if not kinds <= NUMBER_TYPES:
-        faults = [at for at, value in enumerate(values) if type(value) not in NUMBER_TYPES]
-        more = f" ({len(faults) - 1} more are not numbers either)" if len(faults) > 1 else ""
-        _reject_non_number(prefix + _format_index(faults[0], shape), name_json_type(values[faults[0]]), more)
+        invalid_indices = [at for at, value in enumerate(values) if type(value) not in NUMBER_TYPES]
+        more = f" ({len(invalid_indices) - 1} more values are not numbers)" if len(invalid_indices) > 1 else ""
+        _reject_non_number(
+            prefix + _format_index(invalid_indices[0], shape), name_json_type(values[invalid_indices[0]]), more
+        )
     if kinds == INTEGER_TYPES:
         with suppress(OverflowError):
             return np.array(values, dtype=np.int64)
@@ -180,13 +182,13 @@ def _convert_numbers(values: list[Any], shape: tuple[int, ...], dtype: str, *, p
 def _parse_object(array_object: dict[str, Any], working_dtype: str) -> NDArray[Any]:
     if array_object.keys() != {"shape", "dtype", "data"}:
         found = ", ".join(sorted(array_object)[:10]) or "nothing"
-        reject(f'has the keys {found}: it needs "shape", "dtype" and "data"', got=found, limit="shape, dtype, data")
+        reject(f'has the keys {found}, expected "shape", "dtype" and "data"', got=found, limit="shape, dtype, data")
     shape = _parse_shape(array_object["shape"])
     if not isinstance(array_object["dtype"], str) or array_object["dtype"] not in DTYPES:
         allowed = ", ".join(DTYPES)
         reject(f"is not one of {allowed}", position=".dtype", got=reprlib.repr(array_object["dtype"]), limit=allowed)
     dtype = np.dtype(array_object["dtype"])
-    # An array that names a floating-point dtype has numbers of that dtype, whatever is computed in.
+    # Numbers with an explicit floating-point dtype are rounded to that dtype, independent of the working dtype.
     target_dtype = dtype.name if dtype.kind == "f" else working_dtype
     data = array_object["data"]
     if isinstance(data, MidpointArray):
@@ -197,13 +199,13 @@ def _parse_object(array_object: dict[str, Any], working_dtype: str) -> NDArray[A
         array = _parse_flat(data, shape, dtype, target_dtype)
     else:
         reject(
-            f"is {name_json_type(data)}: it needs flat numbers or base64", position=".data", got=name_json_type(data)
+            f"is {name_json_type(data)}, expected flat numbers or base64", position=".data", got=name_json_type(data)
         )
-    faulty = ~np.isfinite(array)
-    if faulty.any():
+    invalid = ~np.isfinite(array)
+    if invalid.any():
         reject(
-            f"has {faulty.sum()} values that are NaN, infinite or past the range of {dtype}",
-            position=f".data[{faulty.argmax()}]",
+            f"has {invalid.sum()} values that are NaN, infinite or outside the range of {dtype}",
+            position=f".data[{invalid.argmax()}]",
             limit="finite numbers",
         )
     return array
@@ -229,10 +231,10 @@ def _parse_base64(text: str | memoryview, shape: tuple[int, ...], dtype: np.dtyp
     try:
         buffer = pybase64.b64decode_as_bytearray(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        reject(f"is not base64: {error}", position=".data", limit="base64 (RFC 4648, with padding)")
+        reject(f"is not valid base64: {error}", position=".data", limit="base64 (RFC 4648, with padding)")
     if len(buffer) != expected:
         reject(
-            f"holds {len(buffer)} bytes: {list(shape)} of {dtype} are {expected}",
+            f"has {len(buffer)} bytes, expected {expected} for shape {list(shape)} of {dtype}",
             position=".data",
             got=f"{len(buffer)} bytes",
             limit=f"{expected} bytes",
@@ -250,7 +252,7 @@ def _parse_flat(
         _reject_non_number(".data" + "".join(f"[{index}]" for index in position), found)
     if len(values) != expected:
         reject(
-            f"holds {len(values)} numbers: shape {list(shape)} needs {expected}",
+            f"has {len(values)} numbers, expected {expected} for shape {list(shape)}",
             position=".data",
             got=f"{len(values)} numbers",
             limit=f"{expected} numbers",
@@ -265,13 +267,18 @@ def _parse_flat(
 
 
 def _convert_integers(values: list[Any] | NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Exact for every integer type in short lists; long ones were read as float64, the widest that core computes in."""
+    """Convert to an integer dtype. Short lists are exact; long ones were read as float64, the widest dtype of core."""
     bounds = np.iinfo(dtype)
     if isinstance(values, np.ndarray):
         outside = (values != np.rint(values)) | (values < bounds.min) | (values > float(bounds.max))
         if outside.any():
             at = int(outside.argmax())
-            reject(f"is no {dtype}", position=f".data[{at}]", got=values[at], limit=f"{bounds.min} to {bounds.max}")
+            reject(
+                f"is not a valid {dtype}",
+                position=f".data[{at}]",
+                got=values[at],
+                limit=f"{bounds.min} to {bounds.max}",
+            )
         return values
     if set(map(type, values)) == {int}:
         with suppress(OverflowError):
@@ -279,7 +286,7 @@ def _convert_integers(values: list[Any] | NDArray[Any], dtype: np.dtype[Any]) ->
     whole = [int(value) for value in values]
     for at, (value, integer) in enumerate(zip(values, whole, strict=True)):
         if value != integer or not bounds.min <= integer <= bounds.max:
-            reject(f"is no {dtype}", position=f".data[{at}]", got=value, limit=f"{bounds.min} to {bounds.max}")
+            reject(f"is not a valid {dtype}", position=f".data[{at}]", got=value, limit=f"{bounds.min} to {bounds.max}")
     return np.array(whole, dtype)
 
 
@@ -289,7 +296,7 @@ def _format_index(flat: int, shape: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _ArrayAnnotation:
-    """pydantic's side of Array: how to validate it and how to describe it."""
+    """pydantic annotation of Array: its validation and its JSON schema."""
 
     or_name: bool = False
     or_number: bool = False
@@ -303,21 +310,21 @@ class _ArrayAnnotation:
             return value
         if self.or_number and type(value) in NUMBER_TYPES:
             return cast("float", value)
-        # The field `dtype`, if the model has one, stands before its arrays.
+        # A model declares its field `dtype`, if any, before its arrays, so it is validated already.
         return parse_array(value, info.data.get("dtype", "float64"))
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         del schema, handler
-        name = {"type": "string", "description": "a name from /kernels, with its arguments"}
+        name = {"type": "string", "description": "kernel name from /kernels, with its arguments"}
         number = {"type": "number"}
         return {
             "description": "nested lists of numbers, or an object with flat numbers or little-endian row-major base64",
             "anyOf": [
                 *([name] if self.or_name else []),
                 *([number] if self.or_number else []),
-                # Of "a number or a list", which is what they are, generators make classes that take no lists.
+                # Not "a number or a list" for the items: client generators make classes of that which accept no lists.
                 {"type": "array", "minItems": 1, "items": {}, "examples": [[[0.0, 1.0], [2.0, 3.0]]]},
                 {
                     "type": "object",
@@ -346,7 +353,7 @@ def _round_to_odd_for_float32(value: Any, info: ValidationInfo) -> Any:
 
 
 WorkingFloat = Annotated[float, BeforeValidator(_round_to_odd_for_float32)]
-"""A number that is rounded once, to the dtype that the request computes in; its field stands after `dtype`."""
+"""Number that is rounded once, to the dtype of the request; declare its field after `dtype`."""
 
 ArrayOrNumber = Annotated[NDArray[Any] | float, _ArrayAnnotation(or_number=True)]
 

@@ -1,4 +1,4 @@
-"""The commands that need no server: the same core, on files."""
+"""Commands that run core on files, without a server."""
 
 import math
 import time
@@ -22,22 +22,22 @@ from service.codecs import FILE_READERS, FILE_WRITERS, json, npy, npz
 from service.errors import ServiceError
 
 COMPILE_COST_S = 1.0
-"""Seconds that compiling an engine takes: a single convolution must be worth them."""
+"""Seconds to compile an engine; a command computes once, so the choice of engine includes them."""
 
 SPARKLINE_BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 60
 
 REDRAW_INTERVAL_S = 0.05
-"""Seconds; a step may take microseconds, which drawing each would multiply."""
+"""Seconds between updates of the progress bar; a step may take only microseconds."""
 
 PAIR_FIELDS = ("input", "target", "weights")
-"""The arrays of a pair, in the order in which core takes them."""
+"""Arrays of a pair, in the order of core's tuples."""
 
 PLOT_WRITERS: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {
     ".svg": loss_curve.draw_svg,
     ".png": loss_curve.draw_png,
 }
-"""What draws a loss history, by the file's suffix."""
+"""Functions that plot a loss history, by file suffix."""
 
 
 def correlate(input: Path, kernel: str, output: Path | None, **options: Any) -> None:
@@ -50,7 +50,7 @@ def correlate(input: Path, kernel: str, output: Path | None, **options: Any) -> 
 
 
 def conv2d(input: Path, weight: Path, bias: Path | None, output: Path | None, **options: Any) -> None:
-    """A Conv2d layer's output of a file, with weight and bias from files, written or printed."""
+    """Apply a Conv2d layer to a file, with weight and bias from files, and write or print the output."""
     images = read_array(input)
     offsets = None if bias is None else read_array(bias)
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def explain(
     dtype: Any,
     **options: Any,
 ) -> None:
-    """Print a table of the engines for arrays of these shapes: what they should take, take, or what is in their way."""
+    """Print a table of the engines for arrays of these shapes: times, the choice, or why an engine does not apply."""
     machine = core.measure_machine(core.Machine(threads or core.usable_cores()))
     torch.set_num_threads(machine.threads)
     problem = core.conv2d_problem(
@@ -109,15 +109,15 @@ def train(
     padding: int | Sequence[int] | str | None,
     **options: Any,
 ) -> None:
-    """Learn the kernel that leads from one file to another, with a progress bar, and write or print it.
+    """Learn the kernel that maps one file to another, with a progress bar, and write or print it.
 
-    files: those of fit_kernel's arguments that are arrays, `input` and `target` at least; those of a validation pair
-    are named `validation_input`, `validation_target` and `validation_weights`. Where no padding is given and
-    the target is as large as the input, the kernel is learned from the pixels that it can make from the input alone.
+    files: the array arguments of fit_kernel, at least `input` and `target`; the arrays of a validation pair are named
+    `validation_input`, `validation_target` and `validation_weights`. If no padding is given and the target is as large
+    as the input, the target is cropped to the pixels that depend on the input alone.
     """
-    # Before anything is learned that could not be kept.
-    places = (output, FILE_WRITERS), (plot, PLOT_WRITERS), (ridge_path, {".npz"}), (covariance, {".npy"})
-    for path, suffixes in places:
+    # Checked first: a long fit whose result cannot be written would be lost.
+    outputs = (output, FILE_WRITERS), (plot, PLOT_WRITERS), (ridge_path, {".npz"}), (covariance, {".npy"})
+    for path, suffixes in outputs:
         if path is not None:
             _check_writable(path, suffixes)
     arrays: dict[str, Any] = {name: read_array(path) for name, path in files.items() if path is not None}
@@ -128,7 +128,7 @@ def train(
         rows, columns = (part.stop - part.start for part in region)
         typer.echo(
             f"learning from the inner {rows} x {columns} of {size[0]} x {size[1]} pixels: "
-            f"nobody knows what lies outside {files['input']} (--padding same takes zeros)"
+            f"the values outside {files['input']} are unknown (use --padding same to assume zeros)"
         )
         _crop(arrays, region, size)
     if padding is None and held_out:
@@ -145,7 +145,7 @@ def train(
     result = run_with_progress(
         fit,
         steps=None if options["solver"] == "exact" else options["steps"],
-        # The refusal itself says it.
+        # With refuse_divergence, the error message reports it.
         warn_divergence=not options["refuse_divergence"],
     )
     typer.echo(result.message)
@@ -165,11 +165,11 @@ def train(
         plot.write_bytes(
             PLOT_WRITERS[plot.suffix.lower()]({name: getattr(result, name) for name in loss_curve.PLOTTED_FIELDS})
         )
-        typer.echo(f"loss, step by step -> {plot}")
+        typer.echo(f"loss per step -> {plot}")
 
 
 def _pop_validation_pair(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Take the arrays of the validation pair out of the others. Raises ValueError if only one of two is there."""
+    """Remove the validation pair from `arrays` and return it. Raises ValueError if its input or target is missing."""
     held_out = {name: arrays.pop(f"validation_{name}") for name in PAIR_FIELDS if f"validation_{name}" in arrays}
     if held_out and not {"input", "target"} <= held_out.keys():
         raise ValueError("a validation pair needs both --validation-input and --validation-target")
@@ -177,7 +177,7 @@ def _pop_validation_pair(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _crop_to_valid_region(held_out: dict[str, Any], arrays: Mapping[str, Any], **options: Any) -> None:
-    """Keep the inside of a validation target that is as large as its input."""
+    """Crop a validation target that is as large as its input to its interior."""
     size = held_out["target"].shape[-2:]
     region = _find_valid_region({**arrays, **held_out}, **options) if held_out["input"].shape[-2:] == size else None
     if region is not None:
@@ -185,14 +185,14 @@ def _crop_to_valid_region(held_out: dict[str, Any], arrays: Mapping[str, Any], *
 
 
 def _crop(arrays: dict[str, NDArray[Any]], region: tuple[slice, slice], size: Sequence[int]) -> None:
-    """Keep the inside of a target of that size, and of its weights."""
+    """Crop a target of that size, and its weights, to the region."""
     for name in ("target", "weights"):
         if name in arrays and arrays[name].shape[-2:] == size:
             arrays[name] = arrays[name][(..., *region)]
 
 
 def _write_analysis(result: core.FitResult, ridge_path: Path | None, covariance: Path | None) -> None:
-    """Write the arrays of a result that are requested by files of their own."""
+    """Write the ridge path and the covariance of a fit, if their files are given."""
     if ridge_path is not None:
         arrays_of_path = {name: getattr(result, name) for name in core.RIDGE_PATH_FIELDS}
         found = {name: _to_numpy(array) for name, array in arrays_of_path.items() if array is not None}
@@ -215,10 +215,10 @@ def _find_valid_region(
     padding_mode: str,
     **_: object,
 ) -> tuple[slice, slice] | None:
-    """The rows and columns of a target as large as its input that the kernel can make without a border.
+    """Return the rows and columns of a target, as large as its input, that do not depend on values outside the input.
 
-    They lie as in correlate's mode "same", for kernel_size "auto" as those of the largest kernel. None if that is all
-    of them, or if core rejects the options.
+    They are positioned as in correlate's mode "same"; for kernel_size "auto" they are those of the largest kernel.
+    Return None if they are the whole target, or if core rejects the options.
     """
     size = arrays["input"].shape[-2:]
     taps, apart = _parse_pair(kernel_size), _parse_pair(dilation)
@@ -237,7 +237,7 @@ def _find_valid_region(
 
 
 def _parse_pair(option: object) -> tuple[int, int] | None:
-    """An option for rows and columns; None where it is nothing that core will take."""
+    """Return an option as (rows, columns), or None if it is neither an integer nor a pair of integers."""
     match option:
         case int():
             return option, option
@@ -249,9 +249,9 @@ def _parse_pair(option: object) -> tuple[int, int] | None:
 def run_with_progress(
     fit: Generator[core.Progress, None, core.FitResult], *, steps: int | None, warn_divergence: bool
 ) -> core.FitResult:
-    """Run a fit of so many steps, None where that is not known, to its end; behind a progress bar on a terminal.
+    """Run a fit to its end, with a progress bar if stderr is a terminal.
 
-    foretell: say before the first step that the descent will diverge.
+    steps: total of the bar, None if unknown. warn_divergence: report a predicted divergence before the first step.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
@@ -280,7 +280,7 @@ def run_with_progress(
 
 
 def _summarize(result: core.FitResult) -> str:
-    """What is known of the best kernel, in one line."""
+    """Return the known facts about the best kernel as one line."""
     facts = []
     if result.best_possible_loss is not None:
         facts.append(f"smallest possible loss {result.best_possible_loss:.6g}")
@@ -298,11 +298,11 @@ def _summarize(result: core.FitResult) -> str:
 
 
 def read_array(path: Path) -> NDArray[Any]:
-    """The array in a file of a format in FILE_READERS. Raises ValueError saying what is wrong with it."""
+    """Return the array in a file of a format in FILE_READERS. Raises ValueError if the file cannot be decoded."""
     reader = FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; {', '.join(FILE_READERS)} can be"
+            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; supported: {', '.join(FILE_READERS)}"
         )
     try:
         return reader(path.read_bytes())
@@ -311,7 +311,7 @@ def read_array(path: Path) -> NDArray[Any]:
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write the array in the format of the suffix. Raises ValueError where that format cannot hold it."""
+    """Write the array in the format of the suffix. Raises ValueError if that format cannot hold it."""
     _check_writable(path, FILE_WRITERS)
     try:
         path.write_bytes(b"".join(FILE_WRITERS[path.suffix.lower()](array)))
@@ -320,23 +320,23 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def _write_buffers(path: Path, parts: Sequence[bytes | memoryview], content: str) -> None:
-    """Write a file and say what it holds."""
+    """Write a file and report its content."""
     path.write_bytes(b"".join(parts))
     typer.echo(f"{content} -> {path}")
 
 
 def _check_writable(path: Path, suffixes: Collection[str]) -> None:
-    """Raise ValueError for a suffix that is not written, FileNotFoundError for a folder that is not there."""
+    """Raise ValueError for an unsupported suffix, FileNotFoundError for a missing folder."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(
-            f"{path}: cannot write {path.suffix or 'a file without a suffix'}; {', '.join(suffixes)} can be"
+            f"{path}: cannot write {path.suffix or 'a file without a suffix'}; supported: {', '.join(suffixes)}"
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: No such file or directory: {path.parent}")
 
 
 def draw_sparkline(values: Sequence[float]) -> str:
-    """Positive numbers as one line of bars on a log scale, thinned to PLOT_WIDTH."""
+    """Return positive numbers as one line of bars on a log scale, thinned to SPARKLINE_WIDTH."""
     step = max(1, math.ceil(len(values) / SPARKLINE_WIDTH))
     heights = [math.log(value) for value in values[::step] if value > 0 and math.isfinite(value)]
     if not heights:

@@ -1,23 +1,23 @@
-"""What goes wrong between the socket and core. No HTTP here: service/problems.py says how each is answered.
+"""Errors between the socket and core, without HTTP: service/problems.py maps each to a response.
 
 ServiceError
-├── NotParseable           a body that is not what its media type says
-├── InvalidRequest         a body or a query that says something unacceptable
-├── UnsupportedMediaType   a body in a format or a content coding that is not served
-├── NotAcceptable          nothing that is served satisfies Accept
-├── Unauthorized           no API key, or none of the service's
-├── BodyTooLarge           a body over the limit, as it came or decoded
-├── HeaderTooLarge         a head over the limit
-├── UriTooLong             a target over the limit
-├── Misdirected            a target that is not of this service
-├── CodingNotImplemented   a transfer coding that is not served
-├── VersionNotSupported    a version of HTTP that is not served
-├── TooSlow                a head or a body that does not come
-├── NotReady               before the warm-up, or after it failed
-├── Busy                   no room left in the queue
-├── OutOfMemory            the system has no memory left
-├── ClientLeft             nobody waits for the answer any more
-└── DeadlinePassed         not done in time
+├── NotParseable
+├── InvalidRequest
+├── UnsupportedMediaType
+├── NotAcceptable
+├── Unauthorized
+├── BodyTooLarge
+├── HeaderTooLarge
+├── TargetTooLong
+├── MisdirectedRequest
+├── TransferCodingNotSupported
+├── HTTPVersionNotSupported
+├── RequestTimeout
+├── NotReady
+├── Busy
+├── OutOfMemory
+├── ClientDisconnected
+└── DeadlineExceeded
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class FieldError:
 
 
 class ServiceError(Exception):
-    """Something that went wrong between the socket and core."""
+    """Base class of all errors of the service."""
 
     def __init__(
         self, detail: str, *, errors: Sequence[FieldError] = (), headers: Mapping[str, str] | None = None
@@ -47,68 +47,68 @@ class ServiceError(Exception):
 
 
 class NotParseable(ServiceError):
-    """A body that is not what its media type says."""
+    """Body that is not valid in the format of its media type."""
 
 
 class InvalidRequest(ServiceError):
-    """A body or a query that was understood and says something unacceptable."""
+    """Body or query that can be parsed but is not valid."""
 
 
 class UnsupportedMediaType(ServiceError):
-    """A body in a format or a content coding that is not served."""
+    """Body in an unsupported format or content coding."""
 
 
 class NotAcceptable(ServiceError):
-    """Nothing that is served satisfies Accept."""
+    """Accept header that no supported response format satisfies."""
 
 
 class Unauthorized(ServiceError):
-    """No API key, or none of the service's."""
+    """Missing or invalid API key."""
 
 
 class BodyTooLarge(ServiceError):
-    """A body over the limit, as it came or decoded."""
+    """Body over the size limit, as received or decompressed."""
 
 
 class HeaderTooLarge(ServiceError):
-    """A head over the limit."""
+    """Request headers over the size limit."""
 
 
 class TargetTooLong(ServiceError):
-    """A target over the limit."""
+    """Request target over the length limit."""
 
 
 class MisdirectedRequest(ServiceError):
-    """A target that is not of this service."""
+    """Request target that does not belong to this service."""
 
 
 class TransferCodingNotSupported(ServiceError):
-    """A transfer coding that is not served."""
+    """Unsupported transfer coding."""
 
 
 class HTTPVersionNotSupported(ServiceError):
-    """A version of HTTP that is not served."""
+    """Unsupported HTTP version."""
 
 
 class RequestTimeout(ServiceError):
-    """A head or a body that does not come."""
+    """Request headers or body not received in time."""
 
 
 class NotReady(ServiceError):
-    """Before the warm-up, or after it failed."""
+    """Service before its warm-up, after a failed warm-up, or during shutdown."""
 
 
 class Busy(ServiceError):
-    """No room left in the queue."""
+    """Rejection for lack of queue slots, memory or time."""
 
 
 class OutOfMemory(ServiceError):
-    """The system has no memory left."""
+    """Failed memory allocation."""
 
 
 class ClientDisconnected(ServiceError):
-    """Nobody waits for the answer any more."""
+    """Connection closed by the client before the response."""
 
 
 class DeadlineExceeded(ServiceError):
-    """Not done in time."""
+    """Request not finished by its deadline."""

@@ -1,13 +1,13 @@
-"""What the process ends with, where that is not 0, for having been told to stop."""
+"""Exit codes of the process; 0 is a requested stop."""
 
 COMMAND_FAILED = 1
-"""A command that could not do what it was asked."""
+"""A command failed."""
 
 INVALID_SETTINGS = 3
-"""A setting that makes no sense, a port that is taken, a device that is not there."""
+"""A setting is invalid, the port is in use, or the device is not available."""
 
 WARM_UP_FAILED = 4
-"""The warm-up came out wrong: it would compute wrongly, or not at all."""
+"""The warm-up computation failed or returned a wrong result."""
 
 SUPERVISOR_LOST = 5
-"""A worker whose supervisor is gone."""
+"""The supervisor of this worker has ended."""

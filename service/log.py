@@ -1,4 +1,4 @@
-"""One log for the service and its server: readable lines for people, or JSON for machines."""
+"""Logging for the service and uvicorn, as readable text or JSON."""
 
 import logging
 import os
@@ -16,10 +16,10 @@ from service.log_stream import LogStream
 LogFormat: TypeAlias = Literal["console", "json"]
 
 STDERR_FD = 2
-"""The file descriptor, whether or not Python has a stream for it."""
+"""File descriptor of stderr; Python has no stream for it if it was closed at startup."""
 
 TRACEBACK_TRANSFORMER = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-"""Without the local variables, which structlog shows unless told: there are bodies and API keys among them."""
+"""Tracebacks without local variables, which structlog includes by default: they contain bodies and API keys."""
 
 
 def configure_logging(log_format: LogFormat) -> None:
@@ -40,7 +40,7 @@ def configure_logging(log_format: LogFormat) -> None:
         renderers = [_render_plain]
     structlog.configure(
         processors=[_add_timestamp, *renderers],
-        # Not by way of the standard library's logging: that takes longer than the rest of a small request.
+        # Not through the standard library's logging, which takes longer than the rest of a small request.
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", stream)),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
@@ -63,7 +63,7 @@ def count_dropped_lines() -> int:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process without any cleanup, but with its last lines, for which it waits a second at most."""
+    """End the process without cleanup, after waiting at most DRAIN_S for its last log lines to be written."""
     if isinstance(sys.stderr, LogStream):
         sys.stderr.drain()
     os._exit(code)
@@ -74,7 +74,7 @@ def _report_dropped(lines: int) -> None:
 
 
 def _add_timestamp(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """The event with its time and level in front."""
+    """Return the event with its timestamp and level added."""
     del logger
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     event["timestamp"] = f"{_format_second(seconds)}.{nanoseconds // 1000:06}Z"
@@ -94,13 +94,13 @@ def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
 
 
 def _render_plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
-    """`2026-11-23T15:46:46.150270Z [info] request method=POST path=/correlate ...`."""
+    """Return a line such as `2026-11-23T15:46:46.150270Z [info] request method=POST path=/correlate ...`."""
     traceback = (
         structlog.processors.format_exc_info(logger, method, event).pop("exception", "") if "exc_info" in event else ""
     )
     line = f"{event.pop('timestamp')} [{event.pop('level')}] {event.pop('event')}"
     for name, value in event.items():
-        # One line a request: what it costs, every small request pays.
+        # Kept simple: every request logs one line, which counts in the latency of small requests.
         if type(value) is float:
             line += f" {name}={value:.3f}"
         else:
@@ -109,5 +109,5 @@ def _render_plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
 
 
 def _quote_word(text: str) -> str:
-    """A text as one word of a line: what could break the line, or be taken for another word, is quoted."""
+    """Return the text, quoted if it is empty or contains spaces or unprintable characters."""
     return text if text.isprintable() and " " not in text and text else repr(text)

@@ -1,4 +1,4 @@
-"""A standard stream that never waits for its reader: a thread writes, and drops lines if the reader falls behind."""
+"""Text stream that never blocks its caller: a thread writes, and lines are dropped if the reader falls behind."""
 
 import atexit
 import io
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 
 MAX_PENDING_CHARS = 1 << 21
-"""Characters that wait to be written. Lines above that are dropped and counted."""
+"""Maximum number of characters queued for writing. Further lines are dropped and counted."""
 
 BATCH_S = 0.02
 """Seconds in which lines are collected for one write: waking the thread for each line costs more than the line."""
@@ -31,7 +31,7 @@ class LogStream(io.TextIOBase):
 
     def __init__(self, descriptor: int) -> None:
         self.dropped = 0
-        """Lines that were not written, since the start: no capacity, or the write failed."""
+        """Lines not written since the start, because the queue was full or the write failed."""
         self.report: Callable[[int], object] = lambda _: None
         """Called by the writing thread with the number of lines dropped, once writing succeeds again."""
         self._descriptor = descriptor
@@ -48,7 +48,7 @@ class LogStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The encoding, which print and tracebacks ask for."""
+        """The encoding; print and traceback read it."""
         return "utf-8"
 
     def fileno(self) -> int:
@@ -93,7 +93,7 @@ class LogStream(io.TextIOBase):
             with self._lock:
                 texts, self._pending, self._size, self._writing = self._pending, [], 0, True
                 dropped = self.dropped - self._reported
-            # Each of them, also after one that failed.
+            # A list, not a generator: a failed chunk does not keep the next ones from being written.
             written = [self._write(chunk) for chunk in _split_chunks(texts)]
             if all(written) and dropped:
                 self._reported += dropped
@@ -115,7 +115,7 @@ class LogStream(io.TextIOBase):
 
 
 def _split_chunks(texts: Iterable[str]) -> Iterator[bytes]:
-    """Yield whole lines in pieces that the system does not mix with those of other processes on the same pipe."""
+    """Yield whole lines in chunks of at most PIPE_BUF bytes, which a pipe does not mix with other writers' output."""
     chunk = b""
     for text in texts:
         line = text.encode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
-"""The loss of a fit, step by step, as a picture.
+"""Plot of the loss of a fit per step.
 
-At step 0 stands the loss that the fit began with, at step x that of the kernel after x updates; the final loss is the
-last point. So loss_history[i], the loss before update i + 1, stands at step i.
+The point at step x is the loss of the kernel after x updates; step 0 is the initial loss, and the last point is the
+final loss. loss_history[i], the loss before update i + 1, is plotted at step i.
 """
 
 import gc
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from service.codecs.json import list_to_array
 
-# matplotlib takes half a second to load: who wants no picture does not wait for it.
+# Imported on first use: matplotlib takes half a second to load.
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
@@ -37,37 +37,38 @@ PLOTTED_FIELDS = (
     "solver",
     "learning_rate",
 )
-"""What a picture is drawn from, by the names that a FitResult and an answer have for it."""
+"""Fields of a FitResult and of a response that are plotted."""
 
 FIGURE_SIZE_IN = 8.0, 4.5
-"""Inches."""
+"""Width and height in inches."""
 
 FIGURE_DPI = 120
 
 MAX_SEGMENTS = 500
-"""Of a long history, each shown by its first, smallest and largest loss: a picture has few more columns than that."""
+"""Maximum number of segments of a history, each plotted by its first, smallest and largest loss: about one segment per
+two pixels of width."""
 
 MAX_MARKED_POINTS = 40
-"""Points up to which each has a mark of its own."""
+"""Maximum number of points that are drawn with markers."""
 
 MESSAGE_LINE_CHARS, MAX_MESSAGE_LINES = 115, 5
-"""Of the message."""
+"""Characters per line and maximum number of lines of the message."""
 
 AXIS_MARGIN_FRACTION = 0.07
-"""Of the axis, above and below the curve."""
+"""Margin above and below the curve, as a fraction of the axis."""
 
 FLAT_CURVE_DECADES = 1e-9
-"""Decades; what differs by less is drawn as a level line."""
+"""Decades; a curve with a smaller range is drawn as a horizontal line."""
 
 MAX_FINE_TICK_DECADES = 3
-"""Up to here an axis has ticks at 1, 2 and 5; a longer one at powers of ten."""
+"""Decades up to which an axis has ticks at 1, 2 and 5; a longer axis has ticks at powers of ten."""
 
 MAX_TICKS = 7
 TICK_MULTIPLES = 1, 2, 5, 10
-"""What ticks may be multiples of."""
+"""Allowed tick intervals, times a power of ten."""
 
 MIN_TICK_EXPONENT, MAX_TICK_EXPONENT = -300.0, 300.0
-"""Exponents of ten: near the ends of float64 ticks cannot be counted out."""
+"""Exponents of ten; beyond them, computing ticks would overflow or underflow float64."""
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -81,7 +82,7 @@ TEXT_COLOR, GRID_COLOR, CURVE_COLOR, BEST_LOSS_COLOR, ERROR_COLOR = (
 
 MATPLOTLIB_STYLE = {
     "svg.fonttype": "none",
-    # What ids are made from: drawn at random for each picture otherwise.
+    # A fixed salt for ids: by default they differ for each plot.
     "svg.hashsalt": "corr2d",
     "font.size": 10.5,
     "text.color": TEXT_COLOR,
@@ -98,25 +99,25 @@ MATPLOTLIB_STYLE = {
 }
 
 _matplotlib_lock = Lock()
-"""matplotlib draws one picture at a time."""
+"""Lock for matplotlib, which is not thread-safe."""
 
-FALLBACK_CONFIG_DIR = "/dev/shm/matplotlib"  # noqa: S108 - beneath a read-only root there is nothing else
+FALLBACK_CONFIG_DIR = "/dev/shm/matplotlib"  # noqa: S108 - with a read-only root, nothing else is writable
 
 
 def draw_svg(fields: Mapping[str, Any]) -> bytes:
-    """The picture as SVG, its texts as text, of FIELDS and, where the history is thinned, loss_history_steps."""
+    """Return an SVG plot of PLOTTED_FIELDS and, if the history is thinned, loss_history_steps; text stays text."""
     return _render(fields, "svg", {"Date": None, "Creator": None, "Title": _format_title(fields)})
 
 
 def draw_png(fields: Mapping[str, Any]) -> bytes:
-    """The picture as PNG, likewise."""
+    """Return the same plot as PNG."""
     return _render(fields, "png", {"Software": None, "Title": _format_title(fields)})
 
 
 def _format_title(fields: Mapping[str, Any]) -> str:
     rate, steps = fields["learning_rate"], fields["steps"]
-    how = fields["solver"] if rate is None else f"{fields['solver']}, learning rate {rate:.4g}"
-    return f"{how}: {fields['status']} after {steps:,} step{'' if steps == 1 else 's'}"
+    name = fields["solver"] if rate is None else f"{fields['solver']}, learning rate {rate:.4g}"
+    return f"{name}: {fields['status']} after {steps:,} step{'' if steps == 1 else 's'}"
 
 
 def _render(fields: Mapping[str, Any], file_format: Literal["svg", "png"], metadata: dict[str, str | None]) -> bytes:
@@ -124,21 +125,21 @@ def _render(fields: Mapping[str, Any], file_format: Literal["svg", "png"], metad
         _ensure_config_dir()
         mpl = _load_matplotlib()
 
-        # Whatever a matplotlibrc says, wherever it lies.
+        # Start from the defaults: a matplotlibrc file must not change the plot.
         style: dict[Any, Any] = dict(mpl.rcParamsDefault) | MATPLOTLIB_STYLE
         with mpl.rc_context({name: value for name, value in style.items() if not name.startswith("backend")}):
             image = BytesIO()
             _create_figure(fields).savefig(image, format=file_format, dpi=FIGURE_DPI, metadata=metadata)
-        # A figure is thousands of objects that refer to each other in circles, and its canvas.
+        # A figure consists of thousands of objects in reference cycles, and a canvas.
         gc.collect()
         return image.getvalue()
 
 
 @cache
 def _load_matplotlib() -> ModuleType:
-    """matplotlib, loaded, and kept out of Python's search for garbage where the service keeps its other modules out.
+    """Import matplotlib and, if the service has frozen its modules, exclude it from garbage collection too.
 
-    The search holds Python's lock, for 30 ms with all that matplotlib has loaded.
+    A collection holds the GIL, for 30 ms more with matplotlib's objects.
     """
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
@@ -152,7 +153,7 @@ def _load_matplotlib() -> ModuleType:
 
 
 def _ensure_config_dir() -> None:
-    """Where it can write nowhere, matplotlib does not load: it wants to keep a list of fonts."""
+    """Set a directory for matplotlib's font cache if no temporary directory is writable; the import fails without."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -178,7 +179,7 @@ def _create_figure(fields: Mapping[str, Any]) -> "Figure":
 
 
 def _draw_curve(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
-    """The curve, its end and the smallest possible loss; what the legend is to name."""
+    """Draw the curve, its end and the smallest possible loss; return the artists for the legend."""
     from matplotlib.lines import Line2D
 
     curve, best = _build_curve(fields), fields.get("best_possible_loss")
@@ -207,7 +208,9 @@ def _draw_curve(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
             key.append(least)
         else:
             key.append(
-                Line2D([], [], color=BEST_LOSS_COLOR, linestyle="", marker="v", label=f"{name}, below this picture")
+                Line2D(
+                    [], [], color=BEST_LOSS_COLOR, linestyle="", marker="v", label=f"{name}, below the plotted range"
+                )
             )
     if curve.not_finite:
         name = f"{curve.not_finite:,} of {curve.total:,} losses not finite"
@@ -220,7 +223,7 @@ def _draw_curve(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
 
 
 class Curve(NamedTuple):
-    """The points to be drawn, with NaN for a loss that is not finite, as `not_finite` of the `total` are."""
+    """Points of the plot, with NaN for a loss that is not finite; `not_finite` counts them among `total` losses."""
 
     steps: NDArray[np.int64]
     losses: NDArray[np.float64]
@@ -239,7 +242,7 @@ def _build_curve(fields: Mapping[str, Any]) -> Curve:
     numbers: Sequence[int] | None = fields.get("loss_history_steps")
     steps = np.arange(len(losses)) if numbers is None else np.array(numbers, np.int64) - 1
     final = fields["final_loss"]
-    # A descent that came upon numbers that are not finite did not make its last update: nothing is behind it.
+    # A descent that met non-finite numbers did not make its last update: its last loss is the final loss.
     if not (fields["status"] == "diverged" and len(losses) and losses[-1] == final):
         ends = np.array([final], np.float64)
         losses = np.append(losses, np.where(np.isfinite(ends), ends, np.nan))
@@ -249,7 +252,7 @@ def _build_curve(fields: Mapping[str, Any]) -> Curve:
 
 
 def _select_points(losses: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The places of the losses that make the picture: of each stretch its first, its extremes and its first gap."""
+    """Return the indices of the losses to plot: the first, smallest, largest and first non-finite of each segment."""
     count = len(losses)
     length = -(-count // MAX_SEGMENTS)
     if length <= 4:
@@ -267,9 +270,9 @@ def _select_points(losses: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 class LogScale(NamedTuple):
-    """A log scale, in exponents of ten: its ends, its ticks, and where zero stands, which has no place on such a scale.
+    """Log scale in exponents of ten: its ends, its ticks, and the position at which zero is drawn, if it is.
 
-    Made here because matplotlib's own overflows at the ends of float64, where a loss that diverges may well be.
+    Used instead of matplotlib's log scale, which overflows near the ends of float64, where a diverging loss can be.
     """
 
     low: float
@@ -278,16 +281,16 @@ class LogScale(NamedTuple):
     zero: float | None
 
     def heights(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Where losses stand."""
+        """Return the positions of losses on the scale; NaN for NaN."""
         positions = np.where(np.isnan(losses) | (self.zero is None), np.nan, self.zero or 0)
         return np.log10(losses, out=positions, where=losses > 0)
 
     def height(self, loss: float) -> float:
-        """Where one stands."""
+        """Return the position of one loss on the scale."""
         return float(self.heights(np.array([loss]))[0])
 
     def contains(self, loss: float) -> bool:
-        """It stands on the part of the scale that is drawn."""
+        """Return whether the loss is within the drawn part of the scale."""
         return self.low <= self.height(loss) <= self.high
 
 
@@ -299,7 +302,7 @@ def _choose_scale(curve: Curve, best: float | None) -> LogScale:
     low, high = float(exponents.min()), float(exponents.max())
     if best is not None and best > 0:
         least = math.log10(best)
-        # The curve has half of the picture at least.
+        # The curve keeps at least half of the axis.
         if low - least <= max(1, high - low):
             low, high = min(low, least), max(high, least)
     margin = AXIS_MARGIN_FRACTION * (high - low) if high - low > FLAT_CURVE_DECADES else 0.3
@@ -312,7 +315,7 @@ def _choose_scale(curve: Curve, best: float | None) -> LogScale:
 
 
 def _choose_ticks(low: float, high: float) -> dict[float, str]:
-    """Round numbers between two exponents of ten, each at its own."""
+    """Return round numbers between two exponents of ten, as a mapping of exponent to label."""
     from matplotlib.ticker import MaxNLocator
 
     low, high = max(low, MIN_TICK_EXPONENT), min(high, MAX_TICK_EXPONENT)
@@ -328,6 +331,6 @@ def _choose_ticks(low: float, high: float) -> dict[float, str]:
         numbers = [float(f"{first}e{decade}") for decade in decades for first in (1, 2, 5)]
     else:
         numbers = list(MaxNLocator(MAX_TICKS, steps=TICK_MULTIPLES).tick_values(least, most))
-    # As many digits as it takes to tell them apart.
+    # Enough digits to distinguish the labels.
     digits = max(6, 2 - math.floor(math.log10(1 - least / most)))
     return {math.log10(number): f"{number:.{digits}g}" for number in numbers if least <= number <= most}

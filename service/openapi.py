@@ -1,7 +1,7 @@
-"""What /openapi.json says beyond what FastAPI reads off the routes.
+"""Additions to the OpenAPI schema that FastAPI generates from the routes.
 
-That is all that our own code reads and writes: bodies, options, answers and errors. It is made from what serves them,
-the table of formats and the fields of the models: a new format or field needs nothing here.
+FastAPI does not see the bodies, options, responses and errors of RawRoute endpoints. They are documented from the table
+of formats and the fields of the models, so a new format or field needs no change here.
 """
 
 import shlex
@@ -28,10 +28,10 @@ REF_TEMPLATE = "#/components/schemas/{model}"
 COMPUTE_ERROR_STATUSES = (400, 406, 413, 415, 422, 503, 504)
 
 CONNECTION_ERROR_STATUSES = (400, 408, 414, 421, 431, 501, 503, 505)
-"""What any request may meet before it comes to a route: a head that is none, is slow or large, or no room for it."""
+"""Errors before routing: invalid, slow or oversized requests, and a lack of capacity."""
 
 INPUT_FIELD = "input"
-"""What a format of one array carries; every other field may come in the query string."""
+"""The field in a body format that holds one array; all other fields can be query parameters."""
 
 BINARY_SCHEMA = {"type": "string", "format": "binary"}
 
@@ -45,9 +45,9 @@ def endpoint_docs(
     served: Mapping[str, Format] = ENCODABLE_FORMATS,
     links: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What a route's decorator is told of an endpoint that computes; examples by their summary, links by their name.
+    """Return the documentation arguments of the route decorator of a compute endpoint.
 
-    The first example is shown in all formats.
+    `examples` are keyed by summary, `links` by name. The first example is shown in all formats.
     """
     return {
         "responses": {
@@ -63,25 +63,25 @@ def endpoint_docs(
 
 
 def make_operation_id(path: str) -> str:
-    """What generated clients call it."""
+    """Return the operationId of a path, which generated clients use as the function name."""
     return path.strip("/").replace("-", "_")
 
 
 def make_link(path: str, description: str, **mapping: Any) -> dict[str, Any]:
-    """What an answer is good for at another endpoint: expressions in what is sent `there`, as the specification says.
+    """Return an OpenAPI link: how values of a response are used in a request to `path`, as runtime expressions.
 
-    `parameters` go into the query string, `requestBody` is a body's fields.
+    mapping: `parameters` for the query string, `requestBody` for fields of the body.
     """
     return {"operationId": make_operation_id(path), "description": description, **mapping}
 
 
 def success_docs(links: Mapping[str, Mapping[str, Any]] | None = None) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that FastAPI describes: the headers of every answer, and its links by name."""
+    """Return `responses` for a route that FastAPI documents: the common headers, and the links by name."""
     return {200: {"headers": COMMON_HEADERS, **({"links": links} if links else {})}}
 
 
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route: problem details for each status."""
+    """Return `responses` for a route: problem details for each status."""
     schema = {"$ref": REF_TEMPLATE.format(model=ProblemDetails.__name__)}
     return {
         status: {
@@ -94,9 +94,9 @@ def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def extend_schema(app: FastAPI, *models: type[BaseModel], requires_api_key: bool) -> None:
-    """Put the bodies' schemas, that of problem details, and what any request may meet into the app's description.
+    """Add the schemas of bodies and problem details, and the connection errors, to the OpenAPI schema of the app.
 
-    `locked`: what is not open needs an API key.
+    requires_api_key: paths that are not public need an API key.
     """
     from_routes = app.openapi
 
@@ -115,19 +115,19 @@ def extend_schema(app: FastAPI, *models: type[BaseModel], requires_api_key: bool
                 _require_api_key(described)
         return from_routes()
 
-    app.openapi = with_models  # type: ignore[method-assign]  # FastAPI's own way to extend the description
+    app.openapi = with_models  # type: ignore[method-assign]  # the documented way to extend the schema
 
 
-def _require_api_key(description: dict[str, Any]) -> None:
-    """Say of every operation whether it needs a key, and how it is refused without."""
-    description["components"]["securitySchemes"] = SECURITY_SCHEMES
-    description["security"] = [{name: []} for name in SECURITY_SCHEMES]
-    for path, operations in description["paths"].items():
+def _require_api_key(schema: dict[str, Any]) -> None:
+    """Add security requirements and the 401 response to every operation that needs an API key."""
+    schema["components"]["securitySchemes"] = SECURITY_SCHEMES
+    schema["security"] = [{name: []} for name in SECURITY_SCHEMES]
+    for path, operations in schema["paths"].items():
         for operation in operations.values():
             if is_public(path):
                 operation["security"] = []
             else:
-                operation["responses"].update({str(status): said for status, said in problem_docs(401).items()})
+                operation["responses"].update({str(status): problem for status, problem in problem_docs(401).items()})
 
 
 def _collect_definitions(*models: type[BaseModel]) -> dict[str, Any]:
@@ -137,11 +137,11 @@ def _collect_definitions(*models: type[BaseModel]) -> dict[str, Any]:
 
 
 def _make_options_optional(body: dict[str, Any]) -> None:
-    """A body lacks what stands in the query string."""
+    """Make all fields but the input optional in the body, since they can be query parameters."""
     for name in set(body.get("required", ())) - {INPUT_FIELD}:
         body["required"].remove(name)
         described = body["properties"][name]
-        described["description"] += "; required, here or in the query string"
+        described["description"] += "; required, in the body or in the query string"
 
 
 def _string_header(description: str, **more: Any) -> dict[str, Any]:
@@ -150,32 +150,34 @@ def _string_header(description: str, **more: Any) -> dict[str, Any]:
 
 COMMON_HEADERS = {
     "X-Request-ID": {
-        **_string_header("the request's own, or one that was made for it", pattern="^[!-~]{1,128}$"),
+        **_string_header("the ID sent with the request, or a generated one", pattern="^[!-~]{1,128}$"),
         "required": True,
     },
-    "Server-Timing": {**_string_header("milliseconds of parse, wait, compute and encode"), "required": True},
+    "Server-Timing": {**_string_header("milliseconds spent in parse, wait, compute and encode"), "required": True},
 }
 
 SECURITY_SCHEMES = {
     "Bearer": {"type": "http", "scheme": "bearer"},
     "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-"""Either will do."""
+"""Alternative ways to send an API key."""
 
 ERROR_HEADERS = {
-    401: {"WWW-Authenticate": _string_header("what an API key is sent as")},
+    401: {"WWW-Authenticate": _string_header("authentication scheme for the API key")},
     415: {
-        "Accept": _string_header("the media types that are served, where that of the body is not"),
-        "Accept-Encoding": _string_header("the content codings that are served, where that of the body is not"),
+        "Accept": _string_header("supported media types, if that of the body is not supported"),
+        "Accept-Encoding": _string_header("supported content codings, if that of the body is not supported"),
     },
-    503: {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}},
+    503: {"Retry-After": {"description": "seconds after which to retry", "schema": {"type": "integer", "minimum": 1}}},
 }
 
 SUCCESS_HEADERS = {
     **COMMON_HEADERS,
-    "Content-Encoding": _string_header("where Accept-Encoding asks for it and it is worth it", enum=list(COMPRESSORS)),
+    "Content-Encoding": _string_header(
+        "present if the response is compressed, which Accept-Encoding must allow", enum=list(COMPRESSORS)
+    ),
     "Corr2d-Result": _string_header(
-        "what a binary answer has no room for: the other fields of the JSON answer", contentMediaType=json.MEDIA_TYPE
+        "binary responses: the other fields of the JSON response, as JSON", contentMediaType=json.MEDIA_TYPE
     ),
 }
 
@@ -187,9 +189,12 @@ def _document_response(
     headers = dict(SUCCESS_HEADERS)
     for media_type, form in served.items():
         headers.update(
-            {name.decode().title(): _string_header(f"where the answer is {media_type}") for name, _ in form.headers}
+            {
+                name.decode().title(): _string_header(f"present if the response is {media_type}")
+                for name, _ in form.headers
+            }
         )
-        # FastAPI fills in JSON's from the model.
+        # FastAPI adds the schema for JSON from the model.
         is_json = media_type == json.MEDIA_TYPE
         content[media_type] = {} if is_json else {"schema": {**BINARY_SCHEMA, "description": form.content_doc}}
     described = {"model": model, "description": "The result", "headers": headers, "content": content}
@@ -197,10 +202,10 @@ def _document_response(
 
 
 def _document_parameters(model: type[RequestModel]) -> Iterator[dict[str, Any]]:
-    """The query string's options, and the headers that are read.
+    """Yield the query parameters and the request headers of an endpoint.
 
-    Defaults are told in words: Swagger UI and some generated clients send the default of a schema, and an option that
-    comes in the body as well is refused.
+    Defaults are given in the description only: Swagger UI and some generated clients send the default of a schema, and
+    an option that is also in the body is rejected.
     """
     arrays = _list_array_fields(model)
     for name, schema in _collect_definitions(model)[model.__name__]["properties"].items():
@@ -208,31 +213,35 @@ def _document_parameters(model: type[RequestModel]) -> Iterator[dict[str, Any]]:
             yield _document_option(name, schema, is_array=name in arrays)
     for name, schema in model.RESPONSE_OPTIONS.model_json_schema()["properties"].items():
         yield _document_option(name, schema)
-    yield {"name": "X-Request-ID", "in": "header", **_string_header("up to 128 visible ASCII characters, sent back")}
+    yield {
+        "name": "X-Request-ID",
+        "in": "header",
+        **_string_header("up to 128 visible ASCII characters, returned in the response"),
+    }
     yield {
         "name": "Content-Encoding",
         "in": "header",
-        **_string_header("of the body", enum=[*CONTENT_CODINGS.split(", "), "identity"]),
+        **_string_header("content coding of the body", enum=[*CONTENT_CODINGS.split(", "), "identity"]),
     }
 
 
 def _document_option(name: str, schema: Mapping[str, Any], *, is_array: bool = False) -> dict[str, Any]:
-    said = {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
-    kinds = [kind for kind in said.pop("anyOf", ()) if kind != {"type": "null"}]
+    option_schema = {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
+    kinds = [kind for kind in option_schema.pop("anyOf", ()) if kind != {"type": "null"}]
     if len(kinds) == 1 and kinds[0].get("type") != "array" and not is_array:
-        # With the null that stood beside it.
-        said.update(kinds[0] | {"type": [kinds[0]["type"], "null"]})
+        # The alternative was null.
+        option_schema.update(kinds[0] | {"type": [kinds[0]["type"], "null"]})
     elif kinds:
-        # A list in a query string would be written in many ways by as many clients. Here it is a text; not one with a
-        # contentMediaType, for which Swagger UI asks for a file.
-        said = {"type": "string", "contentSchema": {"anyOf": kinds, **said}}
+        # Clients serialize lists in query strings differently, so the parameter is a string that contains JSON. Without
+        # contentMediaType: Swagger UI shows a file picker for it.
+        option_schema = {"type": "string", "contentSchema": {"anyOf": kinds, **option_schema}}
     words = [schema["description"]] if "description" in schema else []
-    if kinds and "contentSchema" in said:
-        words.append("in the query string as JSON where it is a number or a list")
+    if kinds and "contentSchema" in option_schema:
+        words.append("in the query string, numbers and lists are JSON")
     if schema.get("default") is not None:
         words.append(f"default: `{_format_query_value(schema['default'])}`")
     described = {"description": "; ".join(words)} if words else {}
-    return {"name": name, "in": "query", **described, "schema": said}
+    return {"name": name, "in": "query", **described, "schema": option_schema}
 
 
 def _document_body(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]], path: str) -> dict[str, Any]:
@@ -256,7 +265,7 @@ def _document_body(model: type[BaseModel], examples: Mapping[str, Mapping[str, A
 
 
 def _format_curl_command(media_type: str, path: str, options: Mapping[str, Any]) -> str:
-    """How curl sends a body of that type."""
+    """Return the curl command that sends a body of that media type."""
     file = f"{INPUT_FIELD}.{media_type.rpartition('/')[2].removeprefix('x-')}"
     query = "&".join(f"{name}={quote(_format_query_value(value), safe='[],')}" for name, value in options.items())
     address = shlex.quote(f"localhost:8000{path}" + (f"?{query}" if query else ""))
@@ -268,7 +277,7 @@ def _format_query_value(value: Any) -> str:
 
 
 def _list_array_fields(model: type[BaseModel]) -> list[str]:
-    """The fields that are arrays, in their order."""
+    """Return the names of the array fields, in order."""
     return [name for name, field in model.model_fields.items() if _contains_array(field.annotation)]
 
 

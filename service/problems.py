@@ -1,4 +1,4 @@
-"""From every error to its answer: one table, one shape (RFC 9457, application/problem+json), never over 8 KiB."""
+"""Problem details for every error (RFC 9457, application/problem+json), at most 8 KiB each."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ LIMIT_SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class ProblemType:
-    """An error's HTTP status, the last part of its `type` URN, and its title."""
+    """HTTP status of an error, last part of its `type` URN, and title."""
 
     status: int
     name: str
@@ -72,7 +72,7 @@ class ProblemType:
 
 PROBLEM_TYPES: Mapping[type[Exception], ProblemType] = {
     CoreError: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "unacceptable", "The request cannot be computed"),
-    InvalidArgument: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-argument", "An argument is not acceptable"),
+    InvalidArgument: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-argument", "An argument is not valid"),
     InvalidShape: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-shape", "The shapes do not fit together"),
     InvalidOption: ProblemType(
         HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-option", "An option is outside its allowed values"
@@ -80,43 +80,45 @@ PROBLEM_TYPES: Mapping[type[Exception], ProblemType] = {
     InvalidNumbers: ProblemType(
         HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-numbers", "Values are not plain real numbers"
     ),
-    UnknownKernel: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown-kernel", "There is no kernel of that name"),
-    DeviceUnavailable: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "device-unavailable", "The device is not there"),
-    MethodUnavailable: ProblemType(
-        HTTPStatus.UNPROCESSABLE_ENTITY, "method-unavailable", "No engine works by that method"
+    UnknownKernel: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown-kernel", "The kernel name is unknown"),
+    DeviceUnavailable: ProblemType(
+        HTTPStatus.UNPROCESSABLE_ENTITY, "device-unavailable", "The device is not available"
     ),
-    TooLarge: ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too-large", "The computation is over a limit"),
+    MethodUnavailable: ProblemType(
+        HTTPStatus.UNPROCESSABLE_ENTITY, "method-unavailable", "No engine supports this problem by that method"
+    ),
+    TooLarge: ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too-large", "The computation exceeds a limit"),
     ServiceError: ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "failed", "The request failed"),
     NotParseable: ProblemType(HTTPStatus.BAD_REQUEST, "not-parseable", "The body cannot be parsed"),
-    InvalidRequest: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", "The request is not acceptable"),
-    Unauthorized: ProblemType(HTTPStatus.UNAUTHORIZED, "unauthorized", "An API key is needed"),
+    InvalidRequest: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", "The request is not valid"),
+    Unauthorized: ProblemType(HTTPStatus.UNAUTHORIZED, "unauthorized", "A valid API key is required"),
     UnsupportedMediaType: ProblemType(
-        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The body's format is not served"
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The format of the body is not supported"
     ),
-    NotAcceptable: ProblemType(
-        HTTPStatus.NOT_ACCEPTABLE, "not-acceptable", "No format that is served satisfies Accept"
-    ),
-    BodyTooLarge: ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body-too-large", "The body is over the limit"),
+    NotAcceptable: ProblemType(HTTPStatus.NOT_ACCEPTABLE, "not-acceptable", "No response format satisfies Accept"),
+    BodyTooLarge: ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body-too-large", "The body exceeds the size limit"),
     HeaderTooLarge: ProblemType(
-        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header-too-large", "The head of the request is over the limit"
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header-too-large", "The request headers exceed the size limit"
     ),
     TargetTooLong: ProblemType(
-        HTTPStatus.REQUEST_URI_TOO_LONG, "uri-too-long", "The target of the request is over the limit"
+        HTTPStatus.REQUEST_URI_TOO_LONG, "uri-too-long", "The request target exceeds the length limit"
     ),
-    MisdirectedRequest: ProblemType(HTTPStatus.MISDIRECTED_REQUEST, "misdirected", "The target is not of this service"),
+    MisdirectedRequest: ProblemType(
+        HTTPStatus.MISDIRECTED_REQUEST, "misdirected", "The request target does not belong to this service"
+    ),
     TransferCodingNotSupported: ProblemType(
-        HTTPStatus.NOT_IMPLEMENTED, "coding-not-implemented", "The transfer coding is not served"
+        HTTPStatus.NOT_IMPLEMENTED, "coding-not-implemented", "The transfer coding is not supported"
     ),
     HTTPVersionNotSupported: ProblemType(
-        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "version-not-supported", "The version of HTTP is not served"
+        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "version-not-supported", "The HTTP version is not supported"
     ),
-    RequestTimeout: ProblemType(HTTPStatus.REQUEST_TIMEOUT, "too-slow", "The request did not come in time"),
+    RequestTimeout: ProblemType(HTTPStatus.REQUEST_TIMEOUT, "too-slow", "The request was not received in time"),
     NotReady: ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "The service is not ready"),
     Busy: ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "busy", "The service is busy"),
-    OutOfMemory: ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "out-of-memory", "The system has no memory left"),
-    # Nobody reads it but the log; the number is nginx's.
-    ClientDisconnected: ProblemType(499, "client-left", "The client left"),
-    DeadlineExceeded: ProblemType(HTTPStatus.GATEWAY_TIMEOUT, "deadline-passed", "The request ran out of time"),
+    OutOfMemory: ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "out-of-memory", "The system is out of memory"),
+    # Not sent, only logged and counted; the status is from nginx.
+    ClientDisconnected: ProblemType(499, "client-left", "The client disconnected"),
+    DeadlineExceeded: ProblemType(HTTPStatus.GATEWAY_TIMEOUT, "deadline-passed", "The request exceeded its deadline"),
 }
 
 
@@ -126,52 +128,52 @@ PROBLEM_NAMES = (
     "method-not-allowed",
     INTERNAL_PROBLEM,
 )
-"""The names of all problems there are, those of the router among them."""
+"""Names of all problem types, including those of the router."""
 
 
 class ProblemEntry(BaseModel):
-    """One thing that is wrong."""
+    """One invalid field or value."""
 
-    field: str = Field(description="what is at fault: a field, or a place in an array such as `input[2]`")
+    field: str = Field(description="name of the field, or path of a value such as `input[2]`")
     message: str
-    got: str | None = Field(None, description="what was sent")
-    limit: str | None = Field(None, description="what is allowed")
+    got: str | None = Field(None, description="received value")
+    limit: str | None = Field(None, description="allowed values")
 
 
 class ProblemDetails(BaseModel):
-    """What every error looks like (RFC 9457)."""
+    """Body of every error response (RFC 9457)."""
 
-    type: str = Field(description="`urn:corr2d:error:` and the kind of error")
+    type: str = Field(description="`urn:corr2d:error:` followed by the name of the problem type")
     title: str
     status: int
-    detail: str = Field(description="what came, what is allowed, how to change it")
+    detail: str = Field(description="what was received, what is allowed and how to fix it")
     request_id: str
     errors: list[ProblemEntry] = []
-    errors_omitted: int | None = Field(None, description="how many more errors there were")
+    errors_omitted: int | None = Field(None, description="number of further errors")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer everything that goes wrong in one shape."""
+    """Register handlers that respond to every error with problem details."""
     app.add_exception_handler(CoreError, _handle_core_error)
     app.add_exception_handler(ServiceError, _handle_service_error)
-    for lack in (MemoryError, RuntimeError):
-        app.add_exception_handler(lack, _handle_out_of_memory)
+    for error_class in (MemoryError, RuntimeError):
+        app.add_exception_handler(error_class, _handle_out_of_memory)
     app.add_exception_handler(RequestValidationError, _handle_query_error)
     app.add_exception_handler(HTTPException, _handle_http_error)
     app.add_exception_handler(HTTPStatus.INTERNAL_SERVER_ERROR, _handle_internal_error)
 
 
 HANDLED_ERRORS = CoreError, ServiceError, MemoryError, RuntimeError
-"""What `response_to` answers: of RuntimeErrors, those by which libraries say that there is no memory."""
+"""Errors handled by respond_to_error; of RuntimeErrors, only those that report a lack of memory."""
 
 OUT_OF_MEMORY_MESSAGE = re.compile("out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 
 
 def respond_to_error(request: Request, error: Exception) -> Response:
-    """The answer to an error of the table, whose traceback is forgotten; raises what is none.
+    """Return the response to one of HANDLED_ERRORS and clear its traceback; raise other errors again.
 
-    Its frames hold the body and what it was decoded to, and one of them a future that holds the error: a circle, which
-    lasts until the collector happens to come by.
+    The frames of the traceback hold the body and the decoded arrays, and a future that holds the error: a reference
+    cycle that would keep this memory until the next garbage collection.
     """
     if not isinstance(error, CoreError | ServiceError):
         return _handle_out_of_memory(request, error)
@@ -183,16 +185,15 @@ def _handle_out_of_memory(request: Request, error: Exception) -> Response:
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY_MESSAGE.search(str(error)):
         raise error
     error.__traceback__ = None
-    lack = OutOfMemory(
-        "the system has no memory left for this: try again later; "
-        "the operator can limit what requests take together by CORR2D_MEMORY_MB",
+    out_of_memory = OutOfMemory(
+        "the system is out of memory; retry later (limit: CORR2D_MEMORY_MB)",
         headers={"Retry-After": "1"},
     )
-    return _handle_service_error(request, lack)
+    return _handle_service_error(request, out_of_memory)
 
 
 async def respond_to_protocol_error(scope: Scope, receive: Receive, send: Send) -> None:
-    """ASGI application: the answer to a request whose state holds the refusal already."""
+    """Respond to a request whose state already contains an error of the server (an ASGI application)."""
     error: ServiceError = scope["state"]["given_up"]
     await respond_to_error(Request(scope), error)(scope, receive, send)
 
@@ -204,7 +205,7 @@ def create_problem_response(
     errors: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The answer to an error, cut to fit into MAX_BYTES; the request's state says from then on why it was refused."""
+    """Return the response to an error, cut to MAX_PROBLEM_BYTES, and store the problem type in the request's state."""
     request.state.refused = problem_type.name
     shown = [_format_entry(error) for error in errors[:MAX_PROBLEM_ERRORS]]
     while True:
@@ -225,11 +226,11 @@ def create_problem_response(
 
 
 def _handle_core_error(request: Request, error: Exception) -> Response:
-    """Starlette looks a handler up by class, so the error is of the class it was registered for; likewise below."""
+    """Respond to a CoreError; Starlette selects handlers by class, which the cast relies on, here and below."""
     error = cast("CoreError", error)
     detail, field = error.message, error.field
     if isinstance(error, TooLarge):
-        detail += f"; the operator can change that by {LIMIT_SETTINGS[error.quantity]}"
+        detail += f" (limit: {LIMIT_SETTINGS[error.quantity]})"
         field = "(estimate)"
     errors = [FieldError(field, error.message, error.got, error.limit)] if field else []
     return create_problem_response(request, PROBLEM_TYPES[type(error)], detail, errors)
@@ -246,32 +247,32 @@ def _handle_query_error(request: Request, error: Exception) -> Response:
 
 
 def _handle_http_error(request: Request, error: Exception) -> Response:
-    """What the router refuses: 404 and 405."""
+    """Respond to the errors of the router: 404 and 405."""
     error = cast("HTTPException", error)
     status = HTTPStatus(error.status_code)
     problem_type = ProblemType(status, status.phrase.lower().replace(" ", "-"), status.phrase)
     paths = ", ".join(sorted(request.app.openapi()["paths"]))
     detail = {
-        HTTPStatus.NOT_FOUND: f"there is nothing at {_truncate(request.url.path)}; there are: {paths}",
+        HTTPStatus.NOT_FOUND: f"there is no endpoint {_truncate(request.url.path)}; endpoints: {paths}",
         HTTPStatus.METHOD_NOT_ALLOWED: (
-            f"{request.method} is not served at {_truncate(request.url.path)}; "
-            f"it takes {(error.headers or {}).get('Allow', 'another method')}"
+            f"{request.method} is not allowed at {_truncate(request.url.path)}; "
+            f"allowed: {(error.headers or {}).get('Allow', 'other methods')}"
         ),
     }.get(status, str(error.detail))
     return create_problem_response(request, problem_type, detail, headers=error.headers)
 
 
 def create_internal_error_response(request: Request, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer to a fault of ours: its trace goes to the log, under the request id that the client gets."""
+    """Return the response to an internal error; the log has the traceback, with the same request id."""
     problem_type = ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, INTERNAL_PROBLEM, "Internal error")
-    detail = "a fault of the service; its log has the details under this request_id"
+    detail = "internal error; the log of the service has the details under this request_id"
     return create_problem_response(request, problem_type, detail, headers=headers)
 
 
 def _handle_internal_error(request: Request, error: Exception) -> Response:
-    """Starlette answers these outside of all middleware, so the headers of every response are put on here.
+    """Respond to an internal error, with the common headers: Starlette calls this handler outside all middleware.
 
-    Then it raises them again, for uvicorn, which closes the connection.
+    Starlette then raises the error again for uvicorn, which closes the connection.
     """
     del error
     return create_internal_error_response(request, {**get_common_headers(request.scope), "Connection": "close"})
@@ -287,6 +288,6 @@ def _format_entry(error: FieldError) -> dict[str, str]:
 
 
 def _truncate(text: str, length: int = MAX_TEXT_CHARS) -> str:
-    """Cut to length, and writable as UTF-8 whatever came in."""
+    """Cut the text to the length, and replace characters that UTF-8 cannot encode."""
     text = text if len(text) <= length else text[: length - 1] + "…"
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""pydantic's errors in the contract's words: which field, what came, what is allowed."""
+"""Conversion of pydantic's errors to FieldError: field, message, received value and allowed values."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,18 @@ from typing import Any
 from service.errors import FieldError
 
 MAX_EXPLAINED_ERRORS = 20
-"""Errors that are worded: a response has no more, and counts the others."""
+"""Maximum number of errors that get a full message; a response lists no more, and counts the others."""
 
 MAX_HINT_CHARS = 60
-"""Characters of an unknown field that is compared with the known ones."""
+"""Maximum length, in characters, of an unknown field name that is compared with the known names."""
 
 LOCATION_SECTIONS = ("body", "query", "path", "header")
 
 
 def convert_errors(errors: Sequence[Mapping[str, Any]], known_names: Sequence[str] = ()) -> list[FieldError]:
-    """Pydantic's errors, one for each field; unknown fields are held against the names `known`."""
+    """Return pydantic's errors, one per field; an unknown field is compared with `known_names` for a hint."""
     by_field: dict[str, FieldError] = {}
-    # An unknown field is often the misspelling of one that is missing: say that first.
+    # Unknown fields first: they are often the misspelling of one that is missing.
     for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
         context = error.get("ctx") or {}
         field = (
@@ -44,7 +44,7 @@ def _convert_error(
         case "corr2d":
             message, got, limit = f"{field} {error['msg']}", context.get("got"), context.get("limit")
         case "extra_forbidden" if field in known_names:
-            message, got, limit = f'"{field}" came under both of its names: send one', None, "one of them"
+            message, got, limit = f'"{field}" was received under both of its names: send one', None, "one of them"
         case "extra_forbidden":
             near = difflib.get_close_matches(field, known_names, n=1) if len(field) <= MAX_HINT_CHARS else []
             hint = f'; did you mean "{near[0]}"?' if near else ""
@@ -66,7 +66,7 @@ def _convert_error(
 
 
 def _format_path(location: Sequence[int | str]) -> str:
-    """("body", "pairs", 0, "input") -> "pairs[0].input"."""
+    """Return a location as a path: ("body", "pairs", 0, "input") as "pairs[0].input"."""
     parts = location[1:] if location and location[0] in LOCATION_SECTIONS else location
     path = ""
     for part in parts:
@@ -75,7 +75,7 @@ def _format_path(location: Sequence[int | str]) -> str:
 
 
 def _format_value(value: object) -> str:
-    """A value as a message shows it: whole where it is small, its kind where it is not."""
+    """Return a value for a message: the type and length of a list or object, else the first 100 characters."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     return repr(value)[:100]

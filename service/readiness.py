@@ -1,4 +1,4 @@
-"""Ready means: a computation with a known answer came out right on the chosen device."""
+"""Readiness of the service: a computation with a known result succeeded on the configured device."""
 
 from contextlib import suppress
 
@@ -12,47 +12,47 @@ WARM_UP_ARGUMENTS = [[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]]
 WARM_UP_RESULT = [[19, 25], [37, 43]]
 
 MAX_COMPILED_FUNCTIONS = 100
-"""That the reader of JSON may be made of."""
+"""Upper bound for the number of functions that Numba compiles for the JSON scanner."""
 
 
 class Readiness:
-    """Why the service is not ready yet, or which device it is ready on."""
+    """Device on which the service is ready, or the reason why it is not ready."""
 
     def __init__(self) -> None:
         self.reason = "the warm-up has not run yet"
         self.device: str | None = None
 
     def require_device(self) -> str:
-        """The device; raises NotReady with the reason where there is none."""
+        """Return the device. Raises NotReady, with the reason, if the service is not ready."""
         if self.device is None:
             raise NotReady(self.reason, headers={"Retry-After": "1"})
         return self.device
 
     def mark_ready(self, device: str) -> None:
-        """The warm-up came out right."""
+        """Record a successful warm-up."""
         self.device = device
 
     def mark_unavailable(self, reason: str) -> None:
-        """The warm-up did not come out right, or the service is going down."""
+        """Record a failed warm-up or the shutdown."""
         self.reason, self.device = reason, None
 
 
 def warm_up_service(device: str, machine: Machine) -> tuple[str, Machine]:
-    """Compute what is known on the device; return its full name, and the machine with its speeds measured.
+    """Run a computation with a known result; return the full device name, and the machine with measured speeds.
 
-    The first computation on a device also loads, compiles and starts what later ones find ready. Raises RuntimeError
-    for a wrong answer.
+    The first computation on a device also loads libraries and compiles code for later ones. Raises RuntimeError if the
+    result is wrong.
     """
     output = correlate(*WARM_UP_ARGUMENTS, device=device).output.cpu()
     if not torch.equal(output, torch.tensor(WARM_UP_RESULT, dtype=output.dtype)):
-        raise RuntimeError(f"device {device} computes {output.tolist()} where {WARM_UP_RESULT} is right")
+        raise RuntimeError(f"device {device} computes {output.tolist()}, expected {WARM_UP_RESULT}")
     warm_up()
     _compile_json_scanner()
     return str(resolve_device(device)), measure_machine(machine)
 
 
 def _compile_json_scanner() -> None:
-    """Where there is no room on the disk to keep a compiled function, Numba raises that, but has it and goes on."""
+    """Compile the JSON scanner. If Numba cannot cache a function it raises OSError, but the function is usable."""
     for _ in range(MAX_COMPILED_FUNCTIONS):
         with suppress(OSError):
             json.decode(b'{"input": [[1, 2], [3, 4]]}'.rjust(2 * json.MAX_UNSCANNED_BYTES))

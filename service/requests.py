@@ -1,4 +1,4 @@
-"""From a request to a validated model: body and query, read within the limits, decoded by media type, validated."""
+"""Request parsing: receive body and query within the limits, decode by media type, validate as a model."""
 
 import asyncio
 from collections.abc import KeysView, Mapping
@@ -39,7 +39,7 @@ IntegerOrPair = Annotated[
         }
     ),
 ]
-"""An integer, or [rows, columns]. core checks it: the rule and its message stand there."""
+"""An integer, or [rows, columns]. Validated by core, which has the error messages."""
 
 Padding = Annotated[
     Any,
@@ -53,39 +53,43 @@ Padding = Annotated[
             ]
         }
     ),
-    Field(description='added on each side: an integer, [rows, columns], [top, bottom, left, right], "same" or "valid"'),
+    Field(
+        description='padding on each side: an integer, [rows, columns], [top, bottom, left, right], "same" or "valid"'
+    ),
 ]
-"""An integer, [rows, columns], [top, bottom, left, right], "valid" or "same". core checks it."""
+"""An integer, [rows, columns], [top, bottom, left, right], "valid" or "same". Validated by core."""
 
-Stride = Annotated[IntegerOrPair, Field(description="how far the kernel moves at once: an integer, or [rows, columns]")]
-Dilation = Annotated[IntegerOrPair, Field(description="the distance between taps: an integer, or [rows, columns]")]
+Stride = Annotated[IntegerOrPair, Field(description="step of the kernel: an integer, or [rows, columns]")]
+Dilation = Annotated[
+    IntegerOrPair, Field(description="distance between kernel entries: an integer, or [rows, columns]")
+]
 Groups = Annotated[
     int,
     Field(
-        description="how many parts the channels fall into, each with filters of its own",
+        description="number of groups of channels, each with filters of its own",
         json_schema_extra={"minimum": 1},
     ),
 ]
 Device = Annotated[
     str,
     Field(
-        description="where to compute: auto, cpu, cuda, cuda:1, mps",
-        # core says which of them are there.
+        description="device of the computation: auto, cpu, cuda, cuda:1 or mps",
+        # Syntax only: core checks which devices are available.
         json_schema_extra={"pattern": "^(auto|cpu|mps|cuda(:[0-9]+)?)$"},
     ),
 ]
 
 
 class RequestModel(BaseModel):
-    """What all requests share: strict types, no unknown fields, names that are core's own arguments."""
+    """Base class of request models: strict types, no unknown fields; field names are core's argument names."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
     RESPONSE_OPTIONS: ClassVar[type[ResponseOptions]] = OutputResponseOptions
-    """What a request may say about the answer's form, in the query string."""
+    """Model of the query parameters that select the form of the response."""
 
     def count_array_bytes(self) -> int:
-        """Memory of what was decoded. What is a view of the body counts again: that is on the safe side."""
+        """Return the bytes of the decoded arrays. Views of the body are counted too, an overestimate."""
         size = 0
         for name in self.__pydantic_fields__:
             value = getattr(self, name)
@@ -96,8 +100,8 @@ class RequestModel(BaseModel):
         return size
 
     def arguments(self) -> dict[str, object]:
-        """The fields as keyword arguments of a core function."""
-        # Not model_fields, which is a property that takes a microsecond to say the same.
+        """Return the fields as keyword arguments of a core function."""
+        # Not model_fields, a property that takes a microsecond.
         return {name: getattr(self, name) for name in self.__pydantic_fields__}
 
 
@@ -107,10 +111,11 @@ OptionsModel = TypeVar("OptionsModel", bound=ResponseOptions)
 
 
 def check_admission(request: Request, headers: HeaderFields, *, always_queued: bool = False) -> None:
-    """Begin a request: refuse it by its head alone, before anything else is done about it, and set its deadline.
+    """Set the deadline of a request and reject it from its headers if it cannot be served now.
 
-    Requests are many when they are too many. `waits`: whatever is asked, it is not done at once. The server closes the
-    connection where much of the body has not come yet. Raises BodyTooLarge and Busy.
+    Called before any other work, so that rejections stay cheap under overload. always_queued: requests of this endpoint
+    never run inline. After a rejection, the server closes the connection if much of the body is still to be received.
+    Raises BodyTooLarge and Busy.
     """
     state = request.scope["app"].state
     reservation = get_reservation(request.scope)
@@ -133,11 +138,11 @@ async def read_request(
     *,
     always_queued: bool = False,
 ) -> Model:
-    """The request's body, and the options of its query string, as a `model`.
+    """Return the body and the query parameters of a request as a `model`.
 
-    Of a request that passed `require_room`. `waits`: whatever is asked, it is not done at once; without a place, which
-    is taken only now, so that nobody has one who is slow to send, it is not even decoded. Raises UnsupportedMediaType,
-    BodyTooLarge, NotParseable, InvalidRequest and Busy.
+    The request must have passed `check_admission`. always_queued: as there. A request that does not run inline takes a
+    slot after its body is received and before it is decoded, so that slow senders hold no slots. Raises
+    UnsupportedMediaType, BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
     state = request.scope["app"].state
     reservation = get_reservation(request.scope)
@@ -160,9 +165,9 @@ async def read_request(
 
 
 def parse_query(request: Request) -> dict[str, Any]:
-    """The query string by name: numbers, lists, true, false and null as in JSON, everything else as text.
+    """Return the query parameters by name: numbers, lists, true, false and null are parsed as JSON, the rest is text.
 
-    Raises InvalidRequest for a name that comes twice.
+    Raises InvalidRequest for a repeated name.
     """
     query: bytes = request.scope["query_string"]
     if not query:
@@ -170,14 +175,14 @@ def parse_query(request: Request) -> dict[str, Any]:
     try:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_OPTIONS)
     except ValueError as error:
-        raise InvalidRequest(f"the query string has more than {MAX_QUERY_OPTIONS} options") from error
+        raise InvalidRequest(f"the query string has more than {MAX_QUERY_OPTIONS} options, the maximum") from error
     options = {name: parse_option(text) for name, text in pairs}
     if len(options) < len(pairs):
         names = [name for name, _ in pairs]
         raise InvalidRequest(
-            "an option comes more than once in the query string: send it once",
+            "an option is repeated in the query string: send it once",
             errors=[
-                FieldError(name, f'"{name}" comes {names.count(name)} times in the query string', None, "once")
+                FieldError(name, f'"{name}" occurs {names.count(name)} times in the query string', None, "once")
                 for name in options
                 if names.count(name) > 1
             ],
@@ -186,13 +191,13 @@ def parse_query(request: Request) -> dict[str, Any]:
 
 
 def take_response_options(options: dict[str, Any], model: type[OptionsModel]) -> OptionsModel:
-    """Those of the options that are about the answer's form, taken out of them. Raises InvalidRequest."""
+    """Remove the response options from `options` and return them as a model. Raises InvalidRequest."""
     taken = {name: options.pop(name) for name in model.__pydantic_fields__ if name in options}
     return _validate(model, taken)
 
 
 async def _read_body(request: Request, reservation: Reservation, limit: int) -> Buffer:
-    """The body; refused as soon as more of it has come than may, and where it does not come by the deadline."""
+    """Receive the body. Raises BodyTooLarge as soon as it exceeds the limit, and RequestTimeout at the deadline."""
     bodies: BodyMemory = request.scope["app"].state.admission.bodies
     bodies.begin(reservation.body)
     try:
@@ -207,14 +212,14 @@ async def _read_body(request: Request, reservation: Reservation, limit: int) -> 
 
 
 async def _receive_body(request: Request, reservation: Reservation, bodies: BodyMemory, limit: int) -> Buffer:
-    """The body, put together where it comes in pieces."""
+    """Receive the body and join its chunks."""
     metrics: Metrics = request.scope["app"].state.metrics
     buffer: BodyBuffer | None = None
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise ClientDisconnected("the client closed the connection before its body was whole")
-        # The server has given the rest of it up.
+            raise ClientDisconnected("the client closed the connection before the body was complete")
+        # The server stopped receiving the body.
         if protocol_error := request.scope["state"].get("given_up"):
             raise protocol_error
         chunk: bytes = message.get("body", b"")
@@ -236,9 +241,9 @@ async def _receive_body(request: Request, reservation: Reservation, bodies: Body
 
 def _body_too_large_error(size: str, limit: int) -> BodyTooLarge:
     return BodyTooLarge(
-        f"the body has {size}; at most {limit:,} are allowed; the operator can change that by CORR2D_MAX_BODY_MB",
-        errors=[FieldError("(body)", "the body is over the limit", size, f"{limit:,} bytes")],
-        # What is left of the body is not wanted: the server closes the connection instead of reading it.
+        f"the body has {size}; at most {limit:,} are allowed (limit: CORR2D_MAX_BODY_MB)",
+        errors=[FieldError("(body)", "the body exceeds the size limit", size, f"{limit:,} bytes")],
+        # The server closes the connection instead of receiving the rest of the body.
         headers={"Connection": "close"},
     )
 
@@ -254,7 +259,7 @@ def _decode_and_validate(
 ) -> Model:
     if coding is not None:
         body = without_coding(coding, body, limit, check)
-    assert served.decode is not None  # noqa: S101 - body_format gives no other
+    assert served.decode is not None  # noqa: S101 - get_body_format returns decodable formats only
     return _validate(
         model,
         _merge_options(served.decode(body, limit, check), options, model.RESPONSE_OPTIONS.__pydantic_fields__.keys()),
@@ -262,16 +267,16 @@ def _decode_and_validate(
 
 
 def _merge_options(fields: Any, options: Mapping[str, Any], response_options: KeysView[str]) -> Any:
-    """The body's fields and the query's. Raises InvalidRequest for a name that is in both, or in the wrong one."""
+    """Return the fields of body and query. Raises InvalidRequest for a name that is in both, or in the wrong one."""
     if not isinstance(fields, dict):
         return fields
     misplaced = fields.keys() & response_options
     if both := misplaced.union(fields.keys() & options.keys()):
         errors = []
         for name in sorted(both):
-            where = "belongs in the query string" if name in misplaced else "comes in the body and in the query string"
+            problem = "belongs in the query string" if name in misplaced else "is in the body and in the query string"
             hint = f"?{name}=..." if name in misplaced else "send it once"
-            errors.append(FieldError(name, f'"{name}" {where}: {hint}'))
+            errors.append(FieldError(name, f'"{name}" {problem}: {hint}'))
         raise InvalidRequest(errors[0].message, errors=errors)
     return {**fields, **options} if options else fields
 
@@ -286,7 +291,7 @@ def _validate(model: type[Validated], fields: Any) -> Validated:
 
 
 def _list_accepted_names(model: type[BaseModel]) -> list[str]:
-    """The names that a request may use, aliases included."""
+    """Return the accepted field names, including aliases."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         alias = field.validation_alias

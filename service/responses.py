@@ -1,4 +1,4 @@
-"""From a result to a response: in the format that Accept asks for, without copying what is large."""
+"""Response encoding: a result in the format selected by Accept, without copying large arrays."""
 
 import asyncio
 import json
@@ -26,38 +26,38 @@ from service.scheduling.codec_jobs import run_codec
 RESULT_HEADER = b"corr2d-result"
 
 MAX_RESULT_HEADER_BYTES = 4000
-"""Bytes of the result header; clients and proxies take 8 kB of all headers together."""
+"""Maximum size of the result header, in bytes; clients and proxies accept about 8 kB for all headers."""
 
 COMPRESS_S_PER_NUMBER = 100e-9
-"""A number of an answer, in the format it is in."""
+"""Seconds to compress the encoded form of one number of an array."""
 
 ENCODE_S_PER_LISTED_NUMBER = 200e-9
-"""A number of a list: a Python object, which is looked at, written, and freed."""
+"""Seconds to encode and free one number of a list, a Python object."""
 
 ENCODED_BYTES_PER_BYTE = {json_format.MEDIA_TYPE: 3.25, png.MEDIA_TYPE: 1.0}
-"""Bytes that a format makes of each byte of an array; others are the array's own memory."""
+"""Encoded bytes per byte of an array, by media type; other formats send the array's own memory."""
 
 COMPRESSED_BYTES_PER_BYTE = 0.8
 
 BUFFERS_FREED_PER_TICK = 16
-"""Parts of an answer that is not sent that are freed before other requests have their turn."""
+"""Buffers of an unsent response that are freed before control returns to the event loop."""
 
 MAX_JOINED_BYTES = 1 << 16
-"""Parts of an answer up to this size are sent as one: copying them takes less than another call of the socket."""
+"""Responses up to this size, in bytes, are sent as one buffer: copying takes less than another socket call."""
 
 
 def as_numpy(array: NDArray[Any] | Tensor) -> NDArray[Any]:
-    """An array of any device in the memory that answers are sent from."""
+    """Return an array of any device as a numpy array in CPU memory."""
     return np.asarray(array.cpu()) if isinstance(array, Tensor) else array
 
 
 def estimate_list_seconds(fields: Mapping[str, Any]) -> float:
-    """The time to write the lists among the fields of an answer."""
+    """Return the predicted seconds to encode the lists among the fields of a response."""
     return ENCODE_S_PER_LISTED_NUMBER * sum(len(value) for value in fields.values() if type(value) is list)
 
 
 class Responder:
-    """Answers one request with one result, in the format that it accepts. Made before anything is computed."""
+    """Encoder of the result of one request; created before the computation, so that an invalid Accept fails first."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Responder:
         options: ResponseOptions,
         served: Mapping[str, Format] = ENCODABLE_FORMATS,
     ) -> None:
-        """`served` are the formats that this endpoint answers in; raises NotAcceptable where none will do."""
+        """Negotiate the format among `served`. Raises NotAcceptable if Accept allows none of them."""
         self.media_type = negotiate_format(headers.get(b"accept"), tuple(served))
         self._format = served[self.media_type]
         self._coding = negotiate_coding(headers.get(b"accept-encoding"))
@@ -74,12 +74,12 @@ class Responder:
         self._request = request
 
     def estimate_bytes(self, result: float) -> float:
-        """Bytes that the response takes, and what it is made from, where the arrays of the result take so many."""
+        """Return the bytes of a result of that size plus those of its encoded response."""
         copies = ENCODED_BYTES_PER_BYTE.get(self.media_type, 0.0) + (COMPRESSED_BYTES_PER_BYTE if self._coding else 0.0)
         return result * (1 + copies)
 
     async def __call__(self, **fields: Any) -> "BufferListResponse":
-        """The fields, the array that was asked for first."""
+        """Return the response with these fields; the first one is the main array."""
         numbers = size = 0
         for value in fields.values():
             if type(value) is np.ndarray:
@@ -92,7 +92,7 @@ class Responder:
         seconds_per_number = self._format.encode_seconds_per_number + (COMPRESS_S_PER_NUMBER if self._coding else 0.0)
         seconds = numbers * seconds_per_number + estimate_list_seconds(fields)
         response = await run_codec(self._request, seconds, lambda _: self._encode(fields), "encode")
-        # A reader who takes his time keeps nobody from computing, but he does keep the memory.
+        # The slot is free while the client reads the response; the memory is not.
         reservation.release_slot()
         reservation.reserve_body(0)
         if response.size > MIN_TRACKED_BYTES or reservation.result:
@@ -100,7 +100,7 @@ class Responder:
         return response
 
     def _encode(self, fields: dict[str, Any]) -> "BufferListResponse":
-        assert self._format.encode is not None  # noqa: S101 - answer_format gives no other
+        assert self._format.encode is not None  # noqa: S101 - streamed formats do not get here
         parts = self._format.encode(fields, self._options)
         headers = [(b"vary", b"accept, accept-encoding"), *self._format.headers]
         if self.media_type != json_format.MEDIA_TYPE:
@@ -114,10 +114,10 @@ class Responder:
 
 
 class BufferListResponse(Response):
-    """A response whose body is sent part by part, as it lies in memory."""
+    """Response whose body is sent as a list of buffers, without joining them."""
 
     def __init__(self, parts: BufferList, media_type: str, headers: list[tuple[bytes, bytes]]) -> None:
-        # Not Response.__init__: it would join the parts, and takes longer over the header than they do.
+        # Not Response.__init__: it requires the joined body, and creates headers more slowly.
         self.size = size = sum(map(len, parts))
         self.status_code = HTTPStatus.OK
         self.background = None
@@ -130,24 +130,24 @@ class BufferListResponse(Response):
         self._parts: BufferList = [b"".join(parts)] if len(parts) > 1 and size <= MAX_JOINED_BYTES else parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the response."""
         del scope, receive
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if self.size <= MAX_JOINED_BYTES:
             await send({"type": "http.response.body", "body": self._parts[0], "more_body": False})
             return
-        # Each is freed as soon as it is sent; all of them at once would take long.
+        # Each buffer is freed as soon as it is sent: freeing all of them at once would block the event loop.
         parts, self._parts = deque(self._parts), ()
         while parts:
             if len(parts) % BUFFERS_FREED_PER_TICK == 0:
                 await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": parts.popleft(), "more_body": True})
-        # Which waits until nearly all of it has been taken: so long the memory is the request's.
+        # Waits until the client has received nearly everything: until then the request holds the memory.
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _encode_result_header(fields: dict[str, Any]) -> str:
-    """What the body has no room for, as JSON in ASCII; a series that is too long for a header is left out."""
+    """Return the fields that are not in a binary body, as ASCII JSON; lists too long for a header are left out."""
     rest = {
         name: value
         for name, value in fields.items()

@@ -1,4 +1,4 @@
-"""Everything that can be set, from `CORR2D_*` environment variables or the flags of `corr2d serve`."""
+"""Settings of the service, from `CORR2D_*` environment variables or the flags of `corr2d serve`."""
 
 import difflib
 import os
@@ -18,78 +18,86 @@ DEFAULT_PORT_PATTERN = re.compile(r"http://.*:80|https://.*:443")
 
 
 class SettingsError(Exception):
-    """A setting that makes no sense, in one line."""
+    """Invalid setting; the message is one line."""
 
 
 class Settings(BaseSettings):
-    """Settings: each description is the help of a flag, a line of `corr2d config` and a row of docs/http-api.md."""
+    """Settings; each description is the help of a flag, a line of `corr2d config` and a row of docs/http-api.md."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface", min_length=1)
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    workers: int = Field(1, ge=1, le=64, description="processes that answer on the port")
-    device: str = Field("auto", description="where requests with device auto run: auto, cpu, cuda, cuda:1, mps")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    workers: int = Field(1, ge=1, le=64, description="worker processes that serve the port")
+    device: str = Field("auto", description="device for requests with device auto: auto, cpu, cuda, cuda:1 or mps")
     threads: int | None = Field(
-        None, ge=1, le=1024, description="cores to compute with, shared by the workers; unset: all that may be used"
+        None, ge=1, le=1024, description="CPU cores for computations, shared by the workers; unset: all available cores"
     )
-    max_body_mb: float = Field(64, gt=0, le=100_000, description="largest request body, in MB (10^6 bytes)")
+    max_body_mb: float = Field(64, gt=0, le=100_000, description="maximum request body, in MB (10^6 bytes)")
     memory_mb: float | None = Field(
         None,
         gt=0,
         le=10_000_000,
-        description="memory that all requests at a time may take, shared by the workers, in MB; unset: 0.6 of all",
+        description="memory for all concurrent requests, shared by the workers, in MB; unset: 0.6 of available memory",
     )
     max_compute_mb: float | None = Field(
         None,
         gt=0,
         le=10_000_000,
-        description="largest estimated memory of one computation, in MB; unset: 2000, or half of a worker's memory",
+        description="maximum estimated memory of one computation, in MB; unset: 2000, or half of a worker's memory "
+        "if less",
     )
     max_compute_gflop: float = Field(
-        200, gt=0, le=1e9, description="largest estimated arithmetic of one computation, in Gflop (10^9 operations)"
+        200, gt=0, le=1e9, description="maximum estimated arithmetic of one computation, in Gflop (10^9 operations)"
     )
     request_timeout_s: float = Field(
         60,
         gt=0,
         le=86_400,
-        description="time for a request from its headers on: to receive, decode, wait, compute and encode, in seconds",
+        description="deadline of a request from its headers on (receive, decode, wait, compute, encode), in seconds",
     )
-    queue: int = Field(64, ge=0, le=100_000, description="computations that may wait for their turn")
+    queue: int = Field(
+        64, ge=0, le=100_000, description="maximum number of computations that wait in the queue of each worker"
+    )
     queue_timeout_s: float = Field(
-        10, gt=0, le=86_400, description="longest wait for a turn; who would wait longer is refused, in seconds"
+        10,
+        gt=0,
+        le=86_400,
+        description="maximum time in the queue, in seconds; longer expected waits are rejected with 503",
     )
-    connections: int = Field(1000, ge=1, le=1_000_000, description="connections at a time, of each worker")
+    connections: int = Field(1000, ge=1, le=1_000_000, description="maximum open connections of each worker")
     idle_timeout_s: float = Field(
         8, gt=0, le=86_400, description="time after which a connection without a request is closed, in seconds"
     )
-    header_timeout_s: float = Field(8, gt=0, le=86_400, description="time for the head of a request, in seconds")
+    header_timeout_s: float = Field(
+        8, gt=0, le=86_400, description="receive timeout for the request line and headers, in seconds"
+    )
     body_timeout_s: float = Field(
-        10, gt=0, le=86_400, description="time in which at least 16 kB of a body must come, in seconds"
+        10, gt=0, le=86_400, description="receive timeout per 16 kB of request body, in seconds"
     )
-    send_timeout_s: float = Field(
-        20, gt=0, le=86_400, description="time in which a client must take at least 16 kB of its answer, in seconds"
-    )
+    send_timeout_s: float = Field(20, gt=0, le=86_400, description="send timeout per 16 kB of response, in seconds")
     drain_s: float = Field(
         2,
         ge=0,
         le=3600,
-        description="time from SIGTERM, when /readyz fails, until the port closes, in seconds",
+        description="time from SIGTERM, when /readyz begins to fail, until the port closes, in seconds",
     )
     log_format: Literal["console", "json"] = Field(
-        "console", description="one line a request: console for people, json for machines"
+        "console", description="log format, one line per request: console (readable text) or json"
     )
     api_keys: SecretStr | None = Field(
-        None, description="keys that requests need one of, with commas between them; unset: everybody may"
+        None, description="comma-separated API keys; every request must present one. Unset: no authentication"
     )
     api_keys_file: Path | None = Field(
-        None, description="a file with more of them, one a line, read again when it changes"
+        None, description="file with more API keys, one per line, read again when it changes"
     )
     cors_origins: str | None = Field(
-        None, description="whose pages may call from a browser: origins with commas between them, or *; unset: nobody's"
+        None, description="comma-separated origins whose pages may call the API from a browser, or *; unset: none"
     )
     cors_credentials: bool = Field(
-        default=False, description="whether those pages may send the cookies and logins of a proxy before the service"
+        default=False,
+        description="allow pages of CORR2D_CORS_ORIGINS to send credentials: cookies or logins of a proxy in front "
+        "of the service",
     )
 
     @field_validator("api_keys")
@@ -112,8 +120,8 @@ class Settings(BaseSettings):
         for origin in () if origins in (None, "*") else _split_list(origins):
             if not ORIGIN_PATTERN.fullmatch(origin) or DEFAULT_PORT_PATTERN.fullmatch(origin):
                 raise ValueError(
-                    f"{origin!r} is not an origin as browsers send it, such as https://example.org or "
-                    "http://localhost:3000: a scheme and a host in small letters, no default port, no path"
+                    f"{origin!r} is not a valid origin: use a scheme and a lower-case host, without default port "
+                    "or path, such as https://example.org or http://localhost:3000"
                 )
         return origins
 
@@ -121,19 +129,19 @@ class Settings(BaseSettings):
     def _check_credentials(self) -> Self:
         if self.cors_credentials and self.cors_origins in (None, "*"):
             raise ValueError(
-                f"{ENV_PREFIX}CORS_CREDENTIALS needs origins by name, and {ENV_PREFIX}CORS_ORIGINS is "
-                f"{self.cors_origins or 'unset'}: with *, any page could act with the logins of whoever looks at it"
+                f"{ENV_PREFIX}CORS_CREDENTIALS requires a list of origins, but {ENV_PREFIX}CORS_ORIGINS is "
+                f"{self.cors_origins or 'unset'}; with *, any page could send requests with the logins of its visitors"
             )
         return self
 
     @property
     def requires_api_key(self) -> bool:
-        """Whether requests need a key."""
+        """Whether requests need an API key."""
         return self.api_keys is not None or self.api_keys_file is not None
 
     @property
     def origins(self) -> list[str]:
-        """Those of cors_origins, one by one."""
+        """The origins in cors_origins, as a list."""
         return [] if self.cors_origins is None else _split_list(self.cors_origins)
 
     @model_validator(mode="after")
@@ -142,16 +150,16 @@ class Settings(BaseSettings):
             half = self.memory_mb / self.workers / 2
             if self.max_compute_mb > half:
                 raise ValueError(
-                    f"{ENV_PREFIX}MAX_COMPUTE_MB {self.max_compute_mb:g} is above {half:g}, half of what a worker has of "
-                    f"{ENV_PREFIX}MEMORY_MB {self.memory_mb:g}"
+                    f"{ENV_PREFIX}MAX_COMPUTE_MB {self.max_compute_mb:g} is above {half:g}, "
+                    f"half of a worker's part of {ENV_PREFIX}MEMORY_MB {self.memory_mb:g}"
                 )
         return self
 
 
 def load_settings(**flags: object) -> Settings:
-    """The settings in force: flags (None: not given) over environment over defaults.
+    """Return the settings in force: flags (None: not given), then environment variables, then defaults.
 
-    Raises SettingsError with one line that names the setting, what it was and what it may be.
+    Raises SettingsError with one line that names the setting, its value and the allowed values.
     """
     _reject_unknown_variables()
     given = {name: value for name, value in flags.items() if value is not None}
@@ -180,5 +188,5 @@ def _reject_unknown_variables() -> None:
     for variable in sorted(os.environ):
         if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
             near = difflib.get_close_matches(variable.upper(), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known))}"
+            hint = f"did you mean {near[0]}?" if near else f"valid settings: {', '.join(sorted(known))}"
             raise SettingsError(f"{variable} is not a setting; {hint}")

@@ -1,4 +1,4 @@
-"""Long work that tells those who wait for it how far it is."""
+"""Streaming responses that report the progress of a fit."""
 
 import asyncio
 import time
@@ -25,22 +25,22 @@ EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
 
 MIN_EVENT_INTERVAL_S = 0.05
-"""Seconds: steps come by the thousand, and nobody reads more than twenty a second."""
+"""Minimum seconds between progress events."""
 
 KEEPALIVE_INTERVAL_S = 15.0
-"""Seconds of silence after which proxies begin to think of closing a connection."""
+"""Seconds without an event after which a keep-alive is sent, so that proxies do not close the connection."""
 
 ReportingWork = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, ResponseFields]]
-"""What is given a function to report to, from any thread, and becomes the whole answer."""
+"""Function that gets a callback for progress reports, which any thread may call, and returns the response fields."""
 
 
 def format_sse_json(name: str, content: bytes) -> bytes:
-    """A JSON object as an event of an event stream."""
+    """Return a JSON object as a server-sent event."""
     return format_sse_event(event=name, data_str=content.decode())
 
 
 def format_ndjson_line(name: str, content: bytes) -> bytes:
-    """A JSON object as a line of NDJSON, with the event's name as its first member."""
+    """Return a JSON object as a line of NDJSON, with the event's name as its first member."""
     members = content[1:]
     return b'{"event":"%s"%s%s\n' % (name.encode(), b"" if members == b"}" else b",", members)
 
@@ -49,17 +49,17 @@ EVENT_FORMATTERS: Mapping[str, Callable[[str, bytes], bytes]] = {
     EVENT_STREAM: format_sse_json,
     NDJSON: format_ndjson_line,
 }
-"""How an event is written: its name, and its content as a JSON object."""
+"""Formatters of an event, given its name and its content as a JSON object, by media type."""
 
 
 class ProgressStream(Response):
-    """Work that tells how far it is: events `reading`, `forecast` and `step`, then `result` or `error`.
+    """Stream of the events `reading`, `forecast` and `step`, then `result` or `error`.
 
-    It begins when there is something to tell; what goes wrong before is a problem like any other.
+    The response starts with the first event; errors before it are ordinary error responses.
     """
 
     def __init__(self, request: Request, media_type: str, options: ResponseOptions, *, wait_for_forecast: bool) -> None:
-        """`from_forecast`: nothing is told before the forecast, for what it says may be a reason to refuse."""
+        """wait_for_forecast: send no event before the forecast, since the request may be rejected because of it."""
         # Not Response.__init__: there is no body yet.
         self.status_code = HTTPStatus.OK
         self.background = None
@@ -67,7 +67,7 @@ class ProgressStream(Response):
         self.raw_headers = [
             (b"content-type", media_type.encode()),
             (b"cache-control", b"no-store"),
-            # Proxies that buffer would keep the events until the last.
+            # Buffering proxies would hold the events back until the end.
             (b"x-accel-buffering", b"no"),
             (b"vary", b"accept, accept-encoding"),
         ]
@@ -82,7 +82,7 @@ class ProgressStream(Response):
         self._task: asyncio.Task[ResponseFields] | None = None
 
     async def start(self, work: ReportingWork) -> None:
-        """Start the work and wait until it has something to tell. Raises what it raises before that."""
+        """Start the work and wait for its first event. Raises errors of the work that precede it."""
         self._task = asyncio.create_task(work(self._report))
         self._task.add_done_callback(lambda _: self._events.put_nowait(None))
         try:
@@ -95,9 +95,9 @@ class ProgressStream(Response):
         self._first = first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events as they come; the work ends when the client leaves."""
+        """Send the events as they occur; cancel the work if the client disconnects."""
         del scope
-        assert self._task is not None  # noqa: S101 - `begin` comes first
+        assert self._task is not None  # noqa: S101 - start() is called first
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
         disconnected.add_done_callback(lambda _: self._events.put_nowait(None))
@@ -125,10 +125,10 @@ class ProgressStream(Response):
             return self._keepalive
 
     async def _format_final_event(self, task: "asyncio.Task[ResponseFields]") -> bytes:
-        """The result, or what kept it from being one."""
+        """Return the event `result`, or `error` if the work failed."""
         try:
             fields = task.result()
-            # A history of a million steps takes a while to write.
+            # In a thread if it takes long: a history may have a million entries.
             seconds = estimate_list_seconds(fields)
             return await run_codec(self._request, seconds, lambda _: self._format_result(fields), "encode")
         except HANDLED_ERRORS as error:
@@ -139,7 +139,7 @@ class ProgressStream(Response):
 
     def _report(self, progress: Progress) -> None:
         now = time.perf_counter()
-        # Time counts from the first thing there is to tell: before that the work has waited.
+        # The interval starts at the first report; before it, the work waited in the queue.
         self._last_event_at = self._last_event_at or now
         if self._wait_for_forecast and isinstance(progress, Reading):
             return

@@ -1,4 +1,4 @@
-"""The version, as the installed package says it."""
+"""Version of the installed package."""
 
 from importlib.metadata import version
 

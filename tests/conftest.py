@@ -7,17 +7,16 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
-# Shapes are drawn by the thousand by hand (`HYPOTHESIS_PROFILE=thorough make test`), by the hundred otherwise.
+# 60 random examples per test by default; 2000 with `HYPOTHESIS_PROFILE=thorough make test`.
 settings.register_profile("quick", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
-# The settings of whoever runs the tests are not those that the tests are about.
+# The tests must not depend on the CORR2D_* variables of the shell that runs them.
 for variable in [name for name in os.environ if name.startswith("CORR2D_")]:
     del os.environ[variable]
 
-
-# What the application logs is looked at by the tests that are about it.
+# Log entries are not printed; tests of the log configure structlog themselves.
 structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
 
@@ -29,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs_halide: about an engine that Halide compiles")
+    config.addinivalue_line("markers", "needs_halide: the test needs an engine that Halide compiles")
     if config.getoption("--without-halide"):
         sys.modules["halide"] = None  # type: ignore[assignment]
         paths = [str(WITHOUT_HALIDE_PATH), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -1,8 +1,8 @@
-"""`corr2d serve` whose event loop says how long it was held up: `python tests/event_loop_pauses.py serve --port 0`.
+"""`corr2d serve` that reports the pauses of its event loop: `python tests/event_loop_pauses.py serve --port 0`.
 
-GET /pauses answers the longest pause since the last such request in milliseconds, and the longest time for which the
-loop's own thread computed without a pause: a busy machine makes the former longer, not the latter. `python
-tests/event_loop_pauses.py idle` watches a loop that does nothing; it prints its longest pause for each line that it reads.
+GET /pauses returns, since the previous such request, the longest pause and the longest CPU time that the loop's thread
+used without a pause, both in milliseconds. Other load on the machine increases the former, not the latter. `python
+tests/event_loop_pauses.py idle` monitors an idle loop; for each line that it reads, it prints its longest pause.
 """
 
 import asyncio
@@ -20,25 +20,25 @@ from typing import NamedTuple
 POLL_INTERVAL_S = 0.002
 
 MAX_TRIES = 5
-"""A loop that is held up is held up each time; a busy machine holds it up now and then."""
+"""Number of measurements: a pause caused by the code recurs in all of them, one caused by other load does not."""
 
 
 class LoopPause(NamedTuple):
-    """The longest pause of an event loop, and the longest computation of its thread, in milliseconds."""
+    """Longest pause of an event loop and longest CPU time of its thread without a pause, in milliseconds."""
 
     wall: float
     computed: float
 
 
 class LoopMonitor:
-    """Watches the event loop that it runs on."""
+    """Monitor of the event loop that it runs on."""
 
     def __init__(self) -> None:
         self._longest = LoopPause(0, 0)
         self._task: asyncio.Task[None] | None = None
 
     def longest(self) -> LoopPause:
-        """What was longest since the last call; the first one begins."""
+        """Return the maxima since the previous call; the first call starts the monitor."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         longest, self._longest = self._longest, LoopPause(0, 0)
@@ -55,20 +55,20 @@ class LoopMonitor:
 
 @dataclass(frozen=True, slots=True)
 class MonitoredServer:
-    """A service in a process of its own, and a process that does nothing, beside it."""
+    """A service in its own process, and an idle process for comparison."""
 
     address: str
     process: "subprocess.Popen[str]"
     idle: "subprocess.Popen[str]"
 
     def measure_pause(self, work: Callable[[], object]) -> LoopPause:
-        """The longest pause while the work is done, without what an idle process was held up by at the same time."""
+        """Return the longest pause during `work`, less the longest pause of the idle process in that time."""
         self._longest()
         work()
         return self._longest()
 
     def measure_least_pause(self, work: Callable[[], object], limit: LoopPause) -> LoopPause:
-        """The same, tried again where it is over the limit: the least of all tries."""
+        """Return the smallest pause of up to MAX_TRIES measurements; stop at the first one within the limit."""
         least = self.measure_pause(work)
         for _ in range(MAX_TRIES - 1):
             if least.wall <= limit.wall and least.computed <= limit.computed:
@@ -91,12 +91,12 @@ class MonitoredServer:
 
 @contextmanager
 def start_monitored_server(log: Path, *flags: str, checkout: Path | None = None) -> Iterator[MonitoredServer]:
-    """Start both; `checkout`: where the service's code is, if that is not here."""
+    """Start both processes. `checkout` is the folder of the service's code, by default this repository."""
     checkout = checkout or Path(__file__).parents[1]
-    # Without the folder of this file on the path: its packages have the names of those that are tested.
+    # -P keeps the folder of this file off the path: its packages `core` and `service` would hide the tested ones.
     command = [sys.executable, "-P", __file__]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "CORR2D_DEVICE": "cpu"}
-    # Coverage would double what Python takes.
+    # Coverage would double the time of Python code.
     environment.pop("COVERAGE_PROCESS_CONFIG", None)
     with (
         log.open("w") as lines,
@@ -121,7 +121,7 @@ def start_monitored_server(log: Path, *flags: str, checkout: Path | None = None)
 
 
 def run_monitored_server() -> None:
-    """Be `corr2d serve`, and answer /pauses."""
+    """Run `corr2d serve` with the additional endpoint /pauses."""
     from fastapi import FastAPI
     from starlette.requests import Request
     from starlette.responses import JSONResponse
@@ -132,27 +132,27 @@ def run_monitored_server() -> None:
     from service.metrics.counters import SharedCounters
     from service.settings import Settings
 
-    plain, watch = service.app.create_app, LoopMonitor()
+    create_plain_app, monitor = service.app.create_app, LoopMonitor()
 
     async def pauses(request: Request) -> JSONResponse:
         del request
-        return JSONResponse(watch.longest())
+        return JSONResponse(monitor.longest())
 
-    def watched(settings: Settings, table: SharedCounters | None = None) -> FastAPI:
-        app = plain(settings, table)
+    def create_monitored_app(settings: Settings, table: SharedCounters | None = None) -> FastAPI:
+        app = create_plain_app(settings, table)
         app.router.routes.insert(0, Route("/pauses", pauses))
         return app
 
-    service.app.create_app = watched
+    service.app.create_app = create_monitored_app
     service.__main__.app()
 
 
 async def run_idle_loop() -> None:
-    """Print the longest pause for each line."""
-    watch, loop = LoopMonitor(), asyncio.get_running_loop()
-    watch.longest()
+    """Print the longest pause of this loop for each line of standard input."""
+    monitor, loop = LoopMonitor(), asyncio.get_running_loop()
+    monitor.longest()
     while await loop.run_in_executor(None, sys.stdin.readline):
-        print(json.dumps(watch.longest()), flush=True)  # noqa: T201
+        print(json.dumps(monitor.longest()), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long other threads wait for Python's lock while something runs."""
+"""Measure how long a function holds the GIL, by the pauses of another thread."""
 
 import sys
 import threading
@@ -10,9 +10,9 @@ TRIES = 4
 
 
 def measure_longest_pause(work: Callable[[], object]) -> float:
-    """The longest pause of another thread while `work` runs in this one, in seconds; the least of a few tries.
+    """Return the longest pause of another thread while `work` runs in this one, in seconds; the smallest of TRIES.
 
-    It is counted in the processor time of this thread: what other processes take does not lengthen it.
+    Pauses are measured in CPU time of this thread, so that other processes do not lengthen them.
     """
     return min(_measure_pause(work) for _ in range(TRIES))
 
@@ -32,7 +32,7 @@ def _measure_pause(work: Callable[[], object]) -> float:
 
     thread = threading.Thread(target=tick)
     interval = sys.getswitchinterval()
-    # As in the service.
+    # The service uses the same interval.
     sys.setswitchinterval(0.001)
     thread.start()
     try:
@@ -48,5 +48,5 @@ def _measure_pause(work: Callable[[], object]) -> float:
 
 
 def measure_python_pause() -> float:
-    """The pause that a computation in Python itself makes now: the least that can be measured, in seconds."""
+    """Return the pause of pure Python code, in seconds: the smallest pause measurable on this machine now."""
     return measure_longest_pause(lambda: sum(number * number for number in range(300_000)))

@@ -1,6 +1,6 @@
-"""The precision contract: problems of every kind, drawn, and whether a result keeps to it.
+"""Random problems for the precision contract of docs/precision.md, and a check that an output satisfies it.
 
-The oracle is a direct sum in a wider type: float64 for float32, long double for float64.
+The reference is a direct sum in a wider dtype: float64 for float32, long double for float64.
 """
 
 import math
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """conv2d's arguments that make this engine compute it."""
+        """Return the arguments with which conv2d computes the case by this engine."""
         return {
             "input": self.images,
             "weight": self.weight,
@@ -47,7 +47,7 @@ class Case:
 
 
 def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
-    """A problem that the engine can solve."""
+    """Draw a random problem that the engine supports."""
     single = engine in ("separable", "column_fft", "block_fft") or rng.random() < 0.3
     direct = engine in DIRECT_ENGINES
     groups = 1 if single else int(rng.choice([1, 1, 2, 3]))
@@ -178,7 +178,7 @@ def _draw_weight(  # noqa: C901, PLR0912 - a case for each kind
 
 @dataclass(frozen=True)
 class Expected:
-    """For every output: the value in a wider type, the sum of |x| |k|, and the number of taps that are not zero."""
+    """Expected values in a wider dtype and sums of |x| |k|, (N, O, H, W); number of nonzero taps per filter, (O,)."""
 
     values: Array
     sums: Array
@@ -186,16 +186,16 @@ class Expected:
 
 
 def compute_expected(case: Case) -> Expected:
-    """Directly summed."""
+    """Compute the expected output by direct sums."""
     wide = WIDER_DTYPES[case.dtype]
     images, weight, options = case.images, case.weight, case.options
     top, bottom, left, right_ = options["padding"]
     mode = NUMPY_PAD_MODES[options.get("padding_mode", "zeros")]
     padded = np.pad(images.astype(wide), ((0, 0), (0, 0), (top, bottom), (left, right_)), mode)  # type: ignore[call-overload]
-    (down, across), (apart, beside) = options.get("stride", (1, 1)), options.get("dilation", (1, 1))
+    (down, across), (dy, dx) = options.get("stride", (1, 1)), options.get("dilation", (1, 1))
     filters, depth, h, w = weight.shape
-    rows = (padded.shape[2] - apart * (h - 1) - 1) // down + 1
-    columns = (padded.shape[3] - beside * (w - 1) - 1) // across + 1
+    rows = (padded.shape[2] - dy * (h - 1) - 1) // down + 1
+    columns = (padded.shape[3] - dx * (w - 1) - 1) // across + 1
     values = np.zeros((len(images), filters, rows, columns), wide)
     sums = np.zeros(values.shape, wide)
     taps = weight.astype(wide)
@@ -203,7 +203,7 @@ def compute_expected(case: Case) -> Expected:
     with np.errstate(all="ignore"):
         for o, c, a, b in np.ndindex(weight.shape):
             if taps[o, c, a, b] != 0:
-                channel = padded[:, o // each * depth + c, a * apart :: down, b * beside :: across][:, :rows, :columns]
+                channel = padded[:, o // each * depth + c, a * dy :: down, b * dx :: across][:, :rows, :columns]
                 product = channel * taps[o, c, a, b]
                 values[:, o] += product
                 sums[:, o] += np.abs(product)
@@ -211,20 +211,20 @@ def compute_expected(case: Case) -> Expected:
 
 
 def find_violation(case: Case, output: Array) -> str | None:
-    """What of the output breaks the contract, or None."""
+    """Return a message about the first violation of the contract in the output, or None."""
     truth, unit, numbers = compute_expected(case), UNIT_ROUNDOFF[case.dtype], np.finfo(case.dtype)
-    # What overflows on the way is up to the order of the sum.
+    # If partial sums can overflow, the result depends on the order of summation and is not checked.
     clear = truth.sums < float(numbers.max)
     if not np.isfinite(output[clear]).all():
-        return "an output is not finite that should be"
+        return "an output is not finite, but its expected value is"
     if (np.isfinite(output) & (np.abs(truth.values) > 2 * float(numbers.max))).any():
-        return "an output is finite that should not be"
+        return "an output is finite, but its expected value overflows"
     values, sums = np.where(clear, truth.values, 0), np.where(clear, truth.sums, 0)
     errors = np.abs(np.where(clear, output.astype(values.dtype), 0) - values)
     whole = all((part == np.rint(part)).all() for part in (case.images, case.weight))
     reach = float(np.abs(case.images).max()) * float(np.abs(case.weight).sum((1, 2, 3), dtype=np.float64).max())
     if whole and reach < 0.5 / unit and errors.any():
-        return f"integers are off by {float(errors.max()):.3g}"
+        return f"outputs of integers are off by up to {float(errors.max()):.3g}; they must be exact"
     taps = truth.taps.reshape(1, -1, 1, 1) + 1
     if case.engine in DIRECT_ENGINES:
         bounds = taps * unit * sums
@@ -232,11 +232,12 @@ def find_violation(case: Case, output: Array) -> str | None:
         largest, most = (each.max((2, 3), keepdims=True) for each in (np.abs(values), sums))
         roots = 4 * math.sqrt(math.prod(case.weight.shape[1:]))
         bounds = np.broadcast_to(OUTPUT_TOLERANCE[case.dtype] * largest + roots * unit * most, errors.shape)
-    # Products below the smallest normal number have fewer digits, whoever sums them.
+    # Products below the smallest normal number have fewer digits in any order of summation.
     off = errors > bounds + taps * WIDER_DTYPES[case.dtype](numbers.smallest_subnormal)
     if off.any():
-        place = tuple(int(index) for index in np.argwhere(off)[0])
+        position = tuple(int(index) for index in np.argwhere(off)[0])
         return (
-            f"{int(off.sum())} outputs are off; that at {place} by {errors[place]:.3g}, {bounds[place]:.3g} is allowed"
+            f"{int(off.sum())} outputs exceed the tolerance; the first, at {position}, is off by "
+            f"{errors[position]:.3g}, allowed are {bounds[position]:.3g}"
         )
     return None

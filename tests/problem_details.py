@@ -1,4 +1,4 @@
-"""What every error response has to look like, whatever went wrong."""
+"""Checks of the format that all error responses share."""
 
 import re
 import sys
@@ -11,11 +11,11 @@ import service
 from service.problems import ProblemDetails
 
 INTERNAL_DETAILS = ["Traceback", 'File "', "site-packages", sys.prefix, *core.__path__, *service.__path__]
-"""What no answer may show: a stack trace, or where the server's files lie."""
+"""Strings of tracebacks and server paths, which no error response may contain."""
 
 
 def assert_problem(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The problem details of a response that must be one, of that status."""
+    """Check that the response is a valid problem of this status, and return its problem details."""
     assert response.status_code == status, response.text[:1000]
     assert response.headers["content-type"] == "application/problem+json"
     assert len(response.content) <= 8192
@@ -31,12 +31,12 @@ def assert_problem(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def assert_first_error(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The first entry of its `errors`."""
+    """Check the problem like `assert_problem`, and return the first entry of its `errors`."""
     errors: list[dict[str, Any]] = assert_problem(response, status)["errors"]
     return errors[0]
 
 
 def assert_detail(response: httpx.Response, status: int) -> str:
-    """Its sentence."""
+    """Check the problem like `assert_problem`, and return its `detail`."""
     detail: str = assert_problem(response, status)["detail"]
     return detail

@@ -1,6 +1,6 @@
-"""The definitions, written as slowly and plainly as they are stated; everything else is held against them.
+"""Reference implementations: direct loops over the definitions, which the tests compare core with.
 
-Nothing here is imported from core, and nothing here is clever.
+This module imports nothing from core.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ NUMPY_PAD_MODES = {
 
 
 def correlate_valid(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
-    """Y[i, j] = sum over a, b of X[i + a, j + b] K[a, b], for one plane, in the arrays' own precision."""
+    """Return Y[i, j] = sum over a, b of X[i + a, j + b] K[a, b] for one plane, in the dtype of the arrays."""
     h, w = kernel.shape
     output = np.zeros((image.shape[0] - h + 1, image.shape[1] - w + 1), np.result_type(image, kernel))
     for i in range(output.shape[0]):
@@ -34,19 +34,19 @@ def correlate_valid(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
 
 
 def correlate_valid_by_windows(image: NDArray[Any], kernel: NDArray[Any]) -> Floats:
-    """The same sums for larger images: every window at once."""
+    """Return the same sums as `correlate_valid`, vectorized for larger images."""
     windows = np.lib.stride_tricks.sliding_window_view(image, kernel.shape)
     sums: Floats = np.einsum("ijab,ab->ij", windows, kernel)
     return sums
 
 
 def compute_border(mode: str, size: int) -> tuple[int, int]:
-    """Pixels before and after, along one axis."""
+    """Return the number of padding pixels before and after, along one axis."""
     return {"valid": (0, 0), "same": ((size - 1) // 2, size // 2), "full": (size - 1, size - 1)}[mode]
 
 
 def pad(image: NDArray[Any], rows: tuple[int, int], columns: tuple[int, int], boundary: str, fill: float) -> Floats:
-    """numpy.pad of one plane."""
+    """Pad one plane with numpy.pad."""
     if boundary == "constant":
         return np.pad(image, (rows, columns), "constant", constant_values=fill)
     padded: Floats = np.pad(image, (rows, columns), NUMPY_PAD_MODES[boundary])  # type: ignore[call-overload]
@@ -56,14 +56,14 @@ def pad(image: NDArray[Any], rows: tuple[int, int], columns: tuple[int, int], bo
 def correlate(
     image: NDArray[Any], kernel: NDArray[Any], mode: str = "valid", boundary: str = "zeros", fill: float = 0.0
 ) -> Floats:
-    """numpy.pad, then the valid loops, for one plane."""
+    """Correlate one plane: numpy.pad, then `correlate_valid`."""
     return correlate_valid(pad_for_mode(image, kernel.shape, mode, boundary, fill), kernel)
 
 
 def pad_for_mode(
     image: NDArray[Any], kernel_size: tuple[int, ...], mode: str, boundary: str, fill: float = 0.0
 ) -> Floats:
-    """The plane with the border that a mode stands for."""
+    """Pad one plane for a mode."""
     rows, columns = (compute_border(mode, size) for size in kernel_size)
     return pad(image, rows, columns, boundary, fill)
 
@@ -78,7 +78,7 @@ def conv2d(
     groups: int,
     boundary: str,
 ) -> Floats:
-    """Conv2d of (N, C, H, W) by (O, C/groups, h, w), one product at a time."""
+    """Return Conv2d of images (N, C, H, W) with weight (O, C/groups, h, w), by direct loops."""
     top, bottom, left, right = padding
     count, channels = images.shape[:2]
     filters, depth, h, w = weight.shape
@@ -103,7 +103,7 @@ def conv2d(
 def run_d2l_loop(
     images: torch.Tensor, targets: torch.Tensor, kernel: torch.Tensor, learning_rate: float, steps: int
 ) -> tuple[list[float], torch.Tensor]:
-    """The lesson's training loop: a Conv2d without bias, the summed square, the rate times the gradient."""
+    """Run the training loop of the d2l example: Conv2d without bias, sum of squares, gradient descent."""
     layer = torch.nn.Conv2d(1, 1, (kernel.shape[-2], kernel.shape[-1]), bias=False, dtype=kernel.dtype)
     layer.weight.data.copy_(kernel)
     history = []

@@ -1,4 +1,4 @@
-"""Files as they should be, the parts that they can be put together from as they should not, and their media types."""
+"""Media types, valid files, and builders for invalid files."""
 
 import gzip
 import io
@@ -62,8 +62,8 @@ def build_tensor_entry(shape: list[int], begin: int, end: int, dtype: str = "F32
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def build_png_chunk(kind: bytes, said: bytes = b"") -> bytes:
-    return struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said))
+def build_png_chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def build_png(width: int, height: int, lines: bytes, depth: int = 8, colour: int = 0) -> bytes:

@@ -1,4 +1,4 @@
-"""The application under test: in this process, behind a real server, and as the command that is installed."""
+"""Start the application in this process, behind a real server, or as the installed command `corr2d`."""
 
 import os
 import re
@@ -28,15 +28,15 @@ ServeFn = Callable[[FastAPI], AbstractContextManager[SendFn]]
 
 
 def create_unlimited_app(timeout_s: float = 60) -> FastAPI:
-    """An application that takes on what it predicts to be too much, and has that much time for it."""
+    """Return an application without limits on computations; its request timeout is `timeout_s` seconds."""
     app = create_app(Settings(device="cpu", request_timeout_s=timeout_s))
-    app.state.compute._limits = core.Limits()  # noqa: SLF001 - no setting allows it
+    app.state.compute._limits = core.Limits()  # noqa: SLF001 - no setting removes the limits
     return app
 
 
 @contextmanager
 def serve_in_process(app: FastAPI) -> Iterator[SendFn]:
-    """The application without a socket, its start-up and shutdown included."""
+    """Serve the application without a socket, including its startup and shutdown."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(app.router.lifespan_context(app)):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = httpx.AsyncClient(transport=transport, base_url="http://corr2d")
@@ -54,7 +54,7 @@ def serve_in_process(app: FastAPI) -> Iterator[SendFn]:
 
 @contextmanager
 def start_server(app: FastAPI) -> Iterator[str]:
-    """The address of a real uvicorn on a real port with the application behind it."""
+    """Serve the application by uvicorn on a free port, and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(create_config(app, app.state.settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -68,14 +68,14 @@ def start_server(app: FastAPI) -> Iterator[str]:
 
 @contextmanager
 def serve_over_tcp(app: FastAPI) -> Iterator[SendFn]:
-    """The application behind a real server."""
+    """Serve the application by uvicorn, and yield a function that sends requests."""
     with start_server(app) as address, open_client(address) as send:
         yield send
 
 
 @contextmanager
 def open_client(address: str) -> Iterator[SendFn]:
-    """One client of a server that may still be starting."""
+    """Wait until the server is ready, and yield a function that sends requests."""
     with httpx.Client(base_url=address, timeout=60) as client:
         wait_until_ready(client.request)
         yield client.request
@@ -83,7 +83,7 @@ def open_client(address: str) -> Iterator[SendFn]:
 
 @contextmanager
 def run_serve_command(log: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """The process and its address, as it prints it."""
+    """Run `corr2d serve`, and yield the process and the address that it prints."""
     with (
         log.open("w") as stderr,
         subprocess.Popen(
@@ -104,7 +104,7 @@ def run_serve_command(log: Path, *flags: str, **variables: str) -> Iterator[tupl
 
 
 def get_startup_error(*flags: str, **variables: str) -> str:
-    """The one line with which it refuses to start."""
+    """Return the line that `corr2d serve` prints to stderr when it fails to start."""
     command = [str(CORR2D_COMMAND), "serve", *flags]
     environment = {**os.environ, **variables}
     process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
@@ -115,10 +115,10 @@ def get_startup_error(*flags: str, **variables: str) -> str:
 
 
 def list_workers(supervisor: int) -> list[int]:
-    """Its children that serve, as /proc names them; the other one looks after shared memory."""
+    """Return the process ids of the workers of a supervisor; its other child manages shared memory."""
     workers = []
     for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
-        # One that has just ended is gone by now.
+        # A child may exit between the two reads.
         with suppress(FileNotFoundError, ProcessLookupError):
             if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 workers.append(int(pid))

@@ -1,4 +1,4 @@
-"""A server under mixed traffic for thousands of requests, and what becomes of its memory."""
+"""Send thousands of mixed requests to a server, and measure the growth of its memory."""
 
 import itertools
 import os
@@ -26,10 +26,10 @@ SERVICE_COMMAND = (str(Path(sys.executable).with_name("corr2d")),)
 LEAKY_COMMAND = (sys.executable, "-m", "tests.leaky_server")
 
 CLIENT_COUNT = 4
-"""At a time."""
+"""Number of concurrent clients."""
 
 REQUESTS_PER_SAMPLE = 100
-"""Requests."""
+"""Number of requests between two memory samples."""
 
 MIB = 2**20
 TIMEOUT_S = 60.0
@@ -37,7 +37,7 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Memory after so many requests while none runs, by /proc/PID/smaps_rollup: all resident, and all of no file."""
+    """Resident and anonymous memory in bytes after a number of requests, from /proc/PID/smaps_rollup."""
 
     requests: int
     resident: int
@@ -46,7 +46,7 @@ class MemorySample:
 
 @dataclass(frozen=True, slots=True)
 class SoakReport:
-    """What was seen: memory, and how often which exchange was not right, with the first reason."""
+    """Memory samples, and per kind of exchange the count, the failures and the first reason for a failure."""
 
     samples: list[MemorySample] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -54,26 +54,25 @@ class SoakReport:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def record_failure(self, name: str, reason: BaseException) -> None:
-        """One that was not right."""
         self.wrong[name] += 1
         self.reasons.setdefault(name, f"{type(reason).__name__}: {reason}"[:400])
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGrowth:
-    """Bytes of resident memory gained over a run, by a straight line through it and by the medians of its two ends."""
+    """Growth of resident memory over a run in bytes, by a fitted line and by the medians of both ends."""
 
     by_line: float
     by_ends: float
 
     def verdict(self, limit: float) -> str:
-        """Flat where both are within the limit, leaking where both are over it."""
+        """Return "flat" if both are within the limit, "leaks" if both exceed it, otherwise "unclear"."""
         over = [self.by_line > limit, self.by_ends > limit]
         return "leaks" if all(over) else "unclear" if any(over) else "flat"
 
 
 def estimate_growth(samples: Sequence[MemorySample], since: int) -> MemoryGrowth:
-    """From the sample after `since` requests to the last; the ends are a fifth of them each, at least one."""
+    """Estimate the growth after the first `since` requests; each end is a fifth of the samples, at least one."""
     later = [sample for sample in samples if sample.requests >= since]
     counts, sizes = [sample.requests for sample in later], [sample.resident for sample in later]
     slope = float(np.polyfit(counts, sizes, 1)[0])
@@ -90,7 +89,7 @@ def run_soak(
     good_first: int = 0,
     each: Callable[[MemorySample], object] = lambda _: None,
 ) -> SoakReport:
-    """Send the traffic, some clients at a time; slow clients come and hang on meanwhile. `each` sees every sample."""
+    """Send the traffic by CLIENT_COUNT clients and some slow clients; call `each` with every sample."""
     soak, slow = SoakReport(), deque[tuple[float, SlowClient]]()
     exchanges, kinds = (
         itertools.islice(generate_traffic(seed, good_first), requests),
@@ -127,7 +126,6 @@ def run_soak(
 
 
 def measure_memory(pid: int, requests: int) -> MemorySample:
-    """The process's memory now."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     kilobytes = {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", rollup, re.MULTILINE)}
     return MemorySample(requests, 1024 * kilobytes["Rss"], 1024 * kilobytes["Anonymous"])
@@ -135,7 +133,7 @@ def measure_memory(pid: int, requests: int) -> MemorySample:
 
 @contextmanager
 def start_service(command: Sequence[str], log: Path, *flags: str, leak: int = 0) -> Iterator[tuple[str, int]]:
-    """The address and the process id of `corr2d serve`, or of what takes the same flags, once it is ready."""
+    """Start `corr2d serve` or a command with the same flags, and yield its address and process id once it is ready."""
     with (
         log.open("w", encoding="utf-8") as lines,
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Every command in the README and in docs is run, in order, and must give the answer that stands below it."""
+"""Run every command in the README and in docs, in order, and compare its output with the one shown below it."""
 
 import doctest
 import json
@@ -38,7 +38,7 @@ def parse_blocks(page: str = "README.md") -> list[CodeBlock]:
 
 
 def is_close(shown: Any, got: Any) -> bool:
-    """Equal, numbers to the digits that a README shows."""
+    """Return whether both are equal; numbers are compared to 5 digits."""
     if isinstance(shown, float) and isinstance(got, float):
         return shown == pytest.approx(got, rel=1e-5, abs=1e-9)
     if isinstance(shown, dict) and isinstance(got, dict):
@@ -46,7 +46,7 @@ def is_close(shown: Any, got: Any) -> bool:
     if isinstance(shown, list) and isinstance(got, list):
         return len(shown) == len(got) and all(map(is_close, shown, got))
     if isinstance(shown, str) and isinstance(got, str):
-        # What dots stand for depends on the machine.
+        # "..." stands for text that depends on the machine.
         return re.fullmatch(".*".join(map(re.escape, shown.split("..."))), got, re.DOTALL) is not None
     return bool(shown == got)
 
@@ -64,7 +64,7 @@ def servers() -> Iterator[ExitStack]:
 
 
 def start_described_service(command: str) -> AbstractContextManager[str]:
-    """The address of a service with the flags of such a command."""
+    """Start a service with the flags of a `corr2d serve` command."""
     flags = re.findall(r"--([\w-]+) (\S+)", command)
     settings = load_settings(device="cpu", **{name.replace("-", "_"): value for name, value in flags})
     return start_server(create_app(settings))
@@ -107,7 +107,7 @@ def test_every_command_gives_the_response_shown_below_it(
         if below.language == "json":
             assert is_close(json.loads(below.text), json.loads(output)), output
         else:
-            assert below.language == "text", f"no answer below {block.text}"
+            assert below.language == "text", f"no output shown below {block.text}"
             assert doctest.OutputChecker().check_output(below.text, output, doctest.ELLIPSIS), output
         checked += 1
     assert checked >= 5 or page != "README.md"

@@ -1,4 +1,4 @@
-"""That a leak would be found."""
+"""Tests of the growth estimate: leaks are detected, noise is not."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_growth_is_distinguished_from_noise(bytes_a_request: float, verdict: str
 
 
 def test_disagreement_of_measures_is_unclear() -> None:
-    # By its ends a line grows by four fifths of what it grows by in all.
+    # Measured by the medians of its ends, a line grows by four fifths of its total growth.
     assert estimate_growth(draw_samples(330, noise=0), since=2000).verdict(5 * MIB) == "unclear"
 
 

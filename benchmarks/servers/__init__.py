@@ -1,4 +1,4 @@
-"""The servers that benchmarks/wire.py measures, one line each; whoever needs an application has it in a file beside."""
+"""The servers that benchmarks/wire.py measures; their applications are in the other files of this package."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from servers.dialects import (
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkedServer:
-    """How it is started, how it speaks each format that it knows, and what pip installs in an environment of its own.
+    """A server: its command, its dialect of each format that it supports, and its pip requirement.
 
-    Without a requirement it runs in the script's environment. In the command {bin} stands for the folder of its
-    environment's programs, {apps} for this folder, {port} for a free port.
+    A server with a requirement is installed in its own environment; the others run in that of the script. In the
+    command, {bin} is the folder of the environment's programs, {apps} is this folder, and {port} a free port.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The same correlation in BentoML: one worker, its own tensors from and to nested lists."""
+"""The same correlation in BentoML, with one worker; BentoML converts nested lists to and from tensors."""
 
 from typing import Annotated
 
@@ -12,9 +12,9 @@ Plane = Annotated[torch.Tensor, DType("float32")]
 
 @bentoml.service(workers=1, traffic={"timeout": 600}, logging={"access": {"enabled": False}})
 class Correlation:
-    """One endpoint."""
+    """A service with one endpoint."""
 
     @bentoml.api  # type: ignore[untyped-decorator]  # bentoml is not installed here
     async def correlate(self, input: Plane, kernel: Plane) -> Plane:
-        """On the event loop: a thread costs more than it gains."""
+        """Compute on the event loop, which is faster than in a thread."""
         return functional.conv2d(input[None, None], kernel[None, None])[0, 0]

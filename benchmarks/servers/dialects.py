@@ -1,4 +1,4 @@
-"""The problems that are posted, and how each server wants them written: a body out, the right numbers back."""
+"""The benchmark problems, and the encoding of request and response for each server."""
 
 import base64
 import io
@@ -22,29 +22,29 @@ KERNEL = np.array([[1.0, 0.0, -1.0]] * 3)
 JSON, NPY, PNG = "application/json", "application/x-npy", "image/png"
 
 OUTPUT_TOLERANCE = 1e-5
-"""Absolute, for outputs up to 3 in float32."""
+"""Absolute tolerance, for outputs up to 3 in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageProblem:
-    """A square image of random numbers from 0 to 1 in all their digits, the same ones every time."""
+    """A square image of random float64 numbers from 0 to 1; the seed is the side."""
 
     side: int
 
     @cached_property
     def image(self) -> Array:
-        """In float64."""
+        """The image in float64."""
         return np.random.default_rng(self.side).random((self.side, self.side))
 
     @cached_property
-    def picture(self) -> Array:
-        """The image in 256 greys."""
+    def grey_image(self) -> Array:
+        """The image in 256 levels of grey, as uint8."""
         return (self.image * 256).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a server speaks a format: where to, what is written, and whether an answer is right."""
+    """A server's dialect of a format: the path, the function that writes a body, and the check of a response."""
 
     path: str
     write: Callable[[ImageProblem], bytes]
@@ -53,14 +53,14 @@ class Dialect:
 
 
 def compute_expected(image: Array) -> Array:
-    """The right numbers."""
+    """Return the correct output."""
     output: Array = signal.correlate2d(image, KERNEL, mode="valid")
     return output
 
 
-def matches_expected(answer: ArrayLike, problem: ImageProblem) -> bool:
-    """Whether the array is the problem's answer."""
-    output, expected = np.asarray(answer), compute_expected(problem.image)
+def matches_expected(array: ArrayLike, problem: ImageProblem) -> bool:
+    """Return whether the array is the output of the problem."""
+    output, expected = np.asarray(array), compute_expected(problem.image)
     return output.shape == expected.shape and np.allclose(output, expected, rtol=0, atol=OUTPUT_TOLERANCE)
 
 
@@ -68,27 +68,29 @@ def matches_expected(answer: ArrayLike, problem: ImageProblem) -> bool:
 
 
 def write_nested(problem: ImageProblem) -> bytes:
-    """Both arrays."""
+    """Return a body with both arrays as nested lists."""
     return json.dumps({"input": problem.image.tolist(), "kernel": KERNEL.tolist()}).encode()
 
 
 def nested_dialect(path: str) -> Dialect:
-    """As corr2d and most others have it: the answer is an object with an output."""
-    return Dialect(path, write_nested, lambda answer, problem: matches_expected(json.loads(answer)["output"], problem))
+    """Return the dialect of corr2d and most others: the response is an object with an output."""
+    return Dialect(
+        path, write_nested, lambda content, problem: matches_expected(json.loads(content)["output"], problem)
+    )
 
 
 def rows_dialect(path: str) -> Dialect:
-    """The answer is the output itself."""
-    return Dialect(path, write_nested, lambda answer, problem: matches_expected(json.loads(answer), problem))
+    """Return the dialect in which the response is the output itself."""
+    return Dialect(path, write_nested, lambda content, problem: matches_expected(json.loads(content), problem))
 
 
 def v2_dialect(path: str) -> Dialect:
-    """The open inference protocol, version 2: tensors with names, types, shapes and flat data."""
-    return Dialect(path, write_v2, lambda answer, problem: matches_expected(parse_v2(answer), problem))
+    """Return the open inference protocol, version 2: tensors with names, types, shapes and flat data."""
+    return Dialect(path, write_v2, lambda content, problem: matches_expected(parse_v2(content), problem))
 
 
 def write_v2(problem: ImageProblem) -> bytes:
-    """Two tensors."""
+    """Return a body with two tensors."""
     arrays = {"input": problem.image, "kernel": KERNEL}
     tensors = [
         {"name": name, "datatype": "FP32", "shape": array.shape, "data": array.ravel().tolist()}
@@ -97,24 +99,24 @@ def write_v2(problem: ImageProblem) -> bytes:
     return json.dumps({"inputs": tensors}).encode()
 
 
-def parse_v2(answer: bytes) -> Array:
-    """The first tensor."""
-    tensor = json.loads(answer)["outputs"][0]
+def parse_v2(content: bytes) -> Array:
+    """Return the first tensor."""
+    tensor = json.loads(content)["outputs"][0]
     return np.reshape(tensor["data"], tensor["shape"])
 
 
-# The other formats. A body of one array has the kernel in the query.
+# The other formats. If the body is one array, the kernel is in the query string.
 
 
 def base64_dialect(path: str) -> Dialect:
-    """JSON with float32's bytes in base64, both ways."""
+    """Return JSON with float32 bytes in base64, in request and response."""
     return Dialect(
-        f"{path}?arrays=base64", write_base64, lambda answer, problem: matches_expected(parse_base64(answer), problem)
+        f"{path}?arrays=base64", write_base64, lambda content, problem: matches_expected(parse_base64(content), problem)
     )
 
 
 def write_base64(problem: ImageProblem) -> bytes:
-    """Both arrays."""
+    """Return a body with both arrays in base64."""
     arrays = {"input": problem.image, "kernel": KERNEL}
     fields = {
         name: {
@@ -127,60 +129,60 @@ def write_base64(problem: ImageProblem) -> bytes:
     return json.dumps(fields).encode()
 
 
-def parse_base64(answer: bytes) -> Array:
-    """The output."""
-    output = json.loads(answer)["output"]
+def parse_base64(content: bytes) -> Array:
+    """Return the output."""
+    output = json.loads(content)["output"]
     return np.frombuffer(base64.b64decode(output["data"]), output["dtype"]).reshape(output["shape"])
 
 
 def npy_dialect(path: str) -> Dialect:
-    """float32 in the format of np.save, both ways."""
+    """Return float32 in the format of np.save, in request and response."""
     return Dialect(
         add_kernel_query(path),
         write_npy,
-        lambda answer, problem: matches_expected(np.load(io.BytesIO(answer)), problem),
+        lambda content, problem: matches_expected(np.load(io.BytesIO(content)), problem),
         NPY,
     )
 
 
 def write_npy(problem: ImageProblem) -> bytes:
-    """The image."""
+    """Return the image as npy."""
     file = io.BytesIO()
     np.save(file, problem.image.astype(np.float32))
     return file.getvalue()
 
 
 def png_dialect(path: str) -> Dialect:
-    """A grey picture, both ways."""
+    """Return a grey PNG image, in request and response."""
     return Dialect(add_kernel_query(path), write_png, matches_stretched_image, PNG)
 
 
 def write_png(problem: ImageProblem) -> bytes:
-    """The picture."""
+    """Return the image as PNG."""
     file = io.BytesIO()
-    Image.fromarray(problem.picture).save(file, "PNG")
+    Image.fromarray(problem.grey_image).save(file, "PNG")
     return file.getvalue()
 
 
-def matches_stretched_image(answer: bytes, problem: ImageProblem) -> bool:
-    """Whether the picture is the answer, its darkest number black and its brightest white, to half a grey and a bit."""
-    expected = compute_expected(problem.picture.astype(np.float64))
+def matches_stretched_image(content: bytes, problem: ImageProblem) -> bool:
+    """Return whether the PNG is the output scaled from its minimum and maximum to 0..255, with a tolerance of 0.51."""
+    expected = compute_expected(problem.grey_image.astype(np.float64))
     expected -= expected.min()
     if expected.max() > 0:
         expected *= 255 / expected.max()
-    shown = np.asarray(Image.open(io.BytesIO(answer)))
-    return shown.shape == expected.shape and (expected.size == 1 or np.allclose(shown, expected, rtol=0, atol=0.51))
+    pixels = np.asarray(Image.open(io.BytesIO(content)))
+    return pixels.shape == expected.shape and (expected.size == 1 or np.allclose(pixels, expected, rtol=0, atol=0.51))
 
 
 def add_kernel_query(path: str) -> str:
-    """The path with the kernel in its query."""
+    """Return the path with the kernel in the query string."""
     return f"{path}?kernel={quote(json.dumps(KERNEL.tolist(), separators=(',', ':')))}"
 
 
 def echo_dialect(path: str, write: Callable[[ImageProblem], bytes], media_type: str) -> Dialect:
-    """The same bytes back."""
+    """Return the dialect in which the response equals the request."""
     return Dialect(path, write, partial(_matches_sent_bytes, write), media_type)
 
 
-def _matches_sent_bytes(write: Callable[[ImageProblem], bytes], answer: bytes, problem: ImageProblem) -> bool:
-    return answer == write(problem)
+def _matches_sent_bytes(write: Callable[[ImageProblem], bytes], content: bytes, problem: ImageProblem) -> bool:
+    return content == write(problem)

@@ -1,4 +1,4 @@
-"""The same bytes back: what is left when nothing is computed, a bound for everything on this server and framework."""
+"""An application that returns the request body: an upper bound for every application on this server and framework."""
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -8,7 +8,7 @@ app = FastAPI()
 
 
 async def echo(request: Request) -> Response:
-    """Neither parsed nor written anew."""
+    """Return the body of the request unchanged."""
     return Response(await request.body(), media_type=request.headers["content-type"])
 
 

@@ -1,4 +1,4 @@
-"""The application that everybody would write first, three ways: FastAPI, lists of floats checked by pydantic, torch."""
+"""A plain FastAPI application with lists of floats, validated by pydantic, and torch, in three variants."""
 
 import torch
 from fastapi import FastAPI
@@ -9,14 +9,14 @@ Rows = list[list[float]]
 
 
 class CorrelationRequest(BaseModel):
-    """What comes."""
+    """Body of a request."""
 
     input: Rows
     kernel: Rows
 
 
 class CorrelationResponse(BaseModel):
-    """What goes, where the author declares it."""
+    """Body of a response, for the variant with a response model."""
 
     output: Rows
 
@@ -26,24 +26,24 @@ app = FastAPI()
 
 @app.post("/def", response_model=None)
 def correlate_in_thread(request: CorrelationRequest) -> dict[str, Rows]:
-    """In a thread of the pool, as FastAPI does with functions that may block."""
+    """Compute in FastAPI's thread pool."""
     return {"output": correlate(request)}
 
 
 @app.post("/async", response_model=None)
 async def correlate_on_loop(request: CorrelationRequest) -> dict[str, Rows]:
-    """On the event loop."""
+    """Compute on the event loop."""
     return {"output": correlate(request)}
 
 
 @app.post("/model")
 async def correlate_with_model(request: CorrelationRequest) -> CorrelationResponse:
-    """On the event loop, the answer checked and written by pydantic."""
+    """Compute on the event loop; pydantic validates and serializes the response."""
     return CorrelationResponse(output=correlate(request))
 
 
 def correlate(request: CorrelationRequest) -> Rows:
-    """The output as lists."""
+    """Return the output as lists."""
     image, kernel = torch.tensor(request.input), torch.tensor(request.kernel)
     output: Rows = functional.conv2d(image[None, None], kernel[None, None])[0, 0].tolist()
     return output

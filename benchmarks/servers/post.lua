@@ -1,10 +1,10 @@
--- wrk's side of benchmarks/wire.py: posts one file again and again.
+-- wrk script of benchmarks/wire.py: posts one file repeatedly.
 --
 --     wrk ... --script post.lua URL -- FILE CONTENT-TYPE ACCEPT
 --
--- The last line that it prints holds the requests begun, the seconds from the first to the last of them, and how many
--- failed. Whoever begins a request has finished the one before: so counted, slow answers are no coarser than quick
--- ones, where answers per whole second would be.
+-- The last line of its output contains the number of requests begun, the seconds from the first to the last of them,
+-- and the number of failures. Each connection begins a request when the previous one is finished, so that this count is
+-- as precise for slow responses as for fast ones, unlike a count of responses per second.
 
 local ffi = require("ffi")
 ffi.cdef("typedef struct { long seconds, microseconds; } moment; int gettimeofday(moment *, void *);")
@@ -19,7 +19,7 @@ function init(args)
     wrk.headers["Accept"] = args[3]
 end
 
--- wrk asks how many milliseconds to wait before each request.
+-- Called before each request: returns the milliseconds to wait.
 function delay()
     ffi.C.gettimeofday(moment, nil)
     last = tonumber(moment.seconds) + tonumber(moment.microseconds) / 1e6

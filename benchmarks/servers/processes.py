@@ -1,4 +1,4 @@
-"""The servers as processes on a core of their own: installed, started, watched and stopped. By /proc, so on Linux."""
+"""Installation, start, observation (by /proc, Linux only) and stop of the servers, each on one core."""
 
 import contextlib
 import importlib.metadata
@@ -22,19 +22,18 @@ APPS_FOLDER = Path(__file__).parent
 ONE_THREAD_VARIABLES = {"CORR2D_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 START_TIMEOUT_S, STOP_TIMEOUT_S, RESPONSE_TIMEOUT_S = 60.0, 15.0, 60.0
-"""Seconds."""
 
 MAX_IDLE_TICKS = 1
-"""Hundredths of a second of processor time in a fifth of a second: timers and heartbeats need no more."""
+"""CPU time of an idle server in 0.2 s, in hundredths of a second: timers and heartbeats need no more."""
 
 
 class UnavailableError(Exception):
-    """What cannot be measured, and why."""
+    """Error for a server or format that cannot be measured; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that answers."""
+    """A server that responds to requests."""
 
     server: BenchmarkedServer
     pid: int
@@ -42,11 +41,11 @@ class RunningServer:
 
     @property
     def origin(self) -> str:
-        """What stands before the path."""
+        """Scheme, host and port."""
         return str(self.client.base_url).rstrip("/")
 
-    def answer(self, dialect: Dialect, body: bytes) -> bytes:
-        """The answer to one request; raises Unavailable where there is none."""
+    def post(self, dialect: Dialect, body: bytes) -> bytes:
+        """Return the response to one request; raises UnavailableError if there is none or it is an error."""
         headers = {"Content-Type": dialect.media_type, "Accept": dialect.media_type, "Accept-Encoding": "identity"}
         try:
             response = self.client.post(dialect.path, content=body, headers=headers)
@@ -57,13 +56,13 @@ class RunningServer:
         return response.content
 
     def check(self, dialect: Dialect, body: bytes, problem: ImageProblem) -> None:
-        """Raises Unavailable where the answer is not right."""
-        answer = self.answer(dialect, body)
-        if not dialect.is_right(answer, problem):
-            raise UnavailableError(f"a wrong answer: {answer[:80]!r}")
+        """Raise UnavailableError if the response is not correct."""
+        response = self.post(dialect, body)
+        if not dialect.is_right(response, problem):
+            raise UnavailableError(f"incorrect response: {response[:80]!r}")
 
     def settle(self) -> None:
-        """Wait until it works no more: what a start or a load leaves to be done would take the next one's core."""
+        """Wait until the server is idle: its remaining work would slow down the next measurement."""
         deadline = monotonic() + RESPONSE_TIMEOUT_S
         ticks = self._ticks()
         while monotonic() < deadline:
@@ -73,15 +72,15 @@ class RunningServer:
                 return
 
     def resident(self) -> int:
-        """Bytes in memory."""
+        """Return the resident memory in bytes."""
         return self._bytes("VmRSS")
 
     def peak(self) -> int:
-        """Bytes in memory at most since `forget_peak`."""
+        """Return the peak resident memory since `forget_peak`, in bytes."""
         return self._bytes("VmHWM")
 
     def forget_peak(self) -> None:
-        """Peaks count from here."""
+        """Reset the peak resident memory."""
         for pid in list_process_tree(self.pid):
             Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
 
@@ -95,7 +94,7 @@ class RunningServer:
 
 
 def list_process_tree(pid: int) -> list[int]:
-    """The process, its children and theirs."""
+    """Return the ids of the process and its descendants."""
     with contextlib.suppress(FileNotFoundError):
         listed = [file.read_text(encoding="ascii") for file in Path(f"/proc/{pid}/task").glob("*/children")]
         return [pid, *(member for child in " ".join(listed).split() for member in list_process_tree(int(child)))]
@@ -104,9 +103,9 @@ def list_process_tree(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def run_server(server: BenchmarkedServer, core: int, folder: Path) -> Iterator[RunningServer]:
-    """The server, on that core, once it gave a right answer and came to rest; its log lies in the folder.
+    """Run a server on a core, from its first correct response until the block ends; its log is in the folder.
 
-    Raises Unavailable where it cannot be installed or gives no right answer.
+    Raises UnavailableError if the server cannot be installed or sends no correct response.
     """
     programs, port, log = install_environment(server), find_free_port(), folder / f"{server.name}.log"
     command = [word.format(bin=programs, apps=APPS_FOLDER, port=port) for word in shlex.split(server.command)]
@@ -117,7 +116,7 @@ def run_server(server: BenchmarkedServer, core: int, folder: Path) -> Iterator[R
             stderr=subprocess.STDOUT,
             env=os.environ | ONE_THREAD_VARIABLES,
             cwd=folder,
-            start_new_session=True,  # Ctrl-C is for this script, which then stops it
+            start_new_session=True,  # only this script receives Ctrl-C, and stops the server
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=RESPONSE_TIMEOUT_S, trust_env=False) as client:
@@ -130,7 +129,7 @@ def run_server(server: BenchmarkedServer, core: int, folder: Path) -> Iterator[R
 
 
 def wait_until_correct(one: RunningServer, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return at the first right answer; raises Unavailable where there is none in time."""
+    """Return at the first correct response; raises UnavailableError after START_TIMEOUT_S."""
     dialect, problem, deadline = one.server.dialects["JSON"], ImageProblem(3), monotonic() + START_TIMEOUT_S
     while True:
         try:
@@ -145,7 +144,7 @@ def wait_until_correct(one: RunningServer, process: subprocess.Popen[bytes], log
 
 
 def stop_server(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to end, and end what is left: not all of them take their children along."""
+    """Terminate the server, and kill the processes that remain, as not all servers stop their children."""
     members = list_process_tree(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -157,16 +156,16 @@ def stop_server(process: subprocess.Popen[bytes]) -> None:
 
 
 def find_free_port() -> int:
-    """One that nobody listens on."""
+    """Return a free TCP port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
 
 
 def install_environment(server: BenchmarkedServer) -> Path:
-    """The folder of the server's programs; what it requires is installed first, unless an earlier run did that.
+    """Return the folder of the server's programs, after installing its requirement if that is not installed yet.
 
-    Raises Unavailable where it cannot be.
+    Raises UnavailableError if the installation fails.
     """
     if not server.requirement:
         return Path(sys.executable).parent

@@ -1,17 +1,18 @@
-"""Correlation by Fourier transforms in both directions, compiled: down the columns and, in phases, along the rows.
+"""Compiled correlation by Fourier transforms in both directions: down the columns and, in phases, along the rows.
 
-Columns are taken in P phases: column x = P m + j is lane j of vector m. Transforms over the rows (v) and over m (u)
-then never move a number across the lanes of a vector, and what is left along the rows are P complex products a point:
-with X^[j] the two-dimensional transform of phase j of the plane and K^[d] that of phase d of the kernel,
+Columns are split into P phases: column x = P m + j is lane j of vector m. So the transforms over the rows (v) and over
+m (u) never move a value between the lanes of a vector. The remaining work along the rows are P complex products per
+point. With X^[j] the two-dimensional transform of phase j of the plane and K^[d] that of phase d of the kernel,
 
     Y^[j, u, v] = sum over d < P of W[j + d, u, v] conj(K^[d, u, v]),
 
-where W[i] = X^[i] for i < P and X^[i - P] exp(2 pi i u / M') beyond, the next vector. Blocks of N x P M' points give
-(N - h + 1) (P M' - w + 1) values of output (overlap-save: Oppenheim and Schafer, Discrete-Time Signal Processing, 8.7).
+where W[i] = X^[i] for i < P, and for i >= P, in the next vector, W[i] = X^[i - P] exp(2 pi i u / M'). A block of
+N x P M' points yields (N - h + 1) (P M' - w + 1) output values (overlap-save: Oppenheim and Schafer, Discrete-Time
+Signal Processing, 8.7).
 
-Two blocks of the plane travel as the real and the imaginary part of one. The kernel is real: of its spectrum only
-v = 0 .. N / 2 is kept. The rows v and -v of a block are treated side by side, the latter conjugated, so that both meet
-the same numbers of the kernel and no frequency has to be negated along the rows.
+Two blocks of the plane are transformed together, as the real and the imaginary part of one complex block. The kernel is
+real, so only v = 0 .. N / 2 of its spectrum is stored. The rows v and -v of a block are processed together, the latter
+conjugated, so that both use the same values of the kernel's spectrum and no frequency is negated along the rows.
 """
 
 import functools
@@ -36,46 +37,47 @@ from core.shapes import Dtype, Pair, Problem, SliceUnits
 METHOD = "fft"
 
 COLUMN_PHASES = 8
-"""More would cost products, fewer longer transforms. Eight float32 are half a line of the cache: of W, with its two
-times eight numbers, every unaligned vector lies within one line. (Sixteen were measured: 1.3 times slower.)"""
+"""P, the number of phases. More phases need more products, fewer need longer transforms. Eight float32 values are half
+a cache line, so every unaligned vector of the 16 values of W lies within one line. (16 phases: measured 1.3 times
+slower.)"""
 
 BLOCK_ROW_RADICES = {256: (8, 8, 4), 512: (8, 8, 8)}
-"""N, the rows of a block, and the steps of their transforms; the first is even."""
+"""N, the rows of a block -> radices of the steps of their transforms; the first radix is even."""
 
 BLOCK_VECTOR_RADICES = {24: (8, 3), 40: (8, 5), 64: (8, 8)}
-"""M', the columns of a block divided by the phases, and the steps of their transforms. Every pair of N and M' takes a
-second and a half to compile: few are enough."""
+"""M', the columns of a block divided by P -> radices of the steps of their transforms. Every pair of N and M' takes
+about 1.5 s to compile, so there are only a few."""
 
 GATHERED_COLUMN_VECTORS = 4
-"""Vectors of columns of a tall block whose pixels are collected together: rows of the plane are far from each other."""
+"""Column vectors of a tall block whose pixels are copied together: rows of the plane are far apart in memory."""
 
 TASKS_PER_THREAD = 8
-"""For each thread."""
 
 
 class FFTBlock(NamedTuple):
-    """N and M'."""
+    """Size of a block: N rows and M' vectors."""
 
     rows: int
     vectors: int
 
     @property
     def columns(self) -> int:
-        """Of a block."""
+        """Number of columns of a block."""
         return COLUMN_PHASES * self.vectors
 
 
 FFT_BLOCKS = [FFTBlock(rows, vectors) for rows in BLOCK_ROW_RADICES for vectors in BLOCK_VECTOR_RADICES]
-"""The last is the largest in both directions."""
+"""All block sizes; the last is the largest in both directions."""
 
 MAX_L2_BLOCK_POINTS = 100_000
-"""Points of a block that stays in the second cache; a larger one takes longer, and threads wait for each other."""
+"""Maximum points of a block that fits into the second-level cache; larger ones are slower and scale worse."""
 
 
 def _block_cost_ns(block: FFTBlock) -> tuple[int, float, float]:
-    """Points of a block, and what takes each so many nanoseconds: once, and once more for the share of it that is kept.
+    """Return the points of a block and two costs in nanoseconds per point, fitted to measurements.
 
-    That is the transform down the columns and back, and all the rest. Fitted to measurements.
+    The first cost is that of the inverse transform down the columns, which counts only for columns that are output; the
+    second is that of everything else.
     """
     points = block.rows * block.columns
     far = 1.05 if points < MAX_L2_BLOCK_POINTS else 1.25
@@ -87,17 +89,17 @@ BLOCK_COSTS_NS = {block: _block_cost_ns(block) for block in FFT_BLOCKS}
 
 CALL_OVERHEAD_S = 2e-5
 BLOCK_PAIR_OVERHEAD_S = 1.5e-5
-"""Seconds of a call from Python with all that surrounds it, measured."""
+"""Seconds per call from Python with its preparation, and seconds per pair of blocks; measured."""
 
 SPEEDUP_PER_EXTRA_THREAD = 0.4
-"""What another thread adds to the speed."""
+"""Speedup by each additional thread, as a fraction of the speed of one thread."""
 
 MAX_IDLE_SCRATCHES = 2
-"""Scratches that are kept for the next call: new memory would cost page faults, twice the time of the work itself."""
+"""Maximum number of idle scratch buffers to reuse: page faults of new memory take twice the time of the computation."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """One kernel over single planes, smaller than a block."""
+    """Return why the problem is not one kernel, smaller than a block, over single planes, or None."""
     reason = halide_jit.single_plane_unsupported_reason(problem)
     if reason is None and not _fits_in_block(problem.kernel_height, problem.kernel_width, FFT_BLOCKS[-1]):
         return f"needs a kernel smaller than {FFT_BLOCKS[-1].rows} x {FFT_BLOCKS[-1].columns}"
@@ -107,7 +109,7 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, the transform of the kernel, and pairs of blocks."""
+    """Predict the seconds of the call, of the kernel's transform, and of all pairs of blocks."""
     rows, columns = problem.output_size
     plan = _choose_block(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)
     threads = machine.threads if plan.pair >= 2 * halide_jit.MIN_THREAD_WORK_S else 1
@@ -122,7 +124,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 
 def operations(problem: Problem, machine: Machine) -> float:
-    """Transforms of all pairs of blocks, there and back, and the products between them."""
+    """Return the operations of the forward and inverse transforms of all pairs of blocks, and of the products."""
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
     plan = _choose_block(rows, columns, h, w, problem.dtype, machine)
     points = plan.block.rows * plan.block.columns
@@ -130,14 +132,14 @@ def operations(problem: Problem, machine: Machine) -> float:
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
-    """How to do it."""
+    """Return a function that computes the convolution."""
     return precision.plan_within_bound(
         problem, _min_border_size(problem), functools.partial(_correlate_by_blocks, machine)
     )
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """The scratches of both types, and what all compiled transforms take."""
+    """Return the bytes of the scratch buffers of both dtypes, and of the error bound's recomputation."""
     del machine
     return 7 * (4 + 8) * FFT_BLOCKS[-1].rows * FFT_BLOCKS[-1].columns + precision.temporary_bytes(
         problem, _min_border_size(problem)
@@ -145,7 +147,7 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
-    """Whole blocks."""
+    """Return batch, rows and columns, in whole blocks."""
     rows, columns = problem.output_size
     h, w = problem.kernel_height, problem.kernel_width
     block = _choose_block(rows, columns, h, w, problem.dtype, machine).block
@@ -153,16 +155,16 @@ def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
 
 
 def _min_border_size(problem: Problem) -> Pair:
-    """Sides of a border narrower than that would cost as much as whole blocks."""
+    """Return the minimum rows and columns of a side that is computed apart; narrower sides are not faster."""
     return 8, 2 * _column_lanes(problem.dtype)
 
 
 def warm_up() -> None:
-    """Nothing: every size of block takes a second or two to compile, when it is first needed."""
+    """Do nothing: each block size is compiled at its first use, which takes 1 to 2 s."""
 
 
 class _BlockPlan(NamedTuple):
-    """A size of block, how many pairs of them there are, and seconds of one thread for a pair and for the kernel."""
+    """A block size, the number of pairs of blocks, and the seconds of one thread for a pair and for the kernel."""
 
     block: FFTBlock
     pairs: int
@@ -171,7 +173,7 @@ class _BlockPlan(NamedTuple):
 
 
 def _fits_in_block(h: int, w: int, block: FFTBlock) -> bool:
-    """Enough output is left of a block."""
+    """Return whether a block yields enough output rows and columns for the kernel."""
     return h <= block.rows - 7 and w <= block.columns - 4 * COLUMN_PHASES
 
 
@@ -194,9 +196,9 @@ def _choose_block(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine
 def _correlate_by_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[TransformEstimate]:
     (h, w), (rows, columns), dtype = kernel.shape, output.shape, dtype_name(plane)
     stats = stockham.compute_stats(plane, kernel)
-    seen = stats.seen(plane.dtype)
-    if not math.isfinite(seen.size):
-        return [seen]
+    estimate = stats.transform_estimate(plane.dtype)
+    if not math.isfinite(estimate.size):
+        return [estimate]
     middle = float(plane.dtype.type(stats.middle))
     plan = _choose_block(rows, columns, h, w, dtype, machine)
     block, tasks = (
@@ -204,7 +206,7 @@ def _correlate_by_blocks(machine: Machine, plane: Plane, kernel: Plane, output: 
         halide_jit.choose_task_count(machine, TASKS_PER_THREAD) if plan.pair >= 2 * halide_jit.MIN_THREAD_WORK_S else 1,
     )
     lanes = _column_lanes(dtype)
-    # All blocks have one size; the last of a row or column moves inwards.
+    # All blocks have the same size; the last one of a row or column is shifted inwards.
     height = -(-rows // -(-rows // (block.rows - h + 1)))
     width = min(columns, block.columns - w + 1)
     corners = [
@@ -229,17 +231,17 @@ def _correlate_by_blocks(machine: Machine, plane: Plane, kernel: Plane, output: 
                 _read_block(plane, partner, height + h - 1, block, middle),
                 _crop(output, partner, height, width),
             )
-            # Two threads must not write one number.
+            # Overlapping outputs need separate memory: two threads must not write to the same value.
             apart = abs(partner[0] - corner[0]) >= height or abs(partner[1] - corner[1]) >= width
             into = second if apart else np.empty_like(second)
             pipeline(one, other, *scratch.kernel, *numbers, *between, first, into)
             if not apart:
                 second[...] = into
-    return [seen]
+    return [estimate]
 
 
 def _read_block(plane: Plane, corner: Pair, rows: int, block: FFTBlock, middle: float) -> Plane:
-    """What a block reads, filled up to its width with what will be subtracted."""
+    """Return the pixels that a block reads, padded to its width with the value that will be subtracted."""
     part = _crop(plane, corner, rows, block.columns)
     if part.shape[1] == block.columns:
         return part
@@ -253,12 +255,16 @@ def _crop(array: Plane, corner: Pair, rows: int, columns: int) -> Plane:
 
 
 def _column_lanes(dtype: Dtype) -> int:
-    """Columns that are transformed side by side: a natural vector, or a vector of phases where that is longer."""
+    """Return the number of columns that are transformed together: those of a vector register, but at least P."""
     return max(COLUMN_PHASES, halide_jit.vector_lanes(dtype))
 
 
 class _Scratch(NamedTuple):
-    """Real and imaginary parts of the plane's spectrum, of what comes back from it, and of the kernel's spectrum."""
+    """Scratch buffers, each with a real and an imaginary part.
+
+    `spectrum` holds the plane's transform down the columns, `back` the products transformed back along the rows, and
+    `kernel` the kernel's spectrum.
+    """
 
     spectrum: list[Plane]
     back: list[Plane]
@@ -271,10 +277,10 @@ _idle_scratches_lock = threading.Lock()
 
 @contextmanager
 def _borrow_scratch(block: FFTBlock, dtype: Dtype) -> Iterator[_Scratch]:
-    """Memory that nobody else uses meanwhile."""
+    """Borrow scratch buffers for exclusive use within this context."""
     key = block, dtype
     with _idle_scratches_lock:
-        found = next((place for place, (size, _) in enumerate(_idle_scratches) if size == key), None)
+        found = next((index for index, (size, _) in enumerate(_idle_scratches) if size == key), None)
         scratch = None if found is None else _idle_scratches.pop(found)[1]
     if scratch is None:
         lanes, rows = _column_lanes(dtype), block.rows // 2 + 1
@@ -294,17 +300,17 @@ def _borrow_scratch(block: FFTBlock, dtype: Dtype) -> Iterator[_Scratch]:
 
 
 def _scratch_strides(block: FFTBlock, lanes: int) -> tuple[list[int], list[int]]:
-    """Of the spectrum (lane, group, digits of the row) and of what comes back (lane, group, side, row), in numbers.
+    """Return the strides, in values, of `spectrum` (lane, group, row digits) and `back` (lane, group, side, row).
 
-    No power of two, lest rows, or groups, compete for the same places in a cache.
+    Strides of rows and groups are not powers of two, which would map them to the same cache sets.
     """
     row, radices = block.columns + lanes, BLOCK_ROW_RADICES[block.rows]
-    of_spectrum = [1, lanes, *(row * math.prod(radices[:place]) for place in range(len(radices)))]
+    of_spectrum = [1, lanes, *(row * math.prod(radices[:index]) for index in range(len(radices)))]
     return of_spectrum, [1, (block.rows + 3) * lanes, lanes, 2 * lanes]
 
 
 def _allocate_strided(sizes: tuple[int, ...], strides: list[int], dtype: Dtype) -> Plane:
-    """An array of such dimensions, the innermost first."""
+    """Return a strided array; `sizes` and `strides` (in values) begin with the innermost dimension."""
     numbers = _allocate_aligned(
         (1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)),), dtype
     )
@@ -312,7 +318,7 @@ def _allocate_strided(sizes: tuple[int, ...], strides: list[int], dtype: Dtype) 
 
 
 def _allocate_aligned(shape: tuple[int, ...], dtype: Dtype) -> NDArray[Any]:
-    """To whole vectors: the pipelines take that for granted."""
+    """Return an array of zeros, aligned to vector registers as the pipelines require."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 128, np.uint8)
     start = -raw.ctypes.data % 128
@@ -320,7 +326,7 @@ def _allocate_aligned(shape: tuple[int, ...], dtype: Dtype) -> NDArray[Any]:
 
 
 def _parallelize(func: Any, loop: Any, count: Any, tasks: Any) -> None:
-    """The outermost loop, shared out among so many tasks."""
+    """Divide the outermost loop, of `count` iterations, into parallel tasks."""
     hl = halide_jit.import_halide()
     task = hl.Var("task")
     func.split(loop, task, loop, (count + tasks - 1) // tasks, hl.TailStrategy.GuardWithIf)
@@ -329,10 +335,11 @@ def _parallelize(func: Any, loop: Any, count: Any, tasks: Any) -> None:
 
 @halide_jit.cached_pipeline
 def _block_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
-    """Two parts (rows, P M'), kernel's spectrum (N / 2 + 1, M', P) twice, middle, its share, tasks -> two outputs.
+    """Define a pipeline: two parts (rows, P M'), kernel spectrum, middle, its contribution, tasks -> two outputs.
 
-    Before the outputs come two scratches twice, see `_scratch`. Parts with fewer than N rows are taken to repeat their
-    last. The outputs have up to N - h + 1 rows and P M' - w + 1 columns.
+    The kernel's spectrum (N / 2 + 1, M', P) has a real and an imaginary part. The first output arrays are the scratch
+    buffers `spectrum` and `back` of `_Scratch`. A part with fewer than N rows is extended by its last row. The outputs
+    have up to N - h + 1 rows and P M' - w + 1 columns.
     """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
     down, across, half = block.rows, block.vectors, block.rows // 2
@@ -371,7 +378,7 @@ def _block_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
     output = hl.Func("output")
     output[x, y] = hl.Tuple([part + middle_contribution for part in columns_back.at(x % lanes, [x // lanes], y)])
 
-    # One vector of columns after the other.
+    # The transforms down the columns run one vector of columns at a time.
     vector, within, groups = hl.Var("vector"), hl.Var("within"), block.columns // lanes
     spectrum = columns.last
     spectrum.bound(group, 0, groups)
@@ -401,9 +408,9 @@ def _block_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
 
 
 def _build_row_products(columns: Transform, kernel: list[Any], block: FFTBlock, dtype: Dtype, tasks: Any) -> Any:
-    """The Func (lane, group, side, v) of the products with the kernel, transformed back along the rows.
+    """Return the Func (lane, group, side, v) of the products with the kernel, transformed back along the rows.
 
-    One frequency, and its negative, after the other: all of it stays in the first cache.
+    It is scheduled by pairs of a frequency v and its negative, whose data fit into the first-level cache.
     """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
     down, across, half = block.rows, block.vectors, block.rows // 2
@@ -455,7 +462,7 @@ def _build_row_products(columns: Transform, kernel: list[Any], block: FFTBlock, 
 
 
 def _fix_output_layout(func: Any, sizes: list[int | None], strides: list[int]) -> None:
-    """Fix the dimensions of a Func of two parts that is an output; None leaves one open."""
+    """Fix the sizes and strides of an output Func of two parts; a size of None is not fixed."""
     for which, buffer in enumerate(func.output_buffers()):
         for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
             buffer.dim(axis).set_stride(stride)
@@ -467,9 +474,10 @@ def _fix_output_layout(func: Any, sizes: list[int | None], strides: list[int]) -
 
 @halide_jit.cached_pipeline
 def _kernel_spectrum_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
-    """Kernel (h, columns), with zeros to a multiple of two vectors, tasks -> its spectrum (N / 2 + 1, M', P) twice.
+    """Define a pipeline: kernel (h, columns), tasks -> real and imaginary part of its spectrum (N / 2 + 1, M', P).
 
-    It is scaled by 1 / (N M') and conjugate. Its left and right half are transformed as real and imaginary part of one.
+    The kernel is padded with zeros to a multiple of two vectors of columns. Its spectrum is conjugated and scaled by
+    1 / (N M'). Its left and right half are transformed together, as the real and imaginary part of one array.
     """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
     down, across, half = block.rows, block.vectors, block.rows // 2

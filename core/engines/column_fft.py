@@ -1,11 +1,11 @@
-"""Correlation by Fourier transforms down the columns and direct sums along the rows, compiled.
+"""Compiled correlation by Fourier transforms down the columns and direct sums along the rows.
 
-The correlation theorem, used in one of the two directions: with X^ and K^ the transforms of strips of N rows and of the
-kernel down their columns, Y^[v, x] = sum over b of X^[v, x + b] conj(K^[v, b]). A strip gives N - h + 1 rows of output
-(overlap-save: Oppenheim and Schafer, Discrete-Time Signal Processing, 8.7). That is h w products an output value turned
-into about 2 w, and no number ever moves across the lanes of a vector: the transforms of neighbouring columns run side
-by side, which a transform along the rows cannot do. The left and the right half of a strip travel as the real and the
-imaginary part of one.
+This applies the correlation theorem in one of the two directions. With X^ and K^ the transforms down the columns of a
+strip of N rows and of the kernel, Y^[v, x] = sum over b of X^[v, x + b] conj(K^[v, b]). A strip yields N - h + 1 output
+rows (overlap-save: Oppenheim and Schafer, Discrete-Time Signal Processing, 8.7). This needs about 2 w products per
+output value instead of h w. Adjacent columns are transformed in the lanes of one vector, so no value moves between
+lanes, which a transform along the rows could not avoid. The left and right half of a strip are transformed together, as
+the real and imaginary part of one complex strip.
 """
 
 import functools
@@ -25,46 +25,50 @@ from core.shapes import Dtype, Pair, Problem, SliceUnits
 METHOD = "fft"
 
 TRANSFORM_RADICES = {64: (8, 8), 128: (8, 4, 4), 256: (8, 8, 4), 512: (8, 8, 8)}
-"""The lengths of transforms, and the steps that each is made in."""
+"""Lengths of the transforms and the radices of their steps."""
 
 PRODUCT_TILES = {2: (2, 1.0), 1: (4, 0.9)}
-"""Vectors of a tile of products -> frequencies, and speed as a multiple of the machine's in matrix products, measured.
-The narrower tile wastes less where the output is narrow."""
+"""Vectors of a tile of products -> (frequencies of the tile, speed as a fraction of Machine.flops); measured. The
+narrow tile wastes less time on narrow outputs."""
 
 BLOCK_COLUMNS = 256
-"""Columns that are transformed together: what the transforms of more of them take no longer fits the nearest caches."""
+"""Columns that are transformed together; the transforms of more columns exceed the first cache levels."""
 
 CALL_OVERHEAD_S = 7e-6
-"""Seconds of a call from Python with all that surrounds it, measured."""
+"""Seconds per call from Python, with its preparation; measured."""
 
 STRIP_OVERHEAD_S = 6e-6
+"""Seconds per strip in addition to its arithmetic."""
 
 SPEEDUP_PER_EXTRA_THREAD = 0.75
-"""What another thread adds to the speed."""
+"""Speedup by each additional thread, as a fraction of the speed of one thread."""
 
 TRANSFORM_EFFICIENCY = 0.4
-"""Speed as a multiple of the machine's in matrix products, measured."""
+"""Speed of the transforms, as a fraction of Machine.flops; measured."""
 
 COLUMN_TRANSFORM_OPERATIONS = {
     length: 5 * length * math.log2(length) / TRANSFORM_EFFICIENCY for length in TRANSFORM_RADICES
 }
-"""Operations of the transform of a column, by its length, as if at the speed of matrix products."""
+"""Operations per column transform by length, scaled so that dividing by Machine.flops gives the time."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """One kernel over single planes, not taller than a strip, and an output of at least one tile's width."""
+    """Return why the problem is not supported, or None.
+
+    Supported: one kernel, shorter than a strip, over single planes, and outputs of at least one vector's width.
+    """
     reason = halide_jit.single_plane_unsupported_reason(problem)
     if reason is not None:
         return reason
     if problem.kernel_height > max(TRANSFORM_RADICES) - 1:
-        return f"needs a kernel of less than {max(TRANSFORM_RADICES)} rows"
+        return f"needs a kernel of fewer than {max(TRANSFORM_RADICES)} rows"
     if problem.output_size[1] < halide_jit.vector_lanes(problem.dtype):
         return f"needs an output of at least {halide_jit.vector_lanes(problem.dtype)} columns"
     return None
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call and the strips, each with a transform of the kernel."""
+    """Predict the seconds of the call and of the strips, each with a transform of the kernel."""
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
     length, _, strip = _choose_transform(rows, columns, h, w, problem.dtype, machine)
     strips = -(-rows // (length - h + 1))
@@ -81,7 +85,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 
 def operations(problem: Problem, machine: Machine) -> float:
-    """Transforms down the columns of all strips, and the products between them."""
+    """Return the operations of the transforms of all strips and of the products of spectra."""
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
     length = _choose_transform(rows, columns, h, w, problem.dtype, machine)[0]
     strips, of_a_column = -(-rows // (length - h + 1)), 5 * length * math.log2(length)
@@ -89,38 +93,38 @@ def operations(problem: Problem, machine: Machine) -> float:
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
-    """How to do it."""
+    """Return a function that computes the convolution."""
     return precision.plan_within_bound(
         problem, _min_border_size(problem), functools.partial(_correlate_by_strips, machine)
     )
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Spectra of a strip for each thread, and what all compiled transforms take."""
+    """Return the bytes of a strip's spectra for each thread, and of the error bound's recomputation."""
     of_a_thread = 4 * 8 * max(TRANSFORM_RADICES) * (BLOCK_COLUMNS + problem.kernel_width)
     return machine.threads * of_a_thread + precision.temporary_bytes(problem, _min_border_size(problem))
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
-    """Whole strips."""
+    """Return batch, rows (in whole strips) and columns."""
     rows, columns = problem.output_size
     length = _choose_transform(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)[0]
     return {"batch": 1, "rows": length - problem.kernel_height + 1, "columns": 8 * BLOCK_COLUMNS}
 
 
 def _min_border_size(problem: Problem) -> Pair:
-    """Sides of a border narrower than that would cost as much as whole strips."""
+    """Return the minimum rows and columns of a side that is computed apart; narrower sides are not faster."""
     return 8, 2 * halide_jit.vector_lanes(problem.dtype)
 
 
 def warm_up() -> None:
-    """Nothing: every length of transform takes most of a second to compile, when it is first needed."""
+    """Do nothing: each transform length is compiled at its first use, which takes up to 1 s."""
 
 
 class _StripPlan(NamedTuple):
-    """How an output is cut: strips of so many rows, starting there, and columns of each half, 0 if it is not halved.
+    """Division of an output into strips of `height` rows at `starts`, and into halves of `half` columns.
 
-    The last strip moves up, so that all are alike.
+    `half` is 0 if the output is too narrow to be halved. The last strip is shifted up, so that all have the same size.
     """
 
     pipeline: Pipeline
@@ -149,20 +153,20 @@ def _correlate_by_strips(machine: Machine, plane: Plane, kernel: Plane, output: 
     pipeline, height, starts, half, *sizes = _plan_strips(rows, columns, h, w, dtype_name(plane), machine)
     found: list[TransformEstimate] = []
     for start in starts:
-        pixels, target, seen = plane[start : start + height + h - 1], output[start : start + height], np.empty(5)
+        pixels, target, stats = plane[start : start + height + h - 1], output[start : start + height], np.empty(5)
         if not half:
-            # Too narrow to be halved: both parts are the same, and only one is kept.
-            pipeline(pixels, pixels, kernel, *sizes, target, np.empty_like(target), seen)
+            # The output is too narrow to be halved: both parts are the same, and one result is discarded.
+            pipeline(pixels, pixels, kernel, *sizes, target, np.empty_like(target), stats)
         elif columns % 2:
-            # The middle column is in both halves. They do not share an output, lest two threads write one number.
+            # The middle column is in both halves, which need separate outputs: two threads must not write to it.
             right = np.empty((height, half), output.dtype)
             one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
-            pipeline(one, other, kernel, *sizes, target[:, :half], right, seen)
+            pipeline(one, other, kernel, *sizes, target[:, :half], right, stats)
             target[:, half:] = right[:, 1:]
         else:
             one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
-            pipeline(one, other, kernel, *sizes, target[:, :half], target[:, half:], seen)
-        found.append(ValueStats(*seen.tolist()).seen(plane.dtype))
+            pipeline(one, other, kernel, *sizes, target[:, :half], target[:, half:], stats)
+        found.append(ValueStats(*stats.tolist()).transform_estimate(plane.dtype))
         if not math.isfinite(found[-1].size):
             break
     return found
@@ -172,7 +176,7 @@ def _correlate_by_strips(machine: Machine, plane: Plane, kernel: Plane, output: 
 def _choose_transform(
     rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine
 ) -> tuple[int, int, float]:
-    """The length of transform and the vectors of a tile that cost least, and seconds of one thread for a strip."""
+    """Return the fastest transform length and vectors per tile, and the seconds of one thread per strip."""
     plans = []
     half, lanes = -(-columns // 2), halide_jit.vector_lanes(dtype)
     for vectors, (_, efficiency) in PRODUCT_TILES.items():
@@ -191,10 +195,9 @@ def _choose_transform(
 
 @halide_jit.cached_pipeline
 def _strip_pipeline(length: int, vectors: int, dtype: Dtype) -> PipelineSpec:
-    """Two parts (rows, W), kernel (h, w), tiles a block, blocks a task -> two outputs, five numbers of float64.
+    """Define a pipeline: two parts (rows, W), kernel (h, w), tiles per block, blocks per task -> two outputs, stats.
 
-    The outputs are W - w + 1 columns wide, at least one tile. The numbers are the lowest and the highest pixel, the
-    size of the largest, which is not finite where one is not, the kernel's sum, and its sum of squares.
+    The outputs have W - w + 1 columns, at least one tile. `stats` are the five float64 values of stockham.ValueStats.
     """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     frequencies = PRODUCT_TILES[vectors][0]
@@ -205,7 +208,7 @@ def _strip_pipeline(length: int, vectors: int, dtype: Dtype) -> PipelineSpec:
 
     stats, middle, middle_contribution = stockham.build_stats([one, other], kernel, number, lanes)
     centred = hl.Func("centred")
-    row = hl.min(y, one.dim(1).extent() - 1)  # below the part, anything finite will do
+    row = hl.min(y, one.dim(1).extent() - 1)  # rows below the part may have any finite value
     centred[x, y] = hl.Tuple([one[x, row] - middle, other[x, row] - middle])
     forward = Transform(
         lambda offset, rest: complex_parts(centred[x, rest + offset]),
@@ -260,7 +263,7 @@ def _strip_pipeline(length: int, vectors: int, dtype: Dtype) -> PipelineSpec:
 
 
 def _build_products(pixel: Any, weight: Any, x: Any, v: Any, number: Any) -> tuple[Any, Any]:
-    """The Funcs (x, v) that sum up complex products, and that hold the sums."""
+    """Return two Funcs (x, v): one that sums complex products, and one that stores the sums."""
     hl = halide_jit.import_halide()
     sums, product = hl.Func("sums"), hl.Func("product")
     sums[x, v] = hl.Tuple([hl.cast(number, 0), hl.cast(number, 0)])
@@ -273,7 +276,7 @@ def _build_products(pixel: Any, weight: Any, x: Any, v: Any, number: Any) -> tup
 
 
 def _build_kernel_spectrum(kernel: Any, length: int, number: Any, lanes: int) -> Any:
-    """The Func (x, v) of the conjugate transform of a kernel's columns, by its length."""
+    """Return the Func (x, v) of the conjugate transform of the kernel's columns, divided by the length."""
     hl = halide_jit.import_halide()
     x, y, v = hl.Var("x"), hl.Var("y"), hl.Var("v")
     height = kernel.dim(1).extent()

@@ -1,6 +1,6 @@
-"""The child process that compiles pipelines: it reads their names from its input and writes object files to its output.
+"""Child process that compiles pipelines: it reads their names from stdin and writes object files to stdout.
 
-Started by core.engines.pipelines as `python -m core.engines.compile_pipelines`; it ends with its input.
+core.engines.pipelines starts it as `python -m core.engines.compile_pipelines`. It exits at the end of its input.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from core.engines.pipelines import (
 )
 
 IDLE_TIMEOUT_S = 10
-"""Seconds without work after which the process ends, where the system knows alarms."""
+"""Seconds without work after which the process exits, on systems that have alarm signals."""
 
 NICENESS = 5
-"""As that of the service's threads that compute: the event loop goes first."""
+"""Niceness of the process, the same as that of the service's compute threads: the event loop has priority."""
 
 
 def main() -> None:
-    """Compile until the input ends."""
+    """Compile pipelines until the end of the input."""
     with contextlib.suppress(OSError, AttributeError):
         os.nice(NICENESS)
     prune_cache()
@@ -76,7 +76,7 @@ def _on_alarm(number: int, frame: FrameType | None) -> None:
 def _read_or_compile(module: str, name: str, key: tuple[object, ...]) -> ObjectFile:
     function = pipeline_name(module, name, key)
     with lock_cached(function):
-        # Another process may have compiled it meanwhile.
+        # Another process may have compiled the pipeline while this one waited for the lock.
         built = read_cached(function)
         if built is None:
             built = (
@@ -108,9 +108,9 @@ def _compile_pipeline(module: str, name: str, key: tuple[object, ...], function:
 
 
 def _capture_output(write: Callable[[str], object]) -> bytes:
-    """Return what `write` writes to the file of the name that it is given."""
+    """Call `write` with the name of a temporary file and return the bytes that it wrote to that file."""
     if hasattr(os, "memfd_create"):
-        # A container may have no folder to write to.
+        # A file in memory: a container may have no writable folder.
         descriptor = os.memfd_create("pipeline")
         try:
             write(f"/proc/self/fd/{descriptor}")

@@ -1,7 +1,7 @@
-"""What the engines compiled by Halide share: the compiler, its vectors, tasks for threads, and borders.
+"""Shared code of the engines compiled by Halide: the compiler, vector sizes, division into tasks, and borders.
 
-Halide (https://halide-lang.org) compiles a formula and a schedule for the processor at hand. It has no wheel for every
-platform; where it is missing, these engines say so and the others serve.
+Halide (https://halide-lang.org) compiles a formula and a schedule for the current processor. It does not have wheels
+for every platform; if it is not installed, these engines report that as their unsupported reason.
 """
 
 import functools
@@ -24,36 +24,36 @@ from core.shapes import Dtype, Pair, Problem, SliceUnits, dilated_size
 Plane: TypeAlias = NDArray[Any]
 Pipeline: TypeAlias = pipelines.Pipeline
 PipelineSpec: TypeAlias = tuple[Any, list[Any]]
-"""A Func with its schedule, or several of them, and the inputs of what is compiled from it, in their order."""
+"""A scheduled Func or Pipeline, and the inputs of the compiled function in their order."""
 
 FillFn: TypeAlias = Callable[..., object]
-"""(pixels that are read, output to fill, what the kernel consists of)."""
+"""A function that fills an output: (pixels to read, output to fill, *arrays of the kernel)."""
 
 MIN_THREAD_WORK_S = 3e-5
-"""Seconds of work from which on a second thread earns what waking it costs."""
+"""Minimum seconds of work per thread; waking a thread for less work costs more time than it saves."""
 
 MAX_ARRAY_VALUES = 2**31 - 1
 
 LAST_LEVEL_CACHE_BYTES = 1.2e7
 MALLOC_MMAP_BYTES = 2**25
-"""Bytes: less than the first stays in the last cache; more than the second, malloc returns to the system each time."""
+"""Bytes that stay in the last-level cache, and bytes above which malloc maps new memory for each allocation."""
 
 PAGE_FAULT_S_PER_BYTE = 1e-10
-"""Seconds of one thread, measured."""
+"""Seconds of one thread for page faults per byte of newly mapped memory; measured."""
 
 PADDED_COPY_S_PER_VALUE = 2.5e-9
-"""Seconds to copy one value of an image with its border, in new memory; measured."""
+"""Seconds to copy one value of a padded image to new memory; measured."""
 
 MAX_WHOLE_COPY_PIXELS = 40_000
-"""Pixels: below, an image with its border is copied whole; above, only the border's surroundings are."""
+"""Maximum pixels of an image that is copied as a whole to pad it; of larger ones, only strips at the border are."""
 
 DIRECT_SLICE_UNITS: SliceUnits = {"batch": 1, "groups": 1, "rows": 16, "filters": 16, "columns": 1024}
-"""Axes along which direct sums are cut: nothing is computed twice, and tiles stay whole."""
+"""Slice units of direct sums: nothing is computed twice, and tiles are not split."""
 
 
 @functools.cache
 def import_halide() -> Any:
-    """The compiler, loaded only by the process that compiles: see core.engines.pipelines."""
+    """Return the halide module. Only the process that compiles loads it: see core.engines.pipelines."""
     return importlib.import_module("halide")
 
 
@@ -62,56 +62,56 @@ cached_pipeline = pipelines.cached_pipeline
 
 @functools.cache
 def platform_unsupported_reason() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Return why Halide is not available on this machine, or None."""
     return None if importlib.util.find_spec("halide") else "needs Halide, which is not installed"
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Why no compiled engine can solve the problem, or None."""
+    """Return why no compiled engine supports the problem, or None."""
     if problem.device != "cpu":
         return f"runs on the CPU, not on {problem.device}"
     if problem.max_array_values > MAX_ARRAY_VALUES:
-        return f"counts to {MAX_ARRAY_VALUES}, which this has more pixels than"
+        return f"supports arrays of at most {MAX_ARRAY_VALUES} values, not {problem.max_array_values}"
     return platform_unsupported_reason()
 
 
 def single_plane_unsupported_reason(problem: Problem) -> str | None:
-    """Why no compiled engine that works on single planes can solve the problem, or None."""
+    """Return why no compiled engine for single planes supports the problem, or None."""
     if not problem.is_single_plane:
-        return "works on one kernel over single planes, without stride or dilation"
+        return "supports only single planes with one kernel, without stride or dilation"
     return unsupported_reason(problem)
 
 
 def halide_type(dtype: Dtype) -> Any:
-    """The compiler's name for the type."""
+    """Return Halide's type for the dtype."""
     return import_halide().Float(32 if dtype == "float32" else 64)
 
 
 @functools.cache
 def vector_lanes(dtype: Dtype) -> int:
-    """Numbers in one vector of this processor."""
+    """Return how many values of the dtype one vector register of this processor holds."""
     return pipelines.vector_bytes() // np.dtype(dtype).itemsize
 
 
 def operations_per_second(machine: Machine, dtype: Dtype) -> float:
-    """Operations a second of one thread in a matrix product: vectors hold half as many numbers of twice the size."""
+    """Return one thread's operations per second in a matrix product; float64 has half the speed of float32."""
     return machine.flops * (1 if dtype == "float32" else 0.5)
 
 
 def choose_thread_count(machine: Machine, seconds: float) -> int:
-    """How many threads are worth waking for work that takes a single one so many seconds."""
+    """Return the number of threads to use for work that takes one thread `seconds`."""
     return min(machine.threads, max(1, int(seconds / MIN_THREAD_WORK_S)))
 
 
 def items_per_task(items: int, seconds: float, machine: Machine) -> int:
-    """How many of the items one thread is to work on, for work that takes a single one so many seconds."""
+    """Return the number of items per thread, for work that takes one thread `seconds` in total."""
     return -(-items // choose_thread_count(machine, seconds))
 
 
 def choose_task_count(machine: Machine, each: int) -> int:
-    """How many tasks to make: several for each thread, so that none waits long for another.
+    """Return the number of tasks: `each` per thread, so that threads with faster tasks do not wait long at the end.
 
-    As the pool has a thread for every core, there may be no more tasks than threads where fewer are allowed.
+    Halide's pool has one thread per core. If `machine` allows fewer, there are only as many tasks as allowed threads.
     """
     return machine.threads * each if machine.threads >= _pool_threads() else machine.threads
 
@@ -122,19 +122,19 @@ def _pool_threads() -> int:
 
 
 def memory_seconds(problem: Problem, machine: Machine) -> float:
-    """What reading the images once and writing the output takes one thread, at least."""
+    """Return the minimum seconds in which one thread reads the images once and writes the output."""
     moved = problem.input_bytes + problem.output_bytes
     return moved / ((4 if moved < LAST_LEVEL_CACHE_BYTES else 0.85) * machine.bandwidth)
 
 
 def page_fault_seconds(problem: Problem) -> float:
-    """What one thread waits for the memory of a large output: as new pages, which the system fills with zeros first."""
+    """Return the seconds that one thread spends on page faults of a large output: the system zeroes each new page."""
     output = problem.output_bytes
     return PAGE_FAULT_S_PER_BYTE * output if output > MALLOC_MMAP_BYTES else 0.0
 
 
 def allocate_and_fill(problem: Problem, fill: FillFn) -> ConvolveFn:
-    """For one filter: a new output, filled from images and weight, and the bias added."""
+    """Return a convolution with one filter that fills a new output, or `out`, and adds the bias."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
 
     def convolve(images: Array, weight: Any, bias: Array | None, out: Array | None = None) -> Array:
@@ -148,11 +148,11 @@ def allocate_and_fill(problem: Problem, fill: FillFn) -> ConvolveFn:
 
 
 def split_interior_and_borders(problem: Problem, tile: Pair, make_fill: Callable[[Pair], FillFn]) -> FillFn:
-    """Fill an output (N, O, oh, ow) from images (N, C, H, W): the border is made only where it is read.
+    """Return a function that fills an output (N, O, oh, ow) from unpadded images (N, C, H, W).
 
-    `filler` gives what fills an output of so many rows and columns from the pixels that it reads. A large output comes
-    in five parts: its middle, which reads the images as they are, and four sides at least one tile (rows, columns)
-    wide, which read a copy of their surroundings.
+    `make_fill` returns the function for an output of the given rows and columns, which receives all pixels that the
+    output reads. A large output is filled in five parts: the interior, which reads the images without a copy, and four
+    sides, at least one tile (rows, columns) wide, each of which reads a padded copy of the pixels that it needs.
     """
     if not problem.is_padded:
         return make_fill(problem.output_size)
@@ -172,7 +172,7 @@ def split_interior_and_borders(problem: Problem, tile: Pair, make_fill: Callable
 
 
 def border_seconds(problem: Problem, tile: Pair) -> float:
-    """Return the time that the copies of `in_parts` take."""
+    """Return the seconds that the copies of `split_interior_and_borders` take."""
     if not problem.is_padded:
         return 0.0
     planes = problem.batch * problem.channels
@@ -180,7 +180,7 @@ def border_seconds(problem: Problem, tile: Pair) -> float:
 
 
 def border_bytes(problem: Problem, tile: Pair) -> int:
-    """Memory of the largest of the copies that `in_parts` makes, which is made in up to two steps."""
+    """Return the peak bytes of the copies of `split_interior_and_borders`: up to two copies of the largest side."""
     if not problem.is_padded:
         return 0
     planes = problem.batch * problem.channels
@@ -188,7 +188,7 @@ def border_bytes(problem: Problem, tile: Pair) -> int:
 
 
 def _copied_pixels(problem: Problem, tile: Pair) -> list[int]:
-    """The pixels of each part of a plane that is copied with its border."""
+    """Return the number of pixels of each part of a plane that is copied with its border."""
     return [
         (last_row - first_row) * (last_column - first_column)
         for *_, (first_row, last_row), (first_column, last_column) in _split_output(problem, tile)
@@ -197,7 +197,7 @@ def _copied_pixels(problem: Problem, tile: Pair) -> list[int]:
 
 
 class _OutputPart(NamedTuple):
-    """Rows and columns of the output, and those of the input that they read, border included."""
+    """Rows and columns of a part of the output, and the input rows and columns that it reads, border included."""
 
     rows: slice
     columns: slice
@@ -231,7 +231,7 @@ def _split_output(problem: Problem, tile: Pair) -> list[_OutputPart]:
 def _interior_range(
     outputs: int, border: int, size: int, taps: int, problem: Problem, axis: Literal[0, 1], tile: int
 ) -> Pair:
-    """The first output that reads no border, and the one after the last; a border leaves no or a whole tile."""
+    """Return the range of outputs that read no border; a side that is not empty has at least `tile` outputs."""
     stride, spread = problem.stride[axis], dilated_size(taps, problem.dilation[axis])
     first = -(-border // stride)
     last = min(outputs, (border + size - spread) // stride + 1)
@@ -243,7 +243,7 @@ def _interior_range(
 
 
 def _input_range(outputs: slice, problem: Problem, axis: Literal[0, 1]) -> Pair:
-    """The input rows or columns that a range of output rows or columns reads, border included."""
+    """Return the input rows or columns that a range of output rows or columns reads, border included."""
     border = problem.padding[0] if axis == 0 else problem.padding[2]
     taps = problem.kernel_height if axis == 0 else problem.kernel_width
     first = outputs.start * problem.stride[axis] - border

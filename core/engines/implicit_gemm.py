@@ -1,10 +1,10 @@
-"""Direct sums of many channels and filters, compiled: a matrix product whose right-hand side is never written down.
+"""Compiled direct sums for many channels and filters: a matrix product (GEMM) with an implicit im2col matrix.
 
-A tile of four filters by four vectors of pixels (or eight by two) stays in registers while one long sum over channels
-and taps passes. Each term of it is an offset into the image, taken from a table: kernel shape, channels, dilation and
-strides are all in that table, as in the indirect convolution of Dukhan (https://arxiv.org/abs/1907.02129), and no
-layout is changed. For strides the image is first sorted into its every s-th rows and columns; then a tap is an offset
-into one of these phases. Every output value is summed in the same order, whatever the number of threads.
+A tile of four filters by four vectors of pixels (or eight by two) stays in registers during one loop over all channels
+and taps. Each term reads the image at an offset from a table, which encodes kernel shape, channels, dilation and stride
+as in the indirect convolution of Dukhan (https://arxiv.org/abs/1907.02129). The image's layout does not change, except
+for strides: the image is first split into its polyphase components (every s-th row and column), and each tap is an
+offset into one of them. Every output value is summed in the same order, independent of the number of threads.
 """
 
 import functools
@@ -24,40 +24,39 @@ from core.shapes import Dtype, Pair, Problem, SliceUnits
 METHOD = "direct"
 
 GEMM_TILES: dict[Pair, float] = {(4, 4): 1.0, (8, 2): 0.94}
-"""Filters by vectors of a tile, and its speed. The second wastes less where rows are short or filters many."""
+"""(filters, vectors) of a tile -> relative speed. The second tile wastes less time on short rows or many filters."""
 
 MAX_BAND_POSITIONS = 1024
-"""Positions that a band has at most, for each filter of a tile; more where one row has more."""
+"""Maximum number of positions of a band, for each filter of a tile; a longer single row is one band."""
 
 TASKS_PER_THREAD = 4
-"""For each thread."""
 
 ROW_TILE_OVERHEAD_TAPS, BAND_TILE_OVERHEAD_TAPS, BAND_OVERHEAD_TAPS = 2, 12, 20
-"""What tiles and bands of them cost beside their taps, in taps."""
+"""Overhead of a tile in a row, of a tile in a band, and of a band, in units of the time of one tap."""
 
 GEMM_EFFICIENCY = 1.2
-"""Speed as a multiple of the machine's in matrix products."""
+"""Speed of the sums, as a fraction of Machine.flops."""
 
 CALL_OVERHEAD_S = 1.6e-5
 POLYPHASE_OVERHEAD_S = 6e-6
-"""Seconds of a call from Python, and what sorting into phases adds; all measured."""
+"""Seconds per call from Python, and additional seconds per split into polyphase components; measured."""
 
 MAX_CACHED_TABLE_TAPS = 8192
-"""Taps up to which a table of offsets is kept for the next call: larger ones are made in less than a hundredth of the
-time that their sums take, and 256 of them would hold gigabytes."""
+"""Maximum taps of a cached table of offsets. A larger table takes less than 1 % of the time of its sums to build, and
+256 of them would occupy gigabytes."""
 
 POLYPHASE_S_PER_PIXEL = {2: 6e-10}
 DEFAULT_POLYPHASE_S_PER_PIXEL = 1.2e-9
-"""Seconds to sort one pixel, by the stride along a row; measured."""
+"""Seconds per pixel of the split into polyphase components, by the stride along a row; measured."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """None but the platform's."""
+    """Return why Halide does not support the problem, or None; this engine has no further restrictions."""
     return halide_jit.unsupported_reason(problem)
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, the tiles, and the sorting that strides need."""
+    """Predict the seconds of the call, of the tiles, and of the polyphase split for strides."""
     speed = GEMM_EFFICIENCY * halide_jit.operations_per_second(machine, problem.dtype)
     if problem.is_single_plane:
         # Three of the four filters of a tile are idle.
@@ -89,13 +88,13 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 
 def operations(problem: Problem, machine: Machine) -> float:
-    """All products and their sums."""
+    """Return the number of multiplications and additions."""
     del machine
     return problem.operations
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
-    """How to do it."""
+    """Return a function that computes the convolution."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
 
     def fill_part(pixels: Plane, output: Plane, weight: Plane, offsets: Plane) -> None:
@@ -120,7 +119,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Copies with a border, without gaps between rows or sorted into phases, and the table of offsets."""
+    """Return the bytes of copies (padded, contiguous or split into polyphase components) and of the offset table."""
     del machine
     lanes, (rows, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
     copies = halide_jit.border_bytes(problem, (1, lanes))
@@ -135,17 +134,20 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
-    """Along every axis."""
+    """Return all axes."""
     del problem, machine
     return halide_jit.DIRECT_SLICE_UNITS
 
 
 def warm_up() -> None:
-    """Nothing: a tenth of a second to compile a pipeline is not worth delaying a start for."""
+    """Do nothing: a pipeline compiles in about 0.1 s at its first use, too little to delay the start for."""
 
 
 class _PixelSource(NamedTuple):
-    """Pixels as (N, groups, one long row), from one row of output to the next `pitch`, and each tap's offset."""
+    """Pixels (N, groups, flat), the pitch, each tap's offset and the largest offset.
+
+    `pitch` is the distance, in values, between the pixels of one output row and those of the next.
+    """
 
     pixels: Plane
     pitch: int
@@ -154,9 +156,9 @@ class _PixelSource(NamedTuple):
 
 
 def _view_in_place(problem: Problem, pixels: Plane, columns: int) -> _PixelSource:
-    """The images as they lie, with any strides between rows, channels and images."""
+    """Return the images as a source without a copy, with any strides between rows, channels and images."""
     height, width = pixels.shape[2:]
-    # Rows that lie far apart would waste the time of tiles that reach over the ends of rows.
+    # Bands also compute the positions between rows, so rows with large gaps between them are copied together.
     if pixels.strides[2] > 1.25 * width * pixels.itemsize and columns < 8 * halide_jit.vector_lanes(problem.dtype):
         pixels = np.ascontiguousarray(pixels)
     of_image, of_channel, pitch, _ = (step // pixels.itemsize for step in pixels.strides)
@@ -166,7 +168,7 @@ def _view_in_place(problem: Problem, pixels: Plane, columns: int) -> _PixelSourc
 
 
 def _polyphase(problem: Problem, pixels: Plane, size: Pair, machine: Machine) -> _PixelSource:
-    """The images sorted into every s-th row and column, by where these begin."""
+    """Return the images split into polyphase components: every s-th row and column, for each start row and column."""
     count, channels = pixels.shape[:2]
     (down, rows), (across, pitch) = (_phase_count_and_size(problem, axis, size[axis]) for axis in (0, 1))
     phases = np.empty((count, channels, down, across, rows, pitch), pixels.dtype)
@@ -178,14 +180,14 @@ def _polyphase(problem: Problem, pixels: Plane, size: Pair, machine: Machine) ->
 
 
 def _phase_count_and_size(problem: Problem, axis: Literal[0, 1], outputs: int) -> Pair:
-    """Return the number of phases along an axis, and the pixels of each that so many outputs read."""
+    """Return the number of phases along an axis, and the number of pixels of each that `outputs` outputs read."""
     taps = problem.kernel_height if axis == 0 else problem.kernel_width
     step, last = problem.stride[axis], (taps - 1) * problem.dilation[axis]
     return min(step, last + 1), outputs + last // step
 
 
 def _flatten_source(problem: Problem, pixels: Plane, steps: tuple[int, int, int, int], length: int) -> _PixelSource:
-    """`steps`: from one image, channel, phase and row to the next."""
+    """Return a source with flat pixels; `steps` are the strides of images, channels, phases and rows, in values."""
     of_image, of_channel, of_phase, pitch = steps
     channels, itemsize = problem.channels // problem.groups, pixels.itemsize
     strides = of_image * itemsize, channels * of_channel * itemsize, itemsize
@@ -199,7 +201,7 @@ def _flatten_source(problem: Problem, pixels: Plane, steps: tuple[int, int, int,
 def _offset_table(
     channels: int, kernel: Pair, stride: Pair, dilation: Pair, of_channel: int, of_phase: int, pitch: int
 ) -> tuple[NDArray[np.int32], int]:
-    """The offsets of a group's taps, in the order of its weights, and the furthest."""
+    """Return the offsets of a group's taps, in the order of its weights, and the largest offset."""
     down, across = (np.arange(size) * apart for size, apart in zip(kernel, dilation, strict=True))
     phases_across = min(stride[1], int(across[-1]) + 1)
     of_rows = down % stride[0] * phases_across * of_phase + down // stride[0] * pitch
@@ -210,13 +212,13 @@ def _offset_table(
 
 
 cached_offset_table = functools.lru_cache(maxsize=256)(_offset_table)
-"""At most 256 times KEPT_TAPS offsets of four bytes."""
+"""`_offset_table` with a cache of at most 256 tables of MAX_CACHED_TABLE_TAPS offsets, four bytes each."""
 
 
 def _run_gemm(
     problem: Problem, source: _PixelSource, weight: Plane, bias: Plane, output: Plane, machine: Machine
 ) -> None:
-    """Fill the output (N, O, oh, ow), which may be a part of a larger one."""
+    """Fill the output (N, O, oh, ow), which may be a view of a larger array."""
     count, filters, rows, columns = output.shape
     groups, each, lanes = problem.groups, filters // problem.groups, halide_jit.vector_lanes(problem.dtype)
     starts, target = bias.reshape(groups, each), output.reshape(count, groups, each, rows, columns)
@@ -229,12 +231,12 @@ def _run_gemm(
         _rows_pipeline(problem.dtype, *tiling.tile)(pixels, weight, starts, taps, furthest, pitch, per_task, target)
         return
     if pitch == columns and dense:
-        # Rows that follow each other without a gap are one row.
+        # Contiguous rows are treated as one row.
         rows, columns, pitch = 1, rows * columns, rows * columns
         target = output.reshape(count, groups, each, 1, columns)
     nearest, tile_width = 0, tiling.tile[1] * lanes
     if (rows - 1) * pitch + columns < tile_width:
-        # Less than a tile: zeros before it make up a whole one.
+        # The output is smaller than a tile: zeros before the pixels fill it up.
         nearest, furthest, taps = tile_width, furthest + tile_width, taps + np.int32(tile_width)
         pixels = np.pad(pixels, ((0, 0), (0, 0), (tile_width, 0)))
     per_task = _items_per_task(tiling.band.items * count * groups * -(-each // tiling.tile[0]), work, machine)
@@ -245,7 +247,7 @@ def _run_gemm(
 
 
 def _items_per_task(items: int, seconds: float, machine: Machine) -> int:
-    """How many of the items a task has, for work that takes one thread so many seconds."""
+    """Return the number of items per task, for work that takes one thread `seconds` in total."""
     if halide_jit.choose_thread_count(machine, seconds) == 1:
         return items
     most = min(
@@ -256,7 +258,7 @@ def _items_per_task(items: int, seconds: float, machine: Machine) -> int:
 
 
 class _SumShape(NamedTuple):
-    """What decides how one group of one image is summed."""
+    """Sizes of the sum over one group of one image, by which the tiling is chosen."""
 
     taps: int
     filters: int
@@ -268,7 +270,7 @@ class _SumShape(NamedTuple):
 
 
 class _Band(NamedTuple):
-    """Rows and columns that are summed into one buffer, how many of them there are, and what all cost."""
+    """Rows and columns that are summed into one buffer, the number of such bands, and the cost of all of them."""
 
     rows: int
     columns: int
@@ -277,7 +279,7 @@ class _Band(NamedTuple):
 
 
 class _Tiling(NamedTuple):
-    """The tile, the bands that it goes along, none where it goes along rows, and the cost: tiles times taps."""
+    """A tile, its bands (None if tiles follow rows), and the cost in tiles times taps."""
 
     cost: float
     tile: Pair
@@ -320,9 +322,9 @@ def _choose_band(shape: _SumShape, width: int) -> _Band:
 
 @halide_jit.cached_pipeline
 def _rows_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
-    """Along rows that are long enough for tiles: sums go from registers straight to the output.
+    """Define a pipeline for rows that are long enough for tiles, whose sums are stored directly in the output.
 
-    Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), the furthest, pitch, rows a task
+    Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), largest offset, pitch, rows per task
     -> (N, G, O, oh, ow), at least one tile of filters by vectors.
     """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
@@ -342,7 +344,7 @@ def _rows_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
     )
     shift, guard = hl.TailStrategy.ShiftInwards, hl.TailStrategy.GuardWithIf
     output.split(x, tile, inner, vectors * lanes, shift).split(o, block, within, filters, shift)
-    # A split by one tells the compiler that a tile is one row high; without, the sums leave the registers.
+    # The split by one tells the compiler that a tile has one row; without it, the sums spill out of the registers.
     output.split(y, line, single, 1, guard).reorder(inner, within, single, tile, block, line, g, n)
     output.vectorize(inner, lanes).unroll(inner).unroll(within)
     output.fuse(line, g, some).fuse(some, n, every).split(every, task, item, per_task, guard).parallel(task)
@@ -355,12 +357,12 @@ def _rows_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
-    """Along bands of short rows, over their ends: only the last tile of a band is not full.
+    """Define a pipeline for bands of short rows: tiles extend over the ends of rows, and only a band's last is partial.
 
-    Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), the nearest and the furthest, pitch, rows and
-    columns of a band, items a task -> (N, G, O, oh, ow), any number of filters.
+    Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), smallest and largest offset, pitch, rows and
+    columns of a band, items per task -> (N, G, O, oh, ow), any number of filters.
 
-    An item is a band of one block of filters; what lies between its rows is left out when it is copied to the output.
+    An item is a band of one block of filters. The positions between its rows are not copied to the output.
     """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
     images, weight, bias, offsets = _input_params(dtype)
@@ -400,7 +402,7 @@ def _bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _polyphase_pipeline(dtype: Dtype) -> PipelineSpec:
-    """Images (N, C, H, W), steps down and across, planes a task -> (N, C, down, across, rows, columns)."""
+    """Define a pipeline: images (N, C, H, W), strides, planes per task -> (N, C, down, across, rows, columns)."""
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images = hl.ImageParam(number, 4, "images")
     down, across, per_task = (hl.Param(hl.Int(32), name) for name in ("down", "across", "per_task"))
@@ -423,7 +425,7 @@ def _polyphase_pipeline(dtype: Dtype) -> PipelineSpec:
 
 
 def _input_params(dtype: Dtype) -> tuple[Any, Any, Any, Any]:
-    """Images, weight, bias and offsets."""
+    """Return the parameters for images, weight, bias and offsets."""
     hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)
     sizes = (("images", 3), ("weight", 3), ("bias", 2))
     images, weight, bias = (hl.ImageParam(number, dimensions, name) for name, dimensions in sizes)

@@ -1,7 +1,8 @@
-"""Infinities and NaN for engines that transform: a transform would spread one over all that it touches.
+"""Infinities and NaN for engines that use Fourier transforms, which would spread one such value over a whole tile.
 
-The finite values are transformed without them. Which outputs are not finite, and how, follows from the signs of both
-factors of every product that is not finite, and sums of signs are correlations too, which the same engine computes.
+The engine transforms the finite values only. The outputs that are not finite, and whether they are +Inf, -Inf or NaN,
+follow from the signs of both factors of every product that is not finite. Sums of signs are correlations too, and the
+same engine computes them.
 """
 
 import math
@@ -9,22 +10,22 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 CorrelateFn: TypeAlias = Callable[[Any, Any], Any]
-"""Images and weight of small integers -> their correlation, off by less than a half."""
+"""Images and weight of small integers -> their correlation, with an error below 0.5."""
 
 
 def add_nonfinite_products(output: Any, images: Any, weight: Any, correlate: CorrelateFn, xp: Any) -> None:
-    """Add the products that are not finite to an output that is the sum of all others.
+    """Add the products that are not finite to an output that is the sum of all finite products.
 
-    `xp` is numpy or torch, the module of all three arrays, whose shapes are those that `correlate` takes and returns.
+    `xp` is the module of all three arrays, numpy or torch; their shapes are those that `correlate` takes and returns.
 
-    Two sums decide. An infinite product adds 1 to `count` and its sign to `signed`. A product that is NaN adds 1 or 2
-    to `count` and nothing to `signed`, like two infinities of opposite signs. So count + signed is positive if one of
-    the products is +Inf, count - signed if one is -Inf, and both are if the sum is NaN.
+    The result depends on two sums. An infinite product adds 1 to `count` and its sign to `signed`. A product that is
+    NaN adds 1 or 2 to `count` and 0 to `signed`, like two infinities of opposite signs. So count + signed is positive
+    if one of the products is +Inf, count - signed is positive if one is -Inf, and both are positive if the sum is NaN.
     """
     outside, infinite = _nonfinite_mask_and_signs(images, xp)
     taps_outside, infinite_taps = _nonfinite_mask_and_signs(weight, xp)
     taps = _cast_like(weight > 0, weight, xp) - _cast_like(weight < 0, weight, xp)
-    # Products of any tap and a pixel that is not finite; of a finite pixel and a tap that is not.
+    # First the products of any tap and a nonfinite pixel, then those of a finite pixel and a nonfinite tap.
     products = []
     if bool(outside.any()):
         products.append((outside, 2 - xp.abs(taps), infinite, taps))
@@ -41,13 +42,13 @@ def add_nonfinite_products(output: Any, images: Any, weight: Any, correlate: Cor
         )
         signed = signed + (sign * counted if sign else correlate(signed_pixels, signed_kernel))
     for sign in (1, -1):
-        # Twice the largest number is an infinity, and several times faster than a choice by a mask.
+        # Twice the largest number overflows to infinity; this is several times faster than selecting with a mask.
         largest = _cast_like(count + sign * signed > 0.5, output, xp) * (sign * xp.finfo(output.dtype).max)
         output += 2 * largest
 
 
 def _nonfinite_mask_and_signs(values: Any, xp: Any) -> tuple[Any, Any]:
-    """1 for values that are not finite, and their signs: 1, -1 or, for NaN, 0; all others are 0."""
+    """Return a mask of the values that are not finite, as numbers, and their signs: 1, -1, or 0 for NaN and others."""
     signs = _cast_like(values == math.inf, values, xp) - _cast_like(values == -math.inf, values, xp)
     return _cast_like(~xp.isfinite(values), values, xp), signs
 
@@ -57,5 +58,5 @@ def _cast_like(condition: Any, like: Any, xp: Any) -> Any:
 
 
 def _relative_sign(one: Any, other: Any) -> int:
-    """1 or -1 if that times `other` is `one`, else 0."""
+    """Return the sign, 1 or -1, for which `one` equals sign * `other`; 0 if there is none."""
     return next((sign for sign in (1, -1) if bool((one == sign * other).all())), 0)

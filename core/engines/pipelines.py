@@ -1,9 +1,10 @@
-"""Compiled pipelines: Halide builds them in a child process, the disk keeps them, and calls release Python's lock.
+"""Compilation, disk cache and calls of Halide pipelines, without holding Python's global interpreter lock (GIL).
 
-Halide's Python bindings hold the lock while they compile (0.3 to 2 s) and, in `Callable.__call__`, for a whole
-computation. So a child process compiles each pipeline to an object file, LLVM's loader links it into this process, and
-ctypes calls it: another thread runs meanwhile. A call costs 1 to 2 microseconds. Object files are kept in the user's
-cache folder, by the text of the engines, the version of Halide and the processor, so that each machine compiles once.
+Halide's Python bindings hold the GIL while they compile (0.3 to 2 s) and, in `Callable.__call__`, during a whole
+computation. Therefore a child process compiles each pipeline to an object file, LLVM's loader links it into this
+process, and ctypes calls it without the GIL. A call costs 1 to 2 microseconds. Object files are cached in the user's
+cache folder. Their names depend on the source code of the engines, the version of Halide and the processor, so each
+machine compiles a pipeline once.
 """
 
 import atexit
@@ -41,39 +42,39 @@ except ImportError:  # Windows
 from core.device import usable_cores
 
 Pipeline: TypeAlias = Callable[..., object]
-"""Arrays and numbers in the order of the inputs, then the arrays to fill."""
+"""A compiled function; its arguments are the inputs (arrays and numbers) in order, then the output arrays to fill."""
 
 CACHE_FORMAT_VERSION = 1
-"""Version of the format of the files in the cache; part of their names."""
+"""Version of the cache's file format; part of the hash in the file names."""
 
 CACHE_MAX_AGE_DAYS = 60
-"""Days without use after which a file of the cache is removed."""
+"""Days without use after which a cached file is removed."""
 
 COMPILER_COMMAND = (sys.executable, "-P", "-m", "core.engines.compile_pipelines")
 
 HALIDE_OUT_OF_MEMORY = -11
-"""Halide's error code (HalideRuntime.h)."""
+"""Halide's error code for a failed allocation (HalideRuntime.h)."""
 
 WRONG_ARRAY_CODE = -1000
-"""Error code of a call whose array number n (from 0) has another type or number of dimensions: WRONG_ARRAY - n."""
+"""WRONG_ARRAY_CODE - n is the error code of a call whose argument n (from 0) has the wrong dtype or rank."""
 
 HALIDE_TYPE_CODES = {"i": 0, "u": 1, "f": 2}
-"""halide_type_code_t, by numpy's kinds of types."""
+"""halide_type_code_t by numpy's dtype.kind."""
 
 
 class NotCompiled(Exception):
-    """A pipeline has to be compiled first, in a thread that must not wait for it: see `compiled_only`."""
+    """A pipeline is not compiled yet, and the calling thread must not wait for it: see `compiled_only`."""
 
 
 class Argument(NamedTuple):
-    """An argument of a pipeline: numpy's name of its type, and its dimensions; None for a number."""
+    """An argument of a pipeline: the name of its numpy dtype and its number of dimensions, None for a scalar."""
 
     dtype: str
     dimensions: int | None
 
 
 class ObjectFile(NamedTuple):
-    """A pipeline as an object file."""
+    """A compiled pipeline: its arguments and the object code."""
 
     arguments: Sequence[Argument]
     code: bytes
@@ -85,7 +86,7 @@ _thread_state = threading.local()
 
 @contextmanager
 def compiled_only() -> Iterator[None]:
-    """Within this context, this thread compiles and loads nothing: a missing pipeline raises NotCompiled."""
+    """Raise NotCompiled in this context if this thread needs a pipeline that is not loaded, instead of compiling it."""
     before = getattr(_thread_state, "compiled_only", False)
     _thread_state.compiled_only = True
     try:
@@ -95,9 +96,9 @@ def compiled_only() -> Iterator[None]:
 
 
 def cached_pipeline(build: Callable[..., Any]) -> Callable[..., Pipeline]:
-    """Return a function that gives the pipeline of `build` for a list of arguments, compiled when first needed.
+    """Return a function that returns the pipeline of `build` for given arguments and compiles it at the first call.
 
-    Any number of threads may call the pipeline at a time.
+    The pipeline is thread-safe.
     """
     pipelines: dict[tuple[object, ...], Pipeline] = {}
 
@@ -115,7 +116,7 @@ def cached_pipeline(build: Callable[..., Any]) -> Callable[..., Pipeline]:
 
 @functools.cache
 def vector_bytes() -> int:
-    """Return the bytes of this processor's widest vectors, as Halide counts them."""
+    """Return the size in bytes of the widest vector registers that Halide uses on this processor."""
     features = llvm.get_host_cpu_features()
     if all(features.get(name) for name in ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512cd")):
         return 64
@@ -123,12 +124,12 @@ def vector_bytes() -> int:
 
 
 def pipeline_name(module: str, name: str, key: tuple[object, ...]) -> str:
-    """Return the name of a pipeline's file in the cache, and of its function."""
+    """Return the name of a pipeline's file in the cache, which is also the name of its function."""
     return "p" + hashlib.sha256(repr((_build_fingerprint(), module, name, key)).encode()).hexdigest()[:40]
 
 
 def read_cached(name: str) -> ObjectFile | None:
-    """Return a pipeline from the cache; None if it is not there, or damaged."""
+    """Return a pipeline from the cache, or None if it is missing or its checksum is wrong."""
     folder = cache_folder()
     if folder is None:
         return None
@@ -144,14 +145,14 @@ def read_cached(name: str) -> ObjectFile | None:
 
 
 def write_cached(name: str, built: ObjectFile) -> None:
-    """Write a pipeline to the cache, unless that is not possible."""
+    """Write a pipeline to the cache if possible; errors of the file system are ignored."""
     folder = cache_folder()
     if folder is None:
         return
     header = json.dumps(built.arguments).encode()
     content = b"\n".join([hashlib.sha256(header + built.code).hexdigest().encode(), header, built.code])
     with contextlib.suppress(OSError):
-        # Never half a file, however many processes write it.
+        # Written to a temporary file and renamed, so that other processes never read an incomplete file.
         descriptor, path = tempfile.mkstemp(dir=folder)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -163,13 +164,13 @@ def write_cached(name: str, built: ObjectFile) -> None:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Return the folder for compiled pipelines, which only this user can write to; None if there is none.
+    """Return the folder for compiled pipelines, writable only by this user, or None if it cannot be created.
 
-    It is below XDG_CACHE_HOME or ~/.cache; if neither can be written to, in the system's folder for temporary files.
+    It is in XDG_CACHE_HOME or ~/.cache or, if that is not writable, in the system's folder for temporary files.
     """
     owner = os.getuid() if hasattr(os, "getuid") else 0
     for name in ("home", "temporary"):
-        # Without a home folder, expanduser raises RuntimeError; without one for temporary files, gettempdir an OSError.
+        # Without a home folder expanduser raises RuntimeError; without a temporary folder gettempdir raises OSError.
         with contextlib.suppress(OSError, RuntimeError):
             if name == "home":
                 folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corr2d"
@@ -177,7 +178,7 @@ def cache_folder() -> Path | None:
                 folder = Path(tempfile.gettempdir()) / f"corr2d-{owner}"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.lstat()
-            # Its files are run as code: another user must not be able to write them.
+            # The files are executed, so other users must not be able to write them.
             ours = not hasattr(os, "getuid") or (found.st_uid == owner and not found.st_mode & 0o022)
             if stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK):
                 return folder
@@ -186,19 +187,19 @@ def cache_folder() -> Path | None:
 
 @contextmanager
 def lock_cached(name: str) -> Iterator[None]:
-    """Let one process at a time make a file of the cache."""
+    """Hold an exclusive lock between processes on a file of the cache."""
     folder = cache_folder()
     if folder is None or fcntl is None:
         yield
         return
     with (folder / "lock").open("a") as lock:
-        # A byte of the lock file stands for each name.
+        # Each name locks one byte of the lock file.
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(name[1:9], 16))
         yield
 
 
 def prune_cache() -> None:
-    """Remove the files of the cache that were not read for KEPT_DAYS: each version of the engines adds some."""
+    """Remove cached files that were not used for CACHE_MAX_AGE_DAYS: each version of the engines adds new files."""
     folder = cache_folder()
     for path in folder.iterdir() if folder is not None else ():
         with contextlib.suppress(OSError):
@@ -208,7 +209,7 @@ def prune_cache() -> None:
 
 @functools.cache
 def _build_fingerprint() -> tuple[str, ...]:
-    """Return all that decides what a pipeline compiles to, beside its own name and arguments."""
+    """Return everything besides name and arguments that the object code of a pipeline depends on."""
     text = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text.update(path.read_bytes())
@@ -218,13 +219,16 @@ def _build_fingerprint() -> tuple[str, ...]:
 
 
 def _load_pipeline(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
-    """Load a pipeline from the cache, or from the child process."""
+    """Return a pipeline from the cache, or compiled by the child process."""
     function = pipeline_name(module, name, key)
     built = read_cached(function)
     if built is None:
         try:
             built = _compiler.build(module, name, key)
         except RuntimeError:
+            return _compile_in_process(module, name, key)
+        if f"{function}_argv".encode() not in built.code:
+            # The files of the engines have changed since this process started: the child has read the new ones.
             return _compile_in_process(module, name, key)
     with _link_lock:
         made = _linked_pipelines.get(function)
@@ -234,11 +238,11 @@ def _load_pipeline(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
 
 
 def _compile_in_process(module: str, name: str, key: tuple[object, ...]) -> Pipeline:
-    """Compile in this process, if the child cannot: to write an object file, Halide needs a /tmp that it can write to.
+    """Return a pipeline compiled in this process, if the child process fails, for example because of a read-only /tmp.
 
-    Such a pipeline keeps Python's lock while it is compiled and whenever it runs.
+    Such a pipeline holds the GIL while it is compiled and while it runs.
     """
-    # The pool would have as many threads as the host has cores.
+    # By default Halide's pool has one thread per core of the host.
     os.environ.setdefault("HL_NUM_THREADS", str(usable_cores()))
     scheduled, inputs = inspect.unwrap(getattr(importlib.import_module(module), name))(*key)
     pipeline: Pipeline = scheduled.compile_to_callable(inputs)
@@ -246,11 +250,11 @@ def _compile_in_process(module: str, name: str, key: tuple[object, ...]) -> Pipe
 
 
 HALIDE_RUNTIME_KEY = ("", "runtime", ())
-"""Halide's runtime, in place of the module, name and arguments of a pipeline."""
+"""The key of Halide's runtime, used like the module, name and arguments of a pipeline."""
 
 
 class _CompilerProcess:
-    """A child process that compiles pipelines; it is started for the first, and ends when it has been idle."""
+    """Manager of the child process that compiles pipelines. It starts when needed and exits when idle."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -258,12 +262,12 @@ class _CompilerProcess:
         atexit.register(self.close)
 
     def build(self, module: str, name: str, key: tuple[object, ...]) -> ObjectFile:
-        """Compile one pipeline. Raises RuntimeError with the child's words if that fails."""
+        """Return one compiled pipeline. Raises RuntimeError with the child's error message if compilation fails."""
         with self._lock:
             try:
                 built = self._request(module, name, key)
             except (OSError, EOFError, pickle.UnpicklingError):
-                # It has been idle, or the system has ended it to have its memory.
+                # The process has exited because it was idle, or the system has killed it to free memory.
                 self._stop()
                 built = self._request(module, name, key)
         if isinstance(built, ObjectFile):
@@ -271,21 +275,21 @@ class _CompilerProcess:
         raise RuntimeError(f"{module}.{name}{key} cannot be compiled: {built}")
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process."""
         with self._lock:
             self._stop()
 
     def _request(self, module: str, name: str, key: tuple[object, ...]) -> ObjectFile | str:
         process = self._process = self._process or _start_compiler()
-        assert process.stdin is not None  # noqa: S101 - they are pipes
+        assert process.stdin is not None  # noqa: S101 - both are pipes
         assert process.stdout is not None  # noqa: S101
         pickle.dump((module, name, key), process.stdin)
         process.stdin.flush()
-        built: ObjectFile | str = pickle.load(process.stdout)  # noqa: S301 - from a process of ours
+        built: ObjectFile | str = pickle.load(process.stdout)  # noqa: S301 - from our own child process
         return built
 
     def _stop(self) -> None:
-        """Close its input, with which it ends."""
+        """Close the process's input, at which it exits, and wait for it."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(OSError):
@@ -297,27 +301,27 @@ _linked_pipelines: dict[str, Pipeline] = {}
 
 
 def _start_compiler() -> "subprocess.Popen[bytes]":
-    # It finds the modules where this process does, not where its working directory is.
+    # The child imports modules from the same places as this process, independent of the working directory.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(  # noqa: S603 - this Python, and a module of ours
+    return subprocess.Popen(  # noqa: S603 - this Python interpreter and our own module
         COMPILER_COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-        # A terminal's Ctrl-C is for the parent.
+        # Its own process group, so that Ctrl-C in a terminal reaches only the parent.
         process_group=0 if os.name == "posix" else None,
     )
 
 
 @functools.cache
 def _llvm_linker() -> Any:
-    """Return LLVM's linker with Halide's runtime in it. It lasts as long as the process: threads run in its code."""
+    """Return LLVM's linker with Halide's runtime. It is never freed: the pool's threads run code that it holds."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     _check_numpy_array_layout()
     target = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    # JITLink places the sections of an object within reach of each other and reserves its whole offset table. The older
-    # RuntimeDyld ends the process if a section is out of reach, or if it has counted too few entries of that table.
+    # JITLink places the sections of an object within the range of relative addresses and sizes its offset table (GOT)
+    # correctly. The older RuntimeDyld aborts the process if a section is out of range or the table is too small.
     linker = llvm.create_lljit_compiler(target, use_jit_link=sys.platform != "win32")
     runtime = pipeline_name(*HALIDE_RUNTIME_KEY)
     built = read_cached(runtime) or _compiler.build(*HALIDE_RUNTIME_KEY)
@@ -325,15 +329,15 @@ def _llvm_linker() -> Any:
     for symbol in ("ignore_error", *RUNTIME_SETTERS):
         library.export_symbol(symbol)
     addresses = _prevent_free(library.link(linker, RUNTIME_LIBRARY))
-    # Errors become return codes; by default they end the process.
+    # With this handler errors become return codes; Halide's default handler aborts the process.
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(addresses["halide_set_error_handler"])(addresses["ignore_error"])
-    # The pool would have as many threads as the host has cores, of which a container may have a part.
+    # By default the pool has one thread per core of the host, although a container may be limited to fewer.
     ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(addresses["halide_set_num_threads"])(usable_cores())
     return _prevent_free(linker)
 
 
 def _prevent_free(owner: Any) -> Any:
-    """Return an object of llvmlite of which nothing is freed at exit."""
+    """Return an llvmlite object, marked so that llvmlite does not free it at exit."""
     owner._owned = True  # noqa: SLF001
     return owner
 
@@ -351,7 +355,7 @@ def _link_pipeline(function: str, built: ObjectFile) -> Pipeline:
     library = llvm.JITLibraryBuilder().add_object_img(built.code).add_ir(_build_adapter_ir(function, built.arguments))
     library.add_jit_library(RUNTIME_LIBRARY).add_current_process().export_symbol(f"{function}_call")
     linker = _llvm_linker()
-    # A name is taken for good, also by a library that could not be linked.
+    # Library names cannot be reused, not even after linking failed, so each has a number.
     addresses = _prevent_free(library.link(linker, f"{function}_{next(_library_numbers)}"))
     types = [_argument_ctype(argument) for argument in built.arguments]
     call = ctypes.CFUNCTYPE(ctypes.c_int, *types)(addresses[f"{function}_call"])
@@ -366,13 +370,14 @@ def _link_pipeline(function: str, built: ObjectFile) -> Pipeline:
 
 def _raise_halide_error(code: int, arguments: tuple[object, ...]) -> None:
     if code == HALIDE_OUT_OF_MEMORY:
-        raise MemoryError("a compiled engine found no memory")
+        raise MemoryError("out of memory in a compiled engine")
     if code <= WRONG_ARRAY_CODE:
         array = arguments[WRONG_ARRAY_CODE - code]
         raise TypeError(
-            f"argument {WRONG_ARRAY_CODE - code} of a pipeline is {getattr(array, 'dtype', array)!r}, or its rank"
+            f"argument {WRONG_ARRAY_CODE - code} of a pipeline has the wrong dtype or rank: "
+            f"received {getattr(array, 'dtype', array)!r} with {getattr(array, 'ndim', 0)} dimensions"
         )
-    raise RuntimeError(f"a compiled engine failed with Halide's error {code}")
+    raise RuntimeError(f"a compiled engine failed with Halide error code {code}")
 
 
 def _argument_ctype(argument: Argument) -> Any:
@@ -382,9 +387,9 @@ def _argument_ctype(argument: Argument) -> Any:
 
 
 def _build_adapter_ir(function: str, arguments: Sequence[Argument]) -> str:
-    """Return LLVM's text of a function that takes numpy's arrays and numbers and calls a pipeline.
+    """Return the LLVM IR of a function that takes numpy arrays and numbers and calls a pipeline.
 
-    It makes a halide_buffer_t of each array on the stack and checks its type and rank: Python needs ten times as long.
+    It builds a halide_buffer_t of each array on the stack and checks its dtype and rank, ten times as fast as Python.
     """
     module = ir.Module()
     types = [
@@ -421,7 +426,7 @@ NUMPY_ARRAY_STRUCT = ir.LiteralStructType(
         INT64,
     ]
 )
-"""numpy's PyArrayObject: the object's own fields, then data, nd, dimensions, strides, base and descr."""
+"""numpy's PyArrayObject: the fields of PyObject, then data, nd, dimensions, strides, base and descr."""
 
 HALIDE_DIMENSION_STRUCT = ir.LiteralStructType([INT32] * 4)
 """halide_dimension_t: min, extent, stride (in values) and flags."""
@@ -429,11 +434,11 @@ HALIDE_DIMENSION_STRUCT = ir.LiteralStructType([INT32] * 4)
 HALIDE_BUFFER_STRUCT = ir.LiteralStructType(
     [INT64, BYTE_POINTER, BYTE_POINTER, INT64, INT32, INT32, HALIDE_DIMENSION_STRUCT.as_pointer(), BYTE_POINTER]
 )
-"""halide_buffer_t: device, its interface, host, flags, type, number of dimensions, dimensions, padding."""
+"""halide_buffer_t: device, device_interface, host, flags, type, dimensions, dim, padding."""
 
 
 def _build_halide_buffer(builder: ir.IRBuilder, at: int, dtype: np.dtype[Any], rank: int, array: Any) -> Any:
-    """Make a halide_buffer_t of argument number `at`, or return from the function if its type or rank is wrong."""
+    """Build a halide_buffer_t of argument number `at`; the function returns an error code if dtype or rank is wrong."""
     _, data, found_rank, sizes, steps, _, found_dtype = (
         builder.gep(array, [INT32(0), INT32(field)]) for field in range(len(NUMPY_ARRAY_STRUCT.elements))
     )
@@ -444,12 +449,12 @@ def _build_halide_buffer(builder: ir.IRBuilder, at: int, dtype: np.dtype[Any], r
     dimensions = builder.alloca(HALIDE_DIMENSION_STRUCT, max(1, rank))
     for axis in range(rank):
         # Halide's first dimension is numpy's last.
-        place = [INT32(rank - 1 - axis)]
-        extent, step = (builder.load(builder.gep(builder.load(field), place)) for field in (sizes, steps))
+        index = [INT32(rank - 1 - axis)]
+        extent, step = (builder.load(builder.gep(builder.load(field), index)) for field in (sizes, steps))
         stride = builder.sdiv(step, INT64(dtype.itemsize))
         values = INT32(0), builder.trunc(extent, INT32), builder.trunc(stride, INT32), INT32(0)
         _store_fields(builder, builder.gep(dimensions, [INT32(axis)]), values)
-    # halide_type_t is 8 bits of code, 8 of size, and 16 of lanes.
+    # halide_type_t has 8 bits of type code, 8 bits of size in bits, and 16 bits of lanes.
     kind = INT32(HALIDE_TYPE_CODES[dtype.kind] | 8 * dtype.itemsize << 8 | 1 << 16)
     buffer, null = builder.alloca(HALIDE_BUFFER_STRUCT), BYTE_POINTER(None)
     _store_fields(builder, buffer, (INT64(0), null, builder.load(data), INT64(0), kind, INT32(rank), dimensions, null))
@@ -457,17 +462,17 @@ def _build_halide_buffer(builder: ir.IRBuilder, at: int, dtype: np.dtype[Any], r
 
 
 def _store_fields(builder: ir.IRBuilder, target: Any, values: Sequence[Any]) -> None:
-    for place, value in enumerate(values):
-        builder.store(value, builder.gep(target, [INT32(0), INT32(place)]))
+    for index, value in enumerate(values):
+        builder.store(value, builder.gep(target, [INT32(0), INT32(index)]))
 
 
 def _check_numpy_array_layout() -> None:
-    """Raise RuntimeError if numpy's arrays do not have the fields that _buffer reads."""
+    """Raise RuntimeError if numpy's arrays do not have the fields that _build_halide_buffer reads."""
     array = np.zeros((3, 5), np.float32)[::2, ::2]
-    found = [ctypes.c_int64.from_address(id(array) + object.__basicsize__ + 8 * place).value for place in range(6)]
+    found = [ctypes.c_int64.from_address(id(array) + object.__basicsize__ + 8 * index).value for index in range(6)]
     data, rank, sizes, steps, _, descr = found
     right = data == array.ctypes.data and rank & 0xFFFFFFFF == array.ndim and descr == id(np.dtype(np.float32))
     if not right or [
         [ctypes.c_int64.from_address(pointer + 8 * axis).value for axis in (0, 1)] for pointer in (sizes, steps)
     ] != [list(array.shape), list(array.strides)]:
-        raise RuntimeError("numpy keeps the fields of its arrays in another order than compiled engines read them")
+        raise RuntimeError("compiled engines do not support this numpy version: the fields of PyArrayObject differ")

@@ -1,9 +1,9 @@
-"""Kernels that are a sum of few products of a column and a row, as pairs of one-dimensional passes.
+"""Low-rank kernels, computed as pairs of one-dimensional passes along columns and rows.
 
-A kernel of rank r needs r (h + w) products an output value instead of h w. Four output rows at a time are summed down
-the columns into a buffer that stays in the cache, then along the rows: the image is read once and nothing but the
-output is written. The error of a sum of several products is checked against the bound of core/engines/precision.py;
-that of one product is always within it if no number overflows or underflows.
+A kernel of rank r needs r (h + w) products per output value instead of h w. The first pass sums down the columns, for
+four output rows at a time, into a buffer that stays in the cache; the second pass sums along the rows. So the image is
+read once and only the output is written. The error for ranks above 1 is checked against the bound of
+core/engines/precision.py; for rank 1 it is always within the bound if no number overflows or underflows.
 """
 
 import functools
@@ -23,7 +23,7 @@ from core.shapes import Dtype, Pair, Problem, SliceUnits
 METHOD = "separable"
 
 MAX_RANK = 4
-"""Above, and for most kernels below, other engines are faster."""
+"""Maximum rank; other engines are faster for higher ranks, and for most kernels of lower ones."""
 
 TILE_ROWS = 4
 TILE_VECTORS = 2
@@ -31,27 +31,29 @@ TAP_ROWS_PER_STEP = 4
 
 CALL_OVERHEAD_S = 5e-6
 PASS_OVERHEAD_TAPS = 0.7
-"""What a pass costs beside its taps, in taps."""
+"""Overhead of a pass, in units of the time of one tap."""
 
 RANK1_TOLERANCE = 0.01
+"""Relative size of a 2 x 2 minor above which a kernel certainly has a rank above 1."""
 
 QUICK_RANK_REJECTION_S = 1.2e-6
 RANK_CHECK_S = 2.5e-5
 RANK_CHECK_S_PER_TAP = 1.2e-9
 HIGHER_RANK_OVERHEAD_S = 1.2e-4
-"""Seconds of a call from Python, of a look at the kernel for each rank, and of what follows where it is above 1."""
+"""Seconds to reject a kernel by one minor, to find factors (per rank, and per rank and tap), and to convert factors of
+a rank above 1."""
 
 MAX_UNSCALED_EXPONENT = 60
-"""Powers of two from 1 within which nothing overflows or loses digits: other numbers are scaled first."""
+"""Maximum binary exponent, positive or negative, of values that are computed unscaled without loss of precision."""
 
 TERMS_PER_ROUNDOFF = 8
-"""Terms of a sum that add one unit roundoff to the error that is expected of it."""
+"""Number of terms of a sum for which one unit roundoff is added to its estimated error."""
 
 MAX_SIDE_RATIO = 256
-"""Largest ratio of the sides of a kernel: in a longer one, sums along one side may exceed the bound."""
+"""Maximum ratio of the sides of a kernel; in longer kernels, sums along one side may exceed the error bound."""
 
 MAX_CACHED_KERNEL_TAPS, MAX_CACHED_KERNELS = 2048, 64
-"""Largest kernel, and number of kernels, whose factors are kept."""
+"""Maximum taps of a kernel whose factors are cached, and maximum number of cached kernels."""
 
 MACHINE_EPSILON = {np.dtype(dtype): float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
 
@@ -61,12 +63,12 @@ MAX_INTEGER_TAP = 2**31
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """One kernel of low rank over single planes."""
+    """Return why the problem is not one kernel of low rank over single planes, or None."""
     reason = halide_jit.single_plane_unsupported_reason(problem)
     if reason is not None:
         return reason
     if problem.rank is None:
-        return "pays only if the kernel has a low rank, which nobody has looked for"
+        return "is used only for kernels of low rank; the rank of this kernel was not computed"
     if problem.rank > MAX_RANK:
         return f"needs a kernel of rank {MAX_RANK} or less"
     sides = problem.kernel_height, problem.kernel_width
@@ -76,7 +78,7 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, the factors, and the larger of arithmetic and memory."""
+    """Predict the seconds of the call, of finding the factors, and of arithmetic or memory, whichever is slower."""
     rows, columns = problem.output_size
     tile_rows, tile_columns = _tile_shape(problem.dtype)
     filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
@@ -98,7 +100,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 
 def operations(problem: Problem, machine: Machine) -> float:
-    """Both passes of every product."""
+    """Return the number of multiplications and additions of both passes, for every rank."""
     del machine
     rows, columns = problem.output_size
     down, along = problem.padded_size[1] * problem.kernel_height, columns * problem.kernel_width
@@ -106,17 +108,17 @@ def operations(problem: Problem, machine: Machine) -> float:
 
 
 def rank_check_seconds(problem: Problem, rank: int) -> float:
-    """What finding the factors of a kernel of that rank takes."""
+    """Return the seconds to find the factors of a kernel of that rank."""
     return rank * (RANK_CHECK_S + RANK_CHECK_S_PER_TAP * problem.taps) + (HIGHER_RANK_OVERHEAD_S if rank > 1 else 0)
 
 
 def rank_rejection_seconds(problem: Problem, rank: int) -> float:
-    """What finding out takes, and wastes, that a kernel has a higher rank."""
+    """Return the seconds to find that a kernel has a rank above `rank`, which are lost."""
     return QUICK_RANK_REJECTION_S if rank == 1 else rank_check_seconds(problem, rank)
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
-    """How to do it; the weight may come as Factors, if somebody has found them."""
+    """Return a function that computes the convolution; its weight may be Factors, to avoid computing them again."""
     product, sum_of_products = (
         halide_jit.split_interior_and_borders(
             problem, _tile_shape(problem.dtype), functools.partial(make_fill, problem, machine)
@@ -127,7 +129,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     def fill_whole(pixels: Plane, output: Plane, weight: Array | Factors) -> None:
         factors = weight if isinstance(weight, Factors) else find_factors(weight, MAX_RANK)
         if factors is None:
-            raise ValueError(f"not a kernel of rank {MAX_RANK} or less")
+            raise ValueError(f"the kernel has a rank above {MAX_RANK}")
         fill = product if len(factors.columns) == 1 else sum_of_products
         fill(pixels, output, factors)
 
@@ -135,7 +137,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Copies with a border, of what does not fill a tile, and of what is scaled or computed once more."""
+    """Return the bytes of copies that are padded to borders or whole tiles, scaled, or used for a recomputation."""
     del machine
     tile, (rows, columns) = _tile_shape(problem.dtype), problem.output_size
     filled = problem.padded_bytes + problem.output_bytes if rows < tile[0] or columns < tile[1] else 0
@@ -146,23 +148,23 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
-    """Along every axis."""
+    """Return all axes."""
     del problem, machine
     return halide_jit.DIRECT_SLICE_UNITS
 
 
 def warm_up() -> None:
-    """Compile what float32 needs, in two thirds of a second."""
+    """Compile the pipelines for float32, which takes about 0.7 s."""
     if halide_jit.platform_unsupported_reason() is None:
         _passes_pipeline("float32")
         _cross_approximation_pipeline()
 
 
 class Factors(NamedTuple):
-    """A kernel (h, w), columns (r, h) and rows (r, w) whose products sum up to it, and what they leave.
+    """A kernel (h, w) and its factors: columns (r, h) and rows (r, w), whose products sum to the kernel.
 
-    No column's sizes sum up to more than 1. `exponent` is that of the largest number of the rows (binary), `total`
-    the sum of the sizes of all products, `left` that of |kernel - products|.
+    The absolute values of each column sum to at most 1. `exponent` is the binary exponent of the largest value of the
+    rows, `total` the sum of the absolute values of all products, `residual` the sum of |kernel - products|.
     """
 
     kernel: Plane
@@ -174,13 +176,12 @@ class Factors(NamedTuple):
 
 
 def find_factors(weight: Array, limit: int) -> Factors | None:
-    """The factors of the kernel (1, 1, h, w) to its own precision, or None where its rank is above the limit.
+    """Return the factors of the kernel (1, 1, h, w) to its own precision, or None if its rank is above the limit.
 
-    Found by cross approximation with full pivoting (Bebendorf, Numer. Math. 86, 2000), which costs a pass over the
-    kernel a rank; for r > 1 it is turned into a singular value decomposition, whose factors do not cancel each other
-    (Bebendorf, Hierarchical Matrices, 2.7). A product of one column and one row gives every tap to within rounding,
-    however small it is beside others. The factors of a kernel of integers and rank 1 are integers, so that sums which
-    are exact stay exact.
+    The method is cross approximation with full pivoting (Bebendorf, Numer. Math. 86, 2000), which costs one pass over
+    the kernel per rank. For r > 1 the result is converted to a singular value decomposition, whose terms do not cancel
+    each other (Bebendorf, Hierarchical Matrices, 2.7). For rank 1 every tap is reproduced to within rounding, even taps
+    much smaller than others; if the kernel is also integer, the factors are integers, so that exact sums stay exact.
     """
     kernel = as_numpy(weight)[0, 0]
     if limit == 1 and _has_nonzero_minor(kernel):
@@ -192,7 +193,7 @@ def find_factors(weight: Array, limit: int) -> Factors | None:
 
 @functools.lru_cache(maxsize=MAX_CACHED_KERNELS)
 def _cached_factors(content: bytes, dtype: np.dtype[Any], shape: Pair, limit: int) -> Factors | None:
-    """Find the factors of a small kernel: requests often repeat one, and finding them takes as long as small images."""
+    """Return the cached factors of a small kernel: finding them takes as long as convolving a small image."""
     return _find_factors(np.frombuffer(content, dtype).reshape(shape), limit)
 
 
@@ -205,14 +206,14 @@ def _find_factors(kernel: Plane, limit: int) -> Factors | None:
     rows: list[NDArray[np.float64]] = []
     for rank in range(1, limit + 1):
         column, row, remainder = np.empty(height), np.empty(width), np.empty((height, width))
-        # A tap is rounded by half an eps, the product of a rounded column and row by up to three.
+        # The rounding error of a tap is up to eps / 2, that of the product of a rounded column and row up to 3 eps.
         _cross_approximation_pipeline()(rest, 3 * eps, column, row, remainder, sizes)
         largest, residual, beyond = sizes.tolist()
         columns.append(column)
         rows.append(row)
         if rank == 1:
             tolerance = 4 * eps * largest
-        if residual <= tolerance:  # never where the kernel is not finite
+        if residual <= tolerance:  # false if the kernel is not finite
             if rank > 1:
                 return _make_low_rank_factors(kernel, np.stack(columns), np.stack(rows))
             if beyond <= SMALLEST_SUBNORMAL[kernel.dtype]:
@@ -230,7 +231,7 @@ def _make_low_rank_factors(kernel: Plane, columns: NDArray[np.float64], rows: ND
 
 
 def _scale_factors(kernel: Plane, columns: NDArray[np.float64], rows: NDArray[np.float64]) -> Factors:
-    """Divide each column by a power of two, so that its sizes sum up to at most 1: sums of pixels never overflow."""
+    """Return Factors with each column divided by a power of two, so that the first pass cannot overflow."""
     sums = np.abs(columns).sum(1)
     exponents = np.frexp(sums)[1][:, None]
     total = float(sums @ np.abs(rows).sum(1))
@@ -240,9 +241,9 @@ def _scale_factors(kernel: Plane, columns: NDArray[np.float64], rows: NDArray[np
 
 
 def _has_nonzero_minor(kernel: Plane) -> bool:
-    """Four neighbours in the middle are clearly no product of two and two: a glance that rejects nearly all kernels.
+    """Return whether the central 2 x 2 minor shows a rank above 1: a quick check that rejects nearly all kernels.
 
-    Where rounding is all there is in the middle it may be wrong, and the kernel is not taken apart.
+    If the central taps are only rounding errors, the result may be wrong, and a kernel of rank 1 is not factorized.
     """
     row, column = len(kernel) // 2, kernel.shape[1] // 2
     if not row or not column:
@@ -253,9 +254,9 @@ def _has_nonzero_minor(kernel: Plane) -> bool:
 
 
 def _find_integer_factors(kernel: Plane, column: NDArray[np.float64]) -> Factors | None:
-    """The factors of a kernel of integers and rank 1, as integers; None for any other.
+    """Return the integer factors of an integer kernel of rank 1, or None for other kernels.
 
-    `column` is one of the kernel's, divided by the largest of its numbers.
+    `column` is a column of the kernel divided by its largest value.
     """
     if not kernel.item(0, 0).is_integer() or not (kernel == np.rint(kernel)).all():
         return None
@@ -271,7 +272,7 @@ def _find_integer_factors(kernel: Plane, column: NDArray[np.float64]) -> Factors
 
 
 def _make_rank1_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
-    """Return the function that fills outputs of that size, or such parts of them, from planes, a column and a row."""
+    """Return the function that fills an output of that size from planes and factors of rank 1."""
     dtype = np.dtype(problem.dtype)
     passes, of_one = (_make_passes(count, size, 1, problem, machine) for count in (problem.batch, 1))
     step = 1 + size[0] // precision.MIN_SAMPLED_ROWS
@@ -282,7 +283,7 @@ def _make_rank1_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
         in_range = np.zeros(len(pixels), bool)
         if abs(of_rows) <= MAX_UNSCALED_EXPONENT:
             passes(pixels, columns, rows.astype(dtype), output)
-            # Where an output is that large, what has been lost to underflow is nothing beside it.
+            # If an output is that large, the error from underflow is negligible relative to it.
             least, sizes = math.ldexp(factors.total, -MAX_UNSCALED_EXPONENT), np.abs(output[:, 0, ::step])
             if len(sizes) == 1 and least <= sizes.max() < math.inf:
                 return
@@ -301,7 +302,7 @@ def _make_rank1_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
 
 
 def _make_low_rank_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
-    """The same for several columns and rows."""
+    """Return the function that fills an output from planes and factors of a rank above 1."""
     del size
 
     def fill(pixels: Plane, output: Plane, factors: Factors) -> None:
@@ -315,7 +316,7 @@ def _make_low_rank_fill(problem: Problem, machine: Machine, size: Pair) -> FillF
 def _correlate_low_rank(
     problem: Problem, machine: Machine, factors: Factors, plane: Plane, kernel: Plane, output: Plane
 ) -> list[TransformEstimate]:
-    """Fill the output from a plane and the kernel, or by Fourier transforms from another kernel."""
+    """Fill the output from a plane and the factors, or by Fourier transforms if `kernel` is not the factors' kernel."""
     size, dtype = precision.max_magnitude(plane), plane.dtype
     with np.errstate(over="ignore"):
         norm = float(np.sqrt(np.square(kernel, dtype=np.float64).sum()))
@@ -340,7 +341,7 @@ def _correlate_low_rank(
 def _make_passes(
     batch: int, size: Pair, rank: int, problem: Problem, machine: Machine, dtype: Dtype | None = None
 ) -> FillFn:
-    """Return the function (pixels, columns, rows, output) that makes both passes for outputs of that size."""
+    """Return the function (pixels, columns, rows, output) that runs both passes for outputs of that size."""
     passes, tile = _passes_pipeline(dtype or problem.dtype), _tile_shape(dtype or problem.dtype)
     groups = -(-size[0] // TILE_ROWS) * batch
     taps = rank * (problem.kernel_height + problem.kernel_width)
@@ -350,7 +351,7 @@ def _make_passes(
         return lambda pixels, columns, rows, output: passes(pixels, columns, rows, per_task, output)
 
     def fill(pixels: Plane, columns: Plane, rows: Plane, output: Plane) -> None:
-        # Zeros below and on the right make up a whole tile; what comes of them is left out again.
+        # The input is padded with zeros at the bottom and right to a whole tile; their outputs are cropped.
         filled = np.pad(pixels, ((0, 0), (0, 0), (0, least[0] - size[0]), (0, least[1] - size[1])))
         whole = np.empty((len(output), 1, *least), output.dtype)
         passes(filled, columns, rows, per_task, whole)
@@ -365,11 +366,11 @@ def _tile_shape(dtype: Dtype) -> tuple[int, int]:
 
 @halide_jit.cached_pipeline
 def _cross_approximation_pipeline() -> PipelineSpec:
-    """A matrix (h, w), a share -> column (h), row (w), the matrix less their product (h, w), three numbers.
+    """Define a pipeline: matrix (h, w), `share` -> column (h), row (w), remainder (h, w), three numbers.
 
-    These are the largest numbers of both matrices, and by how much a number that is left is above that share of the
-    one that was there, at most. Row and column cross in the largest number, by which the column is divided. Sizes are
-    compared as bit patterns: above all numbers stands infinity, above infinity what is none.
+    The remainder is the matrix minus the product of column and row. They cross in the largest value (the pivot), by
+    which the column is divided. The numbers are the largest |value| of the matrix and of the remainder, and the maximum
+    of |remainder| - share * |matrix|. Absolute values are compared as bit patterns, in which NaN > Inf > finite values.
     """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes("float64")
     matrix, share = hl.ImageParam(hl.Float(64), 2, "matrix"), hl.Param(hl.Float(64), "share")
@@ -411,7 +412,10 @@ def _cross_approximation_pipeline() -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _passes_pipeline(dtype: Dtype) -> PipelineSpec:
-    """(N, 1, H, W), columns (r, h), rows (r, w), rows of tiles a task -> (N, 1, oh, ow), at least one tile."""
+    """Define a pipeline: images (N, 1, H, W), columns (r, h), rows (r, w), tile rows per task -> (N, 1, oh, ow).
+
+    The output is at least one tile large.
+    """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images = hl.ImageParam(number, 4, "images")
     column, row = hl.ImageParam(number, 2, "column"), hl.ImageParam(number, 2, "row")

@@ -1,6 +1,6 @@
-"""Problems in slices: smaller problems whose outputs are parts of the whole one.
+"""Slicing of a problem into smaller problems that each compute a part of its output.
 
-They bound the time until a computation can be ended, and the memory that an engine takes beside its arrays.
+Slices limit the time until a computation can be cancelled, and the temporary memory of an engine.
 """
 
 import itertools
@@ -17,35 +17,35 @@ from core.padding import extract_window
 from core.shapes import Axis, Pair, Problem, SliceUnits, dilated_size
 
 Check: TypeAlias = Callable[[], object]
-"""A function that is called between slices; what it raises ends the computation."""
+"""A function that is called between slices; an exception that it raises cancels the computation."""
 
 TARGET_SLICE_S = 0.05
-"""Predicted time of a slice."""
+"""Target for the predicted time of a slice, in seconds."""
 
 MAX_SLICE_TEMPORARY_BYTES = 128e6
-"""Temporary memory of a slice."""
+"""Target for the maximum temporary memory of a slice, in bytes."""
 
 MAX_SLICES = 4096
 
 
 class SliceableEngine(Protocol):
-    """The part of Engine that slicing needs."""
+    """The methods of Engine that slicing needs."""
 
     def temporary_bytes(self, problem: Problem, machine: Machine, /) -> int:
-        """Memory beside input, weight and output."""
+        """Return the bytes of memory in addition to input, weight and output."""
 
     def slice_units(self, problem: Problem, machine: Machine, /) -> SliceUnits:
-        """The axes to cut."""
+        """Return the axes along which the problem may be sliced."""
 
     def plan(self, problem: Problem, machine: Machine, /) -> ConvolveFn:
-        """A function that solves it."""
+        """Return a function that computes the convolution."""
 
 
 class Slice(NamedTuple):
-    """A smaller problem, and the parts of the whole one's arrays that it reads and writes.
+    """A smaller problem, and the ranges of the whole problem's arrays that it reads and writes.
 
-    `down` and `across` are the input's rows and columns. If `copied`, they include the border, and the slice reads a
-    copy that has it; otherwise the border belongs to its problem.
+    If `copies_input`, `input_rows` and `input_columns` include the border, and the slice reads a padded copy; otherwise
+    the border is the padding of its problem.
     """
 
     problem: Problem
@@ -60,9 +60,9 @@ class Slice(NamedTuple):
 
 
 def count_slices(problem: Problem, engine: SliceableEngine, machine: Machine, seconds: float) -> float:
-    """Return how many slices the problem needs, for that predicted time; at most 1: it is solved whole.
+    """Return the number of slices for a problem with that predicted time; up to 1, it is computed as a whole.
 
-    Work on other devices is queued, not waited for, and stays whole.
+    Problems on devices other than the CPU are not sliced: their work is queued on the device asynchronously.
     """
     if problem.device != "cpu":
         return 1
@@ -72,7 +72,7 @@ def count_slices(problem: Problem, engine: SliceableEngine, machine: Machine, se
 
 
 def temporary_bytes(problem: Problem, engine: SliceableEngine, machine: Machine, slice_count: float) -> int:
-    """Return the memory that the largest slice takes beside the arrays of the whole problem."""
+    """Return the bytes of memory that the largest slice needs in addition to the arrays of the whole problem."""
     if slice_count <= 1:
         return engine.temporary_bytes(problem, machine)
     ranges = {
@@ -94,7 +94,7 @@ def run_slices(
     bias: Array | None,
     check: Check | None,
 ) -> Array:
-    """Solve the problem slice by slice; arrays as in Solve."""
+    """Compute the problem slice by slice and return its output; arrays as in core.arrays.ConvolveFn."""
     output = np.empty((problem.batch, problem.filters, *problem.output_size), NUMPY_DTYPES[problem.dtype])
     plans: dict[Problem, ConvolveFn] = {}
     for piece in _make_slices(problem, dict(_axis_ranges(problem, engine, machine, slice_count))):
@@ -121,7 +121,7 @@ def run_slices(
 def _axis_ranges(
     problem: Problem, engine: SliceableEngine, machine: Machine, slice_count: float
 ) -> Iterator[tuple[Axis, list[Pair]]]:
-    """For every axis, the ranges that a problem is cut into; fewer than `parts` if what belongs together is larger."""
+    """Yield every axis and its ranges; there are fewer than `slice_count` slices if the slice units are too large."""
     (rows, columns), each = problem.output_size, problem.filters // problem.groups
     sizes: dict[Axis, int] = {
         "batch": problem.batch,
@@ -132,7 +132,7 @@ def _axis_ranges(
     }
     single_groups = problem.groups == 1
     for axis, unit in engine.slice_units(problem, machine).items():
-        # Some of the filters of several groups would not follow each other.
+        # A range of the filters of each of several groups would not be contiguous.
         ranges = _equal_ranges(sizes.pop(axis), unit, slice_count if axis != "filters" or single_groups else 1)
         single_groups = single_groups or (axis == "groups" and len(ranges) == problem.groups)
         slice_count /= len(ranges)
@@ -142,7 +142,7 @@ def _axis_ranges(
 
 
 def _equal_ranges(size: int, unit: int, slice_count: float) -> list[Pair]:
-    """Ranges that make up the size: whole units, but for the last, which has at least one."""
+    """Return ranges that cover 0 to `size`, of whole units; the last one also takes the remainder."""
     units = max(1, size // unit)
     number = max(1, min(math.ceil(slice_count), units))
     ends = [units * part // number * unit for part in range(1, number)]
@@ -201,12 +201,12 @@ def _make_slice(problem: Problem, images: Pair, groups: Pair, filters: Pair, row
 
 
 def _input_range(outputs: Pair, stride: int, border: int, kernel_extent: int) -> Pair:
-    """The input's rows or columns, border included, that a range of the output's reads."""
+    """Return the range of input rows or columns, border included, that a range of output rows or columns reads."""
     return outputs[0] * stride - border, (outputs[1] - 1) * stride - border + kernel_extent
 
 
 def _can_pad_clipped(read: Pair, size: int, problem: Problem) -> bool:
-    """Return whether the part inside the input, with a border of its own, equals the range that is read."""
+    """Return whether padding only the part of the range inside the input gives the values that the range reads."""
     first, last = max(0, read[0]), min(size, read[1])
     if first >= last:
         return False

@@ -1,9 +1,9 @@
-"""Direct sums, compiled: a tile of the output stays in registers while the kernel's taps pass.
+"""Compiled direct sums: a tile of the output stays in registers during the loop over the kernel's taps.
 
-Fastest on the CPU where channels are few and kernels small: bound by memory up to about 3 x 3, beyond by arithmetic,
-near the most that the processor can do. Four rows of taps are taken together, so that a row of pixels that is loaded
-once serves four rows of the tile. Rounding grows with the number of taps, not with the image, and does not depend on
-the number of threads: every output value is summed in the same order.
+This is the fastest engine on the CPU for few channels and small kernels. It is limited by memory bandwidth up to about
+3 x 3 taps and by arithmetic, near the processor's peak, for larger kernels. Four rows of taps are processed together,
+so that each loaded row of pixels is used for four rows of the tile. The rounding error grows with the number of taps,
+not with the image, and does not depend on the number of threads: every output value is summed in the same order.
 """
 
 import functools
@@ -26,26 +26,29 @@ TAP_ROWS_PER_STEP = 4
 MAX_SHORT_KERNEL_ROWS = 5
 
 L2_CACHE_BYTES = 1e6
-"""Bytes of input or output."""
+"""Maximum bytes of input or output that stay in the second-level cache."""
 
 CALL_OVERHEAD_S = 2e-6
-"""Seconds of a call from Python, measured."""
+"""Seconds per call from Python; measured."""
 
 EFFICIENCY_BY_TAP_ROWS = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
-"""Speed by rows of taps, as a multiple of the machine's in matrix products; 1.2 from 8 rows on. Measured."""
+"""Speed by the kernel's rows, as a fraction of Machine.flops; 1.2 for 8 rows or more. Measured."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Several channels, strides and dilations need an output of at least one tile."""
+    """Return why the problem is not supported, or None.
+
+    With several channels, a stride or a dilation the output has to be at least one tile large.
+    """
     reason = halide_jit.unsupported_reason(problem)
     if reason is None and not problem.is_single_plane and _is_smaller_than_tile(problem):
         rows, columns = _tile_shape(problem.dtype)
-        return f"needs an output of at least {rows} x {columns} here"
+        return f"needs an output of at least {rows} x {columns} for several channels or filters, stride or dilation"
     return reason
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, and the larger of arithmetic and memory; where the output does not fill its tiles, these count whole."""
+    """Predict the seconds of the call and of arithmetic or memory, whichever is slower; partial tiles count fully."""
     rows, columns = problem.output_size
     planes = problem.batch * problem.filters
     speed = halide_jit.operations_per_second(machine, problem.dtype)
@@ -70,7 +73,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     threads = halide_jit.choose_thread_count(machine, arithmetic)
     work = max(arithmetic, halide_jit.memory_seconds(problem, machine))
     if not problem.is_single_plane:
-        # Tiles read few pixels of many rows of many channels: memory is waited for, not streamed.
+        # Tiles read few pixels of many rows and channels: the time depends on the latency of memory, not on bandwidth.
         size = np.dtype(problem.dtype).itemsize * problem.max_array_values
         work = arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
     fixed = (
@@ -82,13 +85,13 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 
 def operations(problem: Problem, machine: Machine) -> float:
-    """All products and their sums."""
+    """Return the number of multiplications and additions."""
     del machine
     return problem.operations
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
-    """How to do it."""
+    """Return a function that computes the convolution."""
     shape = problem.batch, problem.filters, *problem.output_size
     dtype = np.dtype(problem.dtype)
     if not problem.is_single_plane:
@@ -110,7 +113,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Copies with a border, and of what is computed lying on its side."""
+    """Return the bytes of padded copies, and of transposed copies for narrow outputs."""
     del machine
     narrow = problem.is_single_plane and problem.output_size[1] < halide_jit.vector_lanes(problem.dtype)
     transposed = problem.padded_bytes + problem.output_bytes if narrow else 0
@@ -118,13 +121,16 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
-    """Along every axis."""
+    """Return all axes."""
     del problem, machine
     return halide_jit.DIRECT_SLICE_UNITS
 
 
 def warm_up() -> None:
-    """Compile what single planes of float32 need, in a second; layers take a third of one when they first come."""
+    """Compile the pipelines for single planes of float32, in about 1 s.
+
+    The pipelines for several channels are compiled at the first use, in about 0.3 s each.
+    """
     if halide_jit.platform_unsupported_reason() is None:
         for pipeline in (_tiles_pipeline, _tall_tiles_pipeline, _rows_pipeline, _values_pipeline):
             pipeline("float32")
@@ -141,7 +147,7 @@ def _is_smaller_than_tile(problem: Problem) -> bool:
 
 
 def _make_plane_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
-    """What fills outputs of that size, which may be parts of a larger one, from planes and one kernel."""
+    """Return the function that fills an output of that size from planes and one kernel."""
     (rows, columns), dtype = size, problem.dtype
     width = halide_jit.vector_lanes(dtype)
     if rows >= TILE_ROWS and columns >= TILE_VECTORS * width:
@@ -160,7 +166,7 @@ def _make_plane_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
         transposed_pipeline = _rows_pipeline(dtype)
 
         def transposed(pixels: Plane, output: Plane, taps: Plane) -> None:
-            # Tall and narrow: there are rows to take vectors from when it lies.
+            # The output is tall and narrow: transposed, its rows are long enough for vectors.
             sums = np.empty((len(output), 1, columns, rows), output.dtype)
             transposed_pipeline(pixels.swapaxes(2, 3).copy(), taps.swapaxes(2, 3).copy(), sums)
             output[...] = sums.swapaxes(2, 3)
@@ -171,7 +177,7 @@ def _make_plane_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
 
 
 def _make_layer_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
-    """What fills outputs of that size, which may be parts of a larger one, from several channels or by strides."""
+    """Return the function that fills an output of that size from several channels, or with a stride or dilation."""
     groups = -(-size[0] // TILE_ROWS) * problem.batch
     work = 2 * problem.batch * problem.filters * math.prod(size) * problem.taps / machine.flops
     filters_per_group = problem.filters // problem.groups
@@ -191,7 +197,10 @@ def _make_layer_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
 
 @halide_jit.cached_pipeline
 def _tiles_pipeline(dtype: Dtype) -> PipelineSpec:
-    """(N, 1, H, W), (1, 1, h, w), rows of tiles a task -> (N, 1, oh, ow), at least one tile; kernels of few rows."""
+    """Define a pipeline: images (N, 1, H, W), kernel (1, 1, h, w), tile rows per task -> (N, 1, oh, ow).
+
+    For outputs of at least one tile and kernels of at most MAX_SHORT_KERNEL_ROWS rows.
+    """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, kernel, tap, (x, y, c, n), total, output = _build_plane_formula(number)
     tasks = _schedule_tiles(output, x, y, lanes, c, n)
@@ -205,7 +214,10 @@ def _tiles_pipeline(dtype: Dtype) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _tall_tiles_pipeline(dtype: Dtype) -> PipelineSpec:
-    """The same for kernels of many rows: sums over four rows of taps are summed, which keeps the rounding small."""
+    """Define a pipeline as `_tiles_pipeline`, for kernels of more rows.
+
+    The sums over four rows of taps each are added up, which reduces the rounding error.
+    """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, kernel, tap, (x, y, c, n), total, output = _build_plane_formula(number)
     tasks = _schedule_tiles(output, x, y, lanes, c, n)
@@ -220,7 +232,7 @@ def _tall_tiles_pipeline(dtype: Dtype) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _rows_pipeline(dtype: Dtype) -> PipelineSpec:
-    """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow), at least one vector wide and any number of rows high."""
+    """Define a pipeline: images (N, 1, H, W), kernel (1, 1, h, w) -> (N, 1, oh, ow), at least one vector wide."""
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, kernel, tap, (x, *_), total, output = _build_plane_formula(number)
     column, lane = hl.Var("column"), hl.Var("lane")
@@ -232,7 +244,10 @@ def _rows_pipeline(dtype: Dtype) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _values_pipeline(dtype: Dtype) -> PipelineSpec:
-    """(N, 1, H, W), (1, 1, h, w) -> (N, 1, oh, ow) of any size: the vectors run along the kernel's rows."""
+    """Define a pipeline: images (N, 1, H, W), kernel (1, 1, h, w) -> (N, 1, oh, ow) of any size.
+
+    It is vectorized along the kernel's rows.
+    """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
     x, y, c, n, lane = hl.Var("x"), hl.Var("y"), hl.Var("c"), hl.Var("n"), hl.Var("lane")
@@ -256,7 +271,10 @@ def _values_pipeline(dtype: Dtype) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _depthwise_pipeline(dtype: Dtype) -> PipelineSpec:
-    """(N, C, H, W), (O, 1, h, w), (O), filters a channel, rows of tiles a task -> (N, O, oh, ow), at least one tile."""
+    """Define a pipeline for depthwise layers with outputs of at least one tile.
+
+    images (N, C, H, W), kernel (O, 1, h, w), bias (O), filters per channel, tile rows per task -> (N, O, oh, ow).
+    """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
     bias, filters_per_group = hl.ImageParam(number, 1, "bias"), hl.Param(hl.Int(32), "together")
@@ -279,7 +297,11 @@ def _depthwise_pipeline(dtype: Dtype) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _layer_pipeline(dtype: Dtype) -> PipelineSpec:
-    """(N, C, H, W), (O, C/groups, h, w), (O), dilations, filters a group, rows a task -> (N, O, oh, ow)."""
+    """Define a pipeline for layers with stride 1 and outputs of at least one tile.
+
+    images (N, C, H, W), weight (O, C/groups, h, w), bias (O), dilation of rows and of columns, filters per group, tile
+    rows per task -> (N, O, oh, ow).
+    """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
     down, across = hl.Param(hl.Int(32), "down"), hl.Param(hl.Int(32), "across")
     layer = _build_layer_formula(dtype, (1, 1), (down, across))
@@ -293,7 +315,7 @@ def _layer_pipeline(dtype: Dtype) -> PipelineSpec:
 
 @halide_jit.cached_pipeline
 def _strided_pipeline(dtype: Dtype) -> PipelineSpec:
-    """As _filters, with strides before the dilations."""
+    """Define a pipeline as `_layer_pipeline`, with the stride of rows and of columns before the dilations."""
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
     names = ("step_down", "step_across", "down", "across")
     step_down, step_across, down, across = (hl.Param(hl.Int(32), name) for name in names)
@@ -305,7 +327,7 @@ def _strided_pipeline(dtype: Dtype) -> PipelineSpec:
 
 
 class _LayerFormula(NamedTuple):
-    """The formula for several channels and filters: its inputs, its Funcs and what they run over."""
+    """The Halide formula of a layer: its inputs, its Funcs, and the variables that they depend on."""
 
     arrays: list[Any]
     filters_per_group: Any
@@ -319,7 +341,10 @@ class _LayerFormula(NamedTuple):
 
 
 def _build_layer_formula(dtype: Dtype, steps: tuple[Any, Any], spacing: tuple[Any, Any]) -> _LayerFormula:
-    """Strides and dilations (down, across) as numbers or parameters; the output is scheduled in tiles."""
+    """Return the formula of a layer with its output scheduled in tiles.
+
+    `steps` and `spacing` are strides and dilations of rows and columns, as numbers or Halide parameters.
+    """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images, weight = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "weight")
     bias, filters_per_group = hl.ImageParam(number, 1), hl.Param(hl.Int(32), "together")
@@ -339,13 +364,13 @@ def _build_layer_formula(dtype: Dtype, steps: tuple[Any, Any], spacing: tuple[An
 
 
 def _schedule_single_taps(layer: _LayerFormula, update: Any, lanes: int) -> None:
-    """Schedule a sum over taps one by one."""
+    """Schedule a sum over single taps."""
     tap = layer.tap
     update.reorder(layer.x, layer.y, tap.x, tap.y, tap.z).vectorize(layer.x, lanes).unroll(layer.x).unroll(layer.y)
 
 
 def _build_plane_formula(number: Any) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any], Any, Any]:
-    """The formula for planes: images, kernel, taps, (x, y, c, n), the sum over the taps, and the output."""
+    """Return the formula for planes: images, kernel, taps, (x, y, c, n), the sum over the taps, and the output."""
     hl = halide_jit.import_halide()
     images, kernel = hl.ImageParam(number, 4, "images"), hl.ImageParam(number, 4, "kernel")
     x, y, c, n = hl.Var("x"), hl.Var("y"), hl.Var("c"), hl.Var("n")
@@ -358,9 +383,9 @@ def _build_plane_formula(number: Any) -> tuple[Any, Any, Any, tuple[Any, Any, An
 
 
 def _schedule_tiles(output: Any, x: Any, y: Any, lanes: int, o: Any, n: Any, *, planewise: bool = False) -> Any:
-    """Schedule the output in tiles; the last one of a row or column shifts inwards. Rows of tiles make up the tasks.
+    """Schedule the output in tiles and return the parameter for the number of tile rows per task.
 
-    They are those of all filters or, planewise, of one. Returns the parameter that says how many one task has.
+    The last tile of a row or column is shifted inwards. A tile row contains all filters or, if `planewise`, one.
     """
     hl = halide_jit.import_halide()
     per_task = hl.Param(hl.Int(32), "per_task")
@@ -377,7 +402,7 @@ def _schedule_tiles(output: Any, x: Any, y: Any, lanes: int, o: Any, n: Any, *, 
 
 
 def _schedule_tap_rows(update: Any, tap: Any, x: Any, y: Any, lanes: int, rows: int, *outer: Any) -> None:
-    """Schedule a sum over taps a few rows of them at a time: pixels that several of those rows need are loaded once."""
+    """Schedule a sum over `rows` rows of taps at a time, so that pixels needed by several of them are loaded once."""
     hl = halide_jit.import_halide()
     block, within = hl.RVar("block"), hl.RVar("within")
     update.split(tap.y, block, within, rows).reorder(x, y, within, tap.x, block, *outer)

@@ -1,7 +1,8 @@
-"""Fourier transforms that are compiled, and a survey of their input, for the engines that use them.
+"""Compiled Fourier transforms, and statistics of their input, for the engines column_fft and block_fft.
 
-If the smallest pixel is at least half as large as the largest, the middle of their range is subtracted first, and its
-part of the output added in the end: both are exact, and most of the error disappears.
+If the smallest pixel is at least half as large as the largest, the middle of their range is subtracted before the
+transform, and its contribution to the output is added afterwards: the subtraction is exact, and most of the error
+disappears.
 """
 
 import cmath
@@ -24,14 +25,13 @@ from core.engines.precision import (
 from core.shapes import Dtype
 
 STATS_ROWS_PER_STEP = 4
-"""Rows that are surveyed together, so that no comparison waits for the one before."""
+"""Rows whose statistics are computed together, so that a comparison does not wait for the previous one."""
 
 
 class ValueStats(NamedTuple):
-    """What is known about the numbers of a plane and a kernel.
+    """Statistics of a plane and a kernel.
 
-    The lowest and the highest pixel; the size of the largest, which is not finite where one is not; the kernel's sum,
-    and its sum of squares.
+    Smallest and largest pixel; largest |pixel|, not finite if a pixel is not; the kernel's sum and sum of squares.
     """
 
     low: float
@@ -42,11 +42,11 @@ class ValueStats(NamedTuple):
 
     @property
     def middle(self) -> float:
-        """Number that is subtracted from every pixel: the middle of the range if pixels are alike, else 0."""
+        """The value to subtract from every pixel: the middle of their range if the subtraction is exact, else 0."""
         return self.low / 2 + self.high / 2 if can_subtract_middle(self.low, self.high) else 0.0
 
-    def seen(self, dtype: np.dtype[Any]) -> TransformEstimate:
-        """Return the size and the norm, and estimate the error of a transform in that type."""
+    def transform_estimate(self, dtype: np.dtype[Any]) -> TransformEstimate:
+        """Return the largest |pixel|, the kernel's norm, and the estimated error of a transform in that dtype."""
         norm, middle = math.sqrt(self.squares), self.middle
         radius = max(self.high - middle, middle - self.low)
         return TransformEstimate(
@@ -57,7 +57,7 @@ class ValueStats(NamedTuple):
 
 
 def compute_stats(plane: Plane, kernel: Plane) -> ValueStats:
-    """Of a plane (H, W), at least a vector wide, and a kernel (h, w)."""
+    """Return the statistics of a plane (H, W), at least a vector wide, and a kernel (h, w)."""
     numbers = np.empty(len(ValueStats._fields))
     _stats_pipeline(dtype_name(plane))(plane, kernel, numbers)
     return ValueStats(*numbers.tolist())
@@ -65,7 +65,7 @@ def compute_stats(plane: Plane, kernel: Plane) -> ValueStats:
 
 @halide_jit.cached_pipeline
 def _stats_pipeline(dtype: Dtype) -> PipelineSpec:
-    """Plane (H, W), kernel (h, w) -> the numbers of a Survey, in float64."""
+    """Define a pipeline: plane (H, W), kernel (h, w) -> the values of ValueStats, in float64."""
     hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)
     plane, kernel = hl.ImageParam(number, 2, "plane"), hl.ImageParam(number, 2, "kernel")
     stats = build_stats([plane], kernel, number, halide_jit.vector_lanes(dtype))[0]
@@ -73,9 +73,9 @@ def _stats_pipeline(dtype: Dtype) -> PipelineSpec:
 
 
 def build_stats(parts: Sequence[Any], kernel: Any, number: Any, lanes: int) -> tuple[Any, Any, Any]:
-    """The Func of a Survey's numbers, the middle, and its share of the output.
+    """Return the Func of the values of ValueStats, the middle, and its contribution to the output.
 
-    Of equally large parts (H, W), at least a vector wide, and a kernel (h, w).
+    The parts (H, W) have the same size and are at least a vector wide; the kernel is (h, w).
     """
     hl = halide_jit.import_halide()
     low, high, size = _build_extremes(parts, number, lanes)
@@ -96,9 +96,9 @@ def build_stats(parts: Sequence[Any], kernel: Any, number: Any, lanes: int) -> t
 
 
 def _build_extremes(parts: Sequence[Any], number: Any, lanes: int) -> tuple[Any, Any, Any]:
-    """The lowest and the highest of all numbers, and the size of the largest.
+    """Return the smallest value, the largest value and the largest |value| of all parts.
 
-    Sizes are compared as bit patterns: above all numbers stands infinity, above infinity what is none.
+    Absolute values are compared as bit patterns, in which NaN > Inf > finite values.
     """
     hl = halide_jit.import_halide()
     lane, row = hl.Var("lane"), hl.Var("row")
@@ -113,15 +113,15 @@ def _build_extremes(parts: Sequence[Any], number: Any, lanes: int) -> tuple[Any,
 
     found, extremes = hl.Func("found"), hl.Func("extremes")
     first = parts[0][0, 0]
-    nothing = hl.Tuple([first, first, hl.cast(pattern, 0)])
-    found[lane, row] = nothing
+    initial = hl.Tuple([first, first, hl.cast(pattern, 0)])
+    found[lane, row] = initial
     for part in parts:
-        # The last block moves inwards: what is seen twice changes nothing.
+        # The last block is shifted inwards; reading pixels twice does not change the result.
         pixel = part[hl.min(block.x * lanes, width - lanes) + lane, hl.min(block.y * rows + row, height - 1)]
         found[lane, row] = extended(found[lane, row], pixel, pixel, hl.reinterpret(pattern, hl.abs(pixel)))
-    extremes[()] = nothing
-    seen = found[every.x, every.y]
-    extremes[()] = extended(extremes[()], seen[0], seen[1], seen[2])
+    extremes[()] = initial
+    partial = found[every.x, every.y]
+    extremes[()] = extended(extremes[()], partial[0], partial[1], partial[2])
     found.compute_root().bound(lane, 0, lanes).bound(row, 0, rows).vectorize(lane).unroll(row)
     for number_of_part in range(len(parts)):
         found.update(number_of_part).reorder(lane, row, block.x, block.y).vectorize(lane).unroll(row)
@@ -130,7 +130,7 @@ def _build_extremes(parts: Sequence[Any], number: Any, lanes: int) -> tuple[Any,
 
 
 def _build_kernel_sums(kernel: Any) -> tuple[Any, Any]:
-    """The sum of a kernel (h, w) and that of its squares, in float64."""
+    """Return the sum and the sum of squares of a kernel (h, w), in float64."""
     hl = halide_jit.import_halide()
     x, columns, totals = hl.Var("x"), hl.Func("columns_of_taps"), hl.Func("totals")
     across, down = (hl.RDom([hl.Range(0, kernel.dim(axis).extent())]) for axis in (0, 1))
@@ -146,9 +146,9 @@ def _build_kernel_sums(kernel: Any) -> tuple[Any, Any]:
 
 
 class SignedExpr(NamedTuple):
-    """An expression that is subtracted where it would be added, and the other way round, if `negative`.
+    """An expression with a separate sign: if `negative`, additions of it become subtractions and vice versa.
 
-    Signs that are carried along cost no instruction.
+    So a negation needs no instruction.
     """
 
     value: Any
@@ -158,42 +158,43 @@ class SignedExpr(NamedTuple):
         return SignedExpr(self.value, not self.negative)
 
     def plus(self, other: "SignedExpr") -> "SignedExpr":
-        """The sum."""
+        """Return the sum."""
         if self.negative == other.negative:
             return SignedExpr(self.value + other.value, self.negative)
         return SignedExpr(self.value - other.value) if other.negative else SignedExpr(other.value - self.value)
 
     def times(self, factor: float, number: Any) -> "SignedExpr":
-        """The product with a constant."""
+        """Return the product with a constant."""
         return SignedExpr(self.value * constant(abs(factor), number), self.negative != (factor < 0))
 
     def strict(self) -> "SignedExpr":
-        """The same, not to be taken apart by the compiler, which would make more of fewer operations."""
+        """Return the expression as strict_float: by reordering it the compiler would produce more operations."""
         return SignedExpr(halide_jit.import_halide().strict_float(self.value), self.negative)
 
     @property
     def expression(self) -> Any:
-        """The number itself."""
+        """The expression with its sign applied."""
         return -self.value if self.negative else self.value
 
 
 ComplexExpr: TypeAlias = tuple[Any, Any]
-"""Real and imaginary part, as expressions of the compiler."""
+"""Real and imaginary part, as Halide expressions."""
 
 SignedComplex: TypeAlias = tuple[SignedExpr, SignedExpr]
-"""The same with signs carried along."""
+"""Real and imaginary part, with separate signs."""
 
 ReadFn: TypeAlias = Callable[[int, Any], tuple[Any, Any]]
-"""(offset, rest) -> the value at offset + rest, as a Complex; its parts may be Signed."""
+"""(offset, rest) -> the value at offset + rest, as a ComplexExpr; its parts may be SignedExpr."""
 
 
 class Transform:
-    """The Fourier transform of many sequences side by side, by Stockham's autosort algorithm; no number crosses lanes.
+    """Fourier transform of many sequences, one per vector lane, by Stockham's autosort algorithm.
 
-    A step of radix r turns transforms of `done` values into transforms of r * done. (Van Loan, Computational Frameworks
-    for the Fast Fourier Transform, 1.7.) Its Funcs are of (x, *others, k0, .., ki, rest): k0 is the lowest digit of a
-    frequency, the vectors run along x. What goes into and comes out of a small transform are Funcs of their own too:
-    that keeps expressions small, and sums, which are strict, apart from products, which are not, and so get fused.
+    A step of radix r combines transforms of `done` values into transforms of r * done values (Van Loan, Computational
+    Frameworks for the Fast Fourier Transform, 1.7). Its Funcs have the dimensions (x, *others, k0, .., ki, rest), with
+    k0 the lowest digit of the frequency; they are vectorized along x. Inputs and outputs of small transforms are
+    separate Funcs. This keeps expressions small, and it separates strict sums from products that the compiler may fuse
+    into multiply-add instructions.
     """
 
     def __init__(
@@ -203,30 +204,30 @@ class Transform:
         self._x, self._others, self._radices = x, list(others), radices
         self._steps: list[_Step] = []
         length, done = math.prod(radices), 1
-        digits, rest = [hl.Var(f"k{place}") for place in range(len(radices))], hl.Var("rest")
-        for place, radix in enumerate(radices):
+        digits, rest = [hl.Var(f"k{index}") for index in range(len(radices))], hl.Var("rest")
+        for index, radix in enumerate(radices):
             remaining = length // (done * radix)
-            low, own_digit, tail = digits[:place], digits[place], [rest] if remaining > 1 else []
+            low, own_digit, tail = digits[:index], digits[index], [rest] if remaining > 1 else []
             around = (x, *others, *low, *tail)
             within = rest if remaining > 1 else 0
             into = None
-            if place == 0:
+            if index == 0:
                 values = [read(part * remaining, within) for part in range(radix)]
             else:
                 before = self._steps[-1].step
                 values = [complex_parts(before[(x, *others, *low, within + part * remaining)]) for part in range(radix)]
                 bin_ = sum((digit * math.prod(radices[:i]) for i, digit in enumerate(low[1:], start=1)), low[0])
-                into = hl.Func(f"{name}_into_{place}")
+                into = hl.Func(f"{name}_into_{index}")
                 into[around] = _pack_complex(_apply_twiddles(values, bin_, done, sign, number))
                 values = _unpack_complex(into[around], radix)
-            out, step = hl.Func(f"{name}_out_{place}"), hl.Func(f"{name}_step_{place}")
+            out, step = hl.Func(f"{name}_out_{index}"), hl.Func(f"{name}_step_{index}")
             out[around] = _pack_complex(_small_dft(values, sign, number))
             flat = _unpack_complex(out[around], radix)
             step[(x, *others, *low, own_digit, *tail)] = hl.Tuple(
                 [hl.mux(own_digit, [value[which] for value in flat]) for which in (0, 1)]
             )
-            # To bound the lower digits of a step that is not the last would have all of them computed.
-            for i in range(place + 1) if place + 1 == len(radices) else [place]:
+            # Lower digits are bounded in the last step only; in other steps a bound would compute all of them.
+            for i in range(index + 1) if index + 1 == len(radices) else [index]:
                 step.bound(digits[i], 0, radices[i])
             if tail:
                 step.bound(rest, 0, remaining)
@@ -235,7 +236,7 @@ class Transform:
 
     @property
     def funcs(self) -> list[tuple[Any, Any]]:
-        """What comes out of the small transforms, and the steps that hold it; the last step is the transform."""
+        """The outputs of the small transforms and the Funcs that store them, by step; the last step is the result."""
         return [(step.out, step.step) for step in self._steps]
 
     @property
@@ -244,16 +245,16 @@ class Transform:
         return self._steps[-1].step
 
     def at(self, x: Any, others: Sequence[Any], frequency: Any) -> ComplexExpr:
-        """The transform at a frequency, an expression."""
+        """Return the transform at a frequency, which is an expression."""
         digits, below = [], 1
-        for place, radix in enumerate(self._radices):
+        for index, radix in enumerate(self._radices):
             rest = frequency // below
-            digits.append(rest % radix if place + 1 < len(self._radices) else rest)
+            digits.append(rest % radix if index + 1 < len(self._radices) else rest)
             below *= radix
         return complex_parts(self.last[(x, *others, *digits)])
 
     def schedule(self, lanes: int, consumer: Any, loop: Any) -> None:
-        """Compute all of it in that loop of the consumer."""
+        """Schedule the whole transform within that loop of the consumer."""
         last = self._steps[-1]
         last.step.compute_at(consumer, loop).reorder(last.own_digit, self._x, *last.low[::-1], *self._others)
         last.step.unroll(last.own_digit).vectorize(self._x, lanes)
@@ -261,7 +262,7 @@ class Transform:
         self._schedule_inner(lanes, consumer, loop)
 
     def schedule_at_root(self, lanes: int, outermost: Any) -> None:
-        """Compute all of it before everything else, with that dimension as the outermost loop of the last step."""
+        """Schedule the transform at the root, with `outermost` as the outermost loop of the last step."""
         last = self._steps[-1]
         last.step.compute_root().reorder(last.own_digit, self._x, *last.low[::-1], outermost).unroll(last.own_digit)
         last.step.vectorize(self._x)
@@ -271,17 +272,17 @@ class Transform:
             step.step.bound(self._x, 0, lanes)
 
     def _schedule_inner(self, lanes: int, consumer: Any, loop: Any) -> None:
-        """All steps but the last in that loop; where there are three, the second for one lowest digit at a time."""
+        """Schedule all steps but the last within that loop; of three steps, the second is computed per lowest digit."""
         last = self._steps[-1]
-        for place, (_, _, step, low, own_digit, tail) in enumerate(self._steps[:-1]):
-            if place > 0:
+        for index, (_, _, step, low, own_digit, tail) in enumerate(self._steps[:-1]):
+            if index > 0:
                 step.compute_at(last.step, last.low[0])
             else:
                 step.compute_at(consumer, loop)
             step.reorder(own_digit, self._x, *self._others, *tail, *low[::-1]).unroll(own_digit).vectorize(
                 self._x, lanes
             )
-            self._in_registers(self._steps[place], self._x, lanes)
+            self._in_registers(self._steps[index], self._x, lanes)
 
     def _in_registers(self, step: "_Step", loop: Any, lanes: int) -> None:
         for func in (step.into, step.out):
@@ -290,7 +291,7 @@ class Transform:
 
 
 class _Step(NamedTuple):
-    """The Funcs into and out of small transforms, that of the step, its lower digits, its own digit, and the rest."""
+    """The input and output Funcs of small transforms, the Func of the step, and its digits and remaining dimension."""
 
     into: Any
     out: Any
@@ -301,11 +302,11 @@ class _Step(NamedTuple):
 
 
 _pinned_tables: list[NDArray[Any]] = []
-"""What compiled code reads by address must stay where it is."""
+"""Tables that compiled code reads by address; they must never be freed."""
 
 
 def constant_table(values: NDArray[np.float64], number: Any) -> Any:
-    """Constants as compiled code reads them."""
+    """Return a table of constants as a Halide buffer."""
     hl = halide_jit.import_halide()
     array = np.ascontiguousarray(values, np.float32 if number == hl.Float(32) else np.float64)
     _pinned_tables.append(array)
@@ -313,13 +314,13 @@ def constant_table(values: NDArray[np.float64], number: Any) -> Any:
 
 
 def constant(value: float, number: Any) -> Any:
-    """A constant of that type."""
+    """Return a constant of that type."""
     hl = halide_jit.import_halide()
     return hl.f32(value) if number == hl.Float(32) else hl.f64(value)
 
 
 def _apply_twiddles(values: Sequence[ComplexExpr], bin_: Any, done: int, sign: int, number: Any) -> list[ComplexExpr]:
-    """Each value turned by its bin's share of the circle, from a table."""
+    """Return the values multiplied by the twiddle factors of the bin, which are read from a table."""
     turns = 2 * np.pi * np.outer(np.arange(done), np.arange(len(values))) / (done * len(values))
     cosine, sine = constant_table(np.cos(turns), number), constant_table(sign * np.sin(turns), number)
     rotated = [values[0]]
@@ -330,7 +331,7 @@ def _apply_twiddles(values: Sequence[ComplexExpr], bin_: Any, done: int, sign: i
 
 
 def _small_dft(values: Sequence[tuple[Any, Any]], sign: int, number: Any) -> list[ComplexExpr]:
-    """The transform of a few values, a power of two times at most one 3 or 5, written out."""
+    """Return the unrolled transform of a few values: a power of two of them, or 3 or 5 times as many."""
     points = [(_as_signed(real), _as_signed(imaginary)) for real, imaginary in values]
     return [(real.expression, imaginary.expression) for real, imaginary in _butterflies(points, sign, number)]
 
@@ -352,7 +353,7 @@ def _butterflies(values: list[SignedComplex], sign: int, number: Any) -> list[Si
     for part, (value, other) in enumerate(zip(even, odd, strict=True)):
         rotated, products = _rotate(other, cmath.exp(sign * 2j * math.pi * part / count), number)
         if products:
-            # Sums of strict numbers and products: free to become one instruction each.
+            # Sums of a strict value and a product: the compiler may fuse each into one instruction.
             start = _make_strict(value)
             first.append(_add(start, rotated))
             second.append(_add(start, _negate(rotated)))
@@ -396,7 +397,7 @@ def _dft5(values: list[SignedComplex], sign: int, number: Any) -> list[SignedCom
 
 
 def _rotate(value: SignedComplex, factor: complex, number: Any) -> tuple[SignedComplex, bool]:
-    """The product with a constant of size one, and whether it took products; nothing is multiplied that need not be."""
+    """Return the product with a constant of absolute value 1, and whether it needed multiplications."""
     real, imaginary = value
     c, s = (round(part) if abs(part - round(part)) < 1e-12 else part for part in (factor.real, factor.imag))
     if s == 0:
@@ -404,7 +405,7 @@ def _rotate(value: SignedComplex, factor: complex, number: Any) -> tuple[SignedC
     if c == 0:
         return ((-imaginary, real) if s == 1 else (imaginary, -real)), False
     if abs(abs(c) - abs(s)) < 1e-12:
-        # An eighth of a turn: one product each for (real c - imaginary s, real s + imaginary c), as |c| = |s|.
+        # An odd multiple of 45 degrees: as |c| = |s|, (real c - imaginary s, real s + imaginary c) needs two products.
         one = (real if c > 0 else -real).plus(-imaginary if s > 0 else imaginary)
         other = (real if s > 0 else -real).plus(imaginary if c > 0 else -imaginary)
         return _scale(_make_strict((one, other)), abs(c), number), True
@@ -431,7 +432,7 @@ def _scale(value: SignedComplex, factor: float, number: Any) -> SignedComplex:
 
 
 def complex_parts(value: Any) -> ComplexExpr:
-    """The two parts of a Func's value."""
+    """Return the real and imaginary part of a Func's value."""
     return value[0], value[1]
 
 

@@ -1,8 +1,8 @@
-"""torch's own convolution: any device, any number of channels, and the only engine that autograd can follow.
+"""torch's convolution: any device, any number of channels, and the only engine that autograd supports.
 
-Fast where channels are many, and on the CPU fastest where the channels of a pixel lie side by side. Slow on a single
-plane, where its float64 path on the CPU unrolls every window into a matrix first. That matrix is kept small by working
-on a few output rows at a time.
+It is fast for many channels, on the CPU especially in the channels-last layout, and slow for a single plane. In float64
+on the CPU torch copies all windows into a matrix (im2col); this module computes a few output rows at a time, so that
+the matrix stays small.
 """
 
 import threading
@@ -21,44 +21,44 @@ from core.shapes import Problem, Sides, SliceUnits, dilated_size
 METHOD = "direct"
 
 MAX_UNROLLED_BYTES = 4_000_000
-"""Maximum memory of the unrolled windows of one strip of output rows: larger strips take as long."""
+"""Maximum memory of the unrolled windows of one strip of output rows, in bytes; larger strips are not faster."""
 
 MIN_CHANNELS_LAST_VALUES = 20_000
-"""Input values from which on laying the channels of a pixel side by side pays. (`.contiguous` would leave the strides
-of a single channel as they are, which mean nothing and yet decide which of torch's algorithms runs.)"""
+"""Minimum number of input values for which the channels-last layout is faster. (The code converts with `.to`:
+`.contiguous` would leave the strides of a single channel unchanged, and torch selects its algorithm by them.)"""
 
 CALL_OVERHEAD_S = 3e-5
 LAYOUT_S_PER_VALUE = 1e-9
-"""Seconds of a call, and to lay out one value of input or output, measured."""
+"""Seconds per call, and seconds to change the layout of one value of input or output; measured."""
 
 DEPTHWISE_MULTIPLIER_SPEED = 0.3
-"""Speed of layers whose groups have one channel and several filters, relative to others."""
+"""Speed of layers whose groups have one channel and several filters, relative to other layers."""
 
 S_PER_IMAGE_AND_GROUP = 1.5e-6
 S_PER_UNROLLED_VALUE, S_PER_DILATED_VALUE, S_PER_UNROLLED_ROW = 0.7e-9, 2.5e-9, 2e-9
 S_PER_FLOAT64_INPUT, S_PER_FLOAT64_OUTPUT, S_PER_GROUPED_VALUE = 6e-9, 1e-9, 2e-9
-"""Time per unit of work of float64 convolutions, fitted on layers and scaled to the default speeds of Machine."""
+"""Seconds per unit of work of float64 convolutions, fitted on measured layers, for the default speeds of Machine."""
 
 MAX_CACHED_UNROLLED_ROW_BYTES = 32_000_000
-"""Unrolled windows of one row of outputs above which the caches of the processor hold too little of them."""
+"""Maximum bytes of the unrolled windows of one output row that the processor's caches hold."""
 
 UNROLLED_EFFICIENCY = 0.17
-"""Speed of the product with unrolled windows, as a multiple of the machine's in float32."""
+"""Speed of the float64 product with unrolled windows, as a fraction of Machine.flops."""
 
 MIN_FULL_SPEED_FILTERS = 18
-"""Fewer, and part of each vector is idle."""
+"""Minimum number of filters per group for full speed; with fewer, vector registers are only partly used."""
 
 _tf32_lock = threading.Lock()
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """There is none: torch convolves every problem."""
+    """Return None: torch supports every problem."""
     del problem
     return None
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, a layout for every input value, and arithmetic that many filters speed up."""
+    """Predict the time in seconds: call overhead, layout change, and arithmetic, which is faster for many filters."""
     rows, columns = problem.output_size
     if problem.device != "cpu":
         return 5e-5 + problem.operations / 2e12
@@ -74,14 +74,14 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 
 def _float64_seconds(problem: Problem, machine: Machine) -> float:
-    """Predict the time to unroll windows, a group of an image at a time, and to multiply them."""
+    """Predict the seconds to unroll the windows, one group of one image at a time, and to multiply them."""
     rows, columns = problem.output_size
     calls = problem.batch * problem.groups
     inputs = problem.batch * problem.channels * problem.height * problem.width
     outputs = problem.batch * problem.filters * rows * columns
     unrolled_rows = calls * problem.taps * rows
     each = S_PER_UNROLLED_VALUE if problem.dilation == (1, 1) else S_PER_DILATED_VALUE
-    # Unrolled windows that do not even fit row by row are bound by memory.
+    # If the windows of a single output row exceed the caches, unrolling is limited by memory bandwidth.
     each *= 4 if 8 * problem.taps * columns > MAX_CACHED_UNROLLED_ROW_BYTES else 1
     return (
         S_PER_IMAGE_AND_GROUP * calls
@@ -94,13 +94,13 @@ def _float64_seconds(problem: Problem, machine: Machine) -> float:
 
 
 def operations(problem: Problem, machine: Machine) -> float:
-    """All products and their sums."""
+    """Return the number of multiplications and additions."""
     del machine
     return problem.operations
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
-    """How to do it, by torch's own threads."""
+    """Return a function that computes the convolution with torch's own threads."""
     del machine
 
     def convolve_arrays(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
@@ -114,7 +114,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Images with a border, one more layout of them, of weight and output, and in float64 what is unrolled."""
+    """Return the bytes of the padded images, of copies in another layout, and in float64 of the unrolled windows."""
     del machine
     bordered = problem.padded_bytes if problem.is_padded else 0
     if problem.dtype == "float64":
@@ -125,17 +125,17 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
-    """Along every axis; many filters at a time."""
+    """Return all axes, with many filters per slice."""
     del problem, machine
     return {"batch": 1, "groups": 1, "rows": 16, "filters": 64, "columns": 1024}
 
 
 def warm_up() -> None:
-    """Nothing: torch is compiled."""
+    """Do nothing: torch needs no compilation."""
 
 
 def convolve_tensors(problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same on tensors, differentiable."""
+    """Compute the convolution of tensors; differentiable."""
     top, bottom, left, right = problem.padding
     symmetric_zeros = problem.boundary == "zeros" and top == bottom and left == right
     border = (top, left) if symmetric_zeros else (0, 0)
@@ -153,7 +153,7 @@ def convolve_tensors(problem: Problem, images: Tensor, weight: Tensor, bias: Ten
 def _convolve_by_strips(
     problem: Problem, images: Tensor, weight: Tensor, bias: Tensor | None, border: tuple[int, int]
 ) -> Tensor:
-    """The same convolution, a few images or output rows at a time, so that the unrolled windows stay small."""
+    """Compute the convolution a few images or output rows at a time, which limits the memory of unrolled windows."""
     rows, columns = problem.output_size
     unrolled_row = images.element_size() * problem.taps * columns
     together = max(1, MAX_UNROLLED_BYTES // (unrolled_row * rows))
@@ -165,7 +165,7 @@ def _convolve_by_strips(
         symmetric: Sides = (border[0], border[0], border[1], border[1])
         return _convolve_by_strips(problem, pad(images, symmetric, "zeros"), weight, bias, (0, 0))
     step, window = problem.stride[0], dilated_size(problem.kernel_height, problem.dilation[0])
-    # Written into one output: a list of strips would leave the freed windows between them in pieces.
+    # Strips are written into one output: a list of strips would fragment the memory that the windows free.
     output = images.new_empty((problem.batch, problem.filters, rows, columns))
     for first_image in range(0, problem.batch, together):
         some = slice(first_image, first_image + together)
@@ -178,9 +178,9 @@ def _convolve_by_strips(
 
 @contextmanager
 def _disable_tf32(images: Tensor) -> Iterator[None]:
-    """Keep cuDNN from rounding float32 to TF32's 10 bits while the convolution is launched.
+    """Prevent cuDNN from rounding float32 to TF32 (10-bit mantissa) while the convolution is launched.
 
-    The switch belongs to the process: one launch at a time holds it, and it is put back before the next.
+    The flag is global to the process, so a lock serializes launches; the previous value is restored after each.
     """
     if images.device.type != "cuda" or images.dtype != torch.float32:
         yield

@@ -1,14 +1,15 @@
 """Correlation as a product of Fourier transforms by torch: large kernels, any number of channels, any device.
 
-The correlation theorem on whole images, or tile by tile where that is cheaper (overlap-save: Oppenheim and Schafer,
-Discrete-Time Signal Processing, 8.7), which makes the cost linear in the size of the image. A kernel's size hardly
-matters. Spectra are made for blocks of images, filters and channels that together keep within SPECTRA_BYTES.
+The engine applies the correlation theorem to whole images, or to tiles if that is faster (overlap-save: Oppenheim and
+Schafer, Discrete-Time Signal Processing, 8.7), so the cost is linear in the size of the image and nearly independent of
+the kernel's size. Spectra are computed for blocks of images, filters and channels that fit into MAX_SPECTRA_BYTES.
 
 If the smallest pixel of a channel is at least half as large as the largest, the middle of their range is subtracted
-first, and its part of the output added in the end: both are exact, and most of the error disappears. The error of each
-image is checked against the bound of core/engines/precision.py, filter by filter. Images that may exceed it, or whose
-spectra could overflow, are transformed in float64; in float64, they are scaled by powers of two, or computed tap by tap
-or in long double. Values that are not finite are left out and added afterwards (core/engines/nonfinite.py).
+before the transform, and its contribution to the output is added afterwards: the subtraction is exact, and most of the
+error disappears. The error of each image is checked against the bound of core/engines/precision.py, filter by filter.
+float32 images that may exceed it, or whose spectra could overflow, are recomputed in float64. float64 images are scaled
+by powers of two, or computed tap by tap or in long double. Products of values that are not finite are left out and
+added afterwards (core/engines/nonfinite.py).
 """
 
 import bisect
@@ -34,27 +35,27 @@ from core.shapes import Pair, Problem, SliceUnits
 METHOD = "fft"
 
 TILE_SIDES = (192, 256, 384, 512, 768, 1024)
-"""Sides that tiles may have; a side of the whole image is another choice."""
+"""Allowed sides of tiles, in pixels, in addition to the sides of the whole image."""
 
 FAST_SIZES: list[int] = sorted(2**a * 3**b * 5**c for a in range(33) for b in range(21) for c in range(15))
 
 MAX_SPECTRA_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30, "mps": 1 << 30}
-"""The most memory for spectra, by kind of device, unless those of one channel take more."""
+"""Maximum memory of spectra in bytes, by device type; exceeded only if the spectra of one channel need more."""
 
 CALL_OVERHEAD_S = 6e-5
 FFT_TILE_OVERHEAD_S = 3e-5
-"""Seconds, measured."""
+"""Seconds per call, and seconds per tile in addition to its transforms; measured."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Strides and dilations, whose outputs and taps a transform would mostly compute in vain."""
+    """Return that strides and dilations are not supported, or None: most of a transform would be wasted on them."""
     if problem.stride != (1, 1) or problem.dilation != (1, 1):
-        return "works without stride or dilation"
+        return "does not support stride or dilation"
     return None
 
 
 def seconds(problem: Problem, machine: Machine) -> float:
-    """A call, the kernels' transforms, and the tiles."""
+    """Predict the seconds of the call, of the kernels' transforms, and of the tiles."""
     tile = _choose_tile_size(problem)
     tiles = _count_tiles(problem, tile)
     images, kernels = problem.channels + problem.filters, problem.filters * problem.channels // problem.groups
@@ -71,7 +72,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
 
 
 def operations(problem: Problem, machine: Machine) -> float:
-    """Transforms of all tiles of images, kernels and outputs, and the products between them."""
+    """Return the operations of the transforms of all tiles of images, kernels and outputs, and of their products."""
     del machine
     tile = _choose_tile_size(problem)
     points, tiles = math.prod(tile), problem.batch * _count_tiles(problem, tile)
@@ -81,7 +82,7 @@ def operations(problem: Problem, machine: Machine) -> float:
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
-    """How to do it, by torch's own threads."""
+    """Return a function that computes the convolution with torch's own threads."""
     del machine
     height, width = problem.padded_size
     inside = replace(problem, height=height, width=width, padding=(0, 0, 0, 0), boundary="zeros", fill_value=0.0)
@@ -99,7 +100,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Images with a border, spectra, and the signs of what is not finite, for an image at a time."""
+    """Return the bytes of padded images, and of spectra or of one image's signs of nonfinite values."""
     del machine
     bordered = 2 * problem.padded_bytes if problem.is_padded else 0
     signs = (5 * problem.padded_bytes + 4 * problem.output_bytes) // problem.batch
@@ -112,7 +113,7 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
-    """First along filters, for each has a kernel to transform for every channel."""
+    """Return groups and filters first: slices along other axes transform all kernels again."""
     del machine
     tile = _choose_tile_size(problem)
     rows, columns = tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
@@ -120,14 +121,14 @@ def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
 
 
 def warm_up() -> None:
-    """Nothing: torch is compiled."""
+    """Do nothing: torch needs no compilation."""
 
 
 class _ImageBatch(NamedTuple):
-    """Images (N, C, H, W) and what is to become of their values before they are transformed as `dtype`.
+    """Images (N, C, H, W) and the operations on their values before they are transformed as `dtype`.
 
-    `middle` (N, C) is subtracted from every channel; what is not finite becomes 0, if there is any; then channels are
-    divided by 2^exponents (C), if they are given.
+    `middle` (N, C) is subtracted from every channel. Unless `finite`, values that are not finite become 0. If
+    `exponents` (C) are given, channels are divided by 2^exponents.
     """
 
     pixels: Tensor
@@ -137,12 +138,12 @@ class _ImageBatch(NamedTuple):
     exponents: Tensor | None = None
 
     def finite_pixels(self, image: int) -> Tensor:
-        """Return the pixels (C, H, W) of one image, 0 instead of those that are not finite."""
+        """Return the pixels (C, H, W) of one image, with 0 in place of values that are not finite."""
         pixels = self.pixels[image]
         return pixels if self.finite else pixels.masked_fill(~pixels.isfinite(), 0)
 
     def spectra(self, chosen: Sequence[int], channels: slice, corner: Pair, tile: Pair) -> Tensor:
-        """Return the spectra of a tile of some of the images and channels."""
+        """Return the spectra of one tile of the chosen images and channels."""
         some = _batch_index(chosen)
         read = self.pixels[some, channels, corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]]
         values = read.to(self.dtype) - self.middle[some, channels, None, None].to(self.dtype)
@@ -155,7 +156,7 @@ class _ImageBatch(NamedTuple):
 
 
 def _correlate_batch(problem: Problem, images: Tensor, weight: Tensor, output: Tensor) -> None:
-    """Fill the output (N, O, oh, ow), which may be a part of a larger one, within the precision contract."""
+    """Fill the output (N, O, oh, ow), which may be a view of a larger array, within the error bound."""
     low, high = _channel_ranges(images)
     finite = bool((low + high).isfinite().all()) or bool(images.isfinite().all())
     if not finite:
@@ -194,17 +195,17 @@ def _correlate_integers(problem: Problem, images: Tensor, weight: Tensor) -> Ten
 
 
 def _channel_ranges(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest value of every plane (N, C); NaN where one is."""
+    """Return the smallest and the largest value of every plane (N, C); NaN if a value is NaN."""
     return images.amin((2, 3)), images.amax((2, 3))
 
 
 def _channel_middles(low: Tensor, high: Tensor) -> Tensor:
-    """Return the middle of each channel's range, or 0 if its pixels are not alike."""
+    """Return the middle of each channel's range, or 0 if it cannot be subtracted exactly."""
     return torch.where(precision.can_subtract_middle(low, high), low / 2 + high / 2, 0)
 
 
 def _finite_channel_ranges(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of the values that are finite; 0 where none is."""
+    """Return the smallest and the largest finite value of every plane (N, C); 0 if no value is finite."""
     ranges = []
     for image in images:
         outside = ~image.isfinite()
@@ -223,7 +224,7 @@ def _correlate_within_bound(
     output: Tensor,
     bound_of: np.dtype[Any] | None = None,
 ) -> None:
-    """Fill the output from a finite weight, within the bound for its type or for another.
+    """Fill the output from a finite weight, within the error bound of the problem's dtype, or of `bound_of` if given.
 
     low, high (N, C) are the range of every channel.
     """
@@ -236,7 +237,7 @@ def _correlate_within_bound(
     peaks = np.maximum(-lows, highs)
     numbers, points = torch.finfo(dtype), math.prod(problem.padded_size)
     with np.errstate(over="ignore", invalid="ignore"):
-        # These bound every number on the way, spectra included.
+        # These bound every intermediate value, including spectra.
         spectra, largest, norm = _sum_over_channels(peaks, norms, groups), peaks.max(1, keepdims=True), norms.max(1)
         least = numbers.tiny / numbers.eps
         loses_precision = (np.minimum(spectra, norm) <= least * points) | (largest <= least)
@@ -248,8 +249,8 @@ def _correlate_within_bound(
         integers = _yield_exact_integers(images, weight, _sum_over_channels(peaks, sizes, groups) < 0.5 / unit)
         radii = np.maximum(highs - middles, middles - lows)
         spread = np.sqrt(_sum_over_channels(radii**2, norms**2, groups))
-        share = _sum_over_channels(np.abs(middles), np.abs(totals), groups)
-        errors = unit * (TRANSFORM_ERROR_FACTOR * spread + 2 * share)
+        contribution = _sum_over_channels(np.abs(middles), np.abs(totals), groups)
+        errors = unit * (TRANSFORM_ERROR_FACTOR * spread + 2 * contribution)
     if not out_of_range.all():
         _correlate_by_tiles(problem, images, weight, output, np.flatnonzero(~out_of_range).tolist())
     if dtype == precise:
@@ -268,7 +269,7 @@ def _correlate_within_bound(
         ]
         if recomputed:
             rows, columns = precision.nonzero_support(weight.numpy(force=True))
-            # Pixels that meet only zeros may be of any size.
+            # Large pixels that are only multiplied by zero taps at the kernels' borders do not count for the bound.
             cropped = weight[:, :, rows, columns].shape != weight.shape
             for image in recomputed:
                 if cropped:
@@ -282,7 +283,7 @@ def _correlate_within_bound(
 def _correlate_nonzero_support(
     problem: Problem, images: _ImageBatch, weight: Tensor, taps: tuple[slice, slice], output: Tensor, image: int
 ) -> None:
-    """Fill the outputs of one image from the rows and columns of taps outside which all are zero."""
+    """Fill the outputs of one image from the rows and columns with nonzero taps."""
     rows, columns = taps
     inside = weight[:, :, rows, columns]
     h, w = inside.shape[2:]
@@ -295,7 +296,7 @@ def _correlate_nonzero_support(
 def _correlate_in_float64(
     problem: Problem, images: _ImageBatch, weight: Tensor, extremes: tuple[Tensor, Tensor], output: Tensor, image: int
 ) -> None:
-    """Fill the outputs of one image of float32, to the bound of float32."""
+    """Fill the outputs of one float32 image with a computation in float64, within the error bound of float32."""
     low, high = (values[image : image + 1].double() for values in extremes)
     one, precise = slice(image, image + 1), torch.empty_like(output[image : image + 1], dtype=torch.float64)
     pixels = _ImageBatch(images.pixels[one].double(), _channel_middles(low, high), torch.float64, images.finite)
@@ -307,7 +308,7 @@ def _correlate_in_float64(
 def _yield_exact_integers(images: _ImageBatch, weight: Tensor, small: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return for each image whether all outputs, and all partial sums, are integers that the type represents exactly.
 
-    small (N, O): whether the sums of |x| |k| are small enough.
+    small (N, O) is true if the sum of |x| |k| is small enough.
     """
     fits = np.logical_and.reduce(small, axis=1)
     if not fits.any() or not _is_integer_valued(weight.flatten()[:1]) or not _is_integer_valued(weight):
@@ -335,9 +336,9 @@ def _is_within_bound(
     *,
     integers: bool,
 ) -> bool:
-    """Return whether the bound of core/engines/precision.py allows these errors (O) of the outputs of one image.
+    """Return whether the errors (O) of one image's outputs are within the bound of core/engines/precision.py.
 
-    The bound for the type `bound`, estimated from the outputs and from samples of the input.
+    The bound is that of the dtype `bound`; it is estimated from the outputs and from samples of the input.
     """
     if integers and errors.max() > precision.MAX_ERROR_TO_ROUND:
         return False
@@ -354,9 +355,9 @@ def _is_within_bound(
 
 
 def _sample_magnitude_sums(problem: Problem, pixels: Tensor, weight: Tensor) -> Iterator[NDArray[np.float64]]:
-    """Compute sums of |x| |k| (O) in a few windows of an image (C, H, W).
+    """Yield sums of |x| |k| (O) of a few windows of an image (C, H, W).
 
-    The last is that in which the largest pixel and the largest of the taps that read its channel meet.
+    In the last window the largest pixel is multiplied by the largest of the taps that read its channel.
     """
     h, w, precise = problem.kernel_height, problem.kernel_width, _precise_dtype(problem)
     sizes, of_taps = pixels.abs(), weight.abs().reshape(problem.groups, -1, *weight.shape[1:])
@@ -395,7 +396,7 @@ def _precise_dtype(problem: Problem) -> torch.dtype:
 
 
 def _sum_over_channels(of_images: NDArray[Any], of_filters: NDArray[Any], groups: int) -> NDArray[Any]:
-    """(N, C), (O, C / groups) -> the sums over channels of their products (N, O)."""
+    """Return the sums (N, O) over channels of the products of (N, C) and (O, C / groups)."""
     if groups == 1:
         product: NDArray[Any] = of_images @ of_filters.T
         return product
@@ -407,9 +408,10 @@ def _sum_over_channels(of_images: NDArray[Any], of_filters: NDArray[Any], groups
 def _correlate_scaled(
     problem: Problem, images: _ImageBatch, weight: Tensor, peaks: Tensor, output: Tensor, image: int
 ) -> None:
-    """Fill the output of one image, whose channels are divided by powers of two, and so are the filters.
+    """Fill the output of one image with channels and filters divided by powers of two, against overflow and underflow.
 
-    A channel's power goes into the taps that read it, so that channels keep their proportions. peaks (C).
+    The taps that read a channel are multiplied by the channel's power, so that the proportions of the channels do not
+    change. `peaks` (C) are the largest |pixels|.
     """
     groups = problem.groups
     of_channels = torch.frexp(peaks)[1].to(torch.int64)
@@ -422,7 +424,7 @@ def _correlate_scaled(
 
 
 def _multiply_by_powers_of_two(values: Tensor, exponents: Tensor) -> Tensor:
-    """The values times powers of two, which themselves may be out of range."""
+    """Return the values times powers of two, which may themselves be out of the dtype's range."""
     third = exponents // 3
     for part in (third, third, exponents - 2 * third):
         values = torch.ldexp(values, part.to(values.dtype))
@@ -430,7 +432,7 @@ def _multiply_by_powers_of_two(values: Tensor, exponents: Tensor) -> Tensor:
 
 
 class _BlockSizes(NamedTuple):
-    """Groups, filters, channels of a group and images that are transformed together; spectra held at a time."""
+    """Groups, filters, channels per group and images that are transformed together, and the spectra in memory."""
 
     groups: int
     filters: int
@@ -459,7 +461,7 @@ def _spectrum_bytes(tile: Pair, dtype: torch.dtype) -> int:
 def _correlate_by_tiles(
     problem: Problem, images: _ImageBatch, weight: Tensor, output: Tensor, which: Sequence[int]
 ) -> None:
-    """Fill the outputs of some of the images, block by block; a kernel is transformed once for all tiles."""
+    """Fill the outputs of the images `which`, block by block; kernels that fit are transformed once for all tiles."""
     groups, depth, each = problem.groups, problem.channels // problem.groups, problem.filters // problem.groups
     tile = _choose_tile_size(problem)
     blocks = _choose_block_sizes(problem, images.dtype, tile)
@@ -468,7 +470,7 @@ def _correlate_by_tiles(
     if images.exponents is not None:
         middle = _multiply_by_powers_of_two(middle, -images.exponents)
     totals = weight.to(precise).sum((2, 3)).reshape(groups, each, depth).mT
-    share = (middle.reshape(-1, groups, 1, depth) @ totals).reshape(-1, problem.filters).to(images.dtype)
+    contribution = (middle.reshape(-1, groups, 1, depth) @ totals).reshape(-1, problem.filters).to(images.dtype)
     taps = weight.reshape(groups, each, *weight.shape[1:])
     for group, some in itertools.product(_split_range(groups, blocks.groups), _split_range(each, blocks.filters)):
         filters = slice(group.start * each + some.start, (group.stop - 1) * each + some.stop)
@@ -478,7 +480,7 @@ def _correlate_by_tiles(
             chosen = which[first : first + blocks.images]
             products = _multiply_spectra(images, chosen, group, corner, tile, part, kernels, blocks.channels)
             sums = torch.fft.irfft2(products, s=tile)
-            # Only one of these is kept at a time, here and where they are made: they are what takes the memory.
+            # Deleted as early as possible, here and in _multiply_spectra: these arrays take most of the memory.
             del products
             rows, columns = (
                 slice(start, min(start + step, size))
@@ -486,7 +488,7 @@ def _correlate_by_tiles(
             )
             sums = sums[:, :, : rows.stop - rows.start, : columns.stop - columns.start]
             index = _batch_index(chosen)
-            output[index, filters, rows, columns] = sums.add_(share[index, filters, None, None]).to(output.dtype)
+            output[index, filters, rows, columns] = sums.add_(contribution[index, filters, None, None]).to(output.dtype)
             del sums
         del kernels
 
@@ -501,11 +503,14 @@ def _multiply_spectra(
     kernels: Tensor | None,
     together: int,
 ) -> Tensor:
-    """The spectra (n, G F, ..) of outputs: of a tile of some images, by taps (G, F, C, h, w) or their spectra."""
+    """Return the spectra (n, G F, ..) of the outputs of one tile of the chosen images.
+
+    `taps` (G, F, C, h, w) are transformed unless their spectra are given as `kernels`.
+    """
     groups, each, depth = taps.shape[:3]
     products: Tensor | None = None
     for part in _split_range(depth, together):
-        # Channels of several groups are all taken together.
+        # If there are several groups, `part` contains all channels of a group.
         channels = slice(group.start * depth + part.start, (group.stop - 1) * depth + part.stop)
         spectra = images.spectra(chosen, channels, corner, tile)
         spectra = spectra.reshape(len(chosen), groups, 1, -1, *spectra.shape[2:])
@@ -514,7 +519,7 @@ def _multiply_spectra(
             pixels, weights = spectra[:, :, :, channel], factors[:, :, channel]
             products = pixels * weights if products is None else products.addcmul_(pixels, weights)
         del spectra, factors
-    assert products is not None  # noqa: S101 - there is a channel
+    assert products is not None  # noqa: S101 - there is at least one channel
     return products.reshape(len(chosen), groups * each, *products.shape[3:])
 
 
@@ -524,19 +529,19 @@ def _transform_kernels(taps: Tensor, tile: Pair, dtype: torch.dtype) -> Tensor:
 
 
 def _batch_index(chosen: Sequence[int]) -> slice | list[int]:
-    """Some of the images, as a view if they follow each other."""
+    """Return an index of the chosen images: a slice, which yields a view, if they are consecutive."""
     together = chosen[-1] - chosen[0] + 1 == len(chosen)
     return slice(chosen[0], chosen[-1] + 1) if together else list(chosen)
 
 
 def _tile_corners(problem: Problem, tile: Pair) -> Iterator[Pair]:
-    """The first row and column of every tile."""
+    """Return the first row and column of every tile."""
     (rows, columns), step = problem.output_size, _tile_step(problem, tile)
     return itertools.product(range(0, rows, step[0]), range(0, columns, step[1]))
 
 
 def _tile_step(problem: Problem, tile: Pair) -> Pair:
-    """Rows and columns of output of a tile."""
+    """Return the output rows and columns of a tile."""
     return tile[0] - problem.kernel_height + 1, tile[1] - problem.kernel_width + 1
 
 
@@ -546,7 +551,7 @@ def _split_range(size: int, step: int) -> Iterator[slice]:
 
 @functools.lru_cache(maxsize=256)
 def _choose_tile_size(problem: Problem) -> Pair:
-    """The sides of the tiles that cost least: on any machine the same, or results would depend on its threads."""
+    """Return the sides of the fastest tiles, independent of the machine, so that results do not depend on threads."""
     machine = Machine(threads=1)
     rows, columns = problem.padded_size
     whole = _next_fast_size(rows), _next_fast_size(columns)
@@ -560,7 +565,7 @@ def _choose_tile_size(problem: Problem) -> Pair:
 
 
 def _choose_tile_side(taps: int, whole: int) -> int:
-    """The side of a tile that wastes about a quarter of it on what is computed twice, at most the whole side."""
+    """Return the smallest tile side of at least 4 times the taps, at most `whole`: about 1/4 of a tile overlaps."""
     return min(next((side for side in TILE_SIDES if side >= 4 * taps), whole), whole)
 
 
@@ -570,12 +575,12 @@ def _count_tiles(problem: Problem, tile: Pair) -> int:
 
 
 def _transform_seconds(points: int, problem: Problem, machine: Machine) -> float:
-    """There and back for one plane. Beyond the caches the same arithmetic takes twice as long."""
+    """Predict the seconds of a forward and inverse transform of one plane, which is slower if it exceeds the caches."""
     flops = 5 * points * math.log2(points)
     speed = 0.13 * machine.flops * (1 if points < 400_000 else 0.55) * (1 if problem.dtype == "float32" else 0.5)
     return flops / speed / math.pow(machine.threads, 0.7)
 
 
 def _next_fast_size(size: int) -> int:
-    """The next size that is a product of 2, 3 and 5."""
+    """Return the smallest size not below `size` that has only the prime factors 2, 3 and 5."""
     return FAST_SIZES[bisect.bisect_left(FAST_SIZES, size)]

@@ -1,8 +1,8 @@
-"""Least squares with unknowns that are not below zero and, perhaps, have a given weighted sum.
+"""Active-set method for least squares with nonnegative unknowns and, optionally, a given weighted sum.
 
-The unknowns that may differ from zero are passive, the others active, at zero. The method solves for the passive ones
-alone, lets go of an active one along which the loss falls, and repeats that until there is none.
-Source: Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23; for the search by the normal equations Bro
+Passive unknowns may differ from zero, active ones are fixed at zero. The method solves for the passive unknowns,
+releases an active one along which the loss decreases, and repeats this until there is none.
+Source: Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23; for the search by the normal equations, Bro
 and de Jong, A fast non-negativity-constrained least squares algorithm, J. Chemometrics 11, 1997.
 """
 
@@ -22,17 +22,17 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 MAX_RELEASES_PER_UNKNOWN = 30
-"""Maximum number of releases of an active unknown, accepted or not, for each unknown of the problem."""
+"""Maximum releases of active unknowns, accepted or not, for each unknown of the problem."""
 
 GRADIENT_ROUNDING_RATIO = 64 * np.finfo(np.float64).eps
-"""Rounding error of a gradient, relative to the products of norms that it consists of."""
+"""Rounding error of a gradient, relative to the products of norms from which it is computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class NonnegativeProblem:
     """Minimise |factor x - right|^2 over x (size) with x[bounded] >= 0 and, if total is not None, sums @ x = total.
 
-    sums: above 0 for unknowns that are bounded, 0 for the others. total: not below 0.
+    sums: above 0 for bounded unknowns, 0 for the others. total: at least 0.
     """
 
     factor: Floats
@@ -60,23 +60,23 @@ class NonnegativeSolution:
 
 @dataclass(frozen=True, slots=True)
 class _ActiveSetState:
-    """Values of which the active ones are zero, and which ones are passive."""
+    """Values, zero for active unknowns, and a mask of the passive unknowns."""
 
     values: Floats
     passive: Mask
 
 
 PassiveSolveFn = Callable[[Mask], Floats]
-"""Returns the best values of the passive unknowns, without regard to their sign."""
+"""Returns the best values of the passive unknowns, of any sign."""
 
 DescentRateFn = Callable[[NonnegativeProblem, _ActiveSetState], Floats]
-"""Returns how steeply the loss falls along each active unknown, relative to its column; 0 if it does not."""
+"""Returns the decrease of the loss along each active unknown, relative to its column; 0 if it does not decrease."""
 
 
 def solve_nonnegative(problem: NonnegativeProblem, start: Floats) -> Interruptible[NonnegativeSolution]:
-    """Return the best values, found from `start`, whose signs tell which unknowns are passive at first.
+    """Return the best values. Unknowns that are above zero in `start` are passive at first.
 
-    The search works with the normal equations, which are fast, and then with the factor, which is accurate.
+    The search uses the normal equations, which are fast, and then the factor, which is accurate.
     """
     scale = choose_column_scale(problem.factor)
     scaled = problem.scaled(scale)
@@ -92,30 +92,30 @@ def solve_nonnegative(problem: NonnegativeProblem, start: Floats) -> Interruptib
         by_equations = partial(_solve_by_equations, scaled, gram, moments)
         state, _ = yield from _search(scaled, state, by_equations, _descent_rates_by_equations)
     except np.linalg.LinAlgError:
-        # Too ill-conditioned to be squared: the factor is used from the start.
+        # The normal equations are too ill-conditioned: use only the factor.
         yield
     state, optimal = yield from _search(scaled, state, partial(_solve_by_factor, scaled), _descent_rates_by_factor)
     return NonnegativeSolution(scale * _correct_total(scaled, state.values), optimal)
 
 
 def _choose_feasible_start(problem: NonnegativeProblem, start: Floats) -> _ActiveSetState:
-    """Return values of zero, or of the given sum in equal parts, that may move where `start` is above zero."""
+    """Return values of zero, or of equal parts of the given sum; unknowns above zero in `start` are passive."""
     passive = (start > 0) | ~problem.bounded
     if problem.total is None:
         return _ActiveSetState(np.zeros(len(start)), passive)
     if not (passive & problem.bounded).any():
         passive[:] = True
-    shares = np.where(passive & problem.bounded, 1.0, 0.0)
-    return _ActiveSetState(shares * (problem.total / (problem.sums @ shares)), passive)
+    ones = np.where(passive & problem.bounded, 1.0, 0.0)
+    return _ActiveSetState(ones * (problem.total / (problem.sums @ ones)), passive)
 
 
 def _search(
     problem: NonnegativeProblem, state: _ActiveSetState, solve: PassiveSolveFn, find_descent_rates: DescentRateFn
 ) -> Interruptible[tuple[_ActiveSetState, bool]]:
-    """Return the best state, and True, or the best of those that were tried.
+    """Return the optimal state and True, or the best state that was tried and False.
 
-    An unknown is let go only if that lowers the loss, so that no set of passive unknowns comes twice; one that does not
-    is not tried again before another does.
+    A release is accepted only if it lowers the loss, so that no set of passive unknowns occurs twice. A rejected
+    unknown is tried again only after another release was accepted.
     """
     state = yield from _solve_passive_set(problem, state, solve)
     loss, tried = problem.loss(state.values), np.zeros(len(state.values), bool)
@@ -138,7 +138,7 @@ def _search(
 def _solve_passive_set(
     problem: NonnegativeProblem, state: _ActiveSetState, solve: PassiveSolveFn
 ) -> Interruptible[_ActiveSetState]:
-    """Move towards the best values of the passive unknowns; those that would become negative stop at zero."""
+    """Move towards the best values of the passive unknowns; those that would become negative become active at zero."""
     values, passive = state.values, state.passive
     pause = max(1, int(YIELD_INTERVAL_OPERATIONS / (40.0 * max(1, len(values)) ** 3)))
     for count in range(len(values) + 1):
@@ -159,13 +159,13 @@ def _solve_passive_set(
         values[stopped] = 0
         passive = passive.copy()
         passive[stopped] = False
-    raise AssertionError("an unknown stops in each round")
+    raise AssertionError("each iteration must fix at least one unknown at zero")
 
 
 def _descent_rates_by_equations(problem: NonnegativeProblem, state: _ActiveSetState) -> Floats:
-    """Return how steeply the loss falls along each active unknown, 0 for rises and for rounding errors.
+    """Return the decrease of the loss along each active unknown; 0 for increases and rounding errors.
 
-    With a sum, along the direction that keeps it.
+    With a given sum, the direction is the one that preserves it.
     """
     norms = np.linalg.norm(problem.factor, axis=0)
     slopes = problem.factor.T @ (problem.right - problem.factor @ state.values)
@@ -178,9 +178,10 @@ def _descent_rates_by_equations(problem: NonnegativeProblem, state: _ActiveSetSt
 
 
 def _descent_rates_by_factor(problem: NonnegativeProblem, state: _ActiveSetState) -> Floats:
-    """Return the same from the parts of the active columns that are orthogonal to the passive ones.
+    """Return the descent rates from the components of active columns that are orthogonal to the passive columns.
 
-    These parts may be small beside the columns: they show falls that a gradient loses in rounding errors.
+    If these components are small relative to the columns, the rates are above their rounding errors while a gradient
+    is not.
     """
     columns, _, _ = _eliminate_sum(problem, state.passive)
     basis = orthonormal_range(columns)
@@ -209,7 +210,7 @@ def _estimate_residual_rounding(problem: NonnegativeProblem, state: _ActiveSetSt
 
 
 def _eliminate_sum(problem: NonnegativeProblem, passive: Mask) -> tuple[Floats, Floats, Callable[[Floats], Floats]]:
-    """Return columns and right side of least squares without a sum, and the passive values of a solution."""
+    """Return columns and right side of the problem without the sum, and a function from its solution to the values."""
     columns, right = problem.factor[:, passive], problem.right
     if problem.total is None or not columns.shape[1]:
         return columns, right, lambda free: free
@@ -256,7 +257,7 @@ def _solve_by_equations(problem: NonnegativeProblem, gram: Floats, moments: Floa
 def _solve_by_cholesky(matrix: Floats, right: Floats) -> Floats:
     if not len(right):
         return np.zeros(0)
-    # numpy's LAPACK: a second library would have threads of its own.
+    # Use numpy's LAPACK: scipy's has its own thread pool.
     lower = np.linalg.cholesky(matrix)
     half = scipy.linalg.solve_triangular(lower, right, lower=True, check_finite=False)
     solution: Floats = scipy.linalg.solve_triangular(lower, half, lower=True, trans="T", check_finite=False)
@@ -264,7 +265,7 @@ def _solve_by_cholesky(matrix: Floats, right: Floats) -> Floats:
 
 
 def _correct_total(problem: NonnegativeProblem, values: Floats) -> Floats:
-    """Return the values with the rounding error of their sum taken from the largest of them."""
+    """Return the values with the rounding error of their sum subtracted from the largest of them."""
     if problem.total is None:
         return values
     values = values.copy()

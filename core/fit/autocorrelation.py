@@ -1,10 +1,10 @@
-"""Sums of products of shifted images, for kernels that move pixel by pixel.
+"""Normal equations by autocorrelation, for kernels with stride 1 and dilation 1.
 
-The entry of the normal equations for two taps is the sum, over all windows, of the product of the two pixels that they
-see: of an image and itself, a lag apart. So few lags decide about all pairs of taps. The windows of all taps share the
-image's core, whose lagged sums come out of one Fourier cross-correlation, block by block, so that the cost is linear in
-the pixels. What they do not share are strips as wide as the kernel along the borders, which are multiplied out and
-added in running sums down the diagonals. In exact arithmetic the result is that of multiplying all windows.
+The entry of the normal equations for two taps is the sum, over all windows, of the product of the two pixels under the
+taps: an autocorrelation of the image, which depends on few lags. All windows share the core of the image, whose lagged
+sums are computed by Fourier cross-correlation of blocks, so that the cost is linear in the number of pixels. The strips
+along the borders, as wide as the kernel, that they do not share are multiplied directly and added by running sums down
+the diagonals. In exact arithmetic the result is that of multiplying all windows.
 """
 
 import bisect
@@ -18,29 +18,29 @@ from core.machine import Machine
 from core.shapes import Pair, Problem
 
 TRANSFORM_SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
-"""Sides that the blocks' transforms may have."""
+"""Allowed sides of the transforms of blocks."""
 
 MIN_TRANSFORM_SIDE = 192
-"""Blocks with a smaller side would take longer to call for than to transform."""
+"""Minimum side of a block, if the image is large enough: for smaller ones, call overhead exceeds the transform."""
 
 TRANSFORM_OVERHEAD_S = 5e-4
-"""Seconds, measured."""
+"""Measured seconds of overhead for each group."""
 
 MAX_CHUNK_SPECTRA_BYTES = 32_000_000
-"""The most memory for the spectra of images that are transformed together."""
+"""Maximum memory of the spectra of images that are transformed in one call."""
 
 
 MAX_CHANNEL_PAIRS = 64
-"""Pairs of channels whose sums are kept apart: each has a spectrum of about a megabyte."""
+"""Maximum pairs of channels; each pair has a spectrum of about 1 MB."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """What keeps a problem from being solved by lags, or None."""
+    """Return the reason why a problem is not supported; None if it is."""
     if problem.stride != (1, 1) or problem.dilation != (1, 1):
         return "works without stride or dilation"
     rows, columns = problem.output_size
     if rows < 2 * problem.kernel_height or columns < 2 * problem.kernel_width:
-        return "works where the output is at least twice as large as the kernel"
+        return "works if the output is at least twice as large as the kernel"
     if max(problem.kernel_height, problem.kernel_width) > TRANSFORM_SIDES[-1] // 4:
         return f"works for kernels of at most {TRANSFORM_SIDES[-1] // 4} rows and columns"
     depth, filters = problem.channels // problem.groups, problem.filters // problem.groups
@@ -50,7 +50,7 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 
 def predict_seconds(problem: Problem, machine: Machine) -> float:
-    """Predicted time of `gram` and `moments`: transforms, products of spectra, strips."""
+    """Predict the seconds of compute_gram and compute_moments: transforms, products of spectra, strips."""
     strips = _count_strip_operations(problem)
     if problem.device != "cpu":
         return predict_moments_seconds(problem, machine) + 2e-3 * problem.groups + strips / 5e12
@@ -60,7 +60,7 @@ def predict_seconds(problem: Problem, machine: Machine) -> float:
 
 
 def predict_moments_seconds(problem: Problem, machine: Machine) -> float:
-    """Predicted time of `moments`."""
+    """Predict the seconds of compute_moments."""
     if problem.device != "cpu":
         return (
             1e-3 * problem.groups
@@ -71,7 +71,7 @@ def predict_moments_seconds(problem: Problem, machine: Machine) -> float:
 
 
 def count_operations(problem: Problem) -> int:
-    """Multiplications and additions of the transforms and the strips."""
+    """Return the multiplications and additions of the transforms and the strips."""
     depth, filters = problem.channels // problem.groups, problem.filters // problem.groups
     points = _count_transform_points(problem)
     transforms = problem.batch * problem.groups * (3 * depth + filters)
@@ -79,22 +79,22 @@ def count_operations(problem: Problem) -> int:
 
 
 def compute_gram(bordered: Tensor, size: Pair) -> Interruptible[Tensor]:
-    """Products of all windows of size (h, w) with themselves, summed: images (N, C, H, W) -> (C h w, C h w)."""
+    """Sum the outer products of all windows of size (h, w) with themselves: images (N, C, H, W) -> (C h w, C h w)."""
     h, w = size
     channels = bordered.shape[1]
     rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
     core = bordered[:, :, h - 1 : rows, w - 1 : columns]
     of_core = yield from correlate_at_lags(core, bordered[:, :, h - 1 :], (h, 2 * w - 1))
-    # By rows apart (0 to h - 1), for every two columns of the kernel: the core, and what lies beside it.
-    beside = yield from _sum_side_strips(bordered[:, :, h - 1 :], (h, w), rows - h + 1, columns)
+    # For each row lag (0 to h - 1) and each pair of kernel columns: the core, and the strips on its left and right.
+    side_strips = yield from _sum_side_strips(bordered[:, :, h - 1 :], (h, w), rows - h + 1, columns)
     lag = torch.arange(w, device=bordered.device)
-    by_rows = of_core[..., lag - lag[:, None] + w - 1] + beside
+    by_rows = of_core[..., lag - lag[:, None] + w - 1] + side_strips
     upper = yield from _sum_top_and_bottom_strips(bordered, size, rows, columns)
-    for apart in range(h):
-        for row in range(h - apart):
-            upper[:, row, :, :, row + apart] += by_rows[:, :, apart].transpose(1, 2)
+    for row_lag in range(h):
+        for row in range(h - row_lag):
+            upper[:, row, :, :, row + row_lag] += by_rows[:, :, row_lag].transpose(1, 2)
         yield
-    # Where the second tap stands above the first, the same sum stands on the other side of the diagonal.
+    # The matrix is symmetric: if the second tap is above the first, copy the entry across the diagonal.
     for row in range(1, h):
         for other in range(row):
             upper[:, row, :, :, other] = upper[:, other, :, :, row].permute(2, 3, 0, 1)
@@ -103,13 +103,13 @@ def compute_gram(bordered: Tensor, size: Pair) -> Interruptible[Tensor]:
 
 
 def compute_moments(bordered: Tensor, planes: Tensor, size: Pair) -> Interruptible[Tensor]:
-    """Windows times what stands at their positions, summed: images, planes (N, O, oh, ow) -> (C h w, O)."""
+    """Sum the windows times the plane values at their positions: images, planes (N, O, oh, ow) -> (C h w, O)."""
     sums = yield from correlate_at_lags(planes, bordered, size)
     return sums.flatten(2).permute(1, 2, 0).flatten(0, 1)
 
 
 def sum_windows(bordered: Tensor, size: Pair) -> Tensor:
-    """The sum of all windows: images (N, C, H, W) -> (C h w)."""
+    """Sum all windows: images (N, C, H, W) -> (C h w)."""
     h, w = size
     rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
     by_row = _sum_sliding_rows(bordered.sum(0), h, rows).transpose(1, 2)
@@ -118,7 +118,7 @@ def sum_windows(bordered: Tensor, size: Pair) -> Tensor:
 
 
 def correlate_at_lags(first: Tensor, second: Tensor, lags: Pair) -> Interruptible[Tensor]:
-    """Sum over n, i and j of first[n, a, i, j] * second[n, b, i + y, j + x], for y and x up to `lags`.
+    """Sum first[n, a, i, j] * second[n, b, i + y, j + x] over n, i and j, for all y and x below `lags`.
 
     first (N, A, m, n), second (N, B, m + lags[0] - 1, n + lags[1] - 1) -> (A, B, *lags).
     """
@@ -144,14 +144,14 @@ def correlate_at_lags(first: Tensor, second: Tensor, lags: Pair) -> Interruptibl
 
 
 def _sum_side_strips(lower: Tensor, size: Pair, rows: int, columns: int) -> Interruptible[Tensor]:
-    """What the windows' columns left and right of the core add, for the core's rows.
+    """Sum the products of window columns left and right of the core, for the core's rows.
 
-    Images without the rows above the core -> (C, C, rows apart, column of one tap, column of the other).
+    Images without the rows above the core -> (C, C, row lag, column of one tap, column of the other).
     """
     h, w = size
     left, right = [], []
-    for apart in range(h):
-        one, other = lower[:, :, :rows], lower[:, :, apart : apart + rows]
+    for row_lag in range(h):
+        one, other = lower[:, :, :rows], lower[:, :, row_lag : row_lag + rows]
         left.append(torch.einsum("ncrp,ndrq->cdpq", one[..., : w - 1], other[..., : 2 * w - 1]))
         right.append(torch.einsum("ncrp,ndrq->cdpq", one[..., columns:], other[..., columns - w + 1 :]))
         yield
@@ -164,14 +164,14 @@ def _sum_side_strips(lower: Tensor, size: Pair, rows: int, columns: int) -> Inte
 
 
 def _sum_top_and_bottom_strips(bordered: Tensor, size: Pair, rows: int, columns: int) -> Interruptible[Tensor]:
-    """What the windows' rows above and below the core add: (C, h, w, C, h, w), where the second tap is not above."""
+    """Sum the products of window rows above and below the core: (C, h, w, C, h, w), if the second tap is not above."""
     h, w = size
     channels = bordered.shape[1]
     above = bordered.new_zeros((channels, w, channels, w, h - 1, 2 * h - 1))
     below = bordered.new_zeros((channels, w, channels, w, h - 1, h - 1))
-    # A few columns at a time: all the windows of the strips together may take more memory than the images.
+    # A few columns at a time: all windows of the strips together may take more memory than the images.
     together = max(1, MAX_CHUNK_SPECTRA_BYTES // (8 * channels * w * (2 * h - 1) * len(bordered)))
-    # And longer than a step should.
+    # Their product takes at most the interval between two yields.
     together = min(together, max(1, int(YIELD_INTERVAL_OPERATIONS / (6 * len(bordered) * (channels * w * h) ** 2))))
     for left in range(0, columns, together):
         wide = min(together, columns - left)
@@ -188,21 +188,21 @@ def _sum_top_and_bottom_strips(bordered: Tensor, size: Pair, rows: int, columns:
 
 
 def _accumulate_backward(sums: Tensor) -> Tensor:
-    """Running sums down the diagonals of the last two axes, in place, from each entry to where its row is the last."""
+    """Replace entries by running sums down the diagonals of the last two axes, from the entry to the last row."""
     for row in range(sums.shape[-2] - 2, -1, -1):
         sums[..., row, :-1] += sums[..., row + 1, 1:]
     return sums
 
 
 def _accumulate_forward(sums: Tensor) -> Tensor:
-    """Running sums down the diagonals of the last two axes, in place, from where the row is the first to each entry."""
+    """Replace entries by running sums down the diagonals of the last two axes, from the first row to the entry."""
     for row in range(1, sums.shape[-2]):
         sums[..., row, 1:] += sums[..., row - 1, :-1]
     return sums
 
 
 def _sum_sliding_rows(values: Tensor, taps: int, count: int) -> Tensor:
-    """Sums of `count` rows (axis 1) from the first, the second ... of `taps` rows on; no sum is subtracted again."""
+    """Sum `count` rows (axis 1) from each of the first `taps` rows on, without subtractions."""
     shared = values[:, taps - 1 : count].sum(1, keepdim=True)
     before = values[:, : taps - 1].flip(1).cumsum(1).flip(1)
     after = values[:, count:].cumsum(1)
@@ -211,7 +211,7 @@ def _sum_sliding_rows(values: Tensor, taps: int, count: int) -> Tensor:
 
 
 def _choose_transform_side(outputs: int, lags: int) -> int:
-    """The side of the blocks' transforms that costs least for so many outputs."""
+    """Return the side of the blocks' transforms with the least cost for this number of outputs."""
     whole = TRANSFORM_SIDES[min(bisect.bisect_left(TRANSFORM_SIDES, outputs + lags - 1), len(TRANSFORM_SIDES) - 1)]
     least = min(whole, max(MIN_TRANSFORM_SIDE, 2 * lags))
     sides = [side for side in TRANSFORM_SIDES if least <= side <= whole]
@@ -223,7 +223,7 @@ def _count_strip_operations(problem: Problem) -> int:
 
 
 def _predict_transform_seconds(problem: Problem, machine: Machine, planes: int, pairs: int) -> float:
-    """To transform so many planes of every group, and to multiply so many pairs of spectra."""
+    """Predict the seconds to transform `planes` planes and multiply `pairs` pairs of spectra in each group."""
     points = problem.batch * problem.groups * _count_transform_points(problem)
     arithmetic = 2.5 * planes * points * 15 / (0.08 * machine.flops)
     moved = 40 * pairs * points / machine.bandwidth
@@ -231,7 +231,7 @@ def _predict_transform_seconds(problem: Problem, machine: Machine, planes: int, 
 
 
 def _count_transform_points(problem: Problem) -> int:
-    """Points of all blocks' transforms, for one image of one channel."""
+    """Return the points of all blocks' transforms, for one channel of one image."""
     rows, columns = problem.output_size
     lags = problem.kernel_height, 2 * problem.kernel_width - 1
     sides = _choose_transform_side(rows, lags[0]), _choose_transform_side(columns, lags[1])

@@ -1,7 +1,8 @@
-"""Pivoted Cholesky factorization of a positive semidefinite matrix, in steps of bounded length.
+"""Interruptible pivoted Cholesky factorization of a positive semidefinite matrix.
 
-An eigenvalue decomposition of LAPACK takes about ten times as long, in one call that nothing can end. The pivots show
-the rank: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 10.3.
+An eigenvalue decomposition by LAPACK takes about ten times as long, in one call that cannot be interrupted. The pivots
+give the rank.
+Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 10.3.
 """
 
 from dataclasses import dataclass
@@ -14,17 +15,17 @@ from core.fit.interruption import Interruptible
 Floats = NDArray[np.float64]
 
 PANEL_COLUMNS = 64
-"""Columns that are factorized before the rest of the matrix is updated."""
+"""Number of columns that are factorized before the rest of the matrix is updated."""
 
 BLOCK_ROWS = 256
-"""Rows that are solved for, or updated, at a time."""
+"""Number of rows that are solved for, or updated, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class CholeskyFactor:
-    """matrix[order][:, order] = lower @ lower.T for a matrix (n, n); lower is (n, rank).
+    """Factors of a matrix (n, n): matrix[order][:, order] = lower @ lower.T with lower (n, rank).
 
-    inverses: of the diagonal blocks of lower's triangle.
+    inverses: those of the diagonal blocks of the triangle of lower.
     """
 
     lower: Floats
@@ -37,7 +38,7 @@ class CholeskyFactor:
         return int(self.lower.shape[1])
 
     def forward(self, right: Floats, first: int = 0) -> Floats:
-        """Solve triangle @ x = right (rank, columns), whose rows before `first` (a multiple of BLOCK) are zero."""
+        """Solve triangle @ x = right (rank, columns); rows before `first`, a multiple of BLOCK_ROWS, must be zero."""
         solution = np.zeros_like(right)
         for start in range(first, self.rank, BLOCK_ROWS):
             some = slice(start, start + BLOCK_ROWS)
@@ -58,7 +59,7 @@ class CholeskyFactor:
         return solution
 
     def inverse_diagonal(self) -> Interruptible[Floats]:
-        """Return the diagonal of the inverse matrix (n), in its own order; the matrix has full rank."""
+        """Return the diagonal (n) of the inverse matrix, in the original order; the matrix must have full rank."""
         diagonal = np.empty(self.rank)
         for start in range(0, self.rank, BLOCK_ROWS):
             wide = min(BLOCK_ROWS, self.rank - start)
@@ -70,9 +71,9 @@ class CholeskyFactor:
 
 
 def factorize_pivoted(matrix: Floats, tolerance: float) -> Interruptible[CholeskyFactor]:
-    """Factorize a symmetric matrix (n, n), whose lower triangle is overwritten.
+    """Factorize a symmetric matrix (n, n); its lower triangle is overwritten.
 
-    A pivot that is not above the tolerance ends the factorization: the rest of the matrix counts as zero.
+    The factorization ends at the first pivot that is not above the tolerance: the rest of the matrix counts as zero.
     """
     size = len(matrix)
     order, pivots, rank = np.arange(size), matrix.diagonal().copy(), 0
@@ -105,7 +106,7 @@ def factorize_pivoted(matrix: Floats, tolerance: float) -> Interruptible[Cholesk
 
 
 def _swap_rows_and_columns(matrix: Floats, one: int, other: int) -> None:
-    """Exchange two rows and columns, one < other, of a symmetric matrix of which only the lower triangle counts."""
+    """Exchange two rows and columns, one < other, of a symmetric matrix that is given by its lower triangle."""
     matrix[[one, other], :one] = matrix[[other, one], :one]
     matrix[other + 1 :, [one, other]] = matrix[other + 1 :, [other, one]]
     column = matrix[one + 1 : other, one].copy()

@@ -1,9 +1,9 @@
-"""The best kernel under constraints, from the equations of a fit.
+"""Least squares under constraints, from the equations of a fit.
 
-The equations are a triangular factor with |factor x - right|^2 + rest = |A x - y|^2 for the matrix A of all windows: by
-QR factorization of A or, if the normal equations are well conditioned, by their Cholesky factor and passes over the
-images, which give back the digits that squaring cost. Ties and sums reduce the columns (null-space method: Bjorck,
-Numerical Methods for Least Squares Problems, 1996, 5.1), a ridge and smoothness add rows.
+The equations are a triangular factor with |factor x - right|^2 + rest = |A x - y|^2 for the matrix A of all windows. It
+is computed by QR factorization of A or, if the normal equations are well conditioned, by their Cholesky factor and
+passes over the images, which restore the digits that squaring loses. Ties and sums reduce the columns (null-space
+method: Bjorck, Numerical Methods for Least Squares Problems, 1996, 5.1); a ridge and smoothness add rows.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,24 @@ from core.fit.target_statistics import TargetStatistics
 from core.fit.tsqr import ReducedProblem, combine_problems, reduce_rows
 
 CANCELLATION_TOLERANCE = 16 * np.finfo(np.float64).eps
-"""Sum of columns, relative to that of their absolute values and for each of them, that is a rounding error."""
+"""Norm of a sum of columns, relative to the sum of absolute values and divided by the number of rows, up to which it is
+a rounding error."""
 
 MAX_SMOOTHNESS_RATIO = 1e16
-"""Smoothness, relative to the largest sum of squares of the input in a column of windows."""
+"""Maximum smoothness, relative to the largest sum of squares of a column of the windows."""
 
 MIN_UNCANCELLED_RATIO = 1e-8
-"""The same ratio up to which a sum says nothing of the rounding errors of the others."""
+"""Norm of a sum of columns, relative to the sum of absolute values, up to which it is excluded from an estimate of the
+rounding errors of the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConstrainedAnalysis(Analysis):
-    """The best kernel under constraints; spectrum, rank and unknowns are those that ties and the sum leave free.
+    """Analysis of a loss under constraints; spectrum, rank and unknowns are those that ties and the sum leave free.
 
-    found: the kernel is the best one or, under `separable`, in a local minimum. basis (size, free): directions that
-    ties and the sum leave free. factor: of the examples along them (blocks, free, free); with_penalties: likewise, with
-    the rows of ridge and smoothness.
+    found: the kernel is the best one or, under `separable`, a local minimum. basis (size, free): directions that ties
+    and the sum leave free. factor: that of the examples along the basis (blocks, free, free); penalised_factor: the
+    same, with the rows of ridge and smoothness.
     """
 
     constraints: Constraints
@@ -54,17 +56,17 @@ class ConstrainedAnalysis(Analysis):
 
     @property
     def best_possible_loss(self) -> float | None:
-        """The smallest loss under the constraints; None if only a local minimum is known."""
+        """Smallest loss under the constraints; None if only a local minimum is known."""
         return self.minimum.loss if self.found and self.constraints.separable is None else None
 
     @property
     def solved(self) -> bool:
-        """True if the search for the kernel ended, False if it was stopped."""
+        """True if the search for the kernel converged, False if it stopped early."""
         return self.found
 
     @property
     def unknowns(self) -> int:
-        """Number of unknowns that ties and the sum leave free, of all filters."""
+        """Number of unknowns of all filters that ties and the sum leave free."""
         return self.objective.layout.kernel_shape[0] * int(self.basis.shape[1])
 
     @property
@@ -74,16 +76,17 @@ class ConstrainedAnalysis(Analysis):
 
     def excess_loss(self, unknowns: Unknowns) -> Interruptible[float]:
         """Return 0: the kernel is the best one."""
-        assert unknowns.shape == self.minimum.at.shape  # noqa: S101 - nothing else is solved for
+        assert unknowns.shape == self.minimum.at.shape  # noqa: S101 - constraints require solver "exact"
         yield
         return 0.0
 
     def error_estimate(
         self, targets: TargetStatistics, *, covariance: bool = False
     ) -> Interruptible[ErrorEstimate | None]:
-        """Return how precisely noisy targets determine the best kernel, for constraints that are linear.
+        """Return degrees of freedom and standard errors of the best kernel, for linear constraints.
 
-        None if a sign or a rank is constrained, if the free unknowns are not determined, or as many as the values.
+        None if a sign or a rank is constrained, if the free unknowns are not determined, or if there are as many as
+        values.
         Source: Seber and Lee, Linear Regression Analysis, 2nd ed., 3.8 (linear restrictions); with a ridge or
         smoothness, Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 2nd ed., 3.4.1.
         """
@@ -114,9 +117,10 @@ class ConstrainedAnalysis(Analysis):
 
 @dataclass(frozen=True, slots=True)
 class ConstraintReduction:
-    """The equations with the rows of ridge and smoothness, and their columns as ties, and then the sum, leave them.
+    """Reduction of equations: rows for ridge and smoothness are added, columns reduced by ties and the sum.
 
-    base (size, 1): the shortest unknowns that satisfy ties and the sum. basis (size, free) leads to all others.
+    base (size, 1): the unknowns of least norm that satisfy ties and the sum; all others are base + basis @ z, with
+    basis (size, free).
     """
 
     layout: ParameterLayout
@@ -129,7 +133,7 @@ class ConstraintReduction:
 
     @staticmethod
     def of(images: Objective, constraints: Constraints) -> "ConstraintReduction":
-        """Return the reduction for a loss and constraints in its units."""
+        """Return the reduction for a loss and constraints of the same scaling."""
         ties, total = TiedUnknowns.of(constraints, images.layout), constraints.sum_to
         base = ties.expand(ties.project_onto_sum(np.zeros((len(ties.sums), 1)), total))
         basis = ties.basis if total is None else ties.basis @ null_space(ties.sums)
@@ -159,9 +163,9 @@ class ConstraintReduction:
         return (yield from combine_problems([problem, penalty_problem]))
 
     def cancellation_ratios(self, problem: ReducedProblem) -> Floats:
-        """Return how much larger than the columns along the basis the ones are that they are summed from, (blocks, 1).
+        """Return norms of the sums of absolute values, relative to the columns along the basis, (blocks, 1).
 
-        Rounding errors are relative to the latter.
+        Rounding errors of the columns are proportional to them.
         """
         ratios = np.ones((self.layout.blocks, 1))
         for block, factor in enumerate(problem.factor):
@@ -192,7 +196,7 @@ class ConstraintReduction:
 
 
 def _combine_columns(factor: Floats, basis: Floats) -> Floats:
-    """Return factor @ basis, with 0 for columns of which only rounding errors are left."""
+    """Return factor @ basis, with 0 for columns that are only rounding errors."""
     columns = factor @ basis
     summed = compute_column_norms(np.abs(factor) @ np.abs(basis))
     columns[:, compute_column_norms(columns) <= CANCELLATION_TOLERANCE * len(factor) * summed] = 0
@@ -200,7 +204,7 @@ def _combine_columns(factor: Floats, basis: Floats) -> Floats:
 
 
 def reduce_equations(equations: NormalEquations) -> Interruptible[ReducedProblem | None]:
-    """Return a factor of the normal equations, whose `rest` is not known; None if they are ill-conditioned."""
+    """Return the normal equations as a triangular factor, with rest 0; None if they are ill-conditioned."""
     gram = equations.gram
     if not (np.isfinite(gram).all() and np.isfinite(equations.moments).all()):
         return None
@@ -217,7 +221,7 @@ def reduce_equations(equations: NormalEquations) -> Interruptible[ReducedProblem
 
 @dataclass(frozen=True, slots=True)
 class _ConstrainedSolution:
-    """Unknowns under the constraints; their sum of squares, with the penalties' share, and the same without it."""
+    """Unknowns that satisfy the constraints, their sums of squares with penalties, and without them (losses)."""
 
     at: Unknowns
     squares: Floats
@@ -227,14 +231,14 @@ class _ConstrainedSolution:
 
 @dataclass(frozen=True, slots=True)
 class _ConstrainedSolver:
-    """The search for the best unknowns of equations, under constraints."""
+    """Solver for the best unknowns of equations under constraints."""
 
     reduction: ConstraintReduction
     spectrum: FactorSpectrum
     root: float
 
     def solve(self, problem: ReducedProblem, start: Unknowns | None) -> Interruptible[_ConstrainedSolution]:
-        """Return the best unknowns; a start that is near them saves time."""
+        """Return the best unknowns; a start near them saves time."""
         constraints = self.reduction.constraints
         penalised = yield from self.reduction.penalise(problem)
         solved = True
@@ -280,7 +284,7 @@ class _ConstrainedSolver:
     def _solve_low_rank(
         self, penalised: ReducedProblem, start: Unknowns, starts: int
     ) -> Interruptible[tuple[Unknowns, bool]]:
-        """Return unknowns whose planes have the maximum rank, in a local minimum of the loss."""
+        """Return unknowns whose planes have at most the maximum rank, at a local minimum of the loss."""
         layout, rank = self.reduction.layout, self.reduction.constraints.separable
         assert rank is not None  # noqa: S101 - the caller has checked it
         solved, at = True, layout.zeros
@@ -302,9 +306,9 @@ def analyse_constrained(
     *,
     from_equations: bool,
 ) -> Interruptible[ConstrainedAnalysis]:
-    """Find the best kernel of a loss, of these terms, under constraints in its units.
+    """Find the best kernel of a loss, the sum of these terms, under constraints of the same scaling.
 
-    from_equations: the problem comes from the normal equations, so that the images are read to correct it.
+    from_equations: the problem was computed from the normal equations, so that the images are read to correct it.
     """
     _require_moderate_smoothness(constraints.smoothness / images.scale, problem)
     reduction = ConstraintReduction.of(images, constraints)
@@ -351,7 +355,7 @@ def analyse_constrained(
 
 
 def _require_moderate_smoothness(smoothness: float, problem: ReducedProblem) -> None:
-    """Raise InvalidOption if the penalty is so large that rounding it hides what the examples determine."""
+    """Raise InvalidOption if the rounding errors of the smoothness penalty exceed the equations of the examples."""
     largest = MAX_SMOOTHNESS_RATIO * float(np.square(np.linalg.norm(problem.factor, axis=1)).max(initial=0.0))
     if smoothness > largest > 0:
         raise InvalidOption(
@@ -369,7 +373,7 @@ def _refine(
     solver: _ConstrainedSolver,
     solution: _ConstrainedSolution,
 ) -> Interruptible[_ConstrainedSolution]:
-    """Improve a solution by the residuals that the images give, as core.fit.exact.refine_minimum does without constraints."""
+    """Improve a solution by residuals computed from the images, like core.fit.exact.refine_minimum."""
     layout, constraints = images.layout, solver.reduction.constraints
     for _ in range(MAX_REFINEMENTS):
         losses, gradient = np.zeros((layout.blocks, layout.columns)), layout.zeros
@@ -392,7 +396,7 @@ def _refine(
         solution = yield from solver.solve(corrected, solution.at)
         gain = float(evaluated.squares.sum() - solution.squares.sum())
         if not 0 <= gain < float(evaluated.squares.sum()):
-            # Rounding errors are all that is left.
+            # The gain is only a rounding error.
             return evaluated
         if gain <= REFINEMENT_GAIN_TOLERANCE * float(evaluated.squares.sum()):
             break

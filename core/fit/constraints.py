@@ -37,7 +37,7 @@ SQUARE_SYMMETRIES = ("transpose", "full")
 
 
 MAX_TIED_ENTRIES = 8
-"""Number of entries that a symmetry makes equal: those at the eight images of a point of the square."""
+"""Maximum number of entries that a symmetry makes equal: those at the eight images of a point of the square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Constraints:
                 )
             if isinstance(ridge, str):
                 raise InvalidOption(
-                    f'ridge "{ridge}" with {name}: beside constraints the ridge must be a number; give one, or leave '
+                    f'ridge "{ridge}" with {name}: with constraints the ridge must be a number; give one, or leave '
                     f"{name} out",
                     field="ridge",
                     got=ridge,
@@ -130,16 +130,16 @@ class Constraints:
                 )
 
     def for_kernel(self, kernel_shape: tuple[int, int, int, int], *, bias: bool) -> "Constraints":
-        """Return the constraints on a kernel of a shape (O, C/groups, h, w), without a rank that each plane has anyway.
+        """Return the constraints on a kernel of a shape (O, C/groups, h, w), without a rank that excludes no plane.
 
-        Raises InvalidOption if the kernel cannot have the symmetry, or has no free entry left.
+        Raises InvalidOption if the kernel cannot have the symmetry, or if no unknown is free.
         """
         rows, columns = kernel_shape[2:]
         if self.symmetric in SQUARE_SYMMETRIES and rows != columns:
             allowed = ", ".join(name for name in get_args(Symmetry) if name not in SQUARE_SYMMETRIES)
             raise InvalidOption(
-                f'symmetric "{self.symmetric}" exchanges rows and columns, but the kernel is {format_shape((rows, columns))}: '
-                f"use a square kernel_size, or one of: {allowed}",
+                f'symmetric "{self.symmetric}" exchanges rows and columns, but the kernel is '
+                f"{format_shape((rows, columns))}: use a square kernel_size, or one of: {allowed}",
                 field="symmetric",
                 got=self.symmetric,
                 limit=allowed,
@@ -175,12 +175,12 @@ class Constraints:
         return int(tied.max()) + 1 + layout.bias - (self.sum_to is not None)
 
     def with_scaling(self, scaling: Scaling) -> "Constraints":
-        """Return the constraints on the kernel of the scaled examples."""
+        """Return the constraints for the scaled examples."""
         total = None if self.sum_to is None else float(np.ldexp(self.sum_to, scaling.input - scaling.target))
         return replace(self, sum_to=total, smoothness=scaling.scale_ridge(self.smoothness))
 
     def entry_classes(self, layout: ParameterLayout) -> NDArray[np.intp]:
-        """Return for each entry of a filter (taps) the number of its class, from 0: entries of a class are equal."""
+        """Return the class number, from 0, of each entry of a filter (taps): entries of a class are equal."""
         _, depth, rows, columns = layout.kernel_shape
         plane = np.arange(rows * columns).reshape(rows, columns)
         images = [plane]
@@ -211,7 +211,7 @@ class Constraints:
 
     @property
     def kernel_description(self) -> str:
-        """The kernel that a fit finds, for messages."""
+        """Description of the fitted kernel, for messages."""
         if self.separable is not None:
             return f"a kernel whose planes have at most rank {self.separable}"
         adjectives = ["nonnegative"] if self.nonnegative else []
@@ -233,7 +233,7 @@ def _invalid_option(field: str, value: object, allowed: str) -> InvalidOption:
 
 
 def parse_rank(separable: object) -> int | None:
-    """Return the rank that the option `separable` means: True is 1, False none. Constraints check other values."""
+    """Return the rank for the option `separable`: 1 for True, None for False. Constraints checks other values."""
     if isinstance(separable, bool):
         return 1 if separable else None
     return separable  # type: ignore[return-value]
@@ -252,7 +252,7 @@ class TiedUnknowns:
 
     @staticmethod
     def of(constraints: Constraints, layout: ParameterLayout) -> "TiedUnknowns":
-        """Return the unknowns that the symmetry leaves."""
+        """Return the tied unknowns for the symmetry of the constraints."""
         classes = constraints.entry_classes(layout)
         return TiedUnknowns(classes, np.sqrt(np.bincount(classes)), layout.bias)
 
@@ -268,7 +268,7 @@ class TiedUnknowns:
 
     @property
     def bounded(self) -> NDArray[np.bool_]:
-        """True for unknowns whose sign is that of entries, False for the bias (tied)."""
+        """True for unknowns with the sign of kernel entries, False for the bias (tied)."""
         return self.sums > 0
 
     def expand(self, tied: Floats) -> Floats:
@@ -285,7 +285,7 @@ class TiedUnknowns:
 
 
 def compute_reflector(sums: Floats) -> tuple[Floats, int]:
-    """Return v and i so that the reflection 1 - v v' maps `sums`, which are not all 0, to a multiple of axis i.
+    """Return v and i such that the reflection 1 - v v' maps `sums`, which are not all 0, to a multiple of axis i.
 
     Source: Householder, Unitary triangularization of a nonsymmetric matrix, J. ACM 5, 1958.
     """

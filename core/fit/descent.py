@@ -1,7 +1,7 @@
-"""Descending a loss by a rule, as a generator of steps.
+"""Descent of a loss by an optimizer, as a generator of steps.
 
-Step i computes the loss and its gradient at the current kernel, records that loss, then updates: the order of the
-lesson's loop, so its history is this one's.
+Step i computes the loss and its gradient at the current kernel, records that loss, then updates the kernel. This is
+the order of the loop in the d2l example, so that both loss histories are equal.
 """
 
 import math
@@ -18,17 +18,16 @@ from core.fit.result import Status, Step
 from core.fit.validation_set import ValidationCurve, ValidationResult
 
 DIVERGENCE_LOSS_RATIO = 1e6
-"""Ratio of the last loss to the first (or that of a kernel of zeros, if larger) from which a descent of unknown
-prospects has diverged."""
+"""Ratio of the last loss to the first (or that of a kernel of zeros, if larger) above which a descent has diverged, if
+its divergence was not predicted."""
 
 
 @dataclass(frozen=True, slots=True)
 class DescentResult:
-    """Where a descent ended: the last finite kernel and bias, their loss, and the whole history before it.
+    """Result of a descent: the last finite kernel and bias, their loss, and the loss history.
 
-    The losses at start and end are of all examples; those of the history, of which the least is `least_loss`, of the
-    batches that there were.
-    `overflowed` says that the next update left the finite numbers, so that it was not made.
+    The losses at start and end are those of all examples; the history, of which least_loss is the minimum, holds those
+    of the batches. overflowed: the next update was not finite and was discarded.
     """
 
     unknowns: Unknowns
@@ -66,16 +65,16 @@ def descend(
     monotonic: bool,
     validation: ValidationCurve | None = None,
 ) -> Generator[Step | None, None, DescentResult]:
-    """Yield a Step for each update, and None within long ones; return the Descent. Close it to stop early.
+    """Yield a Step for each update, and None within long ones; return the result. Close the generator to stop early.
 
-    `objectives` gives one for each step and one more for the end. `scale` is the loss of a kernel of zeros. `excess`
-    returns a loss minus the smallest possible one, if that is known. `diverges`: the rate is known not to converge, so
-    that a loss above its start has diverged; `monotonic`: one above its least, too. `validation` records the
-    validation loss of each kernel, and ends the descent when its patience does.
+    objectives: one for each step and one for the end. scale: loss of a kernel of zeros. excess_loss returns a loss
+    minus the smallest possible one; None if that is unknown. diverges: the rate is known to diverge, so that the status
+    is DIVERGED if the last loss is above the first; monotonic: also if it is above the smallest. validation records the
+    validation loss of each kernel, and ends the descent when its patience is exhausted.
 
-    With a tolerance the descent ends when the excess is at most that fraction of its first value or, if it is not
-    known, when the gradient is shorter than that fraction of its first length. All steps are taken while the numbers
-    are finite.
+    With a tolerance the descent ends when the excess loss is at most that fraction of its first value or, if it is
+    unknown, when the gradient is at most that fraction of its first length. A diverging descent takes all steps while
+    the numbers are finite.
     """
     history: list[float] = []
     unknowns, (value, gradient) = start, (yield from next(objectives)(start))
@@ -108,7 +107,7 @@ def descend(
     if status is Status.COMPLETED:
         bound = DIVERGENCE_LOSS_RATIO * max(history[0], scale)
         if diverges:
-            # Rounding may raise a loss a little.
+            # Rounding errors may increase a loss slightly.
             bound = least * (1 + 1e-6) + 1e-12 * max(history[0], scale) if monotonic else history[0]
         if value > bound:
             status = Status.DIVERGED

@@ -1,7 +1,7 @@
-"""The best kernel, how well it is determined, and how far another is from it.
+"""Diagnostics of a fit: the best kernel, its rank and standard errors, and the excess loss of another kernel.
 
-All of it follows from the normal equations if they are well conditioned. If not, it follows from the triangular factor
-of the matrix of all windows, whose condition number is the square root of theirs.
+They are computed from the normal equations if these are well conditioned, and otherwise from the triangular factor of
+the matrix of all windows, whose condition number is the square root of theirs.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from core.fit.target_statistics import TargetStatistics
 from core.fit.tsqr import MAX_FACTORED_UNKNOWNS, ReducedProblem, add_ridge, combine_problems
 
 MIN_DEGREES_OF_FREEDOM = 1e-6
-"""Degrees of freedom: with a ridge they may be any number above 0, and fewer are rounding."""
+"""Degrees of freedom up to which they may be rounding errors; with a ridge they need not be an integer."""
 
 MAX_OUTPUT_ROUNDING_RATIO = 1e-2
-"""Rounding error of what a kernel makes of the images, relative to the part of the target that it is fitted to."""
+"""Maximum rounding error of a kernel's output, relative to the part of the target that the kernel is fitted to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,13 @@ class ErrorEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """spectrum: of the loss's Hessian, ridge included; `largest` and `smallest` are its eigenvalues, 0 for none.
+    """Analysis of a quadratic loss: its spectrum, its minimum and the rank of the examples.
 
-    rank: of the examples alone. precise: the rank is that of the windows, not only of their normal equations.
-    largest_left_out: the largest singular value that counts as zero, relative to the largest. objective: the loss
-    without the images. gram: the matrix of the normal equations, without the ridge. selection: the result of a search
-    for ridges, if one was requested.
+    spectrum: that of the loss's Hessian, including the ridge; largest and smallest: its extreme eigenvalues, 0 if they
+    vanish. rank: that of the examples, without the ridge. precise: the rank is that of the windows, not only of their
+    normal equations. largest_discarded_ratio: the largest singular value that counts as zero, relative to the largest.
+    objective: the loss, computed without the images. gram: the matrix of the normal equations, without the ridge.
+    selection: the result of a search for ridges, if one was requested.
     """
 
     spectrum: Spectrum
@@ -63,12 +64,12 @@ class Analysis:
 
     @property
     def best_possible_loss(self) -> float | None:
-        """The smallest possible loss, if it is known."""
+        """The smallest possible loss; None if it is unknown."""
         return self.minimum.loss
 
     @property
     def solved(self) -> bool:
-        """True if the minimum was found, False if a search for it stopped before."""
+        """True if the minimum was found, False if the search stopped early."""
         return True
 
     @property
@@ -82,15 +83,15 @@ class Analysis:
         return max(0.0, 0.5 * float(np.vdot(displacement, (yield from self.objective.hessian_product(displacement)))))
 
     def errors_along_eigenvectors(self, unknowns: Unknowns) -> Interruptible[tuple[Floats, Floats]]:
-        """Return curvatures, and how far the unknowns are from the best ones along the directions of each."""
+        """Return curvatures, and the errors of the unknowns along the eigenvectors of each."""
         return (yield from self.spectrum.eigen_components(unknowns - self.minimum.at))
 
     def error_estimate(
         self, targets: TargetStatistics, *, covariance: bool = False
     ) -> Interruptible[ErrorEstimate | None]:
-        """Return how precisely noisy targets determine the best kernel.
+        """Return degrees of freedom and standard errors of the best kernel.
 
-        None if the unknowns are not determined, or as many as the values, or too many to invert beside a ridge.
+        None if the unknowns are not determined, if there are as many as values, or too many to invert with a ridge.
         Source: Seber and Lee, Linear Regression Analysis, 2nd ed., 3.3; with a ridge, Hastie, Tibshirani and Friedman,
         The Elements of Statistical Learning, 2nd ed., 3.4.1.
         """
@@ -132,10 +133,10 @@ def analyse_equations(
     *,
     only_if_well_conditioned: bool,
 ) -> Interruptible[Analysis | None]:
-    """Analyse the same loss as `images`, of these terms, by their normal equations.
+    """Analyse the loss `images`, the sum of these terms, by their normal equations.
 
-    None if they are not well conditioned, unless those are to be analysed as well, without what is below their
-    precision; and if a sum of squares on the way is too large for float64.
+    only_if_well_conditioned: return None for ill-conditioned equations; otherwise eigenvalues below their precision
+    count as zero. Also None if an intermediate sum of squares is too large for float64.
     """
     layout, gram, moments = images.layout, equations[0].gram, equations[0].moments
     if len(equations) > 1:
@@ -174,9 +175,9 @@ def analyse_equations(
 def analyse_equations_for_ridges(
     images: Objective, terms: Sequence[ImageTerm], equations: Sequence[NormalEquations], search: RidgeSearch
 ) -> Interruptible[Analysis | None]:
-    """Analyse like analyse_equations, with the ridge that a search chooses, if any, in place of that of `images`.
+    """Search for a ridge and analyse the equations like analyse_equations, with the chosen ridge, if any.
 
-    None if the equations are not well conditioned, or a sum of squares on the way is too large for float64.
+    None if the equations are not well conditioned, or if an intermediate sum of squares is too large for float64.
     """
     plain = replace(images, ridge=0.0)
     analysis = yield from analyse_equations(plain, terms, equations, only_if_well_conditioned=True)
@@ -194,7 +195,7 @@ def analyse_equations_for_ridges(
 
 
 def is_dominated_by_rounding(factors: Floats, unknowns: Unknowns, right: Unknowns) -> bool:
-    """Return whether entries are so large that rounding them to float64 costs about as much as they explain."""
+    """Return whether entries are so large that their rounding errors are comparable to the target they explain."""
     rounding = np.finfo(np.float64).eps * np.linalg.norm(np.abs(factors) @ np.abs(unknowns))
     explained, left = np.linalg.norm(right), np.linalg.norm(factors @ unknowns - right)
     return bool(rounding > MAX_OUTPUT_ROUNDING_RATIO * explained or left > explained)
@@ -203,9 +204,9 @@ def is_dominated_by_rounding(factors: Floats, unknowns: Unknowns, right: Unknown
 def analyse_factors(
     images: Objective, terms: Sequence[ImageTerm], problems: Sequence[ReducedProblem], search: RidgeSearch | None = None
 ) -> Interruptible[Analysis]:
-    """Analyse the same loss as `images`, of these terms, by the triangular factors of their windows.
+    """Analyse the loss `images`, the sum of these terms, by the triangular factors of their windows.
 
-    The ridge that a search chooses, if any, takes the place of that of `images`.
+    The ridge that a search chooses, if any, replaces that of `images`.
     """
     layout = images.layout
     together = yield from combine_problems(problems)

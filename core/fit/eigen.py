@@ -1,7 +1,7 @@
-"""What the eigenvalues of the loss's Hessian tell: how it curves, what can be learned, and how well.
+"""Eigenvalues, rank and inverse of the Hessian of a loss.
 
 Small matrices are decomposed into eigenvalues and eigenvectors. For larger ones that takes up to minutes, in calls that
-nothing can end: a pivoted Cholesky factorization and Lanczos's method find the same in a fraction of the time.
+cannot be interrupted: a pivoted Cholesky factorization and the Lanczos method take a fraction of the time.
 """
 
 from collections.abc import Iterator
@@ -21,49 +21,51 @@ from core.fit.parameters import Unknowns
 Floats = NDArray[np.float64]
 
 MAX_EIGH_SIZE = 512
-"""Rows of a matrix up to which eigenvectors are computed: less than 0.1 seconds of one thread."""
+"""Maximum rows of a matrix for which eigenvectors are computed, which takes less than 0.1 seconds of one thread."""
 
 EIGH_OPERATIONS_PER_CUBE = 25
 EIGH_OVERHEAD_OPERATIONS = 5e5
-"""Times the cube of the size, and for each: the operations of a product that take as long as eigenvectors."""
+"""Operations of a matrix product that takes as long as computing eigenvectors: per cube of the size, and per matrix."""
 
 ORTHOGONALIZATION_COLUMNS = 64
-"""Columns that are orthogonalized together."""
+"""Number of columns that are orthogonalized together."""
 
 WELL_CONDITIONED_RATIO = 1e-9
-"""Smallest eigenvalue of equations with a diagonal of ones, relative to the largest, from which they are trusted: a
-kernel's error and that of its loss are then below about 1e-6 of what lies along that eigenvector."""
+"""Smallest eigenvalue of equations with a diagonal of ones, relative to the largest, above which they are well
+conditioned: the errors of the kernel and of its loss are then below about 1e-6 of their components along that
+eigenvector."""
 
 MAX_COLUMN_NORM_RATIO = 128.0
-"""Ratio of the largest to the smallest norm of a factor's columns up to which they are decomposed as they are."""
+"""Ratio of the largest to the smallest norm of a factor's columns up to which they are not scaled."""
 
 EIGENVALUE_ROUNDING_RATIO = 100 * np.finfo(np.float64).eps
-"""Of the largest eigenvalue: what the normal equations are rounded by, with room. Smaller eigenvalues are noise."""
+"""Eigenvalue of normal equations, relative to the largest, up to which it may be a rounding error."""
 
 UNDERFLOW_THRESHOLD = 1e-290
-"""What is smaller has lost its digits near the end of float64."""
+"""Threshold up to which numbers count as zero: they may have lost digits to underflow."""
 
 MAX_LANCZOS_STEPS = 100
 MIN_LANCZOS_STEPS = 40
 LANCZOS_TOLERANCE = 1e-7
-"""For the largest eigenvalue: its error is about the square of the tolerance."""
+"""Limits of the steps of the Lanczos method, and its tolerance for the largest eigenvalue, whose error is about the
+square of the tolerance."""
 
 DEPENDENT_PIVOT_RATIO = 1e-10
 """Ratio of the smallest to the largest pivot of a QR factorization up to which it is repeated with column pivoting."""
 
 QUADRATURE_NODES = 64
-"""Nodes by which an error is spread over the curvatures."""
+"""Number of nodes that represent the distribution of an error over the curvatures of a large matrix."""
 
 
 def estimate_noise_floor(largest: Floats, size: int) -> Floats:
-    """The largest eigenvalue that rounding may have left of zero, in matrices of that size and largest eigenvalue."""
+    """Return the eigenvalue up to which it may be a rounding error, in matrices of this size and largest eigenvalue."""
     return np.maximum(
         largest * max(EIGENVALUE_ROUNDING_RATIO, size * float(np.finfo(np.float64).eps)), UNDERFLOW_THRESHOLD
     )
 
 
 def multiply_blocks(matrices: Floats, unknowns: Unknowns) -> Interruptible[Floats]:
-    """Matrices (blocks, size, size) times unknowns (blocks, size, columns)."""
+    """Multiply matrices (blocks, size, size) by unknowns (blocks, size, columns)."""
     blocks, size, columns = unknowns.shape
     together = int(YIELD_INTERVAL_OPERATIONS / (2 * size**2))
     if blocks * columns <= together:
@@ -80,27 +82,27 @@ def multiply_blocks(matrices: Floats, unknowns: Unknowns) -> Interruptible[Float
 
 
 class Inverse(Protocol):
-    """The inverse of symmetric, positive semidefinite matrices (blocks, size, size), as far as they have one.
+    """Pseudoinverse of symmetric, positive semidefinite matrices (blocks, size, size).
 
-    Rows and columns are brought to a diagonal of ones first, so that what is determined does not hang on the units of
-    anything: an image a billion times fainter than another, or a bias beside large numbers.
+    Rows and columns are scaled to a diagonal of ones first, so that the rank does not depend on units: those of faint
+    images, or of a bias in addition to large pixel values.
     """
 
     ranks: NDArray[np.intp]
-    """How many combinations of a block's unknowns are determined, (blocks)."""
+    """Number of determined combinations of each block's unknowns, (blocks)."""
 
     well_conditioned: bool
-    """True if every eigenvalue is so far above rounding errors that squaring the condition number loses nothing."""
+    """True if every eigenvalue is well above the rounding errors of normal equations."""
 
     def solve(self, right: Unknowns) -> Interruptible[Floats]:
-        """X (blocks, size, columns) with matrices @ x = right, of least norm where several are solutions."""
+        """Return x (blocks, size, columns) with matrices @ x = right, of least norm if there are several solutions."""
 
     def diagonals(self) -> Interruptible[Floats]:
-        """The diagonals of the inverse matrices, (blocks, size), if all is determined."""
+        """Return the diagonals of the inverse matrices, (blocks, size); the matrices must have full rank."""
 
 
 def invert(matrices: Floats) -> Interruptible[Inverse]:
-    """The inverse by eigenvectors or, for large matrices, by a factorization."""
+    """Return the inverse by eigenvectors or, for large matrices, by a factorization."""
     diagonal = np.diagonal(matrices, axis1=1, axis2=2)
     size = np.sqrt(np.maximum(diagonal, 0))
     scale = np.divide(1.0, size, out=np.zeros_like(size), where=diagonal > UNDERFLOW_THRESHOLD)[:, :, None]
@@ -118,7 +120,7 @@ def invert(matrices: Floats) -> Interruptible[Inverse]:
 
 
 def extreme_eigenvalues(matrices: Floats, inverse: Inverse) -> Interruptible[tuple[float, float]]:
-    """The largest and the smallest eigenvalue of all; 0 for one that all but vanishes."""
+    """Return the largest and the smallest eigenvalue of all matrices; 0 for one below rounding errors."""
     size, identified = matrices.shape[1], bool((inverse.ranks == matrices.shape[1]).all())
     if size <= MAX_EIGH_SIZE:
         values = np.empty(matrices.shape[:2])
@@ -137,10 +139,10 @@ def extreme_eigenvalues(matrices: Floats, inverse: Inverse) -> Interruptible[tup
 
 
 def eigen_components(matrices: Floats, unknowns: Unknowns) -> Interruptible[tuple[Floats, Floats]]:
-    """Eigenvalues, those that are noise set to 0, and the length of the unknowns along their eigenvectors.
+    """Return eigenvalues, 0 for those below rounding errors, and the length of the unknowns along each eigenvector.
 
-    Of large matrices some that stand for all: any polynomial of the matrix of less than twice their number in degree
-    gives the unknowns the same squared length.
+    For large matrices they are the QUADRATURE_NODES nodes and weights of a Gauss quadrature: it is exact for
+    unknowns' p(matrix) unknowns with all polynomials p of a degree below twice the number of nodes.
     """
     size = matrices.shape[1]
     if size <= MAX_EIGH_SIZE:
@@ -165,12 +167,12 @@ def _find_largest_eigenvalue(matrices: Floats) -> Interruptible[float]:
 
 
 def _draw_direction(matrices: Floats) -> Unknowns:
-    """A direction that has a part along every eigenvector."""
+    """Return a random direction, which has a component along every eigenvector."""
     return np.random.default_rng(0).standard_normal((*matrices.shape[:2], 1))
 
 
 def _split_blocks(matrices: Floats) -> Iterator[slice]:
-    """Blocks whose decompositions take about as long as OPERATIONS."""
+    """Yield slices of blocks whose decompositions take as long as about YIELD_INTERVAL_OPERATIONS."""
     blocks, size = matrices.shape[:2]
     together = max(1, int(YIELD_INTERVAL_OPERATIONS / (EIGH_OPERATIONS_PER_CUBE * size**3 + EIGH_OVERHEAD_OPERATIONS)))
     for first in range(0, blocks, together):
@@ -178,7 +180,7 @@ def _split_blocks(matrices: Floats) -> Iterator[slice]:
 
 
 def _decompose_scaled(matrices: Floats, scale: Floats | None = None) -> Interruptible[tuple[Floats, Floats]]:
-    """Eigenvalues (blocks, size), ascending, and eigenvectors, in columns, of matrices or scale * matrices * scale'."""
+    """Return eigenvalues (blocks, size), ascending, and eigenvectors, in columns, of scale * matrices * scale'."""
     values, vectors = np.empty(matrices.shape[:2]), np.empty_like(matrices)
     for some in _split_blocks(matrices):
         part = matrices[some]
@@ -190,21 +192,21 @@ def _decompose_scaled(matrices: Floats, scale: Floats | None = None) -> Interrup
 
 
 class Spectrum(Protocol):
-    """The eigenvalues of the Hessian of a loss, in blocks, and what follows from them."""
+    """Eigenvalues of the Hessian of a loss, in blocks, with its rank and inverse."""
 
     @property
     def ranks(self) -> NDArray[np.intp]:
-        """Number of combinations of unknowns that are determined, for each block (blocks)."""
+        """Number of determined combinations of each block's unknowns, (blocks)."""
 
     @property
     def exact(self) -> bool:
         """True if the eigenvalues are exact except for rounding errors."""
 
     def diagonals(self) -> Interruptible[Floats]:
-        """Return the diagonals of the inverse matrices, (blocks, size), if all is determined."""
+        """Return the diagonals of the inverse matrices, (blocks, size); they must have full rank."""
 
     def inverses(self) -> Interruptible[Floats]:
-        """Return the inverse matrices, (blocks, size, size), if all is determined."""
+        """Return the inverse matrices, (blocks, size, size); they must have full rank."""
 
     def extreme_eigenvalues(self) -> Interruptible[tuple[float, float]]:
         """Return the largest and the smallest eigenvalue; 0 for one that vanishes."""
@@ -215,19 +217,19 @@ class Spectrum(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GramSpectrum:
-    """The spectrum of a Hessian (blocks, size, size) that the normal equations give."""
+    """Spectrum of a Hessian (blocks, size, size) that is computed from the normal equations."""
 
     hessian: Floats
     inverse: Inverse
 
     @property
     def ranks(self) -> NDArray[np.intp]:
-        """Number of combinations of unknowns that are determined, for each block (blocks)."""
+        """Number of determined combinations of each block's unknowns, (blocks)."""
         return self.inverse.ranks
 
     @property
     def exact(self) -> bool:
-        """True if an eigenvalue decomposition gives them, not the Lanczos method."""
+        """True if the eigenvalues are computed by a decomposition, False for the Lanczos method."""
         return int(self.hessian.shape[1]) <= MAX_EIGH_SIZE
 
     def diagonals(self) -> Interruptible[Floats]:
@@ -240,20 +242,20 @@ class GramSpectrum:
         return self.inverse.solve(np.ascontiguousarray(identity))
 
     def extreme_eigenvalues(self) -> Interruptible[tuple[float, float]]:
-        """The largest and the smallest eigenvalue."""
+        """Return the largest and the smallest eigenvalue."""
         return extreme_eigenvalues(self.hessian, self.inverse)
 
     def eigen_components(self, unknowns: Unknowns) -> Interruptible[tuple[Floats, Floats]]:
-        """Eigenvalues and lengths along their eigenvectors."""
+        """Return eigenvalues and the length of the unknowns along each eigenvector."""
         return eigen_components(self.hessian, unknowns)
 
 
 SingularValueThreshold = float | Floats
-"""For all blocks, or (blocks, 1)."""
+"""Threshold relative to the largest singular value: one number for all blocks, or an array (blocks, 1)."""
 
 
 class FactorSpectrum:
-    """The spectrum of a Hessian F'F, by the singular values of F (blocks, size, size).
+    """Spectrum of a Hessian F'F, by the singular values of F (blocks, size, size).
 
     The rank is the number of singular values above `threshold` times the largest. Columns of very different norm are
     scaled by powers of two first, so that the rank does not depend on their units.
@@ -294,7 +296,7 @@ class FactorSpectrum:
     def least_squares(self, factors: Floats, values: Unknowns) -> Interruptible[Unknowns]:
         """Return x (blocks, size, columns) that minimises |F x - values|, of least norm if several do.
 
-        `factors` are F itself: unlike singular vectors, they have the rounding errors of the values.
+        factors is F itself: unlike the singular vectors, it has the same rounding errors as the values.
         """
         if self._identified.all():
             yield
@@ -309,7 +311,7 @@ class FactorSpectrum:
             null = yield from _orthonormalize(self._scale[block] * self._right[block][free].T)
             solution[block] -= null @ (null.T @ solution[block])
         if deficient.size:
-            # The projection rounds large unknowns, which multiply small columns, and small ones alike.
+            # The projection has rounding errors relative to the largest unknowns: correct them by the residuals.
             solution += yield from self._pseudoinverse(values - (yield from multiply_blocks(factors, solution)))
         return solution
 
@@ -345,27 +347,27 @@ class FactorSpectrum:
         return inverses
 
     def extreme_eigenvalues(self) -> Interruptible[tuple[float, float]]:
-        """The largest and the smallest eigenvalue, without the scale."""
+        """Return the largest and the smallest eigenvalue, without the scaling of columns."""
         yield
         largest, smallest = float(self._unscaled.max()), float(self._unscaled.min())
         return largest * largest, smallest * smallest if self._identified.all() else 0.0
 
     def eigen_components(self, unknowns: Unknowns) -> Interruptible[tuple[Floats, Floats]]:
-        """Eigenvalues and lengths along their eigenvectors, for scaled columns those of the scaled unknowns."""
+        """Return eigenvalues and lengths along each eigenvector, for scaled columns those of the scaled unknowns."""
         along = yield from multiply_blocks(self._right, unknowns / self._scale)
         values = np.where(self._identified, self._values, 0)
         return np.square(values).ravel(), np.sqrt(np.square(along).sum(2)).ravel()
 
 
 def compute_column_norms(matrix: Floats) -> Floats:
-    """Return the norms of columns whose squares may be outside of float64."""
+    """Return the norms of columns whose squares may overflow or underflow float64."""
     peaks = np.maximum(np.abs(matrix).max(0), np.finfo(np.float64).tiny)
     norms: Floats = peaks * np.linalg.norm(matrix / peaks, axis=0)
     return norms
 
 
 def choose_column_scale(matrix: Floats) -> Floats:
-    """Return for each column the power of two that brings its norm near 1; 1 for columns that vanish."""
+    """Return for each column the power of two that scales its norm to about 1; 1 for columns that vanish."""
     norms = compute_column_norms(matrix)
     exponents = np.log2(norms, out=np.zeros_like(norms), where=norms > np.finfo(np.float64).tiny)
     scale: Floats = np.exp2(-np.round(exponents))
@@ -373,7 +375,7 @@ def choose_column_scale(matrix: Floats) -> Floats:
 
 
 def orthonormal_range(columns: Floats) -> Floats:
-    """Return an orthonormal basis of what columns of similar norm span, with pivoting if they are nearly dependent."""
+    """Return an orthonormal basis of columns of similar norm, with pivoting if they are nearly dependent."""
     basis: Floats
     basis, triangle = np.linalg.qr(columns)
     pivots = np.abs(triangle.diagonal())
@@ -424,7 +426,7 @@ def decompose_factors(factors: Floats, rows: int) -> Interruptible[FactorSpectru
 
 
 class _EigenvectorInverse:
-    """By eigenvectors; eigenvalues that are noise have no inverse."""
+    """Pseudoinverse by eigenvectors; eigenvalues below rounding errors count as zero."""
 
     def __init__(self, scale: Floats, values: Floats, vectors: Floats) -> None:
         self._scale, self._vectors = scale, vectors
@@ -434,12 +436,12 @@ class _EigenvectorInverse:
         self.well_conditioned = bool((values[:, 0] > WELL_CONDITIONED_RATIO * values[:, -1]).all())
 
     def solve(self, right: Unknowns) -> Interruptible[Floats]:
-        """X (blocks, size, columns)."""
+        """Return x (blocks, size, columns), of least norm."""
         along = yield from multiply_blocks(self._vectors.swapaxes(1, 2), self._scale * right)
         solution = self._scale * (yield from multiply_blocks(self._vectors, self._inverse * along))
         for block in np.flatnonzero(self.ranks < self._vectors.shape[1]):
-            # Of least norm is what has no part in the null space. That is spanned, in these units, by what is left
-            # over when the scaled null vectors are scaled back, and by the unknowns that have no scale.
+            # The solution of least norm has no component in the null space. That is spanned by the null vectors of the
+            # scaled matrix, multiplied by the scale, and by the unknowns without a scale.
             free = ~self._identified[block]
             unscaled = np.where(self._scale[block] > 0, self._scale[block], 1.0)
             null = yield from _orthonormalize(unscaled * self._vectors[block][:, free])
@@ -447,27 +449,27 @@ class _EigenvectorInverse:
         return solution
 
     def diagonals(self) -> Interruptible[Floats]:
-        """The diagonals of the inverse matrices, (blocks, size)."""
+        """Return the diagonals of the inverse matrices, (blocks, size)."""
         sums = yield from multiply_blocks(np.square(self._vectors), self._inverse)
         diagonals: Floats = (np.square(self._scale) * sums)[:, :, 0]
         return diagonals
 
 
 class _CholeskyInverse:
-    """By pivoted Cholesky factorizations; what comes after the last pivot has no inverse."""
+    """Pseudoinverse by pivoted Cholesky factorizations; the matrix after the last pivot counts as zero."""
 
     def __init__(self, scale: Floats, factors: list[CholeskyFactor]) -> None:
         self._scale, self._factors = scale, factors
         self._bases: dict[int, Floats] = {}
         self.ranks = np.array([factor.rank for factor in factors])
-        # The last pivot is usually below the smallest eigenvalue times their number.
+        # The square of the last pivot is usually below the smallest eigenvalue times their number.
         self.well_conditioned = all(
             factor.rank == len(factor.lower) and factor.lower[-1, -1] ** 2 > WELL_CONDITIONED_RATIO * factor.rank
             for factor in factors
         )
 
     def solve(self, right: Unknowns) -> Interruptible[Floats]:
-        """X (blocks, size, columns)."""
+        """Return x (blocks, size, columns), of least norm."""
         solution = np.zeros_like(right)
         for block, (factor, scale) in enumerate(zip(self._factors, self._scale, strict=True)):
             pivots = factor.order[: factor.rank]
@@ -481,9 +483,9 @@ class _CholeskyInverse:
         return solution
 
     def _remove_null_component(self, block: int, solution: Floats) -> Interruptible[None]:
-        """Take the part in the null space away, in place: least norm is what is left.
+        """Subtract the component in the null space, in place; the rest is the solution of least norm.
 
-        The part outside of the null space is that in the row space: the one of fewer dimensions is made a basis of.
+        The rest is also the component in the row space: a basis of the smaller of both spaces is used.
         """
         factor, scale = self._factors[block], self._scale[block]
         rank, scaled = factor.rank, scale[:, 0] > 0
@@ -506,7 +508,7 @@ class _CholeskyInverse:
         solution[:] = part if by_rows else solution - part
 
     def diagonals(self) -> Interruptible[Floats]:
-        """The diagonals of the inverse matrices, (blocks, size)."""
+        """Return the diagonals of the inverse matrices, (blocks, size)."""
         diagonals = np.empty(self._scale.shape[:2])
         for block, factor in enumerate(self._factors):
             diagonals[block] = yield from factor.inverse_diagonal()
@@ -515,11 +517,11 @@ class _CholeskyInverse:
 
 
 def _orthonormalize(columns: Floats) -> Interruptible[Floats]:
-    """An orthonormal basis of what the columns span, block by block: each is orthogonalized twice against those before.
+    """Return an orthonormal basis of the columns' span; each block is orthogonalized twice against the previous ones.
 
-    Giraud, Langou and Rozloznik, The loss of orthogonality in the Gram-Schmidt orthogonalization process, 2005.
+    Source: Giraud, Langou and Rozloznik, The loss of orthogonality in the Gram-Schmidt orthogonalization process, 2005.
     """
-    # Columns of very different length would lose the short ones.
+    # Normalize first: short columns would be lost to the rounding errors of long ones.
     basis: Floats = columns / np.maximum(np.linalg.norm(columns, axis=0), UNDERFLOW_THRESHOLD)
     for first in range(0, basis.shape[1], ORTHOGONALIZATION_COLUMNS):
         before, block = basis[:, :first], basis[:, first : first + ORTHOGONALIZATION_COLUMNS]

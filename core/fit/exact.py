@@ -1,4 +1,4 @@
-"""The best kernel itself: least squares by the normal equations, or by conjugate gradients where they are too many."""
+"""Exact solver: least squares by the normal equations or, if these are too large, by conjugate gradients."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -16,29 +16,30 @@ from core.fit.parameters import Unknowns
 from core.fit.result import Status, Step
 
 MAX_REFINEMENTS = 3
-"""Each takes what rounding left of the error to the share of it that the condition number leaves."""
+"""Maximum number of refinements; each multiplies the rounding error by about eps times the condition number."""
 
 REFINEMENT_GAIN_TOLERANCE = 1e-3
-"""Of the loss: a correction that promises less changes nothing that is worth another look at the images."""
+"""Predicted decrease of the loss, relative to it, up to which no further refinement is made."""
 
 IMAGE_LANCZOS_STEPS = 30
 IMAGE_LANCZOS_TOLERANCE = 1e-4
 
 CG_TOLERANCE = 1e-12
-"""Of the gradient at a kernel of zeros."""
+"""Length of the gradient, relative to that at a kernel of zeros, up to which conjugate gradients have converged."""
 
 CG_RESIDUAL_REPLACEMENT_ITERATIONS = 25
-"""After so many conjugate gradients loss and gradient are computed anew: updating them collects rounding errors."""
+"""Iterations after which loss and gradient are recomputed from the images: updates accumulate rounding errors."""
 
 MAX_CG_ITERATIONS = 750
-"""Conjugate gradients that one fit may take: five times as many as its estimate counts with."""
+"""Maximum iterations of conjugate gradients, five times the number that the predicted cost assumes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Minimum:
-    """Where a quadratic loss is least, and the point beside it where it was looked at, with what was seen there.
+    """Minimum of a quadratic loss, and a nearby point at which the terms were evaluated.
 
-    parts: each term's losses by filter and gradient at `seen`. loss is that of the objective at `at`.
+    at: the minimum; loss: that of the objective there. losses, gradients: each term's losses by filter and gradient at
+    expansion_point.
     """
 
     at: Unknowns
@@ -51,10 +52,10 @@ class Minimum:
 def refine_minimum(
     objective: Objective, terms: Sequence[ImageTerm], inverse: Inverse, first: Unknowns
 ) -> Interruptible[Minimum]:
-    """Improve on the solution of the normal equations by looking at the images.
+    """Improve the solution of the normal equations by residuals that are computed from the images.
 
-    The equations square the condition number, and lose the digits of a loss near zero; residuals do neither
-    (iterative refinement: Bjorck, Numerical Methods for Least Squares Problems, 2.9).
+    The equations square the condition number and lose the digits of a loss near zero; residuals do not.
+    Source: iterative refinement, Bjorck, Numerical Methods for Least Squares Problems, 1996, 2.9.
     """
     at = first
     for correction in range(1, MAX_REFINEMENTS + 1):
@@ -79,11 +80,8 @@ def refine_minimum(
 
 
 def find_largest_eigenvalue(objective: Objective, shape: tuple[int, ...]) -> Interruptible[float]:
-    """The largest eigenvalue of the Hessian, from passes over the images.
-
-    Infinite where it is past every finite number.
-    """
-    # A random direction has a part along the steepest one; a gradient need not have.
+    """Find the largest eigenvalue of the Hessian by passes over the images; infinity if it overflows float64."""
+    # A random direction has a component along every eigenvector; a gradient may have none.
     start = np.random.default_rng(0).standard_normal(shape)
     found = yield from lanczos(
         objective.hessian_product, start, IMAGE_LANCZOS_STEPS, IMAGE_LANCZOS_TOLERANCE, IMAGE_LANCZOS_STEPS
@@ -94,7 +92,7 @@ def find_largest_eigenvalue(objective: Objective, shape: tuple[int, ...]) -> Int
 def solve_by_conjugate_gradients(
     objective: Objective, start: Unknowns, tolerance: float | None
 ) -> Generator[Step | None, None, DescentResult]:
-    """Descend to the best kernel from `start` on, every filter for itself.
+    """Find the best kernel by conjugate gradients, for each filter separately, from `start`.
 
     Source: Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, 1952; van der Vorst and Ye,
     Residual Replacement Strategies for Krylov Subspace Methods, SIAM J. Sci. Comput. 22, 2000.
@@ -118,7 +116,7 @@ def solve_by_conjugate_gradients(
         history.append(loss)
         yield Step(number, loss)
         image = yield from objective.hessian_product(direction)
-        # A filter that is done waits for the others: going on, it would only collect rounding.
+        # Filters that have converged are not updated: they would only accumulate rounding errors.
         length = np.where(residual_squares > enough, ratio(residual_squares, dot(direction, image)), 0)
         unknowns = unknowns + length * direction
         if number % CG_RESIDUAL_REPLACEMENT_ITERATIONS:

@@ -1,4 +1,4 @@
-"""What is to be fitted: pairs of images and targets, and the convolution that is to lead from one to the other."""
+"""Examples of a fit: pairs of images and targets, and the convolution that maps the images to the targets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from core.fit.interruption import Interruptible
 from core.shapes import PaddingMode, Pair, Problem, format_shape, parse_conv2d_padding, require_positive_pair
 
 BLOCK_VALUES = 1 << 21
-"""Values that are checked or summed up at a time."""
+"""Number of values that are checked or summed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawExample:
-    """An input, its target and the weights of the target's values as they came, with their names for messages."""
+    """An input, its target and the weights of the target's values as received, with their names for messages."""
 
     input: ArrayLike
     target: ArrayLike
@@ -27,13 +27,13 @@ class RawExample:
     prefix: str = ""
 
     def name(self, field: str) -> str:
-        """What messages call one of the three."""
+        """Return the name of `field` (input, target or weights) in messages."""
         return f"{self.prefix}{field}"
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """How the kernel is laid on the images; the fields are conv2d's."""
+    """Parameters of the convolution; the fields are those of conv2d."""
 
     stride: int | Sequence[int] = 1
     padding: int | Sequence[int] | str = 0
@@ -42,7 +42,7 @@ class Layer:
     padding_mode: PaddingMode = "zeros"
 
     def problem(self, images: Tensor, kernel_shape: Sequence[int], *, device: str, kernel_name: str) -> Problem:
-        """The convolution of these images (N, C, H, W) by a kernel of this shape (O, C/groups, h, w), checked."""
+        """Return the checked convolution of images (N, C, H, W) by a kernel of this shape (O, C/groups, h, w)."""
         return conv2d_problem(
             images.shape,
             kernel_shape,
@@ -60,7 +60,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One pair, in the dtype that it came in: images (N, C, H, W), targets and, perhaps, weights (N, O, oh, ow)."""
+    """One pair in the dtypes as received: images (N, C, H, W), targets and optional weights (N, O, oh, ow)."""
 
     images: Tensor
     targets: Tensor
@@ -69,7 +69,7 @@ class Example:
 
     @property
     def image_weights(self) -> list[float]:
-        """What a mean counts each image for: the sum of its weights, 1 for each of its target's values without any."""
+        """The weight of each image in a mean: the sum of its weights; without weights, its number of target values."""
         if self.weights is None:
             return len(self.targets) * [float(self.targets[0].numel())]
         groups = torch.split(self.weights, max(1, BLOCK_VALUES // self.weights[0].numel()))
@@ -90,7 +90,8 @@ class Example:
         if problem.output_size != size:
             raise InvalidShape(
                 f"{self.raw.name('target')} is {format_shape(size)} in rows and columns: a kernel "
-                f"{format_shape((problem.kernel_height, problem.kernel_width))} makes {format_shape(problem.output_size)} "
+                f"{format_shape((problem.kernel_height, problem.kernel_width))} makes "
+                f"{format_shape(problem.output_size)} "
                 f"out of {self.raw.name('input')} {format_shape((problem.height, problem.width))} "
                 "with this stride, padding and dilation",
                 field=self.raw.name("target"),
@@ -100,11 +101,11 @@ class Example:
 
 
 Block: TypeAlias = tuple[slice, slice, slice]
-"""Images, channels and rows."""
+"""Slices of images, channels and rows."""
 
 
 def iterate_blocks(shape: Sequence[int]) -> Iterator[Block]:
-    """An array (N, C, H, W) in blocks of about BLOCK_VALUES, at least a row."""
+    """Yield blocks of an array (N, C, H, W) of about BLOCK_VALUES values, at least one row each."""
     images, channels, rows, columns = shape
     high = max(1, BLOCK_VALUES // columns)
     deep, together = max(1, high // rows), max(1, high // (rows * channels))
@@ -115,7 +116,7 @@ def iterate_blocks(shape: Sequence[int]) -> Iterator[Block]:
 
 
 def require_finite(examples: Sequence[Example]) -> Interruptible[None]:
-    """Raise InvalidNumbers for NaN and infinity: nothing can be learned from them."""
+    """Raise InvalidNumbers for NaN and infinity."""
     waited = 0
     for example in examples:
         for field, array in (("input", example.images), ("target", example.targets)):
@@ -139,39 +140,39 @@ def require_finite(examples: Sequence[Example]) -> Interruptible[None]:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """All the pairs. `single_planes`: every array came as (H, W), so the kernel goes back as (h, w)."""
+    """All pairs. single_planes: every array was received as (H, W), so that the kernel is returned as (h, w)."""
 
     pairs: tuple[Example, ...]
     single_planes: bool
 
     @property
     def channels(self) -> int:
-        """Channels of every input."""
+        """Number of channels of every input."""
         return self.pairs[0].images.shape[1]
 
     @property
     def filters(self) -> int:
-        """Channels of every target."""
+        """Number of channels of every target."""
         return self.pairs[0].targets.shape[1]
 
     @property
     def has_weights_per_filter(self) -> bool:
-        """Some pixel weighs more for one filter than for another."""
+        """True if a pixel has different weights for different filters."""
         weights = [pair.weights for pair in self.pairs if pair.weights is not None]
         return self.filters > 1 and any(map(_differs_between_filters, weights))
 
 
 def load_examples(raw_examples: Sequence[RawExample]) -> Examples:
-    """The pairs as tensors; each may have its own size, all share their numbers of channels.
+    """Return the pairs as tensors; they may differ in size, but not in their numbers of channels.
 
-    Raises InvalidArgument, InvalidShape and InvalidNumbers, naming the array at fault.
+    Raises InvalidArgument, InvalidShape and InvalidNumbers, naming the invalid array.
     """
     if not raw_examples:
         raise InvalidArgument("pairs is empty: a kernel is learned from at least one pair", field="pairs", got="[]")
     examples = load_pairs(raw_examples)
     if not has_weight(examples.pairs):
         raise InvalidNumbers(
-            "weights are zero everywhere: nothing is left to learn from",
+            "weights are zero everywhere: at least one must be above 0",
             field="weights",
             got=0,
             limit="some weight above 0",
@@ -187,7 +188,7 @@ def has_weight(pairs: Sequence[Example]) -> bool:
 def load_pairs(raw_examples: Sequence[RawExample]) -> Examples:
     """Return one or more pairs as tensors.
 
-    Raises InvalidShape and InvalidNumbers, naming the array at fault.
+    Raises InvalidShape and InvalidNumbers, naming the invalid array.
     """
     pairs: list[Example] = []
     single_planes = True
@@ -208,9 +209,9 @@ def load_pairs(raw_examples: Sequence[RawExample]) -> Examples:
 
 
 def infer_kernel_size(example: Example, layer: Layer) -> Pair:
-    """The one kernel size that makes the target out of the input, where stride is 1 and padding 0.
+    """Return the only kernel size that maps the input's size to the target's, for stride 1 and padding 0.
 
-    Raises InvalidShape where there is none, and InvalidArgument where several sizes would do.
+    Raises InvalidShape if there is none, and InvalidArgument for another stride or padding.
     """
     images, targets = example.images.shape, example.targets.shape
     dilation = require_positive_pair("dilation", layer.dilation)
@@ -218,7 +219,7 @@ def infer_kernel_size(example: Example, layer: Layer) -> Pair:
     unpadded = not any(parse_conv2d_padding(layer.padding, (images[2], images[3]), (2, 2), stride, dilation))
     if stride != (1, 1) or not unpadded:
         raise InvalidArgument(
-            "kernel_size is missing: it follows from the shapes only where stride is 1 and padding is 0",
+            "kernel_size is missing: it follows from the shapes only if stride is 1 and padding is 0; give kernel_size",
             field="kernel_size",
             limit="an integer or [rows, columns]",
         )
@@ -236,7 +237,7 @@ def infer_kernel_size(example: Example, layer: Layer) -> Pair:
 
 
 def _load_weights(raw: RawExample, targets: Tensor) -> Tensor | None:
-    """The weights with the target's shape (N, O, oh, ow); one image or plane of them stands for all."""
+    """Return the weights, broadcast to the target's shape (N, O, oh, ow) along images and channels."""
     if raw.weights is None:
         return None
     name = raw.name("weights")
@@ -246,18 +247,18 @@ def _load_weights(raw: RawExample, targets: Tensor) -> Tensor | None:
     ):
         raise InvalidShape(
             f"{name} {format_shape(weights.shape)} does not fit {raw.name('target')} {format_shape(targets.shape)}: "
-            "one weight for each of its values, or one plane for all images and filters",
+            "give one weight for each of its values, or one plane for all images and filters",
             field=name,
             got=format_shape(weights.shape),
             limit=format_shape(targets.shape),
         )
-    # Not every dtype can be compared.
+    # Some dtypes cannot be compared.
     numbers = weights.double()
     faulty = int((~((numbers >= 0) & torch.isfinite(numbers))).sum())
     if faulty:
         raise InvalidNumbers(
-            f"{name} holds {faulty} values that are negative, NaN or infinite: a weight is a number from 0 on, "
-            "0 leaves its pixel out",
+            f"{name} holds {faulty} values that are negative, NaN or infinite: weights must be finite numbers from "
+            "0 on; 0 excludes the value",
             field=name,
             got=faulty,
             limit="finite numbers from 0 on",
@@ -266,22 +267,21 @@ def _load_weights(raw: RawExample, targets: Tensor) -> Tensor | None:
 
 
 def _drop_expanded_axes(weights: Tensor) -> Tensor:
-    """The weights without the axes along which one plane stands for all."""
+    """Return the weights with size 1 along broadcast axes."""
     return weights[tuple(slice(1) if step == 0 else slice(None) for step in weights.stride())]
 
 
 def _differs_between_filters(weights: Tensor) -> bool:
-    """Whether some filter has weights of its own."""
     stored = _drop_expanded_axes(weights)
-    # Not every dtype can be compared.
+    # Some dtypes cannot be compared.
     return any(bool((image.double() != image[:1].double()).any()) for image in stored) if len(stored[0]) > 1 else False
 
 
 def require_equal_counts(counted_items: str, name: str, count: int, other: str, expected: int) -> None:
-    """Raise InvalidShape unless two arrays have as many images or channels."""
+    """Raise InvalidShape unless two arrays have the same number of images or channels."""
     if count != expected:
         raise InvalidShape(
-            f"{name} has {count} {counted_items}, {other} has {expected}: they must be as many",
+            f"{name} has {count} {counted_items}, {other} has {expected}: the numbers must be equal",
             field=name,
             got=count,
             limit=expected,

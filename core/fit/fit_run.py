@@ -1,4 +1,4 @@
-"""One fit from the first look at its examples to its result, as a generator of what happens."""
+"""Run of one fit, from reading its examples to its result, as a generator of progress events."""
 
 import itertools
 import math
@@ -66,20 +66,20 @@ from core.fit.validation_set import ValidationCurve, ValidationResult, Validatio
 from core.machine import Machine
 
 STABILITY_LIMIT_TOLERANCE = 1e-9
-"""Relative distance from the largest stable rate within which rounding decides whether a descent converges."""
+"""Relative distance from the largest stable rate within which rounding errors decide if a descent converges."""
 
 LANCZOS_RELATIVE_ERROR = 0.02
-"""Relative error of a largest eigenvalue that Lanczos's method finds: it is never too large, and seldom too small."""
+"""Relative error of a largest eigenvalue found by the Lanczos method, which is a lower bound."""
 
 MIN_LOSS_DIFFERENCE_RATIO = 1e-6
-"""Difference of two losses, relative to them, below which it is computed from the distance of their kernels."""
+"""Difference of two losses, relative to the smaller, up to which it is computed from the distance of the kernels."""
 
 Accumulator = TypeVar("Accumulator", EquationsAccumulator, QRAccumulator)
 
 
 @dataclass(frozen=True, slots=True)
 class FitRun:
-    """A fit whose arguments are checked."""
+    """A fit with checked arguments."""
 
     options: Options
     tiled_examples: Sequence[TiledExample]
@@ -94,7 +94,7 @@ class FitRun:
     validation: ValidationSet | None = None
 
     def steps(self) -> Generator[Progress, None, FitResult]:
-        """Read the examples, foretell, solve or descend, and report."""
+        """Read the examples, predict, solve or descend, and return the result."""
         return suppress_overflow_warnings(self._steps())
 
     def _steps(self) -> Generator[Progress, None, FitResult]:
@@ -124,7 +124,7 @@ class FitRun:
         ridge = whole._resolve_scaled_ridge(None)  # noqa: SLF001 - of the same class
         squares = replace(whole._build_terms(targets)[0], criterion=LOSSES["mean"])  # noqa: SLF001
         initialization, note = self.layout.zeros, None
-        # Half a mean of squares and the ridge have the same minimum as it and twice the ridge.
+        # Half a mean of squares plus the ridge penalty has the same minimum as the mean plus twice the penalty.
         objective = Objective([squares], self.layout, mean=True, ridge=2 * ridge)
         analysis = yield from whole._analyse_examples(objective, [squares])  # noqa: SLF001
         if analysis is None:
@@ -199,7 +199,7 @@ class FitRun:
     def _estimate_robust_uncertainty(
         self, at: Unknowns, residual_statistics: ResidualStatistics, analysis: Analysis
     ) -> Interruptible[Uncertainty]:
-        """Return standard errors and intervals of the kernel of least Huber loss."""
+        """Return standard errors and intervals of the kernel with the least Huber loss."""
         layout = self.layout
         variances = residual_statistics.variances(layout.size)
         if variances is None or analysis.spectrum.ranks.min() != layout.size:
@@ -215,7 +215,7 @@ class FitRun:
         return self._make_uncertainty(at, errors, degrees_of_freedom, covariances, is_biased=False)
 
     def run_scaled(self) -> Generator[Progress, None, FitResult]:
-        """Fit the examples, scaled by the units."""
+        """Fit the examples scaled by `scaling`."""
         options, scaling = self.options, self.scaling
         examples = [tiled_example.example for tiled_example in self.tiled_examples]
         targets = yield from self._with_progress(compute_target_statistics(examples, self.device, scaling), 0)
@@ -224,7 +224,7 @@ class FitRun:
         analysis, largest_eigenvalue = yield from self._analyse(images, terms, targets)
         overflow = largest_eigenvalue is not None and not math.isfinite(scaling.unscale_curvature(largest_eigenvalue))
         if options.solver == "exact":
-            # The unscaled loss and curvature may overflow: the kernel does not need them.
+            # The kernel does not depend on the unscaled loss and curvature, which may overflow.
             overflow = analysis is None and largest_eigenvalue is not None and not math.isfinite(largest_eigenvalue)
         elif options.criterion.is_quadratic:
             overflow = overflow or not math.isfinite(scaling.unscale_loss(targets.squares))
@@ -251,7 +251,7 @@ class FitRun:
         return (yield from self._report(descent, targets, terms, analysis, forecast, best_rate))
 
     def analyse_least_squares(self) -> Generator[Progress, None, tuple[Analysis | None, TargetStatistics]]:
-        """Analyse the sum of squares of the examples, scaled by the units, by its equations.
+        """Analyse the sum of squares of the examples, scaled by `scaling`, by its equations.
 
         None if squares are too large for float64.
         """
@@ -265,7 +265,7 @@ class FitRun:
 
     @property
     def _term_count(self) -> int:
-        """Examples, or images if there are batches."""
+        """Number of examples, or of images if there are batches."""
         return sum(tiled_example.terms for tiled_example in self.tiled_examples)
 
     @property
@@ -275,11 +275,11 @@ class FitRun:
 
     @property
     def _initial_unknowns(self) -> Unknowns:
-        """Where a descent starts, for the scaled examples."""
+        """Initial kernel and bias of a descent, for the scaled examples."""
         return self.scaling.scale_unknowns(self.layout.pack(*self.initialization.weights(self.seed)))
 
     def _resolve_scaled_ridge(self, analysis: Analysis | None) -> float:
-        """Return the ridge that an analysis uses or, without one, the given number, for the scaled examples."""
+        """Return the ridge for the scaled examples: that of an analysis or, without one, the given number."""
         if analysis:
             return analysis.objective.ridge
         given = self.options.given_ridge or 0.0
@@ -288,7 +288,7 @@ class FitRun:
         return scaled
 
     def _make_ridge_search(self, targets: TargetStatistics) -> RidgeSearch | None:
-        """Return the search for a ridge or its path, if one is requested."""
+        """Return the search for a ridge or a path of ridges; None if neither is requested."""
         options = self.options
         if not options.searches_ridges:
             return None
@@ -298,9 +298,9 @@ class FitRun:
     def _analyse(
         self, images: Objective, terms: Sequence[ImageTerm], targets: TargetStatistics
     ) -> Generator[Progress, None, tuple[Analysis | None, float | None]]:
-        """What the equations tell, and the steepest curvature: infinite where squares are past every number.
+        """Return the analysis of the equations, and the largest curvature, infinity if squares overflow float64.
 
-        None where there are no equations, and for a loss that has no constant curvature.
+        The analysis is None without equations; the curvature is None for a loss that is not quadratic.
         """
         square, finite = self.options.criterion.is_quadratic, math.isfinite(targets.squares)
         if self.method == "normal equations" and finite:
@@ -318,7 +318,7 @@ class FitRun:
         return None, (yield from self._with_progress(curvature, self._term_count))
 
     def _build_terms(self, targets: TargetStatistics) -> list[ImageTerm]:
-        """The loss from the images: of all together or, for batches, of each."""
+        """Return the terms of the loss: one of all images or, for batches, one of each image."""
         if self.options.batch_size is None:
             tiles = [part for tiled_example in self.tiled_examples for part in tiled_example.tiles]
             return [self._build_term(tiles, targets.weight)]
@@ -336,7 +336,7 @@ class FitRun:
     def _analyse_examples(
         self, images: Objective, terms: Sequence[ImageTerm], search: RidgeSearch | None = None
     ) -> Generator[Progress, None, Analysis | None]:
-        """Analyse the examples by their normal equations or, if those say too little, by their windows themselves.
+        """Analyse the examples by their normal equations or, if these are ill-conditioned, by their windows.
 
         None if a sum of squares is too large for float64.
         """
@@ -367,7 +367,7 @@ class FitRun:
     def _analyse_constrained(
         self, images: Objective, terms: Sequence[ImageTerm]
     ) -> Generator[Progress, None, ConstrainedAnalysis | None]:
-        """Find the best kernel under the constraints. Raises InvalidOption if they are too large for the examples."""
+        """Find the best kernel under the constraints. Raises InvalidOption if one is too large for the examples."""
         smoothness, total = self.options.constraints.smoothness, self.options.constraints.sum_to
         require_scalable("smoothness", smoothness, self.scaling.scale_ridge(smoothness))
         constraints = self.options.constraints.with_scaling(self.scaling)
@@ -407,7 +407,7 @@ class FitRun:
         return accumulators
 
     def _with_progress(self, tiles: Generator[Step | None, None, Value], done: int) -> Generator[Progress, None, Value]:
-        """Say after each part how many examples are read, so that whoever listens may end it there."""
+        """Yield after each part the number of examples read, so that the caller can stop the fit there."""
         while True:
             try:
                 event = next(tiles)
@@ -425,31 +425,31 @@ class FitRun:
     def _build_forecast(
         self, analysis: Analysis | None, largest_eigenvalue: float | None
     ) -> Interruptible[tuple[Forecast, float | None]]:
-        """What is known beforehand, and the rate that "auto" would take."""
+        """Return the forecast, and the rate that "auto" chooses if it is needed."""
         options = self.options
         unknowns = self.layout.unknowns if analysis is None else analysis.unknowns
-        # The exact solver takes no steps; what those of gradient descent could be is told all the same.
+        # The exact solver takes no steps: report the largest stable rate of gradient descent.
         optimizer = options.optimizer or GradientDescent()
         smallest = self.scaling.unscale_curvature(analysis.smallest) if analysis else None
         largest_eigenvalue = None if largest_eigenvalue is None else self.scaling.unscale_curvature(largest_eigenvalue)
         rank = analysis.rank if analysis else None
         stable = best = None
-        # A batch is a share of the examples, and so is the curvature of a sum over it.
+        # The curvature of a sum over a batch is proportional to its number of images.
         batch_fraction = (
             1.0 if options.batch_size is None or options.criterion.mean else options.batch_size / self._term_count
         )
-        # No solver that takes steps keeps to constraints.
+        # Solvers that take steps do not support constraints.
         if largest_eigenvalue and not options.constraints.active:
             stable = optimizer.largest_stable_rate(batch_fraction * largest_eigenvalue)
             stable = stable if stable and math.isfinite(stable) else None
             if options.learning_rate == "auto" or (stable is not None and options.learning_rate >= stable):
-                # To find it takes a while: it is looked for only where it is used or told.
+                # The search takes time: the rate is computed only if it is used or reported.
                 best = yield from self._find_optimal_learning_rate(
                     analysis, optimizer, largest_eigenvalue, batch_fraction
                 )
         rate: float | None = None
         if options.solver != "exact":
-            # Where nothing is curved, nothing moves at any rate.
+            # If all curvatures are zero, every rate has the same result.
             rate = (best or 1.0) if options.learning_rate == "auto" else options.learning_rate
         prediction = self._predict(rate, stable, analysis)
         forecast = Forecast(
@@ -471,12 +471,12 @@ class FitRun:
         return forecast, best
 
     def _unscale_best_possible_loss(self, analysis: Analysis | None) -> float | None:
-        """The smallest possible loss on the examples as they are, if it is known."""
+        """Return the smallest possible loss on the unscaled examples; None if it is unknown."""
         scaled = None if analysis is None else analysis.best_possible_loss
         return None if scaled is None else self.scaling.unscale_loss(scaled)
 
     def _predict(self, rate: float | None, stable: float | None, analysis: Analysis | None) -> Prediction | None:
-        """Predict the descent; None if its end is not sure."""
+        """Predict whether the descent converges; None if that is not certain."""
         if rate is None or stable is None:
             return None
         if self._is_full_batch:
@@ -488,14 +488,14 @@ class FitRun:
                 if rate < stable * (1 - (STABILITY_LIMIT_TOLERANCE if exact else LANCZOS_RELATIVE_ERROR))
                 else None
             )
-        # Batches of other curvature may bring back what one of them drives apart: only that it stays is ever sure.
+        # A descent that diverges on one batch may converge on others: with batches only convergence is certain.
         batch_curvature_bound = self._bound_batch_curvature(analysis)
         return "converges" if batch_curvature_bound and rate < 2 / batch_curvature_bound else None
 
     def _find_optimal_learning_rate(
         self, analysis: Analysis | None, optimizer: Optimizer, largest_eigenvalue: float, batch_fraction: float
     ) -> Interruptible[float | None]:
-        """The rate that "auto" takes."""
+        """Return the rate that "auto" chooses; None for an optimizer without a largest stable rate."""
         largest = optimizer.largest_stable_rate(largest_eigenvalue)
         if largest is None:
             return None
@@ -504,7 +504,7 @@ class FitRun:
             curvatures, errors = yield from analysis.errors_along_eigenvectors(self._initial_unknowns)
             curvatures = np.ldexp(curvatures, 2 * self.scaling.input)
             best = yield from optimal_learning_rate(optimizer, curvatures, errors, self.options.steps, largest)
-        # That one never lets the loss rise.
+        # At 1 / (largest curvature) the loss never increases.
         best = 1 / largest_eigenvalue if best is None else best
         if self.options.batch_size is None:
             return best
@@ -516,7 +516,7 @@ class FitRun:
         )
 
     def _bound_batch_curvature(self, analysis: Analysis | None) -> float | None:
-        """A curvature that no batch exceeds; None where the images' own are not known."""
+        """Return an upper bound of the curvatures of all batches; None without an analysis or without batches."""
         options = self.options
         if analysis is None or options.batch_size is None:
             return None
@@ -531,7 +531,7 @@ class FitRun:
     def _solve(
         self, analysis: Analysis | None, images: Objective, targets: TargetStatistics
     ) -> Generator[Step | None, None, DescentResult]:
-        """From a kernel of zeros to the best one, in one step or by conjugate gradients."""
+        """Solve from a kernel of zeros, in one step or by conjugate gradients."""
         if analysis is None:
             return (yield from solve_by_conjugate_gradients(images, self.layout.zeros, self.options.tolerance))
         loss = targets.zero_kernel_loss(mean=images.mean)
@@ -542,7 +542,7 @@ class FitRun:
     def _make_validation_curve(
         self, training_term: ImageTerm, analysis: Analysis | None
     ) -> Interruptible[ValidationCurve | None]:
-        """Return a curve of the losses on the validation pairs, if there are any."""
+        """Return a curve of the losses on the validation pairs; None without such pairs."""
         validation = self.validation
         if validation is None:
             return None
@@ -563,8 +563,8 @@ class FitRun:
     ) -> Generator[Step | None, None, DescentResult]:
         options, optimizer = self.options, self.options.optimizer
         objective = analysis.objective if analysis else images
-        assert optimizer is not None  # noqa: S101 - "exact" is not descended
-        assert forecast.learning_rate is not None  # noqa: S101 - every rule has one
+        assert optimizer is not None  # noqa: S101 - None only for "exact", which does not descend
+        assert forecast.learning_rate is not None  # noqa: S101 - every optimizer has one
         whole = options.batch_size is None
         batches = itertools.repeat(objective) if whole else self._batches(objective)
         scale = targets.zero_kernel_loss(mean=objective.mean)
@@ -583,7 +583,7 @@ class FitRun:
             validation=curve,
         )
         if not whole:
-            # A history of batches says nothing of all images together.
+            # The history holds the losses of batches, not of all images.
             start_loss, _ = yield from objective(self._initial_unknowns)
             final_loss, _ = yield from objective(descent.unknowns)
             descent = replace(descent, start_loss=start_loss, final_loss=final_loss)
@@ -598,7 +598,7 @@ class FitRun:
         return replace(descent, unknowns=curve.best, final_loss=final_loss, validation_result=validation_result)
 
     def _batches(self, objective: Objective) -> Iterator[Objective]:
-        """Batches without end; every epoch goes through all images in a new order."""
+        """Yield batches without end; each epoch passes over all images in a new random order."""
         size = self.options.batch_size or self._term_count
         generator = np.random.default_rng(self.seed)
         while True:
@@ -609,7 +609,7 @@ class FitRun:
     def _report_overflow(
         self, targets: TargetStatistics, terms: Sequence[ImageTerm]
     ) -> Generator[Progress, None, FitResult]:
-        """What is left to say where not even the sums of squares are finite; the kernel is the one to start from."""
+        """Return the result for sums of squares that overflow float64, with the initial kernel."""
         descent = DescentResult(
             self._initial_unknowns, [math.inf], math.inf, math.inf, math.inf, Status.DIVERGED, overflowed=True
         )
@@ -646,7 +646,7 @@ class FitRun:
         if analysis is not None and best is not None:
             excess_loss = descent.final_loss - best
             if excess_loss <= MIN_LOSS_DIFFERENCE_RATIO * best:
-                # The difference has lost digits.
+                # The difference of the losses has lost digits to cancellation.
                 excess_loss = yield from self._with_progress(analysis.excess_loss(descent.unknowns), self._term_count)
                 descent = replace(descent, final_loss=best + excess_loss)
         if options.criterion.is_quadratic or not math.isfinite(descent.final_loss):
@@ -720,7 +720,7 @@ class FitRun:
         )
 
     def _describe_uniqueness(self, analysis: Analysis | None, rank_note: str | None) -> list[str]:
-        """Say what the best kernel is if the examples do not determine one."""
+        """Describe the returned kernel if the examples do not determine the best one."""
         if analysis is None or rank_note is None:
             return []
         if bool((analysis.spectrum.ranks == self.layout.size).all()):
@@ -728,7 +728,7 @@ class FitRun:
         return [rank_note, "this is the solution of least norm"]
 
     def _estimate_least_squares_uncertainty(self, analysis: Analysis, error_estimate: ErrorEstimate) -> Uncertainty:
-        """Return standard errors, intervals and the noise of least squares on the examples as they are."""
+        """Return standard errors, intervals and the noise of least squares on the unscaled examples."""
         is_biased = bool(analysis.objective.ridge or self.options.constraints.smoothness)
         at, errors = analysis.minimum.at, error_estimate.standard_errors
         found = self._make_uncertainty(
@@ -746,9 +746,10 @@ class FitRun:
         *,
         is_biased: bool,
     ) -> Uncertainty:
-        """Return standard errors and intervals of a kernel on the examples as they are; no intervals if it is biased.
+        """Return standard errors and intervals of a kernel on the unscaled examples; no intervals if it is biased.
 
-        freedom (blocks, columns) is Student's; covariances (blocks, columns, size, size).
+        degrees_of_freedom (blocks, columns): those of Student's t distribution; covariances (blocks, columns, size,
+        size).
         """
         errors, best = self.scaling.unscale_unknowns(errors), self.scaling.unscale_unknowns(at)
         reach = scipy.special.stdtrit(degrees_of_freedom, (1 + CONFIDENCE_LEVEL) / 2)[:, None, :] * errors
@@ -764,7 +765,7 @@ class FitRun:
         )
 
     def _unscale_covariance(self, matrices: NDArray[np.float64] | None) -> torch.Tensor | None:
-        """Return the covariance of each filter's unknowns, (O, size, size), on the examples as they are."""
+        """Return the covariance of each filter's unknowns, (O, size, size), on the unscaled examples."""
         if matrices is None:
             return None
         exponent = 2 * (self.scaling.target - self.scaling.input)
@@ -774,12 +775,12 @@ class FitRun:
         return torch.from_numpy(matrices[0] if self.single_planes else matrices).to(self.device)
 
     def _unscale_ridge(self, analysis: Analysis | None) -> float | None:
-        """Return the ridge of the fit, on the examples as they are; None if none could be chosen."""
+        """Return the ridge of the fit on the unscaled examples; None if none could be chosen."""
         given = self.options.given_ridge
         return self.scaling.unscale_curvature(analysis.objective.ridge) if given is None and analysis else given
 
     def _ridge_path_fields(self, path: RidgePath | None) -> dict[str, torch.Tensor | None]:
-        """Return the fields of the result that hold a path of ridges, on the examples as they are."""
+        """Return the fields of the result that hold a path of ridges, on the unscaled examples."""
         if path is None:
             return {}
         scaling = self.scaling
@@ -808,7 +809,7 @@ class FitRun:
     def _compute_r_squared(
         self, unknowns: Unknowns, loss: float, targets: TargetStatistics, analysis: Analysis | None
     ) -> float | None:
-        """R squared of a kernel of that sum, or mean, of squares."""
+        """Return the R squared of a kernel with this sum, or mean, of squares."""
         if not math.isfinite(loss):
             return None
         mean, ridge = self.options.criterion.mean, self._resolve_scaled_ridge(analysis)
@@ -821,7 +822,7 @@ class FitRun:
     def _evaluate_r_squared(
         self, unknowns: Unknowns, terms: Sequence[ImageTerm], targets: TargetStatistics
     ) -> Interruptible[float | None]:
-        """R squared of a kernel found by another loss."""
+        """Return the R squared of a kernel that was fitted by another loss."""
         squares = Objective([replace(term, criterion=LOSSES["sum"]) for term in terms], self.layout, mean=False)
         left, _ = yield from squares(unknowns)
         return targets.r_squared(left)
@@ -831,7 +832,7 @@ def _describe_analysis_rank(analysis: Analysis | None, unknowns: int) -> str | N
     if analysis is None:
         return None
     if isinstance(analysis, ConstrainedAnalysis) and analysis.rank == 0 < unknowns:
-        return f"rank 0 of {unknowns}: the examples determine nothing that the constraints leave free"
+        return f"rank 0 of {unknowns}: the examples determine none of the unknowns that the constraints leave free"
     return describe_rank(
         analysis.rank, unknowns, precise=analysis.precise, largest_discarded_ratio=analysis.largest_discarded_ratio
     )

@@ -1,4 +1,4 @@
-"""Everything of a fit except the kernel's size: a fit of any size follows from it."""
+"""Specification of a fit except for the kernel's size, from which fits of any size are created."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from core.shapes import Problem
 
 @dataclass(frozen=True, slots=True)
 class FitSpec:
-    """Checked arguments of a fit; `start` has the kernel's size."""
+    """Checked arguments of a fit; `initialization` has the kernel's size."""
 
     options: Options
     examples: Examples
@@ -35,7 +35,7 @@ class FitSpec:
 
     @property
     def layout(self) -> ParameterLayout:
-        """The unknowns."""
+        """The layout of kernel and bias as unknowns."""
         return ParameterLayout(
             self.initialization.kernel_shape,
             self.groups,
@@ -44,14 +44,14 @@ class FitSpec:
         )
 
     def tiled_examples(self, problems: Sequence[Problem], *, separate: bool) -> list[TiledExample]:
-        """Divide the examples, whose problems these are; each image by itself if they are kept `apart`."""
+        """Divide the examples, of these problems, into tiles; separate: tiles of single images."""
         return [
             tile_example(example, replace(problem, batch=1) if separate else problem, self.machine, separate=separate)
             for example, problem in zip(self.examples.pairs, problems, strict=True)
         ]
 
     def fit(self, problems: Sequence[Problem], held_out_problems: Sequence[Problem]) -> tuple[FitRun, Strategy]:
-        """Choose how to compute the fit of examples and validation pairs whose problems these are."""
+        """Choose the strategy for the fit; the problems are those of the examples and of the validation pairs."""
         layout, machine = self.layout, self.machine
         constraints = self.options.constraints.for_kernel(layout.kernel_shape, bias=layout.bias)
         options = replace(self.options, constraints=constraints)

@@ -1,4 +1,4 @@
-"""Where the descent starts: the kernel and bias that were given, or random ones drawn from a seed."""
+"""Initial kernel and bias of a descent: given, or drawn at random from a seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Initialization:
-    """The shape (O, C/groups, h, w) of what is to be learned, and those parts of it that were given.
+    """Shape (O, C/groups, h, w) of the kernel, and the given initial kernel and bias.
 
-    Nothing is drawn yet, so that a shape can be refused before there is memory for it. `bias` says whether one is
-    learned as well, of shape (O).
+    Random values are drawn later, so that a shape can be rejected before memory is allocated for it. bias: a bias (O)
+    is learned too.
     """
 
     kernel_shape: tuple[int, int, int, int]
@@ -31,11 +31,11 @@ class Initialization:
 
     @property
     def is_complete(self) -> bool:
-        """Nothing is left to be drawn."""
+        """True if all initial values are given, so that none are drawn at random."""
         return self.given_kernel is not None and (not self.bias or self.given_bias is not None)
 
     def weights(self, seed: int) -> tuple[Tensor, Tensor | None]:
-        """Kernel and bias: what was given, the rest as torch.nn.Conv2d draws it, uniform within 1 / sqrt(fan-in).
+        """Return the given kernel and bias, or random ones as in torch.nn.Conv2d: uniform within 1 / sqrt(fan-in).
 
         The same seed gives the same numbers on every device.
         """
@@ -63,7 +63,7 @@ def resolve_initialization(
     bias: bool,
     initial_bias: ArrayLike | None,
 ) -> Initialization:
-    """Settle the kernel's shape and take what is given. Raises InvalidShape and InvalidOption."""
+    """Resolve the kernel's shape and load the given values. Raises InvalidShape and InvalidOption."""
     require_positive("groups", layer.groups)
     given_kernel = None
     if initial_kernel is not None:
@@ -84,7 +84,7 @@ def resolve_initialization(
 
 
 def resolve_seed(seed: int | None) -> int:
-    """The seed that was given, or a fresh one. Raises InvalidOption."""
+    """Return the given seed, or a random one. Raises InvalidOption."""
     if seed is None:
         return torch.Generator().seed() & MAX_SEED
     if not is_integer(seed) or not 0 <= seed <= MAX_SEED:
@@ -101,7 +101,7 @@ def _load_finite(field: str, value: ArrayLike) -> Tensor:
     numbers = as_tensor(field, value, torch.float64, CPU_DEVICE).detach()
     if not torch.isfinite(numbers).all():
         raise InvalidNumbers(
-            f"{field} holds values that are NaN or infinite: a descent starts from finite numbers",
+            f"{field} holds values that are NaN or infinite: all values must be finite",
             field=field,
             limit="finite numbers",
         )
@@ -112,8 +112,8 @@ def _resolve_kernel_size(kernel: Tensor, kernel_size: int | Sequence[int] | None
     size = kernel.shape[2], kernel.shape[3]
     if kernel.shape[0] != filters:
         raise InvalidShape(
-            f"initial_kernel {format_shape(kernel.shape)} has {kernel.shape[0]} filters, the target has {filters} channels: "
-            "they must be as many",
+            f"initial_kernel {format_shape(kernel.shape)} has {kernel.shape[0]} filters, the target has {filters} "
+            "channels: the numbers must be equal",
             field="initial_kernel",
             got=format_shape(kernel.shape),
             limit=f"{filters} filters",
@@ -137,7 +137,8 @@ def _require_bias_shape(given: Tensor, bias: bool, filters: int) -> None:
         )
     if given.shape not in ((), (filters,)):
         raise InvalidShape(
-            f"initial_bias has shape {format_shape(given.shape)}: it needs ({filters}), one number a filter, or one for all",
+            f"initial_bias has shape {format_shape(given.shape)}: it needs ({filters}), one number for each filter, "
+            "or (), one for all",
             field="initial_bias",
             got=format_shape(given.shape),
             limit=f"({filters})",

@@ -1,4 +1,4 @@
-"""Work in steps: a generator that yields where it may be ended, and returns what it computes."""
+"""Interruptible computations: generators that yield wherever they may be stopped, and return their result."""
 
 from collections.abc import Generator, Iterable, Iterator
 from typing import Protocol, TypeAlias, TypeVar
@@ -9,28 +9,28 @@ Value = TypeVar("Value")
 Event = TypeVar("Event")
 
 Interruptible: TypeAlias = Generator[None, None, Value]
-"""Work that yields at least about every SECONDS, and its value at the end."""
+"""A computation that yields about every YIELD_INTERVAL_S seconds, and returns its value."""
 
 YIELD_INTERVAL_S = 0.1
-"""The most predicted time between two yields."""
+"""Maximum predicted seconds between two yields."""
 
 YIELD_INTERVAL_OPERATIONS = 4e9
-"""Multiplications and additions of a matrix product of one thread that take about as long."""
+"""Multiplications and additions of a single-threaded matrix product that takes about YIELD_INTERVAL_S."""
 
 
 class Timed(Protocol):
-    """Something with a predicted time, in seconds."""
+    """An item with a predicted time."""
 
     @property
     def seconds(self) -> float:
-        """Predicted."""
+        """Predicted seconds."""
 
 
 TimedItem = TypeVar("TimedItem", bound=Timed)
 
 
 def pace(items: Iterable[TimedItem]) -> Iterator[TimedItem | None]:
-    """Each of the works, and None after about every SECONDS of them, if more follow."""
+    """Yield the items, and None whenever the next one would exceed YIELD_INTERVAL_S since the last None."""
     elapsed = 0.0
     for item in items:
         if elapsed + item.seconds > YIELD_INTERVAL_S and elapsed:
@@ -41,7 +41,7 @@ def pace(items: Iterable[TimedItem]) -> Iterator[TimedItem | None]:
 
 
 def suppress_overflow_warnings(steps: Generator[Event, None, Value]) -> Generator[Event, None, Value]:
-    """The same steps without numpy's warnings of overflow: what comes of it is checked for."""
+    """Run the steps without numpy's overflow warnings; the callers check for values that are not finite."""
     while True:
         with np.errstate(over="ignore", invalid="ignore"):
             try:

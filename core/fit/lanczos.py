@@ -1,7 +1,7 @@
-"""Lanczos's method: what a symmetric matrix does to a vector, from a few products with it.
+"""Lanczos method: approximate eigenvalues of a symmetric matrix from a few products with vectors.
 
-Golub and Van Loan, Matrix Computations, 4th ed., 10.1; for the weights, Golub and Meurant, Matrices, Moments and
-Quadrature, 2010.
+Source: Golub and Van Loan, Matrix Computations, 4th ed., 10.1; for the weights, Golub and Meurant, Matrices, Moments
+and Quadrature, 2010.
 """
 
 from collections.abc import Callable
@@ -16,48 +16,50 @@ from core.fit.parameters import Unknowns
 Floats = NDArray[np.float64]
 
 MatrixProductFn = Callable[[Unknowns], Interruptible[Unknowns]]
-"""The matrix times a vector of any shape, in steps of bounded length."""
+"""Multiplies the matrix by a vector of any shape; it yields between parts of bounded time."""
 
 MIN_YIELDING_SIZE = 10_000
-"""Numbers of a vector above which orthogonalization takes long enough to yield after each step."""
+"""Entries of a vector above which orthogonalization takes long enough to yield after each step."""
 
 KRYLOV_EXHAUSTION_RATIO = 1e-12
-"""Length of the next vector, relative to the largest eigenvalue, that is only rounding: the space holds no other."""
+"""Length of the next vector, relative to the largest eigenvalue, up to which it is a rounding error and the Krylov
+space is exhausted."""
 
 STEPS_CHECKED_EACH_TIME = 10
-"""Steps up to which the eigenvalues are checked after each step; later after every fifth."""
+"""Number of first steps after each of which convergence is checked; later it is checked after every fifth step."""
 
 
 @dataclass(frozen=True, slots=True)
 class RitzValues:
-    """Approximate eigenvalues, ascending, and the squared length of the start along the eigenvectors of each."""
+    """Approximate eigenvalues, ascending, and the squared length of the start vector along each eigenvector."""
 
     values: Floats
     weights: Floats
 
     @property
     def largest(self) -> float:
-        """The largest eigenvalue, from below; 0 if the start was zero."""
+        """The largest eigenvalue, a lower bound; 0 if the start vector was zero."""
         return float(self.values[-1]) if self.values.size else 0.0
 
 
 def lanczos(
     product: MatrixProductFn, start: Unknowns, steps: int, tolerance: float, min_steps: int = 1
 ) -> Interruptible[RitzValues]:
-    """Take steps until the largest eigenvalue is known to the tolerance, relative to itself, or the space is exhausted.
+    """Take steps until the largest eigenvalue converges to the relative tolerance, or the Krylov space is exhausted.
 
-    With a negative tolerance all steps are taken. An eigenvalue that only looks like the largest converges after few
-    steps: `min_steps` are taken in any case (Kuczynski and Wozniakowski, Estimating the largest eigenvalue by the power
-    and Lanczos algorithms with a random start, SIAM J. Matrix Anal. Appl. 13, 1992).
+    With a negative tolerance all steps are taken. Early steps may converge to an eigenvalue that is not the largest, so
+    that at least min_steps are taken (Kuczynski and Wozniakowski, Estimating the largest eigenvalue by the power and
+    Lanczos algorithms with a random start, SIAM J. Matrix Anal. Appl. 13, 1992).
 
-    Every vector is orthogonalized against all before it. Values that are not finite come back as infinity.
+    Every vector is orthogonalized against all previous ones. If a product is not finite, the only eigenvalue is
+    infinity.
     """
     length = float(np.linalg.norm(start))
     if not length:
         return RitzValues(np.empty(0), np.empty(0))
     steps = min(steps, start.size)
     basis = np.empty((steps, start.size))
-    diagonal, beside = np.zeros(steps), np.zeros(steps)
+    diagonal, off_diagonal = np.zeros(steps), np.zeros(steps)
     vector = start / length
     for step in range(steps):
         basis[step] = vector.ravel()
@@ -69,19 +71,18 @@ def lanczos(
             return RitzValues(np.array([np.inf]), np.array([length**2]))
         before = basis[: step + 1]
         image = image - before.T @ (before @ image)
-        # Once more: the first pass leaves a part where much is subtracted.
+        # Repeat it: after cancellation, one pass leaves components along the previous vectors.
         image -= before.T @ (before @ image)
-        beside[step] = np.linalg.norm(image)
-        last = step + 1 == steps or not 0 < beside[step] < np.inf
+        off_diagonal[step] = np.linalg.norm(image)
+        last = step + 1 == steps or not 0 < off_diagonal[step] < np.inf
         if last or step < STEPS_CHECKED_EACH_TIME or step % 5 == 0:
-            off = beside[:step]
+            off = off_diagonal[:step]
             values, vectors = np.linalg.eigh(np.diag(diagonal[: step + 1]) + np.diag(off, 1) + np.diag(off, -1))
-            # The second is how far the found pair is from an eigenvector, and so its value from an eigenvalue.
-            converged = step + 1 >= min_steps and beside[step] * abs(float(vectors[-1, -1])) <= tolerance * abs(
-                float(values[-1])
-            )
-            exhausted = beside[step] <= KRYLOV_EXHAUSTION_RATIO * abs(float(values[-1]))
+            # The norm of the Ritz pair's residual bounds the error of its value.
+            residual = off_diagonal[step] * abs(float(vectors[-1, -1]))
+            converged = step + 1 >= min_steps and residual <= tolerance * abs(float(values[-1]))
+            exhausted = off_diagonal[step] <= KRYLOV_EXHAUSTION_RATIO * abs(float(values[-1]))
             if last or converged or exhausted:
                 break
-        vector = (image / beside[step]).reshape(start.shape)
+        vector = (image / off_diagonal[step]).reshape(start.shape)
     return RitzValues(values, length**2 * np.square(vectors[0]))

@@ -1,4 +1,4 @@
-"""What a fit makes small: sums of squares, and losses that forgive outliers."""
+"""Loss functions: sum and mean of squares, and the robust losses huber and l1."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ Loss = Literal["sum", "mean", "huber", "l1"]
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A loss by what it makes of a residual, elementwise, and of the sum of that over the target's values.
+    """A loss: the weighted sum, or mean, over all target values of a function of the residual.
 
-    evaluate(residual) and slope(residual), its derivative. `mean`: the sum is divided by the weights of the values, 1 each
-    where there are none. `is_quadratic`: the loss is a quadratic function of the kernel, so that everything is known of it.
+    evaluate(residual) and its derivative(residual), elementwise. mean: the sum is divided by the sum of the weights, 1
+    for each value without weights. is_quadratic: the loss is a quadratic function of the kernel.
     """
 
     evaluate: Callable[[Tensor], Tensor]
@@ -24,15 +24,15 @@ class Criterion:
 
 
 DEFAULT_HUBER_DELTA = 1.0
-"""That of torch.nn.HuberLoss, in the target's units."""
+"""Delta of the Huber loss in the target's units, the default of torch.nn.HuberLoss."""
 
 LOSSES: Mapping[Loss, Criterion] = {
     "sum": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=False, is_quadratic=True),
     "mean": Criterion(lambda residual: residual.square(), lambda residual: 2 * residual, mean=True, is_quadratic=True),
-    # torch.nn.L1Loss as it is by default: a mean.
+    # A mean, the default of torch.nn.L1Loss.
     "l1": Criterion(lambda residual: residual.abs(), lambda residual: residual.sign(), mean=True),
 }
-"""Losses without a parameter; `huber` returns the other one."""
+"""Losses without a parameter; `huber` returns the loss that has one."""
 
 
 def huber(delta: float = DEFAULT_HUBER_DELTA) -> Criterion:

@@ -1,8 +1,8 @@
-"""Kernels whose planes have a low rank, by alternating least squares.
+"""Low-rank kernels by alternating least squares.
 
-A plane (h, w) of rank r is left @ right.T with factors (h, r) and (w, r). The loss is a sum of squares in the left
-factors and the bias if the right ones are fixed, and the other way round: each is solved for in turn, so that the loss
-never rises. It ends in a local minimum, which need not be the smallest one.
+A plane (h, w) of rank r is left @ right.T with factors (h, r) and (w, r). With fixed right factors, the loss is a sum
+of squares of linear functions of the left factors and the bias, and vice versa. Both are solved for in turn, so that
+the loss never increases. The result is a local minimum, which may not be the global one.
 Source: Kroonenberg and de Leeuw, Principal component analysis of three-mode data by means of alternating least squares
 algorithms, Psychometrika 45, 1980; for separable filters Treitel and Shanks, The design of multistage separable planar
 filters, IEEE Trans. Geosci. Electron. 9, 1971.
@@ -19,20 +19,20 @@ from core.fit.interruption import Interruptible
 Floats = NDArray[np.float64]
 
 MAX_SWEEPS = 1000
-"""Number of times that both factors are solved for, from one start."""
+"""Maximum sweeps from one start; each solves for both factors."""
 
 OUTPUT_CHANGE_TOLERANCE = 1e-12
-"""Change of the output in a sweep, relative to the target, below which the factors have converged."""
+"""Change of the output in a sweep, relative to the target, up to which the factors have converged."""
 
 VALUES_BETWEEN_YIELDS = 200_000
-"""Values of the factor that are used in sweeps between two yields, which takes about 0.05 seconds."""
+"""Entries of the factor times sweeps between two yields, about 0.05 seconds."""
 
 RANDOM_STARTS = 3
 """Number of starts with random factors, in addition to the truncated singular value decomposition."""
 
 
 class LowRankProblem:
-    """Minimise |factor x - right|^2 over x: a kernel (depth, h, w) of planes of a maximum rank and, perhaps, a bias."""
+    """Least squares problem: minimise |factor x - right|^2 over kernels (depth, h, w) of limited rank and a bias."""
 
     def __init__(self, factor: Floats, right: Floats, shape: tuple[int, int, int], rank: int) -> None:
         depth, rows, columns = shape
@@ -43,7 +43,7 @@ class LowRankProblem:
         self._by_rows = np.ascontiguousarray(images.transpose(1, 0, 3, 2)).reshape(depth, -1, rows)
 
     def planes(self, unknowns: Floats) -> Floats:
-        """Return the kernel (depth, h, w) among the unknowns (size)."""
+        """Return the kernel (depth, h, w) of the unknowns (size)."""
         return unknowns[: self.taps].reshape(self.shape)
 
     def loss(self, unknowns: Floats) -> float:
@@ -51,7 +51,7 @@ class LowRankProblem:
         return float(np.square(self.factor @ unknowns - self.right).sum())
 
     def solve(self, fixed: Floats, *, left: bool) -> tuple[Floats, Floats]:
-        """Return the best factors (depth, side, rank), the left or the right ones, beside fixed others, and unknowns.
+        """Return the best left or right factors (depth, side, rank) for the fixed other factors, and the unknowns.
 
         The fixed factors have orthonormal columns.
         """
@@ -65,7 +65,7 @@ class LowRankProblem:
         return factors, np.append(planes.ravel(), offsets)
 
     def _least_squares(self, matrix: Floats, entries: int) -> tuple[Floats, Floats]:
-        """Return the solution with columns scaled by powers of two: the first entries, and the others."""
+        """Return the first `entries` entries of the solution, and the others; columns are scaled by powers of two."""
         scale = choose_column_scale(matrix)
         solution = scale * solve_least_squares(matrix * scale, self.right)
         return solution[:entries], solution[entries:]
@@ -73,14 +73,14 @@ class LowRankProblem:
 
 @dataclass(frozen=True, slots=True)
 class LowRankSolution:
-    """Unknowns (size) whose planes have the rank. converged: another sweep would not change them."""
+    """Unknowns (size) whose planes have the required rank. converged: further sweeps would not change them."""
 
     unknowns: Floats
     converged: bool
 
 
 def solve_low_rank(problem: LowRankProblem, start: Floats, random_starts: int) -> Interruptible[LowRankSolution]:
-    """Return the best of the local minima that are reached from a kernel cut to the rank, and from random factors."""
+    """Return the best local minimum from starts with `start` truncated to the rank, and with random factors."""
     columns = np.linalg.svd(problem.planes(start))[2].swapaxes(1, 2)[:, :, : problem.rank]
     best = yield from _alternate(problem, columns)
     generator = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def solve_low_rank(problem: LowRankProblem, start: Floats, random_starts: int) -
 
 
 def _alternate(problem: LowRankProblem, columns: Floats) -> Interruptible[LowRankSolution]:
-    """Solve for the left and the right factors in turn, from orthonormal right ones (depth, w, rank) on."""
+    """Solve for the left and the right factors in turn, starting from orthonormal right factors (depth, w, rank)."""
     pause = max(1, VALUES_BETWEEN_YIELDS // problem.factor.size)
     left, unknowns = problem.solve(columns, left=True)
     loss, output = problem.loss(unknowns), problem.factor @ unknowns
@@ -103,7 +103,7 @@ def _alternate(problem: LowRankProblem, columns: Floats) -> Interruptible[LowRan
         left, candidate = problem.solve(np.linalg.qr(right)[0], left=True)
         candidate_loss, candidate_output = problem.loss(candidate), problem.factor @ candidate
         if candidate_loss > loss:
-            # Only rounding errors raise it.
+            # Only rounding errors can increase the loss.
             return LowRankSolution(unknowns, converged=True)
         change = float(np.linalg.norm(candidate_output - output))
         unknowns, loss, output = candidate, candidate_loss, candidate_output

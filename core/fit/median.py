@@ -1,4 +1,4 @@
-"""Weighted medians of many numbers, in steps of bounded length."""
+"""Weighted median of many numbers, by an interruptible radix selection."""
 
 from collections.abc import Iterator
 
@@ -10,20 +10,20 @@ from core.fit.interruption import Interruptible
 Floats = NDArray[np.float64]
 
 MAX_SORTED_VALUES = 1 << 19
-"""Values that one call sorts; more are counted by the leading bits of their codes first."""
+"""Maximum number of values sorted in one call; more values are first counted by the leading bits of their codes."""
 
 CHUNK_VALUES = 1 << 21
-"""Values that are counted between two yields."""
+"""Number of values counted between two yields."""
 
 DIGIT_BITS = 16
-"""Bits of a code by which values are counted in one pass."""
+"""Number of bits of the codes by which values are counted in one pass."""
 
 
 def weighted_median(values: Floats, weights: Floats | None) -> Interruptible[float]:
-    """Return the median of values (n), n >= 1, of which each counts as often as its weight (n), above 0, says.
+    """Return the median of values (n), n >= 1, with weights (n) above 0; None: all weights are 1.
 
-    Weights need not be integers. If half of the weight lies on each side of a gap, the median is its middle, as that of
-    numpy.median is.
+    Weights need not be integers. If half of the weight lies on each side of a gap between two values, the median is
+    the middle of the gap, as in numpy.median.
     """
     total = float(len(values)) if weights is None else float(weights.sum())
     lower, reached = yield from _select(values, weights, total / 2)
@@ -34,7 +34,7 @@ def weighted_median(values: Floats, weights: Floats | None) -> Interruptible[flo
         above = values[some][values[some] > lower]
         upper = min(upper, float(above.min())) if above.size else upper
         yield
-    # Rounded sums of weights may find half of the weight at the largest value.
+    # Because of rounding errors of the sums, half of the weight may be reached only at the largest value.
     return lower if upper == np.inf else lower + (upper - lower) / 2
 
 
@@ -70,13 +70,13 @@ def _select(values: Floats, weights: Floats | None, enough: float) -> Interrupti
     sums = below + np.cumsum(counted)
     index = min(int(np.searchsorted(sums, enough)), len(values) - 1)
     value = float(values[order[index]])
-    # Equal values are one.
+    # Include the weights of all equal values.
     last = int(np.searchsorted(values[order], value, "right")) - 1
     return value, float(sums[last])
 
 
 def _extract_digits(values: Floats, shift: int) -> NDArray[np.intp]:
-    """Return some bits of codes that are ordered as the values are; -0 and 0 have the same code."""
+    """Return DIGIT_BITS bits of codes in the same order as the values; -0 and 0 have the same code."""
     codes = (values + 0.0).view(np.uint64)
     codes = np.where(codes >> np.uint64(63), ~codes, codes | np.uint64(1 << 63))
     return ((codes >> np.uint64(shift)) & np.uint64((1 << DIGIT_BITS) - 1)).astype(np.intp)

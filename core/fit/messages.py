@@ -1,4 +1,4 @@
-"""What a fit says of itself, in a sentence that a person can act on."""
+"""Messages about a fit: its forecast, its result and, if it went wrong, what to change."""
 
 import math
 from collections.abc import Sequence
@@ -19,30 +19,30 @@ SOLVER_NAMES = {
 }
 
 NEGLIGIBLE_EXCESS_RATIO = 1e-3
-"""Of the smallest possible loss: an excess below is not worth a word."""
+"""Excess loss, relative to the smallest possible loss, up to which no further steps are recommended."""
 
 ZERO_LOSS_RATIO = 1e-20
-"""Smallest possible loss, relative to that of a kernel of zeros, up to which it is called zero."""
+"""Loss, relative to that of a kernel of zeros, up to which it is reported as zero."""
 
 ROUNDED_SINGULAR_VALUE_RATIO = 1e-14
-"""Singular values up to this, relative to the largest, are what rounding makes of zero."""
+"""Singular value, relative to the largest, up to which it may be a rounding error of zero."""
 
 POOR_R_SQUARED = 0.5
-"""R squared: even the best kernel explains less of the target than it leaves."""
+"""R squared of the best kernel below which the message reports that no kernel of this size fits well."""
 
 OVERFLOW_MESSAGE = "the values are too large to square, the loss is not finite: scale them down"
 
 
 def describe_rank(rank: int, unknowns: int, *, precise: bool, largest_discarded_ratio: float) -> str | None:
-    """Say what the examples do not determine; None if they determine everything.
+    """Describe the unknowns that the examples do not determine; None if they determine all.
 
-    precise: the rank is that of the windows, not of their normal equations. largest_left_out: the largest singular
-    value that counts as zero, relative to the largest of all.
+    precise: the rank is that of the windows, not of their normal equations. largest_discarded_ratio: the largest
+    singular value that counts as zero, relative to the largest of all.
     """
     if rank == unknowns:
         return None
     if rank == 0:
-        return f"rank 0 of {unknowns}: the input is zero wherever the kernel looks, nothing can be learned from it"
+        return f"rank 0 of {unknowns}: the input is zero in all windows of the kernel: nothing can be learned from it"
     missing = unknowns - rank
     combinations = f"{missing} combination{'' if missing == 1 else 's'} of the kernel's entries"
     if not precise:
@@ -55,11 +55,11 @@ def describe_rank(rank: int, unknowns: int, *, precise: bool, largest_discarded_
             f"rank {rank} of {unknowns}: {combinations} {'is' if missing == 1 else 'are'} below the precision of "
             f"float64 (singular values up to {largest_discarded_ratio:.1g} of the largest)"
         )
-    return f"rank {rank} of {unknowns}: these examples leave {combinations} open"
+    return f"rank {rank} of {unknowns}: these examples do not determine {combinations}"
 
 
 def describe_ridge(ridge: float, chosen: RidgeOutcome) -> str:
-    """Say which ridge was chosen, and why."""
+    """Describe the chosen ridge and the reason for it."""
     match chosen:
         case "best":
             return f"ridge {ridge:.4g} minimises generalised cross-validation"
@@ -75,11 +75,11 @@ def describe_ridge(ridge: float, chosen: RidgeOutcome) -> str:
 
 
 def describe_unstable_rate(options: Options, rate: float, stable: float, best: float | None) -> str:
-    """Say which rates can converge."""
+    """Describe the rates that can converge."""
     remedy = "a smaller one" if best is None else f'"auto" ({best:.4g})'
     return (
-        f"learning_rate {rate:.10g} is above {_format_stable_rate(stable, rate)}, the largest at which {SOLVER_NAMES[options.solver]} "
-        f'can converge on this data; try {remedy} or solver "exact"'
+        f"learning_rate {rate:.10g} is above {_format_stable_rate(stable, rate)}, the largest at which "
+        f'{SOLVER_NAMES[options.solver]} can converge on this data; try {remedy} or solver "exact"'
     )
 
 
@@ -91,15 +91,17 @@ def describe_forecast(
     best: float | None,
     rank_note: str | None,
 ) -> str:
-    """Say what is known before the first step."""
+    """Describe the prediction made before the first step."""
     summary = []
     if options.solver == "exact":
-        summary.append(f"no step is needed: {options.constraints.kernel_description} follows from the examples at once")
+        summary.append(
+            f"no steps are needed: {options.constraints.kernel_description} is computed directly from the examples"
+        )
     elif rate is not None and stable is not None:
         summary.append(_describe_rate(options, rate, stable, prediction, best))
     if rank_note is not None:
         summary.append(rank_note)
-    return "; ".join(summary) or "nothing is known of this descent beforehand"
+    return "; ".join(summary) or "no prediction is available for this descent"
 
 
 def _describe_rate(
@@ -110,8 +112,8 @@ def _describe_rate(
             return f"learning_rate {rate:.10g} is stable on every batch"
         relation = "below" if rate < stable else "above" if rate > stable else "at"
         return (
-            f"learning_rate {rate:.10g} is {relation} {_format_stable_rate(stable, rate)}, the largest that is stable on an average "
-            "batch; some batches may be steeper or flatter"
+            f"learning_rate {rate:.10g} is {relation} {_format_stable_rate(stable, rate)}, the largest that is stable "
+            "on an average batch; the curvature of single batches may be larger or smaller"
         )
     if prediction == "diverges":
         return describe_unstable_rate(options, rate, stable, best)
@@ -124,18 +126,16 @@ def _describe_rate(
 
 
 def describe_exact(forecast: Forecast, descent: DescentResult, r_squared: float | None, notes: Sequence[str]) -> str:
-    """Say what the best kernel is worth."""
+    """Describe the result of solver "exact"."""
     if descent.status is Status.COMPLETED:
-        iterations = f"{len(descent.loss_history)} conjugate gradients"
+        iterations = f"{len(descent.loss_history)} conjugate gradient iterations"
         summary = f"the loss is {descent.final_loss:.6g} after {iterations}, which did not reach the tolerance"
         return (
             summary
             if descent.validation_result is None
             else f"{summary}; validation loss {descent.validation_result.loss:.6g}"
         )
-    found = (
-        "the best kernel" if forecast.best_possible_loss is not None else "the kernel that conjugate gradients found"
-    )
+    found = "the best kernel" if forecast.best_possible_loss is not None else "the kernel found by conjugate gradients"
     summary = f"{found}: loss {descent.final_loss:.6g}"
     if r_squared is not None:
         summary += f", R squared {r_squared:.4g}"
@@ -153,7 +153,7 @@ def describe_robust(
     *,
     best: bool,
 ) -> str:
-    """Describe the result of reweighted least squares; `outside` is the fraction of residuals above delta."""
+    """Describe the result of reweighted least squares; outlier_fraction: fraction of residuals above delta."""
     iterations = f"{len(descent.loss_history)} iteration{'' if len(descent.loss_history) == 1 else 's'}"
     if descent.status is Status.COMPLETED:
         found = f"after {iterations} of reweighted least squares, which did not converge"
@@ -167,41 +167,43 @@ def describe_robust(
 
 
 def describe_delta(kind: str, delta: float) -> str | None:
-    """Describe a delta that "auto" could not choose in the usual way."""
+    """Describe a huber_delta that "auto" could not choose from the scale of the residuals; None if it could."""
     if kind == "zero":
         return (
-            f"at least half of the residuals are zero, so that huber_delta became {delta:.3g}, the smallest one that "
+            f"at least half of the residuals are zero, so that huber_delta is {delta:.3g}, the smallest value that "
             '"auto" chooses: the fit is close to one of least absolute differences'
         )
     if kind == "no target":
-        return f"the target is zero, so that huber_delta became {delta:g}"
+        return f"the target is zero, so that huber_delta is {delta:g}"
     if kind == "unsettled":
-        return f"the scale of the residuals did not settle: huber_delta {delta:.6g} is that of the last iteration"
+        return f"the scale of the residuals did not converge: huber_delta {delta:.6g} is from the last iteration"
     return None
 
 
 def describe_constrained(
     options: Options, analysis: ConstrainedAnalysis, loss: float, r_squared: float | None, rank_note: str | None
 ) -> str:
-    """Say under which constraints a kernel is the best one, and if it is the only one."""
+    """Describe the best kernel under the constraints and whether it is unique."""
     constraints = options.constraints
     summary = f"{constraints.kernel_description}: loss {loss:.6g}"
     if r_squared is not None:
         summary += f", R squared {r_squared:.4g}"
     notes = [summary]
     if constraints.separable is not None:
-        notes.append("alternating least squares find a local minimum, which need not be the smallest")
+        notes.append("alternating least squares finds a local minimum, which may not be the global one")
         if not analysis.solved:
-            notes.append("they stopped after the maximum number of sweeps: a smaller loss may be possible nearby")
+            notes.append("it stopped after the maximum number of sweeps: a smaller loss may be possible")
     elif not analysis.solved:
-        notes[0] = f"a kernel within the constraints: loss {loss:.6g}; the search stopped before it found the best one"
+        notes[0] = (
+            f"a kernel that satisfies the constraints: loss {loss:.6g}; the search stopped before it found the best one"
+        )
     if rank_note is not None:
         notes += [rank_note, *_describe_uniqueness(options, analysis)]
     return "; ".join(notes)
 
 
 def _describe_uniqueness(options: Options, analysis: ConstrainedAnalysis) -> list[str]:
-    """Say if a kernel is the only best one although the examples leave some of it open."""
+    """Describe whether the best kernel is unique, for examples that do not determine all of it."""
     constraints = options.constraints
     if constraints.separable is not None:
         return []
@@ -210,7 +212,7 @@ def _describe_uniqueness(options: Options, analysis: ConstrainedAnalysis) -> lis
         used = [name for name, is_used in penalties.items() if is_used]
         return [f"the {' and the '.join(used)} make{'' if len(used) > 1 else 's'} the solution unique"]
     if constraints.nonnegative:
-        return ["other kernels within the constraints may have the same loss"]
+        return ["other kernels that satisfy the constraints may have the same loss"]
     return ["this is the solution of least norm"]
 
 
@@ -223,14 +225,14 @@ def describe_descent(
     best_rate: float | None,
     rank_note: str | None,
 ) -> str:
-    """Say how the descent went and, if it went wrong or not far enough, what to change."""
+    """Describe the course of the descent and, if it diverged or ended too early, what to change."""
     first, last, steps = descent.start_loss, descent.end_loss, len(descent.loss_history)
     iterations = f"{steps} step{'' if steps == 1 else 's'}"
     if descent.status is Status.DIVERGED:
         summary = [_describe_divergence(options, forecast, descent, best_rate, iterations)]
     elif last == first:
         summary = [
-            f"the loss stayed at {first:.6g} for {iterations}: its gradient is zero here, or the rate too small to see"
+            f"the loss stayed at {first:.6g} for {iterations}: the gradient is zero, or learning_rate is too small"
         ]
     else:
         summary = [f"the loss {'fell' if last < first else 'rose'} from {first:.6g} to {last:.6g} in {iterations}"]
@@ -251,7 +253,7 @@ def _describe_divergence(
     options: Options, forecast: Forecast, descent: DescentResult, best_rate: float | None, iterations: str
 ) -> str:
     least = descent.start_loss if options.batch_size is not None else descent.least_loss
-    reached = "past every finite number" if descent.overflowed else f"to {descent.end_loss:.6g}"
+    reached = "beyond the float64 range" if descent.overflowed else f"to {descent.end_loss:.6g}"
     course = f"the loss went from {least:.6g} {reached} in {iterations}"
     rate, stable = forecast.learning_rate, forecast.largest_stable_learning_rate
     if forecast.prediction == "diverges" and rate is not None and stable is not None:
@@ -260,28 +262,28 @@ def _describe_divergence(
 
 
 def describe_validation(descent: DescentResult, validation_result: ValidationResult) -> list[str]:
-    """Say which kernel of a descent is returned, and why the descent ended."""
+    """Describe which kernel of a descent is returned, and why the descent ended."""
     best_step, least, steps = validation_result.best_step, validation_result.loss, len(descent.loss_history)
     if best_step is None:
         return [f"validation loss {least:.6g}"]
     if not math.isfinite(least):
-        return ["the validation loss is not finite for any of its kernels, the initial one is returned"]
+        return ["the validation loss is not finite at any step: the initial kernel is returned"]
     later = steps - best_step - descent.overflowed
     after = f"after {best_step} step{'' if best_step == 1 else 's'}"
     if descent.status is Status.STOPPED_EARLY:
         waited_steps = f"{later} step{'' if later == 1 else 's'}"
         summary = f"stopped early: the validation loss has not fallen for {waited_steps} below {least:.6g}"
-        return [f"{summary}, that of the kernel {after}, which is returned (its loss: {descent.final_loss:.6g})"]
+        return [f"{summary}, reached {after}: that kernel is returned (its training loss: {descent.final_loss:.6g})"]
     if not later:
         return [f"the validation loss is least at the end: {least:.6g}"]
     summary = f"the validation loss was least {after}, {least:.6g}"
-    return [f"{summary}: that kernel is returned (its loss: {descent.final_loss:.6g})"]
+    return [f"{summary}: that kernel is returned (its training loss: {descent.final_loss:.6g})"]
 
 
 def _describe_possible_improvement(
     options: Options, forecast: Forecast, last: float, zero_kernel_loss: float
 ) -> list[str]:
-    """Say what more steps would bring."""
+    """Describe the loss that more steps can reach."""
     rate, stable, best = forecast.learning_rate, forecast.largest_stable_learning_rate, forecast.best_possible_loss
     if forecast.prediction == "diverges" and rate and stable:
         return [f"with more steps it will diverge: {describe_unstable_rate(options, rate, stable, None)}"]
@@ -297,7 +299,7 @@ def _describe_possible_improvement(
 
 
 def _format_stable_rate(stable: float, rate: float) -> str:
-    """Return the largest stable rate rounded down, with as many digits as it takes to differ from the rate."""
+    """Return the largest stable rate rounded down, with enough digits to differ from the rate."""
     for digits in range(4, 18):
         exact = Decimal(stable)
         rounded = float(exact.quantize(Decimal(1).scaleb(exact.adjusted() + 1 - digits), ROUND_DOWN))

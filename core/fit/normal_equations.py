@@ -1,7 +1,8 @@
-"""The normal equations of a fit: once they are built, no step has to touch the images again.
+"""Normal equations of a fit: once they are built, the steps of a descent do not read the images.
 
 With A the matrix whose rows are the windows of the images (and a 1 for the bias), y the targets and W their weights,
-they are A'W A and A'W y. Memory is that of one chunk of windows and of the equations, whatever the number of pairs.
+they are A'W A and A'W y. Memory is needed for one chunk of windows and for the equations, independent of the number of
+pairs.
 """
 
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ from core.shapes import Problem
 
 @dataclass(frozen=True, slots=True)
 class NormalEquations:
-    """gram (blocks, size, size) and moments (blocks, size, columns)."""
+    """Normal equations: gram A'W A (blocks, size, size) and moments A'W y (blocks, size, columns)."""
 
     gram: NDArray[np.float64]
     moments: Unknowns
 
 
 def is_autocorrelation_faster(problem: Problem, machine: Machine, *, weighted: bool) -> bool:
-    """Whether lagged sums are the faster way to the equations; weights break the symmetry that they live on."""
+    """Return whether autocorrelation builds the equations faster than im2col; it does not support weights."""
     if weighted or autocorrelation.unsupported_reason(problem) is not None:
         return False
     return autocorrelation.predict_seconds(problem, machine) < im2col.predict_seconds(problem, machine)
@@ -38,7 +39,7 @@ def is_autocorrelation_faster(problem: Problem, machine: Machine, *, weighted: b
 
 @dataclass(frozen=True, slots=True)
 class EquationsAccumulator:
-    """Normal equations to which parts of examples are added, in float64 on their device."""
+    """Normal equations to which tiles are added, in float64 on their device."""
 
     layout: ParameterLayout
     machine: Machine
@@ -47,7 +48,7 @@ class EquationsAccumulator:
 
     @staticmethod
     def zeros(layout: ParameterLayout, machine: Machine, device: torch.device) -> "EquationsAccumulator":
-        """The equations of no examples."""
+        """Return an accumulator without examples."""
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         gram = torch.zeros((layout.blocks, layout.size, layout.size), **options)
         return EquationsAccumulator(
@@ -55,7 +56,7 @@ class EquationsAccumulator:
         )
 
     def add(self, tile: TileData, problem: Problem) -> Interruptible[None]:
-        """Add the equations of a part."""
+        """Add the equations of a tile."""
         add = (
             _add_by_autocorrelation
             if is_autocorrelation_faster(problem, self.machine, weighted=tile.weights is not None)
@@ -65,14 +66,14 @@ class EquationsAccumulator:
 
     @property
     def equations(self) -> NormalEquations:
-        """The sums."""
+        """The equations of all tiles added so far."""
         return NormalEquations(as_numpy(self.gram.cpu()), as_numpy(self.moments.cpu()))
 
 
 def apply_adjoint(
     tile: TileData, planes: Tensor, problem: Problem, layout: ParameterLayout, machine: Machine
 ) -> Interruptible[NDArray[np.float64]]:
-    """A' times planes (N, O, oh, ow), as Unknowns: what the gradient of every loss is made of."""
+    """Return A' times planes (N, O, oh, ow), as Unknowns; with slopes of a loss as planes, it is the gradient."""
     result = planes.new_zeros((layout.blocks, layout.size, layout.columns))
     use_autocorrelation = is_autocorrelation_faster(problem, machine, weighted=False)
     for block in range(layout.blocks):
@@ -85,7 +86,7 @@ def apply_adjoint(
         else:
             for chunk in im2col.iterate_chunks(images, problem):
                 taps += chunk.windows @ chunk.select(block_planes).T
-                # Or there would be two while the next is made.
+                # Free the chunk before the next one is allocated.
                 del chunk
         if layout.bias:
             result[block, layout.taps] += tile.bias_input * block_planes.sum((0, 2, 3))
@@ -125,13 +126,13 @@ def _add_by_im2col(
             moments[block, :taps].addmm_(chunk.windows, values.T)
             if layout.bias:
                 _add_bias(gram[block], moments[block], weighted.sum(1), count, values.sum(1), tile.bias_input)
-            # Or there would be two of each while the next are made.
+            # Free the chunk before the next one is allocated.
             del chunk, weighted, values
             yield
 
 
 def _add_bias(gram: Tensor, moments: Tensor, sums: Tensor, count: float, values: Tensor, bias_input: float) -> None:
-    """Add the row and column of the bias, which is multiplied by `one` in every window."""
+    """Add the row and column of the bias, which is multiplied by bias_input in every window."""
     gram[-1, :-1] += bias_input * sums
     gram[:-1, -1] += bias_input * sums
     gram[-1, -1] += bias_input * bias_input * count

@@ -1,6 +1,6 @@
-"""What a descent goes down: the loss and its gradient at a kernel, from the images or from the normal equations.
+"""Objective of a fit: the loss and its gradient, from the images or from the normal equations.
 
-Both forms say the same of a sum of squares. The images are touched by every call of one, by none of the other.
+For a sum of squares both forms are equivalent; every evaluation of the first one reads the images, of the second none.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.arrays import as_array, as_numpy
-from core.engines import ALL_ENGINES, run_engine
+from core.engines import ALL_ENGINES
+from core.engines.run import run_engine
 from core.fit.eigen import multiply_blocks
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, YIELD_INTERVAL_S, Interruptible, pace
 from core.fit.losses import Criterion
@@ -25,37 +26,37 @@ from core.fit.tsqr import ReducedProblem
 from core.machine import Machine
 
 UNAPPROXIMATED_ENGINES = tuple(name for name in ALL_ENGINES if name != "separable")
-"""Engines that take a kernel as it is: `separable` may drop what is small beside the contract's precision."""
+"""Engines that do not approximate the kernel: `separable` may drop components below its tolerance."""
 
 
 class Evaluation(NamedTuple):
-    """A loss by filter (blocks, columns) and its gradient (blocks, size, columns), neither scaled nor penalised."""
+    """A loss by filter (blocks, columns) and its gradient (blocks, size, columns), before scaling and penalties."""
 
     losses: NDArray[np.float64]
     gradient: Unknowns
 
 
 class LossTerm(Protocol):
-    """A part of the loss, of some examples."""
+    """The part of the loss that belongs to some examples."""
 
     @property
     def weight(self) -> float:
-        """What a mean counts it for: the sum of its targets' weights, 1 each where there are none."""
+        """Its weight in a mean: the sum of its targets' weights, 1 for each value without weights."""
 
     @property
     def seconds(self) -> float:
-        """Predicted time of each of its methods."""
+        """Predicted seconds of each of its methods."""
 
     def evaluate(self, unknowns: Unknowns, /) -> Interruptible[tuple[float, Unknowns]]:
-        """Its loss and gradient, neither scaled nor penalised."""
+        """Compute loss and gradient, before scaling and penalties."""
 
     def hessian_product(self, direction: Unknowns, /) -> Interruptible[Unknowns]:
-        """How that gradient changes along a direction."""
+        """Multiply the Hessian of the loss, before scaling and penalties, by a direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageTerm:
-    """A loss by passes over images: a convolution forward, a correlation back, part by part."""
+    """A loss computed by passes over the images, tile by tile: a convolution forward, a correlation backward."""
 
     tiles: Sequence[Tile]
     layout: ParameterLayout
@@ -67,16 +68,16 @@ class ImageTerm:
 
     @property
     def seconds(self) -> float:
-        """Of a pass."""
+        """Predicted seconds of a pass."""
         return sum(tile.seconds for tile in self.tiles)
 
     def evaluate(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
-        """The loss and its gradient."""
+        """Compute the loss and its gradient."""
         losses, gradient = yield from self.evaluate_by_filter(unknowns)
         return float(losses.sum()), gradient
 
     def evaluate_by_filter(self, unknowns: Unknowns) -> Interruptible[Evaluation]:
-        """The loss of every filter, and the gradient."""
+        """Compute the loss of each filter, and the gradient."""
         losses, gradient = np.zeros((self.layout.blocks, self.layout.columns)), np.zeros_like(unknowns)
         for tile in pace(self.tiles):
             if tile is None:
@@ -88,7 +89,7 @@ class ImageTerm:
         return Evaluation(losses, gradient)
 
     def losses(self, unknowns: Unknowns) -> Interruptible[NDArray[np.float64]]:
-        """Compute the loss of every filter (blocks, columns), without the gradient."""
+        """Compute the loss of each filter (blocks, columns), without the gradient."""
         losses = np.zeros((self.layout.blocks, self.layout.columns))
         for tile in pace(self.tiles):
             if tile is None:
@@ -98,7 +99,7 @@ class ImageTerm:
         return losses
 
     def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
-        """How the gradient of a sum of squares changes along a direction."""
+        """Multiply the Hessian of a sum of squares by a direction."""
         image = np.zeros_like(direction)
         for tile in pace(self.tiles):
             if tile is None:
@@ -109,7 +110,7 @@ class ImageTerm:
         return image
 
     def residuals(self, tile: Tile, data: TileData, unknowns: Unknowns) -> Tensor:
-        """Return output less targets of a part, (N, O, oh, ow)."""
+        """Return output minus targets of a tile, (N, O, oh, ow)."""
         return self._convolve(tile, data, unknowns) - data.targets
 
     def _load_residual(self, tile: Tile, unknowns: Unknowns) -> tuple[TileData, Tensor]:
@@ -121,7 +122,7 @@ class ImageTerm:
         return as_numpy(tile_losses.cpu()).reshape(self.layout.blocks, self.layout.columns)
 
     def _convolve(self, tile: Tile, data: TileData, unknowns: Unknowns) -> Tensor:
-        """What kernel and bias make of the images."""
+        """Convolve the tile's images by the kernel and add the bias."""
         kernel = as_array("kernel", self.layout.unpack_kernel(unknowns), "float64", self.device)
         offsets = self.layout.unpack_bias(unknowns)
         bias = None if offsets is None else as_array("bias", offsets * data.bias_input, "float64", self.device)
@@ -142,9 +143,9 @@ def _apply_weights(values: Tensor, data: TileData) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class QuadraticTerm:
-    """A sum of squares as what it is: a quadratic function, expanded around a kernel where it is known exactly.
+    """A sum of squares as a quadratic function, expanded around the kernel `at`.
 
-    That kernel is best near the minimum: the loss is then a sum of parts above 0, none of which cancels another.
+    If that kernel is near the minimum, the loss is a sum of positive terms, without cancellation.
     """
 
     at: Unknowns
@@ -155,24 +156,24 @@ class QuadraticTerm:
 
     @property
     def seconds(self) -> float:
-        """Of one product with the matrix."""
+        """Predicted seconds of one product with the matrix."""
         return 2 * YIELD_INTERVAL_S / YIELD_INTERVAL_OPERATIONS * float(self.gram.size * self.at.shape[2])
 
     @property
     def curvature_bound(self) -> float:
-        """A curvature that this term does not exceed: the largest sum of a row's sizes (Gershgorin)."""
+        """Upper bound of the term's curvature: the largest absolute row sum of its Hessian (Gershgorin)."""
         return 2 * float(np.abs(self.gram).sum(2).max())
 
     def evaluate(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
-        """The loss and its gradient."""
+        """Compute the loss and its gradient."""
         displacement = unknowns - self.at
         curved = yield from multiply_blocks(self.gram, displacement)
         loss = self.loss + float(np.vdot(self.gradient + curved, displacement))
-        # Rounding may take what is left of a sum of squares below zero.
+        # Rounding errors may make a small sum of squares negative.
         return 0.0 if loss < 0 else loss, self.gradient + 2 * curved
 
     def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
-        """How the gradient changes along a direction."""
+        """Multiply the Hessian by a direction."""
         image: Unknowns = 2 * (yield from multiply_blocks(self.gram, direction))
         return image
 
@@ -194,7 +195,7 @@ class FactoredQuadraticTerm:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of two products with the factor."""
+        """Predicted seconds of two products with the factor."""
         return 4 * YIELD_INTERVAL_S / YIELD_INTERVAL_OPERATIONS * float(self.factor.size * self.at.shape[2])
 
     @property
@@ -205,7 +206,7 @@ class FactoredQuadraticTerm:
 
     @property
     def curvature_bound(self) -> float:
-        """A curvature that this term does not exceed."""
+        """Upper bound of the term's curvature."""
         return 2 * float(np.square(np.linalg.norm(self.factor, axis=(1, 2))).max())
 
     def evaluate(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
@@ -215,7 +216,7 @@ class FactoredQuadraticTerm:
         return float(np.square(residual).sum() + self.rest.sum()), gradient
 
     def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
-        """Compute how the gradient changes along a direction."""
+        """Multiply the Hessian by a direction."""
         image = yield from multiply_blocks(self.factor, direction)
         product: Unknowns = 2 * (yield from multiply_blocks(self.factor.swapaxes(1, 2), image))
         return product
@@ -232,15 +233,15 @@ class Objective:
 
     @property
     def scale(self) -> float:
-        """What the terms' sum is multiplied by."""
+        """Factor of the sum of the terms: 1, or 1 / the sum of their weights for a mean."""
         if not self.mean:
             return 1.0
         weight = sum(term.weight for term in self.terms)
-        # A batch of which nothing counts.
+        # The weight of a batch may be 0.
         return 1 / weight if weight else 0.0
 
     def __call__(self, unknowns: Unknowns) -> Interruptible[tuple[float, Unknowns]]:
-        """The loss and its gradient."""
+        """Compute the loss and its gradient."""
         if len(self.terms) == 1:
             return self.scaled(*(yield from self.terms[0].evaluate(unknowns)), unknowns)
         loss, gradient = 0.0, np.zeros_like(unknowns)
@@ -253,7 +254,7 @@ class Objective:
         return self.scaled(loss, gradient, unknowns)
 
     def scaled(self, loss: float, gradient: Unknowns, unknowns: Unknowns) -> tuple[float, Unknowns]:
-        """The loss and its gradient, from the sums of those of the terms."""
+        """Return the loss and its gradient from the sums over the terms."""
         if self.mean:
             scale = self.scale
             loss, gradient = loss * scale, gradient * scale
@@ -262,7 +263,7 @@ class Objective:
         return loss, gradient
 
     def hessian_product(self, direction: Unknowns) -> Interruptible[Unknowns]:
-        """How the gradient changes along a direction."""
+        """Multiply the Hessian by a direction."""
         image = np.zeros_like(direction)
         for term in pace(self.terms):
             if term is None:
@@ -273,7 +274,7 @@ class Objective:
         return self._add_ridge_gradient(image, direction) if self.ridge else image
 
     def penalty(self, unknowns: Unknowns) -> float:
-        """The ridge's part of the loss."""
+        """Return the ridge penalty."""
         return self.ridge * float(np.square(unknowns[:, : self.layout.taps]).sum())
 
     def _add_ridge_gradient(self, gradient: Unknowns, unknowns: Unknowns) -> Unknowns:
@@ -283,10 +284,10 @@ class Objective:
 
     @staticmethod
     def curvature_bound(term: LossTerm) -> float:
-        """Return a curvature that a term without images does not exceed."""
+        """Return an upper bound of the curvature of a term without images."""
         assert isinstance(term, QuadraticTerm | FactoredQuadraticTerm)  # noqa: S101 - only such terms are batched
         return term.curvature_bound
 
     def subset(self, chosen: Sequence[int]) -> "Objective":
-        """The same of some of the terms."""
+        """Return the objective of some of the terms."""
         return Objective([self.terms[index] for index in chosen], self.layout, self.mean, self.ridge)

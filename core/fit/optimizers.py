@@ -1,4 +1,4 @@
-"""The rules by which a descent moves, as torch.optim defines them, and what theory says of them on a quadratic loss."""
+"""Optimizers as defined by torch.optim, and predictions of their convergence on a quadratic loss."""
 
 import math
 from collections.abc import Callable
@@ -14,34 +14,36 @@ from core.fit.parameters import Unknowns
 Solver = Literal["exact", "sgd", "momentum", "nesterov", "adam"]
 
 UpdateFn: TypeAlias = Callable[[Unknowns, Unknowns], Unknowns]
-"""Where the kernel is and the gradient there -> where it goes. It remembers what its rule remembers."""
+"""Maps the unknowns and their gradient to the updated unknowns; it holds the state of the optimizer."""
 
 RATE_ZOOMS, RATES_PER_ZOOM = 4, 20
-"""Each zoom narrows the rates that are tried to about a tenth."""
+"""Zooms around a minimum, and rates tried in each; a zoom narrows the interval to about a tenth."""
 
 MIN_INITIAL_RATES, MAX_INITIAL_RATES, INITIAL_RATES_PER_STEP = 420, 6000, 10
-"""Rates that are tried first: the loss that momentum leaves oscillates with the rate, about once for each step."""
+"""Limits of the number of rates tried first, and its growth with the steps: after n steps with momentum, the final loss
+oscillates about n times over the range of rates."""
 
 MAX_INITIAL_PRODUCTS = 2_000_000
-"""Rates times curvatures that are tried first, at most."""
+"""Maximum of rates times curvatures that are tried first."""
 
 MAX_REFINED_MINIMA = 12
-"""Local minima among the rates tried first that are searched more closely."""
+"""Maximum number of local minima among the rates tried first that are refined."""
 
 MIN_LOSS_WEIGHT_RATIO = 1e-4
-"""Of the largest share of the loss: what every direction is taken to have. A rate for less would stand on the edge."""
+"""Minimum weight of a direction in the loss, relative to the largest: without it, a rate may be chosen at which other
+directions barely converge."""
 
 MAX_CHUNK_RATE_PRODUCTS = 1 << 18
-"""Rates times curvatures that are tried at a time."""
+"""Maximum of rates times curvatures that are tried in one array."""
 
 ADAM_EPSILON = 1e-8
-"""torch.optim.Adam's."""
+"""Default of `eps` in torch.optim.Adam."""
 
 
 class Recurrence(NamedTuple):
-    """How an update moves an error along one eigenvector of the Hessian: (error, memory) times a matrix of 2 x 2.
+    """2 x 2 matrix by which an update multiplies (error, memory) along one eigenvector of the Hessian.
 
-    Each entry may be an array, of many rates and curvatures at once. Error and memory are 1 at the start.
+    Each entry may be an array, for many rates and curvatures. Error and memory are 1 at the start.
     """
 
     error_to_error: NDArray[np.float64]
@@ -50,13 +52,13 @@ class Recurrence(NamedTuple):
     memory_to_memory: NDArray[np.float64] | float = 0.0
 
     def compose(self, other: "Recurrence") -> "Recurrence":
-        """One after the other: the product of the matrices."""
+        """Return the product of the matrices: this update, then the other."""
         a, b, c, d = self
         e, f, g, h = other
         return Recurrence(e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d)
 
     def error_after(self, steps: int) -> NDArray[np.float64]:
-        """What is left of an error of 1."""
+        """Return the error after this many steps, from an error of 1."""
         power, factor = Recurrence(np.ones_like(self.error_to_error), 0.0, 0.0, 1.0), self
         while steps:
             if steps % 2:
@@ -67,19 +69,19 @@ class Recurrence(NamedTuple):
 
 
 class Optimizer(Protocol):
-    """One way to descend."""
+    """An optimizer: its update, and its behaviour on a quadratic loss."""
 
     oscillates: ClassVar[bool]
     """True if the error along an eigenvector may oscillate with a period of more than two steps."""
 
     def update(self, learning_rate: float) -> UpdateFn:
-        """A descent's update, from its start."""
+        """Return the update function of a new descent."""
 
     def largest_stable_rate(self, curvature: float) -> float | None:
-        """The rate from which on the loss grows without bound in a direction of that curvature (of the Hessian)."""
+        """Return the rate above which the loss diverges along an eigenvector of the Hessian with that curvature."""
 
     def recurrence(self, scaled_curvature: NDArray[np.float64]) -> Recurrence | None:
-        """An update along an eigenvector; stiffness is the rate times the curvature there."""
+        """Return the update along an eigenvector; scaled_curvature is the rate times the curvature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +91,15 @@ class GradientDescent:
     oscillates: ClassVar[bool] = False
 
     def update(self, learning_rate: float) -> UpdateFn:
-        """Remembers nothing."""
+        """Return the update, which has no state."""
         return lambda unknowns, gradient: unknowns - learning_rate * gradient
 
     def largest_stable_rate(self, curvature: float) -> float:
-        """A step multiplies the error by 1 - rate * curvature."""
+        """Return the largest stable rate: a step multiplies the error by 1 - rate * curvature."""
         return 2 / curvature
 
     def recurrence(self, scaled_curvature: NDArray[np.float64]) -> Recurrence:
-        """Of the error alone."""
+        """Return the update of the error, without memory."""
         return Recurrence(1 - scaled_curvature, 0.0, 0.0)
 
 
@@ -105,8 +107,7 @@ class GradientDescent:
 class Momentum:
     """velocity <- momentum * velocity + gradient, then Polyak's or Nesterov's step.
 
-    Polyak's heavy ball: x <- x - rate * velocity. Nesterov's looks ahead: x <- x - rate * (gradient + momentum *
-    velocity).
+    Polyak's heavy ball: x <- x - rate * velocity. Nesterov's: x <- x - rate * (gradient + momentum * velocity).
     """
 
     oscillates: ClassVar[bool] = True
@@ -115,7 +116,7 @@ class Momentum:
     nesterov: bool = False
 
     def update(self, learning_rate: float) -> UpdateFn:
-        """Remembers the velocity."""
+        """Return the update, whose state is the velocity."""
         velocity: Unknowns | None = None
 
         def update_unknowns(unknowns: Unknowns, gradient: Unknowns) -> Unknowns:
@@ -126,12 +127,12 @@ class Momentum:
         return update_unknowns
 
     def largest_stable_rate(self, curvature: float) -> float:
-        """Up to it both eigenvalues of `mode` lie inside the unit circle."""
+        """Return the largest stable rate: below it both eigenvalues of `recurrence` lie inside the unit circle."""
         nesterov_factor = 1 + 2 * self.momentum if self.nesterov else 1
         return 2 * (1 + self.momentum) / nesterov_factor / curvature
 
     def recurrence(self, scaled_curvature: NDArray[np.float64]) -> Recurrence:
-        """Memory is the error before; Nesterov's is that times 1 - stiffness, as all of its polynomial is."""
+        """Return the update; its memory is the previous error, for Nesterov's times 1 - scaled_curvature."""
         if self.nesterov:
             return Recurrence((1 + self.momentum) * (1 - scaled_curvature), -self.momentum, 1 - scaled_curvature)
         return Recurrence(1 + self.momentum - scaled_curvature, -self.momentum, 1.0)
@@ -139,14 +140,14 @@ class Momentum:
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """torch.optim.Adam: steps of about the rate's size, whatever the gradient's."""
+    """torch.optim.Adam: steps of about the size of the rate, independent of that of the gradient."""
 
     oscillates: ClassVar[bool] = True
 
     betas: tuple[float, float]
 
     def update(self, learning_rate: float) -> UpdateFn:
-        """Remembers the gradient's running mean and mean square, and the number of steps."""
+        """Return the update, whose state is the running mean and mean square of the gradient and the step number."""
         mean: Unknowns | float = 0.0
         square: Unknowns | float = 0.0
         steps = 0
@@ -163,20 +164,20 @@ class Adam:
         return update_unknowns
 
     def largest_stable_rate(self, curvature: float) -> None:
-        """None is known: the steps do not grow with the gradient."""
+        """Return None: the steps do not grow with the gradient, so that no such rate is known."""
 
     def recurrence(self, scaled_curvature: NDArray[np.float64]) -> None:
-        """None: its directions do not come apart."""
+        """Return None: the update does not act on each eigenvector separately."""
 
 
 def optimal_learning_rate(
     optimizer: Optimizer, curvatures: NDArray[np.float64], errors: NDArray[np.float64], steps: int, largest: float
 ) -> Interruptible[float | None]:
-    """The rate below `largest` that leaves the smallest loss after so many steps; None where it is not to be told.
+    """Return the rate below `largest` with the smallest loss after this many steps; None if it cannot be computed.
 
-    errors: those at the start along the eigenvectors, of these curvatures. With more and more steps the rate of
-    gradient descent tends to 2 / (steepest + flattest), which shrinks the slowest errors fastest; after few steps that
-    one has left the steepest error almost as it was.
+    errors: initial errors along the eigenvectors, whose curvatures these are. For many steps the rate of gradient
+    descent tends to 2 / (largest + smallest curvature), at which the slowest errors decrease fastest; after few steps
+    at that rate, the error along the largest curvature has hardly decreased.
     """
     curved = curvatures > 0
     curvatures, errors = curvatures[curved], errors[curved]
@@ -184,14 +185,14 @@ def optimal_learning_rate(
     loss_weights = np.maximum(loss_weights, MIN_LOSS_WEIGHT_RATIO * loss_weights.max(initial=0))
     if not loss_weights.any() or optimizer.recurrence(curvatures) is None:
         return None
-    # Dense towards both ends: many steps of a flat valley want the last thousandth below the largest rate.
+    # Dense towards both ends: the best rate for many steps may be within a thousandth of the largest.
     ends = np.geomspace(1e-6, 1e-2, 60, endpoint=False)
-    # An oscillation's phase goes with the square root of the rate at small rates.
+    # At small rates the phase of an oscillation is proportional to the square root of the rate.
     angles = np.linspace(0, np.pi, _count_initial_rates(optimizer, len(curvatures), steps) + 2)[1:-1]
     rates = largest * np.sort(np.concatenate([ends, (1 - np.cos(angles)) / 2, 1 - ends]))
     left = yield from _predict_losses(optimizer, curvatures, loss_weights, rates, steps)
     while left.min() == 0 and steps > 1:
-        # Below the smallest number: what is best after fewer steps is best after these.
+        # The losses underflow: use the best rate after fewer steps.
         steps //= 2
         left = yield from _predict_losses(optimizer, curvatures, loss_weights, rates, steps)
     return (yield from _refine_minima(optimizer, curvatures, loss_weights, rates, left, steps))
@@ -206,7 +207,7 @@ def _count_initial_rates(optimizer: Optimizer, curvatures: int, steps: int) -> i
 
 
 def count_tried_rates(optimizer: Optimizer, curvatures: int, steps: int) -> int:
-    """Return the number of rates for which best_rate computes the loss."""
+    """Return the number of rates for which optimal_learning_rate computes the loss."""
     return _count_initial_rates(optimizer, curvatures, steps) + 120 + MAX_REFINED_MINIMA * RATE_ZOOMS * RATES_PER_ZOOM
 
 
@@ -242,7 +243,7 @@ def _predict_losses(
     rates: NDArray[np.float64],
     steps: int,
 ) -> Interruptible[NDArray[np.float64]]:
-    """The loss, but for a factor of 2, that each of the rates leaves."""
+    """Return twice the loss at each of the rates after this many steps; infinity if it overflows."""
     losses = np.empty_like(rates)
     together = max(1, MAX_CHUNK_RATE_PRODUCTS // len(curvatures))
     for first in range(0, len(rates), together):
@@ -250,6 +251,6 @@ def _predict_losses(
             yield
         some = slice(first, first + together)
         recurrence = optimizer.recurrence(rates[some, None] * curvatures)
-        assert recurrence is not None  # noqa: S101 - looked at before
+        assert recurrence is not None  # noqa: S101 - checked by the caller
         losses[some] = np.square(recurrence.error_after(steps)) @ loss_weights
     return np.where(np.isfinite(losses), losses, np.inf)

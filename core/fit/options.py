@@ -1,4 +1,4 @@
-"""The options of a fit, checked before anything is read."""
+"""Options of a fit, checked before the examples are read."""
 
 import math
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from core.shapes import format_value, is_real, require_one_of, require_positive
 Auto = Literal["auto"]
 
 MAX_STEPS = 1_000_000
-"""Steps that one fit may take; each leaves a number in the loss history."""
+"""Maximum steps of one fit; each adds a number to the loss history."""
 
 DEFAULT_MOMENTUM = 0.9
 DEFAULT_BETAS = (0.9, 0.999)
 
 SOLVER_SPECIFIC_OPTIONS = {"momentum": ("momentum", "nesterov"), "betas": ("adam",), "batch_size": ("sgd",)}
-"""Options that mean something to some solvers only."""
+"""Options that apply only to these solvers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How the kernel is searched for."""
+    """Options of a fit: loss, solver, penalties, constraints and outputs."""
 
     solver: Solver
     loss: Loss
@@ -43,7 +43,7 @@ class Options:
     covariance: bool = False
 
     def __post_init__(self) -> None:
-        """Raise InvalidOption for what makes no sense."""
+        """Raise InvalidOption for invalid values and combinations."""
         require_one_of("solver", self.solver, Solver)
         require_one_of("loss", self.loss, Loss)
         require_positive("steps", self.steps, MAX_STEPS)
@@ -51,14 +51,15 @@ class Options:
             if getattr(self, option) is not None and self.solver not in solvers:
                 named = " or ".join(f'"{solver}"' for solver in solvers)
                 raise InvalidOption(
-                    f'{option} means nothing to solver "{self.solver}": leave it out, or take solver {named}',
+                    f'{option} does not apply to solver "{self.solver}": leave it out, or use solver {named}',
                     field=option,
                     got=format_value(getattr(self, option)),
                     limit=f"solver {named}",
                 )
         if self.batch_size is not None and self.tolerance is not None:
             raise InvalidOption(
-                "tolerance means nothing beside batch_size: a batch's gradient says nothing of all images",
+                "tolerance cannot be combined with batch_size, as the gradient of a batch does not show convergence "
+                "on all images: leave one of them out",
                 field="tolerance",
                 got=format_value(self.tolerance),
                 limit="no batch_size",
@@ -69,7 +70,7 @@ class Options:
         self._require_delta()
         if self.solver == "exact" and self.loss == "l1":
             raise InvalidOption(
-                'solver "exact" does not minimise loss "l1": take loss "sum", "mean" or "huber" (with a small '
+                'solver "exact" does not minimise loss "l1": use loss "sum", "mean" or "huber" (with a small '
                 "huber_delta it is close to l1), "
                 f"or solver {', '.join(name for name in get_args(Solver) if name != 'exact')}",
                 field="loss",
@@ -85,7 +86,7 @@ class Options:
             _require_within("momentum", self.momentum, least=0, below=1)
         if self.betas is not None:
             if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-                raise _invalid_range("betas", self.betas, "each from 0 to below 1", what="two numbers")
+                raise _invalid_range("betas", self.betas, "each from 0 to below 1", expected="two numbers")
             for beta in self.betas:
                 _require_within("betas", beta, least=0, below=1)
         if self.batch_size is not None:
@@ -98,18 +99,18 @@ class Options:
         elif not self.criterion.is_quadratic:
             raise InvalidOption(
                 f'ridge "auto" is chosen by cross-validation of least squares, and loss is "{self.loss}": give a '
-                'number, or take loss "sum" or "mean"',
+                'number, or use loss "sum" or "mean"',
                 field="ridge",
                 got="auto",
                 limit="a number from 0 on",
             )
         for field in ("ridge_path", "covariance"):
             if not isinstance(getattr(self, field), bool):
-                raise _invalid_range(field, getattr(self, field), "true, false", what="one of")
+                raise _invalid_range(field, getattr(self, field), "true, false", expected="one of")
         if self.ridge_path and not self.criterion.is_quadratic:
             raise InvalidOption(
                 f'ridge_path holds solutions of least squares, and loss is "{self.loss}": leave ridge_path out, or '
-                'take loss "sum" or "mean"',
+                'use loss "sum" or "mean"',
                 field="ridge_path",
                 got="true",
                 limit="false",
@@ -127,23 +128,23 @@ class Options:
 
     @property
     def criterion(self) -> Criterion:
-        """What is made small."""
+        """The loss to minimise."""
         return LOSSES[self.loss] if self.loss != "huber" else huber(self.delta)
 
     @property
     def delta(self) -> float:
-        """The Huber loss's delta; the default until "auto" is settled."""
+        """The delta of the Huber loss; the default while it is "auto"."""
         given = self.huber_delta
         return DEFAULT_HUBER_DELTA if given is None or given == "auto" else float(given)
 
     @property
     def reweighted(self) -> bool:
-        """True if reweighted least squares minimise the Huber loss, or choose its delta."""
+        """True if reweighted least squares minimises the Huber loss or chooses its delta."""
         return self.loss == "huber" and (self.solver == "exact" or self.huber_delta == "auto")
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """How a descent moves; None where there is none to be made."""
+        """The optimizer of the descent; None for solver "exact"."""
         momentum = DEFAULT_MOMENTUM if self.momentum is None else self.momentum
         match self.solver:
             case "sgd":
@@ -162,7 +163,7 @@ class Options:
         if isinstance(self.learning_rate, str) and self.learning_rate == "auto":
             if self.solver == "adam" or not self.criterion.is_quadratic:
                 raise InvalidOption(
-                    'learning_rate "auto" follows from the curvature of a sum of squares, under solver exact, sgd, '
+                    'learning_rate "auto" needs loss "sum" or "mean" and solver exact, sgd, '
                     f'momentum or nesterov; solver "{self.solver}" with loss "{self.loss}" needs a number',
                     field="learning_rate",
                     got="auto",
@@ -176,7 +177,7 @@ class Options:
             return
         if self.loss != "huber":
             raise InvalidOption(
-                f'huber_delta means nothing to loss "{self.loss}": leave it out, or take loss "huber"',
+                f'huber_delta does not apply to loss "{self.loss}": leave it out, or use loss "huber"',
                 field="huber_delta",
                 got=format_value(self.huber_delta),
                 limit='loss "huber"',
@@ -194,7 +195,7 @@ def _require_within(field: str, value: float, *, below: float, above: float | No
         raise _invalid_range(field, value, f"{limit} to below {below:g}")
 
 
-def _invalid_range(field: str, value: object, limit: str, what: str = "a number") -> InvalidOption:
+def _invalid_range(field: str, value: object, limit: str, expected: str = "a number") -> InvalidOption:
     return InvalidOption(
-        f"{field} {format_value(value)} is not {what} {limit}", field=field, got=format_value(value), limit=limit
+        f"{field} {format_value(value)} is not {expected} {limit}", field=field, got=format_value(value), limit=limit
     )

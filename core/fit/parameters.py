@@ -1,4 +1,4 @@
-"""How kernel and bias lie in the equations: filters that see the same numbers are solved for together."""
+"""Layout of kernel and bias as unknowns of equations; filters that share a matrix are solved for together."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from core.arrays import as_numpy
 
 Unknowns = NDArray[np.float64]
-"""(blocks, size, columns): a column is one filter and, below it, its bias."""
+"""Array (blocks, size, columns): each column holds the entries of one filter, followed by its bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterLayout:
-    """A kernel (O, C/groups, h, w) and, perhaps, a bias (O), as Unknowns.
+    """Layout of a kernel (O, C/groups, h, w) and an optional bias (O) as Unknowns.
 
-    All filters of a group see the same windows, so that they are the columns of one block. `apart`: every filter has
-    weights of its own, and so equations of its own: it is a block.
+    All filters of a group see the same windows, so that they are the columns of one block. separate: every filter has
+    its own weights and so its own equations: it is a block of its own.
     """
 
     kernel_shape: tuple[int, int, int, int]
@@ -28,28 +28,28 @@ class ParameterLayout:
 
     @property
     def blocks(self) -> int:
-        """Systems of equations with matrices of their own."""
+        """Number of systems of equations, each with its own matrix."""
         return self.kernel_shape[0] if self.separate else self.groups
 
     @property
     def columns(self) -> int:
-        """Filters that share a matrix."""
+        """Number of filters that share a matrix."""
         return self.kernel_shape[0] // self.blocks
 
     @property
     def taps(self) -> int:
-        """Entries of one filter."""
+        """Number of entries of one filter."""
         _, depth, h, w = self.kernel_shape
         return depth * h * w
 
     @property
     def size(self) -> int:
-        """Unknowns of one filter."""
+        """Number of unknowns of one filter."""
         return self.taps + self.bias
 
     @property
     def unknowns(self) -> int:
-        """All of them."""
+        """Number of unknowns of all filters."""
         return self.kernel_shape[0] * self.size
 
     @property
@@ -58,30 +58,30 @@ class ParameterLayout:
         return np.zeros((self.blocks, self.size, self.columns))
 
     def block_channels(self, block: int) -> slice:
-        """The input's channels that a block's filters see."""
+        """Return the input channels of a block's filters."""
         depth, group = self.kernel_shape[1], block * self.groups // self.blocks
         return slice(group * depth, (group + 1) * depth)
 
     def block_filters(self, block: int) -> slice:
-        """A block's filters."""
+        """Return the filters of a block."""
         return slice(block * self.columns, (block + 1) * self.columns)
 
     def pack(self, kernel: Tensor, bias: Tensor | None) -> Unknowns:
-        """Kernel and bias as Unknowns."""
+        """Return kernel and bias as Unknowns."""
         taps = kernel.reshape(self.blocks, self.columns, self.taps).transpose(1, 2)
         rows = [taps] if bias is None else [taps, bias.reshape(self.blocks, 1, self.columns)]
         return np.ascontiguousarray(as_numpy(torch.cat(rows, 1).to("cpu", torch.float64)))
 
     def unpack_kernel(self, unknowns: NDArray[np.float64]) -> Tensor:
-        """The kernel among them, (O, C/groups, h, w)."""
+        """Return the kernel (O, C/groups, h, w)."""
         taps = unknowns[:, : self.taps].swapaxes(1, 2).reshape(self.kernel_shape)
         return torch.from_numpy(np.ascontiguousarray(taps))
 
     def unpack_bias(self, unknowns: NDArray[np.float64]) -> Tensor | None:
-        """The bias among them, (O), if there is one."""
+        """Return the bias (O); None without a bias."""
         return torch.from_numpy(unknowns[:, self.taps].reshape(-1).copy()) if self.bias else None
 
 
 def repack(unknowns: Unknowns, layout: ParameterLayout, other: ParameterLayout) -> Unknowns:
-    """Return the same kernel and bias as Unknowns of another layout."""
+    """Return the unknowns in another layout of the same kernel and bias."""
     return other.pack(layout.unpack_kernel(unknowns), layout.unpack_bias(unknowns))

@@ -1,4 +1,4 @@
-"""What learning reports: how far the examples are read, a Forecast, a Step each time round, a FitResult at the end."""
+"""Events and result of a fit: Readings of the examples, a Forecast, a Step for each update, and the FitResult."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,24 +23,24 @@ Prediction = Literal["converges", "diverges"]
 
 
 class Status(StrEnum):
-    """How a fit ended."""
+    """Status of a finished fit."""
 
     CONVERGED = "converged"
-    """The kernel is the best one, or nearer to it than the tolerance asks for."""
+    """The kernel is the best one, or within the tolerance of it."""
 
     COMPLETED = "completed"
-    """All steps are done."""
+    """All steps were taken."""
 
     STOPPED_EARLY = "stopped_early"
     """The validation loss did not fall below its least for as many steps as `patience`."""
 
     DIVERGED = "diverged"
-    """The loss is not finite, or grew past any use; the kernel is the last finite one or, with validation, the best."""
+    """The loss is not finite or grew too large; the kernel is the last finite one or, with validation, the best one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Examples read so far, before the first step; within a long step and after the last, all of them."""
+    """Number of examples read before the first step; within a long step and after the last step, all of them."""
 
     done: int
     of: int
@@ -48,10 +48,10 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostics:
-    """What the examples tell of a fit before its first step; None where it is not known, or not defined.
+    """Properties of a fit that are computed before its first step; None if they are unknown or not defined.
 
-    learning_rate is the one that is used ("auto" settled). Eigenvalues are those of the loss's Hessian: the steepest
-    and the flattest curvature. `rank` of the `unknowns` are determined by the examples.
+    learning_rate: the one in use, with "auto" resolved. The eigenvalues are those of the Hessian of the loss, its
+    largest and smallest curvature. rank: number of the `unknowns` that the examples determine.
     """
 
     learning_rate: float | None = None
@@ -67,14 +67,14 @@ class Diagnostics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast(Diagnostics):
-    """What is known, and what follows from it, in a sentence."""
+    """Diagnostics and a message that summarises them."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One update: its number from 1, and the loss before it; with validation also the validation loss before it."""
+    """One update: its number, from 1, the loss before it and, with validation, the validation loss before it."""
 
     number: int
     loss: float
@@ -92,11 +92,11 @@ class Uncertainty:
     For noise that is independent and of equal variance in all of a filter's target values (or of variance 1 / weight):
     standard_errors (like kernel) and bias_standard_errors (like bias) of the best kernel; confidence_intervals (2, *
     like kernel) and bias_confidence_intervals (2, O), which contain the true values with probability CONFIDENCE_LEVEL;
-    residual_std (O), the noise's standard deviation; degrees_of_freedom (O), values less unknowns (with a ridge, less
-    the effective number of unknowns). A ridge biases the kernel: standard errors leave that out, and there are no
-    intervals. covariance, on request: that of a filter's unknowns (its entries row by row, then its bias), (size, size)
-    for a kernel (h, w), (O, size, size) otherwise; its diagonal holds the squares of the standard errors. A ridge that
-    was chosen from the examples counts as given.
+    residual_std (O), the noise's standard deviation; degrees_of_freedom (O), values minus unknowns (with a ridge, minus
+    the effective number of unknowns). A ridge biases the kernel: standard errors do not include the bias, and there are
+    no intervals. covariance, on request: that of a filter's unknowns (its entries row by row, then its bias), (size,
+    size) for a kernel (h, w), (O, size, size) otherwise; its diagonal holds the squares of the standard errors. A ridge
+    that was chosen from the examples is treated as a given one.
     """
 
     standard_errors: Tensor | None = None
@@ -110,14 +110,14 @@ class Uncertainty:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitResult(Diagnostics, Uncertainty):
-    """A learned kernel and what can be said about it; None where that is not defined or would take too long.
+    """A learned kernel and its properties; None if they are not defined or take too long to compute.
 
-    kernel (h, w) where every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;
-    both float64, on the fit's device where that has float64. loss_history[i] is the loss before update i + 1,
-    final_loss the loss of the kernel that is returned, all of them with the ridge's share. excess_loss is
-    final_loss - best_possible_loss. r_squared is the share of the target's variance about its mean that the returned
-    kernel explains. `method` says how it was computed. values: target values of weight above 0. huber_delta: that of
-    loss "huber".
+    kernel (h, w) if every input and target was one plane (H, W), (O, C/groups, h, w) otherwise; bias (O) or None;
+    both float64, on the fit's device if that supports float64. loss_history[i] is the loss before update i + 1,
+    final_loss the loss of the returned kernel; all of them include the ridge penalty. excess_loss is final_loss -
+    best_possible_loss. r_squared is the fraction of the target's variance about its mean that the returned kernel
+    explains. method: "normal equations" or "convolutions". values: number of target values of weight above 0.
+    huber_delta: the delta of loss "huber".
 
     With validation, validation_history[i] is the validation loss before update i + 1 (None for solver exact),
     validation_loss that of the returned kernel, and best_step the number of updates that led to it (None for exact).
@@ -126,7 +126,7 @@ class FitResult(Diagnostics, Uncertainty):
     their Bayesian information criterion and smallest possible loss (without the ridge). kernel_offset: pixels (rows,
     columns) by which the kernel's windows begin after those of the size that the shapes or max_kernel_size give.
 
-    ridge: the number that was used, None if "auto" found none as the squares overflow. On request, ridge_path (n) holds
+    ridge: the number in use; None if "auto" found none because squares overflow. On request, ridge_path (n) holds
     ridges of all sizes, ascending, and for each ridge_path_gcv (n), generalised cross-validation N RSS / (N - df)^2;
     ridge_path_degrees_of_freedom (n), effective unknowns df of all filters; ridge_path_losses (n), the sum or mean of
     squares without the penalty; ridge_path_kernels (n, * like kernel) and ridge_path_biases (n, O).

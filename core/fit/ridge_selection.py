@@ -1,6 +1,6 @@
-"""The ridge that minimises generalised cross-validation, and the kernels along a range of ridges.
+"""Selection of the ridge by generalised cross-validation (GCV), and the kernels along a path of ridges.
 
-If the bias is eliminated, a kernel k leaves the sum of squares |R k - q|^2 + rest, with R a triangular factor of the
+With the bias eliminated, the sum of squares of a kernel k is |R k - q|^2 + rest, with R a triangular factor of the
 centred windows. With R = U diag(s) V' and b = U'q, ridge l on that sum gives, for every l,
 
     kernel                           V diag(s / (s^2 + l)) b
@@ -8,8 +8,8 @@ centred windows. With R = U diag(s) V' and b = U'q, ridge l on that sum gives, f
     degrees of freedom     df(l) =   biases + sum of s^2 / (s^2 + l)
     cross-validation      GCV(l) =   N RSS(l) / (N - df(l))^2
 
-summed over all filters, N being the number of target values of weight above 0. A further ridge costs as many operations
-as there are unknowns, and nothing cancels: RSS is a sum of squares, and N - df(l) is N - df(0) + sum of l / (s^2 + l).
+summed over all filters, with N the number of target values of weight above 0. Each further ridge costs one operation
+for each unknown, without cancellation: RSS is a sum of squares, and N - df(l) = N - df(0) + sum of l / (s^2 + l).
 Source: Golub, Heath and Wahba, Generalized Cross-Validation as a Method for Choosing a Good Ridge Parameter,
 Technometrics 21, 1979, section 2.
 """
@@ -32,31 +32,34 @@ from core.fit.scaling import Scaling
 from core.fit.tsqr import MAX_FACTORED_UNKNOWNS, ReducedProblem, reduce_rows
 
 RIDGES_PER_DECADE = 16
-"""Ridges that are tried for each power of 10: GCV changes within about one power of 10, never faster."""
+"""Ridges tried for each power of 10; GCV does not change on a finer scale than about one power of 10."""
 
 RIDGE_GRID_REFINEMENTS = 4
 RIDGES_PER_REFINEMENT = 17
-"""Times that the interval around the best ridge is searched again, and ridges tried in it: 8 times denser each time."""
+"""Searches of the interval around the best ridge, each on an 8 times denser grid, and ridges tried in each."""
 
 RIDGES_PER_PATH = 50
-"""Ridges of a path."""
+"""Number of ridges of a path."""
 
 MIN_SEARCHED_RIDGE_RATIO = 1e-10
 MIN_PATH_RIDGE_RATIO = 1e-3
-"""Smallest ridges of a search and of a path, relative to the smallest squared singular value: what they take from a
-kernel."""
+"""Smallest ridges of a search and of a path, relative to the smallest squared singular value; about the fraction by
+which they shrink a kernel."""
 
 MAX_RIDGE_RATIO = 1e4
-"""Largest ridge, relative to the largest squared singular value: the inverse of what it leaves of a kernel."""
+"""Largest ridge, relative to the largest squared singular value; about the inverse of the fraction of a kernel that is
+left."""
 
 NEGLIGIBLE_RIDGE_RATIO = 1e-16
-"""Ridge relative to the largest squared singular value, if some vanish: what it takes from a kernel is rounding."""
+"""Smallest ridge if some singular values vanish, relative to the largest squared singular value: it shrinks a kernel
+by no more than rounding errors."""
 
 MAX_CHUNK_RIDGE_PRODUCTS = 1 << 20
-"""Products of ridges and singular values in one call, about 10 ms."""
+"""Maximum of ridges times singular values in one array, about 10 ms."""
 
 RidgeOutcome = Literal["best", "zero", "largest", "indifferent"]
-"""A minimum of GCV; no ridge; the largest ridge of all, which leaves no kernel; or no ridge, as none differs."""
+"""Result of a search: a minimum of GCV; ridge 0; the largest ridge, at which the kernel is almost zero; or ridge 0
+because GCV is the same for all ridges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,10 @@ class RidgeSelection:
 
 @dataclass(frozen=True, slots=True)
 class RidgeSearch:
-    """Search for a ridge, for its path, or for both. counted: target values of weight above 0 of each filter, (O)."""
+    """Search for a ridge, for a path of ridges, or for both.
+
+    value_counts: number of target values of weight above 0 of each filter, (O).
+    """
 
     choose: bool
     path: bool
@@ -92,13 +98,13 @@ class RidgeSearch:
     def run(self, problem: ReducedProblem, scale: float, *, identified: bool = False) -> Interruptible[RidgeSelection]:
         """Search among the ridges of a loss, which is `scale` times the problem's sum of squares.
 
-        determined: it is known that the examples determine all unknowns.
+        identified: the examples are known to determine all unknowns.
         """
         family = yield from decompose_ridge_family(problem, self.layout, self.value_counts, identified=identified)
         ridge, chosen, path = None, None, None
         if self.choose:
             found, chosen = yield from choose_ridge(family)
-            # The number that is reported gives the same fit when it is given.
+            # Round-trip the ridge, so that a fit with the reported number is the same.
             reported = self.scaling.unscale_curvature(scale * found)
             if not math.isfinite(reported) or (found and not reported):
                 raise InvalidOption(
@@ -116,13 +122,13 @@ class RidgeSearch:
 
 @dataclass(frozen=True, slots=True)
 class RidgeFamily:
-    """The least squares problems that differ in their ridge only, decomposed.
+    """Decomposed least squares problems that differ only in their ridge.
 
     values (blocks, taps): singular values of the centred factors, 0 for those that vanish; axes (blocks, taps, taps):
-    their right singular vectors, in rows; parts (blocks, taps, columns): U'q. bias_rows (blocks, 1, size), with the
-    bias's own entry first, and bias_values (blocks, 1, columns): the equation that gives the bias of a kernel.
-    rest: the sum of squares that every kernel leaves. count: target values of weight above 0. spare: those less the
-    unknowns that are determined. determined: all unknowns are.
+    their right singular vectors, in rows; projections (blocks, taps, columns): U'q. bias_rows (blocks, 1, size), with
+    the entry of the bias first, and bias_values (blocks, 1, columns): the equation for the bias of a kernel.
+    rest: sum of squares that no kernel can explain. count: number of target values of weight above 0.
+    residual_freedom: count minus the number of determined unknowns. identified: all unknowns are determined.
     """
 
     layout: ParameterLayout
@@ -137,7 +143,10 @@ class RidgeFamily:
     identified: bool
 
     def bounds(self, smallest_ridge: float) -> tuple[float, float]:
-        """Return the smallest and the largest ridge, the smallest relative to the smallest squared singular value."""
+        """Return the smallest and the largest ridge; smallest_ridge is relative to the smallest squared singular value.
+
+        If some unknowns are not determined, the smallest is at most NEGLIGIBLE_RIDGE_RATIO of the largest square.
+        """
         squares = np.square(self.values[self.values > 0])
         smallest, largest = (float(squares.min()), float(squares.max())) if squares.size else (1.0, 1.0)
         least = smallest_ridge * smallest
@@ -163,7 +172,7 @@ class RidgeFamily:
         return self.compute_gcv(left, residual_freedom), left, self.count - residual_freedom
 
     def compute_gcv(self, left: Floats, residual_freedom: Floats) -> Floats:
-        """Return GCV from sums of squares and N - df; infinite if as many unknowns as values are used."""
+        """Return GCV from sums of squares and N - df; infinite if N - df is 0."""
         defined = residual_freedom > 0
         return np.divide(self.count * left, np.square(residual_freedom), out=np.full_like(left, np.inf), where=defined)
 
@@ -178,7 +187,7 @@ class RidgeFamily:
         return np.concatenate([taps, offsets], 1)
 
     def path(self, scale: float) -> Interruptible[RidgePath]:
-        """Return what ridges of all sizes give; those of the loss are `scale` times those of the sum of squares."""
+        """Return the path of ridges; those of the loss are `scale` times those of the sum of squares."""
         ridges = np.geomspace(*self.bounds(MIN_PATH_RIDGE_RATIO), RIDGES_PER_PATH)
         gcv, left, degrees_of_freedom = yield from self.evaluate(ridges)
         unknowns = np.empty((len(ridges), self.layout.blocks, self.layout.size, self.layout.columns))
@@ -191,7 +200,7 @@ class RidgeFamily:
 def choose_ridge(family: RidgeFamily) -> Interruptible[tuple[float, RidgeOutcome]]:
     """Return the ridge on the sum of squares that minimises GCV over all ridges.
 
-    GCV may have several minima: all sizes are tried, and the neighbourhood of the best is searched again.
+    GCV may have several minima: a grid over all sizes is tried, then denser grids around the best ridge.
     """
     least, most = family.bounds(MIN_SEARCHED_RIDGE_RATIO)
     ridges = np.geomspace(least, most, 1 + int(np.ceil(RIDGES_PER_DECADE * np.log10(most / least))))
@@ -217,7 +226,7 @@ def choose_ridge(family: RidgeFamily) -> Interruptible[tuple[float, RidgeOutcome
 def decompose_ridge_family(
     problem: ReducedProblem, layout: ParameterLayout, value_counts: NDArray[np.float64], *, identified: bool
 ) -> Interruptible[RidgeFamily]:
-    """Eliminate the bias of least squares problems and compute the singular values of what is left."""
+    """Eliminate the bias of least squares problems and compute the singular values of the remaining factors."""
     taps, blocks = layout.taps, layout.blocks
     factor, right, rest = problem.factor, problem.right, float(problem.rest.sum())
     bias_rows = bias_values = None
@@ -235,7 +244,7 @@ def decompose_ridge_family(
         left, found, axes[block] = np.linalg.svd(factor[block])
         yield
         projections[block] = left.T @ right[block]
-        # Centring leaves rounding errors of the columns as they were.
+        # Rounding errors are relative to the columns before centring.
         largest = np.linalg.norm(problem.factor[block][:, :taps])
         rank = min(
             int(np.count_nonzero(found > max(threshold * largest, UNDERFLOW_THRESHOLD))), max(available[block], 0)
@@ -272,7 +281,7 @@ def _move_bias_first(problem: ReducedProblem) -> Interruptible[tuple[Floats, Unk
 
 
 def _is_identified_after_scaling(factor: Floats, rows: int) -> Interruptible[bool]:
-    """Return whether singular values vanish only beside those of columns of much larger norm."""
+    """Return whether singular values vanish only because other columns have a much larger norm."""
     norms = np.linalg.norm(factor, axis=1)
     if not (norms.max(1) > MAX_COLUMN_NORM_RATIO * norms.min(1)).any():
         return False
@@ -281,9 +290,9 @@ def _is_identified_after_scaling(factor: Floats, rows: int) -> Interruptible[boo
 
 
 def factorize_equations(gram: Floats, at: Unknowns, loss: float) -> Interruptible[ReducedProblem]:
-    """Return well conditioned normal equations with this solution and its sum of squares as triangular factors.
+    """Return triangular factors of well conditioned normal equations with this solution and its sum of squares.
 
-    Rows and columns are brought to a diagonal of ones first, so that small columns keep their digits.
+    Rows and columns are scaled to a diagonal of ones first, which preserves the digits of small columns.
     """
     factor = np.empty_like(gram)
     for block, matrix in enumerate(gram):
@@ -297,7 +306,7 @@ def factorize_equations(gram: Floats, at: Unknowns, loss: float) -> Interruptibl
 
 
 def require_ridge_search_size(options: Options, layout: ParameterLayout, count_values: Callable[[], int]) -> None:
-    """Raise InvalidOption if the requested ridges, or the covariance, are of too many unknowns or of a single value."""
+    """Raise InvalidOption if ridges or the covariance are requested for too many unknowns, or ridges for one value."""
     requests = _requested_ridge_options(options)
     if options.covariance:
         requests["covariance"] = ("true", "leave it out")
@@ -321,7 +330,7 @@ def require_ridge_search_size(options: Options, layout: ParameterLayout, count_v
 
 
 def require_equations_for_ridges(options: Options, method: str) -> None:
-    """Raise InvalidOption if ridges are to be searched without normal equations."""
+    """Raise InvalidOption if a search for ridges is requested without normal equations."""
     if method == "normal equations":
         return
     for field, (received, remedy) in _requested_ridge_options(options).items():
@@ -336,7 +345,7 @@ def require_equations_for_ridges(options: Options, method: str) -> None:
 
 
 def _requested_ridge_options(options: Options) -> dict[str, tuple[str, str]]:
-    """Return the options that search among ridges: as received, and how to do without."""
+    """Return the options that request a search for ridges: their value as received, and a remedy for messages."""
     requests = {}
     if options.given_ridge is None:
         requests["ridge"] = ('"auto"', "give a number")

@@ -1,10 +1,10 @@
-"""The kernel of least Huber loss by reweighted least squares, and a delta that suits the residuals.
+"""Minimisation of the Huber loss by iteratively reweighted least squares (IRLS), and automatic choice of delta.
 
 The Huber loss of residuals r is majorised by a weighted sum of squares with the weights min(1, delta / |r|): every
-iteration solves one, whose equations are built anew from the windows. With d inside delta as 1 and outside as 0, the
-Hessian of the loss is A'dA: if the weights of residuals outside delta are reduced by a damping factor, from 1 towards
-0, iterations of reweighted least squares become Newton's.
-Source: Holland and Welsch, Robust Regression Using Iteratively ReweightedLeastSquares Least Squares, Communications in Statistics
+iteration minimises such a sum, whose equations are rebuilt from the windows. With d = 1 for residuals up to delta and 0
+for larger ones, the Hessian of the loss is A'dA: if the weights of the larger residuals are reduced by a damping
+factor, from 1 towards 0, iterations of reweighted least squares become Newton's.
+Source: Holland and Welsch, Robust Regression Using Iteratively Reweighted Least-Squares, Communications in Statistics
 A6, 1977; Huber, Robust Statistics, 1981, 7.6 to 7.8; for the choice of the damping, Marquardt, J. SIAM 11, 1963.
 """
 
@@ -34,41 +34,42 @@ from core.fit.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator, ReducedProblem, 
 Floats = NDArray[np.float64]
 
 DELTA_PER_SCALE = 1.345
-"""Delta in standard deviations of normal noise at which the kernel's variance is that of least squares / 0.95."""
+"""Delta, in standard deviations of normal noise, for 95 % efficiency: the kernel's variance is that of least squares
+divided by 0.95."""
 
 MAD_OF_STANDARD_NORMAL = 0.6745
 """Median absolute deviation of normal noise, in standard deviations."""
 
 MAX_IRLS_ITERATIONS = 200
 MAX_SCALE_ITERATIONS = 50
-"""Weighted least squares problems that one fit solves for the kernel, and for delta."""
+"""Maximum number of weighted least squares problems that one fit solves for the kernel, and for delta."""
 
 SCALE_TOLERANCE = 1e-9
-"""Relative change of the scale of residuals from which it is settled."""
+"""Relative change of the scale of residuals up to which it has converged."""
 
 ZERO_SCALE_RATIO = 1e-9
-"""Scale of residuals, relative to the median size of the target's values, up to which it is called zero."""
+"""Scale of residuals, relative to the median size of the target's values, up to which it counts as zero."""
 
 LOSS_CHANGE_TOLERANCE = 1e-12
 KERNEL_CHANGE_TOLERANCE = 1e-10
-"""Relative decrease of the loss, and change of the kernel, below which an iteration is the last one."""
+"""Relative decrease of the loss, and change of the kernel, up to which an iteration is the last one."""
 
 CONVERGED_GRADIENT_RATIO = 1e-13
-"""Length of the gradient, relative to that at a kernel of zeros, at which rounding begins."""
+"""Length of the gradient, relative to that at a kernel of zeros, up to which it is dominated by rounding errors."""
 
 ROUNDED_GRADIENT_RATIO = 1e-10
-"""Length of the gradient, relative to that at a kernel of zeros, or to what the images make of the kernel, that may be
-rounding."""
+"""Length of the gradient, relative to that at a kernel of zeros or to the product of Hessian and kernel, up to which it
+may be a rounding error."""
 
 ROUNDED_LOSS_RATIO = 1e-25
-"""Loss, relative to that of a kernel of zeros, that is rounding: it counts as zero, the least loss that there is."""
+"""Loss, relative to that of a kernel of zeros, up to which it is a rounding error and counts as zero, the minimum."""
 
 MIN_GAIN_RATIO = 0.1
-"""Decrease of the loss, relative to that of the quadratic model, from which an iteration is accepted."""
+"""Minimum decrease of the loss, relative to that of the quadratic model, for an iteration to be accepted."""
 
 MIN_DAMPING_FACTOR, MAX_DAMPING_DIVISOR = 0.1, 0.3
 MIN_DAMPING = 1e-7
-"""Smallest factor of the damping after an accepted iteration, largest divisor of it after another one, and the smallest
+"""Minimum factor of the damping after an accepted iteration, maximum divisor of it after a rejected one, and minimum
 damping."""
 
 
@@ -81,10 +82,10 @@ class WeightedResiduals(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChosenDelta:
-    """A delta chosen by the residuals of the kernel `at`.
+    """A delta chosen from the residuals of the kernel `at`.
 
-    kind: "settled", "unsettled" (the scale still changed at the end), "zero" (at least half of the residuals are zero:
-    delta is the smallest one that is used), or "no target" (the target is zero: delta is 1).
+    kind: "settled" (the scale converged), "unsettled" (it did not), "zero" (at least half of the residuals are zero:
+    delta is the smallest allowed value), or "no target" (the target is zero: delta is 1).
     """
 
     value: float
@@ -94,7 +95,7 @@ class ChosenDelta:
 
 @dataclass(frozen=True, slots=True)
 class RobustMinimum:
-    """Where the iterations ended. best: the loss is the smallest possible one, to the precision of float64."""
+    """Result of the iterations. best: the loss is the smallest possible one, to the precision of float64."""
 
     descent: DescentResult
     best: bool
@@ -104,8 +105,9 @@ class RobustMinimum:
 class ResidualStatistics:
     """Sums over the residuals of each filter (O), for standard errors.
 
-    counted: values of weight above 0. inside: those whose residual is at most delta. slopes: the sum of squares of the
-    loss's derivative. weight: the weight of each value; NaN if a filter's weights differ.
+    value_counts: number of values of weight above 0. inside: number of those whose residual is at most delta.
+    squared_derivatives: sum of squares of the loss's derivative. weight: the weight of each value; NaN if a filter's
+    weights differ.
     """
 
     value_counts: Floats
@@ -114,9 +116,9 @@ class ResidualStatistics:
     weight: Floats
 
     def variances(self, size: int) -> Floats | None:
-        """Return factors (O) of the diagonal of (A'WA)^-1 that make it the variances of kernels of `size` unknowns.
+        """Return factors (O): multiplied by the diagonal of (A'WA)^-1, they are the variances of `size` unknowns.
 
-        None if a filter's weights differ, or if there are too few values, or none inside delta.
+        None if a filter's weights differ, or if a filter has too few values, or none with a residual up to delta.
         Source: Huber, Robust Statistics, 1981, 7.6 (6.5), with its correction K of order 1/N.
         """
         degrees_of_freedom = self.value_counts - size
@@ -130,11 +132,11 @@ class ResidualStatistics:
 
 @dataclass(frozen=True, slots=True)
 class ReweightedLeastSquares:
-    """Least squares on images whose weights follow from residuals; every filter has equations of its own.
+    """Least squares problems on images with weights computed from residuals; every filter has its own equations.
 
-    images: all of them, in one term. ridge: added to the mean Huber loss, times the sum of the kernel's squares.
-    threshold: of singular values, relative to the largest, if a QR factorization of the windows gave them.
-    null: projections (O, size, size) onto what the windows leave open; None if that is nothing.
+    images: all images, in one term. ridge: factor of the kernel's sum of squares that is added to the mean Huber loss.
+    threshold: that of singular values, relative to the largest, if a QR factorization of the windows gave them.
+    null_projection: projections (O, size, size) onto the null space of the windows; None if that is empty.
     """
 
     images: ImageTerm
@@ -144,7 +146,7 @@ class ReweightedLeastSquares:
 
     @staticmethod
     def of(images: ImageTerm, ridge: float, analysis: Analysis | None) -> Interruptible["ReweightedLeastSquares"]:
-        """Return the same images with a layout of one filter a block; `analysis` is that of their least squares."""
+        """Return the problems for these images, with one filter per block; analysis: that of their least squares."""
         separate = replace(images, layout=replace(images.layout, separate=True))
         spectrum = None if analysis is None else analysis.spectrum
         if not isinstance(spectrum, FactorSpectrum):
@@ -156,7 +158,7 @@ class ReweightedLeastSquares:
 
     @property
     def layout(self) -> ParameterLayout:
-        """That of its unknowns, (O, size, 1)."""
+        """Layout of the unknowns, (O, size, 1)."""
         return self.images.layout
 
     def objective(self, delta: float) -> Objective:
@@ -164,9 +166,9 @@ class ReweightedLeastSquares:
         return Objective([replace(self.images, criterion=huber(delta))], self.layout, mean=True, ridge=self.ridge)
 
     def choose_delta(self, start: Unknowns) -> Interruptible[ChosenDelta]:
-        """Choose delta by the scale of the residuals of the kernel that has the least Huber loss with that delta.
+        """Choose delta from the scale of the residuals of the kernel with the least Huber loss for that delta.
 
-        The scale is the median of |r - median(r)| / 0.6745 over all filters; weights count values.
+        The scale is the median of |r - median(r)| / 0.6745 over all filters; the medians are weighted.
         Source: Huber, Robust Statistics, 1981, 7.8; like statsmodels.RLM, but centred at the median of the residuals.
         """
         floor = ZERO_SCALE_RATIO * (yield from self._estimate_target_size())
@@ -187,11 +189,11 @@ class ReweightedLeastSquares:
     def minimize(
         self, start: Unknowns, delta: float, tolerance: float | None
     ) -> Generator[Step | None, None, RobustMinimum]:
-        """Yield a Step for each iteration; return the kernel of least Huber loss.
+        """Yield a Step for each iteration; return the kernel with the least Huber loss.
 
-        The first iteration leads from a kernel of zeros to `start`, if the loss is less there. The loss never rises.
-        With a tolerance the iterations end when the gradient is at most that fraction of its length at a kernel of
-        zeros.
+        The first iteration moves from a kernel of zeros to `start`, if the loss is smaller there. The loss never
+        increases. With a tolerance the iterations end when the gradient is at most that fraction of its length at a
+        kernel of zeros.
         """
         objective = self.objective(delta)
         unknowns = self.layout.zeros
@@ -216,7 +218,7 @@ class ReweightedLeastSquares:
             new_loss, new_gradient = yield from objective(unknowns + step)
             predicted_gain = -0.5 * float(np.vdot(gradient, step))
             if predicted_gain <= LOSS_CHANGE_TOLERANCE * max(loss, floor):
-                # Rounding hides how the loss changes; the gradients at both ends show it.
+                # The change of the loss is below rounding errors: compute it from the gradients at both ends.
                 gain, new_loss = -0.5 * float(np.vdot(gradient + new_gradient, step)), min(loss, new_loss)
                 small = float(np.linalg.norm(step)) <= KERNEL_CHANGE_TOLERANCE * float(np.linalg.norm(unknowns))
                 best = small and damping < 1
@@ -225,7 +227,7 @@ class ReweightedLeastSquares:
             accepted = gain >= MIN_GAIN_RATIO * predicted_gain
             best = best and accepted
             if not accepted and damping == 1:
-                # The majorant lies below the loss: what is left of the gradient is rounding.
+                # With damping 1, only rounding errors can prevent a decrease: check if the gradient is one of them.
                 left = yield from objective.hessian_product(unknowns)
                 best = length <= max(
                     ROUNDED_GRADIENT_RATIO * first, ROUNDED_GRADIENT_RATIO * float(np.linalg.norm(left))
@@ -239,7 +241,7 @@ class ReweightedLeastSquares:
                     max(MIN_DAMPING_FACTOR, damping_factor**1.5),
                 )
             else:
-                # The next reductions are smaller, but the damping always grows: at 1 an iteration is accepted.
+                # Increase the damping, and reduce it more slowly later: with damping 1 an iteration is accepted.
                 damping, damping_factor = (
                     min(1.0, damping / min(damping_factor, MAX_DAMPING_DIVISOR)),
                     damping_factor**0.5,
@@ -271,7 +273,7 @@ class ReweightedLeastSquares:
     def _compute_step(
         self, unknowns: Unknowns, gradient: Unknowns, delta: float, damping: float
     ) -> Interruptible[Unknowns]:
-        """Return the way to the solution of the reweighted problem; of least norm if it is not determined."""
+        """Return the step to the solution of the reweighted problem; of least norm if that is not unique."""
         step = yield from self._compute_step_by_equations(unknowns, gradient, delta, damping)
         if step is not None:
             return step
@@ -288,14 +290,15 @@ class ReweightedLeastSquares:
     def _compute_step_by_equations(
         self, unknowns: Unknowns, gradient: Unknowns, delta: float, damping: float
     ) -> Interruptible[Unknowns | None]:
-        """Return the same by normal equations; None if a QR factorization is possible and better conditioned."""
+        """Return the step by normal equations; None if a QR factorization is possible and better conditioned."""
         sums = EquationsAccumulator.zeros(self.layout, self.images.machine, self.images.device)
         yield from self._accumulate(sums, unknowns, delta, damping)
         hessian = sums.equations.gram / self.images.weight
         taps = np.arange(self.layout.taps)
         hessian[:, taps, taps] += 2 * self.ridge
         if self.null_projection is not None:
-            # Nothing curves along what is open: any curvature there makes the matrix regular, and leaves the step.
+            # The loss is constant in the null space: curvature added there makes the matrix regular, and does not
+            # change the step.
             hessian += np.diagonal(hessian, axis1=1, axis2=2).max(1)[:, None, None] * self.null_projection
         inverse = yield from invert(hessian)
         if not inverse.well_conditioned and self.layout.size <= MAX_FACTORED_UNKNOWNS:
@@ -306,7 +309,7 @@ class ReweightedLeastSquares:
     def _accumulate(
         self, into: EquationsAccumulator | QRAccumulator, unknowns: Unknowns, delta: float, damping: float
     ) -> Interruptible[None]:
-        """Add the reweighted problem of all images to equations or to a factorization."""
+        """Add the reweighted problem of all images to an accumulator."""
         for tile in pace(self.images.tiles):
             if tile is None:
                 yield
@@ -339,7 +342,7 @@ class ReweightedLeastSquares:
         return median or float(np.sqrt(np.average(np.square(values, out=values), weights=weights)))
 
     def _collect_residuals(self, unknowns: Unknowns) -> Interruptible[WeightedResiduals]:
-        """Return the residuals of all values that count."""
+        """Return the residuals of all values of weight above 0."""
         values, weights = [], []
         weighted = any(tile.example.weights is not None for tile in self.images.tiles)
         for tile in pace(self.images.tiles):
@@ -358,9 +361,10 @@ class ReweightedLeastSquares:
 
 
 def _reweight(data: TileData, residuals: torch.Tensor, delta: float, damping: float) -> TileData:
-    """Return the weighted least squares problem for a step from the kernel of these residuals.
+    """Return the weighted least squares problem for a step from the kernel with these residuals.
 
-    Its gradient there is that of the Huber loss. Damping 1: it majorises the loss; 0: it is Newton's quadratic model.
+    Its gradient there is that of the Huber loss. With damping 1 it majorises the loss; with 0 it is Newton's quadratic
+    model.
     """
     size = residuals.abs()
     outside = size > delta

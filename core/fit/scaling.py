@@ -1,4 +1,4 @@
-"""Powers of two that bring examples to where float64 can square them, and results back."""
+"""Scaling of examples by powers of two, so that their squares are within float64, and of results back."""
 
 import math
 import sys
@@ -15,15 +15,15 @@ from core.fit.examples import BLOCK_VALUES, Example, iterate_blocks
 from core.fit.interruption import Interruptible
 
 MAX_UNSCALED_EXPONENT = 200
-"""Binary exponent of the largest value, in either direction, up to which squares and their products are safe."""
+"""Binary exponent of the largest value, up to which, and down to its negative, the examples are not scaled."""
 
 MAX_SCALING_EXPONENT = 1000
-"""Binary exponent: 2 to this power, and to its negative, are normal numbers."""
+"""Maximum size of a scaling's binary exponent: 2 to this power, and to its negative, are normal numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """Binary exponents: inputs are divided by 2^input, targets by 2^target. Powers of two change no digit."""
+    """Binary exponents: inputs are divided by 2^input, targets by 2^target. Powers of two cause no rounding errors."""
 
     input: int = 0
     target: int = 0
@@ -38,7 +38,7 @@ class Scaling:
     @overload
     def unscale_unknowns(self, scaled: None) -> None: ...
     def unscale_unknowns(self, scaled: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-        """Return kernels and biases for the examples as they are."""
+        """Return kernels and biases for the unscaled examples."""
         return None if scaled is None else np.ldexp(scaled, self.target - self.input)
 
     def scale_unknowns(self, unknowns: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -46,11 +46,11 @@ class Scaling:
         return np.ldexp(unknowns, self.input - self.target)
 
     def unscale_loss(self, scaled: float) -> float:
-        """Return a loss, a sum or mean of squares, on the examples as they are; infinite if it overflows."""
+        """Return a loss, a sum or mean of squares, on the unscaled examples; infinite if it overflows."""
         return float(np.ldexp(scaled, 2 * self.target))
 
     def unscale_curvature(self, scaled: float) -> float:
-        """Return an eigenvalue of the Hessian on the examples as they are; infinite if it overflows."""
+        """Return an eigenvalue of the Hessian on the unscaled examples; infinite if it overflows."""
         return float(np.ldexp(scaled, 2 * self.input))
 
     def scale_rate(self, rate: float) -> float:
@@ -65,7 +65,7 @@ class Scaling:
 UNSCALED = Scaling()
 
 MAX_SCALED_OPTION = math.ldexp(1.0, 500)
-"""Size of an option, for the scaled examples, up to which its square is within float64."""
+"""Maximum size of an option for the scaled examples: its square is within float64."""
 
 
 def require_scalable(field: str, given: float, scaled: float, largest: float = sys.float_info.max) -> None:
@@ -81,14 +81,14 @@ def require_scalable(field: str, given: float, scaled: float, largest: float = s
 
 
 def choose_scaling(examples: Sequence[Example]) -> Interruptible[Scaling]:
-    """Choose the powers of two for examples; 0 unless a float64 array's largest value is very large or very small."""
+    """Choose the exponents for examples; 0 unless a float64 array's largest value is very large or very small."""
     inputs = yield from _find_exponent([example.images for example in examples])
     targets = yield from _find_exponent([example.targets for example in examples])
     return Scaling(inputs, targets)
 
 
 def _find_exponent(arrays: Sequence[torch.Tensor]) -> Interruptible[int]:
-    # Every other dtype's squares are within float64.
+    # Squares of all other dtypes are within float64.
     if not any(array.dtype == torch.float64 for array in arrays):
         return 0
     largest, seen = 0.0, 0

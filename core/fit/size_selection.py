@@ -1,7 +1,7 @@
-"""Choice of a kernel's size by the Bayesian information criterion (BIC).
+"""Selection of the kernel's size by the Bayesian information criterion (BIC).
 
-All candidates lie centred in one largest kernel and are compared on the same target values, so that the equations (or
-the triangular factor) of the largest one hold those of all others.
+All candidates are centred in the largest kernel and are compared on the same target values, so that the equations (or
+the triangular factor) of the largest kernel contain those of all others.
 Source: Schwarz, Estimating the Dimension of a Model, Annals of Statistics 6, 1978.
 """
 
@@ -35,26 +35,26 @@ from core.fit.tsqr import MAX_FACTORED_UNKNOWNS
 from core.shapes import Pair, Problem, format_shape, parse_conv2d_padding, require_positive_pair
 
 DEFAULT_MAX_KERNEL_SIZE = 13
-"""Rows and columns of the largest kernel that is compared, if neither the shapes nor the request say it."""
+"""Rows and columns of the largest candidate if neither the shapes nor max_kernel_size determine them."""
 
 MIN_VALUES_PER_UNKNOWN = 2
-"""Target values of a filter for each of its unknowns: with fewer, a kernel fits noise and the BIC does not hold."""
+"""Minimum target values of a filter for each unknown: with fewer, a kernel fits noise and the BIC is invalid."""
 
 RESIDUAL_ROUNDING_RATIO = 1e3 * float(np.finfo(np.float64).eps)
-"""Residual norm, relative to that of the numbers that are summed up, up to which a kernel explains the target."""
+"""Norm of residuals, relative to the numbers they are summed from, up to which they are rounding errors."""
 
 ENTRY_UPDATE_S = 2e-9
-"""Seconds to move an entry of the equations and to sum it up; measured."""
+"""Measured seconds to move and sum one entry of the equations."""
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
 class SizeRange:
-    """Sizes that candidates lie in.
+    """Range of the candidates' sizes.
 
-    outer: a kernel of that size makes the targets out of the inputs as they are. largest: the largest candidate, which
-    lies centred in it. open: a larger candidate could be requested.
+    outer: size of a kernel that maps the uncropped inputs to the targets. largest: the largest candidate, centred in
+    it. open: a larger candidate could be requested.
     """
 
     outer: Pair
@@ -63,13 +63,13 @@ class SizeRange:
 
     @property
     def sizes(self) -> tuple[list[int], list[int]]:
-        """Rows and columns of the candidates: those that lie centred in the largest."""
+        """Rows and columns of the candidates: those that can be centred in the largest."""
         rows, columns = (list(range(2 - side % 2, side + 1, 2)) for side in self.largest)
         return rows, columns
 
 
 def require_size_selection(options: Options, *, initial_kernel: bool) -> None:
-    """Raise InvalidOption for options with which sizes cannot be compared."""
+    """Raise InvalidOption for options that cannot be combined with kernel_size "auto"."""
     if not options.criterion.is_quadratic:
         raise InvalidOption(
             f'kernel_size "auto" compares sums of squares, loss "{options.loss}" is not one: use loss "sum" or "mean", '
@@ -89,7 +89,7 @@ def require_size_selection(options: Options, *, initial_kernel: bool) -> None:
 def find_size_range(
     examples: Examples, layer: Layer, max_kernel_size: int | Sequence[int] | None, *, depth: int, bias: bool
 ) -> SizeRange:
-    """Find the sizes that candidates lie in. Raises InvalidShape and InvalidOption if no size fits."""
+    """Return the range of the candidates' sizes. Raises InvalidShape and InvalidOption if no size fits."""
     requested = None if max_kernel_size is None else require_positive_pair("max_kernel_size", max_kernel_size)
     if layer.padding == "same":
         for example in examples.pairs:
@@ -114,7 +114,7 @@ def find_size_range(
 
 
 def _choose_default_size(examples: Examples, depth: int) -> Pair:
-    """Return the default largest size: odd, not larger than the images, and with few enough unknowns."""
+    """Return the default largest size: odd, within the images, and with at most MAX_FACTORED_UNKNOWNS unknowns."""
     rows, columns = (
         min(DEFAULT_MAX_KERNEL_SIZE, *((side - 1) // 2 * 2 + 1 for side in sides))
         for sides in ([example.images.shape[axis] for example in examples.pairs] for axis in (2, 3))
@@ -125,13 +125,14 @@ def _choose_default_size(examples: Examples, depth: int) -> Pair:
 
 
 def _require_same_size(example: Example, layer: Layer) -> None:
-    """Raise InvalidShape unless padding "same" makes the target's size out of the input."""
+    """Raise InvalidShape unless the target has the output size of padding "same"."""
     steps = require_positive_pair("stride", layer.stride)
     expected = tuple(-(-side // step) for side, step in zip(example.images.shape[2:], steps, strict=True))
     if tuple(example.targets.shape[2:]) != expected:
         raise InvalidShape(
             f"{example.raw.name('target')} is {format_shape(example.targets.shape[2:])} in rows and columns: padding "
-            f'"same" makes {format_shape(expected)} out of {example.raw.name("input")} {format_shape(example.images.shape[2:])}',
+            f'"same" makes {format_shape(expected)} out of {example.raw.name("input")} '
+            f"{format_shape(example.images.shape[2:])}",
             field=example.raw.name("target"),
             got=format_shape(example.targets.shape[2:]),
             limit=format_shape(expected),
@@ -139,7 +140,7 @@ def _require_same_size(example: Example, layer: Layer) -> None:
 
 
 def _find_possible_sizes(examples: Examples, layer: Layer) -> tuple[Pair, Pair]:
-    """Return the smallest and the largest kernel size that makes every target out of its input."""
+    """Return the smallest and the largest kernel size that maps every input's size to that of its target."""
     stride, dilation = require_positive_pair("stride", layer.stride), require_positive_pair("dilation", layer.dilation)
     low, high = [1, 1], [0, 0]
     for index, example in enumerate(examples.pairs):
@@ -147,7 +148,7 @@ def _find_possible_sizes(examples: Examples, layer: Layer) -> tuple[Pair, Pair]:
         sides = parse_conv2d_padding(layer.padding, size, (1, 1), stride, dilation)
         for axis in (0, 1):
             padded, outputs = size[axis] + sum(sides[2 * axis : 2 * axis + 2]), example.targets.shape[2 + axis]
-            # Both follow from the number of outputs: one more than the steps that fit beside the dilated kernel.
+            # The number of outputs is one more than the number of strides that fit in addition to the dilated kernel.
             most = (padded - 1 - (outputs - 1) * stride[axis]) // dilation[axis] + 1
             least = -((outputs * stride[axis] - padded) // dilation[axis]) + 1
             low[axis] = max(low[axis], least)
@@ -166,7 +167,7 @@ def _find_possible_sizes(examples: Examples, layer: Layer) -> tuple[Pair, Pair]:
 
 
 def _choose_outer_side(low: int, high: int, requested: int | None) -> int:
-    """Return the size, of those that make the targets, in which candidates lie centred."""
+    """Return the side, from low to high, of the kernel in which the candidates are centred."""
     if requested is None:
         return high if high % 2 or high == low else high - 1
     if requested >= low:
@@ -175,11 +176,11 @@ def _choose_outer_side(low: int, high: int, requested: int | None) -> int:
 
 
 def _choose_largest_side(name: str, outer: int, requested: Pair, axis: int, high: Pair) -> int:
-    """Return the largest candidate up to the wanted size. Raises InvalidOption if that is not possible."""
+    """Return the side of the largest candidate, at most the requested one. Raises InvalidOption if there is none."""
     if requested[axis] > high[axis]:
         raise InvalidOption(
-            f"max_kernel_size {format_shape(requested)} has more {name} than any kernel that makes these targets, {high[axis]}: "
-            "give a smaller one, or change padding",
+            f"max_kernel_size {format_shape(requested)} has more {name} than any kernel that makes these targets, "
+            f"{high[axis]}: give a smaller one, or change padding",
             field="max_kernel_size",
             got=format_shape(requested),
             limit=f"at most {format_shape(high)}",
@@ -187,7 +188,7 @@ def _choose_largest_side(name: str, outer: int, requested: Pair, axis: int, high
     side = requested[axis] - (outer - requested[axis]) % 2
     if side < 1:
         raise InvalidOption(
-            f"max_kernel_size {format_shape(requested)}: these targets take an even number of {name}, at least 2",
+            f"max_kernel_size {format_shape(requested)}: these targets need an even number of {name}, at least 2",
             field="max_kernel_size",
             got=format_shape(requested),
             limit=f"at least 2 {name}",
@@ -199,8 +200,8 @@ def _require_few_unknowns(size_range: SizeRange, depth: int, *, bias: bool, give
     unknowns = depth * math.prod(size_range.largest) + bias
     if unknowns > MAX_FACTORED_UNKNOWNS:
         raise InvalidOption(
-            f"sizes up to {format_shape(size_range.largest)} have up to {unknowns} unknowns a filter; at most {MAX_FACTORED_UNKNOWNS} "
-            f"are compared: give a smaller max_kernel_size, or the kernel_size",
+            f"sizes up to {format_shape(size_range.largest)} have up to {unknowns} unknowns a filter; at most "
+            f"{MAX_FACTORED_UNKNOWNS} are compared: give a smaller max_kernel_size, or the kernel_size",
             field="max_kernel_size" if given else "kernel_size",
             got=format_shape(size_range.largest),
             limit=f"{MAX_FACTORED_UNKNOWNS} unknowns a filter",
@@ -223,9 +224,9 @@ def _require_values(size_range: SizeRange, values: int, depth: int, *, bias: boo
 
 
 def shrink_kernel(problem: Problem, size: Pair) -> Problem:
-    """Return the convolution by a smaller kernel that makes the same target positions, centred in the larger one.
+    """Return the convolution by a smaller kernel, centred in the problem's, with the same output positions.
 
-    Its padding is less by the kernel's offset; below 0 it crops the images.
+    The kernel's offset is subtracted from the padding; negative padding crops the images.
     """
     down, across = compute_kernel_offset(problem, size)
     top, bottom, left, right = problem.padding
@@ -234,7 +235,7 @@ def shrink_kernel(problem: Problem, size: Pair) -> Problem:
 
 
 def compute_kernel_offset(problem: Problem, size: Pair) -> Pair:
-    """Return by how many pixels a centred kernel's windows begin after those of the problem's kernel."""
+    """Return the pixels by which the windows of a centred kernel begin after those of the problem's kernel."""
     rows, columns = (problem.kernel_height - size[0]) // 2, (problem.kernel_width - size[1]) // 2
     return rows * problem.dilation[0], columns * problem.dilation[1]
 
@@ -249,7 +250,7 @@ class SizeTable:
 
     @property
     def best(self) -> Pair:
-        """The size of the smallest BIC."""
+        """The size with the smallest BIC."""
         rows, columns = self.sizes[int(self.bic.argmin())].tolist()
         return rows, columns
 
@@ -260,8 +261,8 @@ def compare_sizes(
     """Compute the BIC of kernels of these rows and columns, centred in the analysed one.
 
     BIC = N ln(RSS / N) + k ln N for N target values of weight above 0 and k unknowns of all filters. Residual sums of
-    squares below rounding errors count as equal, so that of sizes that explain the target the smallest is the best.
-    Sizes with fewer than MIN_VALUES_PER_UNKNOWN values for an unknown are left out. Raises InvalidShape if all are.
+    squares below rounding errors count as equal, so that the smallest size that explains the target is the best. Sizes
+    with fewer than MIN_VALUES_PER_UNKNOWN values for each unknown are excluded. Raises InvalidShape if all are.
     """
     squares, rounding = yield from _compute_residual_squares(analysis, layout, sizes)
     table = np.array([(rows, columns) for rows in sizes[0] for columns in sizes[1]])
@@ -283,7 +284,7 @@ def compare_sizes(
 def _compute_residual_squares(
     analysis: Analysis, layout: ParameterLayout, sizes: tuple[Sequence[int], Sequence[int]]
 ) -> Interruptible[tuple[NDArray[np.float64], float]]:
-    """Return the smallest sum of squares of each size (rows, columns), and the square of the numbers summed up."""
+    """Return the smallest residual sum of squares of each size (rows, columns), and that of the summed numbers."""
     (term,), spectrum = analysis.objective.terms, analysis.spectrum
     at = analysis.minimum.at
     threshold = float(np.max(spectrum.threshold)) if isinstance(spectrum, FactorSpectrum) else 0.0
@@ -301,7 +302,7 @@ def _compute_residual_squares(
             order, ends = _order_unknowns_by_width(layout, height, sizes[1])
             if not isinstance(term, FactoredQuadraticTerm):
                 root = np.linalg.cholesky(analysis.gram[block][np.ix_(order, order)]).T
-                # What a smaller kernel leaves in addition, from the unknowns that it lacks.
+                # Additional residuals of a smaller kernel, from the unknowns that it does not have.
                 left = root @ at[block][order]
                 if not row:
                     rounding += float(np.square(np.abs(root) @ np.abs(at[block][order])).sum())
@@ -323,9 +324,9 @@ def _compute_residual_squares(
 def _order_unknowns_by_width(
     layout: ParameterLayout, height: int, widths: Sequence[int]
 ) -> tuple[NDArray[np.intp], list[int]]:
-    """Order unknowns so that those of each width, of kernels of that height, come before those of larger ones.
+    """Order unknowns so that those of each width, for kernels of that height, precede those of larger widths.
 
-    Returns the order, and how many unknowns each width has.
+    Returns the order, and the number of unknowns of each width.
     """
     _, depth, rows, columns = layout.kernel_shape
     rank = np.full((depth, rows, columns), len(widths))
@@ -340,12 +341,12 @@ def _order_unknowns_by_width(
 def _multiply_by_q_transpose(factor: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return Q'right for the QR factorization of a factor."""
     reflectors, scales = torch.geqrf(torch.from_numpy(factor))
-    turned: NDArray[np.float64] = torch.ormqr(reflectors, scales, torch.from_numpy(right), transpose=True).numpy()
-    return turned
+    rotated: NDArray[np.float64] = torch.ormqr(reflectors, scales, torch.from_numpy(right), transpose=True).numpy()
+    return rotated
 
 
 def _compute_deficient_residual(factor: NDArray[np.float64], right: NDArray[np.float64], threshold: float) -> float:
-    """Return the squares that combinations of linearly dependent columns leave of the right side.
+    """Return the residual sum of squares of the right side after a fit of linearly dependent columns.
 
     threshold: pivots up to it, relative to the largest, count as zero.
     """
@@ -361,7 +362,7 @@ def _compute_deficient_residual(factor: NDArray[np.float64], right: NDArray[np.f
 
 @dataclass(frozen=True, slots=True)
 class SizeSelection:
-    """A fit whose kernel size is chosen first; `problems` and `held_out_problems` are those of the outer size."""
+    """A fit whose kernel size is selected first; problems and held_out_problems are those of the outer size."""
 
     fit_spec: FitSpec
     size_range: SizeRange
@@ -369,7 +370,7 @@ class SizeSelection:
     held_out_problems: Sequence[Problem]
 
     def plan(self) -> Strategy:
-        """Predict the cost: reading and comparison, and a fit of the largest size."""
+        """Predict the cost of reading, of the comparison, and of a fit of the largest size."""
         fit_run, largest = self._plan_size(self.size_range.largest)
         options = _make_least_squares_options(self.fit_spec.options)
         comparison_run = self._plan_comparison()
@@ -430,7 +431,7 @@ class SizeSelection:
         return fit_spec.fit(inner, [shrink_kernel(problem, size) for problem in self.held_out_problems])
 
     def _plan_comparison(self) -> FitRun:
-        """Return the least squares fit of the largest size, by normal equations of all examples together."""
+        """Return the least squares fit of the largest size, by normal equations of all examples."""
         options = _make_least_squares_options(self.fit_spec.options)
         fit_spec = replace(self._spec_of_size(self.size_range.largest), options=options, held_out=None)
         inner = [shrink_kernel(problem, self.size_range.largest) for problem in self.problems]
@@ -492,7 +493,7 @@ def _count_images(example: Example) -> int:
 def _shift_readings(
     steps: Generator[Progress, None, Value], done_before: int, total: int
 ) -> Generator[Progress, None, Value]:
-    """Count readings on from those before, of a total of both phases."""
+    """Add the readings of earlier phases to those of these steps; total: readings of all phases."""
     while True:
         try:
             event = next(steps)

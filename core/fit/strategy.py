@@ -1,4 +1,4 @@
-"""How a fit is to be computed, and what that costs: known before anything large is allocated."""
+"""Choice of the strategy of a fit, and prediction of its cost before large arrays are allocated."""
 
 import math
 from collections import Counter
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from core.engines import choose_before_rank, peak_bytes
-from core.errors import InvalidOption
+from core.engines.choice import choose_before_rank, peak_bytes
+from core.errors import Cost, InvalidOption
 from core.fit import autocorrelation, im2col
 from core.fit.eigen import MAX_EIGH_SIZE, MAX_LANCZOS_STEPS, QUADRATURE_NODES
 from core.fit.examples import Example
@@ -33,22 +33,22 @@ MAX_UNKNOWNS = 16_384
 EIGH_EQUATION_COPIES = 6
 CHOLESKY_EQUATION_COPIES = 4
 RIDGE_SEARCH_EQUATION_COPIES = 4
-"""Copies of the normal equations in memory while eigenvectors, or a factorization, are computed; and those in addition
+"""Copies of the normal equations in memory while eigenvectors or a factorization are computed, and additional copies
 for a search among ridges."""
 
 MAX_EQUATIONS_MB = 4000.0
-"""Memory of all copies, and of the equations that are kept apart for batches."""
+"""Maximum memory of all copies of the equations, including the separate equations of images for batches."""
 
 MAX_DESCENT_EQUATIONS_S = 3.0
 MAX_EXACT_EQUATIONS_S = 60.0
-"""Seconds that the normal equations may cost if passes over the images would be faster: of a descent, for eigenvalues,
-rank and standard errors; of the exact solver, for a kernel that is known to be the best."""
+"""Maximum seconds of the normal equations if passes over the images are faster. A descent gains eigenvalues, rank and
+standard errors from them; the exact solver gains a kernel that is known to be the best."""
 
 EIGH_S_PER_CUBE = 5e-10
 SVD_S_PER_CUBE = 1.3e-9
 CHOLESKY_S_PER_CUBE = 5e-11
 PRODUCT_S_PER_ENTRY = 2.5e-10
-"""Seconds for the cube of the unknowns, and for an entry of the equations in a product with a vector; measured."""
+"""Measured seconds of decompositions per cube of the unknowns, and of a product with a vector per matrix entry."""
 
 FIT_OVERHEAD_S = 3e-3
 DECOMPOSITION_OVERHEAD_S = 2e-5
@@ -56,59 +56,59 @@ STEP_OVERHEAD_S = 3e-5
 ADAM_STEP_OVERHEAD_S = 8e-5
 TERM_OVERHEAD_S = 1e-5
 TILE_OVERHEAD_S = 4e-4
-"""Seconds for a fit, a decomposition, a step, a term of a batch and a part of the images, however small; measured."""
+"""Measured minimum seconds of a fit, a decomposition, a step, a term of a batch and a tile."""
 
 RATE_TRIAL_S = 2e-8
-"""Seconds to try a rate on a curvature for each doubling of the steps."""
+"""Seconds to try one rate on one curvature for each doubling of the steps."""
 
 TERM_MB = 3e-3
 STEP_HISTORY_MB = 6e-5
-"""MB for a term and for a step, however small."""
+"""Minimum MB of a term and of a step."""
 
 CONSTRAINED_OPERATION_S = 1e-10
 SWEEP_OVERHEAD_S = 3e-4
-"""Seconds of an operation of the search under constraints, and of a sweep of alternating least squares; measured."""
+"""Measured seconds of an operation of the search under constraints, and of a sweep of alternating least squares."""
 
 EXPECTED_SWEEPS = 60
-"""Number of sweeps of alternating least squares; they take 5 to 1000."""
+"""Assumed number of sweeps of alternating least squares; the actual number is 5 to 1000."""
 
 CONSTRAINED_EQUATION_COPIES = 10
 """Copies of the equations in memory while they are reduced and decomposed, in addition to those without constraints."""
 
 EIGENVALUE_PASSES = 30
 EXPECTED_CG_PASSES = 150
-"""Passes over the images to find the steepest curvature, and for conjugate gradients, which take 30 to 750."""
+"""Passes over the images to find the largest eigenvalue, and for conjugate gradients, which take 30 to 750."""
 
 EXPECTED_IRLS_ITERATIONS = 12
 EXPECTED_DELTA_ITERATIONS = 20
-"""Weighted least squares problems that a Huber loss usually takes, and those before them to choose its delta."""
+"""Typical number of weighted least squares problems to minimise a Huber loss, and before that to choose its delta."""
 
 IRLS_OVERHEAD_S = 2e-3
-"""Seconds for each of them, however small; measured."""
+"""Measured minimum seconds of a weighted least squares problem."""
 
 PASSES_PER_IRLS_ITERATION = 2
-"""Passes over the images for each of them: for the gradient and for the weights."""
+"""Passes over the images for each weighted problem: for the gradient and for the weights."""
 
 WEIGHTED_IM2COL_FACTOR = 1.5
-"""Time of normal equations with weights, relative to those without; measured."""
+"""Measured time of normal equations with weights, relative to those without."""
 
 MEDIANS_S_PER_VALUE = 8e-8
 RESIDUAL_COPIES = 6
-"""Seconds for two medians of residuals, for each of them, and copies of the residuals in memory."""
+"""Seconds of two medians per residual, and copies of the residuals in memory."""
 
 RESULT_COPIES = 4
 """Copies of the large arrays of a result in memory while they are computed and scaled."""
 
 RESIDUAL_PASSES = 2
-"""To see the best kernel's residuals where it comes from the equations."""
+"""Passes over the images for the residuals of a kernel that the equations give."""
 
 
 @dataclass(frozen=True, slots=True)
 class TiledExample:
-    """An example, and how it is gone over.
+    """An example divided into tiles.
 
-    terms: the sums that are kept apart: 1, or one for each image, for batches. parts: of one term, for a pass.
-    readings: of one term, for its normal equations.
+    terms: number of separate sums: 1 or, for batches, one for each image. tiles: those of one term, for a pass.
+    equation_tiles: those of one term, for its normal equations.
     """
 
     example: Example
@@ -117,12 +117,12 @@ class TiledExample:
     equation_tiles: Sequence[Tile]
 
     def separate(self, tiles: Sequence[Tile]) -> Iterator[list[Tile]]:
-        """The parts of each image."""
+        """Return the tiles of each term."""
         return ([part.for_image(image) for part in tiles] for image in range(self.terms))
 
     @property
     def merged(self) -> "TiledExample":
-        """The same with one sum for all images."""
+        """The same example with one sum for all images."""
         if self.terms == 1:
             return self
         tiles, equation_tiles = (
@@ -132,12 +132,12 @@ class TiledExample:
 
 
 def tile_example(example: Example, problem: Problem, machine: Machine, *, separate: bool) -> TiledExample:
-    """How to go over an example, whose problem this is, or that of one of its images if they are kept `apart`."""
+    """Divide an example into tiles; separate: by image, with the problem of a single image."""
     weighted = example.weights is not None
     tiles = split_example(example, problem, lambda part: predict_pass_seconds(part, machine))
     equation_tiles = tiles
     if is_autocorrelation_faster(tiles[0].example_problem, machine, weighted=weighted):
-        # Strips along the borders cost as much for a part as for the whole.
+        # The strips along the borders cost as much for a band of rows as for the whole image.
         equation_tiles = split_example(
             example, problem, lambda part: autocorrelation.predict_seconds(part, machine), rows=False
         )
@@ -146,12 +146,16 @@ def tile_example(example: Example, problem: Problem, machine: Machine, *, separa
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """One way to compute a fit: predicted seconds, Gflop (10^9 operations) and MB (10^6 bytes)."""
+    """Method of a fit and its predicted seconds, Gflop (10^9 operations) and MB (10^6 bytes)."""
 
     method: FitMethod
     seconds: float
     gflop: float
     megabytes: float
+
+    def is_within(self, limits: Limits) -> bool:
+        """Return whether the strategy exceeds no limit."""
+        return limits.allow(Cost(self.megabytes, self.gflop, self.seconds))
 
 
 def choose_strategy(
@@ -162,17 +166,17 @@ def choose_strategy(
     limits: Limits | None = None,
     include: Callable[[Strategy], Strategy] = lambda strategy: strategy,
 ) -> Strategy:
-    """Choose the normal equations if the loss is a sum of squares, they fit the limits and are worth their time.
+    """Choose the normal equations if the loss is a sum of squares and their cost is within the limits.
 
-    `include` adds to each way what the fit computes in addition. A pure function: the same fit is computed in the same
-    way.
+    They may be slower than convolutions by at most MAX_EXACT_EQUATIONS_S or MAX_DESCENT_EQUATIONS_S. include adds the
+    cost of other computations of the fit to a strategy. This is a pure function: the same fit has the same strategy.
     """
     if options.reweighted or options.constraints.active:
         special = _plan_reweighted if options.reweighted else _plan_constrained
         return include(special(tiled_examples, layout, options, machine, limits))
     exact, batch = options.solver == "exact", options.batch_size
     terms = sum(passage.terms for passage in tiled_examples) if batch is not None else 1
-    # A step goes over a batch, the end over all.
+    # Each step reads one batch; the final residuals need all examples.
     batch_fraction = 1.0 if batch is None else batch / terms
     limits = limits or Limits()
     passes: float = min(EXPECTED_CG_PASSES, layout.size) if exact else options.steps * batch_fraction + RESIDUAL_PASSES
@@ -189,7 +193,7 @@ def choose_strategy(
     if equations.megabytes > MAX_EQUATIONS_MB:
         return convolutions
     worth = MAX_EXACT_EQUATIONS_S if exact else MAX_DESCENT_EQUATIONS_S
-    is_affordable = _is_within_limits(equations, limits) or not _is_within_limits(convolutions, limits)
+    is_affordable = equations.is_within(limits) or not convolutions.is_within(limits)
     is_fast = equations.seconds <= max(convolutions.seconds, worth)
     is_needed = options.searches_ridges or options.covariance
     return equations if is_needed or (is_affordable and is_fast) else convolutions
@@ -202,7 +206,7 @@ def _plan_reweighted(
     machine: Machine,
     limits: Limits | None,
 ) -> Strategy:
-    """Reweighted least squares and, if they choose huber_delta for a descent, that descent.
+    """Plan reweighted least squares and, if they only choose huber_delta for a descent, that descent.
 
     Raises InvalidOption if there are too many unknowns for equations.
     """
@@ -263,7 +267,7 @@ def _plan_constrained(
     machine: Machine,
     limits: Limits | None,
 ) -> Strategy:
-    """Return the normal equations with the search under constraints. Raises InvalidOption if it needs too much."""
+    """Plan the normal equations and the search under constraints. Raises InvalidOption for too many unknowns."""
     del limits
     options.constraints.require_size(layout.size, MAX_FACTORED_UNKNOWNS)
     equations = _plan_equations(tiled_examples, layout, options, machine, 1)
@@ -278,7 +282,7 @@ def _plan_constrained(
 
 
 def _predict_constrained_search(layout: ParameterLayout, options: Options) -> tuple[float, float]:
-    """Seconds and operations for reductions and decompositions, and for the search under inequalities or a rank."""
+    """Predict seconds and operations of reductions, decompositions and the search under inequalities or a rank."""
     constraints, size = options.constraints, layout.size
     cube, filters = float(size) ** 3, layout.blocks * layout.columns
     operations = 40 * layout.blocks * cube
@@ -291,12 +295,6 @@ def _predict_constrained_search(layout: ParameterLayout, options: Options) -> tu
         operations += sweeps * 4 * size * narrow * (narrow + size / max(rows, columns))
         return CONSTRAINED_OPERATION_S * operations + SWEEP_OVERHEAD_S * sweeps, operations
     return CONSTRAINED_OPERATION_S * operations, operations
-
-
-def _is_within_limits(strategy: Strategy, limits: Limits) -> bool:
-    return (
-        strategy.megabytes <= limits.megabytes and strategy.gflop <= limits.gflop and strategy.seconds <= limits.seconds
-    )
 
 
 def _add_history_memory(strategy: Strategy, steps: int) -> Strategy:
@@ -321,7 +319,7 @@ def _plan_equations(
         seconds += options.steps * (ADAM_STEP_OVERHEAD_S if options.solver == "adam" else STEP_OVERHEAD_S)
         seconds += products * (TERM_OVERHEAD_S + PRODUCT_S_PER_ENTRY * entries * layout.columns)
         operations += 2.0 * entries * layout.columns * products
-    # With a search for ridges the best kernel without one is computed as well.
+    # A search for ridges also computes the best kernel without a ridge.
     after = _plan_convolutions(tiled_examples, layout, machine, RESIDUAL_PASSES * (1 + options.searches_ridges))
     copies = _count_equation_copies(layout) + terms + RIDGE_SEARCH_EQUATION_COPIES * options.searches_ridges
     megabytes = after.megabytes + 8e-6 * (entries * copies + 4 * terms * layout.unknowns)
@@ -334,7 +332,7 @@ def _plan_equations(
 def predict_equations_cost(
     tiled_examples: Sequence[TiledExample], layout: ParameterLayout, options: Options, machine: Machine
 ) -> Strategy:
-    """Predict the cost of the best kernel by normal equations of all examples together."""
+    """Predict the cost of the best kernel by normal equations of all examples."""
     return _plan_equations(tiled_examples, layout, options, machine, 1)
 
 
@@ -345,8 +343,8 @@ def predict_reading_cost(tiled_examples: Sequence[TiledExample], machine: Machin
         weighted = tiled_example.example.weights is not None
         for part, count in _count_distinct_problems(tiled_example.equation_tiles):
             build = autocorrelation if is_autocorrelation_faster(part, machine, weighted=weighted) else im2col
-            seconds += tiled_example.terms * count * (TILE_OVERHEAD_S + build.seconds(part, machine))
-            operations += tiled_example.terms * count * build.operations(part)
+            seconds += tiled_example.terms * count * (TILE_OVERHEAD_S + build.predict_seconds(part, machine))
+            operations += tiled_example.terms * count * build.count_operations(part)
     return seconds, operations
 
 
@@ -365,7 +363,7 @@ def predict_losses_cost(
 
 
 def count_result_megabytes(layout: ParameterLayout, options: Options) -> float:
-    """Return the memory of the large arrays of a result, on request: a path of ridges, and covariances."""
+    """Return the MB of the large optional arrays of a result: a path of ridges, and covariances."""
     path = RIDGES_PER_PATH * layout.unknowns if options.ridge_path else 0
     covariance = layout.kernel_shape[0] * layout.size**2 if options.covariance else 0
     return 8e-6 * (path + covariance)
@@ -376,13 +374,13 @@ def _count_equation_copies(layout: ParameterLayout) -> int:
 
 
 def _count_windows(problem: Problem) -> int:
-    """Windows of a part."""
+    """Return the number of windows of a problem."""
     rows, columns = problem.output_size
     return problem.batch * rows * columns
 
 
 def _predict_analysis(layout: ParameterLayout, options: Options, rank: int) -> tuple[float, float]:
-    """Seconds and operations for eigenvalues or factorizations, solutions and rates; the rank is at most that."""
+    """Predict seconds and operations of decompositions, solutions and the search for a rate; rank: an upper bound."""
     size, cube = layout.size, layout.blocks * layout.size**3
     twice = (2 if options.ridge else 1) + options.searches_ridges
     solving = 12 * cube / size * layout.columns
@@ -424,7 +422,7 @@ def _plan_convolutions(
         terms += tiled_example.terms
         for part, count in _count_distinct_problems(tiled_example.tiles):
             seconds += count * tiled_example.terms * predict_pass_seconds(part, machine)
-            # The sums of a pass back are as many as those forward.
+            # The backward correlation takes as many operations as the forward convolution.
             operations += count * tiled_example.terms * 2 * part.operations
             weighted = tiled_example.example.weights is not None
             largest = max(largest, _predict_pass_bytes(part, layout, machine, weighted=weighted))
@@ -433,16 +431,16 @@ def _plan_convolutions(
 
 
 def _count_distinct_problems(tiles: Sequence[Tile]) -> Iterable[tuple[Problem, int]]:
-    """The problems of parts, each once, with how many have it."""
+    """Return the distinct problems of tiles and the number of tiles of each."""
     return Counter(part.problem for part in tiles).items()
 
 
 def _predict_pass_bytes(problem: Problem, layout: ParameterLayout, machine: Machine, *, weighted: bool) -> float:
-    """Memory for one pass over a part."""
+    """Predict the bytes of one pass over a tile."""
     rows, columns = problem.output_size
     inputs = problem.batch * problem.channels * problem.height * problem.width
     outputs = problem.batch * problem.filters * rows * columns
-    # Its numbers, with residuals, losses and slopes; what the convolution takes; windows, and those with weights.
+    # Inputs, targets, residuals, losses and slopes; the convolution; windows, also multiplied by the weights.
     chunk = min(im2col.MAX_CHUNK_BYTES, 8 * layout.taps * problem.max_array_values)
     convolution = peak_bytes(problem, choose_before_rank(problem, "auto", machine, UNAPPROXIMATED_ENGINES)[0], machine)
     return 8 * (2 * inputs + (3 + 2 * weighted) * outputs) + convolution + (1.5 + weighted) * chunk
@@ -450,13 +448,13 @@ def _predict_pass_bytes(problem: Problem, layout: ParameterLayout, machine: Mach
 
 @lru_cache(maxsize=1024)
 def predict_pass_seconds(problem: Problem, machine: Machine) -> float:
-    """Predicted time to go over images that have their border: loss and gradient."""
+    """Predict the seconds to compute loss and gradient of padded images."""
     return predict_losses_seconds(problem, machine) + _predict_adjoint_seconds(problem, machine)
 
 
 @lru_cache(maxsize=1024)
 def predict_losses_seconds(problem: Problem, machine: Machine) -> float:
-    """Predicted time to go over images that have their border: the loss alone."""
+    """Predict the seconds to compute the loss of padded images, without the gradient."""
     rows, columns = problem.output_size
     outputs = problem.batch * problem.filters * rows * columns
     inputs = problem.batch * problem.channels * problem.height * problem.width
@@ -466,7 +464,7 @@ def predict_losses_seconds(problem: Problem, machine: Machine) -> float:
 
 
 def _predict_adjoint_seconds(problem: Problem, machine: Machine) -> float:
-    """The correlation of images with residuals."""
+    """Predict the seconds of the correlation of images with residuals."""
     if is_autocorrelation_faster(problem, machine, weighted=False):
         return autocorrelation.predict_moments_seconds(problem, machine)
     rows, columns = problem.output_size

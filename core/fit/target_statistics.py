@@ -1,4 +1,4 @@
-"""What is to be explained: sums over the target's values, by their weights."""
+"""Target statistics: weighted sums over the target's values."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,15 @@ from core.fit.interruption import Interruptible
 from core.fit.scaling import UNSCALED, Scaling
 
 CONSTANT_TARGET_RATIO = 1e-24
-"""Of the sum of squares: what is left of a constant's spread by rounding."""
+"""Centred sum of squares, relative to the sum of squares, up to which a target counts as constant."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetStatistics:
     """Sums over all examples.
 
-    weight: of the weights, 1 each where there are none. squares: of the values. spread: of the values about each
-    filter's mean. counted: the values of each filter that count at all, (O).
+    weight: of the weights, 1 for each value without weights. squares: of the squared values. centred_squares: of the
+    squared differences from each filter's mean. value_counts: number of values of weight above 0 of each filter, (O).
     """
 
     weight: float
@@ -31,11 +31,11 @@ class TargetStatistics:
     value_counts: NDArray[np.float64]
 
     def zero_kernel_loss(self, *, mean: bool) -> float:
-        """What a kernel of zeros leaves."""
+        """Return the loss of a kernel of zeros: the sum of squares, or their mean."""
         return self.squares / self.weight if mean else self.squares
 
     def r_squared(self, residual_squares: float) -> float | None:
-        """R squared of a kernel that leaves such a sum of squares; None where there is nothing to explain."""
+        """Return the R squared of a kernel from its residual sum of squares; None if the target is constant."""
         if not (np.isfinite(residual_squares) and self.centred_squares > CONSTANT_TARGET_RATIO * self.squares):
             return None
         return 1 - residual_squares / self.centred_squares
@@ -44,7 +44,7 @@ class TargetStatistics:
 def compute_target_statistics(
     examples: Sequence[Example], device: torch.device, scaling: Scaling = UNSCALED
 ) -> Interruptible[TargetStatistics]:
-    """Two passes over the targets, as a sum of squares about a mean needs them."""
+    """Compute the statistics in two passes over the targets: the means first, then the squares about them."""
     filters = examples[0].targets.shape[1]
     weight, value_counts, sums = (torch.zeros(filters, dtype=torch.float64, device=device) for _ in range(3))
     for part in _iterate_weighted_blocks(examples, device, scaling):
@@ -70,7 +70,7 @@ def compute_target_statistics(
 def _iterate_weighted_blocks(
     examples: Sequence[Example], device: torch.device, scaling: Scaling
 ) -> Iterator[tuple[Tensor, Tensor, slice] | None]:
-    """Blocks of the targets in float64, their weights, and the filters that they belong to; None between large ones."""
+    """Yield blocks of the targets in float64, their weights and their filters; None after every BLOCK_VALUES values."""
     seen = 0
     for example in examples:
         for block in iterate_blocks(example.targets.shape):

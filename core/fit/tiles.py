@@ -1,6 +1,6 @@
-"""Parts of examples: some images, or some rows of one, that a pass goes over in about a tenth of a second.
+"""Tiles of examples: some images, or some rows of one image, that a pass processes in about a tenth of a second.
 
-Losses, gradients and normal equations are sums over the target's values, so that they are computed part by part.
+Losses, gradients and normal equations are sums over the target's values, so that they can be computed tile by tile.
 """
 
 import math
@@ -17,14 +17,14 @@ from core.padding import extract_window
 from core.shapes import Pair, Problem, dilated_size
 
 MAX_TILE_VALUES = 1 << 22
-"""The most values of one array of a part that has more than one image or row."""
+"""Maximum values of one array of a tile that has more than one image or row."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileData:
-    """A part in float64: images (N, C, H, W) with their border, targets and, perhaps, weights (N, O, oh, ow).
+    """Data of a tile in float64: padded images (N, C, H, W), targets and optional weights (N, O, oh, ow).
 
-    one: the number that the bias is multiplied by.
+    bias_input: the number by which the bias is multiplied.
     """
 
     images: Tensor
@@ -37,9 +37,9 @@ class TileData:
 class Tile:
     """Some images of an example, and some rows of their targets.
 
-    source: the first and last row of the input, border included, that those rows see; before 0 lies the border.
-    whole: the problem of the example. problem: that of the part, whose images have their border already.
-    seconds: predicted, for a pass over it.
+    source: the input rows from which those target rows are computed, first and one past the last; negative rows and
+    rows from the height on are padding. example_problem: that of the example. problem: that of the tile, for padded
+    images. seconds: predicted for a pass over the tile.
     """
 
     example: Example
@@ -51,7 +51,7 @@ class Tile:
     seconds: float
 
     def load(self, device: torch.device, scaling: Scaling = UNSCALED) -> TileData:
-        """Return the numbers in float64 on a device, in these units."""
+        """Return the data in float64 on a device, scaled by `scaling`."""
 
         def convert(array: Tensor, exponent: int = 0) -> Tensor:
             array = array.to(device=device, dtype=torch.float64).contiguous()
@@ -64,7 +64,7 @@ class Tile:
             # Only these rows are needed.
             start, stop = (min(max(0, row), height) for row in self.source)
             if start == stop:
-                # Only border.
+                # The tile lies in the padding.
                 start, stop = 0, 0
                 first, last = 0, last - first
             images = images[:, :, start:stop]
@@ -75,16 +75,16 @@ class Tile:
         return TileData(bordered.contiguous(), targets, weights, scaling.bias_input)
 
     def for_image(self, index: int) -> "Tile":
-        """The same rows of another image."""
+        """Return the tile with the same rows of another image."""
         return replace(self, images=slice(index, index + 1))
 
 
 def split_example(
     example: Example, problem: Problem, cost: Callable[[Problem], float], *, rows: bool = True
 ) -> list[Tile]:
-    """An example in parts that take about SECONDS as `cost` predicts it: by images and, if need be, by rows.
+    """Split an example, by images and if necessary by rows, into tiles whose `cost` is about YIELD_INTERVAL_S.
 
-    `problem` may be that of fewer images than there are: then the parts are those of the first ones.
+    problem may have fewer images than the example: then the tiles are those of the first images.
     """
     bordered = _tile_problem(problem, problem.batch, problem.padded_size[0])
     count = max(cost(bordered) / YIELD_INTERVAL_S, bordered.max_array_values / MAX_TILE_VALUES)
@@ -95,7 +95,7 @@ def split_example(
         dilated_size(problem.kernel_height, problem.dilation[0]),
     )
     bands = math.ceil(count / problem.batch) if rows else 1
-    # No lower than the rows that two neighbours both need.
+    # At least as high as the overlap of two neighbouring tiles.
     high = outputs if bands <= 1 else max(math.ceil(outputs / bands), math.ceil(kernel_rows / step))
     tiles = []
     for image in range(0, problem.batch, together):
@@ -109,7 +109,7 @@ def split_example(
 
 
 def _tile_problem(problem: Problem, batch: int, height: int) -> Problem:
-    """The problem of so many images and rows, border included, whose images have their border already."""
+    """Return the problem for this number of padded images and of their rows."""
     if batch == problem.batch and height == problem.height and not problem.is_padded:
         return problem
     width = problem.padded_size[1]

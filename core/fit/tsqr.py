@@ -1,7 +1,7 @@
 """QR factorization of the matrix of all windows, a chunk of windows at a time.
 
-The normal equations square the condition number of that matrix; its triangular factor does not. Memory is that of one
-chunk and of the factor, whatever the number of windows.
+The normal equations square the condition number of that matrix; its triangular factor does not. Memory is needed for
+one chunk and for the factor, independent of the number of windows.
 Source: Demmel, Grigori, Hoemmen and Langou, Communication-optimal parallel and sequential QR and LU factorizations,
 SIAM J. Sci. Comput. 34, 2012.
 """
@@ -23,23 +23,23 @@ from core.fit.tiles import TileData
 from core.shapes import Problem
 
 MAX_FACTORED_UNKNOWNS = 1024
-"""Unknowns of one filter: the singular values of a larger factor take more than a second, in one call."""
+"""Maximum unknowns of one filter: the singular values of a larger factor take more than a second, in one call."""
 
 MAX_SINGLE_CHUNK_BYTES = 24_000_000
 QR_CHUNK_BYTES = 4_000_000
-"""Memory of the windows of a part up to which they are factorized at once, which rounds least; and of a chunk of larger
-ones, which is fastest. They are copied a few times."""
+"""Memory of a tile's windows up to which they are factorized in one chunk, with the smallest rounding errors, and of
+one chunk of larger tiles, the fastest size. The windows are copied a few times."""
 
 MIN_CHUNK_ROWS_PER_COLUMN = 2
-"""The least rows of a chunk for each column: with fewer, the factor itself takes most of the time."""
+"""Minimum rows of a chunk for each column: with fewer, most of the time is spent on the factor itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReducedProblem:
     """Least squares problems with as many rows as unknowns: |A x - y|^2 = |factor x - right|^2 + rest for every x.
 
-    factor (blocks, size, size), upper triangular; right (blocks, size, columns); rest (blocks, columns); rows: those of
-    A.
+    factor (blocks, size, size), upper triangular; right (blocks, size, columns); rest (blocks, columns); rows: number
+    of rows of A.
     """
 
     factor: NDArray[np.float64]
@@ -49,7 +49,7 @@ class ReducedProblem:
 
 
 class QRAccumulator:
-    """The QR factorization of the windows of parts of examples, in float64 on their device."""
+    """QR factorization of the windows of tiles, in float64 on their device."""
 
     def __init__(self, layout: ParameterLayout, device: torch.device) -> None:
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
@@ -60,7 +60,7 @@ class QRAccumulator:
         self._rows = 0
 
     def add(self, part: TileData, problem: Problem) -> Interruptible[None]:
-        """Add the windows of a part."""
+        """Add the windows of a tile."""
         layout = self._layout
         for block in range(layout.blocks):
             filters = layout.block_filters(block)
@@ -77,14 +77,14 @@ class QRAccumulator:
                     roots = chunk.select(part.weights[:, filters])[:1].T.sqrt()
                     rows, values = rows * roots, values * roots
                 self._add_rows(block, rows, values)
-                # Or there would be two while the next is made.
+                # Free the chunk before the next one is allocated.
                 del chunk, rows, values
                 yield
         self._rows += part.targets[:, 0].numel()
 
     @property
     def reduced_problem(self) -> ReducedProblem:
-        """The factor of all that was added."""
+        """The factor of all windows added so far."""
         factor, right, rest = (as_numpy(array.cpu()) for array in (self._factor, self._right, self._rest))
         return ReducedProblem(factor, right, rest, self._rows)
 
@@ -96,10 +96,10 @@ class QRAccumulator:
 
 
 def reduce_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reduce rows (m, n), m >= n, and values (m, c) to a triangle (n, n), values (n, c) and squares left over (c)."""
+    """Reduce rows (m, n), m >= n, and values (m, c) to a triangle (n, n), values (n, c) and residual squares (c)."""
     size, columns = rows.shape[1], values.shape[1]
     if columns <= size:
-        # Rounded in the same way as the rows, values that are combinations of them stay so.
+        # Values that are linear combinations of the columns remain so, as both are rounded alike.
         triangle = torch.geqrf(torch.cat([rows, values], 1))[0][: size + columns].triu()
         return triangle[:size, :size], triangle[:size, size:], triangle[size:, size:].square().sum(0)
     reflectors, scales = torch.geqrf(rows)
@@ -125,7 +125,7 @@ def combine_problems(problems: Sequence[ReducedProblem]) -> Interruptible[Reduce
 
 
 def add_ridge(problem: ReducedProblem, ridge: float, taps: int) -> Interruptible[ReducedProblem]:
-    """Add ridge times the squares of the first `taps` unknowns."""
+    """Add `ridge` times the sum of squares of the first `taps` unknowns."""
     blocks, size, columns = problem.right.shape
     rows = np.zeros((blocks, size, size))
     entries = np.arange(taps)

@@ -1,4 +1,4 @@
-"""Validation: the loss of a descent's kernels on pairs that they are not fitted to.
+"""Validation: the loss of the kernels of a descent on pairs that they are not fitted to, and early stopping.
 
 Source: Prechelt, Early Stopping - But When?, in Neural Networks: Tricks of the Trade, 1998.
 """
@@ -70,9 +70,9 @@ def require_patience(patience: int | None, options: Options, *, validated: bool)
 
 
 def load_validation(raw_examples: Sequence[RawExample], examples: Examples) -> Examples:
-    """Load validation pairs; their numbers of channels are those of the examples.
+    """Load validation pairs, which must have the same numbers of channels as the examples.
 
-    Raises InvalidArgument, InvalidShape and InvalidNumbers, naming the array at fault.
+    Raises InvalidArgument, InvalidShape and InvalidNumbers, naming the invalid array.
     """
     if not raw_examples:
         raise InvalidArgument(
@@ -99,7 +99,7 @@ def load_validation(raw_examples: Sequence[RawExample], examples: Examples) -> E
 def make_validation_problem(
     example: Example, layer: Layer, kernel_shape: Sequence[int], *, device: str, kernel_name: str
 ) -> Problem:
-    """Return the convolution of a validation pair. Raises InvalidShape, naming the pair, unless it makes the target."""
+    """Return the convolution of a validation pair. Raises InvalidShape, naming the array, if the sizes do not match."""
     name = example.raw.name("input")
     try:
         problem = layer.problem(example.images, kernel_shape, device=device, kernel_name=kernel_name)
@@ -112,10 +112,10 @@ def make_validation_problem(
 
 @dataclass(frozen=True, slots=True)
 class ValidationSet:
-    """Validation pairs and the patience of the descent that they end.
+    """Validation pairs and the patience for early stopping.
 
-    prefers_equations: their loss in each step comes from their normal equations, if the fit has equations.
-    filters_weighted_apart: a value's weight may differ from filter to filter, so that each filter has equations.
+    prefers_equations: their loss in each step is computed from their normal equations, if the fit has equations.
+    has_weights_per_filter: weights may differ between filters, so that each filter has its own equations.
     """
 
     tiled_examples: Sequence[TiledExample]
@@ -124,7 +124,7 @@ class ValidationSet:
     has_weights_per_filter: bool
 
     def images(self, training_term: ImageTerm) -> ImageTerm:
-        """Return the loss by passes over the validation images, with the units and criterion of a training term."""
+        """Return the loss by passes over the validation images, with the scaling and criterion of a training term."""
         weights = [weight for tiled_example in self.tiled_examples for weight in tiled_example.example.image_weights]
         return replace(
             training_term,
@@ -147,10 +147,10 @@ class ValidationSet:
         return compute_loss
 
     def loss_by_equations(self, training_term: ImageTerm, around: Unknowns) -> Interruptible[LossFn]:
-        """Return the loss as a quadratic function around a kernel near the best one.
+        """Return the loss as a quadratic function, expanded around a kernel near the best one.
 
-        Equations that are not well conditioned lose digits of it: then it is a sum of squares that comes from a
-        triangular factor of the windows.
+        If the equations are not well conditioned, they would lose digits: then the loss is computed from a triangular
+        factor of the windows.
         """
         layout, device = _separate_filters(training_term.layout, self.has_weights_per_filter), training_term.device
         images, around = replace(self.images(training_term), layout=layout), _repack_columns(around, layout)
@@ -186,7 +186,7 @@ def _separate_filters(layout: ParameterLayout, separate: bool) -> ParameterLayou
 
 
 def _repack_columns(unknowns: Unknowns, layout: ParameterLayout) -> Unknowns:
-    """Return the same unknowns in the blocks of a layout that may keep filters apart."""
+    """Return the unknowns in the blocks of another layout, which may separate filters."""
     return unknowns.swapaxes(1, 2).reshape(layout.blocks, layout.columns, layout.size).swapaxes(1, 2)
 
 
@@ -210,7 +210,7 @@ def plan_validation(
     *,
     has_weights_per_filter: bool,
 ) -> ValidationSet:
-    """Choose the faster of equations and passes over the validation images for the losses of a descent."""
+    """Choose the faster of equations and passes over the validation images for the validation losses."""
     steps = 0 if options.solver == "exact" else options.steps
     prefers = options.criterion.is_quadratic and steps > 0
     if prefers:
@@ -225,7 +225,7 @@ def plan_validation(
 def make_cost_adder(
     validation: ValidationSet | None, layout: ParameterLayout, options: Options, machine: Machine
 ) -> Callable[[Strategy], Strategy]:
-    """Return a function that adds the cost of validation to a way to compute a fit."""
+    """Return a function that adds the cost of validation to a strategy."""
 
     def include(strategy: Strategy) -> Strategy:
         if validation is None:
@@ -247,7 +247,7 @@ def make_cost_adder(
 def _predict_cost_by_equations(
     tiled_examples: Sequence[TiledExample], layout: ParameterLayout, steps: int, machine: Machine
 ) -> tuple[float, float]:
-    """Predict seconds and operations: reading, conditioning, one pass, and a product for each step."""
+    """Predict seconds and operations of building the equations, of their analysis, and of a product for each step."""
     entries = layout.blocks * layout.size**2
     seconds, operations = predict_reading_cost(tiled_examples, machine)
     pass_seconds, operations_once, _ = predict_losses_cost(tiled_examples, layout, machine)
@@ -258,7 +258,7 @@ def _predict_cost_by_equations(
 
 
 class ValidationCurve:
-    """Validation losses of a descent's kernels, from the initial one on, and the best of these kernels."""
+    """Validation losses of the kernels of a descent, including the initial one, and the best kernel."""
 
     def __init__(self, compute_loss: LossFn, patience: int | None) -> None:
         self._compute_loss, self._patience = compute_loss, patience
@@ -276,18 +276,18 @@ class ValidationCurve:
 
     @property
     def best_loss(self) -> float:
-        """The least loss."""
+        """The smallest validation loss."""
         return self.losses[self.best_step]
 
     @property
     def should_stop(self) -> bool:
-        """True if the loss has not fallen below its least for as many steps as the patience."""
+        """True if the loss has not fallen below its minimum for as many steps as the patience."""
         return self._patience is not None and len(self.losses) - 1 - self.best_step >= self._patience
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """Validation of a fit: losses before each update, that of the returned kernel, and the updates that led to it.
+    """Validation of a fit: the loss before each update, that of the returned kernel, and its number of updates.
 
     history and best_step are None for solver exact. end_loss: the training loss after the last update.
     """
@@ -298,7 +298,7 @@ class ValidationResult:
     end_loss: float
 
     def scaled(self, scaling: Scaling) -> "ValidationResult":
-        """Return the same on the examples as they are."""
+        """Return the losses on the unscaled examples."""
         history = None if self.history is None else [scaling.unscale_loss(loss) for loss in self.history]
         return ValidationResult(
             history, scaling.unscale_loss(self.loss), self.best_step, scaling.unscale_loss(self.end_loss)

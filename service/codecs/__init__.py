@@ -1,6 +1,6 @@
-"""Formats: one file each, and the tables that name them.
+"""Formats of request and response bodies, one module each, and the tables that list them.
 
-To add one, write its file and its lines here.
+To add a format, write its module and list it here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,28 +17,29 @@ from service.codecs.response_options import OutputResponseOptions, ResponseOptio
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 BufferList: TypeAlias = Sequence[bytes | memoryview]
-"""What is to be sent, one part after the other: an array's own memory is one, so that nothing is copied."""
+"""Parts of a body that are sent one after the other; an array's own memory is one of them, without a copy."""
 
 ResponseFields: TypeAlias = Mapping[str, Any]
-"""An answer: arrays (numpy's), numbers, texts, lists and objects by name, the array that was asked for first."""
+"""Fields of a response by name: numpy arrays, numbers, strings, lists and objects; the main array is the first."""
 
 UNLIMITED_BYTES = 1 << 62
 
 
 DecodeFn: TypeAlias = Callable[..., Any]
-"""decode(body, limit, check), of which `check` may be left out."""
+"""Function decode(body, limit, check); `check` is optional."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a media type is read and written by, and how long that takes.
+    """Decoder and encoder of a media type, and their predicted times.
 
-    decode: a body, the most bytes that it may decode to, and a function that is called meanwhile -> the request's
-    fields by name; raises NotParseable, InvalidRequest and BodyTooLarge, and what that function raises. encode: an
-    answer -> its parts; raises NotAcceptable where the format cannot hold it. None: not served that way.
-    seconds_to_decode: a body and that limit -> the predicted time on one core, from the body's head in a few
-    microseconds. seconds_to_encode: for a number of the answer (`benchmarks/formats.py` measures both). `carries` says
-    what there is of an answer in it. `by_name`: so are the arrays of a body. `headers` go with an answer.
+    decode: takes a body, the maximum number of decoded bytes and a function to call at intervals; returns the request's
+    fields by name. It raises NotParseable, InvalidRequest, BodyTooLarge and what that function raises. encode: takes
+    the fields of a response, returns its parts; raises NotAcceptable if the format cannot hold them. None: the format
+    is not supported in that direction. estimate_decode_seconds: takes a body and that limit; predicts the seconds on
+    one core from a small part of the body, in a few microseconds. encode_seconds_per_number: predicted seconds per
+    number of a response (`benchmarks/formats.py` measures both). content_doc: the part of a response that the format
+    holds. has_named_arrays: whether a body names its arrays. headers: sent with a response.
     """
 
     decode: DecodeFn | None
@@ -51,16 +52,16 @@ class Format:
 
 
 def _wrap_as_input(decode: DecodeFn) -> DecodeFn:
-    """A format of one array carries the input."""
+    """Return a decoder that names the array of a format with a single array "input"."""
     return lambda *arguments: {"input": decode(*arguments)}
 
 
 FOREIGN_METADATA_KEY = "format"
-"""What safetensors' own libraries write into the metadata of a file: {"format": "pt"}."""
+"""Metadata key that safetensors' own libraries write, {"format": "pt"}: it is ignored."""
 
 
 def _decode_safetensors(body: Buffer, limit: int) -> ResponseFields:
-    """The arrays of a safetensors file, and its metadata as the options that a query string would hold."""
+    """Return the arrays of a safetensors file, and its metadata as options like those of a query string."""
     return {
         name: parse_option(value) if isinstance(value, str) else value
         for name, value in safetensors.decode(body, limit).items()
@@ -69,7 +70,7 @@ def _decode_safetensors(body: Buffer, limit: int) -> ResponseFields:
 
 
 def collect_arrays(fields: ResponseFields) -> dict[str, NDArray[Any]]:
-    """The arrays of an answer, lists of numbers (a loss history) among them."""
+    """Return the arrays of a response by name, including lists of numbers such as a loss history."""
     series = {
         name: json.list_to_array(value)
         for name, value in fields.items()
@@ -89,7 +90,7 @@ def _encode_png(fields: ResponseFields, options: ResponseOptions) -> BufferList:
 ARRAYS_BY_NAME_DOC = "the arrays by name"
 
 CHECK_SECONDS_PER_BYTE = 1e-9
-"""Of an array that is taken as it lies, for a look at all its numbers."""
+"""Predicted seconds per byte to check the numbers of an array that is not copied."""
 
 FORMATS: Mapping[str, Format] = {
     json.MEDIA_TYPE: Format(
@@ -125,7 +126,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     jpeg.MEDIA_TYPE: Format(_wrap_as_input(jpeg.decode), None, lambda body, _: jpeg.estimate_decode_seconds(body)),
 }
-"""What bodies may be and answers can be, the one that is preferred first."""
+"""Formats of request and response bodies by media type, the preferred one first."""
 
 
 CODING_COSTS: Mapping[str, tuple[float, float, int]] = {
@@ -134,17 +135,17 @@ CODING_COSTS: Mapping[str, tuple[float, float, int]] = {
     "deflate": (5e-9, 5e-9, 1032),
     "zstd": (7e-9, 2e-9, 1 << 15),
 }
-"""Of a content coding: seconds for a compressed byte and for a decompressed one, and how many of these one may make."""
+"""By content coding: seconds per compressed byte, seconds per decompressed byte, and the maximum expansion factor."""
 
 
 DECODE_SECONDS_PER_DECOMPRESSED_BYTE = 5e-9
-"""To decode it, whatever its format."""
+"""Predicted seconds to decode one decompressed byte, for any format."""
 
 
 def predict_decode_seconds(media_format: Format, coding: str | None, body: Buffer, limit: int) -> float:
-    """The predicted time to undo the content coding of a body and to decode it, on one core.
+    """Return the predicted seconds to decompress and decode a body, on one core.
 
-    What a compressed body becomes is not known: it counts as the most that it may become.
+    The decompressed size is unknown, so the largest possible size is used.
     """
     if coding is None:
         return media_format.estimate_decode_seconds(body, limit)
@@ -164,10 +165,10 @@ FILE_READERS: Mapping[str, Callable[[Buffer], NDArray[Any]]] = {
     ".jpg": partial(jpeg.decode, limit=UNLIMITED_BYTES),
     ".jpeg": partial(jpeg.decode, limit=UNLIMITED_BYTES),
 }
-"""What the command line reads, by suffix."""
+"""Decoders of the files that the command line reads, by suffix."""
 
 FILE_WRITERS: Mapping[str, Callable[[NDArray[Any]], BufferList]] = {
     ".npy": npy.encode,
     ".png": png.encode,
 }
-"""What the command line writes, by suffix."""
+"""Encoders of the files that the command line writes, by suffix."""

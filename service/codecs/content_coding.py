@@ -1,4 +1,4 @@
-"""Content codings (RFC 9110, 8.4): bodies that come compressed, and answers for those who ask for them so."""
+"""Content codings (RFC 9110, 8.4): decompression of request bodies and compression of responses."""
 
 import zlib
 from collections import deque
@@ -11,56 +11,56 @@ from service.codecs.buffers import DecodeCheck, join_buffers, no_check, raise_if
 from service.errors import BodyTooLarge, FieldError, NotParseable
 
 INPUT_CHUNK_BYTES = 1 << 16
-"""Bytes that are given to a decompressor at a time: it copies what it has not used yet."""
+"""Bytes passed to a decompressor at a time: it copies input that it has not used yet."""
 
 OUTPUT_CHUNK_BYTES = 1 << 20
-"""Bytes that are decompressed at a time, at most."""
+"""Maximum number of bytes that are decompressed at a time."""
 
 MAX_COMPRESSED_MEMBERS = 4096
-"""Compressed data that one body may have behind each other: tools that compress in parallel write many."""
+"""Maximum number of compressed members in one body, one after the other: parallel compressors write many."""
 
 COMPRESSION_LEVEL = 1
-"""The level at which answers are compressed: what goes out at the speed of a network must not wait for its wrapping."""
+"""Compression level of responses, the fastest: compression must not delay a response more than the network."""
 
 RATIO_SAMPLE_BYTES = 1 << 16
 MAX_COMPRESSED_FRACTION = 0.8
-"""An answer is compressed where it shrinks at least to this share of itself, which a sample from its middle tells."""
+"""Largest compressed fraction at which a response is compressed; a sample from its middle predicts the fraction."""
 
 MIN_BYTES_TO_COMPRESS = 1400
-"""Bytes that go in one packet, compressed or not."""
+"""Smaller responses, in bytes, are not compressed: they fit into one packet anyway."""
 
 MAX_ZSTD_WINDOW_LOG = 27
-"""The largest window, as a power of two, that a zstd body may need: 128 MiB, what `zstd --long` writes."""
+"""Largest window that a zstd body may need, as a power of two: 128 MiB, as `zstd --long` writes."""
 
 BufferList = Sequence[bytes | memoryview]
 
 
 class Decompressor(Protocol):
-    """What zstd's decompressor is, and Python's other newer ones."""
+    """Interface of zstd's decompressor and of Python's other newer ones."""
 
     @property
     def eof(self) -> bool:
-        """The compressed data has ended."""
+        """Whether the compressed data has ended."""
 
     @property
     def needs_input(self) -> bool:
-        """There is nothing left to decompress of what came."""
+        """Whether all input so far has been decompressed."""
 
     @property
     def unused_data(self) -> bytes:
-        """What came behind the end."""
+        """Input after the end of the compressed data."""
 
     def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
-        """At most so many bytes of what these, and those kept from before, are decompressed."""
+        """Return at most `max_length` decompressed bytes of earlier input and `data`."""
 
 
 def decode(
     coding: str, content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check
 ) -> memoryview:
-    """The content as it was before that coding. Raises NotParseable, and BodyTooLarge once it is over the limit."""
+    """Return the decompressed content. Raises NotParseable, and BodyTooLarge if it exceeds `limit` bytes."""
     memory = memoryview(content)
     if not memory:
-        raise NotParseable(f"the body is empty, which {coding} data never is")
+        raise NotParseable(f"the body is empty: it must be {coding} data")
     decoded: deque[bytes] = deque()
     size = 0
     try:
@@ -72,12 +72,12 @@ def decode(
             decoded.append(piece)
     except (zlib.error, zstd.ZstdError) as error:
         raise_if_out_of_memory(error)
-        raise NotParseable(f"the body is not {coding}: {error}") from error
+        raise NotParseable(f"the body is not valid {coding} data: {error}") from error
     return join_buffers(decoded)
 
 
 def _decompress(coding: str, memory: memoryview, limit: int) -> Iterator[bytes]:
-    """The content in pieces; the one that goes over the limit is the last that may be asked for."""
+    """Yield the decompressed content in pieces; the caller must stop at the piece that exceeds the limit."""
     decompressor = DECOMPRESSORS[coding](memory)
     data: bytes | memoryview = b""
     at, members = 0, 1
@@ -92,16 +92,16 @@ def _decompress(coding: str, memory: memoryview, limit: int) -> Iterator[bytes]:
                 return
             members += 1
             if coding == "deflate" or members > MAX_COMPRESSED_MEMBERS:
-                raise NotParseable(f"the body goes on behind {members - 1} ends of {coding} data")
+                raise NotParseable(f"the body continues after {members - 1} ends of {coding} data")
             decompressor = DECOMPRESSORS[coding](memory)
         elif not piece and decompressor.needs_input and at >= len(memory):
-            raise NotParseable(f"the body ends before its {coding} data does")
+            raise NotParseable(f"the body ends before its {coding} data is complete")
         else:
             data = b""
 
 
 def encode(coding: str, parts: BufferList) -> BufferList:
-    """The parts in that coding, or as they are where they are not worth it."""
+    """Return the parts compressed, or unchanged if compression saves too little."""
     size = sum(map(len, parts))
     if size < MIN_BYTES_TO_COMPRESS:
         return parts
@@ -125,7 +125,7 @@ def _compress(coding: str, parts: BufferList) -> list[bytes]:
         if coding == "zstd"
         else zlib.compressobj(COMPRESSION_LEVEL, wbits=GZIP_WBITS)
     )
-    # The output for one part is put together while Python's lock is held.
+    # The compressor assembles its output while it holds the GIL, so the pieces are small.
     pieces = (
         memoryview(part)[start : start + OUTPUT_CHUNK_BYTES]
         for part in parts
@@ -135,11 +135,11 @@ def _compress(coding: str, parts: BufferList) -> list[bytes]:
 
 
 GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 15, -15
-"""zlib's numbers for a gzip file, for its own format, and for the same without head and check sum."""
+"""zlib's `wbits` for a gzip file, for its own format, and for its format without header and checksum."""
 
 
 class _ZlibDecompressor:
-    """zlib's decompressor, in the manner of the others."""
+    """zlib's decompressor with the interface of the others."""
 
     def __init__(self, bits: int) -> None:
         self._decompressor = zlib.decompressobj(bits)
@@ -159,15 +159,18 @@ class _ZlibDecompressor:
 
     def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
         decoded = self._decompressor.decompress(self._decompressor.unconsumed_tail or data, max_length)
-        # With its last output zlib may have more of it than input, which only the next call tells.
+        # If the output is full, zlib may have more of it without further input; only the next call shows that.
         self._full = len(decoded) == max_length
         return decoded
 
 
 def _create_deflate_decompressor(content: memoryview) -> Decompressor:
-    """RFC 9110 means zlib's format; some clients send the bare data, whose first byte is never that of a zlib head."""
-    has_head = len(content) > 1 and content[0] & 15 == 8 and (content[0] << 8 | content[1]) % 31 == 0
-    return _ZlibDecompressor(ZLIB_WBITS if has_head else RAW_WBITS)
+    """Return a decompressor for zlib's format, as RFC 9110 requires, or for raw deflate data, as some clients send.
+
+    Raw deflate data never begins like a zlib header.
+    """
+    has_header = len(content) > 1 and content[0] & 15 == 8 and (content[0] << 8 | content[1]) % 31 == 0
+    return _ZlibDecompressor(ZLIB_WBITS if has_header else RAW_WBITS)
 
 
 DECOMPRESSORS: dict[str, Callable[[memoryview], Decompressor]] = {
@@ -178,13 +181,13 @@ DECOMPRESSORS: dict[str, Callable[[memoryview], Decompressor]] = {
 }
 
 COMPRESSORS = ("zstd", "gzip")
-"""What answers can be compressed with, the faster one first."""
+"""Content codings for responses, the faster one first."""
 
 
 def _too_large_error(coding: str, limit: int) -> BodyTooLarge:
     message = (
-        f"the body is more than {limit:,} bytes without its {coding}; at most that many are allowed; "
-        "the operator can change that by CORR2D_MAX_BODY_MB"
+        f"the body has more than {limit:,} bytes after {coding} decompression: send a smaller one "
+        "(limit: CORR2D_MAX_BODY_MB)"
     )
     return BodyTooLarge(
         message, errors=[FieldError("(body)", message, f"more than {limit:,} bytes", f"{limit:,} bytes")]

@@ -1,8 +1,8 @@
-"""Decimal numbers of JSON texts that are rounded once: to float64, or directly to float32 or float16.
+"""Conversion of decimal numbers in JSON with a single rounding: to float64, or directly to float32 or float16.
 
 JSON parsers round decimals to float64. Rounding the result to float32 again goes wrong if the float64 lies in the
-middle between two float32 and the decimal does not. Such numbers are rare. They are kept apart, as MidpointFloat or
-MidpointArray, until it is known which dtype is wanted. service/codecs/json_scanner.py explains the method.
+middle between two float32 and the decimal does not. Such numbers are rare. They are marked, as MidpointFloat or
+MidpointArray, until the requested dtype is known. service/codecs/json_scanner.py explains the method.
 """
 
 import json
@@ -29,7 +29,7 @@ EMPTY_VALUES = np.empty(0)
 NUMBER_TRANSLATION = bytes.maketrans(b"123456789.E", b"0000000000e")
 LONG_NUMBER_MARK, EXPONENT_MARK = b"0" * 14, b"0e"
 """After that translation, a number without an exponent and of at most 13 digits contains neither of these. Its float64
-is either exact or not coarse (scanner.COARSE_DECIMALS)."""
+is either exact or not coarse (scanner.MAX_NEVER_COARSE_DECIMALS)."""
 
 
 class MidpointFloat(float):
@@ -51,13 +51,13 @@ class MidpointFloat(float):
 
 @dataclass(frozen=True, slots=True)
 class MidpointArray:
-    """The float64 numbers nearest to those of a JSON array, `text`, with at least one like a MidpointFloat."""
+    """float64 numbers nearest to those of the JSON array `text`; at least one must not be rounded twice."""
 
     values: NDArray[np.float64]
     text: NDArray[np.uint8]
 
     def round_to_odd(self) -> NDArray[np.float64]:
-        """Replace each of the latter by its `to_odd`, in place, and return all the numbers."""
+        """Round numbers that must not be rounded twice to odd, as MidpointFloat's `to_odd`; return the array itself."""
         scanner.round_to_odd(self.text, self.values.reshape(-1))
         return self.values
 
@@ -84,14 +84,14 @@ def round_to_odd(value: float) -> float:
 
 
 def _round_exact_to_odd(nearest: float, exact: int | Decimal) -> float:
-    """Return the exact number if it is a float64, else its neighbour with an odd mantissa. `nearest` is the nearest."""
+    """Return `exact` if it is a float64, else its neighbour with an odd mantissa; `nearest` is the nearest float64."""
     if nearest == exact or _float_to_bits(nearest) & 1:
         return nearest
     return math.nextafter(nearest, math.inf if exact > nearest else -math.inf)
 
 
 def _has_inexact_coarse(text: bytes) -> bool:
-    # With a space behind it, for a text that ends in a digit.
+    # The scanner needs a character after the last digit.
     count: int = scanner.round_to_odd(np.frombuffer(text + b" ", np.uint8), EMPTY_VALUES)
     return count > 0
 

@@ -1,4 +1,4 @@
-"""Deflated data, a piece at a time, to exactly the size that was declared for them."""
+"""Decompression of deflate data in pieces, to exactly the declared size."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator
 from service.codecs.buffers import DecodeCheck
 
 STEP_BYTES = 262_144
-"""Bytes that go in, and come out, at a time: zlib copies what it has not come to yet."""
+"""Maximum bytes of input and of output at a time: zlib copies input that it has not used yet."""
 
 
 def inflate(packed: Iterable[memoryview], window: int, size: int, check: DecodeCheck) -> Iterator[bytes]:
-    """The pieces, together `size` bytes. Raises zlib.error where more or fewer come out, or bytes are left over."""
+    """Yield the decompressed pieces, `size` bytes in total.
+
+    Raises zlib.error if the data decompress to more or fewer bytes, or if input is left over.
+    """
     inflater = zlib.decompressobj(window)
     missing = size
     for chunk in packed:
@@ -23,7 +26,7 @@ def inflate(packed: Iterable[memoryview], window: int, size: int, check: DecodeC
                 piece = inflater.decompress(rest, STEP_BYTES)
                 missing -= len(piece)
                 if missing < 0:
-                    raise zlib.error(f"more than the declared {size:,} bytes come out")
+                    raise zlib.error(f"inflates to more than the declared {size:,} bytes")
                 yield piece
                 rest = inflater.unconsumed_tail
                 if inflater.eof or len(piece) < STEP_BYTES:

@@ -1,8 +1,8 @@
-"""JPEG pictures: grey as (H, W), colour as (3, H, W), values 0..255.
+"""JPEG images: grey as (H, W), colour as (3, H, W), values 0..255.
 
-CMYK becomes RGB. The orientation that a camera noted is not applied, nor is a colour profile. What follows the picture
-is ignored, since telephones append films and depth maps to it. Data that break off before a marker are filled up in
-grey, as every reader of JPEG does; a file that ends early is refused.
+CMYK is converted to RGB. The orientation in Exif data and colour profiles are not applied. Data after the image is
+ignored, since phones append videos and depth maps. Pixel data that stops early before a marker is filled up with grey,
+as by every JPEG reader; a file that ends early is rejected.
 """
 
 import re
@@ -23,41 +23,41 @@ SIGNATURE = b"\xff\xd8\xff"
 START_MARKER, END_MARKER, SCAN_MARKER = 0xD8, 0xD9, 0xDA
 
 FRAME_MARKERS = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-"""Baseline, extended and progressive, by Huffman's code or by arithmetic: what libjpeg reads."""
+"""Frames that libjpeg reads: baseline, extended and progressive, with Huffman or arithmetic coding."""
 
 SLOW_FRAME_MARKERS = (0xC2, 0xC9, 0xCA)
-"""And those by arithmetic, which take as long."""
+"""Progressive frames, and frames with arithmetic coding, which take as long."""
 
 UNSUPPORTED_FRAME_MARKERS = (0xC3, 0xC5, 0xC6, 0xC7, 0xC8, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)
-"""Lossless and hierarchical."""
+"""Lossless and hierarchical frames."""
 
 PIXEL_MARKERS = (*FRAME_MARKERS, 0xC4, 0xCC, 0xDB, 0xDD, SCAN_MARKER, 0xE0, 0xEE)
-"""The segments that make up the picture: frames, tables, scans, and those of JFIF and Adobe, which say what the
-components are. All others are left out."""
+"""Segments that define the pixels: frames, tables, scans, and those of JFIF and Adobe, which define the colour space.
+All others are dropped."""
 
 FRAME_STRUCT = struct.Struct(">BHHB")
 LENGTH_STRUCT = struct.Struct(">H")
 
 FILL_PATTERN = re.compile(rb"\xff{1,4096}")
 MARKER_PATTERN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-"""Ends a scan: not a 255 of its data, nor one of the restarts in them."""
+"""Marker that ends a scan: neither a 255 in its data nor a restart marker."""
 
 MAX_SEGMENTS = 4096
 MAX_SCANS = 20
-"""Progressive pictures have some ten, those of four colours eighteen. Each costs a pass over all pixels, however few
-bytes it has itself."""
+"""Maximum number of scans: progressive images have about ten, those with four components eighteen. Each costs a pass
+over all pixels, however few bytes it has."""
 
 TYPICAL_SCANS = 10
 
 MAX_SEGMENTS_BEFORE_FRAME = 64
-"""That are looked through to predict the time."""
+"""Maximum number of segments that are inspected to predict the decoding time."""
 
 SEARCH_CHUNK_BYTES = 1 << 18
-"""Bytes of a scan that are searched for its end at a time: meanwhile Python's lock is held."""
+"""Bytes of a scan that are searched for its end at a time, while the GIL is held."""
 
 
 class FrameHeader(NamedTuple):
-    """The header of a frame, as it stands in the file."""
+    """Fields of a frame header."""
 
     bits: int
     height: int
@@ -66,13 +66,13 @@ class FrameHeader(NamedTuple):
 
 
 def decode(content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check) -> NDArray[Any]:
-    """The picture. Raises NotParseable, BodyTooLarge, and InvalidRequest for one of 12 bits."""
+    """Return the image. Raises NotParseable, BodyTooLarge, and InvalidRequest for one of 12 bits."""
     memory = memoryview(content)
     if bytes(memory[: len(SIGNATURE)]) != SIGNATURE:
-        raise format_mismatch_error(memory, "a JPEG picture")
+        raise format_mismatch_error(memory, "a JPEG image")
     frame, image_bytes = _extract_image(memory)
     if frame.bits != 8:
-        message = f"input is a JPEG picture of {frame.bits} bits: those of 8 are read; convert it, or send a PNG"
+        message = f"input is a JPEG image of {frame.bits} bits: only 8 bits are supported; convert it, or send a PNG"
         raise InvalidRequest(message, errors=[FieldError("input", message, f"{frame.bits} bits", "8 bits")])
     grey = frame.components == 1
     check_image_size(frame.height, frame.width, 1 if grey else RGB_CHANNELS, limit)
@@ -80,7 +80,7 @@ def decode(content: bytes | bytearray | memoryview, limit: int, check: DecodeChe
 
 
 def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
-    """The predicted time, from the frame's header; for a progressive picture, that of USUAL_SCANS."""
+    """Return the predicted seconds, from the frame header; a progressive image counts as one of TYPICAL_SCANS."""
     memory = memoryview(content)
     at = 2
     try:
@@ -99,7 +99,7 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
 
 
 def _extract_image(memory: memoryview) -> tuple[FrameHeader, memoryview]:
-    """The frame's header, and the picture with nothing but what makes up its pixels."""
+    """Return the frame header, and the image with only the segments that define its pixels."""
     parts: list[bytes | memoryview] = [bytes([0xFF, START_MARKER])]
     frames: list[FrameHeader] = []
     scans = 0
@@ -110,7 +110,9 @@ def _extract_image(memory: memoryview) -> tuple[FrameHeader, memoryview]:
             break
         at = end
         if marker in UNSUPPORTED_FRAME_MARKERS:
-            raise NotParseable("the JPEG picture is lossless or hierarchical: baseline and progressive ones are read")
+            raise NotParseable(
+                "the JPEG image is lossless or hierarchical: only baseline and progressive ones are read"
+            )
         if marker in FRAME_MARKERS:
             frames.append(_parse_frame(memory[start + 2 : end]))
         if marker == SCAN_MARKER:
@@ -119,37 +121,37 @@ def _extract_image(memory: memoryview) -> tuple[FrameHeader, memoryview]:
         if marker in PIXEL_MARKERS:
             parts += [bytes([0xFF, marker]), memory[start:at]]
     else:
-        raise NotParseable(f"the JPEG picture has more than {MAX_SEGMENTS:,} segments")
+        raise NotParseable(f"the JPEG image has more than {MAX_SEGMENTS:,} segments")
     if len(frames) != 1 or scans == 0:
         raise NotParseable(
-            f"the JPEG picture has {len(frames)} frames and {scans} scans: it needs one frame, and scans"
+            f"the JPEG image has {len(frames)} frames and {scans} scans: it needs one frame and at least one scan"
         )
     if scans > MAX_SCANS:
-        raise NotParseable(f"the JPEG picture has {scans:,} scans: at most {MAX_SCANS} are read")
+        raise NotParseable(f"the JPEG image has {scans:,} scans: at most {MAX_SCANS} are read")
     return frames[0], join_buffers([*parts, bytes([0xFF, END_MARKER])])
 
 
 def _find_scan_end(memory: memoryview, at: int) -> int:
     for start in range(at, len(memory), SEARCH_CHUNK_BYTES):
-        # One byte more, for a marker has two.
+        # A marker has two bytes, so the search goes one byte further.
         if found := MARKER_PATTERN.search(memory, start, start + SEARCH_CHUNK_BYTES + 1):
             return found.start()
     return len(memory)
 
 
 def _parse_segment(memory: memoryview, at: int) -> tuple[int, int, int]:
-    """The marker there, and where its segment, which begins with its own length, begins and ends."""
-    # More of its first byte, 255, may stand before a marker.
+    """Return the marker at `at`, and the begin and end of its segment, which begins with its length."""
+    # Any number of fill bytes, 255, may precede a marker.
     fill = FILL_PATTERN.match(memory, at)
     if fill is None and at < len(memory):
-        raise NotParseable(f"the JPEG picture is damaged: no segment begins at its byte {at:,}")
+        raise NotParseable(f"the JPEG image is damaged: no segment begins at its byte {at:,}")
     start = fill.end() + 1 if fill else len(memory) + 1
     marker = memory[start - 1] if start <= len(memory) else None
     if marker == END_MARKER:
         return marker, start, start
     length = LENGTH_STRUCT.unpack_from(memory, start)[0] if start + LENGTH_STRUCT.size <= len(memory) else 0
     if marker is None or length < LENGTH_STRUCT.size or start + length > len(memory):
-        raise NotParseable(f"the JPEG picture is cut off or damaged at its byte {at:,} of {len(memory):,}")
+        raise NotParseable(f"the JPEG image is cut off or damaged at its byte {at:,} of {len(memory):,}")
     return marker, start, start + length
 
 
@@ -161,7 +163,7 @@ def _parse_frame(payload: memoryview) -> FrameHeader:
     )
     if not (frame.height and frame.width and frame.components in (1, 3, 4)):
         raise NotParseable(
-            f"the JPEG picture is {frame.width} x {frame.height} pixels of {frame.components} components: "
-            "sides of at least 1 and 1, 3 or 4 components are read"
+            f"the JPEG image is {frame.width} x {frame.height} pixels of {frame.components} components: "
+            "its sides must be at least 1, with 1, 3 or 4 components"
         )
     return frame

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it: UTF-8 without a mark, no NaN, no Infinity, no number past float64, no name twice.
+"""JSON as in RFC 8259: UTF-8 without a byte order mark, finite float64 numbers, unique names.
 
 Arrays are read by compiled code (service/codecs/json_scanner.py), everything else by orjson.
 """
@@ -28,23 +28,23 @@ from service.errors import FieldError, InvalidRequest, NotParseable
 MEDIA_TYPE = "application/json"
 
 MAX_NON_ARRAY_BYTES = 1_000_000
-"""Bytes that a body may have beside its arrays and base64."""
+"""Maximum bytes of a body outside of its arrays and base64."""
 
 MAX_TOKENS = 50_000
-"""Lists, objects, names and commas that a body may have there; each array counts as four.
+"""Maximum number of lists, objects, names and commas outside of arrays; each array counts as four.
 
-They become Python objects of up to 2 kB and 1 microsecond each, and orjson makes them without letting go of Python's
-lock. A thousand pairs of images with weights, each an object of shape, dtype and data, have 46 thousand.
+They become Python objects of up to 2 kB and 1 microsecond each, and orjson creates them without releasing the GIL. A
+thousand pairs of images with weights, each an object of shape, dtype and data, have 46 thousand.
 """
 
 MAX_OBJECT_NAMES = 512
-"""Names that one object may have: no request knows as many, and each unknown one is an error of its own."""
+"""Maximum number of names in one object: no request has as many, and each unknown one is an error of its own."""
 
 MAX_UNSCANNED_BYTES = 1024
-"""Bytes; orjson alone is done with so few before the scanner has begun."""
+"""Largest body, in bytes, that orjson parses alone, in less time than it takes to start the scanner."""
 
 MAX_REPARSED_BYTES = 16_384
-"""A faulty body of up to this many bytes is shown to orjson for a better message."""
+"""Largest invalid body, in bytes, that orjson parses again for a better message."""
 
 SECONDS_PER_BYTE = 2e-9
 SECONDS_PER_TOKEN = 0.5e-6
@@ -63,21 +63,21 @@ MAX_FLOAT64 = sys.float_info.max
 DEFAULT_OPTIONS = ResponseOptions()
 
 FIRST_PLACEHOLDER = secrets.randbelow(9 * 10**9) + 10**9
-"""Where an array was cut out, a number stands that nobody sends: this one and those after it, times 10^-300."""
+"""First placeholder of an extracted array, times 10^300; random, so that no client sends the same number."""
 
 CHUNK_VALUES = 1 << 16
-"""Numbers that are written at a time, in two to five milliseconds: other threads run in between."""
+"""Number of values that are written at a time, in two to five milliseconds: other threads run in between."""
 
 SEARCH_CHUNK_BYTES = 1 << 20
-"""Bytes of a faulty text that are searched at a time."""
+"""Bytes of an invalid text that are searched at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidArray:
-    """A long list that was to be an array of numbers, and what is wrong with it.
+    """Long list that is not a valid array of numbers, and the reason.
 
-    `fault` is one of json_arrays' codes; `place` the index of what is at fault; `found` what is there; `got` and
-    `expected` are lengths (-1: not known).
+    `reason` is one of json_scanner's codes INVALID_...; `position` the index of the invalid part; `found` the JSON type
+    there; `got` and `expected` are lengths (-1: not known).
     """
 
     reason: int
@@ -88,11 +88,11 @@ class InvalidArray:
 
 
 def decode(content: bytes | bytearray | memoryview) -> Any:
-    """The content's value: lists of numbers as float64 arrays, long strings named "data" as memoryviews of their bytes.
+    """Return the value: lists of numbers as float64 arrays, long strings named "data" as memoryviews of their bytes.
 
-    Short lists stay lists. A number that must not be rounded twice is a MidpointFloat, or in a MidpointArray. A
-    long list that is no array becomes a FaultyArray. Raises NotParseable saying what is wrong and where, and
-    InvalidRequest for a name that comes twice.
+    Short lists stay lists. A number that must not be rounded twice is a MidpointFloat, or in a MidpointArray. A long
+    list that is not a valid array becomes an InvalidArray. Raises NotParseable with the reason and the position, and
+    InvalidRequest for a duplicate name.
     """
     view = memoryview(content)
     if not view:
@@ -116,9 +116,9 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
 
 
 def _extract_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
-    """The text with a number for each array, what each number stands for, and how many names the text has.
+    """Return the text with a placeholder for each array, the values of the placeholders, and the number of names.
 
-    Raises NotParseable, and InvalidRequest once there is too much beside the arrays.
+    Raises NotParseable, and InvalidRequest if there is too much outside of the arrays.
     """
     pieces: list[bytes | memoryview] = []
     cut: dict[float, object] = {}
@@ -126,7 +126,7 @@ def _extract_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
     scan = Scan(view)
     while True:
         for span in scan.spans():
-            # Between spaces, so that no digit beside it becomes part of it.
+            # Spaces separate it from adjacent digits.
             placeholder = b" %de-300 " % (FIRST_PLACEHOLDER + len(cut))
             cut[float(placeholder)] = scan.value(span)
             pieces += (view[begin : span[scanner.SPAN_BEGIN]], placeholder)
@@ -147,7 +147,7 @@ def _extract_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
 
 
 def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
-    """The predicted time: that of numbers, and that of lists, objects, names and strings, as if all became objects."""
+    """Return the predicted seconds for numbers, and for lists, objects, names and strings as if all became objects."""
     seconds = SECONDS_PER_BYTE * len(content)
     if len(content) > MAX_UNSCANNED_BYTES:
         text = np.frombuffer(memoryview(content)[:TOKEN_SAMPLE_BYTES], np.uint8)
@@ -158,16 +158,19 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
 
 
 def encode(fields: Mapping[str, Any], options: ResponseOptions = DEFAULT_OPTIONS) -> list[bytes | memoryview]:
-    """The fields as one object, in parts: arrays in the form that is asked for, `nonfinite` numbers as null."""
+    """Return the fields as one object, in parts: arrays in the requested form, numbers that are not finite as null.
+
+    The count of the latter is added as "nonfinite" if it is not 0.
+    """
     nonfinite = count_nonfinite(fields)
-    answer = {**fields, "nonfinite": nonfinite} if nonfinite else fields
+    response = {**fields, "nonfinite": nonfinite} if nonfinite else fields
     if options.arrays == "nested" and not any(map(_is_large, fields.values())):
-        return [dumps(answer)]
-    return _encode_value({name: _format_array(value, options.arrays) for name, value in answer.items()})
+        return [dumps(response)]
+    return _encode_value({name: _format_array(value, options.arrays) for name, value in response.items()})
 
 
 def count_nonfinite(fields: Mapping[str, Any]) -> int:
-    """How many numbers of an answer, its arrays and lists of numbers included, are not finite."""
+    """Return how many numbers of a response, its arrays and lists of numbers included, are not finite."""
     count = 0
     for value in fields.values():
         if type(value) is np.ndarray:
@@ -181,12 +184,12 @@ def count_nonfinite(fields: Mapping[str, Any]) -> int:
 
 
 def iter_chunks(values: list[Any]) -> Iterator[list[Any]]:
-    """A list in parts of a few milliseconds each: other threads run in between."""
+    """Return the parts of a list, each for a few milliseconds of work: other threads run in between."""
     return (values[start : start + CHUNK_VALUES] for start in range(0, len(values), CHUNK_VALUES))
 
 
 def list_to_array(values: list[Any]) -> NDArray[Any]:
-    """A list of numbers as an array, made in parts like those."""
+    """Return a list of numbers as an array, converted in parts."""
     return np.concatenate([np.array(part) for part in iter_chunks(values)]) if values else np.array(values)
 
 
@@ -199,13 +202,13 @@ def _format_array(value: Any, form: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Base64Bytes:
-    """Bytes that are written as a string of base64."""
+    """Bytes that are written as a base64 string."""
 
     content: memoryview
 
 
 def _encode_value(value: Any) -> list[bytes | memoryview]:
-    """JSON of the value, in parts where it is large: other threads can have their turn in between."""
+    """Return the value as JSON, in parts if it is large: other threads run in between."""
     if isinstance(value, Base64Bytes):
         return [b'"', pybase64.b64encode(value.content), b'"']
     if isinstance(value, np.ndarray):
@@ -234,7 +237,7 @@ def _is_large(value: Any) -> bool:
 
 
 def _decode_unscanned(view: memoryview) -> Any:
-    """The value of a small text, all of it by orjson."""
+    """Return the value of a small text, parsed by orjson alone."""
     try:
         value = decimals.loads(view)
     except orjson.JSONDecodeError as error:
@@ -247,19 +250,19 @@ def _decode_unscanned(view: memoryview) -> Any:
 
 
 def _decode_non_object(view: memoryview) -> Any:
-    """A body that does not end as an object does: its model will say what it should be."""
+    """Return the value of a body that does not end with a brace; the request's model rejects it."""
     if len(view) > MAX_REPARSED_BYTES:
-        raise NotParseable(f"the body is not a JSON object: it ends in {bytes(view[-20:])!r}, not in a brace")
+        raise NotParseable(f"the body is not a JSON object: it ends with {bytes(view[-20:])!r}, not with a brace")
     return _decode_unscanned(view)
 
 
 def dumps(value: Any) -> bytes:
-    """One value of any kind, numpy's arrays included."""
+    """Return any value, numpy arrays included, as JSON."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _encode_nested(array: NDArray[Any]) -> Iterator[bytes | memoryview]:
-    """The array as nested lists, some rows at a time."""
+    """Yield the array as nested lists, some rows at a time."""
     if array.size <= CHUNK_VALUES or not array.ndim:
         yield dumps(array)
         return
@@ -274,7 +277,7 @@ def _encode_nested(array: NDArray[Any]) -> Iterator[bytes | memoryview]:
 
 
 class Scan:
-    """The scanner on its way through one text."""
+    """Scanner of one text, with its state."""
 
     def __init__(self, view: memoryview) -> None:
         self._view = view
@@ -288,16 +291,16 @@ class Scan:
 
     @property
     def parts(self) -> int:
-        """How many parts a JSON parser will be left with, as far as the text is scanned."""
+        """Number of tokens that are left to the JSON parser in the text scanned so far."""
         return int(self._state[scanner.STATE_TOKEN_COUNT])
 
     @property
     def names(self) -> int:
-        """How many names stand in the text, as far as it is scanned and left to the JSON parser."""
+        """Number of names that are left to the JSON parser in the text scanned so far."""
         return int(self._state[scanner.STATE_NAME_COUNT])
 
     def spans(self) -> list[list[int]]:
-        """What is found next. Raises NotParseable."""
+        """Scan on and return the spans found. Raises NotParseable."""
         outcome = scanner.scan(self._text, self._state, self._values, self._counts, self._sides, self._spans)
         found = int(self._state[scanner.STATE_SPAN_COUNT])
         self._state[scanner.STATE_SPAN_COUNT] = 0
@@ -305,7 +308,7 @@ class Scan:
             self.done = True
         elif outcome == scanner.SCAN_MALFORMED:
             raise _malformed_error(self._view, int(self._state[scanner.STATE_POSITION]))
-        # Few arrays have more sides, and all columns would take longer than the rest of a small body.
+        # Few arrays have more sides; converting all columns takes longer than parsing the rest of a small body.
         spans: list[list[int]] = self._spans[:found, : scanner.SPAN_SHAPE + TYPICAL_NDIM].tolist()
         for at, span in enumerate(spans):
             if span[scanner.SPAN_NDIM] > TYPICAL_NDIM:
@@ -313,7 +316,7 @@ class Scan:
         return spans
 
     def value(self, span: list[int]) -> object:
-        """What stands in the text at a span."""
+        """Return the value of a span."""
         if span[scanner.SPAN_KIND] == scanner.KIND_STRING:
             return self._view[span[scanner.SPAN_BEGIN] + 1 : span[scanner.SPAN_END] - 1]
         sides = tuple(span[scanner.SPAN_SHAPE : scanner.SPAN_SHAPE + span[scanner.SPAN_NDIM]])
@@ -337,7 +340,7 @@ KIND_BY_FIRST_BYTE = {
 
 
 def _restore_arrays(value: Any, cut: dict[float, object]) -> tuple[Any, int]:
-    """The parsed value with what was cut out put back, and how many names its objects have."""
+    """Return the parsed value with the extracted values put back, and the number of names in its objects."""
     names = 0
     root = [value]
     containers: list[Any] = [root]
@@ -361,19 +364,19 @@ CONTAINER_TYPES = {dict, list}
 def _non_array_limit_error(allowed: str) -> InvalidRequest:
     return InvalidRequest(
         f"the body has more than {allowed}: send large lists of numbers as arrays",
-        errors=[FieldError("(body)", "is not made of arrays", None, allowed)],
+        errors=[FieldError("(body)", "has too much content outside of arrays", None, allowed)],
     )
 
 
 def _too_many_names_error(count: int) -> InvalidRequest:
-    message = f"an object in the body has {count:,} names: at most {MAX_OBJECT_NAMES} are allowed, and no request knows as many"
+    message = f"an object in the body has {count:,} names: at most {MAX_OBJECT_NAMES} are allowed"
     return InvalidRequest(
         message, errors=[FieldError("(body)", message, f"{count:,} names", f"{MAX_OBJECT_NAMES} names")]
     )
 
 
 def _malformed_error(view: memoryview, at: int) -> NotParseable:
-    """What to say of a text that the scanner found to be no JSON at a place."""
+    """Return the error for a text that, according to the scanner, is not valid JSON at `at`."""
     if len(view) <= MAX_REPARSED_BYTES:
         try:
             orjson.loads(view)
@@ -382,11 +385,11 @@ def _malformed_error(view: memoryview, at: int) -> NotParseable:
     line, column = _count_character(view[:at], b"\n") + 1, at - _find_last_character(view[:at], b"\n")
     found = bytes(view[at : at + 20]).decode("utf-8", "replace")
     open_lists = _count_character(view[:at], b"[") - _count_character(view[:at], b"]")
-    what = f"found {found!r}" if found else f"it ends with {open_lists} lists open"
+    problem = f"found {found!r}" if found else f"it ends with {open_lists} lists open"
     if number := NUMBER_PATTERN.match(view[at : at + MAX_REPARSED_BYTES]):
-        what = f"the number {number[0][:20].decode()} is infinity in float64"
+        problem = f"the number {number[0][:20].decode()} is infinity in float64"
     return NotParseable(
-        f"the body is not JSON: {what}: line {line} column {column} (char {at}){_nonfinite_hint(view, at)}"
+        f"the body is not JSON: {problem}: line {line} column {column} (char {at}){_nonfinite_hint(view, at)}"
     )
 
 
@@ -398,7 +401,7 @@ def _count_character(view: memoryview, character: bytes) -> int:
 
 
 def _find_last_character(view: memoryview, character: bytes) -> int:
-    """Where the last of these characters is; -1 where there is none."""
+    """Return the offset of the last such character, -1 if there is none."""
     for start in range((len(view) - 1) // SEARCH_CHUNK_BYTES * SEARCH_CHUNK_BYTES, -1, -SEARCH_CHUNK_BYTES):
         if (found := bytes(view[start : start + SEARCH_CHUNK_BYTES]).rfind(character)) >= 0:
             return start + found
@@ -406,29 +409,32 @@ def _find_last_character(view: memoryview, character: bytes) -> int:
 
 
 def _orjson_error(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
-    # orjson counts characters: in ASCII bodies those are bytes.
+    # orjson's position counts characters, which are bytes in ASCII only.
     hint = _nonfinite_hint(view, error.pos) if bytes(view).isascii() else ""
     return NotParseable(f"the body is not JSON: {error}{hint}")
 
 
 def _remainder_error(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
-    """Of a small text orjson sees the whole: its places are counted in that, not in what is left without arrays."""
+    """Return the error for a text that is not valid JSON outside of its arrays.
+
+    A small text is parsed again as a whole, so that positions are those in the whole text.
+    """
     if len(view) <= MAX_REPARSED_BYTES:
         try:
             orjson.loads(view)
         except orjson.JSONDecodeError as whole:
             return _orjson_error(view, whole)
-    return NotParseable(f"the body is not JSON: {error.msg}, counted without its arrays")
+    return NotParseable(f"the body is not JSON outside of its arrays: {error.msg}")
 
 
 def _nonfinite_hint(view: memoryview, at: int) -> str:
-    """Orjson points at the I of -Infinity."""
+    """Return a hint if there is NaN or Infinity at `at`, or -Infinity, at whose I orjson points."""
     found = NONFINITE_PATTERN.search(view, max(0, at - 1), at + 9)
-    return f" ({found[0].decode()} is no JSON number: numbers must be finite)" if found else ""
+    return f" ({found[0].decode()} is not valid JSON: numbers must be finite)" if found else ""
 
 
 def _check_unique_names(remainder: bytes) -> None:
-    """Raise InvalidRequest where one object has a name twice; called where there are fewer names than colons."""
+    """Raise InvalidRequest if an object has a name twice; called if the value has fewer names than the text."""
     repeated: Counter[str] = Counter()
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -437,11 +443,11 @@ def _check_unique_names(remainder: bytes) -> None:
         return dict(pairs)
 
     try:
-        # Only names matter. Of an integer of thousands of digits Python would raise.
+        # Only names matter; int() raises ValueError for an integer of thousands of digits.
         json.loads(remainder, object_pairs_hook=unique, parse_int=bool, parse_float=bool)
     except RecursionError as error:
         raise NotParseable("the body's objects and lists are nested too deep") from error
     if repeated:
         name, count = repeated.most_common(1)[0]
-        message = f'"{name}" comes more than once in one object: send it once'
+        message = f'"{name}" occurs more than once in one object: send it once'
         raise InvalidRequest(message, errors=[FieldError(name, message, f"{count} times", "once")])

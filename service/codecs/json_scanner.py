@@ -1,9 +1,9 @@
-"""The arrays in a JSON text, found and read by compiled code: no Python object is made for a number or a row.
+"""Compiled scanner that finds and reads the arrays of a JSON text without a Python object per number or row.
 
 One pass over the bytes finds every list of numbers, checks that it is rectangular, and writes its numbers as float64;
 long strings (base64 of an array) are found as well. The rest of the text, a few dozen bytes, is left to a JSON parser.
-Compiled by Numba, so that other threads run meanwhile; twice as fast as simdjson, which neither checks rows nor lets
-go of Python's lock.
+The code is compiled by Numba and releases the GIL; it is twice as fast as simdjson, which neither checks rows nor
+releases the GIL.
 
 Digits are read eight at a time (Lemire, "Quickly parsing eight digits", 2018) and rounded to the nearest float64, ties
 to even, as in Lemire, "Number parsing at a gigabyte per second" (2021). A number of more than 19 digits that could lie
@@ -40,24 +40,24 @@ MAX_SHORT_LIST_LENGTH = 64
 """A flat list of up to this many numbers is left to the JSON parser: a stride, a padding, a bias of a few filters."""
 
 MAX_SHORT_INVALID_BYTES = 4096
-"""A faulty list of up to this many bytes is left to the JSON parser."""
+"""An invalid list of up to this many bytes is left to the JSON parser."""
 
 MIN_DATA_STRING_BYTES = 128
-"""A string of at least this many bytes is cut out as well, where it is the value of "data"."""
+"""A string of at least this many bytes is extracted as well, if it is the value of "data"."""
 
 TOKENS_PER_SPAN = 4
-"""What is cut out counts as so many parts of the rest: that is what its Python objects cost."""
+"""Number of tokens that an extracted span counts as: its Python objects cost as much."""
 
-# What a scan returns.
+# Results of a scan.
 SCAN_DONE, SCAN_FULL, SCAN_MALFORMED = range(3)
 
-# What a span is.
+# Kinds of spans.
 KIND_ARRAY, KIND_STRING, KIND_INVALID = range(3)
 
-# What is wrong with a list that was to be an array of numbers.
+# Reasons why a list is not a valid array of numbers.
 INVALID_RAGGED, INVALID_NOT_A_NUMBER, INVALID_UNEXPECTED_LIST, INVALID_MISSING_LIST, INVALID_TOO_DEEP = range(5)
 
-# The fields of a scanner's state.
+# Fields of a scanner's state.
 (
     STATE_POSITION,
     STATE_NAME_COUNT,
@@ -73,11 +73,11 @@ INVALID_RAGGED, INVALID_NOT_A_NUMBER, INVALID_UNEXPECTED_LIST, INVALID_MISSING_L
 ) = range(11)
 STATE_FIELD_COUNT = 11
 
-# Where in the text it is: outside of arrays; in one, before a value; in one, behind a value.
+# Phases of the scanner: outside of arrays; in an array, before a value; in an array, after a value.
 PHASE_OUTSIDE_ARRAY, PHASE_BEFORE_VALUE, PHASE_AFTER_VALUE = range(3)
 
-# The fields of a span; the last are an array's sides, or the place of a fault. CODE is that of a fault; of an array, 1
-# if it has coarse numbers that differ from the text.
+# Fields of a span; the last are an array's sides, or the index of an invalid part. CODE is the reason of an invalid
+# list; of an array, 1 if it has coarse numbers that differ from the text.
 SPAN_KIND, SPAN_BEGIN, SPAN_END, SPAN_OFFSET, SPAN_NDIM, SPAN_CODE, SPAN_GOT, SPAN_EXPECTED, SPAN_SHAPE = range(9)
 SPAN_FIELD_COUNT = SPAN_SHAPE + MAX_DIMENSIONS + 1
 
@@ -85,7 +85,7 @@ U64 = np.uint64
 U64_ONE = U64(1)
 MAX_UINT64_DIGITS = 19
 MAX_EXACT_DIGITS = 15
-"""A whole number of so many digits is a float64 number."""
+"""Maximum digits of a whole number that is certain to be a float64 number."""
 
 MAX_EXACT_INTEGER = U64(2**53)
 MIN_POWER_OF_TEN, MAX_POWER_OF_TEN = -342, 308
@@ -98,17 +98,20 @@ MAX_NEVER_COARSE_DECIMALS = 12
 one: relative to it, each differs by at least 1 / 2^53 or 1 / (2^25 5^q), which is more than half a unit."""
 
 MAX_EXPONENT = 10**15
-"""No text has so many digits that an exponent beyond makes a difference."""
+"""Larger exponents are read as this one: no text has so many digits that the difference matters."""
 
 MAX_DECISIVE_DIGITS = 800
-"""The middle between two float64s has at most 767 digits: of those behind, only whether they are zeros matters."""
+"""Digits that are compared exactly; of further ones, it only matters whether they are zeros.
+
+The middle between two float64s has at most 767 digits.
+"""
 
 BIGINT_WORDS = 48
-"""Words of 64 bits that a whole number of so many digits needs, and a middle brought to the same power of ten."""
+"""64-bit words that a whole number of MAX_DECISIVE_DIGITS needs, and a middle scaled to the same power of ten."""
 
 
 def _compute_powers_of_five() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The 128 leading bits of 5^q, in two halves, as the algorithm needs them.
+    """Return the 128 leading bits of 5^q, in two halves, as the algorithm needs them.
 
     Rounded down for q >= 0 and up for -27 <= q < 0, where a product may lie exactly between two float64s.
     """
@@ -144,7 +147,7 @@ ASCII_SPACES = U64(0x2020202020202020)
 
 @njit_cached
 def _round_decimal(digits, power):
-    """The float64 nearest to digits * 10^power (Lemire 2021, sections 5 to 8)."""
+    """Return the float64 nearest to digits * 10^power (Lemire 2021, sections 5 to 8)."""
     if digits == 0 or power < MIN_POWER_OF_TEN:
         return 0.0
     if power > MAX_POWER_OF_TEN:
@@ -255,9 +258,9 @@ def _split_float(bits):
 
 @njit_cached
 def _compare_to_midpoint(text, at, power, lower):
-    """Whether the number at `at` is above (1), below (-1) or in (0) the middle between a float64 and the next one.
+    """Return 1 if the number at `at` is above the middle of a float64 and the next one, -1 if it is below, else 0.
 
-    `lower` are the bits of the float64.
+    `lower`: the bits of the float64.
     """
     mantissa, exponent = _split_float(lower)
     return _compare_to_binary(text, at, power, U64(2) * mantissa + U64_ONE, exponent - 1)
@@ -300,21 +303,21 @@ def _compare_to_binary(text, at, power, mantissa, exponent):
         size = _shift_left(number, size, power - exponent)
     if size != length:
         return 1 if size > length else -1
-    for place in range(size - 1, -1, -1):
-        if number[place] != other[place]:
-            return 1 if number[place] > other[place] else -1
+    for index in range(size - 1, -1, -1):
+        if number[index] != other[index]:
+            return 1 if number[index] > other[index] else -1
     return np.int64(more)
 
 
 @njit_cached
 def _multiply_add(number, size, factor, summand):
-    """Multiply a whole number of `size` words, the lowest first, in place and add to it; how many words it has now."""
-    for place in range(size):
-        low = number[place] * factor
-        high = multiply_high(number[place], factor)
+    """Multiply a whole number of `size` words, the lowest first, in place and add to it; return its new size."""
+    for index in range(size):
+        low = number[index] * factor
+        high = multiply_high(number[index], factor)
         low += summand
         summand = high + U64(low < summand)
-        number[place] = low
+        number[index] = low
     if summand > 0:
         number[size] = summand
         size += 1
@@ -332,18 +335,18 @@ def _multiply_by_power_of_five(number, size, power):
 
 @njit_cached
 def _shift_left(number, size, bits):
-    """Multiply a whole number by 2^bits in place; how many words it has now."""
+    """Multiply a whole number of `size` words by 2^bits in place; return its new size."""
     words = bits >> 6
     size = _multiply_add(number, size, U64_ONE << U64(bits & 63), U64(0))
-    for place in range(size - 1, -1, -1):
-        number[place + words] = number[place]
+    for index in range(size - 1, -1, -1):
+        number[index + words] = number[index]
     number[:words] = 0
     return size + words
 
 
 @njit_inline
 def _parse_eight_digits(word):
-    """The number whose eight digits are the bytes of a word, 0 to 9, the first in the lowest."""
+    """Return the number whose eight digits, 0 to 9, are the bytes of a word, the first digit in the lowest byte."""
     word = word * U64(10) + (word >> U64(8))
     low = (word & U64(0x000000FF000000FF)) * U64(0x000F424000000064)
     high = (word >> U64(16) & U64(0x000000FF000000FF)) * U64(0x0000271000000001)
@@ -352,7 +355,7 @@ def _parse_eight_digits(word):
 
 @njit_inline
 def _parse_digits(text, at, value):
-    """Where the digits at `at` end, and `value` with them behind it."""
+    """Return the end of the digits at `at`, and `value` with them appended."""
     while at + 8 <= len(text):
         characters = load_uint64(text, at)
         word = characters - ASCII_ZEROS
@@ -375,7 +378,7 @@ def _parse_digits(text, at, value):
 
 @njit_cached
 def _count_leading_zero_digits(text, at):
-    """How many zeros stand before the first other digit of the number at `at`."""
+    """Return the number of zeros before the first other digit of the number at `at`."""
     count = 0
     while text[at] == 48 or text[at] == 46:
         count += np.int64(text[at] == 48)
@@ -385,7 +388,7 @@ def _count_leading_zero_digits(text, at):
 
 @njit_inline
 def _skip_space(text, at):
-    """Where the white space at `at` ends."""
+    """Return the end of the whitespace at `at`."""
     while text[at] <= 32 and (text[at] == 32 or text[at] == 10 or text[at] == 13 or text[at] == 9):
         at += 1
     return at
@@ -460,7 +463,7 @@ def round_to_odd(text, values):
     text: uint8 (n), valid JSON that does not end in a digit. values: float64, the first numbers in it, which are
     written to. Returns how many of all the numbers are coarse and may differ.
     """
-    at = place = count = 0
+    at = index = count = 0
     while at < len(text):
         character = text[at]
         if character == 34:
@@ -473,20 +476,20 @@ def round_to_odd(text, values):
             if at < 0:
                 break
             count += coarse
-            if coarse and place < len(values):
+            if coarse and index < len(values):
                 bits = float_to_bits(abs(value))
                 mantissa, exponent = _split_float(bits)
                 # Adding 2^64 - 1 subtracts 1.
                 bits += U64(_compare_to_binary(text, first, power, mantissa, exponent))
-                values[place] = -bits_to_float(bits) if value < 0 else bits_to_float(bits)
-            place += 1
+                values[index] = -bits_to_float(bits) if value < 0 else bits_to_float(bits)
+            index += 1
         at += 1
     return count
 
 
 @njit_cached
 def _find_string_end(text, at):
-    """Where the string whose first character is at `at` has its closing quote (-1: nowhere), and if it has escapes."""
+    """Return the offset of the quote that closes the string with contents at `at` (-1: none), and if it has escapes."""
     escapes = False
     while at < len(text):
         while at + 8 <= len(text):
@@ -514,12 +517,12 @@ def _find_string_end(text, at):
 
 @njit_cached
 def _is_data_value(text, at):
-    """The string at `at` is the value of "data"."""
+    """Return whether the string at `at` is the value of "data"."""
     at = _skip_space_backward(text, at)
     if at < 0 or text[at] != 58:
         return False
     at = _skip_space_backward(text, at)
-    # A name whose end is spelt like that has a backslash before the quote.
+    # A longer name that ends like that has a backslash before this quote.
     return (
         at > 5
         and text[at - 5] == 34
@@ -534,7 +537,7 @@ def _is_data_value(text, at):
 
 @njit_cached
 def _skip_space_backward(text, at):
-    """Where the last character before `at` is that is not white space."""
+    """Return the offset of the last character before `at` that is not whitespace, -1 if there is none."""
     at -= 1
     while at >= 0 and (text[at] == 32 or text[at] == 10 or text[at] == 13 or text[at] == 9):
         at -= 1
@@ -543,13 +546,13 @@ def _skip_space_backward(text, at):
 
 @njit_cached
 def count_trailing_space(text):
-    """How many bytes of white space a text ends in."""
+    """Return the number of bytes of whitespace at the end of a text."""
     return len(text) - 1 - _skip_space_backward(text, len(text))
 
 
 @njit_cached
 def count_structural_characters(text):
-    """How many brackets that open, colons and quotes a text has: more than the values that a parser makes of it."""
+    """Return the number of opening brackets, colons and quotes: a bound on the values that a parser creates."""
     count = 0
     for character in text:
         count += np.int64((character == 34) | (character == 58) | (character == 91) | (character == 123))
@@ -558,7 +561,7 @@ def count_structural_characters(text):
 
 @njit_cached
 def _find_list_end(text, at):
-    """Behind the bracket that closes the list which opens at `at` (-1: there is none), and its names and parts."""
+    """Return the end of the list that opens at `at` (-1: it is not closed), and its numbers of names and tokens."""
     depth = names = parts = 0
     while at < len(text):
         character = text[at]
@@ -584,12 +587,12 @@ def _find_list_end(text, at):
 
 @njit_cached
 def _is_non_number_value(text, at):
-    """A string, an object, true, false or null is at `at`: a JSON value, but no number."""
+    """Return whether a string, an object, true, false or null is at `at`: a JSON value that is not a number."""
     first = text[at]
     if first == 34 or first == 123:
         return True
-    # Two letters tell null from the nan that is no JSON; what is misspelt further on is refused all the same. The
-    # brace that ends the text is none of the first ones, so there is a second.
+    # Two letters distinguish null from nan, which is not valid JSON; later misspellings are rejected by the parser. The
+    # text ends with a brace, which is not one of the first letters, so a second one exists.
     return (
         (first == 116 and text[at + 1] == 114)
         or (first == 102 and text[at + 1] == 97)
@@ -599,9 +602,9 @@ def _is_non_number_value(text, at):
 
 @njit_cached
 def _scan_array(text, state, values, counts, sides):
-    """Read on in the list of numbers that `state` is in.
+    """Continue to read the list of numbers that `state` is in.
 
-    Returns DONE behind it, MALFORMED at what is no JSON, and -1 - the code of a fault where it is no array of numbers.
+    Returns SCAN_DONE after its end, SCAN_MALFORMED at invalid JSON, and -1 - INVALID_... if it is not a valid array.
     """
     at, phase, depth, leaf, filled = (
         state[STATE_POSITION],
@@ -680,13 +683,13 @@ def _scan_array(text, state, values, counts, sides):
 def scan(text, state, values, counts, sides, spans):
     """Find the arrays and long strings of a JSON text and read the arrays' numbers.
 
-    text: uint8 (n), the whole text; it must end in a brace, which ends whatever is read. state: int64 (STATE_FIELDS),
-    zeros at first. values: float64, room for n / 2 + 1 numbers. counts, sides: int64 (MAX_DIMENSIONS). spans: int64
-    (any, SPAN_FIELDS), filled up to state[SPANS] with what was found.
+    text: uint8 (n), the whole text; it must end with a brace, which ends every value. state: int64 (STATE_FIELD_COUNT),
+    zeros at first. values: float64, space for n / 2 + 1 numbers. counts, sides: int64 (MAX_DIMENSIONS). spans: int64
+    (any, SPAN_FIELD_COUNT), filled up to state[STATE_SPAN_COUNT] with the spans found.
 
-    Returns DONE, FULL (empty the spans and go on) or MALFORMED: the text is no JSON at state[AT], or ends there.
-    state[PARTS] is how much a JSON parser will have to do: the lists, objects, names and commas outside of arrays, and
-    PARTS_OF_A_SPAN for each span.
+    Returns SCAN_DONE, SCAN_FULL (set state[STATE_SPAN_COUNT] to 0 and call again) or SCAN_MALFORMED: the text is not
+    valid JSON at state[STATE_POSITION], or ends there. state[STATE_TOKEN_COUNT] is the work left to a JSON parser: the
+    lists, objects, names and commas outside of arrays, and TOKENS_PER_SPAN for each span.
     """
     while True:
         if state[STATE_SPAN_COUNT] == len(spans):
@@ -778,5 +781,5 @@ def _add_invalid_span(spans, state, code, counts, sides, end):
     spans[span, SPAN_OFFSET], spans[span, SPAN_CODE] = state[STATE_POSITION], code
     spans[span, SPAN_GOT] = counts[depth]
     spans[span, SPAN_EXPECTED] = sides[depth + 1] if code == INVALID_MISSING_LIST else sides[depth]
-    # A row is at fault as a whole where it is ragged, and the entry in it otherwise.
+    # A ragged row is invalid as a whole; otherwise the entry in it is.
     _set_shape(spans, span, counts, depth if code == INVALID_RAGGED else depth + 1)

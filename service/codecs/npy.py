@@ -1,7 +1,7 @@
 """numpy's .npy files, versions 1 to 3, read without numpy's own reader.
 
-That one evaluates the header as Python, allocates by it before it looks for the bytes, and reads pickles and zip
-archives too.
+numpy's reader evaluates the header as Python, allocates memory before it checks the size of the data, and reads pickles
+and zip archives too.
 """
 
 import io
@@ -30,23 +30,23 @@ MEDIA_TYPE = "application/x-npy"
 MAGIC = b"\x93NUMPY"
 
 LENGTH_FIELD_BYTES = {1: 2, 2: 4, 3: 4}
-"""The width of the header's length, by the format's version."""
+"""Width of the header's length field in bytes, by the version of the format."""
 
 MAX_NPY_HEADER_BYTES = 16_384
-"""numpy's own are 118 bytes long, plus the field names of structured types."""
+"""Largest header that is read, in bytes. numpy writes 118, plus the field names of structured types."""
 
 DTYPE_CODES = {np.dtype(name).str[1:]: name for name in DTYPES}
-"""What stands in a header for a dtype, without its byte order: "f4"."""
+"""Name of a dtype by its code in a header, which is without byte order: "f4"."""
 
 
 def _compile_pattern(written: bytes) -> re.Pattern[bytes]:
-    """With white space, as Python has it between tokens, for every underscore."""
+    """Compile a pattern in which an underscore matches any whitespace that Python allows between tokens."""
     return re.compile(written.replace(b"_", rb"[ \t\r\n]*"))
 
 
 WHITESPACE = b" \t\r\n"
 
-# No two of its parts can match the same white space, so that it needs no more than linear time on any bytes.
+# No two parts can match the same whitespace, so matching takes linear time on any bytes.
 FIELD_REGEX = rb"""_('\w+'|"\w+")_:_('[^'\\]*'|"[^"\\]*"|True|False|\([^()]*\))_"""
 SIDE_REGEX = rb"(?:0|[1-9]\d{0,18})_"
 HEADER_PATTERN = _compile_pattern(rb"\{" + b",".join([FIELD_REGEX] * 3) + rb"(?:,_)?\}")
@@ -57,7 +57,7 @@ MIN_INSPECTED_BYTES, INSPECTED_HEADER_BYTES = 4096, 512
 FORTRAN_ORDER_PATTERN = re.compile(rb"fortran_order.{1,20}True")
 ITEM_SIZE_PATTERN = re.compile(rb"descr.{1,20}[a-z]([1248])['\"]")
 MAX_COMMAS_UP_TO_4D = 7
-"""In the header of an array of up to four dimensions; one of many is reordered in the shortest runs."""
+"""Maximum commas in the header of an array of up to four dimensions; those with more are reordered in short runs."""
 
 UNSUPPORTED_KINDS = {
     "O": "Python objects, which are never unpickled",
@@ -68,12 +68,12 @@ UNSUPPORTED_KINDS = {
     "m": "durations",
     "b": "booleans",
     "c": "complex numbers",
-    "f": "floating point of a size that other machines do not have",
+    "f": "floating point of a platform-dependent size",
 }
 
 
 class ArrayHeader(NamedTuple):
-    """What a header says."""
+    """Fields of a header."""
 
     dtype: np.dtype[Any]
     fortran_order: bool
@@ -83,10 +83,10 @@ class ArrayHeader(NamedTuple):
 def decode(
     content: bytes | bytearray | memoryview, limit: int, *, field: str = "input", source: str = "the body"
 ) -> NDArray[Any]:
-    """The array, a view of the content where that is row-major, aligned and in this machine's byte order.
+    """Return the array, a view of the content if that is row-major, aligned and in native byte order.
 
-    It is writable where the content is. Raises NotParseable, BodyTooLarge, and InvalidRequest for an array that the
-    service does not take; `field` and `source` name it in messages.
+    It is writable if the content is. Raises NotParseable, BodyTooLarge, and InvalidRequest for an unsupported dtype or
+    shape; `field` and `source` name the array and its file in messages.
     """
     memory = memoryview(content)
     header, start = _read_header(memory, source)
@@ -96,24 +96,24 @@ def decode(
     array = f"{truncate_name(str(described.shape))} of {described.dtype.name}"
     check_size(size, limit, f"{field} {array}", field)
     if len(memory) - start != size:
-        raise NotParseable(f"{source} has {len(memory) - start:,} bytes behind its .npy header: {array} has {size:,}")
+        raise NotParseable(f"{source} has {len(memory) - start:,} bytes after its .npy header: {array} has {size:,}")
     return view_as_array(memory[start:], described.dtype, described.shape, fortran_order=described.fortran_order)
 
 
 def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
-    """The predicted time: that of a look at every number, and more where numbers in column order are reordered."""
+    """Return the predicted seconds: one pass over all numbers, and more if column-major numbers are reordered."""
     seconds = 1e-9 * len(content)
     if len(content) > MIN_INSPECTED_BYTES:
-        head = bytes(memoryview(content)[:INSPECTED_HEADER_BYTES]).partition(b"}")[0]
-        if FORTRAN_ORDER_PATTERN.search(head):
-            size = ITEM_SIZE_PATTERN.search(head)
+        header = bytes(memoryview(content)[:INSPECTED_HEADER_BYTES]).partition(b"}")[0]
+        if FORTRAN_ORDER_PATTERN.search(header):
+            size = ITEM_SIZE_PATTERN.search(header)
             numbers = len(content) / int(size[1] if size else 1)
-            seconds += numbers * (15e-9 if head.count(b",") <= MAX_COMMAS_UP_TO_4D else 45e-9)
+            seconds += numbers * (15e-9 if header.count(b",") <= MAX_COMMAS_UP_TO_4D else 45e-9)
     return seconds
 
 
 def encode(array: NDArray[Any]) -> list[bytes | memoryview]:
-    """The parts of a .npy file of version 1: its header, and the array's own memory where that can be sent as it is."""
+    """Return the parts of a .npy file of version 1: its header, and the array's own memory if its layout allows it."""
     header = io.BytesIO()
     described = {"descr": array.dtype.newbyteorder("<").str, "fortran_order": False, "shape": array.shape}
     np.lib.format.write_array_header_1_0(header, described)
@@ -121,7 +121,7 @@ def encode(array: NDArray[Any]) -> list[bytes | memoryview]:
 
 
 def _read_header(memory: memoryview, source: str) -> tuple[bytes, int]:
-    """The header's text, and where it ends."""
+    """Return the header's text, and the offset of its end."""
     if memory[: len(MAGIC)] != MAGIC:
         raise format_mismatch_error(memory, "a .npy file", source)
     start = len(MAGIC) + 2
@@ -133,7 +133,8 @@ def _read_header(memory: memoryview, source: str) -> tuple[bytes, int]:
     length = int.from_bytes(memory[len(MAGIC) + 2 : start], "little")
     if length > MAX_NPY_HEADER_BYTES:
         raise NotParseable(
-            f"{source} has a .npy header of {length:,} bytes: at most {MAX_NPY_HEADER_BYTES:,} are read, and numpy writes 118"
+            f"{source} has a .npy header of {length:,} bytes: at most {MAX_NPY_HEADER_BYTES:,} are read "
+            "(numpy writes 118)"
         )
     if len(memory) < start + length:
         raise NotParseable(f"{source} ends inside its .npy header: it was cut off after {len(memory):,} bytes")

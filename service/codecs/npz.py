@@ -1,8 +1,8 @@
 """numpy's .npz files: zip archives of .npy files, one for each array.
 
-Read without zipfile, which makes an object of every entry before it can be asked how many there are (a body of 64 MB
-has room for a million) and copies what it reads. The archives that are read are those that need no guessing: the
-directory lies directly before the end record, the end record at the very end, and both headers of a member agree.
+They are read without zipfile, which creates an object for every entry before their number is known (a body of 64 MB
+can have a million) and copies the data. Only unambiguous archives are accepted: the directory is directly before the
+end record, the end record is at the very end, and both headers of a member agree.
 """
 
 import struct
@@ -25,10 +25,10 @@ MEDIA_TYPE = "application/x-npz"
 MAX_ARCHIVE_MEMBERS = 64
 NPY_SUFFIX = ".npy"
 ALIGNMENT_BYTES = 64
-"""Where a .npy file lies in the archive, so that its numbers, 64 or 128 bytes on, can be used where they are."""
+"""Alignment of a .npy file in the archive, so that its numbers, 64 or 128 bytes further on, can be used in place."""
 
 MAX_ARCHIVE_BYTES = 2**32 - 2**20
-"""Zip's own limit without its extension to 64 bits, which no body needs, less room for a directory."""
+"""Limit of zip without its 64-bit extension, which no body needs, minus space for a directory."""
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
@@ -38,22 +38,22 @@ LOCAL_SIGNATURE, CENTRAL_SIGNATURE, END_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"
 METHOD_STORED, METHOD_DEFLATED = 0, 8
 FLAG_DEFLATE_OPTIONS, FLAG_SIZES_FOLLOW, FLAG_UTF8 = 6, 8, 2048
 ZIP64_SIZE_MARK = 2**32 - 1
-"""Stands for a size that the header has elsewhere; numpy writes it into every local header."""
+"""Value that marks a size as stored elsewhere; numpy writes it into every local header."""
 
 ZIP_VERSION = 20
 DOS_DATE_1980_01_01 = 33
-"""The first day that a zip archive can name: equal arrays give equal bytes."""
+"""First date that a zip archive can store; a fixed date makes equal arrays give equal bytes."""
 
 PADDING_FIELD = struct.Struct("<3H")
 PADDING_ID = 0xD935
-"""The extra field by which Android's zipalign pads too; readers skip it."""
+"""ID of the extra field with which Android's zipalign pads; readers skip it."""
 
 MAX_DEFLATE_RATIO = 1032
-"""Deflate makes at most this many bytes of one: 258 of two bits."""
+"""Maximum bytes that deflate makes from one: 258 from two bits."""
 
 
 class Member(NamedTuple):
-    """An entry of the directory."""
+    """Entry of the directory."""
 
     name: bytes
     flags: int
@@ -65,33 +65,33 @@ class Member(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Its name, for messages."""
+        """Quoted name, for messages."""
         return quote_name(self.name.decode("utf-8", "replace"))
 
 
 def decode(
     content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check
 ) -> dict[str, NDArray[Any]]:
-    """The arrays by name; those of stored members are views of the content where npy.decode can make them that.
+    """Return the arrays by name; those of stored members are views of the content if npy.decode can make them so.
 
-    The limit is on all of the members together, their .npy headers included.
+    `limit` is the maximum number of bytes of all members together, .npy headers included.
     """
     memory = memoryview(content)
     members, end = _parse_directory(memory)
-    check_size(sum(member.size for member in members.values()), limit, "what the archive holds", "(body)")
+    check_size(sum(member.size for member in members.values()), limit, "the archive's content", "(body)")
     arrays = {}
     for name, (member, packed) in zip(members, _locate_members(memory[:end], list(members.values())), strict=True):
         file = (
             _read_stored(member, packed) if member.method == METHOD_STORED else _inflate_member(member, packed, check)
         )
         if zlib.crc32(file) != member.crc:
-            raise NotParseable(f"{member.file} in the archive is damaged: its CRC is not what the archive says")
+            raise NotParseable(f"{member.file} in the archive is damaged: its CRC does not match")
         arrays[name] = npy.decode(file, limit, field=truncate_name(name), source=f"{member.file} in the archive")
     return arrays
 
 
 def estimate_decode_seconds(content: bytes | bytearray | memoryview, limit: int) -> float:
-    """The predicted time, from the archive's directory: stored members are checked, deflated ones inflated."""
+    """Return the predicted seconds, from the directory: stored members are checked, deflated ones inflated."""
     memory = memoryview(content)
     try:
         members, _ = _parse_directory(memory)
@@ -102,7 +102,7 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview, limit: int)
 
 
 def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
-    """The parts of an archive of stored members; the arrays' own memory is among them where npy.encode can send it."""
+    """Return the parts of an archive of stored members, with the arrays' own memory if npy.encode can use it."""
     parts: list[bytes | memoryview] = []
     directory = bytearray()
     offset = 0
@@ -116,7 +116,7 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
         padding = -(offset + LOCAL_HEADER.size + len(encoded) + PADDING_FIELD.size) % ALIGNMENT_BYTES
         extra = PADDING_FIELD.pack(PADDING_ID, 2 + padding, ALIGNMENT_BYTES) + bytes(padding)
         if offset + size > MAX_ARCHIVE_BYTES:
-            raise NotAcceptable("the arrays are over the 4 GB that an .npz holds; ask for application/x-safetensors")
+            raise NotAcceptable("the arrays exceed the 4 GB limit of an .npz; ask for application/x-safetensors")
         parts += [LOCAL_HEADER.pack(LOCAL_SIGNATURE, *common, len(extra)) + encoded + extra, *file]
         directory += CENTRAL_HEADER.pack(CENTRAL_SIGNATURE, ZIP_VERSION, *common, 0, 0, 0, 0, 0, offset) + encoded
         offset += LOCAL_HEADER.size + len(encoded) + len(extra) + size
@@ -125,7 +125,7 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
 
 
 def _parse_directory(memory: memoryview) -> tuple[dict[str, Member], int]:
-    """The members by the names of their arrays, and where the directory begins."""
+    """Return the members by array name, and the offset of the directory."""
     if memory[:4] not in (LOCAL_SIGNATURE, END_SIGNATURE):
         raise format_mismatch_error(memory, "an .npz file")
     end = len(memory) - END_RECORD.size
@@ -155,11 +155,11 @@ def _parse_directory(memory: memoryview) -> tuple[dict[str, Member], int]:
 
 
 def _parse_entry(memory: memoryview, at: int) -> tuple[Member, int]:
-    """The directory's entry there, and where it ends."""
+    """Return the directory's entry at `at`, and the offset of its end."""
     name_at = at + CENTRAL_HEADER.size
     record = CENTRAL_HEADER.unpack_from(memory, at) if name_at <= len(memory) else (b"",)
     if record[0] != CENTRAL_SIGNATURE:
-        raise NotParseable("the archive's directory is damaged: it has fewer entries than it says")
+        raise NotParseable("the archive's directory is damaged: it has fewer entries than it declares")
     flags, method, crc, packed, size, name, extra, comment = *record[3:5], *record[7:13]
     end = name_at + name + extra + comment
     if end > len(memory):
@@ -179,7 +179,7 @@ def _parse_array_name(member: Member) -> str:
             f"the archive has an entry {member.file}: only plain names such as input.npy are read, without a folder"
         )
     if member.flags & ~(FLAG_DEFLATE_OPTIONS | FLAG_SIZES_FOLLOW | FLAG_UTF8):
-        raise NotParseable(f"{member.file} in the archive is encrypted, or a patch: send it as it is")
+        raise NotParseable(f"{member.file} in the archive is encrypted, or patch data: send it plain")
     if member.method not in (METHOD_STORED, METHOD_DEFLATED):
         raise NotParseable(
             f"{member.file} in the archive is compressed by method {member.method}: "
@@ -189,18 +189,18 @@ def _parse_array_name(member: Member) -> str:
 
 
 def _locate_members(memory: memoryview, members: list[Member]) -> Iterator[tuple[Member, memoryview]]:
-    """Each member with its bytes in the archive; overlapping ones are refused before the first is given."""
-    places = [_locate_member(memory, member) for member in members]
-    taken = sorted((member.offset, end) for member, (_, end) in zip(members, places, strict=True))
-    for (_, end), (offset, _) in pairwise(taken):
+    """Yield each member with its bytes in the archive; overlapping members are rejected before the first is yielded."""
+    ranges = [_locate_member(memory, member) for member in members]
+    occupied = sorted((member.offset, end) for member, (_, end) in zip(members, ranges, strict=True))
+    for (_, end), (offset, _) in pairwise(occupied):
         if offset < end:
             raise NotParseable("the archive has entries that overlap")
-    for member, (start, end) in zip(members, places, strict=True):
+    for member, (start, end) in zip(members, ranges, strict=True):
         yield member, memory[start:end]
 
 
 def _locate_member(memory: memoryview, member: Member) -> tuple[int, int]:
-    """Where a member's bytes begin and end, by its local header, which must agree with the directory."""
+    """Return the begin and end of a member's bytes by its local header, which must agree with the directory."""
     name_at = member.offset + LOCAL_HEADER.size
     record = LOCAL_HEADER.unpack_from(memory, member.offset) if name_at <= len(memory) else (b"",)
     if record[0] != LOCAL_SIGNATURE:
@@ -218,23 +218,25 @@ def _locate_member(memory: memoryview, member: Member) -> tuple[int, int]:
     if not agrees:
         raise NotParseable(f"{member.file} in the archive has a header that contradicts the directory")
     if start + member.packed > len(memory):
-        raise NotParseable(f"{member.file} in the archive is cut off: {member.packed:,} bytes were to come")
+        raise NotParseable(f"{member.file} in the archive is cut off: it declares {member.packed:,} bytes")
     return start, start + member.packed
 
 
 def _read_stored(member: Member, packed: memoryview) -> memoryview:
     if len(packed) != member.size:
-        raise NotParseable(f"{member.file} in the archive is stored with {len(packed):,} bytes for {member.size:,}")
+        raise NotParseable(
+            f"{member.file} in the archive is stored with {len(packed):,} bytes, but declares {member.size:,}"
+        )
     return packed
 
 
 def _inflate_member(member: Member, packed: memoryview, check: DecodeCheck) -> memoryview:
-    """The member's bytes; never more than it declares, and nothing is allocated for what deflate cannot hold."""
+    """Return the member's inflated bytes, never more than declared; impossible sizes are rejected before allocation."""
     if member.size > MAX_DEFLATE_RATIO * len(packed):
         raise NotParseable(
-            f"{member.file} in the archive cannot be {member.size:,} bytes: {len(packed):,} deflated ones hold fewer"
+            f"{member.file} in the archive cannot be {member.size:,} bytes: {len(packed):,} deflated bytes hold fewer"
         )
-    # Not a bytearray, which Python fills with zeros while it holds its lock.
+    # Not a bytearray, which Python fills with zeros while it holds the GIL.
     file = np.empty(member.size, np.uint8).data
     filled = 0
     try:

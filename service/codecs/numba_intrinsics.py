@@ -1,4 +1,4 @@
-"""Functions compiled by Numba, and what processors do with 64-bit words that Python has no name for."""
+"""Decorators for functions compiled by Numba, and 64-bit instructions that Python does not provide."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,28 +10,29 @@ from numba.extending import intrinsic
 
 
 def njit_cached(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled when first called, without Python's lock; kept for the next process where that can be.
+    """Compile a function when it is first called, to run without the GIL; cache it on disk if possible.
 
-    What is kept is known by its own file: after a change here, remove service/codecs/__pycache__.
+    The cache is invalidated only by changes in the function's own file: after a change in this module, remove
+    service/codecs/__pycache__.
     """
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # a read-only installation: three seconds at every start
+    except RuntimeError:  # a read-only installation: compilation takes three seconds at every start
         return njit(nogil=True)(function)
 
 
 njit_inline = njit(nogil=True, forceinline=True)
-"""For the small functions that a compiled one calls for every number: a call would take as long as they do."""
+"""Decorator for small functions that compiled ones call for every number: a call would take as long as they do."""
 
 
 @intrinsic
 def load_uint64(context: Any, text: Any, at: Any) -> Any:
-    """text[at : at + 8] as a little-endian integer."""
+    """Return text[at : at + 8] as a little-endian integer."""
 
     def load(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = cgutils.create_struct_proxy(text)(context, builder, value=arguments[0]).data  # type: ignore[no-untyped-call]
-        place = builder.gep(data, [arguments[1]])
-        word = builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()))
+        pointer = builder.gep(data, [arguments[1]])
+        word = builder.load(builder.bitcast(pointer, ir.IntType(64).as_pointer()))
         word.align = 1
         return word
 
@@ -40,7 +41,7 @@ def load_uint64(context: Any, text: Any, at: Any) -> Any:
 
 @intrinsic
 def multiply_high(context: Any, first: Any, second: Any) -> Any:
-    """The high 64 bits of the product."""
+    """Return the high 64 bits of the product."""
 
     def multiply(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         wide = ir.IntType(128)
@@ -52,7 +53,7 @@ def multiply_high(context: Any, first: Any, second: Any) -> Any:
 
 @intrinsic
 def count_leading_zeros(context: Any, word: Any) -> Any:
-    """How many bits of a word that is not 0 are 0 from the top."""
+    """Return the number of leading zero bits of a nonzero word."""
 
     def count(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -62,7 +63,7 @@ def count_leading_zeros(context: Any, word: Any) -> Any:
 
 @intrinsic
 def count_trailing_zeros(context: Any, word: Any) -> Any:
-    """How many bits of a word that is not 0 are 0 from the bottom."""
+    """Return the number of trailing zero bits of a nonzero word."""
 
     def count(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -72,7 +73,7 @@ def count_trailing_zeros(context: Any, word: Any) -> Any:
 
 @intrinsic
 def bits_to_float(context: Any, bits: Any) -> Any:
-    """The float64 of these bits."""
+    """Return the float64 with these bits."""
 
     def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.DoubleType())
@@ -82,7 +83,7 @@ def bits_to_float(context: Any, bits: Any) -> Any:
 
 @intrinsic
 def float_to_bits(context: Any, number: Any) -> Any:
-    """The bits of this float64."""
+    """Return the bits of a float64."""
 
     def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(64))

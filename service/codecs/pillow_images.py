@@ -1,9 +1,9 @@
-"""What PNG and JPEG share: Pillow decodes, and only what has been looked through before.
+"""Decoding of PNG and JPEG by Pillow, from validated parts of the file.
 
-Each format's own file walks through the chunks or segments, holds the size against the limit, and gives Pillow what
-makes up the pixels and nothing else: no text, no profile, no Exif, no animation. Pillow's readers are called by name:
-Image.open has limits of its own, which are those of the process, and warns by raising. While it is decoded, a picture
-takes two and a half times the memory that it takes in the end.
+The module of each format parses the chunks or segments, checks the size against the limit, and passes to Pillow only
+the parts that define the pixels: no text, no profile, no Exif, no animation. Pillow's readers are called directly:
+Image.open has pixel limits of its own, which are global to the process, and warns about them. During decoding an image
+takes two and a half times its final memory.
 """
 
 import io
@@ -23,11 +23,11 @@ from service.errors import FieldError, InvalidRequest, NotParseable
 RGB_CHANNELS = 3
 
 MAX_SIDE_PIXELS = 1_000_000
-"""Pillow keeps a pointer for every line, eight times what a line of one pixel is."""
+"""Longest side of an image, in pixels: Pillow keeps a pointer for every row, eight times the size of one pixel."""
 
 STRIP_PIXELS = 2**18
-"""Pixels that are taken out of a picture at a time: there is no second copy of the whole, and Python's lock, which
-Pillow holds for it, is held for a millisecond."""
+"""Pixels that are copied out of an image at a time: there is no second copy of the whole image, and the GIL, which
+Pillow holds meanwhile, is held for a millisecond."""
 
 PILLOW_ERRORS = (
     ArithmeticError,
@@ -41,21 +41,21 @@ PILLOW_ERRORS = (
     ValueError,
     zlib.error,
 )
-"""What Pillow's readers raise on bytes that are no picture."""
+"""Exceptions that Pillow's readers raise on invalid data."""
 
 
 def check_image_size(height: int, width: int, bytes_per_pixel: int, limit: int) -> None:
-    """Raises BodyTooLarge where the decoded picture is over the limit, InvalidRequest where a side is too long."""
+    """Raise BodyTooLarge if the decoded image exceeds `limit` bytes, InvalidRequest if a side is too long."""
     size = f"{width} x {height} pixels"
-    check_size(height * width * bytes_per_pixel, limit, f"the picture of {size}", "input")
+    check_size(height * width * bytes_per_pixel, limit, f"the image of {size}", "input")
     if max(height, width) > MAX_SIDE_PIXELS:
         allowed = f"sides of at most {MAX_SIDE_PIXELS:,} pixels"
-        message = f"input is a picture of {size}: {allowed} are read; send it as application/x-npy"
+        message = f"input is an image of {size}: {allowed} are read; send it as application/x-npy"
         raise InvalidRequest(message, errors=[FieldError("input", message, size, allowed)])
 
 
 class _MemoryFile(io.RawIOBase):
-    """A picture in memory as a file, which is not copied first as io.BytesIO does."""
+    """Image in memory as a file object, which, unlike io.BytesIO, does not copy the content."""
 
     def __init__(self, content: memoryview, check: DecodeCheck) -> None:
         self._content = content
@@ -83,7 +83,7 @@ class _MemoryFile(io.RawIOBase):
 def decode_pixels(
     reader: type[ImageFile], image_bytes: memoryview, mode: Literal["L", "I;16", "RGB"], check: DecodeCheck
 ) -> NDArray[Any]:
-    """The picture as (H, W), or as (3, H, W) where the mode is RGB. Raises NotParseable where Pillow cannot read it."""
+    """Return the image as (H, W), or as (3, H, W) if the mode is RGB. Raises NotParseable if Pillow cannot read it."""
     planes: NDArray[Any] | None = None
     for height, top, strip in read_strips(reader, image_bytes, check):
         lines = np.asarray(strip if strip.mode == mode else strip.convert(mode))
@@ -92,7 +92,7 @@ def decode_pixels(
             dtype = np.uint16 if mode == "I;16" else np.uint8
             planes = np.empty((lines.shape[2], height, lines.shape[1]), dtype)
         planes[:, top : top + len(lines)] = np.moveaxis(lines, 2, 0)
-    assert planes is not None  # noqa: S101 - a picture has lines
+    assert planes is not None  # noqa: S101 - an image has rows
     return planes if mode == "RGB" else planes[0]
 
 
@@ -114,4 +114,4 @@ def read_strips(
             yield height, top, opened.crop((0, top, width, min(top + rows, height)))
     except PILLOW_ERRORS as error:
         raise_if_out_of_memory(error)
-        raise NotParseable(f"the body is a damaged {reader.format} picture: {error}") from error
+        raise NotParseable(f"the body is a damaged {reader.format} image: {error}") from error

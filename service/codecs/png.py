@@ -1,6 +1,7 @@
-"""PNG pictures: grey as (H, W), colour as (3, H, W), values 0..255, or 0..65535 if they have 16 bits.
+"""PNG images: grey as (H, W), colour as (3, H, W), values 0..255, or 0..65535 for 16 bits.
 
-Alpha is dropped, a palette resolved, and of an animation the still picture read. Written are grey and colour of 8 bits.
+Alpha is dropped, a palette is resolved, and only the still image of an animation is read. The encoder writes grey and
+colour of 8 bits.
 """
 
 import math
@@ -30,14 +31,14 @@ HEADER_STRUCT = struct.Struct(">2I5B")
 CRC_STRUCT = struct.Struct(">I")
 
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-"""The chunks that make up the picture; all others are left out, as far as they may be."""
+"""Chunks that define the pixels; all others are dropped, and rejected if they are critical."""
 
 MAX_CHUNKS, BYTES_PER_EXTRA_CHUNK = 4096, 256
-"""A picture may have so many chunks, and one more for every so many of its bytes: libpng writes chunks of 8 KiB."""
+"""Maximum number of chunks, and bytes of the file that allow one more: libpng writes chunks of 8 KiB."""
 
 COLOUR_TYPE_GREY, COLOUR_TYPE_RGB, COLOUR_TYPE_PALETTE, COLOUR_TYPE_GREY_ALPHA, COLOUR_TYPE_RGBA = 0, 2, 3, 4, 6
 GREY_ALPHA_BYTES_PER_PIXEL = 4
-"""That Pillow keeps for a pixel of grey with alpha, of which one is left."""
+"""Bytes in which Pillow keeps a pixel of grey with alpha; the decoded image has one of them."""
 
 DEPTH_16_BITS = 16
 
@@ -64,17 +65,17 @@ FOUR_BYTE_RAW_MODE = "RGBA"
 """Pillow's raw mode that keeps all four bytes of a pixel, here those of 16-bit grey with alpha."""
 
 ADAM7_PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-"""Of an interlaced picture: the first row and column of each pass, and the steps between its rows and columns."""
+"""First row and column of each pass of an interlaced image, and the steps between its rows and columns."""
 
 IDAT_CHUNK_BYTES = 1 << 20
-"""Bytes that are compressed at a time, each to a chunk of its own."""
+"""Bytes that are compressed at a time, each time to a chunk of its own."""
 
 FILTER_UP = 2
-"""The filter that stores the difference from the line above: one subtraction of whole planes."""
+"""Filter that stores the difference from the row above: one subtraction of whole planes."""
 
 
 class ImageHeader(NamedTuple):
-    """The header, as it stands in the file."""
+    """Fields of the header chunk."""
 
     width: int
     height: int
@@ -108,7 +109,7 @@ class ImageHeader(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The bytes of the lines, each behind the number of its filter."""
+        """Bytes of the inflated rows, each with the number of its filter before it."""
         size = 0
         for row, column, rows, columns in ADAM7_PASSES if self.interlaced else ((0, 0, 1, 1),):
             height = -(-max(0, self.height - row) // rows)
@@ -119,10 +120,10 @@ class ImageHeader(NamedTuple):
 
 
 def decode(content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check) -> NDArray[Any]:
-    """The picture. Raises NotParseable, BodyTooLarge, and InvalidRequest for one with a side too long."""
+    """Return the image. Raises NotParseable, BodyTooLarge, and InvalidRequest if a side is too long."""
     memory = memoryview(content)
     if bytes(memory[: len(SIGNATURE)]) != SIGNATURE:
-        raise format_mismatch_error(memory, "a PNG picture")
+        raise format_mismatch_error(memory, "a PNG image")
     chunks: dict[bytes, list[memoryview]] = {kind: [] for kind in PIXEL_CHUNKS}
     for kind, chunk in _iter_chunks(memory):
         chunks[kind].append(chunk)
@@ -132,17 +133,17 @@ def decode(content: bytes | bytearray | memoryview, limit: int, check: DecodeChe
     if header.colour == COLOUR_TYPE_PALETTE:
         _check_palette(chunks[b"PLTE"])
     else:
-        # One for screens of 256 colours.
+        # A palette in other images is a suggestion for displays with 256 colours.
         chunks[b"PLTE"] = []
     try:
-        # Pillow would fill up with black what is missing.
+        # Check the size of the rows: Pillow would fill missing ones with black.
         deque(
             inflate((_extract_payload(chunk) for chunk in chunks[b"IDAT"]), zlib.MAX_WBITS, header.size, check),
             maxlen=0,
         )
     except zlib.error as error:
         raise_if_out_of_memory(error)
-        raise NotParseable(f"the PNG picture is damaged: {error}") from error
+        raise NotParseable(f"the PNG image is damaged: {error}") from error
     image_bytes = join_buffers([SIGNATURE, *chain.from_iterable(chunks.values())])
     if header.depth == DEPTH_16_BITS and header.colour != COLOUR_TYPE_GREY:
         return _decode_16_bit_samples(header, image_bytes, check)
@@ -150,7 +151,7 @@ def decode(content: bytes | bytearray | memoryview, limit: int, check: DecodeChe
 
 
 def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
-    """The predicted time, from the header: lines are inflated twice, pixels written and reordered.
+    """Return the predicted seconds, from the header: rows are inflated twice, pixels written and reordered.
 
     Pillow reads colour of 16 bits twice.
     """
@@ -169,7 +170,7 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
 
 
 def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryview]:
-    """The parts of a picture: a plane (H, W) in grey or three (3, H, W) in colour; leading sides of 1 are dropped.
+    """Return the parts of a file: a plane (H, W) as grey or (3, H, W) as colour; leading sides of 1 are dropped.
 
     The values are scaled from their own minimum and maximum to 0..255 or, with `clip`, rounded and clamped to it.
     Raises NotAcceptable for any other shape, and for values that are not finite.
@@ -179,7 +180,7 @@ def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryvie
         planes = planes[0]
     if 0 in planes.shape or (planes.ndim != 2 and planes.shape[:-2] != (RGB_CHANNELS,)):
         raise NotAcceptable(
-            f"the output {array.shape} is no picture: a PNG holds one plane (H, W) or three (3, H, W); "
+            f"the output {array.shape} is not an image: a PNG holds one plane (H, W) or three (3, H, W); "
             "ask for application/x-npy instead"
         )
     low, high = float(planes.min()), float(planes.max())
@@ -198,7 +199,7 @@ def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryvie
 
 
 def _decode_16_bit_samples(header: ImageHeader, image_bytes: memoryview, check: DecodeCheck) -> NDArray[np.uint16]:
-    """Return an image of 16 bits that Pillow reduces to 8: colour, or grey with alpha."""
+    """Return an image of 16 bits that Pillow would reduce to 8: colour, or grey with alpha."""
     planes = np.empty((header.planes, header.height, header.width), np.uint16)
     halves = planes.view(np.uint8)
     first, second = (1, 0) if sys.byteorder == "little" else (0, 1)
@@ -217,30 +218,30 @@ def _decode_16_bit_samples(header: ImageHeader, image_bytes: memoryview, check: 
 
 
 def _iter_chunks(memory: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """The chunks that make up the picture, by their kind."""
+    """Yield the kind and the bytes of each chunk that defines the pixels."""
     at = len(SIGNATURE)
     max_chunks = MAX_CHUNKS + len(memory) // BYTES_PER_EXTRA_CHUNK
     for _ in range(max_chunks):
         length, kind = CHUNK_HEADER.unpack_from(memory, at) if at + CHUNK_HEADER.size <= len(memory) else (0, b"")
         end = at + CHUNK_HEADER.size + length + CRC_STRUCT.size
         if end > len(memory):
-            raise NotParseable(f"the PNG picture is cut off after {len(memory):,} bytes")
+            raise NotParseable(f"the PNG image is cut off after {len(memory):,} bytes")
         chunk = memory[at:end]
         if zlib.crc32(chunk[4 : -CRC_STRUCT.size]) != CRC_STRUCT.unpack(chunk[-CRC_STRUCT.size :])[0]:
-            raise NotParseable(f"the PNG picture is damaged: the CRC of its chunk {kind!r} is not what the chunk says")
+            raise NotParseable(f"the PNG image is damaged: the CRC of its chunk {kind!r} does not match")
         if (kind == b"IHDR") != (at == len(SIGNATURE)):
-            raise NotParseable("the PNG picture does not have its header as its first chunk, once")
+            raise NotParseable("the PNG image does not have its header as its first chunk, once")
         if kind in PIXEL_CHUNKS:
             yield kind, chunk
         elif kind[:1].isupper() or not kind.isalpha():
-            raise NotParseable(f"the PNG picture has a chunk {kind!r} that must be understood: it is in no standard")
+            raise NotParseable(f"the PNG image has the unknown critical chunk {kind!r}")
         at = end
         if kind == b"IEND":
             break
     else:
-        raise NotParseable(f"the PNG picture of {len(memory):,} bytes has more than {max_chunks:,} chunks")
+        raise NotParseable(f"the PNG image of {len(memory):,} bytes has more than {max_chunks:,} chunks")
     if at != len(memory):
-        raise NotParseable(f"the PNG picture has {len(memory) - at:,} bytes behind its end")
+        raise NotParseable(f"the PNG image has {len(memory) - at:,} bytes after its end")
 
 
 def _parse_header(chunk: memoryview) -> ImageHeader:
@@ -255,18 +256,18 @@ def _parse_header(chunk: memoryview) -> ImageHeader:
         and header.interlaced in (0, 1)
     )
     if header is None or not known:
-        raise NotParseable(f"the PNG picture has a header that no standard explains: {bytes(payload[:16])!r}")
+        raise NotParseable(f"the PNG image has an invalid header: {bytes(payload[:16])!r}")
     return header
 
 
 def _check_palette(chunks: list[memoryview]) -> None:
     lengths = [len(_extract_payload(chunk)) for chunk in chunks]
     if len(lengths) != 1 or lengths[0] % RGB_CHANNELS or not 0 < lengths[0] <= 256 * RGB_CHANNELS:
-        raise NotParseable(f"the PNG picture needs one palette of 1 to 256 colours: it has {lengths} bytes of them")
+        raise NotParseable(f"the PNG image needs one palette of 1 to 256 colours: it has palettes of {lengths} bytes")
 
 
 def _extract_payload(chunk: memoryview) -> memoryview:
-    """What a chunk says, without its length, kind and CRC."""
+    """Return the data of a chunk, without its length, kind and CRC."""
     return chunk[CHUNK_HEADER.size : -CRC_STRUCT.size]
 
 
@@ -280,12 +281,12 @@ def _scale(planes: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
         return np.zeros(planes.shape, np.uint8)
     span = high - low
     if not 1e-30 < span < 1e30:
-        # Brought near 1, nothing below can overflow, and nothing is lost.
+        # Scale the numbers to near 1: nothing below can overflow then, and no precision is lost.
         exponent = -math.frexp(max(abs(low), abs(high)))[1]
         planes = np.ldexp(planes.astype(np.float64), exponent)
         low, high = math.ldexp(low, exponent), math.ldexp(high, exponent)
         span = high - low
-    # float32 for what it holds exactly, float64 for wider numbers.
+    # float32 for dtypes that it holds exactly, float64 for wider ones.
     values = np.subtract(planes, low, dtype=np.promote_types(planes.dtype, np.float32))
     values *= 255 / span
     scaled: NDArray[np.uint8] = np.rint(values, out=values).astype(np.uint8)
@@ -293,9 +294,10 @@ def _scale(planes: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
 
 
 def _deflate(lines: NDArray[np.uint8]) -> Iterator[bytes]:
-    """Three times as fast as zlib's quickest level for pictures of edges, and smaller: repeats are looked for in runs.
+    """Yield the compressed rows, with differences from the row above and run-length matching only.
 
-    Longer ones are rare in pictures once each line stands as the difference from the line above.
+    For images of edges, this is three times as fast as zlib's fastest level, and the result is smaller. Matches other
+    than runs are rare in images once each row is stored as the difference from the row above.
     """
     filtered = np.empty((len(lines), 1 + lines.shape[1]), np.uint8)
     filtered[:, 0] = FILTER_UP

@@ -1,4 +1,4 @@
-"""Options that come as text, and those among them that are about how an answer is to be written."""
+"""Options for the form of a response, and the parser of options that are sent as text."""
 
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from service.codecs import decimals
 
 
 class ResponseOptions(BaseModel):
-    """What a request may say about the answer's form."""
+    """Options for the form of any response."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,7 +20,7 @@ class ResponseOptions(BaseModel):
 
 
 class OutputResponseOptions(ResponseOptions):
-    """The same where the answer is an array that may be a picture."""
+    """Options for a response whose output may be sent as an image."""
 
     png: Literal["scale", "clip"] = Field(
         "scale",
@@ -29,7 +29,7 @@ class OutputResponseOptions(ResponseOptions):
 
 
 class FitResponseOptions(ResponseOptions):
-    """The same where it is a learned kernel."""
+    """Options for a response with a fitted kernel."""
 
     history: Literal["full", "thin"] = Field(
         "full",
@@ -38,7 +38,7 @@ class FitResponseOptions(ResponseOptions):
 
 
 def parse_option(text: str) -> Any:
-    """What an option's text says: `2` a number, `[1, 2]` a list, `reflect` itself."""
+    """Return the value of an option's text: `2` is a number, `[1, 2]` a list, `reflect` a string."""
     try:
         return decimals.loads(text.encode())
     except orjson.JSONDecodeError:

@@ -1,6 +1,6 @@
-"""Hugging Face's safetensors: a size, a header in JSON, and the arrays' bytes one after the other.
+"""Hugging Face's safetensors: the header's length, the header in JSON, and the arrays' bytes one after the other.
 
-The header must name every byte behind it once: no hole in which something could hide, no overlap, nothing twice.
+The arrays in the header must cover every byte after it exactly once: no gaps, which could hide data, and no overlaps.
 """
 
 import json
@@ -27,7 +27,7 @@ from service.errors import FieldError, InvalidRequest, NotParseable
 MEDIA_TYPE = "application/x-safetensors"
 
 MAX_SAFETENSORS_HEADER_BYTES = 65_536
-"""Bytes: four times what as many tensors need. Python's lock is held while the header is parsed."""
+"""Largest header, in bytes: four times what MAX_TENSORS need. The GIL is held while the header is parsed."""
 
 MAX_TENSORS = 256
 MAX_OPTIONS = 100
@@ -38,16 +38,16 @@ DTYPE_NAMES = {
     **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
     **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
-"""numpy's name of a dtype -> that of safetensors."""
+"""safetensors' name of a dtype, by numpy's name."""
 
 NUMPY_DTYPE_NAMES = {name: numpy_name for numpy_name, name in DTYPE_NAMES.items()}
 
 LENGTH_FIELD_BYTES = 8
-"""Bytes of the header's length, and the alignment of what follows the header."""
+"""Width of the header's length field in bytes, and the alignment of the data after the header."""
 
 
 class TensorEntry(NamedTuple):
-    """What the header says of one array."""
+    """Entry of the header for one array."""
 
     begin: int
     end: int
@@ -57,7 +57,7 @@ class TensorEntry(NamedTuple):
 
 
 def decode(content: bytes | bytearray | memoryview, limit: int) -> dict[str, NDArray[Any] | str]:
-    """The arrays by name, views of the content where they are aligned in it, and the strings of `__metadata__`."""
+    """Return the arrays by name, views of the content if they are aligned in it, and the strings of `__metadata__`."""
     memory = memoryview(content)
     header, start = _read_header(memory)
     options = _parse_options(header.pop(METADATA_KEY, {}))
@@ -82,8 +82,8 @@ def decode(content: bytes | bytearray | memoryview, limit: int) -> dict[str, NDA
 
 
 def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
-    """The parts of a safetensors file: its header, and the arrays' own memory, each where its numbers are aligned."""
-    # The widest numbers come first: with none of the holes that the format forbids, every array is then aligned.
+    """Return the parts of a safetensors file: its header, and the arrays' own memory, each aligned to its numbers."""
+    # Arrays with the widest numbers are first: so all are aligned without gaps, which the format forbids.
     ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {}
     parts: list[bytes | memoryview] = []
@@ -99,7 +99,7 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
 
 
 def _read_header(memory: memoryview) -> tuple[dict[str, Any], int]:
-    """The header, and where it ends."""
+    """Return the header, and the offset of its end."""
     length = int.from_bytes(memory[:LENGTH_FIELD_BYTES], "little")
     if len(memory) < LENGTH_FIELD_BYTES or length > MAX_SAFETENSORS_HEADER_BYTES:
         if bytes(memory[LENGTH_FIELD_BYTES : LENGTH_FIELD_BYTES + 1]) != b"{":
@@ -112,7 +112,7 @@ def _read_header(memory: memoryview) -> tuple[dict[str, Any], int]:
         raise NotParseable(f"the body ends inside its safetensors header: it was cut off after {len(memory):,} bytes")
     try:
         header = orjson.loads(text)
-        # orjson is the stricter of the two about what JSON is; only the other one shows names that come twice.
+        # orjson is the stricter parser; only json's shows duplicate names.
         json.loads(text, object_pairs_hook=_check_unique_names)
     except (ValueError, RecursionError) as error:
         raise NotParseable(f"the safetensors header is not JSON: {error}") from error
@@ -147,7 +147,7 @@ def _parse_entry(name: str, fields: object) -> TensorEntry:
             )
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise NotParseable(
-            f"the safetensors header's {quote_name(name)} has a shape or data_offsets that are no integers from 0 on"
+            f"the safetensors header's {quote_name(name)} has a shape or data_offsets that are not nonnegative integers"
         )
     numpy_dtype = resolve_dtype(NUMPY_DTYPE_NAMES.get(dtype, ""), truncate_name(name), received=quote_name(dtype))
     check_shape(tuple(shape), truncate_name(name))
@@ -164,8 +164,8 @@ def _check_coverage(entries: list[TensorEntry], length: int) -> None:
                 f"{truncate_name(str(entry.shape))} of {entry.dtype.name} has {size:,} bytes"
             )
         if entry.begin != at:
-            what = "overlaps what comes before it" if entry.begin < at else "leaves a hole before it"
-            raise NotParseable(f"{quote_name(entry.name)} {what}: it begins at {entry.begin:,}, where {at:,} is free")
+            problem = "overlaps the tensor before it" if entry.begin < at else "leaves a gap before it"
+            raise NotParseable(f"{quote_name(entry.name)} {problem}: it begins at {entry.begin:,}, expected {at:,}")
         at = entry.end
     if at != length:
-        raise NotParseable(f"the tensors are {at:,} bytes by the safetensors header: {length:,} follow it")
+        raise NotParseable(f"the safetensors header declares {at:,} bytes of tensors: {length:,} follow it")

@@ -1,7 +1,7 @@
-"""Numbers that tell how the service fares: every worker counts in its own row of a table that all of them see.
+"""Metrics in shared memory: every worker counts in its own row of a table that all workers can read.
 
-A row is plain numbers in shared memory, and everything that is counted has its place in it from the start: to count is
-one addition, and whichever worker is asked adds up the rows. `service/metrics/prometheus.py` says what they mean.
+A row is an array of float64 in which every metric has a fixed index, so counting is one addition. The worker that
+serves /metrics adds up the rows. `service/metrics/prometheus.py` has the names and meanings of the metrics.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 OTHER_LABEL = "other"
-"""What stands for every route, status, reason and engine that is not listed: what is sent makes no new series."""
+"""Label of every route, status, reason and engine that is not listed, so that requests cannot create new series."""
 
 ROUTES = ("/correlate", "/conv2d", "/train-kernel", "/kernels", "/info", "/livez", "/readyz", "/metrics", OTHER_LABEL)
 STATUSES = (200, 307, 400, 401, 403, 404, 405, 406, 408, 413, 414, 415, 421, 422, 431, 499, 500, 501, 503, 504, 505)
@@ -35,20 +35,20 @@ BUCKET_BOUNDS_S = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
-"""Seconds: from half of a small request to the default deadline."""
+"""Upper bounds of the histogram buckets in seconds, from half of a small request to the default deadline."""
 
 BUCKET_BOUNDS_MS = tuple(1000 * bound for bound in BUCKET_BOUNDS_S)
 BUCKET_COUNT = len(BUCKET_BOUNDS_S) + 1
-"""The last one is for what is above all bounds; behind it stands the sum."""
+"""The last bucket counts values above all bounds; the cell after it holds the sum."""
 
 CELLS_PER_ROW = 1024
-"""Of a row. More than are used, for what has its place in them is only known where core is loaded."""
+"""Float64 cells per row. More than are used: the supervisor creates the table without loading core and its engines."""
 
 PID_CELL, START_TIME_CELL, FIRST_GAUGE_CELL = 0, 1, 2
 FIRST_COUNTER_CELL = FIRST_GAUGE_CELL + len(GAUGE_NAMES)
 
 LOCK_TIMEOUT_S = 5.0
-"""Seconds until whoever holds the lock on the table, for a moment only, must have been killed in it."""
+"""Seconds after which the lock of the table is ignored: its holder, which needs it only briefly, must have died."""
 
 Row: TypeAlias = "memoryview[float]"
 
@@ -63,10 +63,10 @@ class PhaseTimes(Protocol):
 
 
 class SharedCounters:
-    """A row for each worker, and some to spare for those that start before another has ended.
+    """Table with a row for each worker, and spare rows for workers that start before another has ended.
 
-    One of several workers is shared memory without a name, which can be handed to processes while they are spawned. A
-    row outlives its worker: its counts go on in the worker that takes its place.
+    For several workers it is anonymous shared memory, which is passed to processes when they are spawned. A row
+    outlives its worker: the worker that replaces it continues its counts.
     """
 
     def __init__(self, workers: int = 1) -> None:
@@ -74,19 +74,19 @@ class SharedCounters:
         self.started = time.time()
         spawning = multiprocessing.get_context("spawn")
         self._rows = 1 if workers == 1 else 2 * workers
-        # One more for what the supervisor counts.
+        # The last cell counts restarts by the supervisor.
         cells = self._rows * CELLS_PER_ROW + 1
         self._memory = bytearray(8 * cells) if workers == 1 else spawning.RawArray("d", cells)
         self._lock = None if workers == 1 else spawning.Lock()
 
     def rows(self) -> list[Row]:
-        """All of them, each CELLS float64."""
+        """Return all rows, each with CELLS_PER_ROW float64 cells."""
         cells = self._cells()
         return [cells[at : at + CELLS_PER_ROW] for at in range(0, self._rows * CELLS_PER_ROW, CELLS_PER_ROW)]
 
     @property
     def restarts(self) -> float:
-        """Workers that the supervisor has started in place of others, those that never came to count among them."""
+        """Workers that the supervisor has started to replace others, including workers that failed at startup."""
         return self._cells()[-1]
 
     @restarts.setter
@@ -97,11 +97,11 @@ class SharedCounters:
         return memoryview(self._memory).cast("B").cast("d")
 
     def live_rows(self) -> list[Row]:
-        """Those whose workers live."""
+        """Return the rows of running workers."""
         return [row for row in self.rows() if _is_alive(row)]
 
     def claim_row(self) -> Row:
-        """A row for this process. Should there be none left, one that nobody else sees: to count must not fail."""
+        """Return a free row for this process, or a private row if none is free, so that counting never fails."""
         with self._hold_lock():
             row = next(
                 (row for row in self.rows() if not _is_alive(row)), memoryview(bytearray(8 * CELLS_PER_ROW)).cast("d")
@@ -126,7 +126,7 @@ class SharedCounters:
 
 
 class Gauge:
-    """A number that goes up and down: this worker's share of it."""
+    """Gauge: the value of this worker, which /metrics adds up over all workers."""
 
     __slots__ = ("_at", "_row")
 
@@ -135,20 +135,20 @@ class Gauge:
         self._at = at
 
     def set(self, number: float) -> None:
-        """From now on it is this."""
+        """Set the value."""
         self._row[self._at] = number
 
 
 class Metrics:
-    """What one worker counts. To be called from its event loop only, for an addition is not atomic.
+    """Metrics of one worker. Call it from the worker's event loop only, since additions are not atomic.
 
-    The mappings say where in a row a number stands, of histograms the first bucket.
+    The mappings give the index of a metric in a row, for histograms that of the first bucket.
     """
 
     def __init__(
         self, table: SharedCounters | None = None, *, engines: Iterable[str] = (), reasons: Iterable[str] = ()
     ) -> None:
-        """Claim a row. `reasons` are what a request may be refused for, the names of problems."""
+        """Claim a row. reasons: names of the problem types for which requests are rejected."""
         self.table = table or SharedCounters()
         self._row = self.table.claim_row()
         free = iter(range(FIRST_COUNTER_CELL, CELLS_PER_ROW))
@@ -183,13 +183,13 @@ class Metrics:
         self.memory_used, self.memory_limit = memory
 
     def start_request(self) -> None:
-        """A request reached the application."""
+        """Count a request that reached the application."""
         self._row[IN_PROGRESS_CELL] += 1
 
     def finish_request(
         self, path: str, status: int, timing: PhaseTimes, seconds: float, sent: int, rejection: str | None
     ) -> None:
-        """A request left the application with an answer of `sent` bytes; `refused` is why, if it was."""
+        """Count a finished request with a body of `sent` bytes; `rejection` is the name of its problem type, if any."""
         row = self._row
         row[IN_PROGRESS_CELL] -= 1
         statuses, first = self._routes.get(path, self._other)
@@ -213,15 +213,15 @@ class Metrics:
             row[self.rejections.get(rejection) or self.rejections[OTHER_LABEL]] += 1
 
     def add_received_bytes(self, size: int) -> None:
-        """A piece of a body was read, that many bytes of it."""
+        """Count received bytes of a request body."""
         self._row[self.received_bytes] += size
 
     def add_dropped_lines(self, lines: int) -> None:
-        """So many lines of the log were not written."""
+        """Count log lines that were not written."""
         self._row[self.dropped_lines] += lines
 
     def count_engine(self, name: str) -> None:
-        """A computation was done by this engine, or a fit by this method."""
+        """Count a computation by this engine, or a fit by this method."""
         self._row[self.engines.get(name) or self.engines[OTHER_LABEL]] += 1
 
 
@@ -229,14 +229,14 @@ IN_PROGRESS_CELL = FIRST_GAUGE_CELL + GAUGE_NAMES.index("requests_in_progress")
 
 
 def _is_alive(row: Row) -> bool:
-    """Whether the worker of the row does: its process is there, and no later one of the same number."""
+    """Return whether the row's worker runs: its process exists and is not a later one with the same PID."""
     return row[PID_CELL] != 0 and _read_start_time(int(row[PID_CELL])) == row[START_TIME_CELL]
 
 
 def _read_start_time(pid: int) -> float | None:
-    """When a process was started, in ticks of its system's clock; 0 where that cannot be told; None if it is gone."""
+    """Return the start time of a process in clock ticks; 0 if it is unknown, None if the process has ended."""
     try:
-        # The name in front, in brackets, may hold anything. A zombie is gone: only its parent does not know yet.
+        # The process name, in parentheses, may contain any character. A zombie counts as ended.
         state, *fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
         return None if state in "ZX" else float(fields[18])
     except OSError:

@@ -1,4 +1,4 @@
-"""The table of numbers as Prometheus reads it: names, types, labels and what they mean."""
+"""Prometheus exposition of the metrics: names, types, labels and help texts."""
 
 import os
 import platform
@@ -33,39 +33,39 @@ METRICS_MEDIA_TYPES = ("text/plain", "application/openmetrics-text")
 BUCKET_LABELS = [*map(floatToGoString, BUCKET_BOUNDS_S), "+Inf"]
 
 METRIC_HELP: Mapping[str, str] = {
-    "requests": "requests that were answered",
-    "request_seconds": "time from the head of a request to the end of its answer",
-    "phase_seconds": "time of requests in one phase, of those that had it: what is computed at once did not wait",
-    "refused": "requests that were not granted, by the last part of their problem's type",
-    "engine": "computations by the engine that was chosen, and fits by their method",
-    "received_bytes": "bytes of bodies that were read, as they came",
-    "sent_bytes": "bytes of the bodies of answers, as they went",
-    "log_lines_dropped": "lines of the log that were not written: the reader of stderr fell behind, or writing failed",
-    "worker_restarts": "workers that were started in place of others",
-    "workers_ready": "workers that can compute: the warm-up came out right, and they are not going down",
-    "requests_in_progress": "requests whose answers have not been sent yet, the one for this among them",
-    "connections": "connections that are open",
-    "computations": "computations that run",
-    "queue_depth": "computations that wait for their turn",
-    "queue_limit": "computations that may wait for their turn",
-    "memory_used_bytes": "memory that requests hold, as it was estimated for them",
-    "memory_limit_bytes": "memory that all requests together may hold",
-    "workers": "worker processes that live",
-    "resident_memory_bytes": "memory of the worker processes, what they share counted for each of them",
-    "start_time_seconds": "when the service was started, since 1970",
-    "build": "what is running",
+    "requests": "completed requests",
+    "request_seconds": "time from the headers of a request to the end of its response",
+    "phase_seconds": "time per request phase, of requests with that phase; inline computations have no wait phase",
+    "refused": "rejected requests by problem type, the last part of its URN",
+    "engine": "computations by engine, and fits by method",
+    "received_bytes": "received bytes of request bodies, before decompression",
+    "sent_bytes": "sent bytes of response bodies, after compression",
+    "log_lines_dropped": "log lines that were not written because the reader of stderr fell behind or writing failed",
+    "worker_restarts": "workers started to replace others",
+    "workers_ready": "workers that can compute: after a successful warm-up and before shutdown",
+    "requests_in_progress": "requests whose response has not been sent yet, including the request for these metrics",
+    "connections": "open connections",
+    "computations": "running computations",
+    "queue_depth": "computations that wait in the queue",
+    "queue_limit": "maximum number of computations that wait in the queue",
+    "memory_used_bytes": "estimated memory that requests hold",
+    "memory_limit_bytes": "maximum memory of all requests together",
+    "workers": "running worker processes",
+    "resident_memory_bytes": "resident memory of the worker processes; shared pages are counted for each of them",
+    "start_time_seconds": "start time of the service, since the Unix epoch",
+    "build": "versions of corr2d and Python",
 }
 
 
 class MetricsCollector(Collector):
-    """All that is known, as Prometheus' families: counts of all workers there were, states of those that live."""
+    """Collector of all metrics: counters include workers that have ended, gauges are those of running workers."""
 
     def __init__(self, metrics: Metrics, version: str) -> None:
         self._metrics = metrics
         self._version = version
 
     def collect(self) -> Iterator[Metric]:
-        """One family after the other."""
+        """Yield the metric families."""
         metrics, table = self._metrics, self._metrics.table
         counts = _sum_rows(table.rows())
         live_rows = table.live_rows()
@@ -103,14 +103,14 @@ class MetricsCollector(Collector):
 
 
 def render_metrics(metrics: Metrics, version: str, accept: bytes | None) -> tuple[bytes, str]:
-    """The text and its media type: OpenMetrics for those who like that best, Prometheus' own text for all others."""
+    """Return the text and its media type: OpenMetrics if Accept prefers it, else the Prometheus text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(MetricsCollector(metrics, version))
     try:
         preferred = negotiate_format(accept, METRICS_MEDIA_TYPES)
     except NotAcceptable:
         preferred = METRICS_MEDIA_TYPES[0]
-    # Not what was sent: choose_encoder takes any version for one that it has, and fails at one that is no number.
+    # Not the Accept header itself: choose_encoder accepts unknown versions, and fails if one is not a number.
     encode, media_type = choose_encoder(preferred)
     return encode(registry), media_type
 
@@ -139,7 +139,7 @@ def _make_histogram(
 
 
 def _read_resident_bytes(pid: int) -> int | None:
-    """Bytes of a process's memory; None where the system has no /proc, or the process has just gone."""
+    """Return the resident memory of a process in bytes; None without /proc, or if the process has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

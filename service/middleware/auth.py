@@ -1,6 +1,6 @@
-"""Who may come in, from where, and what browsers are told: API keys, CORS and the headers of pages.
+"""ASGI middleware for API keys, CORS and security headers.
 
-Each is ASGI middleware. The first two are only there where they are set, and the third is not on the short way.
+The first two are installed only if they are configured. FastPathMiddleware bypasses SecurityHeadersMiddleware.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from service.errors import InvalidRequest, Unauthorized
 from service.problems import create_internal_error_response, respond_to_error
 
 PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz"})
-"""What needs no key: the questions of a load balancer, and the pages that say how to use the service."""
+"""Paths that need no API key: health checks and documentation."""
 
 DOCS_ASSETS_PATH = "/static-offline-docs"
-"""What /docs loads is open too."""
+"""Path prefix of the files that /docs loads; they need no API key either."""
 
 WWW_AUTHENTICATE_CHALLENGE = 'Bearer realm="corr2d"'
-"""RFC 6750, 3."""
+"""Challenge of 401 responses (RFC 6750, 3)."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -32,19 +32,19 @@ SECURITY_HEADERS = {
 
 
 def is_public(path: str) -> bool:
-    """Whether a path needs no key."""
+    """Return whether requests to a path need no API key."""
     return path in PUBLIC_PATHS or path.startswith(DOCS_ASSETS_PATH + "/")
 
 
 class APIKeyMiddleware:
-    """Requests need a key; those without are answered before anything of their bodies is read."""
+    """Middleware that rejects requests without a valid API key, before it receives their bodies."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http" or is_public(scope["path"]):
             await self._app(scope, receive, send)
             return
@@ -58,17 +58,15 @@ class APIKeyMiddleware:
             else WWW_AUTHENTICATE_CHALLENGE
         }
         if _has_body(scope):
-            # It is not wanted: the server closes the connection instead of reading it.
+            # The server closes the connection instead of receiving the body.
             headers["Connection"] = "close"
-        problem = (
-            "the API key that was sent is none of this service's" if sent else "an API key is needed and none came"
-        )
+        problem = "invalid API key" if sent else "no API key received, but one is required"
         error = Unauthorized(f"{problem}; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`", headers=headers)
         await respond_to_error(Request(scope), error)(scope, receive, send)
 
 
 def _read_keys(scope: Scope) -> list[bytes]:
-    """Those of Authorization and X-API-Key. A proxy may need the first for itself: either will do."""
+    """Return the keys in Authorization and X-API-Key. One valid key suffices: a proxy may use Authorization itself."""
     keys = []
     for name, value in scope["headers"]:
         if name == b"x-api-key":
@@ -86,7 +84,7 @@ def _has_body(scope: Scope) -> bool:
 
 
 class CrossOriginMiddleware:
-    """Pages from these origins ("*": from anywhere) may call, and read errors as well as answers."""
+    """CORS for pages from these origins ("*": any origin), including error responses."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str], *, credentials: bool) -> None:
         self._cors = CORSMiddleware(
@@ -99,7 +97,7 @@ class CrossOriginMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; a preflight at once."""
+        """Handle one request; respond to preflight requests directly."""
         is_options = scope["type"] == "http" and scope["method"] == "OPTIONS"
         headers = Headers(scope=scope) if is_options else {}
         if "origin" not in headers or "access-control-request-method" not in headers:
@@ -107,20 +105,23 @@ class CrossOriginMiddleware:
             return
         response = self._cors.preflight_response(headers)  # type: ignore[arg-type]  # they are Headers
         if response.status_code >= 400:
-            told = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
-            detail = f"{bytes(response.body).decode()}; the operator can change that by CORR2D_CORS_ORIGINS"
-            response = respond_to_error(Request(scope), InvalidRequest(detail, headers=told))
+            cors_headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+            detail = f"{bytes(response.body).decode()} (setting: CORR2D_CORS_ORIGINS)"
+            response = respond_to_error(Request(scope), InvalidRequest(detail, headers=cors_headers))
         await response(scope, receive, send)
 
 
 class InternalErrorMiddleware:
-    """A fault of ours is answered here, inside of CORS, and goes on to the log: Starlette's answer has no headers."""
+    """Middleware that responds to internal errors inside CORS, since Starlette's response has no CORS headers.
+
+    It raises the error again, for the log.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         started = False
 
         async def send_and_track(message: Message) -> None:
@@ -137,22 +138,22 @@ class InternalErrorMiddleware:
 
 
 class SecurityHeadersMiddleware:
-    """What a browser may do with an answer that it is led to: not guess its type, not frame it, run nothing in it.
+    """Middleware that adds headers against MIME sniffing, framing and scripts in responses.
 
-    A page that needs more says so itself.
+    Headers that a response sets itself stay.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
 
-        async def told(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, told if scope["type"] == "http" else send)
+        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

@@ -1,4 +1,4 @@
-"""Every request gets an id, its phases are timed, and it leaves one line in the log."""
+"""Request IDs, timing of request phases, metrics, and one log line per request."""
 
 import itertools
 import re
@@ -12,10 +12,10 @@ from service.metrics.counters import Metrics
 
 REQUEST_ID_PREFIX = secrets.token_hex(8)
 REQUEST_NUMBERS = itertools.count()
-"""Ids are numbered within a process of a random name: to draw each of them takes longer than to log it."""
+"""A request ID is a random prefix per process and a number: a random ID takes longer to create than its log line."""
 
 INTERNAL_PROBLEM = "internal"
-"""The name of the problem that is a fault of ours."""
+"""Name of the problem type of internal errors."""
 
 REQUEST_ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -29,7 +29,7 @@ class Timing:
         self.parse = self.wait = self.compute = self.encode = 0.0
 
     def header(self) -> str:
-        """The Server-Timing header (W3C)."""
+        """Return the value of the Server-Timing header (W3C)."""
         return (
             f"parse;dur={self.parse:.3f}, wait;dur={self.wait:.3f}, "
             f"compute;dur={self.compute:.3f}, encode;dur={self.encode:.3f}"
@@ -37,17 +37,17 @@ class Timing:
 
 
 def milliseconds_since(start: float) -> float:
-    """From a reading of time.perf_counter until now."""
+    """Return the milliseconds since a value of time.perf_counter."""
     return 1000 * (time.perf_counter() - start)
 
 
 def get_common_headers(scope: Scope) -> dict[str, str]:
-    """What every response says about its request."""
+    """Return the headers that every response has."""
     return {"X-Request-ID": scope["state"]["request_id"], "Server-Timing": scope["state"]["timing"].header()}
 
 
 def _read_request_id(scope: Scope) -> str | None:
-    """The request's own id, if it has one that can stand in a header and a log."""
+    """Return the request's own ID, or None if it has none or an invalid one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             sent: str = value.decode("latin-1")
@@ -56,20 +56,20 @@ def _read_request_id(scope: Scope) -> str | None:
 
 
 class RequestLogMiddleware:
-    """ASGI middleware: puts `request_id` and `timing` into the request's state, adds headers, writes the line, counts.
+    """Middleware that sets `request_id` and `timing` in the request's state, adds headers, logs and counts.
 
-    Whoever refuses a request puts the name of its problem into that state as `refused`.
+    An error response sets `refused` in that state to the name of its problem type.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, protocol_error_app: ASGIApp) -> None:
-        """`given_up` answers what the server gave up before the application saw it: see service/server/protocol.py."""
+        """protocol_error_app responds to requests that the server rejects itself, see service/server/protocol.py."""
         self._app = app
         self._protocol_error_app = protocol_error_app
         self._metrics = metrics
         self._log = structlog.get_logger("corr2d")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection; only HTTP requests are logged."""
+        """Handle one request; connections other than HTTP are not logged."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,1 +1,1 @@
-"""One file per resource, its models beside it."""
+"""Endpoints, one module per resource, with its models."""

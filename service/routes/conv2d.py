@@ -16,8 +16,8 @@ from service.routes.raw_route import RawRoute
 router = APIRouter(tags=["convolution"], route_class=RawRoute)
 
 EXAMPLES: dict[str, dict[str, Any]] = {
-    "the lesson's edge kernel": {"input": [[1, 1, 0, 0, 0, 0, 1, 1]], "weight": [[-1, 1]]},
-    "two filters over two channels": {
+    "edge kernel of the d2l example": {"input": [[1, 1, 0, 0, 0, 0, 1, 1]], "weight": [[-1, 1]]},
+    "two filters on two channels": {
         "input": [[[1, 2, 3], [4, 5, 6], [7, 8, 9]], [[9, 8, 7], [6, 5, 4], [3, 2, 1]]],
         "weight": [[[[1, 0], [0, 1]], [[1, 0], [0, 1]]], [[[0, 1], [1, 0]], [[0, 0], [0, 0]]]],
         "bias": [0.5, -0.5],
@@ -28,24 +28,24 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 LINKS = {
     "next-layer": make_link(
-        "/conv2d", "the output as another layer's input", requestBody={"input": "$response.body#/output"}
+        "/conv2d", "use the output as the input of another layer", requestBody={"input": "$response.body#/output"}
     ),
 }
 
 
 class Conv2dRequest(ConvolutionRequest):
-    """The arguments of torch.nn.functional.conv2d, and torch.nn.Conv2d's padding_mode."""
+    """Arguments of torch.nn.functional.conv2d, and padding_mode of torch.nn.Conv2d."""
 
     ARRAY_FIELDS: ClassVar = ("input", "weight", "bias")
 
     input: Array = Field(description="(N, C, H, W), (C, H, W) or (H, W)")
-    weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one channel in and one out")
+    weight: Array = Field(description="(O, C/groups, h, w), or (h, w) for one input and one output channel")
     bias: Array | None = Field(None, description="(O)")
     stride: Stride = 1
     padding: Padding = 0
     dilation: Dilation = 1
     groups: Groups = 1
-    padding_mode: core.PaddingMode = Field("zeros", description="what the padding holds")
+    padding_mode: core.PaddingMode = Field("zeros", description="values of the padding")
 
 
 @router.post(
@@ -54,5 +54,5 @@ class Conv2dRequest(ConvolutionRequest):
     **endpoint_docs(Conv2dRequest, ConvolutionResponse, EXAMPLES, path="/conv2d", links=LINKS),
 )
 async def conv2d(request: Request) -> Response:
-    """torch.nn.functional.conv2d: images under a bank of filters; the output has the input's rank."""
-    return await handle_convolution(core.conv2d, Conv2dRequest, request)
+    """Apply a Conv2d layer as torch.nn.functional.conv2d does; the output has as many dimensions as the input."""
+    return await handle_convolution(core.plan_conv2d, Conv2dRequest, request)

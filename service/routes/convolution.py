@@ -1,4 +1,4 @@
-"""What /correlate and /conv2d share: options, range, and the answer."""
+"""Options, value range and response of /correlate and /conv2d."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from core import OVERFLOW_THRESHOLDS, Dtype, Method, Result, with_error_bound
+from core import OVERFLOW_THRESHOLDS, ConvolutionPlan, Dtype, Method, Result
 from service.array_field import Array, find_first_true
 from service.codecs.buffers import all_within
 from service.codecs.response_options import OutputResponseOptions
@@ -20,25 +20,29 @@ from service.responses import Responder, as_numpy
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 MAX_FLOAT32_INPUT = math.nextafter(OVERFLOW_THRESHOLDS["float32"], 0)
-"""The largest float64 number that rounds to a finite float32 number, which is the one before it."""
+"""Largest float64 number that rounds to a finite float32 number, and that number."""
 
 FLOAT32_SAFE_DTYPE_CODES = frozenset("bBhHiIlLqQef")
-"""numpy's codes for the numbers of which none is past the range of float32."""
+"""numpy's codes of dtypes whose values all lie within the range of float32."""
 
 
 class ConvolutionRequest(RequestModel):
-    """The options of both, and the range that their arrays must keep to."""
+    """Options of both endpoints; checks the range of their arrays."""
 
     ARRAY_FIELDS: ClassVar[tuple[str, ...]] = ()
 
-    method: Method = Field("auto", description="the family of algorithms; auto takes what should be fastest")
+    method: Method = Field(
+        "auto", description="family of algorithms; auto selects the engine with the least predicted time"
+    )
     device: Device = "auto"
-    dtype: Dtype = Field("float32", description="what to compute in")
-    explain: bool = Field(default=False, description="say in the answer what the choice among engines was made by")
+    dtype: Dtype = Field("float32", description="dtype of the computation and the output")
+    explain: bool = Field(
+        default=False, description="add the predicted time of every engine and an error bound to the response"
+    )
 
     @model_validator(mode="after")
     def _check_float32_range(self) -> "ConvolutionRequest":
-        """A value that float32 would make an infinity of is refused, with its place."""
+        """Reject a value that does not fit into float32, with its index."""
         if self.dtype == "float64":
             return self
         for name in self.ARRAY_FIELDS:
@@ -57,32 +61,34 @@ class ConvolutionRequest(RequestModel):
 
 
 class Explanation(BaseModel):
-    """The choice among engines. Times are in milliseconds."""
+    """Predicted and measured times, in milliseconds."""
 
-    predicted_ms: dict[str, float] = Field(description="what each engine that can was predicted to take")
+    predicted_ms: dict[str, float] = Field(description="predicted time of each engine that supports the problem")
     unsupported: dict[str, str] = Field(description="engines that do not support this problem, and the reason")
-    compute_ms: float = Field(description="what the chosen one took")
+    compute_ms: float = Field(description="measured time of the engine that ran")
     error_bound: float | None = Field(
-        None, description="no value of the output is off by more; absent where no finite bound is known"
+        None, description="no error of the output exceeds it; absent if no finite bound is known"
     )
 
 
 class ConvolutionResponse(BaseModel):
-    """The output and how it was made."""
+    """The output and the engine that computed it."""
 
     output: Array
     shape: list[int]
     dtype: Dtype
     device: str
     engine: str
-    explanation: Explanation | None = Field(None, description="only where the request says explain")
-    nonfinite: int | None = Field(None, description="how many numbers of the output are null; absent where none is")
+    explanation: Explanation | None = Field(None, description="present if the request has explain true")
+    nonfinite: int | None = Field(
+        None, description="number of nulls in the output, which stand for NaN and infinities; absent if there are none"
+    )
 
 
 async def handle_convolution(
-    verb: Callable[..., Result], model: type[ConvolutionRequest], request: Request
+    make_plan: Callable[..., ConvolutionPlan], model: type[ConvolutionRequest], request: Request
 ) -> Response:
-    """Call core's verb with what the request asks, and answer with what comes out."""
+    """Read a request, run plan_correlate or plan_conv2d and what it plans, and respond with the output."""
     headers = collect_headers(request.scope)
     check_admission(request, headers)
     options = parse_query(request)
@@ -91,7 +97,7 @@ async def handle_convolution(
     arguments = parsed.arguments()
     explain = arguments.pop("explain")
     state = request.scope["app"].state
-    result = await state.compute(request, responder, with_error_bound(verb) if explain else verb, **arguments)
+    result = await state.compute.convolve(request, responder, make_plan, error_bound=explain, **arguments)
     state.metrics.count_engine(result.engine)
     explanation = {"explanation": _format_explanation(result)} if explain else {}
     return await responder(

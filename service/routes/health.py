@@ -12,26 +12,26 @@ router = APIRouter(tags=["operations"])
 
 
 class LivenessStatus(BaseModel):
-    """The process answers."""
+    """Response of a running process."""
 
     status: Literal["alive"] = "alive"
 
 
 class ReadinessStatus(BaseModel):
-    """A warm-up computation came out right on this device."""
+    """Device on which the warm-up computation succeeded."""
 
     status: Literal["ready"] = "ready"
     device: str
 
 
-@router.get("/livez", summary="Does the process answer?", responses=success_docs())
+@router.get("/livez", summary="Liveness: is the process running?", responses=success_docs())
 async def livez() -> LivenessStatus:
-    """Always 200 while the process lives; looks at nothing else."""
+    """Return 200 while the process runs, without further checks."""
     return LivenessStatus()
 
 
-@router.get("/readyz", summary="Can it compute?", responses={**success_docs(), **problem_docs(503)})
+@router.get("/readyz", summary="Readiness: can the service compute?", responses={**success_docs(), **problem_docs(503)})
 async def readyz(request: Request) -> ReadinessStatus:
-    """200 once a warm-up computation has come out right on the chosen device, 503 with the reason before."""
+    """Return 200 after a successful warm-up computation on the configured device, otherwise 503 with the reason."""
     readiness: Readiness = request.app.state.readiness
     return ReadinessStatus(device=readiness.require_device())

@@ -1,4 +1,4 @@
-"""GET /info: what is running, on what, within which limits."""
+"""GET /info: versions, devices, engines and settings."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ router = APIRouter(tags=["operations"])
 
 
 class DeviceInfo(BaseModel):
-    """A device that requests may name; model and memory where torch can tell."""
+    """Device that requests can select; model and memory are null if torch does not report them."""
 
     device: str
     model: str | None
@@ -22,7 +22,7 @@ class DeviceInfo(BaseModel):
 
 
 class ServiceInfo(BaseModel):
-    """Versions, devices, engines, threads for one computation, and every setting in force."""
+    """Versions, devices, engines, threads per computation, and all settings in force."""
 
     version: str
     torch: str
@@ -34,7 +34,7 @@ class ServiceInfo(BaseModel):
 
 @router.get("/info", summary="Version, devices, engines and every limit in force", responses=success_docs())
 async def info(request: Request) -> ServiceInfo:
-    """`engines` maps each engine to the `method` it works by."""
+    """Return versions, devices, engines and settings; `engines` maps each engine to its `method`."""
     return ServiceInfo(
         version=VERSION,
         torch=torch.__version__,

@@ -12,14 +12,14 @@ router = APIRouter(tags=["convolution"])
 LINKS = {
     "correlate": make_link(
         "/correlate",
-        "a named kernel, here the first of them, laid on an image",
+        "correlate an image with a named kernel, here the first one",
         parameters={"kernel": "$response.body#/kernels/0/example"},
     ),
 }
 
 
 class NamedKernel(BaseModel):
-    """A kernel that a request may name instead of sending it."""
+    """Kernel that a request can give by name."""
 
     name: str
     signature: str
@@ -29,14 +29,14 @@ class NamedKernel(BaseModel):
 
 
 class NamedKernels(BaseModel):
-    """All of them; `kernel` holds the numbers of `example`."""
+    """All named kernels; `kernel` contains the entries of `example`."""
 
     kernels: list[NamedKernel]
 
 
 @router.get("/kernels", summary="The named kernels", responses=success_docs(LINKS))
 async def kernels() -> NamedKernels:
-    """Every name that `kernel` of /correlate takes, with its arguments and the numbers of an example."""
+    """Return every kernel name for /correlate, with its arguments and the entries of an example."""
     return NamedKernels(
         kernels=[
             NamedKernel(

@@ -1,4 +1,4 @@
-"""GET /metrics: how the service fares, for Prometheus."""
+"""GET /metrics: metrics for Prometheus."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -12,16 +12,16 @@ router = APIRouter(tags=["operations"])
 
 @router.get(
     "/metrics",
-    summary="How the service fares, for Prometheus",
+    summary="Metrics for Prometheus",
     response_class=Response,
     responses={
         200: {
-            "description": "Every number that there is, of all workers together",
+            "description": "All metrics, summed over the workers",
             "content": {media_type: {"schema": {"type": "string"}} for media_type in METRICS_MEDIA_TYPES},
         }
     },
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format, or OpenMetrics where Accept asks for it."""
+    """Return the metrics in the Prometheus text format, or as OpenMetrics if Accept prefers it."""
     text, media_type = render_metrics(request.app.state.metrics, VERSION, collect_headers(request.scope).get(b"accept"))
     return Response(text, headers={"Content-Type": media_type})

@@ -1,4 +1,4 @@
-"""The pages: the front door, and /docs, Swagger UI on the service's own files."""
+"""HTML pages: the redirect from /, and /docs, Swagger UI with locally served files."""
 
 import re
 from base64 import b64encode
@@ -16,13 +16,13 @@ router = APIRouter(include_in_schema=False)
 
 
 class DocsAssets(StaticFiles):
-    """The files that /docs loads, each as a whole: what Starlette says to a Range it cannot serve is plain text."""
+    """Static files of /docs, without range requests: Starlette responds to an invalid Range in plain text."""
 
     def __init__(self) -> None:
         super().__init__(packages=[("fastapi_offline", "static")])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, without its Range (RFC 9110, 14.2: a server may ignore it)."""
+        """Serve one request and ignore its Range header, as RFC 9110, 14.2 allows."""
         headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
         await super().__call__({**scope, "headers": headers}, receive, send)
 
@@ -34,13 +34,13 @@ SWAGGER_UI_PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
 
 @router.get("/")
 async def redirect_to_docs() -> RedirectResponse:
-    """Whoever opens the address in a browser wants to see what there is."""
+    """Redirect browsers to the documentation."""
     return RedirectResponse("/docs")
 
 
 @router.get("/docs")
 async def docs(request: Request) -> HTMLResponse:
-    """Swagger UI, which may load, run and call what is the service's own and nothing else."""
+    """Return Swagger UI, with a content security policy that limits it to resources of the service."""
     root = request.scope.get("root_path", "")
     page = get_swagger_ui_html(
         openapi_url=f"{root}{request.app.openapi_url}",

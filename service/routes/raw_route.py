@@ -1,4 +1,4 @@
-"""Routes whose endpoints read the request themselves, and the short way to them."""
+"""Routes whose endpoints read the request themselves, and a fast path to them."""
 
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -12,22 +12,21 @@ from service.problems import HANDLED_ERRORS, respond_to_error
 
 
 class RawRoute(APIRoute):
-    """Described by FastAPI like any other, but its endpoint is handed the request as it came.
+    """Route that FastAPI documents like any other, but whose endpoint gets the raw request.
 
-    FastAPI would read a body as JSON, into Python lists, before anything of ours sees it.
+    FastAPI would otherwise parse the body as JSON into Python lists before the endpoint runs.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The endpoint, a coroutine function of one request."""
+        """Return the endpoint, a coroutine function of one request."""
         endpoint: Callable[[Any], Coroutine[Any, Any, Response]] = self.endpoint
         return endpoint
 
 
 class FastPathMiddleware:
-    """ASGI middleware: a POST to one of these routers' paths goes straight to its endpoint.
+    """Middleware that passes a POST to a path of these routers directly to its endpoint.
 
-    What FastAPI does for a request until it finds that endpoint takes as long as a small convolution. It does so for
-    whatever does not go this way, with the same answers.
+    FastAPI's own routing takes as long as a small convolution. It serves all other requests, with the same responses.
     """
 
     def __init__(self, app: ASGIApp, routers: Sequence[APIRouter]) -> None:
@@ -37,7 +36,7 @@ class FastPathMiddleware:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         endpoint = None
         if scope["type"] == "http" and scope["method"] == "POST":
             endpoint = self._endpoints.get(scope["path"])

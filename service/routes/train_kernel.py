@@ -42,17 +42,17 @@ router = APIRouter(tags=["learning"], route_class=RawRoute)
 
 SVG_MEDIA_TYPE = "image/svg+xml"
 
-CURVE_DOC = "the loss, step by step, as a picture"
-EVENTS_DOC = "events `reading`, `forecast` and `step` as they happen, then `result` with the whole answer, or `error`"
+CURVE_DOC = "plot of the loss per step"
+EVENTS_DOC = "events `reading`, `forecast` and `step` during the fit, then `result` with the full response, or `error`"
 
 DRAW_S_PER_NUMBER = 1.0
-"""A number; long enough for a thread whatever the history's length."""
+"""Predicted seconds per number of the history; large, so that plots are always drawn in a thread."""
 
 SVG_HEADERS = [
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"),
     (b"x-content-type-options", b"nosniff"),
 ]
-"""An SVG is a document that a browser may open: it shows itself and does nothing."""
+"""Headers for SVG, which browsers open as a document: it may not run scripts or load resources."""
 
 RESPONSE_FORMATS: Mapping[str, Format] = {
     **{media_type: served for media_type, served in ENCODABLE_FORMATS.items() if media_type != png.MEDIA_TYPE},
@@ -70,12 +70,12 @@ RESPONSE_FORMATS: Mapping[str, Format] = {
         content_doc=CURVE_DOC,
     ),
     EVENT_STREAM: Format(None, None, content_doc=EVENTS_DOC),
-    NDJSON: Format(None, None, content_doc=EVENTS_DOC + ", one a line"),
+    NDJSON: Format(None, None, content_doc=EVENTS_DOC + ", one per line"),
 }
-"""A picture is that of the loss; a stream tells of the steps as they happen."""
+"""Response formats; SVG and PNG are plots of the loss, event streams report the progress of the fit."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
-    "the lesson's edge kernel, learned": {
+    "edge kernel of the d2l example, learned": {
         "input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6,
         "target": [[0, -1, 0, 0, 0, 1, 0]] * 6,
         "seed": 0,
@@ -85,12 +85,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 LINKS = {
     "correlate": make_link(
         "/correlate",
-        "the learned kernel laid on the image it was learned from",
+        "correlate the input with the learned kernel",
         requestBody={"input": "$request.body#/input", "kernel": "$response.body#/kernel"},
     ),
     "conv2d": make_link(
         "/conv2d",
-        "the learned filters as the layer that they were learned for",
+        "apply the learned filters to the input as a Conv2d layer",
         requestBody={"input": "$request.body#/input", "weight": "$response.body#/kernel"},
     ),
 }
@@ -99,7 +99,7 @@ MAX_PAIRS = 1000
 MAX_THINNED_STEPS = 1000
 MAX_FINITE_VALUE = sys.float_info.max
 
-WEIGHTS_DOC = "what each value of the target counts, or one plane for all; 0 leaves it out"
+WEIGHTS_DOC = "weight of each target value, or one plane for all; values of weight 0 are ignored"
 
 Tolerance = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1})]
 PositiveInteger = Annotated[int, Field(json_schema_extra={"minimum": 1})]
@@ -108,10 +108,10 @@ Fraction = Annotated[float, Field(json_schema_extra={"minimum": 0, "exclusiveMax
 
 LearningRate = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
 HuberDelta = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]})]
-"""core checks them: the rules and their messages stand there."""
+"""A number above 0 or "auto". Validated by core, which has the error messages."""
 
 Rank = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "boolean"}]})]
-"""An integer from 1 on, or true for 1. core checks it."""
+"""A positive integer, or true for 1. Validated by core."""
 
 _KERNEL_SIDE_SCHEMA = {"type": "integer", "minimum": 1}
 
@@ -130,27 +130,27 @@ KernelSize = Annotated[
 """An integer, [rows, columns] or "auto". core checks it."""
 
 Ridge = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "auto"}]})]
-"""A number from 0 on or "auto", which core checks."""
+"""A number of at least 0, or "auto". Validated by core."""
 
 INPUT_ALIASES = AliasChoices("input", "X")
 TARGET_ALIASES = AliasChoices("target", "Y")
 
 
 class FiniteArraysModel(RequestModel):
-    """Arrays to learn from. Binary formats can hold NaN and infinity, of which nothing can be learned."""
+    """Base class of models with training arrays; rejects NaN and infinity, which binary formats can contain."""
 
     @model_validator(mode="after")
     def _check_finite(self) -> Self:
         for name in type(self).model_fields:
             array = getattr(self, name)
             if isinstance(array, np.ndarray) and not all_within(array, MAX_FINITE_VALUE):
-                faulty = ~np.isfinite(array)
+                invalid = ~np.isfinite(array)
                 raise PydanticCustomError(
                     "corr2d",
-                    "holds {count} values that are NaN or infinite: a kernel is learned from finite numbers",
+                    "has {count} values that are NaN or infinite: training arrays must be finite",
                     {
-                        "count": int(faulty.sum()),
-                        "place": f".{name}{find_first_true(faulty)}",
+                        "count": int(invalid.sum()),
+                        "place": f".{name}{find_first_true(invalid)}",
                         "limit": "finite numbers",
                     },
                 )
@@ -158,7 +158,7 @@ class FiniteArraysModel(RequestModel):
 
 
 class TrainingPair(FiniteArraysModel):
-    """An image and what the kernel is to make of it."""
+    """An input image and its target."""
 
     input: Array = Field(validation_alias=INPUT_ALIASES, description="also `X`")
     target: Array = Field(validation_alias=TARGET_ALIASES, description="also `Y`")
@@ -166,66 +166,68 @@ class TrainingPair(FiniteArraysModel):
 
 
 class TrainKernelRequest(FiniteArraysModel):
-    """Examples of what a kernel does, and how to search for it."""
+    """Training examples of a kernel, and options of the fit."""
 
     RESPONSE_OPTIONS: ClassVar = FitResponseOptions
 
     input: Array | None = Field(
         None, validation_alias=INPUT_ALIASES, description="(H, W), (C, H, W) or (N, C, H, W); also `X`"
     )
-    target: Array | None = Field(None, validation_alias=TARGET_ALIASES, description="likewise; also `Y`")
+    target: Array | None = Field(
+        None, validation_alias=TARGET_ALIASES, description="(H, W), (C, H, W) or (N, C, H, W); also `Y`"
+    )
     weights: Array | None = Field(None, description=WEIGHTS_DOC)
     pairs: list[TrainingPair] | None = Field(
         None,
         max_length=MAX_PAIRS,
         fail_fast=True,
-        description="instead of input and target: up to 1000 pairs of any sizes",
+        description="up to 1000 pairs of any sizes, instead of input and target",
     )
     validation: list[TrainingPair] | None = Field(
         None,
         max_length=MAX_PAIRS,
         fail_fast=True,
-        description="pairs that the kernel is not fitted to: the kernel of least loss on them is returned",
+        description="validation pairs, not used for fitting: the kernel with the smallest loss on them is returned",
     )
     patience: PositiveInteger | None = Field(
-        None, description="stop when the validation loss has not fallen below its least for so many steps"
+        None, description="stop after this many steps without a new minimum of the validation loss"
     )
     kernel_size: KernelSize | None = Field(
         None,
-        description="inferred from the shapes where padding is 0 and stride 1; auto chooses it by the Bayesian "
+        description="default: from the shapes, if padding is 0 and stride 1; auto selects it by the Bayesian "
         "information criterion",
     )
     max_kernel_size: IntegerOrPair | None = Field(
         None, description="the largest size that kernel_size auto compares; default: from the shapes, or up to 13 x 13"
     )
     bias: bool = Field(default=False, description="learn a bias as well")
-    initial_kernel: Array | None = Field(None, description="drawn from the seed where it is not given")
-    initial_bias: ArrayOrNumber | None = Field(None, description="(O), or one number for all")
+    initial_kernel: Array | None = Field(None, description="default: random, from the seed")
+    initial_bias: ArrayOrNumber | None = Field(None, description="(O), or one number for all filters")
     solver: core.Solver = Field(
-        "sgd", description="exact: the best kernel itself; the others descend, as torch.optim defines them"
+        "sgd", description="exact computes the minimum; the others are iterative, as defined by torch.optim"
     )
     learning_rate: LearningRate = Field(
-        0.03, description="how far each step goes against the gradient; auto takes it from the curvature"
+        0.03, description="factor of the gradient in each step; auto derives it from the curvature"
     )
-    steps: int = Field(10, description="how many", json_schema_extra={"minimum": 1, "maximum": 1_000_000})
+    steps: int = Field(10, description="number of updates", json_schema_extra={"minimum": 1, "maximum": 1_000_000})
     loss: core.Loss = Field(
-        "sum", description="of the squared differences: their sum, or mean; or the mean of their Huber or absolute loss"
+        "sum", description="sum or mean of the squared residuals, or the mean of their Huber loss or absolute values"
     )
     huber_delta: HuberDelta | None = Field(
         None,
-        description="of loss huber, in the target's units: larger residuals count as outliers; 1 if it is not given; "
-        "auto takes 1.345 robust standard deviations of the residuals",
+        description="for loss huber, in the target's units: larger residuals count as outliers; default: 1; "
+        "auto is 1.345 robust standard deviations of the residuals",
     )
     tolerance: Tolerance | None = Field(
-        None, description="end early, where gradient or loss change by less than that share of them"
+        None, description="stop when the gradient or the relative change of the loss falls below this fraction"
     )
     ridge: Ridge = Field(
         0.0,
-        description="added to the loss, times the sum of the kernel's squares; auto minimises generalised "
+        description="weight of the sum of squared kernel entries in the loss; auto minimises generalised "
         "cross-validation, for loss sum or mean",
     )
-    nonnegative: bool = Field(default=False, description="solver exact: no kernel entry is below 0; the bias is free")
-    sum_to: float | None = Field(None, description="solver exact: the sum of the kernel entries of each filter")
+    nonnegative: bool = Field(default=False, description="solver exact: require kernel entries >= 0; the bias is free")
+    sum_to: float | None = Field(None, description="solver exact: required sum of the kernel entries of each filter")
     symmetric: core.Symmetry | None = Field(
         None,
         description="solver exact: which entries of each plane (h, w) are equal. horizontal: K[i,j] = K[i,w-1-j]; "
@@ -239,37 +241,35 @@ class TrainKernelRequest(FiniteArraysModel):
     )
     smoothness: float = Field(
         0.0,
-        description="solver exact: added to the loss, times the sum of the squared differences of neighbouring entries",
+        description="solver exact: weight of the sum of squared differences of neighbouring entries in the loss",
         json_schema_extra={"minimum": 0},
     )
-    momentum: Fraction | None = Field(None, description="of solver momentum or nesterov; 0.9 where it is not given")
+    momentum: Fraction | None = Field(None, description="for solvers momentum and nesterov; default: 0.9")
     betas: list[Fraction] | None = Field(
-        None, min_length=2, max_length=2, description="of solver adam; 0.9 and 0.999 where they are not given"
+        None, min_length=2, max_length=2, description="for solver adam; default: 0.9 and 0.999"
     )
-    batch_size: PositiveInteger | None = Field(
-        None, description="images a step, for solver sgd; all where it is not given"
-    )
+    batch_size: PositiveInteger | None = Field(None, description="images per step, for solver sgd; default: all")
     refuse_divergence: bool = Field(
-        default=False, description="answer with an error where the loss is bound to grow, instead of letting it"
+        default=False,
+        description="return an error if the loss is predicted to grow without bound, instead of running the fit",
     )
     ridge_path: bool = Field(
-        default=False, description="report the kernels of 50 ridges of all sizes, for loss sum or mean"
+        default=False,
+        description="report the kernels for 50 ridge values over their useful range, for loss sum or mean",
     )
     covariance: bool = Field(
-        default=False, description="report the covariance of each filter's unknowns, of which there may be 1024"
+        default=False, description="report the covariance of the unknowns of each filter, for at most 1024 unknowns"
     )
-    seed: Seed | None = Field(
-        None, description="what initial values and batches are drawn from; drawn itself where it is not given"
-    )
+    seed: Seed | None = Field(None, description="seed of random initial values and batches; default: random")
     stride: Stride = 1
     padding: Padding = 0
     dilation: Dilation = 1
     groups: Groups = 1
-    padding_mode: core.PaddingMode = Field("zeros", description="what the padding holds")
+    padding_mode: core.PaddingMode = Field("zeros", description="values of the padding")
     device: Device = "auto"
 
     def arguments(self) -> dict[str, object]:
-        """Core takes pairs as tuples."""
+        """Return the fields as keyword arguments of core.plan_fit_kernel, with pairs as tuples."""
         return {**super().arguments(), "pairs": _to_tuples(self.pairs), "validation": _to_tuples(self.validation)}
 
 
@@ -278,75 +278,83 @@ def _to_tuples(pairs: list[TrainingPair] | None) -> list[tuple[Any, Any, Any]] |
 
 
 class TrainKernelResponse(BaseModel):
-    """The learned kernel and what can be said about it; null where that is not defined, or would take too long."""
+    """The learned kernel and its diagnostics; a diagnostic is null if it is undefined or too expensive to compute."""
 
-    kernel: Array = Field(description="(h, w) where all arrays were (H, W), (O, C/groups, h, w) otherwise")
+    kernel: Array = Field(description="(h, w) if all arrays were (H, W), else (O, C/groups, h, w)")
     bias: Array | None
     kernel_shape: list[int]
-    kernel_sizes: Array | None = Field(description="(n, 2), the sizes that kernel_size auto compared; null otherwise")
+    kernel_sizes: Array | None = Field(description="(n, 2), the sizes that kernel_size auto compared; else null")
     kernel_sizes_bic: Array | None = Field(description="(n), their Bayesian information criterion")
     kernel_sizes_loss: Array | None = Field(description="(n), their smallest possible loss, without the ridge")
     kernel_offset: list[int] | None = Field(
-        description="rows and columns of the input, or of its padding, that the chosen size crops on each side"
+        description="rows and columns of the input, or of its padding, cropped on each side for the chosen size"
     )
-    loss_history: list[float | None] = Field(
-        description="the loss before each update, of its batch where there are batches"
-    )
+    loss_history: list[float | None] = Field(description="loss before each update; with batch_size, that of its batch")
     loss_history_steps: list[int] | None = Field(
-        None, description="the steps of loss_history, counted from 1; only with ?history=thin"
+        None, description="steps of loss_history, counted from 1; only with ?history=thin"
     )
     validation_history: list[float | None] | None = Field(
-        description="the validation loss before each of these updates; null without validation and for solver exact"
+        description="validation loss before each of these updates; null without validation and for solver exact"
     )
-    validation_loss: float | None = Field(description="the validation loss of the kernel that is returned")
-    best_step: int | None = Field(description="updates that led to the kernel of least validation loss; 0: none")
-    final_loss: float | None = Field(description="the loss of the kernel that is returned")
+    validation_loss: float | None = Field(description="validation loss of the returned kernel")
+    best_step: int | None = Field(description="number of updates before the kernel with the smallest validation loss")
+    final_loss: float | None = Field(description="loss of the returned kernel")
     best_possible_loss: float | None = Field(
-        description="the smallest loss that any kernel within the constraints has; null if only a local one is known"
+        description="smallest possible loss within the constraints; null if only a local minimum is known"
     )
-    excess_loss: float | None = Field(description="how much of final_loss is above that")
+    excess_loss: float | None = Field(description="final_loss - best_possible_loss")
     steps: int
     status: core.Status
     message: str
     solver: core.Solver
-    huber_delta: float | None = Field(description="delta of the Huber loss, a number; null for other losses")
-    method: str = Field(description="how it was computed: by normal equations, or by convolutions in every step")
-    learning_rate: float | None = Field(description="the one that was used; null for solver exact")
+    huber_delta: float | None = Field(description="delta of the Huber loss; null for other losses")
+    method: str = Field(description="normal equations, or convolutions in every step")
+    learning_rate: float | None = Field(description="learning rate used; null for solver exact")
     ridge: float | None = Field(
-        description="the one that was used; null if auto found none, as the values are too large to square"
+        description="ridge used; null if auto found none because the values are too large to square"
     )
-    prediction: core.Prediction | None = Field(description="what that rate was to lead to, before the first step")
-    largest_stable_learning_rate: float | None = Field(description="from which on the loss is bound to grow")
-    largest_eigenvalue: float | None = Field(description="of the loss's Hessian")
-    smallest_eigenvalue: float | None = Field(description="likewise; 0 where the examples leave something open")
-    condition_number: float | None = Field(description="the largest divided by the smallest")
-    rank: int | None = Field(description="how many combinations of the unknowns the examples determine")
-    unknowns: int = Field(description="kernel entries and biases, as far as symmetric and sum_to leave them free")
-    standard_errors: Array | None = Field(description="of the best kernel, in the kernel's shape")
+    prediction: core.Prediction | None = Field(description="predicted behaviour at this learning rate")
+    largest_stable_learning_rate: float | None = Field(
+        description="learning rate above which the loss grows without bound"
+    )
+    largest_eigenvalue: float | None = Field(description="largest eigenvalue of the Hessian of the loss")
+    smallest_eigenvalue: float | None = Field(
+        description="smallest eigenvalue; 0 if the examples do not determine the kernel"
+    )
+    condition_number: float | None = Field(description="largest eigenvalue divided by the smallest")
+    rank: int | None = Field(description="number of linear combinations of the unknowns that the examples determine")
+    unknowns: int = Field(description="number of kernel entries and biases that symmetric and sum_to leave free")
+    standard_errors: Array | None = Field(description="standard errors of the best kernel, in its shape")
     bias_standard_errors: Array | None
     confidence_intervals: Array | None = Field(
-        description="95 % confidence intervals of the best kernel: its lower ends, then its upper ends"
+        description="95 % confidence intervals of the best kernel: the lower ends, then the upper ends"
     )
-    bias_confidence_intervals: Array | None = Field(description="likewise, (2, O)")
-    residual_std: Array | None = Field(description="(O), standard deviation of the noise in a target value of weight 1")
-    degrees_of_freedom: Array | None = Field(description="(O), values less unknowns (with a ridge: effective unknowns)")
+    bias_confidence_intervals: Array | None = Field(description="(2, O), 95 % confidence intervals of the bias")
+    residual_std: Array | None = Field(
+        description="(O), standard deviation of the noise of target values with weight 1"
+    )
+    degrees_of_freedom: Array | None = Field(
+        description="(O), values minus unknowns (with a ridge: effective unknowns)"
+    )
     covariance: Array | None = Field(
-        description="on request: of a filter's entries row by row, then its bias, taking the ridge as given; (size, "
-        "size) for a kernel (h, w), (O, size, size) otherwise"
+        description="on request: covariance of a filter's entries in row-major order and its bias, for a fixed ridge; "
+        "(size, size) for a kernel (h, w), else (O, size, size)"
     )
-    ridge_path: Array | None = Field(description="on request: (n), ridges of all sizes, ascending")
+    ridge_path: Array | None = Field(description="on request: (n), ridge values, ascending")
     ridge_path_gcv: Array | None = Field(
-        description="(n), generalised cross-validation N RSS / (N - df)^2 of each, N being values"
+        description="(n), generalised cross-validation score N RSS / (N - df)^2 of each, with N = values"
     )
-    ridge_path_degrees_of_freedom: Array | None = Field(description="(n), df: effective unknowns of all filters")
-    ridge_path_losses: Array | None = Field(description="(n), sum or mean of squares, without the penalty")
+    ridge_path_degrees_of_freedom: Array | None = Field(
+        description="(n), df: effective number of unknowns of all filters"
+    )
+    ridge_path_losses: Array | None = Field(description="(n), sum or mean of squared residuals, without the penalty")
     ridge_path_kernels: Array | None = Field(description="(n, *kernel_shape)")
     ridge_path_biases: Array | None = Field(description="(n, O), if a bias is learned")
-    values: int = Field(description="target values of weight above 0")
-    r_squared: float | None = Field(description="the share of the target's variance that this kernel explains")
+    values: int = Field(description="number of target values with weight above 0")
+    r_squared: float | None = Field(description="fraction of the target's variance that this kernel explains")
     device: str
-    seed: int | None = Field(description="what was drawn from; null where nothing was drawn")
-    nonfinite: int | None = Field(None, description="how many numbers here are null for not being finite")
+    seed: int | None = Field(description="seed used; null if nothing was random")
+    nonfinite: int | None = Field(None, description="number of values that are null because they are not finite")
 
 
 @router.post(
@@ -357,7 +365,7 @@ class TrainKernelResponse(BaseModel):
     ),
 )
 async def train_kernel(request: Request) -> Response:
-    """The kernel that brings conv2d(input, kernel) nearest to target, by least squares or by descending to it."""
+    """Fit a kernel that minimises the loss between conv2d(input, kernel) and target, exactly or by gradient descent."""
     headers = collect_headers(request.scope)
     check_admission(request, headers, always_queued=True)
     options = parse_query(request)
@@ -384,10 +392,10 @@ async def train_kernel(request: Request) -> Response:
 
 
 def _collect_fields(fit: core.FitResult, *, thin: bool) -> ResponseFields:
-    """The answer's, arrays as numpy's, in its order."""
+    """Return the response fields in order, with arrays as numpy arrays."""
     fields: dict[str, Any] = {name: getattr(fit, name, None) for name in TrainKernelResponse.model_fields}
     fields = {name: as_numpy(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
-    # No list: as series of numbers, those become arrays in binary formats.
+    # A tuple: binary formats store lists of numbers as arrays.
     fields["kernel_shape"] = tuple(fit.kernel.shape)
     del fields["nonfinite"]
     if thin:
@@ -402,7 +410,7 @@ def _collect_fields(fit: core.FitResult, *, thin: bool) -> ResponseFields:
 
 
 def _thin_steps(steps: int) -> list[int]:
-    """At most MAX_HISTORY of the steps from 1 on: half of them dense at the start, where most happens, half even."""
+    """Return at most MAX_THINNED_STEPS of the steps from 1: half spaced geometrically, half evenly."""
     if steps <= MAX_THINNED_STEPS:
         return list(range(1, steps + 1))
     chosen = np.concatenate(

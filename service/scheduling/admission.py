@@ -1,8 +1,8 @@
-"""What all requests together may hold: memory, and places. What does not fit is refused before it is read or made.
+"""Admission control for one process: memory and request slots.
 
-Bodies and what is decoded from them may take three eighths of the memory; computations and their responses half; the
-last eighth is kept for short computations. No part borrows from another: whatever bodies wait and whatever responses
-are not read, a short computation finds its memory.
+Requests that do not fit are rejected before their bodies are read or their responses are made. Bodies and the arrays
+decoded from them may take 3/8 of the memory, computations and their responses 1/2; the last 1/8 is reserved for short
+computations. No part borrows from another, so waiting bodies and unread responses never block short computations.
 """
 
 import threading
@@ -15,25 +15,25 @@ from service.middleware.request_log import Timing
 from service.scheduling.body_memory import MEMORY_SETTING_HINT, BodyMemory, IncomingBody
 
 MIN_TRACKED_BYTES = 1 << 16
-"""Bytes of a body, or of an answer, that nobody counts: they are many, and no more than their connections hold."""
+"""Bodies and responses below this size, in bytes, are not tracked: the connection limit bounds their sum."""
 
 REJECTION_CACHE_S = 0.05
-"""Seconds for which a rejection holds for requests like the rejected one; then one of them is tried."""
+"""Seconds for which a rejection applies to similar requests; then one of them is tried."""
 
 BODY_MEMORY_FRACTION = 3 / 8
 COMPUTE_MEMORY_FRACTION = 1 / 2
 SHORT_JOB_MEMORY_FRACTION = 1 / 8
 
 LOW_MEMORY_FRACTION = 3 / 4
-"""Fraction of the memory that is taken from which on the server waits less long for slow readers."""
+"""Fraction of the memory in use above which the server waits less long for slow readers."""
 
 
 RequestPhase = Literal["parse", "wait", "compute", "encode"]
-"""The phases of a request, by their names in Timing."""
+"""Phases of a request: the names of Timing's fields."""
 
 
 class CachedRejection(NamedTuple):
-    """Why a body of so many bytes was refused only once it was decoded, and until when that holds."""
+    """Reason why a body of `size` bytes was rejected after decoding, and the time.monotonic() at which it expires."""
 
     reason: str
     size: int
@@ -41,7 +41,7 @@ class CachedRejection(NamedTuple):
 
 
 class MemoryPartition:
-    """A part of the memory with a size of its own, in bytes; `results` is what responses take of what is `used`."""
+    """Part of the memory with its own limit, `size` bytes; responses take `results` of the `used` bytes."""
 
     __slots__ = ("max_results", "results", "size", "used")
 
@@ -52,10 +52,10 @@ class MemoryPartition:
         self.results = 0
 
     def fits(self, size: int, result: int) -> bool:
-        """Whether a computation of that size, of which the result stays until it is read, could begin now.
+        """Return whether a computation of `size` bytes, of which `result` stay until the response is read, can start.
 
-        A response leaves as much memory for other responses as it takes: responses that are not read, however many,
-        leave room for smaller ones.
+        A response may take at most half of the memory that other responses leave, so that unread responses, however
+        many, leave memory for smaller ones.
         """
         if self.used + size > self.size:
             return False
@@ -63,23 +63,23 @@ class MemoryPartition:
 
 
 class ComputeQueue(Protocol):
-    """The pool of computations, as admission sees it."""
+    """Interface of the compute pool that admission control uses."""
 
     slots: int
-    """How many requests may be decoded, wait or be computed at a time."""
+    """Number of requests that may be decoded, wait or be computed at a time."""
 
     def retry_headers(self) -> Mapping[str, str]:
-        """How long whoever is refused should wait, as headers."""
+        """Return headers that tell rejected clients when to retry."""
 
     def start_next(self) -> None:
-        """Start the jobs that can be started now."""
+        """Start the jobs that can start now."""
 
 
 class Admission:
-    """The memory and the places of one process, and how much of both is taken. Safe to use from any thread.
+    """Admission control for one process: its memory and request slots, and their use. Thread-safe, except `bodies`.
 
-    memory in bytes; `timeout_s`: seconds that a request may take from its headers on. `queue` is the pool in which
-    requests are computed.
+    `memory` is in bytes; `timeout_s` is the time that a request may take from its headers on, in seconds. `queue` is
+    the compute pool.
     """
 
     queue: ComputeQueue
@@ -88,22 +88,22 @@ class Admission:
         self.memory = memory
         self.timeout_s = timeout_s
         self.bodies = BodyMemory(int(BODY_MEMORY_FRACTION * memory), self.retry_headers)
-        kept = int(SHORT_JOB_MEMORY_FRACTION * memory)
-        computations = int(COMPUTE_MEMORY_FRACTION * memory)
-        self.computations = MemoryPartition(computations, computations)
-        self.short_jobs = MemoryPartition(kept, kept // 2)
+        short_size = int(SHORT_JOB_MEMORY_FRACTION * memory)
+        size = int(COMPUTE_MEMORY_FRACTION * memory)
+        self.computations = MemoryPartition(size, size)
+        self.short_jobs = MemoryPartition(short_size, short_size // 2)
         self.slots_taken = 0
         self._rejections: dict[str, CachedRejection] = {}
         self.lock = threading.Lock()
 
     @property
     def used(self) -> int:
-        """Bytes that are taken."""
+        """Bytes in use."""
         return self.bodies.used + self.computations.used + self.short_jobs.used
 
     @property
     def is_low_on_memory(self) -> bool:
-        """More than three quarters of the memory, or of what responses may take, is taken."""
+        """Whether more than 3/4 of the memory, or of a partition's limit for responses, is in use."""
         return (
             self.used > LOW_MEMORY_FRACTION * self.memory
             or self.computations.results > LOW_MEMORY_FRACTION * self.computations.max_results
@@ -111,11 +111,11 @@ class Admission:
         )
 
     def retry_headers(self) -> Mapping[str, str]:
-        """How long whoever is refused should wait, as headers."""
+        """Return headers that tell rejected clients when to retry."""
         return self.queue.retry_headers()
 
     def check_capacity(self, path: str, size: int) -> None:
-        """Raise Busy where a body of that size for that path is not to be served now: before anything of it is read."""
+        """Raise Busy or BodyTooLarge, before it is read, if a body of that size for that path cannot be served now."""
         if self.slots_taken >= self.queue.slots:
             raise self._slots_full_error()
         last = self._rejections.get(path)
@@ -123,14 +123,14 @@ class Admission:
             now = time.monotonic()
             if now < last.expires_at:
                 raise Busy(last.reason, headers=self.retry_headers())
-            # This one is tried; until it is accepted or rejected, those after it need not be decoded.
+            # This request is tried; until it is accepted or rejected, similar ones are rejected without decoding.
             self._rejections[path] = last._replace(expires_at=now + REJECTION_CACHE_S)
         self.bodies.ensure_available(size)
 
     def cache_rejection(self, path: str, size: int, reason: str | None) -> None:
-        """Reject bodies of that size and more for that path for a moment, or, without a reason, no longer.
+        """Reject bodies of at least that size for that path for REJECTION_CACHE_S; accept them if `reason` is None.
 
-        A larger one may need less than the rejected one, and would be served: its next try may come first.
+        This can affect a larger body that costs less than the rejected one; it may be the one that is tried next.
         """
         if reason is not None:
             self._rejections[path] = CachedRejection(reason, size, time.monotonic() + REJECTION_CACHE_S)
@@ -138,13 +138,13 @@ class Admission:
             self._rejections.pop(path, None)
 
     def clear_rejections(self) -> None:
-        """Accept requests of every kind again: the queue is empty, or shorter than predicted."""
+        """Clear the cached rejections: the queue is empty, or shorter than predicted."""
         self._rejections.clear()
 
     def fits(self, size: int, result: int, *, is_short: bool, yields_to_long: bool = False) -> MemoryPartition | None:
-        """The partition in which a computation of that size could begin now, if there is one.
+        """Return the partition in which a computation of that size can start now, or None.
 
-        `yields`: a long one waits for memory, and short ones keep to the memory that is kept for them.
+        `yields_to_long`: a long job waits for memory, so a short one may use only the partition for short jobs.
         """
         if not yields_to_long and self.computations.fits(size, result):
             return self.computations
@@ -153,7 +153,7 @@ class Admission:
     def reserve(
         self, size: int, result: int, *, is_short: bool, yields_to_long: bool = False
     ) -> MemoryPartition | None:
-        """Take memory for a computation where it fits; None, and nothing taken, where it does not."""
+        """Reserve memory for a computation and return its partition; None if it does not fit."""
         with self.lock:
             partition = self.fits(size, result, is_short=is_short, yields_to_long=yields_to_long)
             if partition is not None:
@@ -162,13 +162,13 @@ class Admission:
         return partition
 
     def adjust(self, partition: MemoryPartition, size: int, result: int) -> None:
-        """Take so many bytes more, or fewer: of them all, and of what responses take."""
+        """Add `size` bytes to the use of a partition, and `result` bytes to that of responses; negative to release."""
         with self.lock:
             partition.used += size
             partition.results += result
 
     def take_slot(self) -> None:
-        """Take a place; raises Busy."""
+        """Take a request slot. Raises Busy."""
         with self.lock:
             if self.slots_taken < self.queue.slots:
                 self.slots_taken += 1
@@ -176,23 +176,22 @@ class Admission:
         raise self._slots_full_error()
 
     def release_slot(self) -> None:
-        """Give a place back."""
+        """Release a request slot."""
         with self.lock:
             self.slots_taken -= 1
 
     def _slots_full_error(self) -> Busy:
         return Busy(
-            f"{self.queue.slots} requests are computed or wait, as many as may: try again later; "
-            "the operator can change that by CORR2D_QUEUE",
+            f"all {self.queue.slots} request slots are in use: retry later (limit: CORR2D_QUEUE)",
             headers=self.retry_headers(),
         )
 
 
 class Reservation:
-    """What one request has: time until its deadline, a place, and memory. To be closed when the request is over.
+    """Resources of one request: time until its deadline, a slot, and memory. Close it at the end of the request.
 
-    `deadline` by time.perf_counter; `timing` is what it has taken so far, by phase. declared: bytes that its body is
-    said to have; 0 where that is not said, or not worth to be known.
+    `deadline` is by time.perf_counter; `timing` is the time spent so far, by phase; `declared` is the declared size of
+    the body in bytes, 0 if it is unknown or not tracked.
     """
 
     __slots__ = (
@@ -222,19 +221,19 @@ class Reservation:
 
     @property
     def result(self) -> int:
-        """Bytes that are held for the result and the response."""
+        """Bytes reserved for the result and the response."""
         return self._result
 
     def count(self, phase: RequestPhase, milliseconds: float) -> None:
-        """Count time as that of a phase."""
+        """Add time to that of a phase."""
         setattr(self.timing, phase, getattr(self.timing, phase) + milliseconds)
 
     def reserve_body(self, size: int) -> None:
-        """Hold that many bytes, all in all, of what came and what it was decoded to; raises Busy and BodyTooLarge."""
+        """Reserve `size` bytes in total for the body and what it is decoded to. Raises Busy and BodyTooLarge."""
         self._admission.bodies.reserve(self.body, size)
 
     def keep_result(self, partition: MemoryPartition, size: int) -> None:
-        """Keep that many bytes of what a computation has taken, for its result. From any thread."""
+        """Keep `size` bytes of a computation's memory for its result. Thread-safe."""
         with self._admission.lock:
             if not self._closed:
                 self._partition, self._result = partition, size
@@ -242,45 +241,45 @@ class Reservation:
         self._admission.adjust(partition, -size, -size)
 
     def reserve_result(self, size: int) -> None:
-        """Hold that many bytes, all in all, of the result and the response that is made of it.
+        """Reserve `size` bytes in total for the result and the response that is made from it.
 
-        Raises Busy where nothing has been reserved for a result, and there is no memory for it.
+        Raises Busy if nothing has been reserved for a result, and there is no memory for it.
         """
         more = size - self._result
         if self._partition is None:
             self._partition = self._admission.reserve(size, size, is_short=True)
             if self._partition is None:
                 raise Busy(
-                    f"the response takes {size / 1e6:,.1f} MB, and responses that are not read take the memory: "
-                    f"try again later; {MEMORY_SETTING_HINT}",
+                    f"there is no memory for the response of {size / 1e6:,.1f} MB while others are unread: "
+                    f"retry later {MEMORY_SETTING_HINT}",
                     headers=self._admission.retry_headers(),
                 )
         else:
-            # Of what has been made already, nothing is rejected.
+            # The result exists already, so this is never rejected.
             self._admission.adjust(self._partition, more, more)
         self._result = size
         if more < 0:
             self._admission.queue.start_next()
 
     def take_slot(self) -> None:
-        """Take a place, if this request has none yet; raises Busy."""
+        """Take a request slot, unless this request has one. Raises Busy."""
         if not self._entered:
             self._admission.take_slot()
             self._entered = True
 
     def rejected(self, reason: str | None) -> None:
-        """Reject requests like this one for a moment, for that reason; None: accept them again."""
+        """Reject similar requests for a moment, for that reason; accept them again if it is None."""
         if self.declared:
             self._admission.cache_rejection(self._path, self.declared, reason)
 
     def release_slot(self) -> None:
-        """Give the place back."""
+        """Release the slot."""
         if self._entered:
             self._entered = False
             self._admission.release_slot()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release everything."""
         self.release_slot()
         if self.body.reserved_bytes:
             self.reserve_body(0)
@@ -293,7 +292,7 @@ class Reservation:
 
 
 def get_reservation(scope: Mapping[str, Any]) -> Reservation:
-    """The request's share; made when it is first asked for, closed when the request is over."""
+    """Return the request's reservation; the first call creates it, the end of the request closes it."""
     state = scope["state"]
     reservation: Reservation | None = state.get("share")
     if reservation is None:

@@ -1,6 +1,6 @@
-"""Memory for request bodies, and the bodies that are being received: each ends by the deadline of its request.
+"""Memory for request bodies while they are received and decoded. For use on the event loop only.
 
-Where memory is short, bodies that hardly grow are ended first. For the event loop only.
+A body that is incomplete at the deadline of its request is aborted. If memory is short, slow bodies are aborted first.
 """
 
 import asyncio
@@ -16,37 +16,37 @@ from service.errors import BodyTooLarge, Busy, RequestTimeout, ServiceError
 
 SLOW_BODY_BYTES = 1 << 16
 SLOW_BODY_S = 1.0
-"""A body that takes longer than this for PROGRESS_BYTES is slow: it keeps its memory as long as there is enough."""
+"""A body that takes longer than this, in seconds, for SLOW_BODY_BYTES is slow: it is aborted if memory is short."""
 
 MAX_BYTEARRAY_BYTES = 1 << 22
-"""A body up to this size grows in place. A larger one is written into memory that is allocated once: the system
-provides it page by page, as it is written, and takes it back twenty times as fast as a bytearray's."""
+"""Largest body, in bytes, that grows in a bytearray. A larger one is written into memory that is allocated once: the
+system provides it page by page, as it is written, and frees it twenty times as fast as that of a bytearray."""
 
-MEMORY_SETTING_HINT = "the operator can change that by CORR2D_MEMORY_MB"
+MEMORY_SETTING_HINT = "(limit: CORR2D_MEMORY_MB)"
 
 
 @dataclass(slots=True, eq=False)
 class IncomingBody:
-    """The body of one request: the bytes that are reserved for it, and how it comes in. Times by time.perf_counter."""
+    """Body of one request: the bytes reserved for it, and its progress. Times are by time.perf_counter."""
 
     deadline: float
     reserved_bytes: int = 0
     received: int = 0
-    """Bytes that had been received at `progressed_at`."""
+    """Bytes received at `progressed_at`."""
     progressed_at: float = 0.0
     reader: "asyncio.Task[object] | None" = None
     abort_error: ServiceError | None = None
-    """Why it is not received any further."""
+    """Reason why receiving was aborted."""
 
     def end(self, error: ServiceError) -> None:
-        """Receive no more of it; its reader raises the error."""
+        """Abort receiving; the reader raises the error."""
         if self.abort_error is None and self.reader is not None:
             self.abort_error = error
             self.reader.cancel()
 
 
 class BodyMemory:
-    """The bodies of all requests in at most `size` bytes. `advice` says when whoever is rejected should try again."""
+    """Memory of all request bodies, at most `size` bytes. `retry_headers` tell rejected clients when to retry."""
 
     def __init__(self, size: int, retry_headers: Callable[[], Mapping[str, str]]) -> None:
         self.size = size
@@ -56,7 +56,7 @@ class BodyMemory:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def begin(self, body: IncomingBody) -> None:
-        """Begin to receive a body, in the current task; it is ended by its deadline."""
+        """Register a body that the current task receives; it is aborted at its deadline."""
         body.reader = asyncio.current_task()
         body.progressed_at = time.perf_counter()
         self._receiving[body] = None
@@ -64,26 +64,26 @@ class BodyMemory:
             self._schedule_expiry(body)
 
     def end(self, body: IncomingBody) -> None:
-        """No more of a body is received."""
+        """Unregister a body of which no more is received."""
         self._receiving.pop(body, None)
 
     def grow(self, body: IncomingBody, size: int) -> None:
-        """Reserve that many bytes, all in all, of a body that is being received; raise what `hold` raises."""
+        """Reserve `size` bytes in total for a body that is being received. Raises what `reserve` raises."""
         if size - body.received >= SLOW_BODY_BYTES:
             body.received, body.progressed_at = size, time.perf_counter()
         self.reserve(body, size)
 
     def reserve(self, body: IncomingBody, size: int) -> None:
-        """Reserve that many bytes, all in all. Raises Busy where they are not there now, BodyTooLarge if never."""
+        """Reserve `size` bytes in total for a body. Raises Busy if they are not free now, BodyTooLarge if never."""
         if size > body.reserved_bytes:
             self.ensure_available(size - body.reserved_bytes, exempt=body)
         self.used += size - body.reserved_bytes
         body.reserved_bytes = size
 
     def ensure_available(self, size: int, exempt: IncomingBody | None = None) -> None:
-        """Raise Busy, or BodyTooLarge, where so many bytes more do not fit, even without the slow bodies.
+        """Raise Busy or BodyTooLarge if `size` more bytes do not fit, even without the slow bodies.
 
-        If they fit without these, the slowest are ended: all `but` that one.
+        If they fit without some of these, the slowest are aborted, except `exempt`.
         """
         missing = self.used + size - self.size
         if missing <= 0:
@@ -105,7 +105,7 @@ class BodyMemory:
         body.end(
             Busy(
                 f"memory for request bodies is short, and less than {SLOW_BODY_BYTES // 1024} KiB of this one were "
-                f"received in {seconds:.1f} s: try again later, or send it faster; {MEMORY_SETTING_HINT}",
+                f"received in {seconds:.1f} s: retry later, or send it faster {MEMORY_SETTING_HINT}",
                 headers={**self._retry_headers(), "Connection": "close"},
             )
         )
@@ -113,7 +113,7 @@ class BodyMemory:
         self.reserve(body, 0)
 
     def _schedule_expiry(self, body: IncomingBody) -> None:
-        # One timer for all: the first of them has the first deadline.
+        # One timer serves all bodies: the first one has the earliest deadline.
         self._loop = asyncio.get_running_loop()
         self._loop.call_later(max(0.0, body.deadline - time.perf_counter()), self._expire)
 
@@ -127,24 +127,24 @@ class BodyMemory:
             self.end(body)
             body.end(
                 RequestTimeout(
-                    "the body was not complete by the deadline of its request: send it faster, or less of it; "
-                    "the operator can change that by CORR2D_REQUEST_TIMEOUT_S",
+                    "the body was not complete by the deadline of its request: send it faster, or a smaller one "
+                    "(limit: CORR2D_REQUEST_TIMEOUT_S)",
                     headers={"Connection": "close"},
                 )
             )
 
     def _no_memory_error(self, size: int) -> ServiceError:
         detail = (
-            f"{size / 1e6:,.1f} MB more of bodies do not fit into the {self.size / 1e6:,.0f} MB "
-            "that all may take at a time"
+            f"{size / 1e6:,.1f} MB more do not fit into the {self.size / 1e6:,.0f} MB "
+            "that all request bodies together may take"
         )
         if size > self.size:
-            return BodyTooLarge(f"{detail}; {MEMORY_SETTING_HINT}")
-        return Busy(f"{detail}: try again later; {MEMORY_SETTING_HINT}", headers=self._retry_headers())
+            return BodyTooLarge(f"{detail}: send a smaller body {MEMORY_SETTING_HINT}")
+        return Busy(f"{detail}: retry later {MEMORY_SETTING_HINT}", headers=self._retry_headers())
 
 
 class BodyBuffer:
-    """A body that comes in pieces, put together in one place. `expected`: bytes that it should have at most."""
+    """Buffer that joins the chunks of a body. `expected`: the largest size that it should reach, in bytes."""
 
     def __init__(self, expected: int) -> None:
         self.size = 0
@@ -153,7 +153,7 @@ class BodyBuffer:
         self._large: NDArray[Any] | None = None
 
     def add(self, chunk: bytes) -> None:
-        """Add the next piece."""
+        """Append a chunk."""
         begin, self.size = self.size, self.size + len(chunk)
         if self.size <= MAX_BYTEARRAY_BYTES:
             self._small += chunk
@@ -166,5 +166,5 @@ class BodyBuffer:
         self._large[begin : self.size] = np.frombuffer(chunk, np.uint8)
 
     def getbuffer(self) -> bytearray | memoryview:
-        """All of it."""
+        """Return the whole body."""
         return self._small if self._large is None else self._large[: self.size].data

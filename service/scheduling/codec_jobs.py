@@ -1,4 +1,4 @@
-"""Decoding and encoding, as this service runs them: what is small at once, the rest in a pool of its own."""
+"""Execution of decoding and encoding: small jobs run inline, others in a worker pool of their own."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,11 @@ Value = TypeVar("Value")
 async def run_codec(
     request: Request, seconds: float, work: Callable[[DecodeCheck], Value], phase: RequestPhase
 ) -> Value:
-    """Run the work, which is predicted to take so many seconds; its time counts as that of the phase.
+    """Run `work`, predicted to take `seconds`, and count its time in `phase`.
 
-    Its argument is to be called now and then, and raises once nobody waits for it any more.
-
-    What takes less than a thread is worth is done at once. The rest is dropped when the client leaves. Raises
-    DeadlinePassed, ClientLeft and, unless it is a response that is encoded, Busy.
+    `work` must call its argument at intervals: it raises once the request is abandoned. Work that is shorter than
+    INLINE_THRESHOLD_S runs inline; other work is dropped if the client disconnects. Raises DeadlineExceeded,
+    ClientDisconnected and, unless the phase is "encode", Busy.
     """
     reservation = get_reservation(request.scope)
     if seconds < INLINE_THRESHOLD_S:

@@ -1,4 +1,4 @@
-"""core, as this service runs it: what is small at once, the rest in its pool."""
+"""Run core: small computations inline, others in the pool."""
 
 import re
 import time
@@ -13,6 +13,7 @@ from fastapi import Request
 from core import (
     CALLING_THREAD_ENGINES,
     Check,
+    ConvolutionPlan,
     Cost,
     FitPlan,
     FitResult,
@@ -23,10 +24,7 @@ from core import (
     Result,
     TooLarge,
     compiled_only,
-    cost_of,
-    named_kernel,
     resolve_device,
-    run_to_end,
 )
 from service.errors import Busy
 from service.middleware.request_log import milliseconds_since
@@ -40,22 +38,26 @@ from service.settings import Settings
 Value = TypeVar("Value")
 
 MAX_INLINE_NUMBERS = 1 << 16
-"""Numbers; what has more is not even looked at on the event loop, for to convert them would already take too long."""
+"""Most numbers of a request that is planned on the event loop; converting more takes too long."""
 
 MAX_INLINE_KERNEL_ARGUMENT = 32
-"""The largest number in the name of a kernel that is made on the event loop; a larger one may ask for many values."""
+"""Largest number in the name of a kernel that is made on the event loop; larger ones may mean many taps."""
 
 NAMED_KERNEL_S = 0.1
+"""Predicted time to make the largest kernel from its name, in seconds."""
+
 CONVERT_S_PER_NUMBER = 2e-9
+"""Predicted time to convert one number, in seconds."""
+
 PLAN_S_PER_IMAGE = 5e-5
-"""The time to make a kernel of the largest size by its name; to convert one number; to look at one image."""
+"""Predicted time to load one image of a fit, in seconds."""
 
 HISTORY_BYTES_PER_STEP = 64
-"""Of one step in the history of a fit, as a number and as text."""
+"""Bytes of one step in the history of a fit, as a number and as text."""
 
 
 class Compute:
-    """Within its limits, on its device and machine."""
+    """Runs core inline or in the pool, within the limits, on the device and machine of the settings."""
 
     def __init__(self, settings: Settings, pool: WorkerPool, codecs: WorkerPool, machine: Machine) -> None:
         self.machine = machine
@@ -65,70 +67,66 @@ class Compute:
         assert settings.max_compute_mb is not None  # noqa: S101 - app.py has settled it
         self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
         inline_s = min(threads.INLINE_THRESHOLD_S, settings.request_timeout_s)
-        self._inline_limits = replace(self._limits, seconds=inline_s, engines=CALLING_THREAD_ENGINES)
+        self._inline_limits = replace(self._limits, seconds=inline_s)
 
-    async def __call__(
-        self, request: Request, responder: Responder, verb: Callable[..., Result], **arguments: Any
+    async def convolve(
+        self,
+        request: Request,
+        responder: Responder,
+        make_plan: Callable[..., ConvolutionPlan],
+        *,
+        error_bound: bool,
+        **arguments: Any,
     ) -> Result:
-        """Run core's correlate or conv2d for this request.
+        """Run core's correlate or conv2d for a request: `make_plan` is plan_correlate or plan_conv2d.
 
-        What is predicted to take less than a thread is worth is done at once: it waits behind nobody. The rest is
-        dropped when the client leaves.
+        Work that is cheaper than a thread hand-off runs inline, before all that is in the queue. Other work ends if the
+        client disconnects.
         """
         self._set_device(arguments)
-        cost = None
+        reservation = get_reservation(request.scope)
+        plan: ConvolutionPlan | None = None
         if (
             _count_numbers(arguments.values()) <= MAX_INLINE_NUMBERS
             and _is_cpu(arguments["device"])
             and not _is_large_named_kernel(arguments.get("kernel"))
         ):
-            reservation = get_reservation(request.scope)
             start = time.perf_counter()
             try:
-                with compiled_only():
-                    return verb(**arguments, limits=self._inline_limits)
-            except TooLarge as rejected:
-                cost = rejected.cost
+                plan = make_plan(**arguments)
+                if self._runs_inline(plan):
+                    with compiled_only():
+                        return plan.run(error_bound=error_bound)
             except NotCompiled:
                 # A thread of the pool waits for the compiler.
                 pass
             finally:
                 reservation.count("compute", milliseconds_since(start))
-        return await run_until_disconnect(
-            request.receive, self._run_in_pool(get_reservation(request.scope), responder, verb, arguments, cost)
-        )
 
-    async def _run_in_pool(
-        self,
-        reservation: Reservation,
-        responder: Responder,
-        verb: Callable[..., Result],
-        arguments: dict[str, Any],
-        cost: Cost | None,
-    ) -> Result:
-        if cost is None:
-            cost = await self._estimate(reservation, verb, arguments)
+        async def run_in_pool() -> Result:
+            pooled = plan or await self._plan_in_thread(reservation, make_plan, arguments)
+            response_bytes = responder.estimate_bytes(1e6 * pooled.cost.result_megabytes)
 
-        def run(check: Check) -> Result:
-            return verb(**arguments, check=check)
+            def run(check: Check) -> Result:
+                return pooled.run(check, error_bound=error_bound)
 
-        return await self._submit(reservation, cost, responder.estimate_bytes(1e6 * cost.result_megabytes), run)
+            return await self._submit(reservation, pooled.cost, response_bytes, run)
 
-    async def _estimate(self, reservation: Reservation, verb: Callable[..., Result], arguments: dict[str, Any]) -> Cost:
-        """Estimate a computation; before that a kernel is made, if it has a name, and converted."""
-        named = _is_large_named_kernel(name := arguments.get("kernel"))
+        return await run_until_disconnect(request.receive, run_in_pool())
+
+    def _runs_inline(self, plan: ConvolutionPlan) -> bool:
+        return plan.engine in CALLING_THREAD_ENGINES and self._inline_limits.allow(plan.cost)
+
+    async def _plan_in_thread(
+        self, reservation: Reservation, make_plan: Callable[..., ConvolutionPlan], arguments: dict[str, Any]
+    ) -> ConvolutionPlan:
+        """Plan a convolution; a large kernel is made from its name, or converted, in a thread."""
+        is_large_name = _is_large_named_kernel(arguments.get("kernel"))
         numbers = _count_numbers(arguments.get(kernel) for kernel in KERNEL_ARGUMENTS)
-        if not named and numbers <= MAX_INLINE_NUMBERS:
-            return cost_of(verb, **arguments)
-
-        def estimate(_: Check) -> Cost:
-            if named:
-                # It is kept: the verb finds it ready, and knows its rank by its name.
-                named_kernel(str(name))
-            return cost_of(verb, **arguments)
-
-        seconds = NAMED_KERNEL_S if named else numbers * CONVERT_S_PER_NUMBER
-        return await self._codecs.run(reservation, Cost(0, 0, seconds), estimate, phase="parse")
+        if not is_large_name and numbers <= MAX_INLINE_NUMBERS:
+            return make_plan(**arguments)
+        seconds = NAMED_KERNEL_S if is_large_name else numbers * CONVERT_S_PER_NUMBER
+        return await self._codecs.run(reservation, Cost(0, 0, seconds), lambda _: make_plan(**arguments), phase="parse")
 
     async def fit(
         self,
@@ -139,15 +137,15 @@ class Compute:
         on_progress: Callable[[Progress], None] | None = None,
         **arguments: Any,
     ) -> Value:
-        """Fit a kernel as core plans it, and convert what has been fitted in the thread that did it.
+        """Fit a kernel, and convert the result in the same thread.
 
-        The fit ends at the step at which its deadline passes or it is cancelled. `each` is called with all that it
-        yields, in the thread that computes.
+        `make_plan` is plan_fit_kernel. `on_progress` is called in that thread with everything that the fit yields. The
+        fit ends at the step at which its deadline passes or it is cancelled.
         """
         self._set_device(arguments)
         reservation = get_reservation(request.scope)
         arrays, images = _collect_examples(arguments)
-        # To look at examples takes long where they are many, so it is not done on the event loop.
+        # Loading many examples takes long, so it is not done on the event loop.
         seconds = PLAN_S_PER_IMAGE * images + CONVERT_S_PER_NUMBER * _count_numbers(arrays)
         plan = await self._codecs.run(reservation, Cost(0, 0, seconds), lambda _: make_plan(**arguments), phase="parse")
 
@@ -157,7 +155,7 @@ class Compute:
                 if on_progress is not None:
                     on_progress(progress)
 
-            return convert(run_to_end(plan.steps(), report))
+            return convert(plan.run(report))
 
         histories = 1 if arguments["validation"] is None else 2
         result = max(1e6 * plan.cost.result_megabytes, histories * HISTORY_BYTES_PER_STEP * arguments["steps"])
@@ -166,11 +164,11 @@ class Compute:
     async def _submit(
         self, reservation: Reservation, cost: Cost, result: float, run: Callable[[Check], Value]
     ) -> Value:
-        """Run it in the pool; `result` bytes are kept for its response."""
-        self._limits.require(cost)
+        """Run a computation in the pool and reserve `result` bytes for its response."""
+        self._limits.check(cost)
         cost = cost._replace(megabytes=max(cost.megabytes, result / 1e6))
         try:
-            self._limits.require(cost)
+            self._limits.check(cost)
         except TooLarge as error:
             raise _response_too_large_error(error) from None
 
@@ -188,19 +186,19 @@ class Compute:
 
 
 KERNEL_ARGUMENTS = ("kernel", "weight", "bias")
-"""The arguments of correlate and conv2d that are converted before a computation can be estimated."""
+"""Arguments of correlate and conv2d that are converted when a call is planned."""
 
 
 def _response_too_large_error(error: TooLarge) -> TooLarge:
     message = (
-        f"the response and the result that it is made of take about {error.got} of memory; "
+        f"the response and the result take about {error.got} of memory; "
         f"at most {error.limit} are allowed: ask for application/x-npy"
     )
     return TooLarge(message, quantity=error.quantity, got=str(error.got), limit=str(error.limit), cost=error.cost)
 
 
 def _is_large_named_kernel(kernel: object) -> bool:
-    """Whether a kernel is a name by which a large one is made."""
+    """Return whether a kernel is the name of a large one."""
     if not isinstance(kernel, str):
         return False
     return any(len(digits) > 2 or int(digits) > MAX_INLINE_KERNEL_ARGUMENT for digits in re.findall(r"\d+", kernel))
@@ -215,7 +213,7 @@ def _count_numbers(arguments: Iterable[Any]) -> int:
 
 
 def _collect_examples(arguments: Mapping[str, Any]) -> tuple[list[Any], int]:
-    """The arrays of a fit, and how many images there are in them."""
+    """Return the arrays of a fit and the number of images in them."""
     arrays = [arguments[name] for name in ("input", "target", "weights")]
     for name in ("pairs", "validation"):
         for pair in arguments[name] or ():
@@ -226,5 +224,5 @@ def _collect_examples(arguments: Mapping[str, Any]) -> tuple[list[Any], int]:
 
 @lru_cache(maxsize=64)
 def _is_cpu(device: str) -> bool:
-    """Whether requests for this device are computed by the processor; raises DeviceUnavailable."""
+    """Return whether a device is the processor. Raises DeviceUnavailable."""
     return resolve_device(device).type == "cpu"

@@ -1,4 +1,4 @@
-"""Whether whoever asked still waits for the answer."""
+"""Cancellation of work when its client disconnects."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -12,13 +12,13 @@ Receive = Callable[[], Awaitable[Any]]
 
 
 async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, Value]) -> Value:
-    """The work's value; cancels it and raises ClientLeft as soon as the client closes the connection."""
+    """Return the result of `work`; cancel it and raise ClientDisconnected if the client disconnects before."""
     task = asyncio.ensure_future(work)
     disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
         await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientDisconnected("the client closed the connection before its answer was ready")
+            raise ClientDisconnected("the client closed the connection before the response was ready")
         return task.result()
     finally:
         task.cancel()

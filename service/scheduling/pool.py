@@ -1,6 +1,6 @@
-"""The threads that compute, or that decode and encode, and the queue before them.
+"""Worker pool with a bounded priority queue, for computations and for decoding and encoding.
 
-Short jobs pass long ones, and nobody waits in vain.
+Short jobs overtake long ones, but long ones cannot starve.
 """
 
 import asyncio
@@ -22,30 +22,29 @@ from service.scheduling.threads import lower_priority
 Value = TypeVar("Value")
 
 SHORT_JOB_S = 0.1
-"""Predicted seconds up to which a job is short, if it needs no more than the memory that is kept for such.
+"""Longest predicted time of a short job, in seconds; it must also fit into the memory partition for short jobs.
 
-For short ones, one lane, that memory, and a quarter of the queue are kept. service/scheduling/admission.py says who has the rest
-of it.
+One worker, that partition (service/scheduling/admission.py) and a quarter of the queue are reserved for short jobs.
 """
 
 QUEUE_AGING_FACTOR = 10
-"""Each waits in proportion to what he asks for: a job lets all pass that come within so many times its length.
+"""Factor of the predicted seconds in the priority, which is added to the arrival time; the smallest value runs first.
 
-So a short one passes a long one that came a little earlier, and the long one's turn comes nevertheless.
+Short jobs overtake long ones that arrived a little earlier, and long jobs cannot starve.
 """
 
 PACE_DECAY = 0.95
-"""How much the pace of the queue is still that of all jobs before the last one."""
+"""Factor by which the sums of predicted and measured seconds decay with each finished job."""
 
 MAX_RETRY_AFTER_S = 3600
 
 
 @dataclass(eq=False)
 class Job:
-    """A job on its way: what it costs, when it came, and what becomes of it.
+    """Job with its predicted cost, its times (time.perf_counter) and the future of its result.
 
-    `phase` is what its time counts as; the time in the queue counts as wait. `result`: bytes of its memory that stay
-    taken for the response when it is done.
+    Its run time is counted in the request phase `phase`, its time in the queue in "wait". `result`: bytes of its memory
+    that stay reserved for the response after the job.
     """
 
     run: Callable[[Check], Any]
@@ -62,27 +61,27 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Memory that it needs."""
+        """Bytes of memory that the job needs."""
         return int(1e6 * self.cost.megabytes)
 
     def check(self) -> None:
-        """Raise DeadlinePassed where nobody waits for it any more."""
+        """Raise DeadlineExceeded if the caller has abandoned the job."""
         if self.abandoned.is_set():
             raise DeadlineExceeded("abandoned")
 
     @property
     def priority(self) -> float:
-        """The smaller, the sooner."""
+        """Sort key of the queue: the smallest runs first."""
         return self.arrived + QUEUE_AGING_FACTOR * self.cost.seconds
 
 
 class WorkerPool:
-    """At most `lanes` jobs at a time, and a short one more where all of those are long; `queue` more may wait.
+    """Threads that run at most `concurrency` jobs, plus one short job if all of those are long.
 
-    A job begins when a lane is free, and the memory that it needs. A long one that waits for either is passed by no
-    other long one, and short ones keep to their part of the memory meanwhile: so its turn comes. A job that nobody
-    waits for any more gives its lane back at once, though its thread may go on until it looks: there are as many
-    threads to spare for that. Safe to use from any thread.
+    At most `queue` further jobs wait. A job starts when a worker and the memory that it needs are free. While a long
+    job waits for either, no other long job overtakes it, and short jobs use only the memory reserved for them, so it
+    cannot starve. An abandoned job frees its worker at once, although its thread runs until the job's next check: the
+    pool has as many spare threads. Thread-safe.
     """
 
     def __init__(self, admission: Admission, *, concurrency: int, queue: int, queue_timeout_s: float) -> None:
@@ -109,11 +108,11 @@ class WorkerPool:
         result: int = 0,
         may_reject: bool = True,
     ) -> Value:
-        """Run it in a thread; its argument raises once the deadline has passed or the caller is cancelled.
+        """Call `run` in a thread; its argument raises once the deadline has passed or the caller is cancelled.
 
-        What waits then is dropped, what runs ends when it calls that. `result` bytes of its memory stay the share's.
-        `may_refuse`: raises Busy where there is no room in the queue, where its turn is not to be expected in time, and
-        where it did not come. Raises DeadlinePassed.
+        A job that waits then is dropped; one that runs ends when it calls its argument. `result` bytes of its memory
+        stay reserved. If `may_reject`, raises Busy if the queue is full, if the expected wait exceeds the queue
+        timeout, and if the job has not started within it. Raises DeadlineExceeded.
         """
         is_short = cost.seconds <= SHORT_JOB_S and 1e6 * cost.megabytes <= self.admission.short_jobs.size
         job = Job(run, cost, reservation, phase, result, is_short)
@@ -126,12 +125,14 @@ class WorkerPool:
             if may_reject and self._queue_timeout_s < remaining_s:
                 await asyncio.wait({pending}, timeout=self._queue_timeout_s)
                 if not pending.done() and self._withdraw(job):
-                    raise self._busy_error(f"its turn did not come within {self._queue_timeout_s:g} s")
+                    raise self._busy_error(
+                        f"the request did not start within {self._queue_timeout_s:g} s", "CORR2D_QUEUE_TIMEOUT_S"
+                    )
             if not pending.done():
                 await asyncio.wait({pending}, timeout=max(0.0, reservation.deadline - time.perf_counter()))
             if not pending.done():
                 if job.started is not None:
-                    # The thread adds its share only where it is done in time.
+                    # The thread counts its time only if it ends before the job is abandoned.
                     job.reservation.count(job.phase, milliseconds_since(job.started))
                 raise self._deadline_error()
             value: Value = pending.result()
@@ -144,33 +145,33 @@ class WorkerPool:
 
     @property
     def busy(self) -> bool:
-        """Jobs run or wait, whether anybody still wants them or not."""
+        """Whether any job runs or waits, abandoned ones included."""
         return bool(self._running or self._waiting or self._abandoned)
 
     @property
     def running(self) -> int:
-        """How many run that somebody waits for."""
+        """Number of running jobs, without abandoned ones."""
         return len(self._running)
 
     @property
     def depth(self) -> int:
-        """How many wait."""
+        """Number of waiting jobs."""
         return len(self._waiting)
 
     def retry_headers(self) -> Mapping[str, str]:
-        """When to try again: once those that wait now should be done, at the pace of those before."""
+        """Return a Retry-After header: the predicted seconds until the current jobs are done, at the recent pace."""
         with self._lock:
             seconds = self._estimate_s(self._waiting, self._running) / self._concurrency
         return {"Retry-After": str(max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds))))}
 
     def start_next(self) -> None:
-        """Start the jobs that can be started now: a job is done, or memory has been given back."""
+        """Start the jobs that can start now, after a job has ended or memory has been released."""
         self._start_waiting()
         if not self._waiting:
             self._clear_rejections()
 
     def close(self) -> None:
-        """Drop what waits; what runs is left to end."""
+        """Drop the waiting jobs and let the running ones end."""
         with self._lock:
             dropped, self._waiting = self._waiting, []
         for job in dropped:
@@ -179,50 +180,50 @@ class WorkerPool:
 
     def _enqueue(self, job: Job, *, may_reject: bool) -> None:
         with self._lock:
-            reason = self._rejection_reason(job) if may_reject else None
-            if reason is None:
+            rejection = self._rejection_reason(job) if may_reject else None
+            if rejection is None:
                 bisect.insort(self._waiting, job, key=lambda waiting: waiting.priority)
-        if reason is not None:
-            raise self._busy_error(reason)
+        if rejection is not None:
+            raise self._busy_error(*rejection)
         self._start_waiting()
         if may_reject and self.admission.queue is self:
-            # Most requests that follow are like this one: if one like it would be rejected, they need not be decoded.
+            # Most of the next requests resemble this one: if it would be rejected now, they need not be decoded.
             with self._lock:
-                reason = self._rejection_reason(job)
-            job.reservation.rejected(self._format_detail(reason) if reason else None)
+                rejection = self._rejection_reason(job)
+            job.reservation.rejected(self._format_detail(*rejection) if rejection else None)
 
     def _clear_rejections(self) -> None:
         if self.admission.queue is self:
             self.admission.clear_rejections()
 
-    def _rejection_reason(self, job: Job) -> str | None:
-        """Why it is not even to wait; None where it may, or may begin at once."""
+    def _rejection_reason(self, job: Job) -> tuple[str, str] | None:
+        """Return why a job must not wait, and the setting of that limit; None if it may wait or start at once."""
         long = sum(not other.is_short for other in self._waiting)
         if self._has_free_worker(job, after_long_job=bool(long)) and self._fits(job):
             return None
         if len(self._waiting) >= self._queue:
-            return f"{len(self._waiting)} requests wait, as many as may"
+            return f"the queue is full ({len(self._waiting)} waiting)", "CORR2D_QUEUE"
         if not job.is_short and long and long >= self._queue - self._queue // 4:
-            return f"{long} long requests wait, as many as may"
+            return f"the queue is full for long requests ({long} waiting)", "CORR2D_QUEUE"
         if self._estimate_wait_s(job) > self._queue_timeout_s:
-            return f"its turn would not come within {self._queue_timeout_s:g} s"
+            return f"the expected wait exceeds {self._queue_timeout_s:g} s", "CORR2D_QUEUE_TIMEOUT_S"
         return None
 
     def _deadline_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"not done {self.admission.timeout_s:g} s after its headers came, the wait for its turn included; "
-            "the operator can change that by CORR2D_REQUEST_TIMEOUT_S"
+            f"the request was not completed within {self.admission.timeout_s:g} s of its headers, time in the queue "
+            "included: retry later or send less (limit: CORR2D_REQUEST_TIMEOUT_S)"
         )
 
-    def _busy_error(self, reason: str) -> Busy:
-        return Busy(self._format_detail(reason), headers=self.retry_headers())
+    def _busy_error(self, reason: str, setting: str) -> Busy:
+        return Busy(self._format_detail(reason, setting), headers=self.retry_headers())
 
     @staticmethod
-    def _format_detail(reason: str) -> str:
-        return f"{reason}: try again later; the operator can change that by CORR2D_QUEUE and CORR2D_QUEUE_TIMEOUT_S"
+    def _format_detail(reason: str, setting: str) -> str:
+        return f"{reason}: retry later (limit: {setting})"
 
     def _estimate_wait_s(self, job: Job) -> float:
-        """How long it should take until its turn: for a short one, at the latest in the lane that is kept for such."""
+        """Return the predicted seconds until a job starts; a short one may use the worker reserved for short jobs."""
         ahead = [other for other in self._waiting if other.priority <= job.priority]
         seconds = self._estimate_s(ahead, self._running) / self._concurrency
         if job.is_short:
@@ -231,7 +232,7 @@ class WorkerPool:
         return seconds
 
     def _estimate_s(self, waiting: Iterable[Job], running: Iterable[Job]) -> float:
-        """Until all are done one after the other, at the pace of those before."""
+        """Return the predicted seconds until all these jobs have run one after the other, at the recent pace."""
         now = time.perf_counter()
         pace = self._measured_s / self._predicted_s
         return sum(job.cost.seconds * pace for job in waiting) + sum(
@@ -249,7 +250,7 @@ class WorkerPool:
                     after_long_job |= not job.is_short
 
     def _has_free_worker(self, job: Job, *, after_long_job: bool) -> bool:
-        """A lane is free; `behind`: a long one whose turn comes earlier waits for one, or for memory."""
+        """Return whether the job can have a worker now; `after_long_job`: a long one is before it in the queue."""
         if len(self._running) > self._concurrency or len(self._running) + len(self._abandoned) >= self._threads:
             return False
         long = sum(not other.is_short for other in self._running)
@@ -274,7 +275,7 @@ class WorkerPool:
         return not job.bytes or job.partition is not None
 
     def _yields_to_long(self, job: Job) -> bool:
-        """It is short, and a long one waits."""
+        """Return whether the job is short and a long one waits."""
         return job.is_short and any(not other.is_short for other in self._waiting)
 
     def _start(self, job: Job) -> None:
@@ -284,56 +285,56 @@ class WorkerPool:
             self._count_slots()
             self._executor.submit(self._compute, job)
         else:
-            self._release_memory(job, kept=False)
+            self._release_memory(job, keep_result=False)
 
     def _compute(self, job: Job) -> None:
-        begun = time.perf_counter()
-        job.reservation.count("wait", 1000 * (begun - job.arrived))
+        started = time.perf_counter()
+        job.reservation.count("wait", 1000 * (started - job.arrived))
         try:
             value = job.run(job.check)
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
-            self._finish(job, begun, kept=False)
+        except BaseException as error:  # noqa: BLE001 - run() raises it
+            self._finish(job, started, keep_result=False)
             job.future.set_exception(error)
         else:
-            self._finish(job, begun, kept=True)
+            self._finish(job, started, keep_result=True)
             job.future.set_result(value)
 
-    def _finish(self, job: Job, begun: float, *, kept: bool) -> None:
+    def _finish(self, job: Job, started: float, *, keep_result: bool) -> None:
         if not job.abandoned.is_set():
-            job.reservation.count(job.phase, milliseconds_since(begun))
+            job.reservation.count(job.phase, milliseconds_since(started))
         with self._lock:
             self._running.discard(job)
             self._abandoned.discard(job)
             self._count_slots()
             self._predicted_s = PACE_DECAY * self._predicted_s + job.cost.seconds
-            self._measured_s = PACE_DECAY * self._measured_s + time.perf_counter() - begun
-        self._release_memory(job, kept=kept)
+            self._measured_s = PACE_DECAY * self._measured_s + time.perf_counter() - started
+        self._release_memory(job, keep_result=keep_result)
         self.start_next()
 
-    def _release_memory(self, job: Job, *, kept: bool) -> None:
-        """Give its memory back, but for that of the result if that is kept."""
+    def _release_memory(self, job: Job, *, keep_result: bool) -> None:
+        """Release the job's memory, except that of its result if `keep_result`."""
         if job.partition is None:
             return
-        if kept and job.result:
+        if keep_result and job.result:
             self.admission.adjust(job.partition, job.result - job.bytes, 0)
             job.reservation.keep_result(job.partition, job.result)
         else:
             self.admission.adjust(job.partition, -job.bytes, -job.result)
 
     def _withdraw(self, job: Job) -> bool:
-        """Take a job out of the queue; False where it is not in it any more."""
+        """Remove a job from the queue; return False if it is not in it any more."""
         with self._lock:
             if job not in self._waiting:
                 return False
             self._waiting.remove(job)
         job.reservation.count("wait", milliseconds_since(job.arrived))
-        # The queue is shorter than it was predicted to be, and this job may have held up others.
+        # The queue is shorter than predicted, and this job may have blocked others.
         self._clear_rejections()
         self._start_waiting()
         return True
 
     def _release_worker(self, job: Job) -> None:
-        """Nobody waits for it any more: if it still runs, its lane is another's, though its thread is not."""
+        """Free the worker of an abandoned job, if it still runs; its thread stays in use until the job ends."""
         with self._lock:
             if job not in self._running:
                 return
@@ -344,6 +345,6 @@ class WorkerPool:
         self._start_waiting()
 
     def _count_slots(self) -> None:
-        """Count how many requests could run or wait now: one more would be decoded in vain."""
-        spare = any(not job.is_short for job in self._running)
-        self.slots = self._concurrency + spare + self._queue
+        """Update `slots`, the number of requests that can run or wait now: decoding more of them is useless."""
+        extra = any(not job.is_short for job in self._running)
+        self.slots = self._concurrency + extra + self._queue

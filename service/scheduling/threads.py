@@ -1,4 +1,4 @@
-"""What is worth a thread, and what the event loop does itself."""
+"""Threshold between inline work and threads, and the priority of worker threads."""
 
 import os
 import sys
@@ -9,22 +9,23 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 INLINE_THRESHOLD_S = 1.5e-4
-"""Seconds of work that the event loop does itself.
+"""Predicted seconds below which work runs inline, on the event loop.
 
-To hand work to a thread and back takes half as long where nothing else runs (`benchmarks/formats.py` prints it) and
-more where something does. So less is cheaper done at once, and nobody else waits longer for it than that.
+Handing work to a thread and back takes half of that on an idle machine (`benchmarks/formats.py` prints it) and more on
+a busy one. So shorter work is cheaper inline, and it delays other requests by no more than that.
 """
 
 JOB_NICENESS = 5
-"""How much threads that compute, decode and encode stand back, in the words of nice(1)."""
+"""Niceness, as in nice(1), of the threads that compute, decode and encode."""
 
 _this_thread = threading.local()
 
 
 def lower_priority() -> None:
-    """Let the event loop's thread go first where there are not enough cores: it has little to do, and all wait for it.
+    """Lower the priority of the calling thread, and of threads that it starts, below that of the event loop.
 
-    For the calling thread, and those that it starts: engines start some of their own. Only Linux knows such a thing.
+    The event loop has little to do, and all requests wait for it if there are too few cores. Engines start threads of
+    their own. Only Linux has a niceness per thread.
     """
     if sys.platform == "linux" and not getattr(_this_thread, "has_low_priority", False):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), JOB_NICENESS)
@@ -32,6 +33,6 @@ def lower_priority() -> None:
 
 
 def run_at_low_priority(work: Callable[[], Value]) -> Value:
-    """The work's value, from a thread that stands back."""
+    """Return the result of `work`, run in the calling thread at low priority."""
     lower_priority()
     return work()

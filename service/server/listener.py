@@ -1,7 +1,7 @@
-"""What the system does for a listening socket: small buffers, and a door that is shut before the socket is.
+"""Options of a listening socket: small send buffers, and no new connections shortly before it is closed.
 
-A connection is made by the system, and waits until the process accepts it: those that wait when the socket is closed
-are reset. However quickly the last one is accepted, another may have come.
+The system makes connections and queues them until the process accepts them; those in the queue when the socket is
+closed are reset. However quickly the process accepts the last one, another may follow.
 """
 
 import ctypes
@@ -11,31 +11,31 @@ import sys
 from contextlib import suppress
 
 SO_ATTACH_FILTER = 26
-"""Of Linux, socket(7); Python does not name it."""
+"""Socket option of Linux, socket(7), that Python does not define."""
 
 TCP_NOTSENT_LOWAT = 25
-"""Of Linux, tcp(7); Python does not name it."""
+"""Socket option of Linux, tcp(7), that Python does not define."""
 
 MAX_UNSENT_BYTES = 1 << 19
-"""Bytes of a response that the system holds beyond those that are on their way to the client."""
+"""Bytes of a response that the system buffers in addition to those in flight to the client."""
 
 TCP_FLAGS_OFFSET, TCP_SYN, TCP_ACK = 13, 0x02, 0x10
-"""Where the flags of a TCP segment are, and those that ask for a connection (RFC 9293, 3.1)."""
+"""Offset of the flags in a TCP segment, and the flags of connection requests (RFC 9293, 3.1)."""
 
 DROP_SYN_FILTER = (
-    (0x30, 0, 0, TCP_FLAGS_OFFSET),  # load the byte there
+    (0x30, 0, 0, TCP_FLAGS_OFFSET),  # load the byte of flags
     (0x54, 0, 0, TCP_SYN | TCP_ACK),  # and
     (0x15, 0, 1, TCP_SYN),  # unless it is SYN alone, skip the next one
     (0x06, 0, 0, 0),  # drop it
-    (0x06, 0, 0, 0xFFFFFFFF),  # let all of it pass
+    (0x06, 0, 0, 0xFFFFFFFF),  # accept it
 )
 """Instructions of the kernel's packet filter: code, jump if true, jump if false, operand."""
 
 
 def limit_send_buffers(listener: socket.socket) -> None:
-    """Let the system hold little of each response that its client does not read, instead of 4 MB.
+    """Limit the bytes that the system buffers of each response that its client does not read; 4 MB by default.
 
-    The connections that the socket accepts inherit it. What is in their buffers is in nobody's account of the memory.
+    Accepted connections inherit the limit. Admission control does not track these buffers.
     """
     if sys.platform == "linux":
         with suppress(OSError):
@@ -43,13 +43,15 @@ def limit_send_buffers(listener: socket.socket) -> None:
 
 
 def stop_accepting(listener: socket.socket) -> None:
-    """Let the system make no more connections for this socket; those that it has begun to make come to their end.
+    """Stop the system from making new connections for this socket; handshakes in progress are completed.
 
-    Whoever asks for one is not answered, asks again, and finds the port closed or its next owner. Only Linux can do
-    that, and a sandbox may not let it: then what comes in the instant before the socket is closed is reset.
+    A client that connects then gets no reply, retries, and finds the port closed or its next owner. This works on Linux
+    only, and a sandbox may forbid it: then connections made just before the socket is closed are reset.
     """
     if sys.platform == "linux" and listener.family in (socket.AF_INET, socket.AF_INET6):
-        program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in DROP_SYN_FILTER))
-        described = struct.pack("HP", len(DROP_SYN_FILTER), ctypes.addressof(program))
+        program = ctypes.create_string_buffer(
+            b"".join(struct.pack("HBBI", *instruction) for instruction in DROP_SYN_FILTER)
+        )
+        filter_program = struct.pack("HP", len(DROP_SYN_FILTER), ctypes.addressof(program))
         with suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, described)
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_program)

@@ -1,21 +1,23 @@
-"""How much memory the process keeps that it has freed: hundreds of megabytes, were the C library left alone."""
+"""Limits on memory that glibc and torch keep for reuse: hundreds of megabytes by default."""
 
 import ctypes
 import os
 
 M_ARENA_MAX = -8
-"""mallopt's name for it, of glibc's malloc.h."""
+"""mallopt parameter for the number of arenas, from glibc's malloc.h."""
 
 TORCH_CACHE_CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "16"}
-"""How many shapes of convolutions stay compiled, 10 kB and more each, in the process and in each thread: environment
-variables of torch's libraries, which otherwise keep 1024 in both, and read them when they first convolve."""
+"""Number of convolution shapes, of 10 kB and more each, that torch's libraries cache per process and per thread.
+
+The libraries read these environment variables at the first convolution; the default is 1024 for both.
+"""
 
 
 def limit_malloc_arenas() -> None:
-    """Let freed memory lie in one heap only. To be called before torch is used.
+    """Limit glibc to one arena, and torch's caches of compiled convolutions. Call this before torch is used.
 
-    glibc has eight heaps a core, to which threads are spread so that they need not wait for each other's allocations,
-    and keeps up to 64 MB freed in each of them. Threads that compute allocate little.
+    glibc has eight arenas per core, so that threads need not wait for each other's allocations, and keeps up to 64 MB
+    of freed memory in each of them. Compute threads allocate little.
     """
     for name, shapes in TORCH_CACHE_CAPACITIES.items():
         os.environ.setdefault(name, shapes)

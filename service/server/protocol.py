@@ -1,7 +1,6 @@
-"""uvicorn's HTTP protocol, with limits on what a client may send and how long it may take.
+"""uvicorn's HTTP protocol with limits on the size and the duration of requests, which uvicorn itself lacks.
 
-uvicorn itself has none. What breaks them is answered by the application like any other error, under a request id and
-in the log.
+The application reports a violation like any other error, with a request ID and a log line.
 """
 
 import asyncio
@@ -50,15 +49,15 @@ CONNECTION_CLOSE_LINE = b"connection: close\r\n"
 MAX_HEADER_BYTES = 1 << 16
 MAX_TARGET_BYTES = 1 << 14
 MAX_HEADER_FIELDS = 100
-"""Of a request: bytes of its head, bytes of its target, and how many header fields."""
+"""Limits of a request: bytes of its request line and headers, bytes of its target, and number of header fields."""
 
 MAX_FRAMING_BYTES = 1 << 17
-"""Bytes that a message may have beyond twice its body: heads, the sizes of chunks, trailers."""
+"""Bytes that a request may have beyond twice its body: request line and headers, chunk sizes, trailers."""
 
 HEADER_SLICE_BYTES = 1 << 11
-"""Bytes of requests that are parsed at a time: what follows waits until those in it are answered.
+"""Bytes of requests that are parsed at a time; the rest waits until these requests have their responses.
 
-A small one takes fifty times its bytes while it waits.
+A small request takes fifty times its bytes while it waits.
 """
 
 BODY_SLICE_BYTES = 1 << 13
@@ -66,31 +65,34 @@ MAX_CHUNKS_PER_TICK = 1 << 10
 """Bytes of a body that are parsed at a time, and chunks of it after which other connections are served first."""
 
 MAX_DISCARDED_BYTES = 1 << 22
-"""Bytes of bodies that nobody wants that are read, so that their senders come to see the answer."""
+"""Body bytes discarded after an early error; closing with unread data would reset the connection.
+
+The client would then lose the response.
+"""
 
 MAX_DRAINED_BYTES = 1 << 18
-"""Bytes of a body that is answered already that are read for the sake of the connection: a new one costs more."""
+"""Body bytes that are read after the response to keep the connection open: a new connection costs more."""
 
 BODY_FRAMING_HEADERS = frozenset({b"content-length", b"transfer-encoding"})
 
 MAX_SHOWN_TARGET_BYTES = 200
-"""Bytes of a target that is refused that the log shows."""
+"""Bytes of a rejected target that the log shows."""
 
 EVICTIONS_PER_SORT = 32
 SORT_INTERVAL_S = 0.01
-"""Connections are sorted by claim again once so many have been ended, or so many seconds have passed."""
+"""Connections are sorted for eviction again after so many evictions, or after so many seconds."""
 
 ALWAYS_SERVED_PATHS = frozenset({b"/livez", b"/readyz", b"/metrics"})
 
 
 class ConnectionsState(ServerState):
-    """What all connections of a server share."""
+    """State shared by all connections of a server."""
 
     draining = False
-    """The server is going down: every answer is the last on its connection."""
+    """Whether the server is shutting down: every response is the last on its connection."""
 
     closing_connections = 0
-    """Connections that have been ended and are gone as soon as the event loop has its turn."""
+    """Number of evicted connections that the event loop has not removed yet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,9 +101,9 @@ class ConnectionsState(ServerState):
         self._next_sort_at = 0.0
 
     def evict(self, limits: ConnectionLimits, now: float, *, exclude: "LimitedHttpProtocol") -> bool:
-        """End the connection with the least claim, if there is one that may be ended.
+        """Evict the connection that is first in the eviction order; return False if none may be evicted.
 
-        To sort a thousand takes milliseconds: not for every connection of a flood.
+        Sorting a thousand connections takes milliseconds, so one order serves up to EVICTIONS_PER_SORT evictions.
         """
         if not self._eviction_queue and (self._evicted >= EVICTIONS_PER_SORT or now >= self._next_sort_at):
             self._eviction_queue = cast("list[LimitedHttpProtocol]", sort_for_eviction(self.connections, limits, now))  # type: ignore[arg-type]
@@ -114,12 +116,12 @@ class ConnectionsState(ServerState):
         return False
 
     def reset_eviction_order(self) -> None:
-        """Sort again when a connection has to go: some of those that are sorted may have ended, and hold memory."""
+        """Discard the eviction order: connections in it may have ended, and it keeps them in memory."""
         self._eviction_queue = []
 
 
 class ServerConfig(Config):
-    """uvicorn's settings, the limits on connections, the seconds that a server drains, and the format of its log."""
+    """uvicorn's settings, the limits on connections, the drain time in seconds, and the log format."""
 
     def __init__(
         self, app: Any, *, limits: ConnectionLimits, drain_s: float, log_format: LogFormat, **others: Any
@@ -131,9 +133,9 @@ class ServerConfig(Config):
 
 
 class CoalescingTransport:
-    """A transport that keeps the head of an answer until its body comes, or the event loop has done all else.
+    """Transport that holds back the headers of a response until its body follows or the event loop is idle.
 
-    uvicorn writes them one after the other, and each write is a call of the system, a packet, and a client woken.
+    uvicorn writes headers and body separately, and each write is a system call, a packet and a wake-up of the client.
     """
 
     def __init__(
@@ -143,67 +145,70 @@ class CoalescingTransport:
         is_incomplete: Callable[[], bool] = lambda: False,
         is_last: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_owed`: not all that is answered has come yet; `is_last`: nothing more on this connection is answered."""
+        """Wrap a transport.
+
+        `is_incomplete`: the current request is not fully received. `is_last`: its response is the last one.
+        """
         self._transport = transport
         self._loop = loop
         self._is_incomplete = is_incomplete
         self._is_last = is_last
-        self._head = b""
+        self._held_headers = b""
         self.sent = 0
         self.is_lingering = False
-        # What uvicorn asks for at every request.
+        # uvicorn uses these for every request.
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send data behind the head that is kept, if there is one; a head is kept."""
+        """Send data, after the headers that are held back, if any; hold back headers."""
         if self._transport.is_closing():
-            # Cut off meanwhile; uvicorn finds out by itself.
+            # Closed in the meantime; uvicorn notices by itself.
             return
         self.sent += len(data)
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.writelines([head, data])
+        if self._held_headers:
+            headers, self._held_headers = self._held_headers, b""
+            self._transport.writelines([headers, data])
         elif data[: len(STATUS_LINE_PREFIX)] == STATUS_LINE_PREFIX:
-            self._head = cast("bytes", data)
+            self._held_headers = cast("bytes", data)
             if (
                 data[: len(CONTINUE_PREFIX)] != CONTINUE_PREFIX
                 and self._is_last()
-                and CONNECTION_CLOSE_LINE not in self._head
+                and CONNECTION_CLOSE_LINE not in self._held_headers
             ):
-                self._head = self._head[:-2] + CONNECTION_CLOSE_LINE + b"\r\n"
+                self._held_headers = self._held_headers[:-2] + CONNECTION_CLOSE_LINE + b"\r\n"
             self._loop.call_soon(self.flush)
         else:
             self._transport.write(data)
 
     def count_acknowledged_bytes(self) -> int:
-        """Bytes that the client has acknowledged; where the system does not say, those that it has taken to send."""
+        """Return the bytes that the client has acknowledged; those passed to the system if it does not report them."""
         queued = self._transport.get_write_buffer_size()
         if sys.platform != "win32" and (connection := self._transport.get_extra_info("socket")) is not None:
             with suppress(OSError):
                 # SIOCOUTQ of Linux, tcp(7).
                 (unacknowledged,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
                 queued += unacknowledged
-        return self.sent - len(self._head) - queued
+        return self.sent - len(self._held_headers) - queued
 
     def flush(self) -> None:
-        """Send the head that is kept: nothing follows it yet."""
-        head, self._head = self._head, b""
-        if head and not self._transport.is_closing():
-            self._transport.write(head)
+        """Send headers that are held back, without a body."""
+        headers, self._held_headers = self._held_headers, b""
+        if headers and not self._transport.is_closing():
+            self._transport.write(headers)
 
     def is_closing(self) -> bool:
-        """Nothing more can be sent."""
+        """Return whether nothing more can be sent."""
         return self.is_lingering or self._transport.is_closing()
 
     def is_closed(self) -> bool:
-        """Nothing more is read either."""
+        """Return whether nothing more is read either."""
         return self._transport.is_closing()
 
     def close(self) -> None:
-        """Send what is kept and close; where more is owed, say that it was the last, but go on reading first.
+        """Send headers that are held back, and close; if the request is incomplete, close for writing and read on.
 
-        To close a connection on which unread data lies resets it, and the client may never see what it was sent.
+        Closing a connection with unread data resets it, and the client may lose the response.
         """
         self.flush()
         if self._is_incomplete() and not self.is_closing():
@@ -214,7 +219,7 @@ class CoalescingTransport:
             self._transport.close()
 
     def detach(self) -> None:
-        """The connection is gone, and must not wait for the garbage collector to be seen off."""
+        """Break the reference cycles of a lost connection, so that it does not wait for garbage collection."""
         self._is_incomplete = self._is_last = lambda: False
 
     def __getattr__(self, name: str) -> Any:
@@ -222,22 +227,22 @@ class CoalescingTransport:
 
 
 class ParsingFlowControl(FlowControl):
-    """uvicorn's flow control, which reads no further while what has been read waits to be parsed."""
+    """Flow control that does not resume reading while received data waits to be parsed."""
 
     has_unparsed_data = False
 
     def resume_reading(self) -> None:
-        """Read on, unless something waits."""
+        """Resume reading, unless received data waits to be parsed."""
         if not self.has_unparsed_data:
             super().resume_reading()
 
 
 class RequestRejected(Exception):
-    """Ends the parsing of a request that has been refused."""
+    """Exception that stops the parser after a request has been rejected."""
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One HTTP connection with limits on its requests."""
 
     transport: CoalescingTransport  # type: ignore[assignment]
     server_state: ConnectionsState
@@ -251,7 +256,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        # Which versions are served is decided here: the parser takes 2.0, and rejects 1.2.
+        # _check_request decides which versions are supported: the strict parser accepts 2.0 and rejects 1.2.
         self.parser.set_dangerous_leniencies(lenient_version=True)
         self.limits = config.limits
         self.last_progress = ConnectionProgress(ConnectionPhase.IDLE, 0, self.loop.time() + self.limits.idle_s)
@@ -271,12 +276,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unparsed = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin a connection; if there are too many, the one with the least claim has to go.
+        """Start a connection; if there are too many, evict the one that is first in the eviction order.
 
-        If none may go, this one is kept to be asked for its health, or to say that the service is busy.
+        If none may be evicted, this one serves health checks and responds to all else with 503, or is aborted if even
+        the reserved connections are in use.
         """
-        head_with_body = CoalescingTransport(transport, self.loop, self._is_incomplete, self._is_last)
-        super().connection_made(cast("asyncio.Transport", head_with_body))
+        coalescing = CoalescingTransport(transport, self.loop, self._is_incomplete, self._is_last)
+        super().connection_made(cast("asyncio.Transport", coalescing))
         self.flow = ParsingFlowControl(cast("asyncio.Transport", self.transport))
         above = len(self.connections) - self.server_state.closing_connections - self.limits.connections
         if above > 0:
@@ -286,22 +292,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.transport.abort()
 
     def evict(self) -> bool:
-        """End the connection for the sake of another, unless it is in a phase by now in which it may not be ended."""
+        """End the connection in favour of another; return False if its current phase does not allow that."""
         phase = self.progress()[0]
         if self._is_evicted or phase not in EVICTION_ORDER or (self._rejected and phase not in ALWAYS_EVICTABLE_PHASES):
             return False
         if phase is ConnectionPhase.BODY:
             self._reject(
                 Busy(
-                    f"the body arrives slowly and all {self.limits.connections} connections are in use: send it again "
-                    "later, or faster (limit: CORR2D_CONNECTIONS)",
+                    f"the body arrives slowly and all {self.limits.connections} connections are in use: retry "
+                    "later, or send it faster (limit: CORR2D_CONNECTIONS)",
                     headers={"Retry-After": "1"},
                 )
             )
         elif phase is ConnectionPhase.SENDING:
             self.transport.abort()
         else:
-            # What it has been sent still arrives.
+            # Data already sent still arrives.
             self.transport.close()
         if self.transport.is_closed():
             self._is_evicted = True
@@ -309,7 +315,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End a connection, and what refers to it in circles: each would stay until the garbage collector looks."""
+        """End a connection, and break reference cycles that would keep it until garbage collection."""
         super().connection_lost(exc)
         if self._is_evicted:
             self.server_state.closing_connections -= 1
@@ -319,13 +325,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
 
     def _is_incomplete(self) -> bool:
-        """Not all of what is being answered has come yet."""
+        """Return whether the current request is not fully received."""
         return (self._rejected or self._in_body) and not self.pipeline
 
     def _is_last(self) -> bool:
-        """What is being answered has not all come, and what comes next may be its rest, or never come.
+        """Return whether the response must be the last: the rest of its request is missing and may never be sent.
 
-        Then the connection is not kept: to be asked when the answer's head is written.
+        Also tells uvicorn to close the connection then. Call this when the headers of the response are written.
         """
         last = self._is_incomplete() and (self._rejected or not self._can_drain_body())
         if last and self.cycle is not None:
@@ -333,12 +339,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         return last
 
     def _can_drain_body(self) -> bool:
-        """What is left of the body is little, and sure to come: whoever asked whether to send it may not."""
+        """Return whether the rest of the body is small, and certain to be sent: no 100 Continue is pending."""
         expects_continue = self.expect_100_continue and not self._body_bytes
         return not expects_continue and _get_content_length(self.headers) - self._body_bytes <= MAX_DRAINED_BYTES
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came."""
+        """Parse or discard received data."""
         size = len(data)
         self._received_bytes += size
         if self._rejected or self.transport.is_lingering:
@@ -372,20 +378,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # To nothing that is served here: it is answered as it stands, and is the last on its connection.
+            # No upgrade is supported: the request is handled without one, as the last on its connection.
             self.cycle.keep_alive = False
             self._rejected = True
         except httptools.HttpParserError as error:
             if not self._rejected:
-                self._reject(NotParseable(f"this is not HTTP/1.1 as RFC 9112 has it: {error}"))
+                self._reject(NotParseable(f"the request is not valid HTTP/1.1 (RFC 9112): {error}"))
         else:
             if self._in_head and (self._framing_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADER_FIELDS):
                 self._reject(self._too_large_error())
             elif self._framing_bytes > MAX_FRAMING_BYTES:
-                self._reject(NotParseable("the body comes in too many small chunks, or with too much around them"))
+                self._reject(
+                    NotParseable("the chunks of the body are too small, or have too much framing: send larger chunks")
+                )
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A field of the head; one after the body, a trailer, changes nothing (RFC 9110, 6.5.1)."""
+        """Store a header field; trailers, which follow the body, are ignored (RFC 9110, 6.5.1)."""
         if self._in_body:
             return
         name = name.lower()
@@ -396,7 +404,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers.append((name, value))
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Start a request."""
         super().on_message_begin()
         self._messages += 1
         self._framing_bytes = 0
@@ -404,7 +412,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_head = True
 
     def on_headers_complete(self) -> None:
-        """The head of a request is whole."""
+        """Check the request line and headers, and start or reject the request."""
         error = self._check_request()
         if error is not None:
             self._reject(error)
@@ -421,7 +429,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         error: ServiceError | None = None
         if version[0] != "1":
             error = HTTPVersionNotSupported(
-                f"the request has version HTTP/{version}; HTTP/1.1 and HTTP/1.0 are served: send one of them"
+                f"the request has version HTTP/{version}; supported are HTTP/1.1 and HTTP/1.0: use one of them"
             )
         elif self._transfer_codings:
             error = _check_transfer_coding(self._transfer_codings, version)
@@ -433,18 +441,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if len(self.url) > MAX_TARGET_BYTES or len(self.headers) > MAX_HEADER_FIELDS:
             return self._too_large_error()
         if self._framing_bytes > MAX_HEADER_BYTES // 2:
-            # Which may be of what follows the head.
+            # These may include bytes after the headers.
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > MAX_HEADER_BYTES:
                 return self._too_large_error()
         if self.parser.should_upgrade() and any(name in BODY_FRAMING_HEADERS for name, _ in self.headers):
-            # The parser takes what follows for the other protocol.
-            return NotParseable("this speaks HTTP/1.1 only: send bodies without Upgrade (curl: --http1.1)")
+            # The parser treats everything after the headers as the other protocol.
+            return NotParseable("a body with Upgrade is not supported: send it without Upgrade (curl: --http1.1)")
         too_many = self._over_limit and len(self.connections) > self.limits.connections
         if too_many and self.url.partition(b"?")[0] not in ALWAYS_SERVED_PATHS:
             return Busy(
-                f"there are {self.limits.connections} connections, as many as there may be, and all are in use; "
-                "the operator can change that by CORR2D_CONNECTIONS",
+                f"all {self.limits.connections} connections are in use: retry later (limit: CORR2D_CONNECTIONS)",
                 headers={"Retry-After": "1"},
             )
         return None
@@ -457,11 +464,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if scheme.lower() != b"http":
             shown = scheme[:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
             return MisdirectedRequest(
-                f"the target of the request has scheme {shown}; only http is served: send a path alone"
+                f"the request target has scheme {shown}; only http is supported: send a path alone"
             )
         parsed = httptools.parse_url(self.url)
         if parsed.userinfo:
-            return NotParseable("the target of the request names a user; an http target has none: leave it out")
+            return NotParseable("the request target names a user, which http does not allow: remove it")
         if not parsed.path:
             self.url = b"/?" + parsed.query if parsed.query else b"/"
         return None
@@ -469,27 +476,27 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _too_large_error(self) -> ServiceError:
         if len(self.url) > MAX_TARGET_BYTES:
             return TargetTooLong(
-                f"the request's target has more than {MAX_TARGET_BYTES:,} bytes: options and arrays that are so long "
-                "belong into the body"
+                f"the request target has more than {MAX_TARGET_BYTES:,} bytes: send long options and arrays in the body"
             )
         return HeaderTooLarge(
-            f"the head of a request may have {MAX_HEADER_BYTES:,} bytes and {MAX_HEADER_FIELDS} fields; this one has more"
+            f"the request line and headers exceed {MAX_HEADER_BYTES:,} bytes or {MAX_HEADER_FIELDS} fields: "
+            "send fewer or shorter headers"
         )
 
     def on_body(self, body: bytes) -> None:
-        """A part of a body."""
+        """Count a part of a body and pass it on."""
         self._framing_bytes = max(0, self._framing_bytes - 2 * len(body))
         self._body_bytes += len(body)
         self._chunks += 1
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request is whole."""
+        """End a request."""
         self._in_body = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer is written: the next request's turn."""
+        """Start the next request, or resume reading, after a response."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -512,13 +519,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.flow.resume_reading()
 
     def _reject(self, error: ServiceError) -> None:
-        """Let the application answer with that error, behind those that it still owes, and end the connection."""
+        """Let the application respond with that error, after its pending responses, and end the connection."""
         self._rejected = True
         if self._in_body:
             if self.cycle.response_complete:
                 self.transport.close()
                 return
-            # The application has the request already: its body ends here, and this is why.
+            # The application has the request already: end its body here, and report the reason.
             self.cycle.scope["state"]["given_up"] = error
             self.cycle.keep_alive = False
             self.cycle.more_body = False
@@ -552,13 +559,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _discard(self, size: int) -> None:
-        """Read what nobody wants, but not for ever."""
+        """Discard received data, up to MAX_DISCARDED_BYTES; then abort the connection."""
         self._discarded_bytes += size
         if self._discarded_bytes > MAX_DISCARDED_BYTES:
             self.transport.abort()
 
     def progress(self) -> tuple[ConnectionPhase, int]:
-        """What the connection is about, and a number that grows as the client does what is waited for."""
+        """Return the phase of the connection, and a number that grows with the client's progress in it."""
         if self.transport.is_lingering:
             return ConnectionPhase.LINGERING, 0
         if self._acknowledged_bytes != self.transport.sent:
@@ -574,20 +581,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         return ConnectionPhase.WORKING, 0
 
     def expire(self, phase: ConnectionPhase, seconds: float) -> None:
-        """End the connection: the phase has lasted that long."""
+        """End the connection, whose phase has lasted `seconds` without enough progress."""
         match phase:
             case ConnectionPhase.HEAD:
                 self._reject(
                     RequestTimeout(
-                        f"the head of the request was not whole after {seconds:g} s; "
-                        "the operator can change that by CORR2D_HEADER_TIMEOUT_S"
+                        f"the request line and headers were not complete after {seconds:g} s: send them faster "
+                        "(limit: CORR2D_HEADER_TIMEOUT_S)"
                     )
                 )
             case ConnectionPhase.BODY:
                 self._reject(
                     RequestTimeout(
-                        f"less than 16 kB of the body came in {seconds:g} s; "
-                        "the operator can change that by CORR2D_BODY_TIMEOUT_S"
+                        f"less than 16 kB of the body were received in {seconds:g} s: send it faster "
+                        "(limit: CORR2D_BODY_TIMEOUT_S)"
                     )
                 )
             case ConnectionPhase.SENDING:
@@ -596,9 +603,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def shutdown(self) -> None:
-        """The server goes down: end the connection once what it owes is answered."""
+        """End the connection after its pending responses: the server is shutting down."""
         if self.cycle is None or self.cycle.response_complete:
-            # One that lingers is soon over by itself.
+            # A lingering connection ends soon by itself.
             if not self.transport.is_lingering:
                 self.transport.close()
         else:
@@ -606,22 +613,27 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
 
 def _check_transfer_coding(listed: bytes, version: str) -> ServiceError | None:
-    """Return why a body with these transfer codings, a comma after each, cannot be read (RFC 9112, 6.1 and 6.3)."""
-    codings = [coding for each in listed.split(b",") if (coding := each.strip())]
+    """Return an error if a body with these transfer codings is not supported (RFC 9112, 6.1 and 6.3).
+
+    `listed`: the codings, each followed by a comma.
+    """
+    codings = [coding for entry in listed.split(b",") if (coding := entry.strip())]
     if version == "1.0":
-        return NotParseable("the request has Transfer-Encoding, which HTTP/1.0 does not know: send Content-Length")
+        return NotParseable("the request has Transfer-Encoding, which is not part of HTTP/1.0: send Content-Length")
     if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-        return NotParseable("the last transfer coding of the request is not chunked, or it is repeated: send it once")
+        return NotParseable(
+            "chunked is not the last transfer coding of the request, or is repeated: send it once, last"
+        )
     if len(codings) > 1:
         shown = b", ".join(codings)[:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
         return TransferCodingNotSupported(
-            f"the request has Transfer-Encoding {shown}; only chunked is served: compress with Content-Encoding instead"
+            f"the request has Transfer-Encoding {shown}; only chunked is supported: compress with Content-Encoding"
         )
     return None
 
 
 def _get_content_length(headers: list[tuple[bytes, bytes]]) -> float:
-    """Bytes of the body that is to come; infinite where nobody said. The parser has checked what was said."""
+    """Return the declared bytes of the body, infinity if it is chunked. The parser has validated the headers."""
     for name, value in headers:
         if name == b"content-length":
             return int(value)

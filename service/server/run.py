@@ -1,4 +1,4 @@
-"""uvicorn around the application: one process, or several on one listening socket, until told to stop."""
+"""uvicorn server for the application: one process, or several workers on one listening socket."""
 
 import asyncio
 import math
@@ -29,7 +29,7 @@ from service.server.protocol import ConnectionsState, ServerConfig
 from service.server.timeouts import RESERVED_CONNECTIONS, ConnectionLimits, expire_overdue
 from service.settings import Settings
 
-if TYPE_CHECKING:  # for whoever only supervises does not load torch
+if TYPE_CHECKING:  # the supervisor does not load torch
     from service.scheduling.admission import Admission
     from service.scheduling.pool import WorkerPool
 
@@ -43,15 +43,15 @@ QUIT_SIGNAL = getattr(signal, "SIGQUIT", None)
 """The signal that exits immediately; Windows has none."""
 
 WORKER_HANG_TIMEOUT_S = 60
-"""A worker that parses the largest body answers no question of its supervisor for seconds, and is well."""
+"""Seconds without a reply to pings after which a worker is replaced: parsing the largest body blocks it for seconds."""
 
 PING_TIMEOUT_S = 0.1
-"""How long the supervisor waits for an answer before it looks at the next worker."""
+"""Seconds that the supervisor waits for a worker's reply before it checks the next one."""
 
 TICK_INTERVAL_S = 0.1
 
 STABLE_WORKER_S = 60
-"""A worker that ends sooner than that after its start, in seconds, delays its replacement."""
+"""Lifetime of a worker, in seconds, below which its replacement may be delayed."""
 
 MAX_RESTART_PAUSE_S = 30.0
 """Longest pause before a worker is replaced, in seconds."""
@@ -60,14 +60,14 @@ FORCED_EXIT_DELAY_S = 10
 """Seconds beyond the graceful shutdown after which a worker without a supervisor exits in any case."""
 
 HANDSHAKE_WAIT_S = 0.1
-"""Time for connections that are being made to be made."""
+"""Seconds for TCP handshakes in progress to complete."""
 
 IN_FLIGHT_WAIT_S = 0.2
-"""Time for what was sent before the port closed to arrive."""
+"""Seconds for data that was sent before the port closed to arrive."""
 
 
 def run(settings: Settings, listener: socket.socket) -> None:
-    """Answer on the listening socket until SIGINT or SIGTERM, then finish what was begun."""
+    """Serve on the listening socket until SIGINT or SIGTERM, then finish the pending requests."""
     configure_logging(settings.log_format)
     ignore_signals()
     limit_send_buffers(listener)
@@ -84,13 +84,13 @@ def run(settings: Settings, listener: socket.socket) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore the signals that would end the process by accident, as SIGHUP of a terminal that is closed."""
+    """Ignore signals that would end the process by accident, such as SIGHUP when a terminal is closed."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _load_application(settings: Settings, table: SharedCounters) -> FastAPI:
-    """Made in each worker; whoever only supervises them need not load torch, which is imported here."""
+    """Create the application, in each worker; the local import spares the supervisor from loading torch."""
     from service.app import create_worker_app
 
     return create_worker_app(settings, table)
@@ -103,7 +103,7 @@ def create_config(
     reserved: int = RESERVED_CONNECTIONS,
     factory: bool = False,
 ) -> ServerConfig:
-    """For an application or for what makes one; it can be handed to worker processes."""
+    """Return the configuration for an application or its factory; with a factory it can be passed to workers."""
     limits = ConnectionLimits(
         connections=settings.connections,
         reserved=reserved,
@@ -123,24 +123,24 @@ def create_config(
         log_config=None,
         access_log=False,
         server_header=False,
-        # X-Forwarded-For is what anybody says: no client is known by it.
+        # Any client can set X-Forwarded-For: it does not identify a client.
         proxy_headers=False,
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
     )
 
 
 class Server(uvicorn.Server):
-    """One process that answers.
+    """uvicorn server that drains before it stops.
 
-    At SIGTERM /readyz fails at once, so that whoever sends it work stops doing so; it goes on for `drain_s` seconds
-    with answers that are each the last on their connection, then takes no more and finishes what it has. SIGINT is
-    from somebody at a terminal, who does not wait for that. A second signal ends the process as it stands.
+    On SIGTERM, /readyz fails at once, so that load balancers stop sending requests. For `drain_s` seconds the server
+    goes on, with each response the last on its connection; then it closes the port and finishes the pending requests.
+    SIGINT, from a terminal, skips the drain time. A second signal exits immediately.
     """
 
     config: ServerConfig
 
     def __init__(self, config: ServerConfig, *, is_worker: bool = False) -> None:
-        """`is_worker`: a supervisor says when to stop, and may be gone."""
+        """Create a server; `is_worker`: a supervisor stops it, and may itself be gone."""
         super().__init__(config)
         self._state = self.server_state = ConnectionsState()
         self._is_worker = is_worker
@@ -150,10 +150,10 @@ class Server(uvicorn.Server):
         self._dropped_lines = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to go down; at once where that has begun already."""
+        """Start the shutdown; exit immediately if it has started already."""
         del frame
         if sig == signal.SIGINT and self._is_worker:
-            # A terminal sends it to all processes at once.
+            # A terminal sends SIGINT to all processes at once.
             return
         if self._captured_signals:
             exit_now(128 + sig)
@@ -163,18 +163,18 @@ class Server(uvicorn.Server):
 
     @property
     def _app(self) -> FastAPI | None:
-        """The application, once it is made."""
+        """The application, once it is created."""
         return cast("FastAPI", self.config.loaded_app) if self.config.loaded else None
 
     def drain(self) -> None:
-        """Say that it goes down."""
+        """Mark the service as not ready, and each response as the last on its connection."""
         self._state.draining = True
         if (app := self._app) is not None:
             app.state.readiness.mark_unavailable("the service is going down")
             app.state.metrics.ready.set(0)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: look at the connections, and whether it is time to go."""
+        """Check the connections, update the gauges and stop if it is time, ten times a second."""
         self._check_connections()
         if self.supervisor_is_gone and not self._captured_signals:
             self.handle_exit(signal.SIGTERM, None)
@@ -200,7 +200,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(TICK_INTERVAL_S)
 
     def _update_gauges(self, app: FastAPI) -> None:
-        """What is the case now, as /metrics tells it: no request pays for that."""
+        """Update the gauges of /metrics here, so that no request has to."""
         metrics: Metrics = app.state.metrics
         pool: WorkerPool = app.state.pool
         metrics.connections.set(len(self.server_state.connections))
@@ -213,10 +213,10 @@ class Server(uvicorn.Server):
         self._dropped_lines = dropped
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more connections, finish what was begun, end."""
+        """Stop accepting connections, finish the pending requests, and stop."""
         self.drain()
         if not self._is_worker:
-            # A supervisor does it for all of its workers, and only where all of them go.
+            # A supervisor does this for all of its workers, and only if all of them stop.
             for listener in sockets or []:
                 stop_accepting(listener)
         await asyncio.sleep(HANDSHAKE_WAIT_S)
@@ -224,69 +224,69 @@ class Server(uvicorn.Server):
             await self._accept_backlog(listener)
         for server in self.servers:
             server.close()
-        # What has been sent by now arrives, and is answered.
+        # Requests that have been sent by now still arrive.
         await asyncio.sleep(IN_FLIGHT_WAIT_S)
-        # Nobody is to keep it from going down by being slow.
+        # Slow clients must not delay the shutdown.
         checks = asyncio.create_task(self._keep_checking_connections())
         await super().shutdown(sockets)
         checks.cancel()
 
     async def _accept_backlog(self, listener: socket.socket) -> None:
-        """Accept what the system has connected and nobody has accepted yet: it would be reset with the listener."""
+        """Accept the connections in the listener's queue, which would be reset when it is closed."""
         loop = asyncio.get_running_loop()
         protocol: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
         make = partial(protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
         with suppress(BlockingIOError):
             while True:
                 connection, _ = listener.accept()
-                connection.setblocking(False)  # noqa: FBT003 - that is its name for it
+                connection.setblocking(False)  # noqa: FBT003 - the socket's own signature
                 await loop.connect_accepted_socket(make, connection)
 
 
 class Worker(Process):
-    """A process that a Supervisor has started."""
+    """Worker process of a Supervisor."""
 
     @property
     def server(self) -> Server:
-        """What runs in it; only there, for it cannot be handed over."""
+        """The server in the worker process; created there, because it cannot be passed to a process."""
         if self._server is None:
             self._server = Server(cast("ServerConfig", self.config), is_worker=True)
         return cast("Server", self._server)
 
     def __init__(self, config: ServerConfig, listener: socket.socket, early_exits: int = 0) -> None:
-        """`early_ends`: of so many workers in a row, which this one replaces, each ended soon after its start."""
+        """Start a worker; `early_exits`: number of predecessors in a row that ended soon after their start."""
         super().__init__(config, [listener])
         self.process.start()
         self.started = self.last_pong_at = time.monotonic()
         self.early_exits = early_exits
         self.restart_at: float | None = None
-        """When another one takes its place, for it has ended."""
+        """Time (time.monotonic) at which the worker, which has ended, is replaced."""
 
     def target(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve, in the process of the worker."""
         config = cast("ServerConfig", self.config)
         configure_logging(config.log_format)
-        # The supervisor ends the workers; a terminal sends these to all processes at once.
+        # The supervisor stops the workers, but a terminal sends these signals to all processes.
         for number in (signal.SIGINT, QUIT_SIGNAL):
             if number is not None:
                 signal.signal(number, signal.SIG_IGN)
-        # uvicorn raises it again once all is done: the default action would lose the last lines of the log.
+        # uvicorn raises SIGTERM again at the end; the default action would lose the last lines of the log.
         signal.signal(signal.SIGTERM, lambda *_: exit_now(0))
         threading.Thread(target=_exit_with_supervisor, args=(self.server, config), daemon=True).start()
         super().target(sockets)
 
     def is_healthy(self) -> bool:
-        """It lives, and has answered not too long ago."""
+        """Return whether the process is alive and has recently replied to a ping."""
         if self.process.is_alive() and self.ping(PING_TIMEOUT_S):
             self.last_pong_at = time.monotonic()
         return self.process.is_alive() and time.monotonic() - self.last_pong_at < WORKER_HANG_TIMEOUT_S
 
 
 def _exit_with_supervisor(server: Server, config: ServerConfig) -> None:
-    """Wait for the end of the supervisor; then end: gracefully if the server has started, otherwise at once.
+    """Wait for the end of the supervisor; then stop, gracefully if the server has started, otherwise at once.
 
-    What is waited for is the end of a pipe, which closes with the supervisor's process however early that is: its
-    number says nothing once it is gone.
+    The end is detected by a pipe that closes with the supervisor, even if that is before this call. Its process ID
+    cannot be used for that: the system may assign it again.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101 - a worker is always started by a supervisor
@@ -299,9 +299,9 @@ def _exit_with_supervisor(server: Server, config: ServerConfig) -> None:
 
 
 class Supervisor(Multiprocess):
-    """Several processes that answer on one socket: one that dies is replaced, one that hangs is killed first.
+    """Supervisor of several workers on one socket: dead workers are replaced, hanging ones are killed and replaced.
 
-    A worker that cannot even start would not on the next try: then all end, with its exit code.
+    If a worker cannot start, another try would fail too: then all workers stop, with its exit code.
     """
 
     processes: list[Worker]  # type: ignore[assignment]
@@ -310,7 +310,7 @@ class Supervisor(Multiprocess):
 
     def __init__(self, config: ServerConfig, listener: socket.socket, table: SharedCounters) -> None:
         super().__init__(config, [listener])
-        # Ignored again: workers inherit that, but not handlers.
+        # uvicorn has set handlers; workers inherit ignored signals, but not handlers.
         ignore_signals()
         self._listener = listener
         self._table = table
@@ -320,17 +320,17 @@ class Supervisor(Multiprocess):
         self._exit_code = 0
 
     def run(self) -> None:
-        """Until a signal; raises SystemExit where that is not how it ended."""
+        """Run until a signal; raise SystemExit with the exit code of a worker that could not start."""
         super().run()
         if self._exit_code:
             raise SystemExit(self._exit_code)
 
     def init_processes(self) -> None:
-        """Start them."""
+        """Start the workers."""
         self.processes = [Worker(self.config, self._listener) for _ in range(self.processes_num)]
 
     def keep_subprocess_alive(self) -> None:
-        """Replace those that have ended: at once, or after longer and longer pauses if they end early."""
+        """Replace workers that have ended: at once, or after growing pauses if they end early."""
         for index, worker in enumerate(self.processes):
             if self.should_exit.is_set():
                 return
@@ -341,7 +341,7 @@ class Supervisor(Multiprocess):
                 self.processes[index] = Worker(self.config, self._listener, worker.early_exits)
 
     def _schedule_restart(self, worker: Worker) -> None:
-        """Log the end of a worker, and settle when it is replaced: not at all if it could not start."""
+        """Log the end of a worker and schedule its replacement; stop all workers if it could not start."""
         worker.kill()
         worker.join()
         lived = time.monotonic() - worker.started
@@ -355,30 +355,30 @@ class Supervisor(Multiprocess):
             self.should_exit.set()
 
     def join_all(self) -> None:
-        """Wait until the workers have finished what they had; a signal meanwhile ends them as they stand."""
+        """Wait until the workers have finished their requests; a signal in the meantime kills them."""
         while any(worker.process.is_alive() for worker in self.processes):
             self.handle_signals()
             if time.monotonic() >= self._close_at:
-                # The workers close theirs a little later.
+                # The workers close their copies a little later.
                 stop_accepting(self._listener)
                 self._listener.close()
                 self._close_at = math.inf
             time.sleep(0.05)
 
     def handle_int(self) -> None:
-        """SIGINT."""
+        """Handle SIGINT."""
         self._begin_shutdown(signal.SIGINT)
 
     def handle_term(self) -> None:
-        """SIGTERM."""
+        """Handle SIGTERM."""
         self._begin_shutdown(signal.SIGTERM)
 
     def handle_quit(self) -> None:
-        """SIGQUIT."""
+        """Handle SIGQUIT."""
         self._exit_now(signal.SIGQUIT)
 
     def handle_ttin(self) -> None:
-        """SIGTTIN and SIGTTOU: the number of workers is a setting."""
+        """Ignore SIGTTIN and SIGTTOU: the number of workers is a setting."""
 
     handle_ttou = handle_ttin
 
@@ -396,9 +396,9 @@ class Supervisor(Multiprocess):
 
 
 def _fit_descriptor_limit(connections: int) -> tuple[int, int]:
-    """Return how many connections this process may have, and how many more for health checks alone.
+    """Return the number of connections that this process may have, and of further ones for health checks only.
 
-    Each needs a file descriptor: raise the limit on them as far as the system allows, and say if that is not enough.
+    Each needs a file descriptor: raise that limit as far as the system allows, and log a warning if it is too low.
     """
     try:
         import resource

@@ -1,6 +1,6 @@
-"""How long a connection may take over each thing that it does, and which one has to go when there are too many.
+"""Timeouts of connections by phase, and the eviction order when there are too many connections.
 
-A look at all of them, several times a second, instead of a timer for each: a request pays nothing for it.
+All connections are checked several times a second, instead of with a timer for each, which would cost every request.
 """
 
 import math
@@ -10,36 +10,36 @@ from enum import Enum
 from typing import Protocol
 
 MIN_PROGRESS_BYTES = 16_000
-"""Bytes of a body or a response for which the timeouts of both are granted."""
+"""Bytes of a body or a response that must be transferred per timeout of that phase."""
 
 SEND_CREDIT_BYTES = 5 * MIN_PROGRESS_BYTES
-"""Bytes of a response for which time is granted in advance, for the server may see so many at once.
+"""Bytes of a response for which time is granted in advance, because progress can be visible in steps of this size.
 
-TCP tells its sender about space in the receiver's buffer once a whole segment fits into it; the largest has 64 KiB.
+A TCP receiver announces space in its buffer only once a whole segment fits into it; the largest segment has 64 KiB.
 """
 
 RESERVED_CONNECTIONS = 64
-"""Connections above the limit on which a health check can still ask."""
+"""Connections above the limit that are reserved for health checks."""
 
 CHECKS_PER_TIMEOUT = 4
-"""So that nobody is given much more time than is set."""
+"""Number of checks within the shortest timeout, so that no timeout is exceeded by much."""
 
 LOW_MEMORY_SEND_TIMEOUT_FRACTION = 1 / 4
-"""Fraction of the send timeout that remains while memory is short."""
+"""Fraction of the send timeout that applies while memory is short."""
 
 STALLED_TIME_FRACTION = 3 / 4
-"""A connection with less than this fraction of its time left has stalled: it may be ended for the sake of another."""
+"""A connection with less than this fraction of its time left has stalled: it may be evicted."""
 
 
 class ConnectionPhase(Enum):
-    """What a connection is about."""
+    """Phase of a connection."""
 
     IDLE = "waits for a request"
-    HEAD = "sends the head of a request"
+    HEAD = "sends the request line and headers"
     BODY = "sends a body"
-    WORKING = "waits for us"
-    SENDING = "is sent an answer"
-    LINGERING = "has been told to go"
+    WORKING = "waits for the server"
+    SENDING = "receives a response"
+    LINGERING = "is closed for writing, still sends"
 
 
 EVICTION_ORDER = {
@@ -49,15 +49,15 @@ EVICTION_ORDER = {
     ConnectionPhase.BODY: 3,
     ConnectionPhase.SENDING: 4,
 }
-"""The order in which connections have to go when there are too many; none of those that wait for a computation."""
+"""Order in which connections are evicted if there are too many; those that wait for a computation are never evicted."""
 
 ALWAYS_EVICTABLE_PHASES = frozenset({ConnectionPhase.LINGERING, ConnectionPhase.IDLE, ConnectionPhase.HEAD})
-"""Phases in which a connection may be ended whether or not it has stalled."""
+"""Phases in which a connection may be evicted even if it has not stalled."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Seconds for each phase, and how many connections there may be at a time."""
+    """Timeout of each phase in seconds, and the maximum number of connections."""
 
     connections: int
     idle_s: float
@@ -68,7 +68,7 @@ class ConnectionLimits:
     reserved: int = RESERVED_CONNECTIONS
 
     def seconds(self, phase: ConnectionPhase, *, is_low_on_memory: bool = False) -> float:
-        """How long a phase may last without progress; infinite if it is not the client who is waited for."""
+        """Return the seconds that a phase may last without progress, infinity while the client waits."""
         match phase:
             case ConnectionPhase.IDLE:
                 return self.idle_s
@@ -84,7 +84,7 @@ class ConnectionLimits:
                 return math.inf
 
     def max_seconds(self, phase: ConnectionPhase, *, is_low_on_memory: bool = False) -> float:
-        """Seconds without visible progress after which a connection is ended."""
+        """Return the seconds without visible progress after which a connection is ended."""
         seconds = self.seconds(phase, is_low_on_memory=is_low_on_memory)
         return (
             seconds * SEND_CREDIT_BYTES / MIN_PROGRESS_BYTES
@@ -94,13 +94,13 @@ class ConnectionLimits:
 
     @property
     def check_interval_s(self) -> float:
-        """Seconds from one look at the connections to the next."""
+        """Seconds from one check of the connections to the next."""
         return min(1.0, self.idle_s, self.header_s, self.body_s, self.send_s) / CHECKS_PER_TIMEOUT
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionProgress:
-    """How far a connection had come in a phase at the last look, and when it is to be ended unless it gets further."""
+    """Progress of a connection in a phase at the last check, and the time at which it is ended unless it continues."""
 
     phase: ConnectionPhase
     progress: int
@@ -108,24 +108,24 @@ class ConnectionProgress:
 
 
 class Connection(Protocol):
-    """What is looked at."""
+    """Interface of a connection that is checked."""
 
     last_progress: ConnectionProgress
 
     def progress(self) -> tuple[ConnectionPhase, int]:
-        """The phase, and a number that grows as the client does what is waited for."""
+        """Return the phase, and a number that grows with the client's progress in it."""
 
     def expire(self, phase: ConnectionPhase, seconds: float) -> None:
-        """End it: the phase has lasted that long."""
+        """End the connection, whose phase has lasted `seconds` without enough progress."""
 
 
 def expire_overdue(
     connections: Iterable[Connection], limits: ConnectionLimits, now: float, *, is_low_on_memory: bool = False
 ) -> None:
-    """Look at every connection, and end those that are too slow.
+    """Check every connection, and end those that are too slow.
 
-    Bodies and responses earn time with every byte, and keep as much as `limits.most` says: so it is the average rate
-    that counts. `is_short`: the memory is nearly used up, and responses that are not read hold some of it.
+    Bodies and responses gain time with every byte, up to `limits.max_seconds`, so that the average rate counts.
+    `is_low_on_memory`: the memory is nearly used up, and unread responses hold some of it.
     """
     for connection in list(connections):
         phase, progress = connection.progress()
@@ -147,13 +147,13 @@ def expire_overdue(
 
 
 def sort_for_eviction(connections: Iterable[Connection], limits: ConnectionLimits, now: float) -> list[Connection]:
-    """The connections that may be ended for the sake of others, the one with the least claim last."""
+    """Return the connections that may be evicted, the first to evict last."""
     found: list[tuple[int, float, int, Connection]] = []
     for connection in connections:
         phase = connection.progress()[0]
         if phase in EVICTION_ORDER:
             last_progress = connection.last_progress
-            # One that has changed its phase since the last look has all its time.
+            # A connection that has changed its phase since the last check has all its time.
             remaining_s = last_progress.deadline - now if phase is last_progress.phase else limits.max_seconds(phase)
             if phase in ALWAYS_EVICTABLE_PHASES or remaining_s < STALLED_TIME_FRACTION * limits.max_seconds(phase):
                 found.append((-EVICTION_ORDER[phase], -remaining_s, len(found), connection))

@@ -20,7 +20,7 @@ INTEGER_PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 @st.composite
 def layers(draw: st.DrawFn) -> dict[str, Any]:
-    """Sizes of a Conv2d layer and its input, kernels larger than the image and every grouping among them."""
+    """Draw the sizes of a Conv2d layer and its input, including kernels larger than the image and all groupings."""
     groups = draw(st.integers(1, 3))
     return {
         "images": (
@@ -59,7 +59,7 @@ def compute_spans(layer: dict[str, Any]) -> list[int]:
 def test_every_engine_gives_the_same_layer(
     engine: str, layer: dict[str, Any], more: int, mode: core.PaddingMode
 ) -> None:
-    """Wider than it need be, so that strides and dilations leave an output of at least a tile."""
+    """Use enlarged images, so that outputs contain at least one tile with any stride and dilation."""
     layer = {**layer, "images": (*layer["images"][:2], layer["images"][2] + 12, layer["images"][3] + 2 * more)}
     images, weight, bias = draw_tensors(layer)
     options = {name: layer[name] for name in ("stride", "dilation", "padding", "groups")}
@@ -77,7 +77,7 @@ def test_conv2d_matches_torch(layer: dict[str, Any], mode: core.PaddingMode, dty
     height, width = layer["images"][2:]
     assume(compute_spans(layer)[0] <= height + 2 * rows)
     assume(compute_spans(layer)[1] <= width + 2 * columns)
-    # torch refuses borders that its own padding cannot make in one reflection or one turn.
+    # torch rejects borders that need more than one reflection or more than one circular repetition.
     assume(mode not in ("reflect", "circular") or (rows < height and columns < width))
     images, weight, bias = draw_tensors(layer)
     options = layer["stride"], 0, layer["dilation"], layer["groups"]
@@ -120,7 +120,7 @@ def test_four_sided_padding_matches_naive_loops(
     np.testing.assert_allclose(output, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's own, about its own copy
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch warns that it copies the input
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @given(layer=layers())
 def test_same_padding_gives_one_output_per_stride(mode: core.PaddingMode, layer: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ def test_same_padding_gives_one_output_per_stride(mode: core.PaddingMode, layer:
 
 
 def test_strided_same_padding_matches_tensorflow() -> None:
-    # tf.nn.conv2d of 1..7 by [1, 1, 1] at stride 2 pads one zero on each side; of 1..6 only one at the end.
+    # tf.nn.conv2d with kernel [1, 1, 1] and stride 2 pads 1..7 with a zero on each side, 1..6 with one at the end.
     row = np.arange(1.0, 8.0)[None]
     assert conv2d(row, [[1, 1, 1]], stride=[1, 2], padding="same").output.tolist() == [[3, 9, 15, 13]]
     assert conv2d(row[:, :6], [[1, 1, 1]], stride=[1, 2], padding="same").output.tolist() == [[6, 12, 11]]
@@ -231,14 +231,14 @@ def test_largest_strides_and_dilations_are_accepted(option: str) -> None:
             core.InvalidShape,
             "groups 2 must divide both the channels of the input (3) and the filters (4)",
         ),
-        ({"bias": [1.0, 2.0]}, core.InvalidShape, "bias has shape (2): 1 filter need"),
+        ({"bias": [1.0, 2.0]}, core.InvalidShape, "bias has shape (2); 1 filter needs (1)"),
         *[
             ({option: value}, core.InvalidOption, f"{option} {value!r} is neither an integer nor [rows, columns]")
             for option in ("stride", "dilation")
             for value in (0, -1, 2**31, [1], [1, 2, 3], [1, 0], True, 1.5, "2", None)
         ],
         *[
-            ({"padding": value}, core.InvalidOption, f"padding {value!r} is none of")
+            ({"padding": value}, core.InvalidOption, f"padding {value!r} is not one of")
             for value in (-1, 2**31, [1], [1, 2, 3], [1, -1], True, 1.5, "full", None)
         ],
         *[({"groups": value}, core.InvalidOption, f"groups {value!r} is not an integer") for value in (0, -1, True)],
@@ -255,4 +255,4 @@ def test_invalid_calls_are_rejected_with_a_reason(
 
 def test_padding_of_a_billion_is_rejected_by_its_estimate() -> None:
     with pytest.raises(core.TooLarge, match="MB of memory"):
-        conv2d([[1]], [[1]], padding=10**9, limits=core.Limits(megabytes=2000, gflop=2000))
+        core.Limits(megabytes=2000).check(core.plan_conv2d([[1]], [[1]], padding=10**9).cost)

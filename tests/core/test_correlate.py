@@ -25,14 +25,14 @@ ENGINES = ["auto", *core.ENGINES]
 
 
 def select_engine(engine: str) -> dict[str, Any]:
-    """The arguments that leave the choice no choice."""
+    """Return the arguments that select this engine."""
     if engine == "auto":
         return {}
     return {"engines": (engine,), "method": core.ENGINES[engine].METHOD}
 
 
 def draw_kernel(engine: str, size: tuple[int, int], rng: np.random.Generator) -> reference.Floats:
-    """Random numbers; those of one engine must have a low rank."""
+    """Draw a random kernel, of rank 1 for engine "separable"."""
     if engine == "separable":
         return np.outer(rng.normal(size=size[0]), rng.normal(size=size[1]))
     return rng.normal(size=size)
@@ -126,7 +126,7 @@ def draw_16_bit_image(rng: np.random.Generator) -> reference.Floats:
 
 
 def draw_smooth_image(rng: np.random.Generator) -> reference.Floats:
-    """Values up to 65535, neighbours that hardly differ: a difference kernel leaves little of them."""
+    """Draw values up to 65535 with nearly equal neighbours, which almost cancel under a difference kernel."""
     rows, columns = np.mgrid[0:64, 0:80]
     image: reference.Floats = np.floor(65535 * (rows + columns) / 142 + rng.uniform(0, 2, size=(64, 80)))
     return image
@@ -274,9 +274,9 @@ def test_input_is_not_modified() -> None:
 
 
 def test_sobel_edges_of_a_photograph_match_scipy() -> None:
-    picture = np.asarray(Image.open(CAMERA)).astype(np.float64)
-    edges = correlate(picture, "sobel_x", mode="same", boundary="symmetric", dtype="float64").output.numpy()
-    assert np.abs(edges - scipy.ndimage.sobel(picture, axis=1, mode="reflect")).max() <= 1e-3 * 255
+    photograph = np.asarray(Image.open(CAMERA)).astype(np.float64)
+    edges = correlate(photograph, "sobel_x", mode="same", boundary="symmetric", dtype="float64").output.numpy()
+    assert np.abs(edges - scipy.ndimage.sobel(photograph, axis=1, mode="reflect")).max() <= 1e-3 * 255
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -291,7 +291,7 @@ def test_threads_share_the_engines(engine: str, rng: np.random.Generator) -> Non
         np.testing.assert_allclose(output, reference.correlate_valid_by_windows(image, kernel), rtol=1e-11, atol=1e-11)
 
 
-# Not torch_fft: the transforms of torch's library differ in their last bits with the number of threads.
+# Without torch_fft: the last bits of torch's transforms depend on the number of threads.
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "torch_fft"])
 def test_results_do_not_depend_on_the_number_of_threads(engine: str, rng: np.random.Generator) -> None:
     image, kernel = rng.normal(size=(331, 333)), draw_kernel(engine, (27, 17), rng)
@@ -313,7 +313,7 @@ def test_results_do_not_depend_on_the_number_of_threads(engine: str, rng: np.ran
         (
             {"input": np.ones((3, 3)), "kernel": np.ones((5, 5))},
             core.InvalidShape,
-            'kernel (5, 5) is larger than input (3, 3): mode "valid" needs it to fit; "same" and "full" do not',
+            'kernel has shape (5, 5), larger than the input (3, 3); mode "valid" requires it to fit: use mode "same" or',
         ),
         ({"input": [1, 2, 3], "kernel": [[1]]}, core.InvalidShape, "input has 1 dimension, (3): it needs at least two"),
         ({"input": [[1]], "kernel": [1]}, core.InvalidShape, "kernel has shape (1): it needs two dimensions"),
@@ -342,7 +342,7 @@ def test_results_do_not_depend_on_the_number_of_threads(engine: str, rng: np.ran
             core.InvalidOption,
             'fill_value 2 has no effect with boundary "reflect"',
         ),
-        ({"input": [[1]], "kernel": [[1]], "device": "cuda:99"}, core.DeviceUnavailable, "it has: "),
+        ({"input": [[1]], "kernel": [[1]], "device": "cuda:99"}, core.DeviceUnavailable, "available devices: "),
     ],
 )
 def test_invalid_calls_are_rejected_with_a_reason(
@@ -353,32 +353,34 @@ def test_invalid_calls_are_rejected_with_a_reason(
     assert message in str(caught.value)
 
 
-def test_problem_over_the_limits_allocates_nothing() -> None:
+def test_limits_are_checked_against_the_cost_of_a_plan() -> None:
     limits = core.Limits(megabytes=1, gflop=0.001)
     with pytest.raises(core.TooLarge, match="MB of memory; at most 1 MB") as caught:
-        correlate(np.ones((400, 400)), "box(3)", limits=limits)
+        limits.check(core.plan_correlate(np.ones((400, 400)), "box(3)").cost)
     assert caught.value.quantity == "memory"
     with pytest.raises(core.TooLarge, match="Gflop") as caught:
-        correlate(np.ones((200, 200)), "box(15)", limits=limits)
+        limits.check(core.plan_correlate(np.ones((200, 200)), "box(15)").cost)
     assert caught.value.quantity == "compute"
-    assert correlate(np.ones((100, 100)), "box(3)", limits=limits).output.shape == (98, 98)
+    plan = core.plan_correlate(np.ones((100, 100)), "box(3)")
+    limits.check(plan.cost)
+    assert limits.allow(plan.cost)
+    assert plan.run().output.shape == (98, 98)
+    assert plan.engine == plan.cost.engine
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float16, np.float32])
 def test_cost_is_predicted_from_shapes(dtype: Any) -> None:
     image = np.broadcast_to(np.zeros((), dtype), (50_000, 50_000))
-    cost = core.cost_of(correlate, input=image, kernel="box(3)")
+    cost = core.plan_correlate(input=image, kernel="box(3)").cost
     assert cost.megabytes > 2 * 4 * 50_000**2 / 1e6
     assert cost.gflop == pytest.approx(2 * 9 * 49_998**2 / 1e9)
     assert cost.seconds > 1
     with pytest.raises(core.InvalidShape):
-        core.cost_of(correlate, input=image[:2], kernel="box(3)")
+        core.plan_correlate(image[:2], "box(3)")
 
 
-def test_cost_of_a_layer_and_a_fit() -> None:
+def test_plans_of_a_layer_and_a_fit_have_a_cost() -> None:
     image = np.zeros((64, 64))
-    assert core.cost_of(core.conv2d, input=image, weight=np.zeros((8, 1, 3, 3))).gflop > 0
-    few, many = (
-        core.cost_of(core.fit_kernel_steps, input=image, target=image[2:, 2:], steps=steps) for steps in (1, 10**6)
-    )
+    assert core.plan_conv2d(input=image, weight=np.zeros((8, 1, 3, 3))).cost.gflop > 0
+    few, many = (core.plan_fit_kernel(input=image, target=image[2:, 2:], steps=steps).cost for steps in (1, 10**6))
     assert many.seconds > few.seconds + 1

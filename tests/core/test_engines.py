@@ -20,9 +20,9 @@ PROBLEM = Problem(batch=1, channels=1, height=8, width=8, filters=1, kernel_heig
 
 
 def choose_engine(method: core.Method = "auto", **engines: SimpleNamespace) -> core.Choice:
-    """The choice among engines made up for it, not remembered."""
+    """Choose among fake engines, without the cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("core.engines.ENGINES", engines)
+        patch.setattr("core.engines.choice.ENGINES", engines)
         choice: core.Choice = core.choose.__wrapped__(PROBLEM, method, None, tuple(engines))
     return choice
 
@@ -112,7 +112,7 @@ def test_integers_of_rank_one_have_integer_factors() -> None:
     kernel = np.outer([3, 6, 9], [-2, 0, 2]).astype(np.float32)
     _, columns, rows, *_ = factorize(kernel)
     assert (columns.T @ rows == kernel).all()
-    # They are divided and multiplied by a power of two.
+    # The factors are scaled by a power of two.
     assert (np.abs(64 * columns) == [[6, 12, 18]]).all()
     assert (np.abs(rows) == [[64, 0, 64]]).all()
 
@@ -130,7 +130,7 @@ def test_other_engines_work_without_halide(monkeypatch: pytest.MonkeyPatch, rng:
         "core.engines.halide_jit.platform_unsupported_reason", lambda: "needs Halide, which is not installed"
     )
     core.warm_up()
-    # Sizes that no other test has: what is remembered about problems knows nothing of the patch.
+    # No other test uses these sizes: cached choices would ignore the patch.
     image, kernel = rng.normal(size=(331, 77)), rng.normal(size=(3, 3))
     result = core.correlate(image, kernel, dtype="float64")
     assert result.engine in ("torch", "torch_fft")
@@ -149,7 +149,7 @@ def test_explain_lists_every_engine_and_its_unsupported_reason() -> None:
         assert entry.predicted_seconds is not None
         assert entry.measured_seconds is not None
     strided = {entry.engine: entry for entry in core.explain(replace(problem, stride=(2, 2)), measure=False)}
-    assert strided["torch_fft"].unsupported_reason == "works without stride or dilation"
+    assert strided["torch_fft"].unsupported_reason == "does not support stride or dilation"
     assert strided["stencil"].measured_seconds is None
 
 

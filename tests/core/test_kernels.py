@@ -69,7 +69,7 @@ def test_motion_is_a_line_of_its_length_and_angle() -> None:
     np.testing.assert_allclose(named_kernel("motion(5, 90)"), named_kernel("motion(5, 0)").T)
     np.testing.assert_allclose(named_kernel("motion(9, 45)"), named_kernel("motion(9, 135)")[:, ::-1], atol=1e-12)
     np.testing.assert_allclose(named_kernel("motion(9, 225)"), named_kernel("motion(9, 45)"), atol=1e-12)
-    # Counter-clockwise: at 45 degrees the line rises to the right, and rows are counted downwards.
+    # Angles are counter-clockwise: at 45 degrees the line rises to the right (row numbers increase downwards).
     assert named_kernel("motion(5, 45)")[1, 3] > 0 == named_kernel("motion(5, 45)")[1, 1]
 
 
@@ -79,7 +79,7 @@ def test_motion_is_a_line_of_its_length_and_angle() -> None:
         ("sobelx", "did you mean sobel_x or sobel_y?"),
         ("", "is not a named kernel"),
         ("😀" * 1000, "is not a named kernel"),
-        ("box", "does not fit box(n) (it has 0 arguments)"),
+        ("box", "does not match box(n): received 0 arguments"),
         ("box(0)", "n must be a whole number from 1 to 1023"),
         ("box(2.5)", "n must be a whole number"),
         ("box(1e9)", "n must be a whole number"),
@@ -89,15 +89,15 @@ def test_motion_is_a_line_of_its_length_and_angle() -> None:
         ("gaussian(-1)", "sigma must be above 0"),
         ("gaussian(nan)", "sigma must be above 0"),
         ("gaussian(1e300)", "n must be a whole number"),
-        ("gaussian(1, 2, 3)", "it has 3 arguments"),
+        ("gaussian(1, 2, 3)", "received 3 arguments"),
         ("gaussian(one)", "could not convert"),
         ("gaussian(1", "is not a named kernel"),
         ("log(inf)", "sigma must be above 0"),
         ("motion(4, 0)", "n must be odd"),
         ("motion(5, inf)", "angle must be finite"),
-        ("sobel_x(3)", "it has 1 arguments"),
+        ("sobel_x(3)", "received 1 argument;"),
         ("sobel_x" + " " * 200 + "junk", "is not a named kernel"),
-        ("log(1e-100)", "its numbers are out of range"),
+        ("log(1e-100)", "an argument is out of range"),
         ("__import__('os')", "is not a named kernel"),
     ],
 )

@@ -1,4 +1,4 @@
-"""numpy masked arrays are rejected as any argument: their masked elements have no value to compute with."""
+"""Every argument rejects numpy masked arrays: masked elements have no value to compute with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -59,4 +59,4 @@ def test_a_large_masked_array_is_rejected() -> None:
         with pytest.raises(core.InvalidNumbers, match="masked array"):
             core.correlate(large, KERNEL, dtype=dtype)
         with pytest.raises(core.InvalidNumbers, match="masked array"):
-            core.cost_of(core.correlate, input=large, kernel=KERNEL, dtype=dtype)
+            core.plan_correlate(large, KERNEL, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Modes of both operations against scipy and numpy.pad."""
+"""Modes of both operations, compared with scipy and numpy.pad."""
 
 from typing import Any, get_args
 
@@ -22,7 +22,7 @@ SCIPY_BOUNDARIES: dict[Boundary, dict[str, Any]] = {
 
 
 def draw_integers(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float64]:
-    """Numbers whose sums are exact, so that one pixel of displacement cannot pass for rounding."""
+    """Draw integers: their sums are exact, so that a shift by one pixel cannot be mistaken for rounding."""
     return rng.integers(-9, 10, shape).astype(np.float64)
 
 
@@ -48,7 +48,7 @@ def correlate_directly(
 def correlate_full_with_scipy(
     image: NDArray[np.float64], kernel: NDArray[np.float64], boundary: Boundary, operation: Operation
 ) -> NDArray[np.float64]:
-    """Pad by numpy, then take the valid part."""
+    """Pad with numpy, then compute the valid part with scipy."""
     h, w = kernel.shape
     options = {"constant_values": get_fill_value(boundary)} if boundary in ("zeros", "constant") else {}
     padded = np.pad(image, ((h - 1, h - 1), (w - 1, w - 1)), NUMPY_PAD_MODES[boundary], **options)  # type: ignore[call-overload]
@@ -86,7 +86,7 @@ def test_operations_match_scipy_functions_of_the_same_name(
 def test_same_is_a_crop_of_full(
     boundary: Boundary, operation: Operation, size: tuple[int, int], kernel_size: tuple[int, int], seed: int
 ) -> None:
-    """The part begins at (size - 1) // 2 of `convolve`, and at size // 2 of `correlate`."""
+    """Compare with the crop that begins at (size - 1) // 2 for `convolve`, and at size // 2 for `correlate`."""
     rng = np.random.default_rng(seed)
     image, kernel = draw_integers(rng, size), draw_integers(rng, kernel_size)
     output = correlate_directly(image, kernel, "same", boundary, operation)

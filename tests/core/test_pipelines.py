@@ -1,6 +1,6 @@
-"""Compiled pipelines: built in a child process, kept on disk, and called without Python's lock."""
+"""Compiled pipelines: built in a child process, cached on disk, and called without the GIL."""
 
-# ruff: noqa: SLF001 - what is kept, and by whom it was compiled, no caller sees
+# ruff: noqa: SLF001 - the cache and the compiler process have no public names
 
 import inspect
 import os
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not 
 
 
 find_cache_folder: Callable[[], Path | None] = inspect.unwrap(pipelines.cache_folder)
-"""Looked for anew at each call."""
+"""`cache_folder` without its cache: it reads the environment at each call."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty cache, and a child process that keeps there what it compiles."""
+    """Provide an empty cache folder, and a compiler process that uses it."""
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(home))
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def load_rows_pipeline() -> Pipeline:
-    """The pipeline of short rows of float64, which this returns anew, from the cache or the compiler, each time."""
+    """Load the float64 pipeline for short rows from the disk cache or the compiler, never from memory."""
     pipelines._linked_pipelines.pop(build_rows_name(), None)
     return pipelines.cached_pipeline(inspect.unwrap(stencil._rows_pipeline))("float64")
 
@@ -61,7 +61,7 @@ def run_pipeline(pipeline: Pipeline) -> NDArray[np.float64]:
 
 
 def measure_thread_pause(work: Callable[[], object]) -> tuple[float, float]:
-    """The longest time for which another thread of this process did not run during the work, and the work's own."""
+    """Return the longest pause of another thread during `work`, and the duration of `work`, in seconds."""
     over = threading.Event()
     pauses: list[float] = []
 
@@ -96,7 +96,7 @@ def test_computation_does_not_block_other_threads(dtype: core.Dtype) -> None:
         measure_thread_pause(lambda: core.correlate(image, kernel, method="direct", dtype=dtype, machine=machine))
         for _ in range(3)
     ]
-    # A call that held the lock would be one pause as long as itself.
+    # A call that holds the GIL pauses the other thread for its whole duration.
     assert min(pause / seconds for pause, seconds in pauses) < 0.5
 
 
@@ -115,19 +115,19 @@ def test_compilation_does_not_block_other_threads(folder: Path) -> None:
 def test_compiled_pipeline_is_reused_by_the_next_process(folder: Path) -> None:
     expected = run_pipeline(load_rows_pipeline())
     command = "import sys; from core.engines import pipelines, stencil; import numpy as np\n"
-    command += "pipelines._start_child = lambda: sys.exit('it compiles again')\n"
+    command += "pipelines._start_compiler = lambda: sys.exit('it compiles again')\n"
     command += "images, output = np.arange(64.0).reshape(1, 1, 2, 32), np.empty((1, 1, 2, 31))\n"
     command += (
         "stencil._rows_pipeline('float64')(images, np.array([[[[1.0, -1.0]]]]), output); print(output.tolist())\n"
     )
-    kept = {path.name for path in folder.glob("p*")}
-    # Halide's runtime, which this process had already, is compiled by neither.
+    cached = {path.name for path in folder.glob("p*")}
+    # This process loaded Halide's runtime before the cache was emptied: add it, so that the next one does not compile.
     runtime = pipelines.pipeline_name(*pipelines.HALIDE_RUNTIME_KEY)
     pipelines.write_cached(runtime, pipelines._compiler.build(*pipelines.HALIDE_RUNTIME_KEY))
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == str([[expected.tolist()]])
-    assert {path.name for path in folder.glob("p*")} == kept | {runtime}
+    assert {path.name for path in folder.glob("p*")} == cached | {runtime}
 
 
 def test_damaged_file_is_recompiled(folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_arrays_of_another_type_or_rank_are_rejected() -> None:
         with pytest.raises(TypeError, match=r"argument \d of a pipeline"):
             pipeline(*wrong)
     with pytest.raises(RuntimeError, match="error"):
-        pipeline(images[:, :, :1], kernel, output)  # it would read past its input
+        pipeline(images[:, :, :1], kernel, output)  # would read beyond its input
 
 
 def test_nonblocking_thread_does_not_compile(folder: Path) -> None:
@@ -204,7 +204,7 @@ def test_nonblocking_thread_does_not_compile(folder: Path) -> None:
         assert pipeline("float64") is made
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_crashed_child_process_is_replaced(folder: Path) -> None:
     del folder
     pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
@@ -215,21 +215,21 @@ def test_crashed_child_process_is_replaced(folder: Path) -> None:
     assert pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no alarms")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
 def test_idle_child_process_exits_and_the_next_is_started(folder: Path) -> None:
     del folder
     pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
     process = pipelines._compiler._process
     assert process is not None
-    os.kill(process.pid, signal.SIGALRM)  # as after IDLE_S
+    os.kill(process.pid, signal.SIGALRM)  # sent by the process itself after IDLE_TIMEOUT_S
     assert process.wait(20) == 0
     assert pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
 
 
 def test_child_process_ends_with_its_parent(tmp_path: Path) -> None:
     command = "import os; from core.engines import pipelines\n"
-    command += "pipelines._child.build('core.engines.stencil', '_rows', ('float32',))\n"
-    command += "print(pipelines._child._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    command += "pipelines._compiler.build('core.engines.stencil', '_rows_pipeline', ('float32',))\n"
+    command += "print(pipelines._compiler._process.pid, flush=True); os.kill(os.getpid(), 9)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False, env=environment)
     pid = int(run.stdout)
@@ -259,13 +259,13 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     block_fft._kernel_spectrum_pipeline: [(block, ...) for block in block_fft.FFT_BLOCKS],
     stockham._stats_pipeline: [(...,)],
 }
-"""All that is compiled, with its arguments; the type stands where the dots are."""
+"""Every compiled pipeline and its arguments; `...` stands for the dtype."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("pipeline", PIPELINE_KEYS, ids=lambda pipeline: f"{pipeline.__module__}.{pipeline.__name__}")
 def test_every_pipeline_can_be_scheduled(pipeline: Any, dtype: str) -> None:
-    # In this process and without compiling: that is done in another one, or has been done by an earlier run.
+    # Only schedule, in this process: pipelines are compiled in the child process, or were cached by an earlier run.
     for key in PIPELINE_KEYS[pipeline]:
         scheduled, inputs = inspect.unwrap(pipeline)(*(dtype if part is ... else part for part in key))
         assert scheduled.outputs() if hasattr(scheduled, "outputs") else scheduled.defined()
@@ -277,7 +277,7 @@ def test_pipeline_table_is_complete() -> None:
     assert sum(module.read_text().count("\n@halide_jit.cached_pipeline\n") for module in modules) == len(PIPELINE_KEYS)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="uses the mmap flags of Linux")
 def test_pipelines_link_at_any_memory_distance() -> None:
     script = """
 import ctypes, numpy as np
@@ -287,7 +287,7 @@ map_memory.restype = ctypes.c_void_p
 map_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 for make in (stencil._tiles_pipeline, stencil._tall_tiles_pipeline, stencil._rows_pipeline, stencil._values_pipeline):
     for dtype in ("float32", "float64"):
-        # Private, anonymous, without a reserve: only addresses are taken, more than a 32-bit offset reaches.
+        # MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE: take addresses, not memory, beyond the reach of 32-bit offsets.
         for _ in range(2):
             map_memory(None, 3 << 30, 0, 0x4022, -1, 0)
         pipeline = make(dtype)
@@ -300,8 +300,8 @@ print(output.tolist())
 
 
 def test_objects_link_whatever_the_size_of_their_data() -> None:
-    # RuntimeDyld reserves too little for the offset table of an object that calls many functions, which shows where its
-    # data almost fill their pages.
+    # RuntimeDyld reserves too little memory for the offset table of an object that calls many functions; the error
+    # appears if the data almost fill their pages.
     script = """
 import llvmlite.binding as llvm
 from core.engines.pipelines import ObjectFile, _link_pipeline

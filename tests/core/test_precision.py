@@ -1,4 +1,4 @@
-"""The precision contract of docs/precision.md: every engine, every kind of numbers; and faults that there have been."""
+"""The precision contract of docs/precision.md for every engine and kind of values, and regression tests."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ METHODS: dict[str, core.Method] = {"direct": "direct", "fft": "fft", "separable"
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_meets_the_contract(engine: str, dtype: Dtype) -> None:
-    # 60 problems; 2000 of each with HYPOTHESIS_PROFILE=thorough.
+    # 60 problems by default; 2000 with HYPOTHESIS_PROFILE=thorough.
     computed = 0
     for number in range(hypothesis.settings().max_examples):
         case = precision_contract.draw_case(np.random.default_rng([number, 16]), engine, dtype)
@@ -37,7 +37,7 @@ def test_every_engine_meets_the_contract(engine: str, dtype: Dtype) -> None:
 
 
 def run_every_engine(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -> dict[str, NDArray[Any]]:
-    """The output by each engine that can."""
+    """Return the output of each engine that supports the problem."""
     outputs = {}
     for name, engine in ENGINES.items():
         try:
@@ -50,7 +50,7 @@ def run_every_engine(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "
 
 
 def assert_contract(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -> None:
-    """Each engine's output keeps to the contract."""
+    """Check that the output of each engine satisfies the contract."""
     for name, output in run_every_engine(image, kernel, dtype).items():
         case = precision_contract.Case(name, dtype, image.astype(dtype)[None, None], kernel.astype(dtype)[None, None])
         assert precision_contract.find_violation(case, output[None, None]) is None, name
@@ -79,10 +79,10 @@ def test_plain_sums_subtract_no_mean(rng: np.random.Generator) -> None:
     assert_contract(columns_of_100_000, np.ones((9, 8)))
     identity = np.zeros((7, 7))
     identity[3, 3] = 1
-    beside = np.full((30, 30), 0.0012346, np.float32)
-    beside[::2] = 1000
-    for name, output in run_every_engine(beside, identity).items():
-        assert name in ("column_fft", "block_fft", "torch_fft") or (output == beside[3:-3, 3:-3]).all(), name
+    two_scales = np.full((30, 30), 0.0012346, np.float32)
+    two_scales[::2] = 1000
+    for name, output in run_every_engine(two_scales, identity).items():
+        assert name in ("column_fft", "block_fft", "torch_fft") or (output == two_scales[3:-3, 3:-3]).all(), name
 
 
 def test_intermediate_values_do_not_overflow_or_underflow(rng: np.random.Generator) -> None:
@@ -91,7 +91,7 @@ def test_intermediate_values_do_not_overflow_or_underflow(rng: np.random.Generat
     for name, output in run_every_engine(zeros_and_one, np.full((7, 7), 1e12)).items():
         assert (output[4:11, 4:11] == np.inf).all(), name
         output[4:11, 4:11] = 0
-        # Transforms may be off by 1e-6 of 1e41, the largest output without the limits of float32.
+        # Transforms may be off by 1e-6 of the largest output, which would be 1e41 without overflow.
         assert np.abs(output).max() <= (1e30 if ENGINES[name].METHOD == "fft" else 0), name
     assert_contract(rng.normal(size=(50, 50)) * 1e-40, rng.normal(size=(9, 9)))
     assert_contract(rng.normal(size=(50, 50)) * 1e-310, rng.normal(size=(9, 9)), "float64")
@@ -102,18 +102,18 @@ def test_intermediate_values_do_not_overflow_or_underflow(rng: np.random.Generat
 
 
 def classify_values(values: NDArray[Any]) -> NDArray[Any]:
-    """0 for a finite number, 1 and -1 for infinities, 2 for NaN."""
+    """Return 0 for finite numbers, 1 and -1 for infinities, and 2 for NaN."""
     return np.where(np.isnan(values), 2, np.where(np.isinf(values), np.sign(values), 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("place", [(0, 0), (40, 40), (60, 20), (79, 79), (20, 60), (39, 41)])
+@pytest.mark.parametrize("pixel", [(0, 0), (40, 40), (60, 20), (79, 79), (20, 60), (39, 41)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_pixel_affects_only_its_outputs(
-    dtype: Dtype, place: tuple[int, int], value: float, rng: np.random.Generator
+    dtype: Dtype, pixel: tuple[int, int], value: float, rng: np.random.Generator
 ) -> None:
     image = rng.normal(size=(80, 80))
-    image[place] = value
+    image[pixel] = value
     for kernel in (rng.normal(size=(7, 7)), rng.normal(size=(9, 2)) @ rng.normal(size=(2, 9)), np.ones((3, 5))):
         with np.errstate(invalid="ignore"):
             expected = reference.correlate_valid_by_windows(image, kernel)
@@ -169,12 +169,14 @@ def test_band_does_not_depend_on_others_of_its_image(rng: np.random.Generator) -
     assert precision_contract.find_violation(case, np.asarray(core.conv2d(**case.arguments).array)) is None
 
 
-@pytest.mark.skipif(np.finfo(np.longdouble).eps == np.finfo(np.float64).eps, reason="long double is no longer here")
+@pytest.mark.skipif(
+    np.finfo(np.longdouble).eps == np.finfo(np.float64).eps, reason="long double equals float64 on this platform"
+)
 def test_long_double_is_used_if_float64_is_not_enough(rng: np.random.Generator) -> None:
     for side in (9, 40):
         image, kernel = rng.normal(size=(80, 80)), rng.random((side, side)) * 1e-7
         kernel[0, 0] = 1
-        # Only the smallest taps meet the largest pixel.
+        # Only the smallest taps are multiplied by the largest pixel.
         image[0, 79] = 1e5
         oracle = reference.correlate_valid_by_windows(image.astype(np.longdouble), kernel.astype(np.longdouble))
         for wide in (
@@ -201,8 +203,7 @@ def test_error_bound_is_above_the_error(rng: np.random.Generator) -> None:
     for engine in ENGINES:
         for kernel in (rng.normal(size=(15, 15)), np.outer(*rng.normal(size=(2, 15)))):
             try:
-                bounded = core.with_error_bound(core.correlate)
-                result = bounded(input=image, kernel=kernel, method=ENGINES[engine].METHOD, engines=(engine,))
+                result = core.plan_correlate(image, kernel, engines=(engine,)).run(error_bound=True)
             except MethodUnavailable:
                 continue
             oracle = reference.correlate_valid_by_windows(
@@ -211,24 +212,23 @@ def test_error_bound_is_above_the_error(rng: np.random.Generator) -> None:
             error = float(np.abs(np.asarray(result.array) - oracle).max())
             assert result.error_bound is not None
             assert error < result.error_bound < 1e5 * error
-    result = core.with_error_bound(core.correlate)(input=[[np.inf]], kernel=[[1.0]])
+    result = core.plan_correlate([[np.inf]], [[1.0]]).run(error_bound=True)
     assert result.error_bound is None
-    layer = core.with_error_bound(core.conv2d)(
-        input=image, weight=rng.normal(size=(2, 1, 3, 3)), bias=[1e6, 0.0], dtype="float64"
-    )
+    plan = core.plan_conv2d(image, rng.normal(size=(2, 1, 3, 3)), [1e6, 0.0], dtype="float64")
+    layer = plan.run(error_bound=True)
     assert layer.error_bound is not None
     assert 1e-11 < layer.error_bound < 1e-6
 
 
 def test_cost_counts_the_arithmetic_of_the_chosen_engine() -> None:
     photo = np.zeros((3000, 4000), np.uint8)
-    cost = core.cost_of(core.correlate, input=photo, kernel="gaussian(8.0)", mode="same")
+    cost = core.plan_correlate(input=photo, kernel="gaussian(8.0)", mode="same").cost
     assert cost.engine == "separable"
-    # 65 x 65 taps, and 2 x 65 are what it takes.
+    # The kernel has 65 x 65 taps; the two separable passes multiply 2 x 65 times per output.
     assert cost.gflop == pytest.approx(2 * 2 * 65 * 12e6 / 1e9, rel=0.02)
-    direct = core.cost_of(core.correlate, input=photo, kernel="gaussian(8.0)", mode="same", method="direct")
+    direct = core.plan_correlate(input=photo, kernel="gaussian(8.0)", mode="same", method="direct").cost
     assert direct.gflop == pytest.approx(2 * 65 * 65 * 12e6 / 1e9)
     rng = np.random.default_rng(0)
     for side in (60, 200):
-        costs = core.cost_of(core.correlate, input=photo[:2048, :2048], kernel=rng.normal(size=(side, side)))
+        costs = core.plan_correlate(input=photo[:2048, :2048], kernel=rng.normal(size=(side, side))).cost
         assert costs.gflop < 10

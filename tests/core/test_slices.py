@@ -5,23 +5,24 @@ import numpy as np
 import pytest
 
 import core
-from core import ENGINES, Problem, limits
-from core.engines import slices
+from core import ENGINES, Problem
+from core.engines import run, slices
+from core.engines.choice import estimate_cost
 
 MACHINE = core.Machine(2)
 
 
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Slices for problems of any size; plans that were made before know nothing of them."""
+    """Cut problems of any size into slices; cached plans were made with the default slice time and are cleared."""
     monkeypatch.setattr(slices, "TARGET_SLICE_S", 1e-9)
-    core.engines._make_plan.cache_clear()  # noqa: SLF001 - has no public name
+    run._make_plan.cache_clear()  # noqa: SLF001 - has no public name
     yield
-    core.engines._make_plan.cache_clear()  # noqa: SLF001 - has no public name
+    run._make_plan.cache_clear()  # noqa: SLF001 - has no public name
 
 
 def draw_layer(rng: np.random.Generator) -> dict[str, Any]:
-    """A layer that has something to cut along every axis."""
+    """Draw a layer that can be cut along every axis."""
     groups = int(rng.choice([1, 1, 2, 4]))
     h, w = rng.integers(1, 6, size=2)
     return {
@@ -81,7 +82,7 @@ def test_slices_read_the_border_of_the_whole_image(
     if boundary == "constant":
         options["fill_value"] = 3.5
     sliced = core.correlate(image, kernel, engines=("implicit_gemm",), **options).array
-    core.engines._make_plan.cache_clear()  # noqa: SLF001 - has no public name
+    run._make_plan.cache_clear()  # noqa: SLF001 - has no public name
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "TARGET_SLICE_S", 1e9)
         whole = core.correlate(image, kernel, engines=("implicit_gemm",), **options).array
@@ -90,16 +91,7 @@ def test_slices_read_the_border_of_the_whole_image(
 
 def test_slices_bound_the_memory_of_the_estimate() -> None:
     problem = Problem(8, 64, 400, 400, 64, 3, 3, padding=(1, 1, 1, 1))
-    cost = limits._estimate_cost(problem, "direct", MACHINE, ("torch",))  # noqa: SLF001 - arrays would be large
+    cost = estimate_cost(problem, "direct", MACHINE, ("torch",))
     assert cost.megabytes < problem.total_bytes / 1e6 + 300
     assert cost.result_megabytes == problem.output_bytes / 1e6
     assert cost.engine == "torch"
-
-
-def test_calling_thread_limit_applies() -> None:
-    image = np.ones((40, 40))
-    core.correlate(image, "box(3)", limits=core.Limits(engines=core.CALLING_THREAD_ENGINES))
-    with pytest.raises(core.TooLarge, match="engine torch_fft") as caught:
-        core.correlate(image, "box(3)", engines=("torch_fft",), limits=core.Limits(engines=core.CALLING_THREAD_ENGINES))
-    assert caught.value.quantity == "engine"
-    assert caught.value.cost.engine == "torch_fft"

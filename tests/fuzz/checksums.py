@@ -1,4 +1,4 @@
-"""Checksums and lengths put right again after a mutation: with wrong ones, no fuzzer gets past the front door."""
+"""Repair checksums and lengths after a mutation; with wrong ones, decoders reject a file before they read its data."""
 
 import struct
 import zlib
@@ -6,19 +6,19 @@ from contextlib import suppress
 
 
 def repair_npy(content: bytes) -> bytes:
-    """With the header's length that its closing brace implies."""
+    """Set the length of the header by the position of its closing brace."""
     end = content.find(b"}", 10)
     return content if end < 0 else content[:8] + struct.pack("<H", (end - 9) % 2**16) + content[10:]
 
 
 def repair_safetensors(content: bytes) -> bytes:
-    """With the header's length that its last brace implies."""
+    """Set the length of the header by the position of its last brace."""
     end = content.rfind(b"}", 0, 8192)
     return content if end < 8 else struct.pack("<Q", end - 7) + content[8:]
 
 
 def repair_png(content: bytes) -> bytes:
-    """With the CRC of every chunk."""
+    """Set the CRC of every chunk."""
     repaired = bytearray(content)
     at = 8
     while at + 12 <= len(repaired):
@@ -31,7 +31,7 @@ def repair_png(content: bytes) -> bytes:
 
 
 def repair_npz(content: bytes) -> bytes:
-    """With the CRC of every member whose place can be found, in both of its headers, and the directory's own place."""
+    """Set the CRC of every member that can be located, in both of its headers, and the position of the directory."""
     repaired = bytearray(content)
     at = directory = content.find(b"PK\x01\x02")
     count = 0

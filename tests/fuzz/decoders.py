@@ -1,8 +1,8 @@
-"""Fuzz a decoder, guided by the branches it takes: `python tests/fuzz/decoders.py png --seconds 600`.
+"""Fuzz a decoder with coverage guidance: `python tests/fuzz/decoders.py png --seconds 600`.
 
-Whatever the bytes, a decoder returns what is sound and within the limit, or raises a ServiceError. Anything else, a
-crash, a hang or too much memory is a finding: it is written to a file, the command that repeats it is printed, and the
-exit code is not 0. With --corpus, what was found to take new branches is kept there and built upon the next time.
+For any bytes, a decoder must return valid arrays within the size limit or raise a ServiceError. Other results, crashes,
+hangs and excessive memory are findings: the input is written to a file, the command that repeats it is printed, and the
+exit code is not 0. With --corpus, inputs that reach new branches are stored in that folder and used by the next run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ except ImportError:
         "(it has wheels for some versions of Python on Linux; see https://pypi.org/project/atheris/#files)"
     )
 
-# Numba compiles that one from its bytecode, which must be as it was written.
+# Numba compiles json_scanner from its bytecode, which must not be instrumented.
 with atheris.instrument_imports(include=["service.codecs"], exclude=["service.codecs.json_scanner"]):
     from service.codecs import content_coding
     from service.errors import ServiceError
@@ -38,14 +38,14 @@ DECODE_LIMIT_BYTES = 1_000_000
 MAX_INPUT_BYTES = 8192
 SECONDS_PER_INPUT = 5
 MEMORY_MB = 1024
-"""Of the whole process. Its imports alone, numpy and what decodes JSON, are a quarter of it."""
+"""Memory limit of the process in MB; the imports (numpy, numba) need a quarter of it."""
 
 InputCheck = Callable[[bytes], None]
 
 
 @dataclass(frozen=True)
 class FuzzTarget:
-    """What must be true of any bytes, valid files to begin from, and how a mutated one gets past its checksums."""
+    """Check of a decoder for any bytes, valid files as seeds, and a function that repairs mutated checksums."""
 
     check: InputCheck
     seeds: Sequence[bytes]
@@ -55,25 +55,25 @@ class FuzzTarget:
 def build_decoder_check(decode: Callable[[bytes, int], object]) -> InputCheck:
     def check(content: bytes) -> None:
         decoded: object = {}
-        refusal = "a sentence"
+        detail = "decoded"
         try:
             decoded = decode(content, DECODE_LIMIT_BYTES)
         except ServiceError as error:
-            refusal = error.detail
+            detail = error.detail
         assert_valid_arrays(decoded, DECODE_LIMIT_BYTES)
-        assert 0 < len(refusal) < 1000, refusal
+        assert 0 < len(detail) < 1000, detail
 
     return check
 
 
 def create_target(name: str, repair: Callable[[bytes], bytes] = bytes) -> FuzzTarget:
-    """The format whose files are called so, all of which have one decoder."""
+    """Return the target of a format; its valid files share one decoder."""
     files = [file for kind, file in VALID_FILES.items() if name in kind.split()]
     return FuzzTarget(build_decoder_check(files[0][0]), [content for _, content in files], repair)
 
 
 def create_coding_target(name: str, seed: bytes) -> FuzzTarget:
-    """A content coding, which decodes to bytes within the limit."""
+    """Return the target of a content coding, which must decode to bytes within the limit."""
 
     def check(content: bytes) -> None:
         with suppress(ServiceError):
@@ -102,7 +102,7 @@ TARGETS: Mapping[str, FuzzTarget] = {
 
 
 def fuzz(name: str, seconds: int, corpus: Path, findings: Path) -> None:
-    """Mutate what is in the corpus until the time is over or something is found; does not return."""
+    """Mutate inputs of the corpus until the time is over or a finding occurs; does not return."""
     chosen = TARGETS[name]
     for number, seed in enumerate(chosen.seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
@@ -118,7 +118,9 @@ def fuzz(name: str, seconds: int, corpus: Path, findings: Path) -> None:
         mutated: bytes = atheris.Mutate(content, max_size)
         return chosen.repair(mutated)[:max_size] if random.Random(seed).random() < 0.8 else mutated  # noqa: S311
 
-    sys.stderr.write(f"what is found goes to {findings}; again: python tests/fuzz/decoders.py {name} --again FILE\n")
+    sys.stderr.write(
+        f"findings are written to {findings}; to repeat one: python tests/fuzz/decoders.py {name} --again FILE\n"
+    )
     options = {
         "max_total_time": seconds,
         "max_len": MAX_INPUT_BYTES,
@@ -133,12 +135,14 @@ def fuzz(name: str, seconds: int, corpus: Path, findings: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("format", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--corpus", type=Path, help="a folder of inputs to begin from, and to keep new ones in")
-    parser.add_argument("--again", type=Path, metavar="FILE", help="check the bytes of one file, and nothing else")
+    parser.add_argument(
+        "--corpus", type=Path, help="folder with initial inputs; inputs that reach new branches are added"
+    )
+    parser.add_argument("--again", type=Path, metavar="FILE", help="only check the bytes of this file")
     arguments = parser.parse_args()
     if arguments.again:
         TARGETS[arguments.format].check(arguments.again.read_bytes())

@@ -21,7 +21,7 @@ MONITORING_PAGE = (ROOT / "docs" / "monitoring.md").read_text()
 
 
 def parse_table_rows(heading: str, page: str = API_PAGE) -> list[list[str]]:
-    """The cells of the table under a heading, its head left out."""
+    """Return the cells of the table below a heading, without its header."""
     section = page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
@@ -60,9 +60,9 @@ def test_error_table_is_complete() -> None:
 def test_format_tables_are_complete() -> None:
     listed = parse_table_rows("Media types", FORMATS_PAGE)
     assert [media_type.strip("`") for media_type, _, _ in listed] == list(FORMATS)
-    for media_type, body, answer in listed:
+    for media_type, body, response in listed:
         assert (body != "none") == (media_type.strip("`") in DECODABLE_MEDIA_TYPES)
-        assert (answer != "none") == (media_type.strip("`") in ENCODABLE_FORMATS)
+        assert (response != "none") == (media_type.strip("`") in ENCODABLE_FORMATS)
     assert dict(parse_table_rows("Data types", FORMATS_PAGE))["dtypes"] == ", ".join(f"`{dtype}`" for dtype in DTYPES)
 
 
@@ -105,8 +105,8 @@ def test_every_make_target_is_in_contributing() -> None:
 
 def test_routes_match_the_contract() -> None:
     paths = create_app(Settings()).openapi()["paths"]
-    beside = {"/kernels", "/info", "/livez", "/readyz", "/metrics"}
-    assert set(paths) == {"/correlate", "/conv2d", "/train-kernel"} | beside
+    other_paths = {"/kernels", "/info", "/livez", "/readyz", "/metrics"}
+    assert set(paths) == {"/correlate", "/conv2d", "/train-kernel"} | other_paths
 
 
 def test_tables_of_metrics_and_labels_are_complete() -> None:
@@ -121,7 +121,7 @@ def test_tables_of_metrics_and_labels_are_complete() -> None:
         for name in names if family.type != "info" else ():
             values = dict.fromkeys(sample.labels[name] for sample in family.samples)
             labels[name] = {**labels.get(name, {}), **values}
-    # Between the two are the head of the second and the line under it.
+    # The two tables are separated by the header of the second and the line below it.
     values_of = {name.strip("`"): values for name, values in listed[len(families) + 2 :]}
     assert values_of.keys() == labels.keys()
     for label in labels.keys() - {"reason"}:

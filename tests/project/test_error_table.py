@@ -1,4 +1,4 @@
-"""Every error that core or the service can raise has its line in the table, and its line in its tree."""
+"""Every error class of core and the service is in PROBLEM_TYPES and in the class tree of its module's docstring."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts against what is counted, and with the tools that will read them."""
+"""Check the dashboard and the alerts against the metrics, and with the tools that read them."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def list_panels() -> list[dict[str, Any]]:
 
 
 def list_queries() -> list[str]:
-    """Those of the dashboard, with a value for each word that Grafana replaces."""
+    """Return the queries of the dashboard, with values for Grafana's variables."""
     found = [target["expr"] for panel in list_panels() for target in panel["targets"]]
     found += [annotation["expr"] for annotation in DASHBOARD["annotations"]["list"]]
     for word, value in GRAFANA_VARIABLES.items():
@@ -50,7 +50,7 @@ EXPRESSIONS = [*list_queries(), *(alert["expr"] for alert in ALERTS)]
 
 
 def list_selectors(expression: str) -> list[promql_parser.VectorSelector]:
-    """What the expression reads; raises ValueError where it is none."""
+    """Return the selectors of an expression; raise ValueError if it is not valid PromQL."""
     found: list[promql_parser.VectorSelector] = []
 
     def visit(node: promql_parser.Expr) -> bool:
@@ -70,7 +70,7 @@ def matches(matcher: promql_parser.Matcher, value: str) -> bool:
 
 @pytest.fixture(scope="module")
 def series() -> dict[str, list[dict[str, str]]]:
-    """The labels of every series at /metrics, by its name."""
+    """Return the labels of all series at /metrics, by metric name."""
     named: dict[str, list[dict[str, str]]] = {}
     for family in MetricsCollector(create_app(Settings()).state.metrics, "").collect():
         for sample in family.samples:
@@ -86,11 +86,15 @@ def test_every_expression_reads_existing_series(expression: str, series: dict[st
         if selector.name in PROMETHEUS_SERIES:
             continue
         assert selector.name in series
-        asked = [matcher for matcher in selector.matchers.matchers if matcher.name not in TARGET_LABELS]
-        found = [labels for labels in series[selector.name] if all(matches(each, labels[each.name]) for each in asked)]
+        label_matchers = [matcher for matcher in selector.matchers.matchers if matcher.name not in TARGET_LABELS]
+        found = [
+            labels
+            for labels in series[selector.name]
+            if all(matches(each, labels[each.name]) for each in label_matchers)
+        ]
         assert found, selector
-        # Each alternative, too: a name that is misspelt beside one that is not.
-        for matcher in asked:
+        # Each alternative must match, too: a misspelt name can hide next to a correct one.
+        for matcher in label_matchers:
             for alternative in matcher.value.split("|") if matcher.op == promql_parser.MatchOp.Re else ():
                 assert any(re.fullmatch(alternative, labels[matcher.name]) for labels in series[selector.name])
         grouped = re.findall(r"\bby \(([^)]*)\)", expression)
@@ -133,17 +137,17 @@ def test_dashboard_matches_the_grafana_model() -> None:
     plugins.register_default_plugins()
     read = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
 
-    def losses(written: Any, kept: Any, place: str) -> Iterator[str]:
-        if isinstance(written, dict) and isinstance(kept, dict):
+    def list_differences(written: Any, parsed: Any, path: str) -> Iterator[str]:
+        if isinstance(written, dict) and isinstance(parsed, dict):
             for name, value in written.items():
-                yield from losses(value, kept.get(name), f"{place}.{name}")
-        elif isinstance(written, list) and isinstance(kept, list) and len(written) == len(kept):
-            for at, (each, its) in enumerate(zip(written, kept, strict=True)):
-                yield from losses(each, its, f"{place}[{at}]")
-        elif written != kept:
-            yield f"{place}: {written} became {kept}"
+                yield from list_differences(value, parsed.get(name), f"{path}.{name}")
+        elif isinstance(written, list) and isinstance(parsed, list) and len(written) == len(parsed):
+            for at, (left, right) in enumerate(zip(written, parsed, strict=True)):
+                yield from list_differences(left, right, f"{path}[{at}]")
+        elif written != parsed:
+            yield f"{path}: {written} became {parsed}"
 
-    assert list(losses(DASHBOARD, read, "dashboard")) == []
+    assert list(list_differences(DASHBOARD, read, "dashboard")) == []
 
 
 def test_panel_ids_and_positions_are_unique() -> None:

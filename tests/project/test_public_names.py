@@ -1,4 +1,4 @@
-"""What core offers is exactly what it says it offers, and each of it says what it is."""
+"""The public names of core: complete in `__all__`, and documented."""
 
 import ast
 import inspect
@@ -34,7 +34,7 @@ def test_fit_kernel_equals_fit_kernel_steps_run_to_the_end() -> None:
 
 def test_no_file_contains_local_paths() -> None:
     forbidden = ["/work" + "/", "/opt" + "/wheels", "/root" + "/"]
-    rooms = ["benchmarks", "core", "docs", "service", "tests"]
-    written = [path for room in rooms for suffix in ("py", "md") for path in (ROOT / room).rglob(f"*.{suffix}")]
+    folders = ["benchmarks", "core", "docs", "service", "tests"]
+    written = [path for folder in folders for suffix in ("py", "md") for path in (ROOT / folder).rglob(f"*.{suffix}")]
     for path in [*written, *(ROOT / name for name in ("Makefile", "Dockerfile", "pyproject.toml", "constraints.txt"))]:
         assert not [word for word in forbidden if word in path.read_text()], path

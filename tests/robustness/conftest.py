@@ -12,30 +12,30 @@ SHORT_TIMEOUTS = {
     "CORR2D_HEADER_TIMEOUT_S": "1",
     "CORR2D_BODY_TIMEOUT_S": "2",
     "CORR2D_SEND_TIMEOUT_S": "2",
-    # But a queue in which all may wait.
+    # A long queue timeout, so that no request is rejected.
     "CORR2D_QUEUE_TIMEOUT_S": "600",
 }
-"""Waits that are short, so that the tests of slow clients are not slow themselves."""
+"""Settings with short timeouts, so that the tests of slow clients are fast."""
 
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    """A real server on a real port, in a thread of this process, with the settings that there are without any."""
+    """The address of a server in a thread of this process, with default settings."""
     with start_server(create_app(Settings(device="cpu"))) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def send(address: str) -> Iterator[SendFn]:
-    """One request to it."""
+    """Send a request to the server at `address`."""
     with open_client(address) as send:
         yield send
 
 
 @pytest.fixture(scope="session")
 def server_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A service in a process of its own that has little patience with its clients."""
-    with start_server_process(tmp_path_factory.mktemp("watched") / "log", **SHORT_TIMEOUTS) as server_process:
+    """A service in its own process, with short timeouts."""
+    with start_server_process(tmp_path_factory.mktemp("server_process") / "log", **SHORT_TIMEOUTS) as server_process:
         yield server_process
 
 
@@ -44,8 +44,8 @@ def check_next_request(request: pytest.FixtureRequest) -> Iterator[None]:
     addresses = []
     if "address" in request.fixturenames:
         addresses.append(request.getfixturevalue("address"))
-    if "watched" in request.fixturenames:
-        addresses.append(request.getfixturevalue("watched").address)
+    if "server_process" in request.fixturenames:
+        addresses.append(request.getfixturevalue("server_process").address)
     yield
     for address in addresses:
         assert_serves(address)

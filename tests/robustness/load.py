@@ -1,4 +1,4 @@
-"""Clients that keep a service busy, and keep account of what became of every request."""
+"""Clients that keep a service busy and count the outcome of every request."""
 
 import http.client
 import json
@@ -21,22 +21,22 @@ LOAD_REQUESTS = [
 
 @dataclass
 class RequestTally:
-    """How many requests were answered with 200, and what became of those that were sent and were not."""
+    """Number of requests with status 200, and the error or status of every other request that was sent."""
 
-    answered: int = 0
+    succeeded: int = 0
     lost: list[str] = field(default_factory=list)
 
 
 @contextmanager
 def generate_load(address: str, clients: int = 16) -> Iterator[RequestTally]:
-    """Clients that ask again and again, some on a new connection each time, until nobody takes a connection any more.
+    """Run clients that send requests, some on a new connection each time, until the server accepts no connection.
 
-    What counts as sent went out on a connection that was made.
+    A request counts as sent if its connection was established.
     """
-    account, stopped = RequestTally(), threading.Event()
+    tally, stopped = RequestTally(), threading.Event()
     host, port = urlsplit(address).hostname or "", urlsplit(address).port
 
-    def ask(number: int) -> None:
+    def send_requests(number: int) -> None:
         path, body = LOAD_REQUESTS[number % 2]
         while not stopped.is_set():
             with closing(http.client.HTTPConnection(host, port, timeout=60)) as connection:
@@ -44,27 +44,27 @@ def generate_load(address: str, clients: int = 16) -> Iterator[RequestTally]:
                     connection.connect()
                 except OSError:
                     return
-                # Some on a new connection each time, the others until they are told to go.
-                goes_on = True
-                while goes_on and not stopped.is_set():
+                # Some use a new connection for each request; the others, until the server closes it.
+                keep_alive = True
+                while keep_alive and not stopped.is_set():
                     try:
                         connection.request("POST", path, body, JSON_HEADERS)
-                        answer = connection.getresponse()
-                        answer.read()
+                        response = connection.getresponse()
+                        response.read()
                     except (OSError, http.client.HTTPException) as error:
-                        account.lost.append(repr(error))
+                        tally.lost.append(repr(error))
                         break
-                    if answer.status == 200:
-                        account.answered += 1
+                    if response.status == 200:
+                        tally.succeeded += 1
                     else:
-                        account.lost.append(str(answer.status))
-                    goes_on = not answer.will_close and number % 3 != 0
+                        tally.lost.append(str(response.status))
+                    keep_alive = not response.will_close and number % 3 != 0
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    threads = [threading.Thread(target=send_requests, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     try:
-        yield account
+        yield tally
     finally:
         stopped.set()
         for thread in threads:

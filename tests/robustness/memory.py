@@ -1,4 +1,4 @@
-"""What a request costs its server in memory."""
+"""Measurement of the memory that a request takes in the server."""
 
 import time
 import tracemalloc
@@ -11,7 +11,7 @@ from tests.servers import SendFn
 
 
 def measure_peak_bytes(call: Callable[[], object]) -> int:
-    """The bytes that this process allocates for a call, the server's thread included, at most at one time."""
+    """Return the peak memory that this process, the server's thread included, allocates during a call, in bytes."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -22,7 +22,7 @@ def measure_peak_bytes(call: Callable[[], object]) -> int:
 
 
 def assert_rejected_cheaply(send: SendFn, status: int, body: bytes, content_type: str = NPY) -> str:
-    """The detail of a refusal for which next to nothing is allocated, and which comes at once."""
+    """Assert that a body is rejected within 2 s and with little memory; return the detail of the error."""
     details: list[str] = []
     start = time.perf_counter()
     assert measure_peak_bytes(

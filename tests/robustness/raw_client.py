@@ -1,4 +1,4 @@
-"""A client that sends bytes as they are, at whatever pace, and looks at all that comes back."""
+"""A client that sends raw bytes at a chosen pace and reads everything that the server sends."""
 
 import select
 import socket
@@ -12,23 +12,23 @@ from urllib.parse import urlsplit
 import httpx
 
 CLIENT_TIMEOUT_S = 30
-"""Seconds after which a server that should have answered, or closed, has not: long, for the machine may be busy."""
+"""Timeout for a response or a close, in seconds: long, because the machine may be busy."""
 
 CONNECTION_CLOSED_ERRORS = (BrokenPipeError, ConnectionResetError)
 
 
 def build_request_headers(first_line: str, *fields: str) -> bytes:
-    """The head of a request with these header fields, and the Host without which there is none."""
+    """Return a request line and headers, with the required Host."""
     return "".join(f"{line}\r\n" for line in (first_line, "Host: corr2d", *fields, "")).encode("latin-1")
 
 
 def build_upload_headers(*fields: str) -> bytes:
-    """The head of a POST of JSON to /correlate; its length is for the fields to say."""
+    """Return the request line and headers of a JSON POST to /correlate; `fields` declare the length of the body."""
     return build_request_headers("POST /correlate HTTP/1.1", "Content-Type: application/json", *fields)
 
 
 class RawConnection:
-    """One TCP connection to the server at an address such as http://127.0.0.1:8000."""
+    """TCP connection to the server at an address such as http://127.0.0.1:8000."""
 
     def __init__(self, address: str, *, receive_buffer: int | None = None) -> None:
         url = urlsplit(address)
@@ -43,17 +43,16 @@ class RawConnection:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
     def close(self) -> None:
-        """Leave."""
         self._received.close()
         self.socket.close()
 
     def send(self, content: bytes) -> bool:
-        """Send it all; False if the server closes before. What it answers until then is still there to be read."""
+        """Send all bytes; return False if the server closes first. Data received until then can still be read."""
         try:
             self.socket.sendall(content)
         except CONNECTION_CLOSED_ERRORS:
@@ -61,22 +60,22 @@ class RawConnection:
         return True
 
     def trickle(self, content: bytes, pause_s: float, size: int = 1) -> int:
-        """Send so many bytes at a time with pauses between them, until the server answers or closes: bytes sent."""
+        """Send `size` bytes every `pause_s` seconds until the server responds or closes; return the bytes sent."""
         deadline, sent = time.monotonic() + CLIENT_TIMEOUT_S, 0
-        while sent < len(content) and not self.answers(pause_s) and self.send(content[sent : sent + size]):
+        while sent < len(content) and not self.is_readable(pause_s) and self.send(content[sent : sent + size]):
             sent += size
-            assert time.monotonic() < deadline, f"it took {sent} bytes at this pace and said nothing"
+            assert time.monotonic() < deadline, f"the server received {sent} bytes at this pace and sent nothing"
         return sent
 
-    def answers(self, within_s: float) -> bool:
-        """Whether something comes, be it the end."""
+    def is_readable(self, within_s: float) -> bool:
+        """Return whether data or the end of the stream arrives in time."""
         return bool(select.select([self.socket], [], [], within_s)[0])
 
-    def answer(self, *, is_head_response: bool = False) -> httpx.Response:
-        """The next answer, interim ones (100) included; one to a HEAD request has no body. EOFError if none comes."""
+    def read_response(self, *, is_head_response: bool = False) -> httpx.Response:
+        """Read the next response, interim ones (100) included; raise EOFError if the server closes instead."""
         line = self._line()
         if not line:
-            raise EOFError("the server closed the connection without an answer")
+            raise EOFError("the server closed the connection without a response")
         status = int(line.split(b" ")[1])
         headers = []
         while line := self._line():
@@ -88,7 +87,7 @@ class RawConnection:
         return response
 
     def rest(self) -> bytes:
-        """All that still comes until the server closes. TimeoutError if it does not."""
+        """Read until the server closes; raise TimeoutError if it does not."""
         received = b""
         with suppress(*CONNECTION_CLOSED_ERRORS):
             while piece := self._received.read1():
@@ -96,7 +95,7 @@ class RawConnection:
         return received
 
     def closed(self) -> bool:
-        """Whether the server closes, and says no more before it does."""
+        """Return whether the server closes without sending more."""
         return self.rest() == b""
 
     def _line(self) -> bytes:
@@ -118,16 +117,16 @@ class RawConnection:
 
 @contextmanager
 def open_connections(address: str, count: int) -> Iterator[list[RawConnection]]:
-    """So many connections at a time."""
+    """Open `count` connections at the same time."""
     with ExitStack() as open_ones:
         yield [open_ones.enter_context(RawConnection(address)) for _ in range(count)]
 
 
 def send_until_closed(address: str, content: bytes) -> httpx.Response:
-    """The answer to these bytes, after which the connection must be closed."""
+    """Send bytes and return the response, after which the server must close the connection."""
     with RawConnection(address) as connection:
         connection.send(content)
-        response = connection.answer()
+        response = connection.read_response()
         assert response.headers["connection"] == "close"
         assert connection.closed()
     return response

@@ -1,4 +1,4 @@
-"""The requests that hazards are put into: JSON as its fields or as it stands, and files."""
+"""Small valid requests that the robustness tests modify: JSON fields, verbatim bodies, and files."""
 
 from typing import Any
 
@@ -20,28 +20,28 @@ parametrize_codings = pytest.mark.parametrize(
 
 
 def post_correlate(send: SendFn, **changes: Any) -> httpx.Response:
-    """A small request with these fields changed."""
+    """Post a small request to /correlate with these fields changed."""
     return send("POST", "/correlate", json={"input": SMALL_INPUT, "kernel": [[1]], **changes})
 
 
 def post_conv2d(send: SendFn, **changes: Any) -> httpx.Response:
-    """Likewise."""
+    """Post a small request to /conv2d with these fields changed."""
     return send("POST", "/conv2d", json={"input": SMALL_INPUT, "weight": [[1]], **changes})
 
 
 def post_train_kernel(send: SendFn, **changes: Any) -> httpx.Response:
-    """Likewise."""
+    """Post a small request to /train-kernel with these fields changed."""
     return send("POST", "/train-kernel", json={**EXAMPLE_PAIR, **changes})
 
 
 def post_body(send: SendFn, body: bytes | str, path: str = "/correlate", content_type: str = JSON) -> httpx.Response:
-    """A body as it stands."""
+    """Post a verbatim body."""
     return send("POST", path, content=body, headers={"Content-Type": content_type})
 
 
 def post_file(
     send: SendFn, body: bytes, content_type: str = NPY, coding: str | None = None, query: str = "kernel=identity"
 ) -> httpx.Response:
-    """A file, its options in the query string."""
+    """Post a file, with options in the query string."""
     headers = {"Content-Type": content_type} | ({} if coding is None else {"Content-Encoding": coding})
     return send("POST", f"/correlate?{query}", content=body, headers=headers)

@@ -1,4 +1,4 @@
-"""A service in a process of its own, as users start it, whose memory and whose log can be looked at."""
+"""A service in its own process, as users start it, with access to its memory, metrics and log."""
 
 import json
 import subprocess
@@ -19,27 +19,27 @@ from tests.servers import open_client, run_serve_command
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """`corr2d serve`, ready, and its log in JSON."""
+    """A running `corr2d serve` that is ready and logs JSON."""
 
     address: str
     process: "subprocess.Popen[str]"
     log: Path
 
     def resident(self) -> int:
-        """The bytes of memory that it holds."""
+        """Return the resident memory in bytes."""
         return read_resident_bytes(self.process.pid)
 
     def measured(self, metric: str) -> float:
-        """A number of /metrics, by its name and labels as they stand there."""
+        """Return the value of a series of /metrics, given its name and labels as they are printed there."""
         lines = httpx.get(f"{self.address}/metrics", timeout=CLIENT_TIMEOUT_S).text.splitlines()
         return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{metric} "))
 
     def lines(self) -> list[dict[str, Any]]:
-        """What it has logged, but for a line that is half written."""
+        """Return the complete lines of the log."""
         return [json.loads(line) for line in self.log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
     def line(self, request_id: str) -> dict[str, Any]:
-        """The one line that a request leaves, which is written after its answer."""
+        """Wait for and return the log line of a request, which is written after the response."""
         deadline = time.monotonic() + CLIENT_TIMEOUT_S
         while not (lines := [line for line in self.lines() if line.get("request_id") == request_id]):
             assert time.monotonic() < deadline, f"request {request_id} left no line in the log"
@@ -49,16 +49,16 @@ class ServerProcess:
 
 
 def read_resident_bytes(pid: int) -> int:
-    """The bytes of memory that a process holds."""
+    """Return the resident memory of a process in bytes."""
     statm = Path(f"/proc/{pid}/statm")
     if not statm.exists():
-        pytest.skip("only Linux says how much memory another process holds")
+        pytest.skip("reads the memory of another process from Linux's /proc")
     return 4096 * int(statm.read_text().split()[1])
 
 
 @contextmanager
 def start_server_process(log: Path, *flags: str, **variables: str) -> Iterator[ServerProcess]:
-    """Start it with these flags and environment variables; it is ended at once at the end, however busy it is."""
+    """Start a service with these flags and environment variables; kill it at the end, even if it is busy."""
     with run_serve_command(log, *flags, **{"CORR2D_LOG_FORMAT": "json", "CORR2D_DEVICE": "cpu", **variables}) as (
         process,
         address,
@@ -69,6 +69,6 @@ def start_server_process(log: Path, *flags: str, **variables: str) -> Iterator[S
 
 
 def assert_serves(address: str) -> None:
-    """A new client is served."""
-    answer = httpx.post(f"{address}/correlate", json={"input": SMALL_INPUT, "kernel": [[1]]}, timeout=60)
-    assert answer.json()["output"] == SMALL_INPUT
+    """Assert that the service responds to a new client."""
+    response = httpx.post(f"{address}/correlate", json={"input": SMALL_INPUT, "kernel": [[1]]}, timeout=60)
+    assert response.json()["output"] == SMALL_INPUT

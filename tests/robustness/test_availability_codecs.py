@@ -1,4 +1,4 @@
-"""Hazards 70, 71 and 75: small legal bodies that take long, much memory, or Python's lock while they are decoded."""
+"""Robustness cases 70, 71 and 75: small valid bodies whose decoding takes much time or memory, or holds the GIL."""
 
 import gc
 import gzip
@@ -28,10 +28,10 @@ from tests.gil_pauses import measure_longest_pause, measure_python_pause
 
 DECODE_LIMIT_BYTES = 64_000_000
 MAX_PAUSE_S = 0.02
-"""The longest pause that is allowed."""
+"""Longest allowed pause of other threads, in seconds."""
 
 PAUSE_MARGIN = 4
-"""How many times as long as Python's own pauses: where those are long, the machine is slow."""
+"""Allowed pause as a multiple of Python's own pauses, which are long if the machine is slow."""
 
 
 def assert_pauses_are_short(work: Callable[[], object]) -> None:
@@ -173,10 +173,10 @@ def test_encoding_releases_the_gil(media_type: str, coding: str | None, form: st
 
 @pytest.mark.robustness(70)
 def test_plotting_a_long_history_releases_the_gil() -> None:
-    # matplotlib is loaded once.
+    # The first plot loads matplotlib.
     loss_curve.draw_svg({**build_response(), "loss_history": [1.0, 0.5]})
     gc.collect()
-    # As the service does once it is ready.
+    # The service does this too when it is ready.
     gc.freeze()
     try:
         assert_pauses_are_short(lambda: loss_curve.draw_svg(build_response()))
@@ -200,13 +200,13 @@ def test_millions_of_tiny_arrays_are_rejected_early(text: bytes) -> None:
 
 
 def measure_rejection_mb(text: bytes) -> float:
-    """What a process needs to refuse a JSON text, in addition to the text and to what it needs for any other."""
+    """Return the memory, in MB, that rejecting a JSON text takes in addition to the text and the process itself."""
     script = (
         "import resource, sys\n"
         "from service.codecs import json\n"
         "from service.errors import InvalidRequest\n"
         "text = sys.stdin.buffer.read()\n"
-        "json.decode(b'{\"input\": [[1, 2], [3, 4]]}'.rjust(2 * json.TINY))\n"
+        "json.decode(b'{\"input\": [[1, 2], [3, 4]]}'.rjust(2 * json.MAX_UNSCANNED_BYTES))\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1e3\n"
         "before = peak()\n"
@@ -216,14 +216,14 @@ def measure_rejection_mb(text: bytes) -> float:
         "print(peak() - before)\n"
     )
     if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("only Linux says how much memory was used at most")
+        pytest.skip("reads the peak memory from Linux's /proc")
     done = subprocess.run([sys.executable, "-c", script], input=text, capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     return float(done.stdout)
 
 
 def measure_cpu_seconds(work: Callable[[], object], tries: int = 3) -> float:
-    """Processor time, the least of some tries."""
+    """Return the least CPU time of several runs, in seconds."""
     times = []
     for _ in range(tries):
         start = time.thread_time()
@@ -280,7 +280,7 @@ def test_compressed_body_counts_at_its_maximum_size(coding: str) -> None:
 
 
 class TimeIsOverError(Exception):
-    """The time is over."""
+    """Error that a simulated deadline raises."""
 
 
 @pytest.mark.robustness(75)
@@ -327,7 +327,7 @@ def test_memory_shortage_is_not_a_client_error() -> None:
         "except MemoryError:\n    print('no memory')\n"
     )
     if sys.platform != "linux":
-        pytest.skip("only Linux limits the memory of a process so")
+        pytest.skip("only Linux enforces RLIMIT_AS")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=120)
     assert done.stdout == b"no memory\n", done.stderr.decode()
 

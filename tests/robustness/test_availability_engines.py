@@ -1,4 +1,4 @@
-"""Number 70 for the engines: neither compiling nor computing pauses the event loop."""
+"""Robustness case 70 for the engines: neither compilation nor computation blocks the event loop."""
 
 import time
 from collections.abc import Iterator
@@ -18,25 +18,25 @@ pytestmark = pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not 
 
 @pytest.fixture(scope="module")
 def cold_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A service that has compiled only what it needs to become ready."""
+    """A service that has compiled only the pipelines of its warm-up."""
     folder = tmp_path_factory.mktemp("fresh")
     with start_server_process(folder / "log", XDG_CACHE_HOME=str(folder)) as server_process:
         yield server_process
 
 
 def measure_slowest_livez(address: str, **request: Any) -> tuple[float, float]:
-    """The longest GET /livez while one request is answered, and how long that one took."""
+    """Return the longest response time of GET /livez during a request, and the duration of that request, in seconds."""
     with httpx.Client(base_url=address, timeout=60) as client, ThreadPoolExecutor(1) as other:
         client.get("/livez")
         start = time.perf_counter()
-        answer = other.submit(lambda: httpx.post(timeout=300, **request))
+        future = other.submit(lambda: httpx.post(timeout=300, **request))
         slowest = 0.0
-        while not answer.done():
-            asked = time.perf_counter()
+        while not future.done():
+            sent_at = time.perf_counter()
             assert client.get("/livez").status_code == 200
-            slowest = max(slowest, time.perf_counter() - asked)
+            slowest = max(slowest, time.perf_counter() - sent_at)
         seconds = time.perf_counter() - start
-    assert answer.result().status_code == 200, answer.result().text
+    assert future.result().status_code == 200, future.result().text
     return slowest, seconds
 
 
@@ -45,7 +45,7 @@ def measure_slowest_livez(address: str, **request: Any) -> tuple[float, float]:
 def test_compiling_for_a_request_pauses_nothing(cold_server: ServerProcess, size: int) -> None:
     body = {"input": [[1.0] * size] * size, "kernel": [[1.0, 2.0]] * (size // 2), "dtype": "float64"}
     slowest, seconds = measure_slowest_livez(cold_server.address, url=f"{cold_server.address}/correlate", json=body)
-    assert seconds > 0.2  # it was compiled
+    assert seconds > 0.2  # includes a compilation
     assert slowest < 0.5 * seconds
 
 
@@ -59,6 +59,6 @@ def test_direct_sums_of_many_channels_pause_nothing(cold_server: ServerProcess) 
         "content": save_npz(input=image, weight=weight),
         "headers": {"Content-Type": "application/x-npz", "Accept": "application/x-npy"},
     }
-    measure_slowest_livez(cold_server.address, **request)  # compiles
+    measure_slowest_livez(cold_server.address, **request)  # includes a compilation
     slowest, seconds = measure_slowest_livez(cold_server.address, **request)
     assert slowest < 0.5 * seconds

@@ -1,4 +1,4 @@
-"""Hazards 70 to 76 as fits: none pauses the service, outgrows its estimate, or goes on once nobody waits for it."""
+"""Robustness cases 70 to 76 with fits: none blocks the service, exceeds its estimate or outlives its client."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ LIVEZ_INTERVAL_S = 0.02
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A service that has half a minute for a request."""
+    """A service with a request timeout of 30 s."""
     log = tmp_path_factory.mktemp("fits") / "log"
     with start_server_process(log, CORR2D_REQUEST_TIMEOUT_S="30", CORR2D_QUEUE_TIMEOUT_S="30") as server_process:
         yield server_process
@@ -32,7 +32,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 @contextmanager
 def measure_longest_livez(address: str) -> Iterator[Callable[[], float]]:
-    """The longest wait for /livez so far, in seconds."""
+    """Yield a function that returns the longest response time of /livez so far, in seconds."""
     longest, done = [0.0], threading.Event()
 
     def ask() -> None:
@@ -52,7 +52,7 @@ def measure_longest_livez(address: str) -> Iterator[Callable[[], float]]:
 
 
 def post_fit(address: str, query: str, timeout: float = 60, **arrays: Any) -> httpx.Response:
-    """The response to a fit of arrays in a file."""
+    """Post a fit with its arrays in a file."""
     url, headers = f"{address}/train-kernel?{query}", {"Content-Type": NPZ}
     return httpx.post(url, content=save_npz(**arrays), headers=headers, timeout=timeout)
 
@@ -64,7 +64,7 @@ def test_many_small_images_are_estimated_without_a_pause(service: ServerProcess)
     for arrays in ({name: array[:1] for name, array in images.items()}, images):
         with measure_longest_livez(service.address) as longest:
             for _ in range(5):
-                # Estimated, and rejected for what it would cost.
+                # The cost is estimated, and the request is rejected for it.
                 assert post_fit(service.address, "batch_size=1&steps=1000000&loss=l1", **arrays).status_code == 413
             pauses.append(longest())
     assert pauses[1] < 0.2 + 3 * pauses[0]
@@ -89,7 +89,7 @@ def test_largest_named_kernels_are_built_quickly() -> None:
         times = []
         for number in range(5):
             start = time.thread_time()
-            # Another spelling each time, for those made before are kept.
+            # A new spelling each time, because kernels are cached by name.
             named_kernel(name + " " * number)
             times.append(time.thread_time() - start)
         return min(times)
@@ -140,16 +140,16 @@ for name, (arguments, options) in fits.items():
     # Pipelines are compiled once, and counted with no fit.
     core.fit_kernel(**arguments, **{**options, **({"steps": 1} if options else {})})
     before = peak(reset=True)
-    cost = core.cost_of(core.fit_kernel_steps, **arguments, **options)
+    cost = core.plan_fit_kernel(**arguments, **options).cost
     core.fit_kernel(**arguments, **options)
     print(f"{peak() - before} {cost.megabytes} {name}")
 """
 
 
 @pytest.mark.robustness(72)
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its own peak")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from Linux's /proc")
 def test_fits_stay_within_their_memory_estimates() -> None:
-    # What is freed goes back to the system at once, whatever else lies beside it.
+    # Makes malloc return freed memory to the system at once.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEMORY_SCRIPT]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment)
@@ -161,7 +161,7 @@ def test_fits_stay_within_their_memory_estimates() -> None:
 
 
 def wait_until_idle(service: ServerProcess) -> float:
-    """Seconds until nothing is computed any more."""
+    """Wait until no computation runs; return the seconds waited."""
     start = time.monotonic()
     while service.measured("corr2d_computations") > 0:
         assert time.monotonic() - start < 120
@@ -185,10 +185,10 @@ LONG_FITS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", LONG_FITS)
 def test_fit_stops_when_its_client_disconnects(service: ServerProcess, name: str) -> None:
     query, arrays = LONG_FITS[name]
-    # Pipelines are compiled once.
+    # Compile the pipelines first.
     few = post_fit(service.address, query.replace("steps=20", "steps=1"), timeout=120, **arrays)
     assert few.status_code == 200, few.text
     with pytest.raises(httpx.ReadTimeout):
         post_fit(service.address, query, timeout=0.7, **arrays)
-    # A second, and what other processes take meanwhile; LAPACK's eigenvectors of the first took ten.
+    # One second, plus a margin for other processes; with LAPACK's eigenvectors, "many unknowns" took ten.
     assert wait_until_idle(service) < 4

@@ -1,4 +1,4 @@
-"""Availability, 70 to 75: what one request may take of the event loop, of memory, and of time."""
+"""Robustness cases 70 to 75: limits of one request on event loop, memory and time."""
 
 import asyncio
 import functools
@@ -31,12 +31,12 @@ from tests.traffic.expensive_requests import EXPENSIVE_REQUESTS
 from tests.traffic.invalid_requests import INVALID_REQUESTS
 
 MAX_LOOP_PAUSE = LoopPause(wall=30, computed=20)
-"""Milliseconds. The loop computes for less than 5 at a time on an idle machine, up to 15 on a busy one."""
+"""Longest allowed pauses in ms. The loop computes for less than 5 ms at a time on an idle machine, 15 on a busy one."""
 
 
 @pytest.fixture(scope="module")
 def monitored_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredServer]:
-    """A service in a process of its own that says how long its event loop was held up."""
+    """A service in its own process that measures how long its event loop is blocked."""
     with (
         start_monitored_server(tmp_path_factory.mktemp("paused") / "log") as monitored_server,
         open_client(monitored_server.address),
@@ -45,7 +45,7 @@ def monitored_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monit
 
 
 def find_blocking_exchanges(monitored_server: MonitoredServer, exchanges: Any) -> dict[str, LoopPause]:
-    """Those of the exchanges that hold the event loop up for longer than they may."""
+    """Return the exchanges that block the event loop for longer than `MAX_LOOP_PAUSE`, with the pause."""
     slow = {}
     with httpx.Client(base_url=monitored_server.address, timeout=120) as client:
         for exchange in exchanges:
@@ -103,7 +103,7 @@ def test_computation_stops_soon_after_deadline_or_disconnect(leaves: bool) -> No
             assert leaves
         deadline = time.monotonic() + 5
         while app.state.pool.busy:
-            assert time.monotonic() < deadline, "its thread is not free again"
+            assert time.monotonic() < deadline, "the thread is still busy"
             time.sleep(0.01)
         assert send("POST", "/train-kernel", json=EXAMPLE_PAIR).status_code == 200
 
@@ -115,14 +115,14 @@ UNREAD_RESPONSES = 61
 def test_unread_responses_leave_memory_to_others(tmp_path: Path) -> None:
     body = json.dumps({"input": [[1]], "weight": [[1]], "padding": 700}).encode()
     fields = [f"Content-Type: {JSON}", f"Accept: {NPY}", f"Content-Length: {len(body)}"]
-    asked = build_request_headers("POST /conv2d HTTP/1.1", *fields) + body
+    request = build_request_headers("POST /conv2d HTTP/1.1", *fields) + body
     flags = ["--memory-mb", "320", "--send-timeout-s", "600", "--queue-timeout-s", "2"]
     with start_server_process(tmp_path / "log", *flags) as server_process:
         connections = [RawConnection(server_process.address, receive_buffer=4096) for _ in range(UNREAD_RESPONSES)]
         try:
             for connection in connections:
-                connection.send(asked)
-            # Those that are served send what the system takes, and keep the rest: 7.9 MB each, 480 in all.
+                connection.send(request)
+            # Each response fills the socket buffers and stays in memory beyond that: 7.9 MB each, 480 MB in total.
             for _ in range(100):
                 time.sleep(0.05)
                 if server_process.measured("corr2d_queue_depth") == server_process.measured("corr2d_computations") == 0:
@@ -150,7 +150,7 @@ def test_unread_responses_leave_memory_to_others(tmp_path: Path) -> None:
 
 @pytest.mark.robustness(74)
 def test_response_size_is_part_of_the_estimate() -> None:
-    # The result takes 22 MB, and its JSON three times that, with gzip four times.
+    # The result takes 22 MB, its JSON three times as much, and four times with gzip.
     body, fields = save_npy(np.ones((2350, 2350), np.float32)), {"Content-Type": NPY, "Accept-Encoding": "gzip"}
     with serve_in_process(create_app(Settings(device="cpu", memory_mb=200, max_compute_mb=100))) as send:
         problem = assert_problem(send("POST", "/correlate?kernel=identity", content=body, headers=fields), 413)
@@ -171,9 +171,9 @@ def test_deadline_includes_reading_the_body(tmp_path: Path) -> None:
                     "POST /correlate HTTP/1.1", f"Content-Type: {JSON}", f"Content-Length: {len(body)}"
                 )
             )
-            # 20 kB a second: more than the timeout on bodies asks for.
+            # 20 kB/s: more than the receive timeout requires.
             connection.trickle(body, pause_s=0.1, size=2_000)
-            problem = assert_problem(connection.answer(), 408)
+            problem = assert_problem(connection.read_response(), 408)
             seconds = time.monotonic() - start
         assert "CORR2D_REQUEST_TIMEOUT_S" in problem["detail"]
         assert 1.5 < seconds < 8
@@ -190,7 +190,7 @@ def test_deadline_includes_waiting_for_codecs() -> None:
         asyncio.run(app.state.codecs.run(reservation, Cost(0, 0, seconds), lambda _: release.wait(60)))
 
     noise = np.random.default_rng(75).integers(0, 256, (500, 500), np.uint8)
-    picture_of_noise = valid_requests.save_image(noise, PNG)
+    noise_image = valid_requests.save_image(noise, PNG)
     with serve_in_process(app) as send, ThreadPoolExecutor(COMPUTE_CONCURRENCY + 1) as holders:
         try:
             for number in range(COMPUTE_CONCURRENCY + 1):
@@ -198,14 +198,14 @@ def test_deadline_includes_waiting_for_codecs() -> None:
             while app.state.codecs.running < COMPUTE_CONCURRENCY + 1:
                 time.sleep(0.01)
             path, fields = "/correlate?kernel=identity", {"Content-Type": PNG}
-            decoded = send("POST", path, content=picture_of_noise, headers=fields)
-            assert "the wait for its turn included" in assert_problem(decoded, 504)["detail"]
+            decoded = send("POST", path, content=noise_image, headers=fields)
+            assert "time in the queue included" in assert_problem(decoded, 504)["detail"]
             encoded = send("POST", "/correlate", json={"input": [[1] * 90] * 90, "kernel": [[1]]})
             assert_problem(encoded, 504)
             assert float(decoded.headers["server-timing"].split("wait;dur=")[1].split(",")[0]) > 500
         finally:
             release.set()
-        assert send("POST", path, content=picture_of_noise, headers=fields).status_code == 200
+        assert send("POST", path, content=noise_image, headers=fields).status_code == 200
     assert app.state.admission.used == app.state.admission.slots_taken == 0
 
 
@@ -218,7 +218,7 @@ def test_small_body_does_not_wait_for_large_decodes(send: SendFn, address: str) 
     def seconds_of(body: bytes) -> float:
         start = time.monotonic()
         response = httpx.post(address + path, content=body, headers=fields, timeout=120)
-        # On a busy machine some large ones are rejected, for their turn does not come in time.
+        # On a busy machine, some large requests are rejected because they would wait too long.
         assert_problem(response, response.status_code if body is large else 422)
         return time.monotonic() - start
 
@@ -248,7 +248,7 @@ def test_slow_bodies_yield_memory_to_new_requests(tmp_path: Path) -> None:
         try:
             stop = time.monotonic() + 3
             while time.monotonic() < stop:
-                # 20 kB in 10 s is as much as the timeout on bodies asks for.
+                # 20 kB in 10 s: just as much as the receive timeout requires.
                 time.sleep(0.2)
                 for connection in slow:
                     connection.send(bytes(400))
@@ -261,12 +261,12 @@ def test_slow_bodies_yield_memory_to_new_requests(tmp_path: Path) -> None:
                     timeout=60,
                 )
                 assert response.status_code == 200, response.text
-            ended = [connection for connection in slow if connection.answers(1)]
+            ended = [connection for connection in slow if connection.is_readable(1)]
             assert 1 <= len(ended) < 4
             for connection in ended:
-                answer = connection.answer()
-                assert assert_problem(answer, 503)["type"] == "urn:corr2d:error:busy"
-                assert answer.headers["retry-after"]
+                rejection = connection.read_response()
+                assert assert_problem(rejection, 503)["type"] == "urn:corr2d:error:busy"
+                assert rejection.headers["retry-after"]
         finally:
             for connection in slow:
                 connection.close()
@@ -275,14 +275,14 @@ def test_slow_bodies_yield_memory_to_new_requests(tmp_path: Path) -> None:
 @pytest.mark.robustness(72)
 @pytest.mark.parametrize("method", ["auto", "fft"])
 def test_system_memory_shortage_is_503(method: str) -> None:
-    # 160 GB: more than the system promises to anybody.
+    # 160 GB: more than the system allocates to a process.
     body = {"input": [[1]], "weight": [[1]], "padding": 100_000, "method": method}
     settings = Settings(
         device="cpu", memory_mb=1e7, max_compute_mb=5e6, max_compute_gflop=1e9, request_timeout_s=86_400
     )
     app = create_app(settings)
     with serve_in_process(app) as send:
-        app.state.compute._limits = core.Limits()  # noqa: SLF001 - it is predicted to take longer than a day
+        app.state.compute._limits = core.Limits()  # noqa: SLF001 - its predicted time is over a day
         response = send("POST", "/conv2d", json=body, headers={"Accept": NPY})
         assert assert_problem(response, 503)["type"] == "urn:corr2d:error:out-of-memory"
         assert response.headers["retry-after"] == "1"

@@ -1,4 +1,4 @@
-"""Hazards 70 and 77 to 81: headers, log readers, supervisors, slow readers, many connections, trailers."""
+"""Robustness cases 70 and 77 to 81: headers, log readers, supervisors, slow readers, many connections, trailers."""
 
 import math
 import os
@@ -84,7 +84,7 @@ def test_wrong_key_takes_constant_time() -> None:
 
 
 def wait_until_served(address: str) -> None:
-    """Longer than others: several workers start, and one that loads torch may take a while to respond."""
+    """Wait until the service is ready, longer than other tests: several workers start and load torch."""
     deadline = time.monotonic() + 4 * CLIENT_TIMEOUT_S
     while True:
         with suppress(httpx.TransportError):
@@ -99,7 +99,7 @@ LONG_PATH = "/" + "x" * 15_000
 
 @contextmanager
 def start_with_unread_log(*flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
-    """A service whose stdout and stderr are pipes: the first is full from the start, nobody reads the other."""
+    """Start a service whose stdout and stderr are pipes: stdout is full from the start, stderr is never read."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     full, filled = os.pipe()
@@ -185,7 +185,7 @@ def test_workers_exit_with_their_supervisor(seconds: float) -> None:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + CLIENT_TIMEOUT_S
-            # Both workers, and what looks after the memory that they share.
+            # Both workers, and the resource tracker of their shared memory.
             while len(workers := list_descendants(process.pid)) < 3:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -204,7 +204,7 @@ def test_workers_exit_with_their_supervisor(seconds: float) -> None:
 
 
 def build_padded_request(padding: int) -> bytes:
-    """A request of a few bytes for an array of (2 padding + 1) squared float32."""
+    """Return a small request whose response has (2 padding + 1)^2 float32 values."""
     body = b'{"input": [[1]], "weight": [[1]], "padding": %d}' % padding
     fields = [f"Content-Type: {JSON}", f"Accept: {NPY}", f"Content-Length: {len(body)}", "Connection: close"]
     return build_request_headers("POST /conv2d HTTP/1.1", *fields) + body
@@ -213,9 +213,9 @@ def build_padded_request(padding: int) -> bytes:
 def measure_received_fraction(
     address: str, padding: int, piece: int, pause_s: float, until_s: float = math.inf, buffer: int | None = None
 ) -> float:
-    """The fraction of such an answer that a client gets that reads so many bytes at a time, on average at that pace.
+    """Return the fraction of a response that a client receives if it reads `piece` bytes every `pause_s` seconds.
 
-    After `until_s` it reads without pauses what there is. `buffer`: how much its system reads ahead, in bytes.
+    After `until_s` seconds the client reads without pauses. `buffer`: its receive buffer in bytes.
     """
     with RawConnection(address, receive_buffer=buffer) as connection:
         connection.send(build_padded_request(padding))
@@ -235,10 +235,10 @@ def measure_received_fraction(
 
 
 def measure_fraction_after_pause(address: str, padding: int, pause_s: float) -> float:
-    """The fraction that one gets who reads nothing for so long."""
+    """Return the fraction of a response that a client receives if it first reads nothing for `pause_s` seconds."""
     with RawConnection(address) as connection:
         connection.send(build_padded_request(padding))
-        assert connection.answers(CLIENT_TIMEOUT_S)
+        assert connection.is_readable(CLIENT_TIMEOUT_S)
         time.sleep(pause_s)
         return len(connection.rest()) / (4 * (2 * padding + 1) ** 2)
 
@@ -246,8 +246,8 @@ def measure_fraction_after_pause(address: str, padding: int, pause_s: float) -> 
 @pytest.mark.robustness(79)
 def test_slow_readers_are_disconnected_below_the_minimum_rate(tmp_path: Path) -> None:
     timeout = 1.0
-    patience = {"CORR2D_SEND_TIMEOUT_S": str(timeout)}
-    with start_server_process(tmp_path / "log", **patience) as server_process, ThreadPoolExecutor(6) as clients:
+    timeouts = {"CORR2D_SEND_TIMEOUT_S": str(timeout)}
+    with start_server_process(tmp_path / "log", **timeouts) as server_process, ThreadPoolExecutor(6) as clients:
         promised = clients.submit(
             measure_received_fraction, server_process.address, 220, 2000, timeout / 8 / 1.15, buffer=16_384
         )
@@ -268,12 +268,12 @@ def assert_healthy(address: str, times: int = 10) -> None:
         for path in ("/livez", "/readyz", "/metrics"):
             with RawConnection(address) as connection:
                 connection.send(build_request_headers(f"GET {path} HTTP/1.1"))
-                assert connection.answer().status_code == 200
+                assert connection.read_response().status_code == 200
 
 
 @contextmanager
 def open_partial_requests(address: str, count: int, content: bytes) -> Iterator[list[RawConnection]]:
-    """So many connections, each with a request that has begun before the next one is opened."""
+    """Open `count` connections one after another, each with the beginning of a request."""
     with ExitStack() as opened:
         connections = []
         for _ in range(count):
@@ -287,7 +287,7 @@ PARTIAL_REQUESTS = {
     "a head": b"GET /livez HTTP/1.1\r\nX-Slow: ",
     "a body": build_upload_headers("Content-Length: 60000000") + b"{",
     "a chunked body": build_upload_headers("Transfer-Encoding: chunked") + b"1\r\n{\r\n",
-    "a body that nobody wants": build_upload_headers("Accept: image/gif", "Content-Length: 60000000") + b"{",
+    "the body of a rejected request": build_upload_headers("Accept: image/gif", "Content-Length: 60000000") + b"{",
 }
 
 
@@ -313,7 +313,9 @@ def test_slow_bodies_are_rejected_for_new_connections(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert response.status_code == 200
-        details = [assert_detail(connection.answer(), 503) for connection in others if connection.answers(0.01)]
+        details = [
+            assert_detail(connection.read_response(), 503) for connection in others if connection.is_readable(0.01)
+        ]
         assert any("the body arrives slowly" in detail for detail in details)
 
 
@@ -330,7 +332,7 @@ def test_health_responds_with_few_file_descriptors(tmp_path: Path) -> None:
         wait_until_served(address)
         assert re.search(r'"connections":38,.*"connections reduced', log.read_text())
         opened.enter_context(open_partial_requests(address, min(300, limits[0] // 2), PARTIAL_REQUESTS["a body"]))
-        # A busy machine accepts all of them at once, more than it has descriptors for.
+        # A busy machine accepts all of them at once, more than it has file descriptors for.
         wait_until_served(address)
         assert_healthy(address)
 
@@ -338,9 +340,9 @@ def test_health_responds_with_few_file_descriptors(tmp_path: Path) -> None:
 CONNECT_SCRIPT = """
 import socket, sys
 while True:
-    knocking = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(50)]
-    for each in knocking:
-        each.close()
+    connections = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(50)]
+    for connection in connections:
+        connection.close()
 """
 
 
@@ -356,7 +358,7 @@ def test_health_responds_under_connection_churn(tmp_path: Path) -> None:
 
 # ---- 81: trailers
 
-API_KEY = "first-key-of-the-house-0123456789"
+API_KEY = "first-key-of-this-test-0123456789"
 
 
 def build_trailer_request(*trailers: str, fields: tuple[str, ...] = ()) -> bytes:
@@ -379,7 +381,7 @@ def test_trailer_does_not_authenticate(apart: bool) -> None:
         for piece in [content[at : at + 40] for at in range(0, len(content), 40)] if apart else [content]:
             if not connection.send(piece):
                 break
-        assert_problem(connection.answer(), 401)
+        assert_problem(connection.read_response(), 401)
 
 
 @pytest.mark.robustness(81)
@@ -394,7 +396,7 @@ def test_trailer_does_not_change_a_request(address: str) -> None:
     with RawConnection(address) as connection:
         for _ in range(3):
             connection.send(build_trailer_request(*trailers, fields=("X-Request-ID: of-the-head",)))
-            response = connection.answer()
+            response = connection.read_response()
             assert response.json()["output"] == [[1, 2], [3, 4]]
             assert response.headers["x-request-id"] == "of-the-head"
 
@@ -406,10 +408,10 @@ def test_trailer_does_not_change_a_request(address: str) -> None:
 def test_trailer_does_not_change_where_a_request_ends(address: str, trailer: str) -> None:
     with RawConnection(address) as connection:
         connection.send(build_trailer_request(trailer) + build_request_headers(LIVEZ_LINE))
-        response = connection.answer()
+        response = connection.read_response()
         if response.status_code == 200:
             assert response.json()["output"] == [[1, 2], [3, 4]]
-            assert connection.answer().json() == {"status": "alive"}
+            assert connection.read_response().json() == {"status": "alive"}
         else:
             assert_problem(response, 400)
             assert connection.closed()

@@ -1,4 +1,4 @@
-"""Numbers 72, 73, 76 and 82: memory within its estimate, time whatever the values, bounded caches, and no Halide."""
+"""Robustness cases 72, 73, 76 and 82: memory estimates, extreme values, bounded caches, and no Halide."""
 
 import io
 import os
@@ -20,6 +20,7 @@ from PIL import Image
 import core
 from core import ENGINES, Problem
 from core.engines import implicit_gemm, slices
+from core.engines.run import run_engine
 from tests.conftest import WITHOUT_HALIDE_PATH
 from tests.robustness.server_process import start_server_process
 from tests.sample_files import JSON, NPY, NPZ, PNG, SAFETENSORS
@@ -42,7 +43,7 @@ for engine, shape, weight_shape, options in {cases}:
     images, weight = rng.normal(size=shape).astype(dtype), rng.normal(size=weight_shape).astype(dtype)
     if engine == "separable":
         weight = weight[:, :, :, :1] * weight[:, :, :1]
-    cost = core.cost_of(core.conv2d, input=images, weight=weight, **options)
+    cost = core.plan_conv2d(input=images, weight=weight, **options).cost
     core.conv2d(images, weight, **options)
     ctypes.CDLL(None).malloc_trim(0)
     open("/proc/self/clear_refs", "w").write("5")
@@ -75,7 +76,7 @@ def draw_layers(rng: np.random.Generator) -> list[tuple[str, tuple[int, ...], tu
         }
         kernel = tuple(int(size) for size in rng.integers(1, 8, 2))
         cases.append((engine, shape, (groups * each, depth, *kernel), options))
-    # The request of 2.9 kB that took 2 GB of an estimated 40 MB.
+    # A request of 2.9 kB that once took 2 GB instead of an estimated 40 MB.
     cases.append(("torch_fft", (1, 64, 200, 200), (64, 64, 3, 3), {"dtype": "float32"}))
     return cases
 
@@ -85,7 +86,7 @@ def draw_layers(rng: np.random.Generator) -> list[tuple[str, tuple[int, ...], tu
 def test_every_engine_stays_within_its_memory_estimate(rng: np.random.Generator) -> None:
     cases = draw_layers(rng)
     script = MEMORY_SCRIPT.format(cases=cases)
-    # What is freed goes back to the system at once, whatever else lies beside it.
+    # Makes malloc return freed memory to the system at once.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
     command = [sys.executable, "-c", script]
     output = subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout
@@ -98,14 +99,14 @@ def test_every_engine_stays_within_its_memory_estimate(rng: np.random.Generator)
 @pytest.mark.robustness(72)
 def test_fft_layer_estimate_includes_its_spectra() -> None:
     images, weight = np.zeros((1, 64, 200, 200), np.float32), np.zeros((64, 64, 3, 3), np.float32)
-    cost = core.cost_of(core.conv2d, input=images, weight=weight, method="fft", engines=("torch_fft",))
+    cost = core.plan_conv2d(input=images, weight=weight, method="fft", engines=("torch_fft",)).cost
     assert cost.engine == "torch_fft"
     assert cost.result_megabytes == pytest.approx(64 * 198 * 198 * 4 / 1e6)
     assert 60 < cost.megabytes < 400
 
 
 def measure_cpu_seconds(call: Callable[[], object]) -> float:
-    """The shortest of three runs, in seconds of processors: other programs change them little."""
+    """Return the least CPU time of three runs, in seconds; other processes affect it little."""
     times = []
     for _ in range(3):
         start = time.process_time()
@@ -154,7 +155,7 @@ HOSTILE_KINDS = (
 
 
 def correlate_directly(image: NDArray[Any], kernel: NDArray[Any]) -> NDArray[Any]:
-    """Sums of (N, C, H, W) by (O, C, h, w) in more than float64, tap by tap."""
+    """Return the correlation of (N, C, H, W) with (O, C, h, w), summed tap by tap in more than float64."""
     image, kernel = image.astype(np.longdouble), kernel.astype(np.longdouble)
     rows, columns = (size - taps + 1 for size, taps in zip(image.shape[2:], kernel.shape[2:], strict=True))
     sums = np.zeros((len(image), len(kernel), rows, columns), np.longdouble)
@@ -189,7 +190,7 @@ def test_outputs_are_finite_exactly_as_the_direct_sum(
     size = correlate_directly(np.abs(finite_image), np.abs(finite_kernel))
     with np.errstate(over="ignore"):
         expected = exact.astype(dtype)
-    # Between them the plain sum depends on its order.
+    # For other elements, overflow depends on the order of the sum.
     largest = np.finfo(np.dtype(dtype)).max
     sure = (size < largest / 2) | ~np.isfinite(exact) | (np.abs(exact) / 2 > largest)
     np.testing.assert_array_equal(classify_values(output)[sure], classify_values(expected)[sure])
@@ -221,7 +222,7 @@ def test_hostile_values_take_a_few_times_longer(kind: str, engine: str, rng: np.
     run(image, kernel)
     run(*changed)
     ordinary = measure_cpu_seconds(lambda: run(image, kernel))
-    # Direct sums took 50 to 1350 times as long.
+    # With direct sums, these values took 50 to 1350 times as long.
     assert measure_cpu_seconds(lambda: run(*changed)) < 12 * ordinary + 0.005
 
 
@@ -234,12 +235,12 @@ LONG_PROBLEMS = {
     "block_fft": Problem(1, 1, 8000, 8000, 1, 101, 101),
     "torch_fft": Problem(1, 64, 500, 500, 64, 5, 5),
 }
-"""Problems that take an engine alone much longer than a slice."""
+"""Problems for which each engine needs much longer than one slice."""
 
 
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
-    """Threads that wait for each other actively take processor time on a busy machine."""
+    """Limit torch to one thread: threads that wait actively for each other take CPU time on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -258,7 +259,7 @@ def test_computation_stops_soon_after_its_check_raises(engine: str) -> None:
     calls: list[float] = []
 
     class Ended(Exception):
-        """The deadline has passed."""
+        """Error that stands for a passed deadline."""
 
     def check() -> None:
         calls.append(time.process_time())
@@ -268,10 +269,8 @@ def test_computation_stops_soon_after_its_check_raises(engine: str) -> None:
     shape = problem.batch, problem.filters, *problem.output_size
     assert seconds > 5 * slices.TARGET_SLICE_S
     with pytest.raises(Ended):
-        core.engines.run_engine(
-            problem, images, weight, None, shape, machine=ONE_THREAD_MACHINE, engines=(engine,), check=check
-        )
-    # The first slice may compile; the second is a small part of seconds.
+        run_engine(problem, images, weight, None, shape, machine=ONE_THREAD_MACHINE, engines=(engine,), check=check)
+    # The first slice may include a compilation; the second must be short.
     assert len(calls) == 3
     assert calls[2] - calls[1] < 1
 
@@ -281,7 +280,7 @@ def test_deadline_stops_a_computation_from_another_thread() -> None:
     abandoned = threading.Event()
 
     class Ended(Exception):
-        """The client is gone."""
+        """Error that stands for a disconnected client."""
 
     def check() -> None:
         if abandoned.is_set():

@@ -1,4 +1,4 @@
-"""Hazards 47 to 57: what cannot be computed, what would take too much, and too much at a time."""
+"""Robustness cases 47 to 57: invalid computations, computations that are too large, and overload."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ from tests.servers import SendFn, create_unlimited_app, serve_over_tcp
 def test_kernel_larger_than_the_input_is_rejected(send: SendFn) -> None:
     error = assert_first_error(post_correlate(send, kernel=[[1] * 5] * 5), 422)
     assert (error["field"], error["got"], error["limit"]) == ("kernel", "(5, 5)", "(3, 3)")
-    assert '"same" and "full" do not' in error["message"]
+    assert 'use mode "same" or "full"' in error["message"]
     assert assert_first_error(post_conv2d(send, weight=[[1] * 5] * 5), 422)["field"] == "weight"
     assert assert_first_error(post_train_kernel(send, kernel_size=9), 422)["field"] == "kernel_size"
 
@@ -104,7 +104,7 @@ def test_mismatched_groups_and_biases_are_rejected(send: SendFn) -> None:
 
 @pytest.mark.robustness(49)
 def test_small_request_with_huge_cost_is_rejected_by_estimate(send: SendFn) -> None:
-    def refused(fields: dict[str, Any], path: str, limit: str, setting: str) -> None:
+    def assert_rejected(fields: dict[str, Any], path: str, limit: str, setting: str) -> None:
         problem = assert_problem(send("POST", path, json=fields), 413)
         assert problem["type"] == "urn:corr2d:error:too-large"
         assert setting in problem["detail"]
@@ -119,7 +119,7 @@ def test_small_request_with_huge_cost_is_rejected_by_estimate(send: SendFn) -> N
         ({**layer, "padding": 30_000}, "/conv2d", "2,000 MB", "CORR2D_MAX_COMPUTE_MB"),
         (build_fit_request(32, 10**6), "/train-kernel", "60 s", "CORR2D_REQUEST_TIMEOUT_S"),
     ):
-        assert measure_peak_bytes(lambda asked=(fields, path, limit, setting): refused(*asked)) < MEGABYTE  # type: ignore[misc]
+        assert measure_peak_bytes(lambda case=(fields, path, limit, setting): assert_rejected(*case)) < MEGABYTE  # type: ignore[misc]
 
 
 @pytest.mark.robustness(49)
@@ -132,15 +132,14 @@ def test_large_request_is_rejected_before_it_starts(send: SendFn) -> None:
 
 @pytest.fixture(scope="module")
 def small_server_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a service that has memory for one fit at 1000 a side, but not for two."""
-    room = ["--memory-mb", "200", "--max-compute-mb", "100", "--threads", "1"]
-    patience = ["--queue-timeout-s", "10", "--request-timeout-s", "300"]
-    with start_server_process(tmp_path_factory.mktemp("narrow") / "log", *room, *patience) as server_process:
+    """The address of a service with memory for one fit of a 1000 x 1000 image, but not for two."""
+    limits = ["--memory-mb", "200", "--max-compute-mb", "100", "--threads", "1"]
+    timeouts = ["--queue-timeout-s", "10", "--request-timeout-s", "300"]
+    with start_server_process(tmp_path_factory.mktemp("narrow") / "log", *limits, *timeouts) as server_process:
         yield server_process.address
 
 
 def post_fit(address: str, side: int, steps: int) -> httpx.Response:
-    """The answer to a fit."""
     return httpx.post(f"{address}/train-kernel", json=build_fit_request(side, steps), timeout=300)
 
 
@@ -150,13 +149,13 @@ def test_job_waits_for_memory(small_server_address: str) -> None:
         start_streaming_fit(small_server_address, build_fit_request(1000, 40)) as events,
         ThreadPoolExecutor(1) as client,
     ):
-        # Long ones both: a short one may take memory that is kept for such.
+        # Both are long: a short job could use the memory that is reserved for short jobs.
         second = client.submit(post_fit, small_server_address, 1000, 12)
         *_, last = events
         assert last["steps"] == 40
-        answer = second.result()
-    assert answer.status_code == 200, answer.text
-    waited = re.search(r"wait;dur=([\d.]+)", answer.headers["server-timing"])
+        response = second.result()
+    assert response.status_code == 200, response.text
+    waited = re.search(r"wait;dur=([\d.]+)", response.headers["server-timing"])
     assert waited
     assert float(waited[1]) > 10
     assert_serves(small_server_address)
@@ -169,7 +168,7 @@ def test_long_expected_wait_is_503_with_retry_after(small_server_address: str) -
         assert assert_problem(response, 503)["type"] == "urn:corr2d:error:busy"
         assert int(response.headers["retry-after"]) >= 1
         assert_serves(small_server_address)
-    # Its client has left: its memory is free again.
+    # The client has disconnected, so the memory is free again.
     assert post_fit(small_server_address, 1000, 1).status_code == 200
 
 
@@ -191,7 +190,7 @@ def test_overload_is_rejected_quickly_and_accepted_jobs_finish(tmp_path: Path) -
     together = threading.Barrier(CLIENT_COUNT)
     limits = {"CORR2D_QUEUE": "4", "CORR2D_QUEUE_TIMEOUT_S": "30"}
 
-    def asked(address: str) -> tuple[httpx.Response, float]:
+    def post_timed_fit(address: str) -> tuple[httpx.Response, float]:
         with httpx.Client(base_url=address, timeout=120) as client:
             client.get("/livez")
             together.wait(CLIENT_TIMEOUT_S)
@@ -202,34 +201,34 @@ def test_overload_is_rejected_quickly_and_accepted_jobs_finish(tmp_path: Path) -
         start_server_process(tmp_path / "log", **limits) as server_process,
         ThreadPoolExecutor(CLIENT_COUNT) as clients,
     ):
-        answers = [clients.submit(asked, server_process.address) for _ in range(CLIENT_COUNT)]
+        futures = [clients.submit(post_timed_fit, server_process.address) for _ in range(CLIENT_COUNT)]
         slowest = 0.0
         with httpx.Client(base_url=server_process.address, timeout=CLIENT_TIMEOUT_S) as client:
-            while not all(answer.done() for answer in answers):
+            while not all(future.done() for future in futures):
                 start = time.monotonic()
                 assert client.get("/livez").status_code == 200
                 slowest = max(slowest, time.monotonic() - start)
                 time.sleep(0.02)
-        results = [answer.result() for answer in answers]
+        results = [future.result() for future in futures]
         assert_serves(server_process.address)
-    # `make overload` measures; here a machine may be as busy as it likes.
+    # The limits here are loose, because the machine may be busy; `make overload` measures.
     accepted = [response for response, _ in results if response.status_code == 200]
-    refusals = [(response, seconds) for response, seconds in results if response.status_code != 200]
+    rejections = [(response, seconds) for response, seconds in results if response.status_code != 200]
     assert len(accepted) >= 4
-    assert len(refusals) > CLIENT_COUNT // 2
+    assert len(rejections) > CLIENT_COUNT // 2
     for response in accepted:
         assert len(response.json()["loss_history"]) == 200
-    for response, _ in refusals:
+    for response, _ in rejections:
         assert assert_problem(response, 503)["type"] == "urn:corr2d:error:busy"
         assert int(response.headers["retry-after"]) >= 1
-    assert statistics.median(seconds for _, seconds in refusals) < 5
+    assert statistics.median(seconds for _, seconds in rejections) < 5
     assert slowest < 5
 
 
 LARGE_ZEROS = np.zeros((7500, 7500), np.uint8)
 
 SLOW_BODIES: dict[str, Callable[[], tuple[bytes, str, str | None]]] = {
-    "a picture": lambda: (build_png(7500, 7500, bytes(7501 * 7500)), PNG, None),
+    "an image": lambda: (build_png(7500, 7500, bytes(7501 * 7500)), PNG, None),
     "an archive": lambda: (save_npz(input=LARGE_ZEROS), NPZ, None),
     "zstd": lambda: (zstd.compress(save_npy(LARGE_ZEROS)), NPY, "zstd"),
     "gzip": lambda: (gzip.compress(save_npy(LARGE_ZEROS), 1), NPY, "gzip"),
@@ -238,9 +237,9 @@ SLOW_BODIES: dict[str, Callable[[], tuple[bytes, str, str | None]]] = {
 
 
 def measure_slowest_livez(address: str, body: bytes, content_type: str, coding: str | None) -> float:
-    """The longest time, in seconds, that the health check takes while a body is read that is then refused."""
-    # Refused for its device once it is decoded: nothing is computed, and nothing large is sent.
-    asked = build_request_headers(
+    """Return the longest response time of the health check, in seconds, while a large body is read and rejected."""
+    # Rejected for its device after decoding: no computation, and no large response.
+    head = build_request_headers(
         "POST /correlate?kernel=identity&device=none HTTP/1.1",
         f"Content-Type: {content_type}",
         f"Content-Encoding: {coding or 'identity'}",
@@ -249,22 +248,22 @@ def measure_slowest_livez(address: str, body: bytes, content_type: str, coding: 
     )
     with httpx.Client(base_url=address, timeout=CLIENT_TIMEOUT_S) as client, RawConnection(address) as connection:
         client.get("/livez")
-        connection.send(asked + body)
+        connection.send(head + body)
         slowest, deadline = 0.0, time.perf_counter() + 0.2
         while time.perf_counter() < deadline:
             start = time.perf_counter()
             assert client.get("/livez").status_code == 200
             slowest = max(slowest, time.perf_counter() - start)
-        assert assert_first_error(connection.answer(), 422)["field"] == "device"
+        assert assert_first_error(connection.read_response(), 422)["field"] == "device"
     return slowest
 
 
 @pytest.mark.robustness(52)
 @pytest.mark.parametrize("body", SLOW_BODIES)
 def test_slow_decoding_does_not_delay_others(address: str, body: str) -> None:
-    asked = SLOW_BODIES[body]()
-    # A loop that is held up is held up each time; a busy machine, now and then.
-    assert min(measure_slowest_livez(address, *asked) for _ in range(3)) < 0.1
+    arguments = SLOW_BODIES[body]()
+    # A blocked event loop is slow every time; a busy machine, only sometimes.
+    assert min(measure_slowest_livez(address, *arguments) for _ in range(3)) < 0.1
 
 
 @pytest.mark.robustness(52)
@@ -280,7 +279,7 @@ def test_long_computations_do_not_delay_short_ones(server_process: ServerProcess
             assert post_correlate(client.request).json()["output"] == SMALL_INPUT
             ragged = post_correlate(client.request, input=[[1] * 300] * 299 + [[1]])
             assert assert_first_error(ragged, 422)["field"] == "input[299]"
-            # One that is computed in the pool, where the two are.
+            # A job in the same pool as the two streams.
             assert post_train_kernel(client.request, steps=50).status_code == 200
         for events in (first, second):
             assert next(events)["event"] == "step"
@@ -351,9 +350,9 @@ def test_rates_steps_and_seeds_out_of_range_are_rejected(send: SendFn, option: s
 
 @pytest.mark.robustness(55)
 def test_rate_of_1e30_is_reported(send: SendFn) -> None:
-    answer = post_train_kernel(send, learning_rate=1e30).json()
-    assert answer["status"] == "diverged"
-    assert "learning_rate 1e+30" in answer["message"]
+    result = post_train_kernel(send, learning_rate=1e30).json()
+    assert result["status"] == "diverged"
+    assert "learning_rate 1e+30" in result["message"]
 
 
 @pytest.mark.robustness(55)
@@ -398,11 +397,11 @@ def test_every_solver_reports_nonfinite_values(
     def forbidden(word: str) -> None:
         pytest.fail(f"{word} in JSON")
 
-    answer = json.loads(response.text, parse_constant=forbidden)
-    assert len(answer["loss_history"]) == answer["steps"]
-    if None in answer["loss_history"]:
-        assert answer["nonfinite"] > 0
-        assert answer["status"] != "completed"
+    result = json.loads(response.text, parse_constant=forbidden)
+    assert len(result["loss_history"]) == result["steps"]
+    if None in result["loss_history"]:
+        assert result["nonfinite"] > 0
+        assert result["status"] != "completed"
 
 
 @pytest.mark.robustness(56)

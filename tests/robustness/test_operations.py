@@ -1,4 +1,4 @@
-"""Hazards 58 to 65: stopping, keys and settings, and what a container or a long run may bring."""
+"""Robustness cases 58 to 65: shutdown, API keys, settings, containers, and long runs."""
 
 import json
 import os
@@ -37,12 +37,12 @@ SMALL_REQUEST = {"input": SMALL_INPUT, "kernel": [[1]]}
 
 
 def wait_until_draining(address: str) -> None:
-    """Until readiness says so, on new connections, which are still taken."""
+    """Wait until /readyz reports the drain, on new connections, which the server still accepts."""
     deadline = time.monotonic() + CLIENT_TIMEOUT_S
     while (response := httpx.get(f"{address}/readyz", timeout=CLIENT_TIMEOUT_S)).status_code == 200:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert "going down" in assert_detail(response, 503)
+    assert "shutting down" in assert_detail(response, 503)
 
 
 @pytest.mark.robustness(58)
@@ -52,7 +52,7 @@ def test_sigterm_fails_readiness_drains_and_exits_0(tmp_path: Path) -> None:
         RawConnection(server_process.address) as idle,
     ):
         idle.send(build_request_headers("GET /livez HTTP/1.1"))
-        assert idle.answer().headers.get("connection") != "close"
+        assert idle.read_response().headers.get("connection") != "close"
         with start_streaming_fit(server_process.address, build_fit_request(32, 3000)) as events:
             server_process.process.terminate()
             wait_until_draining(server_process.address)
@@ -69,28 +69,28 @@ def test_sigterm_fails_readiness_drains_and_exits_0(tmp_path: Path) -> None:
 @pytest.mark.robustness(58)
 def test_sigterm_serves_the_queue(tmp_path: Path) -> None:
     body = json.dumps(build_fit_request(32, 2000)).encode()
-    asked = (
+    request = (
         build_request_headers(
             "POST /train-kernel HTTP/1.1", "Content-Type: application/json", f"Content-Length: {len(body)}"
         )
         + body
     )
-    patient = {"CORR2D_DRAIN_S": "0.2", "CORR2D_QUEUE_TIMEOUT_S": "60"}
+    timeouts = {"CORR2D_DRAIN_S": "0.2", "CORR2D_QUEUE_TIMEOUT_S": "60"}
     with (
-        start_server_process(tmp_path / "log", **patient) as server_process,
+        start_server_process(tmp_path / "log", **timeouts) as server_process,
         open_connections(server_process.address, 5) as connections,
     ):
         for connection in connections:
-            connection.send(asked)
+            connection.send(request)
         deadline = time.monotonic() + CLIENT_TIMEOUT_S
         while server_process.measured("corr2d_requests_in_progress") < 1 + len(connections):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         server_process.process.terminate()
         for connection in connections:
-            answer = connection.answer()
-            assert answer.status_code == 200
-            assert len(answer.json()["loss_history"]) == 2000
+            response = connection.read_response()
+            assert response.status_code == 200
+            assert len(response.json()["loss_history"]) == 2000
         assert server_process.process.wait(CLIENT_TIMEOUT_S) == 0
 
 
@@ -106,7 +106,7 @@ def test_workers_exit_with_their_supervisor(tmp_path: Path) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """And is no zombie that waits to be buried."""
+    """Return whether a process runs and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -114,39 +114,39 @@ def is_alive(process: int) -> bool:
 
 
 LOAD_RUNS = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
-"""Ten by hand: `HYPOTHESIS_PROFILE=thorough .venv/bin/pytest tests/robustness -k under_load`."""
+"""Runs of the load test; 10 with `HYPOTHESIS_PROFILE=thorough .venv/bin/pytest tests/robustness -k under_load`."""
 
 
 @pytest.mark.robustness(58)
 @pytest.mark.parametrize("run", range(LOAD_RUNS))
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_sigterm_under_load_loses_no_request(tmp_path: Path, workers: str, run: int) -> None:
-    patient = {"CORR2D_DRAIN_S": "0.5", "CORR2D_QUEUE_TIMEOUT_S": "60"}
-    with start_server_process(tmp_path / "log", "--workers", workers, **patient) as server_process:
-        with generate_load(server_process.address) as account:
-            while account.answered < 100:
+    timeouts = {"CORR2D_DRAIN_S": "0.5", "CORR2D_QUEUE_TIMEOUT_S": "60"}
+    with start_server_process(tmp_path / "log", "--workers", workers, **timeouts) as server_process:
+        with generate_load(server_process.address) as tally:
+            while tally.succeeded < 100:
                 time.sleep(0.01)
             server_process.process.terminate()
             assert server_process.process.wait(CLIENT_TIMEOUT_S) == 0
-        assert not account.lost
+        assert not tally.lost
 
 
 @pytest.mark.robustness(58)
 def test_killed_worker_loses_only_its_own_requests(tmp_path: Path) -> None:
     with start_server_process(tmp_path / "log", "--workers", "2", CORR2D_QUEUE_TIMEOUT_S="60") as server_process:
-        with generate_load(server_process.address) as account:
-            while account.answered < 100:
+        with generate_load(server_process.address) as tally:
+            while tally.succeeded < 100:
                 time.sleep(0.01)
             workers = list_workers(server_process.process.pid)
             os.kill(workers[0], signal.SIGKILL)
-            answered, deadline = account.answered, time.monotonic() + CLIENT_TIMEOUT_S
+            succeeded, deadline = tally.succeeded, time.monotonic() + CLIENT_TIMEOUT_S
             while (
-                account.answered < answered + 100
+                tally.succeeded < succeeded + 100
                 or len(set(list_workers(server_process.process.pid)) - set(workers)) < 1
             ):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-        assert len(account.lost) <= 16
+        assert len(tally.lost) <= 16
         assert_serves(server_process.address)
 
 
@@ -159,7 +159,7 @@ def test_second_signal_exits_at_once(tmp_path: Path, first: signal.Signals, seco
         start_streaming_fit(server_process.address, build_fit_request(32, ENDLESS_STEPS)),
     ):
         server_process.process.send_signal(first)
-        # The first one has been heard once answers are the last on their connection, or there are no more.
+        # The server has handled the first signal once it closes the connection after a response.
         connection.trickle(
             build_request_headers("GET /livez HTTP/1.1") * 1000,
             pause_s=0.05,
@@ -169,16 +169,16 @@ def test_second_signal_exits_at_once(tmp_path: Path, first: signal.Signals, seco
         assert server_process.process.wait(CLIENT_TIMEOUT_S) == 128 + second
 
 
-API_KEYS = "first-key-of-the-house-0123456789,second-key-of-the-house-9876543210"
+API_KEYS = "first-key-of-this-test-0123456789,second-key-of-this-test-9876543210"
 
 
 @pytest.mark.robustness(60)
 def test_missing_or_wrong_key_is_401_and_never_logged(tmp_path: Path) -> None:
-    wrong = "wrong-key-of-the-house-0123456789"
-    # With keys, /readyz is what tells that it is ready: no other request is needed for that.
+    wrong = "wrong-key-of-this-test-0123456789"
+    # `start_server_process` waits for /readyz, which needs no key.
     with start_server_process(tmp_path / "log", CORR2D_API_KEYS=API_KEYS) as server_process:
         with httpx.Client(base_url=server_process.address, timeout=CLIENT_TIMEOUT_S) as client:
-            refused: list[dict[str, str]] = [
+            rejected_headers: list[dict[str, str]] = [
                 {},
                 {"Authorization": f"Bearer {wrong}"},
                 {"Authorization": "Bearer"},
@@ -188,12 +188,12 @@ def test_missing_or_wrong_key_is_401_and_never_logged(tmp_path: Path) -> None:
                 {"X-API-Key": wrong},
                 {"X-API-Key": ""},
             ]
-            for headers in refused:
+            for headers in rejected_headers:
                 for path in ("/correlate", "/conv2d", "/train-kernel"):
                     response = client.post(path, json=SMALL_REQUEST, headers=headers)
                     assert assert_problem(response, 401)["type"] == "urn:corr2d:error:unauthorized"
                     assert response.headers["www-authenticate"].startswith("Bearer")
-                    assert "key-of-the-house" not in response.text
+                    assert "key-of-this-test" not in response.text
             for key in API_KEYS.split(","):
                 for headers in (
                     {"Authorization": f"Bearer {key}"},
@@ -206,16 +206,16 @@ def test_missing_or_wrong_key_is_401_and_never_logged(tmp_path: Path) -> None:
             assert client.get("/livez").status_code == 200
             assert client.get("/readyz").status_code == 200
             info = client.get("/info", headers={"X-API-Key": API_KEYS.split(",", maxsplit=1)[0]})
-            assert "key-of-the-house" not in info.text
+            assert "key-of-this-test" not in info.text
         with RawConnection(server_process.address) as connection:
-            # Who has no key is refused before a body is read.
+            # A request without a key is rejected before its body is read.
             connection.send(
                 build_request_headers(
                     "POST /correlate HTTP/1.1", "Content-Type: application/json", "Content-Length: 60000000"
                 )
             )
-            assert_problem(connection.answer(), 401)
-    assert "key-of-the-house" not in server_process.log.read_text()
+            assert_problem(connection.read_response(), 401)
+    assert "key-of-this-test" not in server_process.log.read_text()
 
 
 @pytest.mark.robustness(60)
@@ -241,7 +241,7 @@ def test_port_in_use_is_one_line_and_exit_3() -> None:
         port = str(taken.getsockname()[1])
         assert get_startup_error("--port", port) == (
             f"corr2d: cannot listen on 127.0.0.1 port {port}: address already in use; "
-            "CORR2D_HOST and CORR2D_PORT (--host, --port) choose others"
+            "choose another address with CORR2D_HOST and CORR2D_PORT (--host, --port)"
         )
 
 
@@ -250,35 +250,35 @@ def test_invalid_settings_are_one_line_and_exit_3() -> None:
     assert "CORR2D_WORKERS 'many': input should be a valid integer" in get_startup_error(CORR2D_WORKERS="many")
     assert "--queue '-1'" in get_startup_error("--queue", "-1")
     assert "did you mean CORR2D_DEVICE?" in get_startup_error(CORR2D_DEVISE="cpu")
-    assert 'device "cuda:99" is not on this machine' in get_startup_error("--port", "0", "--device", "cuda:99")
+    assert 'device "cuda:99" is not available' in get_startup_error("--port", "0", "--device", "cuda:99")
     assert "cannot listen on no.such.host.invalid" in get_startup_error("--host", "no.such.host.invalid")
 
 
 @pytest.mark.robustness(63)
 def test_read_only_root_unprivileged_user_and_no_network(tmp_path: Path) -> None:
     skip_without_sandbox()
-    # Of all that is mounted elsewhere only the root is made read-only: what is in it, the house of the tests too.
+    # Only the root mount becomes read-only, with everything in it, HOME included; other mounts stay writable.
     report = run_in_sandbox(READ_ONLY_ROOT_COMMAND, home="/", log="/dev/null")
     assert report["user"] != 0
     assert "/" not in report["writable"]
     assert report["interfaces"] == ["lo"]
     assert set(report["docs"]) == {200}
     assert len(report["docs"]) > 3
-    assert report["answers"] == [[[19, 25], [37, 43]]] * 100
-    assert (report["refusal"], report["learned"], report["drawn"]) == (422, 200, 200)
+    assert report["outputs"] == [[[19, 25], [37, 43]]] * 100
+    assert (report["invalid_status"], report["learned"], report["drawn"]) == (422, 200, 200)
     assert report["exit"] == 0
 
 
 REQUESTS_PER_ROUND = 100
 ROUNDS = 4
-"""`make soak` sends twenty thousand requests, drawn at random, by several clients at a time."""
+"""Rounds after the warm-up; `make soak` sends 20,000 random requests from several concurrent clients."""
 
 LEAK_BYTES = 100_000
-"""Bytes that the control keeps of each request."""
+"""Bytes that the leaky control server leaks for each request."""
 
 
 def measure_growth_by_round(command: Sequence[str], log: Path, leak: int) -> int:
-    """The bytes of memory that a service gains by some rounds of good and bad requests, the same each time."""
+    """Return the growth of a server's memory, in bytes, over `ROUNDS` rounds of the same valid and invalid requests."""
     exchanges = list(islice(generate_traffic(seed=64), REQUESTS_PER_ROUND))
     with (
         start_service(command, log, leak=leak) as (address, process),
@@ -326,7 +326,7 @@ def test_responses_are_sent_if_the_log_cannot_be_written(log_format: str) -> Non
                 assert_problem(client.get("/nope"), 404)
             with RawConnection(address) as connection:
                 connection.send(b"nonsense\r\n\r\n")
-                assert_problem(connection.answer(), 400)
+                assert_problem(connection.read_response(), 400)
             process.terminate()
             assert process.wait(CLIENT_TIMEOUT_S) == 0
         finally:
@@ -342,6 +342,6 @@ def test_responses_are_sent_if_the_disk_is_full() -> None:
     )
     assert "/" not in report["writable"]
     assert SMALL_DISK_PATH not in report["writable"]
-    assert report["answers"] == [[[19, 25], [37, 43]]] * 100
-    assert (report["refusal"], report["learned"], report["drawn"]) == (422, 200, 200)
+    assert report["outputs"] == [[[19, 25], [37, 43]]] * 100
+    assert (report["invalid_status"], report["learned"], report["drawn"]) == (422, 200, 200)
     assert report["exit"] == 0

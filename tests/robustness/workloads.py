@@ -1,4 +1,4 @@
-"""Fits that take as long as they are told to: by a loss for which every step goes over the images again."""
+"""Fits of controllable duration: with the l1 loss, every step reads the images again."""
 
 import json
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 
 ENDLESS_STEPS = 100_000
-"""Steps of a fit of 32 x 32 that nobody sees the end of: half a minute at the least, of which a third is foretold."""
+"""Steps of a 32 x 32 fit that no test waits for: at least 30 s, of which a third is predicted."""
 
 
 def build_fit_request(side: int, steps: int) -> dict[str, Any]:
-    """One of a square image. At 32 a side a step takes half a millisecond; at 1000 a side it needs 96 MB."""
+    """Return a fit of a square image. With side 32, a step takes half a millisecond; side 1000 needs 96 MB."""
     image = {"shape": [side, side], "dtype": "uint8", "data": [1] * side**2}
     target = {"shape": [side - 2, side - 2], "dtype": "uint8", "data": [0] * (side - 2) ** 2}
     return {"input": image, "target": target, "loss": "l1", "learning_rate": 1e-9, "steps": steps}
@@ -20,7 +20,7 @@ def build_fit_request(side: int, steps: int) -> dict[str, Any]:
 
 @contextmanager
 def start_streaming_fit(address: str, fields: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
-    """What is told of a fit while it happens, once it has told of its first step; at the end the client leaves."""
+    """Yield the events of a streaming fit after its first step; disconnect at the end of the block."""
     headers = {"Accept": "application/x-ndjson"}
     with httpx.stream("POST", f"{address}/train-kernel", json=fields, headers=headers, timeout=120) as response:
         assert response.status_code == 200, response.read()

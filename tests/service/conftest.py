@@ -27,16 +27,16 @@ def send_in_process() -> Iterator[SendFn]:
         yield send
 
 
-@pytest.fixture(params=["sent_in_process", "sent_to_a_port"])
+@pytest.fixture(params=["send_in_process", "send_over_tcp"])
 def send(request: pytest.FixtureRequest) -> SendFn:
-    """One request, answered by the application in this process and by a real server."""
+    """Send a request to the application in this process, or to a real server."""
     sent: SendFn = request.getfixturevalue(request.param)
     return sent
 
 
 @pytest.fixture
 def log() -> Iterator[LogCapture]:
-    """What is logged meanwhile."""
+    """The log events of the test."""
     capture = LogCapture()
     before = structlog.get_config()
     structlog.configure(processors=[capture], cache_logger_on_first_use=False)

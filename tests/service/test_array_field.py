@@ -1,4 +1,4 @@
-"""The array type by itself: whatever is sent in one of its forms arrives as it was."""
+"""Tests of the array field alone: an array in any of its JSON forms is decoded unchanged."""
 
 import base64
 from typing import Any

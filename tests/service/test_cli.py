@@ -1,4 +1,4 @@
-"""The command line, offline: the same core on files."""
+"""Tests of the command line without a server: core on local files."""
 
 import json
 import os
@@ -59,9 +59,9 @@ def test_image_edges_as_image_match_scipy(tmp_path: Path) -> None:
     )
     expected = scipy.ndimage.sobel(np.asarray(Image.open(CAMERA)).astype(np.float64), axis=1, mode="reflect")
     scaled = np.rint((expected - expected.min()) * 255 / (expected.max() - expected.min()))
-    picture = Image.open(output)
-    assert (picture.mode, picture.size) == ("L", (512, 512))
-    assert np.abs(np.asarray(picture).astype(int) - scaled).max() <= 1
+    image = Image.open(output)
+    assert (image.mode, image.size) == ("L", (512, 512))
+    assert np.abs(np.asarray(image).astype(int) - scaled).max() <= 1
 
 
 def test_colour_images_keep_their_planes(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -119,13 +119,13 @@ def test_d2l_example_is_fitted_from_files(tmp_path: Path) -> None:
 
 
 def save_png(path: Path, array: object) -> Path:
-    """Saved as it is, without scaling."""
+    """Save an array as PNG without scaling its values."""
     Image.fromarray(np.clip(np.rint(np.asarray(array)), 0, 255).astype(np.uint8)).save(path)
     return path
 
 
 def test_blur_is_fitted_from_images_before_and_after(tmp_path: Path) -> None:
-    # Blurred by scipy, with a border that is none of ours.
+    # scipy blurs the image, with a border rule that corr2d does not have ("mirror").
     before = np.asarray(Image.open(CAMERA)).astype(np.float64)
     after = save_png(tmp_path / "after.png", scipy.ndimage.correlate(before, np.full((3, 3), 1 / 9), mode="mirror"))
     kernel, plot = tmp_path / "kernel.npy", tmp_path / "loss.svg"
@@ -135,7 +135,7 @@ def test_blur_is_fitted_from_images_before_and_after(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     np.testing.assert_allclose(np.load(kernel), np.pad(np.full((3, 3), 1 / 9), 1), atol=2e-3)
     first, message, sparks, written, known, drawn = result.stdout.splitlines()
-    assert first.startswith("learning from the inner 508 x 508 of 512 x 512 pixels: nobody knows what lies outside")
+    assert first.startswith("learning from the inner 508 x 508 of 512 x 512 pixels: the values outside")
     assert message.startswith("the best kernel: loss ")
     assert sparks == "loss █▁ (log scale)"
     assert written == f"kernel (5, 5) -> {kernel}"
@@ -145,7 +145,7 @@ def test_blur_is_fitted_from_images_before_and_after(tmp_path: Path) -> None:
         rf"residual standard deviation {number}",
         known,
     )
-    assert drawn == f"loss, step by step -> {plot}"
+    assert drawn == f"loss per step -> {plot}"
     assert message[:60] in plot.read_text()
     assert not result.stderr
 
@@ -158,7 +158,7 @@ def test_edges_are_fitted_from_images_the_command_wrote(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     learned = np.load(kernel)
-    # The picture's values are scaled and rounded; what is left is the kernel's direction.
+    # The image's values are scaled and rounded, so only the kernel up to a factor can be recovered.
     sobel = core.named_kernel("sobel_x")
     np.testing.assert_allclose(learned / np.abs(learned).max() * 2, sobel, atol=0.01)
     assert "bias [" in result.stdout
@@ -293,12 +293,12 @@ def test_every_option_of_a_fit_is_a_flag(
         *("--learning-rate", "1e-3", "--seed", 1, *flags.format(**files).split()),
     )
     assert result.exit_code == 0, result.output
-    wanted = core.fit_kernel(x, y, **{"learning_rate": 1e-3, "seed": 1, **arguments})
-    np.testing.assert_allclose(np.load(output), wanted.kernel, rtol=1e-9)
-    assert wanted.message in result.stdout
+    expected = core.fit_kernel(x, y, **{"learning_rate": 1e-3, "seed": 1, **arguments})
+    np.testing.assert_allclose(np.load(output), expected.kernel, rtol=1e-9)
+    assert expected.message in result.stdout
     if not layer:
         plain = core.fit_kernel(x, y, learning_rate=1e-3, seed=1).kernel
-        assert plain.shape != wanted.kernel.shape or (plain - wanted.kernel).abs().max() > 1e-4
+        assert plain.shape != expected.kernel.shape or (plain - expected.kernel).abs().max() > 1e-4
 
 
 def test_training_chooses_the_size(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -352,45 +352,45 @@ def test_ridge_path_and_covariance_are_written(tmp_path: Path, rng: np.random.Ge
     assert result.exit_code == 0, result.output
     assert f"kernels of 50 ridges -> {path}" in result.stdout
     assert f"covariance (7, 7) -> {covariance}" in result.stdout
-    wanted = core.fit_kernel(x, y, solver="exact", bias=True, ridge="auto", ridge_path=True, covariance=True)
-    np.testing.assert_array_equal(np.load(covariance), wanted.covariance)
+    expected = core.fit_kernel(x, y, solver="exact", bias=True, ridge="auto", ridge_path=True, covariance=True)
+    np.testing.assert_array_equal(np.load(covariance), expected.covariance)
     with np.load(path) as written:
         assert set(written) == set(core.RIDGE_PATH_FIELDS)
         for name in written:
-            np.testing.assert_array_equal(written[name], getattr(wanted, name))
+            np.testing.assert_array_equal(written[name], getattr(expected, name))
 
     undetermined = run_corr2d("train", save_npy(tmp_path / "x.npy", 0 * x), files[1], "--covariance", covariance)
     assert undetermined.exit_code == 0
     assert f"do not determine a covariance: {covariance} is not written" in undetermined.stdout
     wrong = run_corr2d("train", *files, "--ridge-path", tmp_path / "path.npy")
     assert wrong.exit_code != 0
-    assert "cannot write .npy; .npz can be" in wrong.stderr
+    assert "cannot write .npy; supported: .npz" in wrong.stderr
 
 
 def test_divergence_is_predicted_and_can_be_rejected(tmp_path: Path, rng: np.random.Generator) -> None:
     files = [save_npy(tmp_path / f"{name}.npy", rng.normal(size=(9, 9))) for name in "xy"]
     output = tmp_path / "k.npy"
-    told = run_corr2d("train", *files, "--kernel-size", 3, "--learning-rate", 10, "-o", output)
-    assert told.exit_code == 0
-    assert told.stderr.startswith("learning_rate 10 is above ")
+    result = run_corr2d("train", *files, "--kernel-size", 3, "--learning-rate", 10, "-o", output)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("learning_rate 10 is above ")
     assert output.exists()
     output.unlink()
-    refused = run_corr2d(
+    rejected = run_corr2d(
         "train", *files, "--kernel-size", 3, "--learning-rate", 10, "--refuse-divergence", "-o", output
     )
-    assert refused.exit_code == 1
-    assert refused.stderr.startswith("corr2d: learning_rate 10 is above ")
-    assert len(refused.stderr.splitlines()) == 1
+    assert rejected.exit_code == 1
+    assert rejected.stderr.startswith("corr2d: learning_rate 10 is above ")
+    assert len(rejected.stderr.splitlines()) == 1
     assert not output.exists()
 
 
 def test_unwritable_output_is_rejected_before_training(tmp_path: Path) -> None:
     x = save_npy(tmp_path / "x.npy", np.ones((9, 9)))
     for option, name, message in (
-        ("--plot", "loss.gif", "loss.gif: cannot write .gif; .svg, .png can be"),
-        ("--plot", "loss", "loss: cannot write a file without a suffix; .svg, .png can be"),
+        ("--plot", "loss.gif", "loss.gif: cannot write .gif; supported: .svg, .png"),
+        ("--plot", "loss", "loss: cannot write a file without a suffix; supported: .svg, .png"),
         ("--plot", "none/loss.svg", "No such file or directory"),
-        ("-o", "kernel.jpg", "kernel.jpg: cannot write .jpg; .npy, .png can be"),
+        ("-o", "kernel.jpg", "kernel.jpg: cannot write .jpg; supported: .npy, .png"),
         ("-o", "none/kernel.npy", "No such file or directory"),
     ):
         result = run_corr2d("train", x, x, "--kernel-size", 3, option, tmp_path / name)
@@ -493,12 +493,12 @@ def test_serve_has_a_flag_for_every_setting() -> None:
     [
         (["correlate", "{x}", "-k", "sobelx"], "did you mean sobel_x"),
         (["correlate", "{x}", "-k", "missing.npy"], "missing.npy"),
-        (["correlate", "{x}", "-k", "box(9)"], 'mode "valid" needs it to fit'),
+        (["correlate", "{x}", "-k", "box(9)"], 'mode "valid" requires it to fit'),
         (["correlate", "{x}", "-k", "box(1)", "--mode", "most"], 'mode "most" is not one of'),
-        (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.jpg"], "cannot write .jpg; .npy, .png can be"),
+        (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.jpg"], "cannot write .jpg; supported: .npy, .png"),
         (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/none/y.npy"], "No such file"),
-        (["correlate", "{text}", "-k", "box(1)"], "cannot read .txt; .npy, .png, .jpg, .jpeg can be"),
-        (["correlate", "{broken}", "-k", "box(1)"], "broken.png: the PNG picture is cut off after 200 bytes"),
+        (["correlate", "{text}", "-k", "box(1)"], "cannot read .txt; supported: .npy, .png, .jpg, .jpeg"),
+        (["correlate", "{broken}", "-k", "box(1)"], "broken.png: the PNG image is cut off after 200 bytes"),
         (["correlate", "{broken_npy}", "-k", "box(1)"], "broken.npy: "),
         (["correlate", "{pickled}", "-k", "box(1)"], "pickled.npy: "),
         (
@@ -507,21 +507,21 @@ def test_serve_has_a_flag_for_every_setting() -> None:
         ),
         (["correlate", "{nan}", "-k", "box(1)", "-o", "{tmp}/y.png"], "finite"),
         (["conv2d", "{x}", "{x}", "--stride", "0"], "stride 0 is neither"),
-        (["conv2d", "{x}", "{x}", "--padding", "full"], "padding 'full' is none of"),
+        (["conv2d", "{x}", "{x}", "--padding", "full"], "padding 'full' is not one of"),
         (["train", "{x}", "{x}", "--steps", "0"], "steps 0"),
         (["train", "{x}", "{x}", "--steps", "1000001"], "steps 1000001 is not an integer from 1 to 1000000"),
         (
             ["train", "{x}", "{x}", "--learning-rate", "fast"],
             "learning_rate 'fast' is not a number above 0, or \"auto\"",
         ),
-        (["train", "{x}", "{x}", "--huber-delta", "2"], 'huber_delta means nothing to loss "sum"'),
+        (["train", "{x}", "{x}", "--huber-delta", "2"], 'huber_delta does not apply to loss "sum"'),
         (["train", "{x}", "{x}", "--loss", "huber", "--huber-delta", "0"], "huber_delta 0.0 is not a number above 0"),
         (["train", "{x}", "{x}", "--learning-rate", "nan"], "learning_rate nan is not a number above 0"),
         (["train", "{x}", "{x}", "--solver", "newton"], 'solver "newton" is not one of: exact, sgd'),
         (["train", "{x}", "{x}", "--solver", "adam", "--betas", "0.9"], "betas 0.9 is not two numbers"),
         (["train", "{x}", "{x}", "--solver", "adam", "--betas", "0.9,high"], "betas '0.9,high' is not two numbers"),
-        (["train", "{x}", "{x}", "--betas", "0.9,0.99"], 'betas means nothing to solver "sgd"'),
-        (["train", "{x}", "{x}", "--momentum", "0.9"], 'momentum means nothing to solver "sgd"'),
+        (["train", "{x}", "{x}", "--betas", "0.9,0.99"], 'betas does not apply to solver "sgd"'),
+        (["train", "{x}", "{x}", "--momentum", "0.9"], 'momentum does not apply to solver "sgd"'),
         (["train", "{x}", "{x}", "--tolerance", "1"], "tolerance 1.0 is not a number above 0 to below 1"),
         (["train", "{x}", "{x}", "--ridge", "-1"], "ridge -1.0 is not a number from 0 on"),
         (["train", "{x}", "{x}", "--sum-to", "1"], 'constraints need solver "exact" and loss "sum" or "mean"'),

@@ -1,4 +1,4 @@
-"""How long connections may take, and which has to go: without sockets, at a clock of our own."""
+"""Tests of connection timeouts and of the eviction order, without sockets and with a simulated clock."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +18,7 @@ CONNECTION_LIMITS = ConnectionLimits(connections=10, idle_s=8, header_s=8, body_
 
 @dataclass
 class FakeConnection:
-    """A connection in some phase that has moved so many bytes."""
+    """A connection in a given phase that has transferred `moved` bytes."""
 
     phase: ConnectionPhase = ConnectionPhase.SENDING
     moved: int = 0
@@ -35,7 +35,7 @@ class FakeConnection:
 def count_seconds_until_expired(
     phase: ConnectionPhase, bytes_each: int, every_s: float, *, is_low_on_memory: bool = False
 ) -> float | None:
-    """Of a connection that moves so many bytes at a time; None if it lives for ten minutes."""
+    """Return when a connection that moves `bytes_each` every `every_s` seconds expires, None if not in 10 minutes."""
     connection = FakeConnection(phase)
     for tick in range(2400):
         now = tick / 4
@@ -91,7 +91,7 @@ def test_service_time_does_not_count_against_clients() -> None:
 
 def test_eviction_order() -> None:
     now = 100.0
-    told = FakeConnection(
+    lingering = FakeConnection(
         ConnectionPhase.LINGERING, last_progress=ConnectionProgress(ConnectionPhase.LINGERING, 0, now + 2)
     )
     old, new = (
@@ -112,7 +112,7 @@ def test_eviction_order() -> None:
         FakeConnection(ConnectionPhase.SENDING, last_progress=ConnectionProgress(ConnectionPhase.SENDING, 0, now + 90)),
         FakeConnection(ConnectionPhase.WORKING, last_progress=ConnectionProgress(ConnectionPhase.WORKING, 0, now)),
     ]
-    expected = [told, old, new, asking, slower, slow, unread]
+    expected = [lingering, old, new, asking, slower, slow, unread]
     found = sort_for_eviction([*staying, *expected[::-1]], CONNECTION_LIMITS, now)
     assert [id(connection) for connection in found[::-1]] == [id(connection) for connection in expected]
     assert all(one is not other for one, other in pairwise(found))

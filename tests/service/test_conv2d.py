@@ -21,14 +21,14 @@ def test_every_option_reaches_core(send: SendFn, rng: np.random.Generator) -> No
     images, weight, bias = rng.normal(size=(2, 4, 9, 8)), rng.normal(size=(6, 2, 3, 2)), rng.normal(size=6)
     options: dict[str, Any] = {"stride": [2, 1], "padding": [1, 2], "dilation": [1, 2], "groups": 2}
     body = {"input": images.tolist(), "weight": weight.tolist(), "bias": bias.tolist(), **options, "dtype": "float64"}
-    answer = send("POST", "/conv2d", json=body).json()
+    result = send("POST", "/conv2d", json=body).json()
     x, w, b = (torch.from_numpy(array) for array in (images, weight, bias))
     expected = torch.nn.functional.conv2d(x, w, b, **options)
-    np.testing.assert_allclose(answer["output"], expected, rtol=1e-12)
-    assert answer["shape"] == list(expected.shape)
+    np.testing.assert_allclose(result["output"], expected, rtol=1e-12)
+    assert result["shape"] == list(expected.shape)
 
     reflected = send("POST", "/conv2d", json={**body, "padding_mode": "reflect"}).json()["output"]
-    assert reflected != answer["output"]
+    assert reflected != result["output"]
 
 
 def test_same_and_four_sided_padding(send: SendFn) -> None:

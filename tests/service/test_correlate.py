@@ -98,29 +98,29 @@ def test_overflow_is_reported_and_encoded_as_null(send: SendFn) -> None:
 
 
 def test_photograph_edges_match_scipy(send: SendFn) -> None:
-    picture = np.asarray(Image.open("docs/images/camera.png"))
+    image = np.asarray(Image.open("docs/images/camera.png"))
     body = {
-        "input": encode_base64(picture),
+        "input": encode_base64(image),
         "kernel": "sobel_x",
         "mode": "same",
         "boundary": "symmetric",
         "dtype": "float64",
     }
     edges = decode_base64(send("POST", "/correlate?arrays=base64", json=body).json()["output"])
-    expected = scipy.ndimage.sobel(picture.astype(np.float64), axis=1, mode="reflect")
+    expected = scipy.ndimage.sobel(image.astype(np.float64), axis=1, mode="reflect")
     assert np.abs(edges - expected).max() <= 1e-3 * 255
-    nested = send("POST", "/correlate", json={**body, "input": picture.tolist()}).json()["output"]
+    nested = send("POST", "/correlate", json={**body, "input": image.tolist()}).json()["output"]
     np.testing.assert_array_equal(nested, edges)
 
 
 def test_explain_lists_the_reasons_of_the_choice(send: SendFn) -> None:
     request = {"input": [[1.0] * 40] * 40, "kernel": "box(3)"}
     assert "explanation" not in send("POST", "/correlate", json=request).json()
-    answer = send("POST", "/correlate", json={**request, "explain": True}).json()
-    predicted = answer["explanation"]["predicted_ms"]
-    assert predicted[answer["engine"]] == min(predicted.values())
-    assert set(predicted) | set(answer["explanation"]["unsupported"]) == set(core.ENGINES)
-    assert answer["explanation"]["compute_ms"] > 0
+    result = send("POST", "/correlate", json={**request, "explain": True}).json()
+    predicted = result["explanation"]["predicted_ms"]
+    assert predicted[result["engine"]] == min(predicted.values())
+    assert set(predicted) | set(result["explanation"]["unsupported"]) == set(core.ENGINES)
+    assert result["explanation"]["compute_ms"] > 0
 
 
 @pytest.mark.needs_halide
@@ -136,5 +136,5 @@ async def test_root_path_does_not_change_responses() -> None:
     transport = httpx.ASGITransport(create_app(Settings(device="cpu")), root_path="/convolution")
     async with httpx.AsyncClient(transport=transport, base_url="http://corr2d/convolution") as client:
         assert (await client.post("/correlate", json=D2L_EXAMPLE)).json()["output"] == [[19, 25], [37, 43]]
-        refused = assert_problem(await client.post("/correlate", json={"input": [[1]]}), 422)
-        assert refused["errors"][0]["field"] == "kernel"
+        problem = assert_problem(await client.post("/correlate", json={"input": [[1]]}), 422)
+        assert problem["errors"][0]["field"] == "kernel"

@@ -1,4 +1,4 @@
-"""Numbers are rounded to float32 once, and accepted if the result is finite."""
+"""Tests that numbers are rounded to float32 once, and accepted if the result is finite."""
 
 import base64
 import json
@@ -51,7 +51,7 @@ def post_as_file(content_type: str, write: Callable[[np.ndarray[Any, Any]], byte
 
 
 def post_as_json(form: Callable[[np.ndarray[Any, Any]], object], rows: int = 1) -> Callable[..., httpx.Response]:
-    """The array in the last row; with many rows, the body is not small."""
+    """Return a function that posts an array as JSON, in the last of `rows` rows: many rows make the body large."""
 
     def post(send: SendFn, array: np.ndarray[Any, Any]) -> httpx.Response:
         return send("POST", "/correlate", json={"input": form(np.repeat(array, rows, axis=0)), "kernel": "identity"})
@@ -78,7 +78,7 @@ DECIMAL_FORMATS = ("nested", "nested, long", "flat float32", "flat float32, long
 @pytest.mark.parametrize("value", VALUES + [-value for value in VALUES])
 def test_input_near_the_largest_float32_is_rounded(send_in_process: SendFn, sent_as: str, value: float) -> None:
     response = POST_BY_FORMAT[sent_as](send_in_process, np.array([[1.0, value]]))
-    # JSON sends decimal digits, which lie below the threshold where their float64 is the threshold.
+    # JSON sends decimal digits: they can be below the threshold although their float64 equals it.
     sent = Fraction(repr(value)) if sent_as in DECIMAL_FORMATS else Fraction(value)
     expected = round_to("float32", sent)
     if math.isfinite(expected):
@@ -115,7 +115,7 @@ def test_kernel_and_options_near_the_largest_float32(send_in_process: SendFn, fi
 
 
 BELOW_MIDPOINT, ABOVE_MIDPOINT = "16777216.9999999999", "16777217.0000000001"
-"""Either float64 is 16777217, in the middle between two float32: 16777216 and 16777218."""
+"""Two numbers whose float64 is 16777217, midway between the float32 values 16777216 and 16777218."""
 
 REQUESTS: dict[str, tuple[str, str]] = {
     "input": ("/correlate", '{"input": [[%s]], "kernel": [[1]]}'),
@@ -172,7 +172,7 @@ def test_decimal_for_any_other_option_is_rejected(
     send_in_process: SendFn,
 ) -> None:
     for option in ("mode", "dtype", "explain", "method", "input", "nonsense"):
-        body = '{"input": [[1]], "kernel": [[1]], "%s": %s}' % (option, ABOVE_MIDPOINT)  # noqa: UP031 - braces are JSON's
+        body = '{"input": [[1]], "kernel": [[1]], "%s": %s}' % (option, ABOVE_MIDPOINT)  # noqa: UP031 - the braces are JSON
         body = body.replace('"input": [[1]], ', "") if option == "input" else body
         response = send_in_process("POST", "/correlate", content=body, headers={"Content-Type": "application/json"})
         assert assert_first_error(response, 422)["field"].startswith(option)

@@ -1,4 +1,4 @@
-"""Arrays in every format, there and back through the whole service, against the formats' own libraries."""
+"""Tests of arrays in every format, sent to and returned by the whole service, against the formats' own libraries."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ Array = NDArray[Any]
 Fields = dict[str, Any]
 
 MAX_EXACT_INTEGER = 2**53
-"""Up to here every integer is a float64."""
+"""The largest integer up to which float64 represents every integer."""
 
 
 def encode_flat(array: Array) -> Fields:
@@ -54,7 +54,7 @@ def save_stored_npz(**named: Any) -> bytes:
 
 
 def save_image(array: Array, form: str = "png") -> bytes:
-    """By Pillow, which keeps colours last."""
+    """Save an image with Pillow, which needs colours last."""
     buffer = io.BytesIO()
     Image.fromarray(array if array.ndim == 2 else np.moveaxis(array, 0, 2)).save(buffer, form)
     return buffer.getvalue()
@@ -76,7 +76,7 @@ BODIES: dict[str, tuple[str, Callable[[Array], bytes]]] = {
     "compressed npz": (NPZ, lambda array: save_npz(input=array)),
     "safetensors": (SAFETENSORS, lambda array: safetensors.numpy.save({"input": np.ascontiguousarray(array)})),
 }
-"""How an input is sent: the media type, and its own library's writer."""
+"""Formats of an input: the media type, and a function that writes it with the format's own library."""
 
 RESPONSES: dict[str, tuple[str, str, Callable[[bytes], Array]]] = {
     "nested": (JSON, "nested", lambda content: np.array(json.loads(content)["output"], json.loads(content)["dtype"])),
@@ -86,14 +86,14 @@ RESPONSES: dict[str, tuple[str, str, Callable[[bytes], Array]]] = {
     "npz": (NPZ, "nested", lambda content: np.asarray(np.load(io.BytesIO(content))["output"])),
     "safetensors": (SAFETENSORS, "nested", lambda content: safetensors.numpy.load(content)["output"]),
 }
-"""How an output comes back: the media type, the form of arrays in JSON, and its own library's reader."""
+"""Formats of a response: the media type, the form of arrays in JSON, and a reader from the format's own library."""
 
 ENDPOINTS: dict[str, dict[str, str]] = {
     "/correlate": {"kernel": "identity"},
     "/conv2d": {"weight": "[[1]]"},
     "/train-kernel": {"target": "[[1]]"},
 }
-"""What each needs beside its input."""
+"""Arrays and options that each endpoint requires in addition to its input."""
 
 
 def post_file(
@@ -104,10 +104,10 @@ def post_file(
 
 
 def post_and_decode(
-    send: SendFn, body: bytes, content_type: str, answer: str, path: str = "/correlate", **query: str
+    send: SendFn, body: bytes, content_type: str, response_format: str, path: str = "/correlate", **query: str
 ) -> Array:
-    """The output, read by the format's own library."""
-    media_type, form, read = RESPONSES[answer]
+    """Post a body and return the output, decoded by the format's own library."""
+    media_type, form, read = RESPONSES[response_format]
     response = post_file(send, body, content_type, media_type, path, arrays=form, **query)
     assert response.status_code == 200, response.text[:1000]
     assert response.headers["content-type"] == media_type
@@ -115,7 +115,7 @@ def post_and_decode(
 
 
 def representable_arrays(dtype: str) -> st.SearchStrategy[Array]:
-    """Arrays of values that float64 holds too, of any finite bits; no -0.0, which a sum that begins with 0.0 loses."""
+    """Arrays of any finite values that float64 can represent; without -0.0, which a sum that starts with 0.0 loses."""
     kind = np.dtype(dtype)
     shapes = array_shapes(min_dims=2, max_dims=4, max_side=5)
     if kind.kind == "f":
@@ -141,9 +141,9 @@ def test_every_dtype_round_trips_in_every_format(
 ) -> None:
     array = data.draw(representable_arrays(dtype))
     content_type, write = BODIES[body]
-    for answer in RESPONSES:
+    for response_format in RESPONSES:
         output = post_and_decode(
-            send_in_process, write(array), content_type, answer, kernel="identity", dtype="float64"
+            send_in_process, write(array), content_type, response_format, kernel="identity", dtype="float64"
         )
         assert_identical(output, array.astype(np.float64))
 
@@ -157,31 +157,34 @@ def test_float32_values_round_trip_without_a_dtype(
 ) -> None:
     array = data.draw(representable_arrays(dtype))
     content_type, write = BODIES[body]
-    for answer in RESPONSES:
-        output = post_and_decode(send_in_process, write(array), content_type, answer, kernel="identity")
+    for response_format in RESPONSES:
+        output = post_and_decode(send_in_process, write(array), content_type, response_format, kernel="identity")
         assert_identical(output, array.astype(np.float32))
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("answer", RESPONSES)
+@pytest.mark.parametrize("response_format", RESPONSES)
 def test_large_arrays_round_trip_bit_for_bit(
-    send_over_tcp: SendFn, body: str, answer: str, rng: np.random.Generator
+    send_over_tcp: SendFn, body: str, response_format: str, rng: np.random.Generator
 ) -> None:
     array = rng.normal(size=(3, 130, 101))
     content_type, write = BODIES[body]
-    output = post_and_decode(send_over_tcp, write(array), content_type, answer, kernel="identity", dtype="float64")
+    output = post_and_decode(
+        send_over_tcp, write(array), content_type, response_format, kernel="identity", dtype="float64"
+    )
     assert_identical(output, array)
 
 
-@pytest.mark.parametrize("answer", RESPONSES)
+@pytest.mark.parametrize("response_format", RESPONSES)
 @settings(max_examples=12)
 @given(data=st.data())
-def test_images_round_trip_pixel_for_pixel(send_in_process: SendFn, answer: str, data: st.DataObject) -> None:
+def test_images_round_trip_pixel_for_pixel(send_in_process: SendFn, response_format: str, data: st.DataObject) -> None:
     sides = st.tuples(st.integers(1, 20), st.integers(1, 20))
     shape = data.draw(st.one_of(sides, sides.map(lambda side: (3, *side))))
     array = data.draw(arrays(np.uint8, shape))
     assert_identical(
-        post_and_decode(send_in_process, save_image(array), PNG, answer, kernel="identity"), array.astype(np.float32)
+        post_and_decode(send_in_process, save_image(array), PNG, response_format, kernel="identity"),
+        array.astype(np.float32),
     )
     clipped = post_file(send_in_process, save_image(array), PNG, PNG, kernel="identity", png="clip")
     assert clipped.headers["content-type"] == PNG
@@ -268,13 +271,13 @@ def convolve_with_torch(named: dict[str, NDArray[np.float32]]) -> Array:
     return output
 
 
-@pytest.mark.parametrize("answer", RESPONSES)
+@pytest.mark.parametrize("response_format", RESPONSES)
 @pytest.mark.parametrize("save", [save_stored_npz, save_npz])
 def test_layer_in_npz_matches_torch(
-    send: SendFn, answer: str, save: Callable[..., bytes], rng: np.random.Generator
+    send: SendFn, response_format: str, save: Callable[..., bytes], rng: np.random.Generator
 ) -> None:
     named = draw_layer(rng)
-    output = post_and_decode(send, save(**named), NPZ, answer, "/conv2d", **OPTIONS)
+    output = post_and_decode(send, save(**named), NPZ, response_format, "/conv2d", **OPTIONS)
     np.testing.assert_allclose(output, convolve_with_torch(named), rtol=1e-5, atol=1e-5)
 
 
@@ -370,9 +373,9 @@ def test_fitted_kernel_is_returned_in_every_format(send: SendFn, bias: str) -> N
         for name in names:
             np.testing.assert_array_equal(named[name], np.array(plain[name], named[name].dtype))
         assert named["loss_history"].shape == (5,)
-    said = json.loads(learned(NPZ).headers["corr2d-result"])
+    metadata = json.loads(learned(NPZ).headers["corr2d-result"])
     without = {name: value for name, value in plain.items() if name not in names}
-    assert {name: said[name] for name in without} == without
+    assert {name: metadata[name] for name in without} == without
 
 
 def test_one_array_and_a_query_are_enough_to_fit(send: SendFn) -> None:
@@ -386,7 +389,7 @@ CAMERA = "docs/images/camera.png"
 
 
 def load_camera() -> tuple[bytes, NDArray[np.float64]]:
-    with open(CAMERA, "rb") as file:  # noqa: PTH123 - as curl --data-binary @camera.png
+    with open(CAMERA, "rb") as file:  # noqa: PTH123 - the equivalent of curl --data-binary @camera.png
         return file.read(), np.asarray(Image.open(CAMERA)).astype(np.float64)
 
 
@@ -471,21 +474,21 @@ def test_binary_responses_put_other_fields_in_a_header(send: SendFn, accept: str
     header = post_file(send, image, NPY, accept, **query).headers["corr2d-result"]
     assert header.isascii()
     assert header.isprintable()
-    said = json.loads(header)
+    metadata = json.loads(header)
     plain = post_file(send, image, NPY, JSON, **query).json()
-    assert (said["shape"], said["dtype"], said["device"]) == ([3, 4], "float64", "cpu")
-    assert set(said) == set(plain) - {"output"}
-    assert said["engine"] == plain["engine"]
-    assert ("explanation" in said) == (explain == "true")
+    assert (metadata["shape"], metadata["dtype"], metadata["device"]) == ([3, 4], "float64", "cpu")
+    assert set(metadata) == set(plain) - {"output"}
+    assert metadata["engine"] == plain["engine"]
+    assert ("explanation" in metadata) == (explain == "true")
     if explain == "true":
-        assert said["engine"] in said["explanation"]["predicted_ms"]
+        assert metadata["engine"] in metadata["explanation"]["predicted_ms"]
 
 
 @pytest.mark.parametrize("accept", [NPY, NPZ, SAFETENSORS])
 def test_nonfinite_count_in_the_header_matches_json(send: SendFn, accept: str) -> None:
     image = save_npy(np.array([[np.nan, 1], [np.inf, 2]]))
-    said = json.loads(post_file(send, image, NPY, accept, kernel="identity").headers["corr2d-result"])
-    assert said["nonfinite"] == post_file(send, image, NPY, JSON, kernel="identity").json()["nonfinite"] == 2
+    metadata = json.loads(post_file(send, image, NPY, accept, kernel="identity").headers["corr2d-result"])
+    assert metadata["nonfinite"] == post_file(send, image, NPY, JSON, kernel="identity").json()["nonfinite"] == 2
 
 
 def test_long_history_is_in_the_archive_not_the_header(send: SendFn) -> None:

@@ -1,4 +1,4 @@
-"""Health, information, the description and the page that shows it."""
+"""Tests of the health endpoints, /info, the OpenAPI schema and the documentation page."""
 
 import asyncio
 import re
@@ -41,7 +41,7 @@ async def test_service_is_live_but_not_ready_before_warm_up() -> None:
 
 def test_failed_warm_up_leaves_it_not_ready_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.readiness.WARM_UP_RESULT", [[19, 25], [37, 44]])
-    with pytest.raises(RuntimeError, match=r"computes .* where .* is right"):
+    with pytest.raises(RuntimeError, match=r"computes .*, expected .*"):
         warm_up_service("cpu", core.Machine(1))
     monkeypatch.setattr("tests.servers.wait_until_ready", lambda send: None)
     with serve_in_process(create_app(Settings())) as send:
@@ -57,7 +57,7 @@ def test_missing_device_keeps_the_service_unready(monkeypatch: pytest.MonkeyPatc
         deadline = time.monotonic() + 30
         while "has not run" in (problem := assert_problem(send("GET", "/readyz"), 503))["detail"]:
             assert time.monotonic() < deadline
-        assert 'device "cuda:99" is not on this machine' in problem["detail"]
+        assert 'device "cuda:99" is not available' in problem["detail"]
         response = send("POST", "/correlate", json={"input": [[1]], "kernel": [[1]]})
         assert assert_first_error(response, 422)["got"] == "cuda:99"
         on_cpu = send("POST", "/correlate", json={"input": [[1]], "kernel": [[1]], "device": "cpu"})
@@ -68,7 +68,7 @@ def test_service_that_shuts_down_is_not_ready() -> None:
     app = create_app(Settings(device="cpu"))
     with serve_in_process(app):
         assert app.state.readiness.require_device() == "cpu"
-    with pytest.raises(NotReady, match="going down"):
+    with pytest.raises(NotReady, match="shutting down"):
         app.state.readiness.require_device()
 
 
@@ -77,7 +77,7 @@ def test_torch_uses_the_configured_threads() -> None:
     try:
         app = create_app(Settings(threads=1))
         with serve_in_process(app) as send:
-            # torch's number belongs to the thread that asks: what counts is that of the threads that compute.
+            # torch's thread count is a property of the calling thread: check it in the threads that compute.
             in_the_pool = asyncio.run(
                 app.state.pool.run(
                     Reservation(app.state.admission), core.Cost(1, 1, 1), lambda _: torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Bodies over the limit, deadlines, and an event loop that stays free."""
+"""Tests of the body limit, of deadlines, and of an event loop that never blocks."""
 
 import asyncio
 import gzip
@@ -72,7 +72,7 @@ def test_deadline_stops_the_computation_with_504(serve: ServeFn) -> None:
         problem = assert_problem(send("POST", "/train-kernel", json=body), 504)
         assert time.monotonic() - start < 5
         assert "CORR2D_REQUEST_TIMEOUT_S" in problem["detail"]
-        # The thread is free again, within a step.
+        # The computation stops within one step, and the thread is free again.
         while app.state.pool.busy:
             assert time.monotonic() - start < 5
             time.sleep(0.01)
@@ -87,7 +87,7 @@ def test_queued_request_past_its_deadline_is_504() -> None:
         asyncio.run(app.state.pool.run(reservation, Cost(1, 1, seconds), lambda _: release.wait(30)))
 
     with serve_in_process(app) as send:
-        # One of them in the lane that is for short ones.
+        # One of them runs in the worker that is reserved for short jobs.
         holders = [
             threading.Thread(target=hold, args=(0.01 if number else 0.2,)) for number in range(COMPUTE_CONCURRENCY + 1)
         ]
@@ -95,11 +95,11 @@ def test_queued_request_past_its_deadline_is_504() -> None:
             holder.start()
         while app.state.pool.running < len(holders):
             time.sleep(0.01)
-        # What is small does not wait behind them: it never was in the queue.
+        # A small request runs inline and does not enter the queue.
         assert send("POST", "/correlate", content=SMALL_BODY, headers=JSON_HEADERS).status_code == 200
         learning = {"input": [[1, 2]], "target": [[1, 2]], "steps": 1}
         response = send("POST", "/train-kernel", json=learning)
-        assert "the wait for its turn included" in assert_problem(response, 504)["detail"]
+        assert "time in the queue included" in assert_problem(response, 504)["detail"]
         assert float(response.headers["server-timing"].split("wait;dur=")[1].split(",")[0]) > 1000
         release.set()
         for holder in holders:
@@ -121,9 +121,9 @@ def test_rejected_request_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> Non
             while app.state.pool.depth < 3:
                 time.sleep(0.01)
             long = {"input": [[1] * 8] * 8, "target": [[0] * 8] * 8, "loss": "huber", "steps": 20_000}
-            refusals = [send("POST", "/train-kernel", json={**long, "learning_rate": 1e-9}) for _ in range(2)]
-            assert len({assert_problem(refusal, 503)["detail"] for refusal in refusals}) == 1
-            parsed = [float(re.findall(r"parse;dur=([\d.]+)", one.headers["server-timing"])[0]) for one in refusals]
+            rejections = [send("POST", "/train-kernel", json={**long, "learning_rate": 1e-9}) for _ in range(2)]
+            assert len({assert_problem(rejection, 503)["detail"] for rejection in rejections}) == 1
+            parsed = [float(re.findall(r"parse;dur=([\d.]+)", one.headers["server-timing"])[0]) for one in rejections]
             assert parsed[0] > parsed[1] == 0
         finally:
             release.set()
@@ -144,13 +144,13 @@ def test_event_loop_responds_during_a_computation() -> None:
             target=lambda: done.append(httpx.post(f"{address}/train-kernel", json=body, timeout=60).status_code)
         )
         thread.start()
-        answered = 0
+        polls = 0
         while thread.is_alive():
             assert send("GET", "/livez").status_code == 200
-            answered += not done
+            polls += not done
         thread.join()
     assert done == [200]
-    assert answered > 20
+    assert polls > 20
 
 
 def test_large_body_is_the_same_whole_chunked_or_compressed(send: SendFn) -> None:

@@ -1,4 +1,4 @@
-"""A listening socket that is shut before it is closed."""
+"""Tests of a listening socket that stops accepting before it is closed."""
 
 import socket
 import sys
@@ -21,10 +21,10 @@ def test_queued_connection_is_served_and_new_ones_blocked(family: socket.Address
                 socket.create_connection(address, timeout=0.3)
             accepted, _ = listener.accept()
             with accepted:
-                early.sendall(b"asked")
-                assert accepted.recv(5) == b"asked"
-                accepted.sendall(b"answered")
-                assert early.recv(8) == b"answered"
+                early.sendall(b"query")
+                assert accepted.recv(5) == b"query"
+                accepted.sendall(b"response")
+                assert early.recv(8) == b"response"
 
 
 def test_blocked_connection_fails_when_the_socket_closes() -> None:

@@ -1,4 +1,4 @@
-"""The log's stream: nobody waits for its reader, and its last lines are written."""
+"""Tests of the log stream: writers never wait for its reader, and the last lines are written at exit."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def open_piped_stream() -> Iterator[tuple[LogStream, int]]:
-    """A stream on a pipe, and where it is read."""
+    """Yield a stream that writes to a pipe, and the descriptor of the pipe's read end."""
     reads, writes = os.pipe()
     stream = LogStream(writes)
     yield stream, reads

@@ -1,4 +1,4 @@
-"""What a request leaves behind in memory."""
+"""Tests that a request leaves no memory allocated."""
 
 import gc
 import gzip
@@ -14,7 +14,7 @@ from tests.servers import SendFn
 
 @contextmanager
 def disable_garbage_collector() -> Iterator[None]:
-    """Only what nobody refers to any more is given back, and at once."""
+    """Disable cyclic garbage collection, so that only reference counting frees memory."""
     gc.collect()
     gc.disable()
     try:
@@ -40,7 +40,7 @@ def test_rejected_body_is_freed_with_its_response(send: SendFn, path: str, body:
         try:
             for _ in range(3):
                 assert_problem(send("POST", path, content=body, headers=headers), status)
-            # So that the threads have ended what they did for the last one.
+            # One more request, so that the threads have finished their work for the last one.
             send("GET", "/livez")
             assert tracemalloc.get_traced_memory()[0] < 1_000_000
         finally:

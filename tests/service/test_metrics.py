@@ -1,4 +1,4 @@
-"""What /metrics says, against traffic that is known, with one worker and with several that die."""
+"""Tests of /metrics against known traffic, with one worker and with several workers that are killed."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ LAYER_REQUEST = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
 FIT_REQUEST = {"input": [[0, 1, 2], [3, 4, 5]], "target": [[0, 1], [3, 4]], "steps": 3}
 
 HAS_PROC = Path("/proc/self/stat").exists()
-needs_proc = pytest.mark.skipif(not HAS_PROC, reason="nothing here tells a zombie from a process, or whose child it is")
+needs_proc = pytest.mark.skipif(not HAS_PROC, reason="needs /proc to detect zombies and parent processes")
 
 Series = tuple[str, frozenset[tuple[str, str]]]
 
@@ -44,7 +44,7 @@ def name_series(name: str, **labels: str) -> Series:
 
 
 def scrape_metrics(send: SendFn, address: str = "") -> dict[Series, float]:
-    """Every series of /metrics and its value."""
+    """Return the value of every series of /metrics."""
     response = send("GET", f"{address}/metrics")
     assert response.status_code == 200
     return {
@@ -69,15 +69,15 @@ def test_known_traffic_gives_known_numbers(serve: ServeFn) -> None:
     with serve(create_app(Settings(device="cpu"))) as send:
         before = scrape_metrics(send)
         start = time.perf_counter()
-        answers = [send("POST", "/correlate", json=D2L_EXAMPLE) for _ in range(3)]
-        answers.append(send("POST", "/conv2d", json=LAYER_REQUEST))
-        answers.append(send("POST", "/train-kernel", json=FIT_REQUEST))
-        answers.append(send("POST", "/correlate", json={**D2L_EXAMPLE, "mode": "upside down"}))
-        answers.append(send("POST", "/correlate", json={"input": [[1]], "kernel": [[1, 1]]}))
-        answers.append(send("GET", "/conv2d"))
-        answers.append(send("GET", "/no/such/path"))
+        responses = [send("POST", "/correlate", json=D2L_EXAMPLE) for _ in range(3)]
+        responses.append(send("POST", "/conv2d", json=LAYER_REQUEST))
+        responses.append(send("POST", "/train-kernel", json=FIT_REQUEST))
+        responses.append(send("POST", "/correlate", json={**D2L_EXAMPLE, "mode": "upside down"}))
+        responses.append(send("POST", "/correlate", json={"input": [[1]], "kernel": [[1, 1]]}))
+        responses.append(send("GET", "/conv2d"))
+        responses.append(send("GET", "/no/such/path"))
         elapsed = time.perf_counter() - start
-        engines = [answer.json()["engine"] for answer in answers[:4]]
+        engines = [response.json()["engine"] for response in responses[:4]]
         after = subtract(before, scrape_metrics(send))
 
     def requests(route: str, status: int) -> float:
@@ -85,7 +85,7 @@ def test_known_traffic_gives_known_numbers(serve: ServeFn) -> None:
 
     assert [requests("/correlate", 200), requests("/correlate", 422)] == [3, 2]
     assert [requests("/conv2d", 200), requests("/conv2d", 405), requests("/train-kernel", 200)] == [1, 1, 1]
-    # The first scrape was counted once it was answered.
+    # The first scrape was counted when its response had been sent.
     assert [requests("other", 404), requests("/metrics", 200)] == [1, 1]
 
     counted: dict[str, float] = {}
@@ -96,19 +96,23 @@ def test_known_traffic_gives_known_numbers(serve: ServeFn) -> None:
     reasons = {reason: after.pop(name_series("corr2d_refused_total", reason=reason)) for reason in EXPECTED_REJECTIONS}
     assert reasons == EXPECTED_REJECTIONS
 
-    bodies = [answer.request.content for answer in answers if answer.request.method == "POST"]
+    bodies = [response.request.content for response in responses if response.request.method == "POST"]
     assert after.pop(name_series("corr2d_received_bytes_total")) == sum(map(len, bodies))
-    scrape = after.pop(name_series("corr2d_sent_bytes_total")) - sum(len(answer.content) for answer in answers)
+    scrape = after.pop(name_series("corr2d_sent_bytes_total")) - sum(len(response.content) for response in responses)
     assert 10_000 < scrape < 100_000
 
-    taken = {"/correlate": 5, "/conv2d": 2, "/train-kernel": 1, "other": 1, "/metrics": 1}
-    assert {route: after[name_series("corr2d_request_seconds_count", route=route)] for route in taken} == taken
-    assert 0 < sum(after[name_series("corr2d_request_seconds_sum", route=route)] for route in taken) < 2 * elapsed
-    # What does not fit together was parsed, and found out when it was to be computed; only the fit waited for a thread.
+    counts = {"/correlate": 5, "/conv2d": 2, "/train-kernel": 1, "other": 1, "/metrics": 1}
+    assert {route: after[name_series("corr2d_request_seconds_count", route=route)] for route in counts} == counts
+    assert 0 < sum(after[name_series("corr2d_request_seconds_sum", route=route)] for route in counts) < 2 * elapsed
+    # The kernel that is too large was parsed and rejected by the computation; only the fit waited for a thread.
     phases = {"parse": 7, "wait": 1, "compute": 6, "encode": 5}
     assert {phase: after[name_series("corr2d_phase_seconds_count", phase=phase)] for phase in phases} == phases
-    said = sum(float(ms) for answer in answers for ms in re.findall(r"compute;dur=([\d.]+)", get_server_timing(answer)))
-    assert after[name_series("corr2d_phase_seconds_sum", phase="compute")] == pytest.approx(said / 1000, abs=1e-5)
+    reported_ms = sum(
+        float(ms) for response in responses for ms in re.findall(r"compute;dur=([\d.]+)", get_server_timing(response))
+    )
+    assert after[name_series("corr2d_phase_seconds_sum", phase="compute")] == pytest.approx(
+        reported_ms / 1000, abs=1e-5
+    )
 
     kinds = {name for name, _ in after}
     now = {"resident_memory_bytes", "connections", "computations", "memory_used_bytes", "memory_limit_bytes"}
@@ -120,8 +124,8 @@ def test_known_traffic_gives_known_numbers(serve: ServeFn) -> None:
 EXPECTED_REJECTIONS = {"invalid-request": 1, "invalid-shape": 1, "method-not-allowed": 1, "not-found": 1}
 
 
-def get_server_timing(answer: httpx.Response) -> str:
-    return str(answer.headers["server-timing"])
+def get_server_timing(response: httpx.Response) -> str:
+    return str(response.headers["server-timing"])
 
 
 def test_histogram_counts_every_bucket_from_the_bound_up() -> None:
@@ -141,8 +145,8 @@ def test_histogram_counts_every_bucket_from_the_bound_up() -> None:
 def test_state_of_the_service_is_reported(serve: ServeFn) -> None:
     with serve(create_app(Settings(device="cpu", queue=7))) as send:
         now = scrape_metrics(send)
-    told = {name: now[name_series(f"corr2d_{name}")] for name in ("workers", "workers_ready", "queue_limit")}
-    assert told == {"workers": 1, "workers_ready": 1, "queue_limit": 7}
+    reported = {name: now[name_series(f"corr2d_{name}")] for name in ("workers", "workers_ready", "queue_limit")}
+    assert reported == {"workers": 1, "workers_ready": 1, "queue_limit": 7}
     assert now[name_series("corr2d_requests_in_progress")] == 1
     if HAS_PROC:
         assert 50e6 < now[name_series("corr2d_resident_memory_bytes")] < 10e9
@@ -168,9 +172,9 @@ def test_error_in_a_stream_is_counted_despite_status_200() -> None:
     endless = {**FIT_REQUEST, "loss": "huber", "steps": 10**6, "learning_rate": 1e-9}
     with serve_over_tcp(create_unlimited_app(timeout_s=0.5)) as send:
         before = scrape_metrics(send)
-        answer = send("POST", "/train-kernel", json=endless, headers={"Accept": "application/x-ndjson"})
+        response = send("POST", "/train-kernel", json=endless, headers={"Accept": "application/x-ndjson"})
         after = subtract(before, scrape_metrics(send))
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert after[name_series("corr2d_refused_total", reason="deadline-passed")] == 1
     assert after[name_series("corr2d_requests_total", route="/train-kernel", status="200")] == 1
 
@@ -249,7 +253,7 @@ def test_counters_outlive_a_worker_and_gauges_do_not() -> None:
     ours.queue_depth.set(1)
     worker = multiprocessing.get_context("spawn").Process(target=count_and_exit, args=(table,))
     worker.start()
-    # Until somebody waits for it, it is a zombie: its number is taken, but nobody is there.
+    # Until its parent waits for it, the worker is a zombie: its process id exists, but no process runs.
     deadline = time.monotonic() + 30
     while not table.rows()[1][ours.engines["other"]] or len(table.live_rows()) > 1:
         assert time.monotonic() < deadline
@@ -274,10 +278,10 @@ def test_reused_process_id_is_not_the_worker() -> None:
     assert table.live_rows() == []
 
 
-def test_worker_killed_while_claiming_a_row_blocks_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_killed_while_claiming_a_row_does_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counters, "LOCK_TIMEOUT_S", 0.05)
     table = SharedCounters(2)
-    assert table._lock is not None  # noqa: SLF001 - nobody but a killed process leaves it so
+    assert table._lock is not None  # noqa: SLF001 - only a killed process leaves it locked
     table._lock.acquire()  # noqa: SLF001
     Metrics(table)
     monkeypatch.setattr(counters, "LOCK_TIMEOUT_S", 60)
@@ -286,17 +290,17 @@ def test_worker_killed_while_claiming_a_row_blocks_nobody_else(monkeypatch: pyte
 
 
 def assert_all_report(address: str, expected: dict[Series, float]) -> None:
-    """Ten connections, which different workers may take, are told this once a worker has had the time to start.
+    """Assert that ten connections, which different workers may serve, report the expected values.
 
-    Until then counts may not fall, whatever dies.
+    Wait up to 120 s for a worker to start; meanwhile, the request count must not fall.
     """
     deadline = time.monotonic() + 120
-    answered = 0.0
-    told: dict[Series, float] = {}
-    while told != expected and time.monotonic() < deadline:
-        told = {name: number for name, number in scrape_metrics(httpx.request, address).items() if name in expected}
-        assert told[REQUESTS_SERIES] >= answered
-        answered = told[REQUESTS_SERIES]
+    counted = 0.0
+    reported: dict[Series, float] = {}
+    while reported != expected and time.monotonic() < deadline:
+        reported = {name: number for name, number in scrape_metrics(httpx.request, address).items() if name in expected}
+        assert reported[REQUESTS_SERIES] >= counted
+        counted = reported[REQUESTS_SERIES]
         time.sleep(0.05)
     for _ in range(10):
         now = scrape_metrics(httpx.request, address)
@@ -317,13 +321,13 @@ def test_any_worker_reports_all_and_a_kill_loses_nothing(tmp_path: Path) -> None
             for _ in range(times):
                 assert httpx.post(f"{address}/correlate", json=D2L_EXAMPLE).status_code == 200
 
-        def expected(answered: int, restarts: int) -> dict[Series, float]:
+        def expected(counted: int, restarts: int) -> dict[Series, float]:
             limit, computed = (
                 name_series("corr2d_queue_limit"),
                 name_series("corr2d_phase_seconds_count", phase="compute"),
             )
             state = {WORKERS_SERIES: 2, READY_SERIES: 2, limit: 2 * Settings().queue}
-            return {**state, REQUESTS_SERIES: answered, computed: answered, RESTARTS_SERIES: restarts}
+            return {**state, REQUESTS_SERIES: counted, computed: counted, RESTARTS_SERIES: restarts}
 
         correlate(40)
         assert_all_report(address, expected(40, 0))

@@ -1,4 +1,4 @@
-"""What headers and the query string ask for: formats, codings and options."""
+"""Tests of content negotiation by headers, and of options in the query string."""
 
 import gzip
 import http.client
@@ -39,7 +39,7 @@ Lines = list[tuple[str, str]]
 def post_json(
     send: SendFn, headers: Headers | Lines, path: str = "/correlate", body: bytes = SMALL_BODY
 ) -> httpx.Response:
-    """A JSON body unless the header says otherwise."""
+    """Post a JSON body, unless `headers` declares another type."""
     lines = list(headers.items()) if isinstance(headers, dict) else headers
     if not any(name.lower() == "content-type" for name, _ in lines):
         lines = [("Content-Type", JSON), *lines]
@@ -47,7 +47,7 @@ def post_json(
 
 
 def post_with_query(send: SendFn, query: str, path: str = "/correlate", **changes: object) -> httpx.Response:
-    """A JSON body of that endpoint's arrays, changed (None: left out), and a query string as it stands."""
+    """Post the endpoint's arrays as JSON, changed by `changes` (None: left out), with a verbatim query string."""
     fields = {name: value for name, value in {**ARRAYS[path], **changes}.items() if value is not None}
     return send("POST", f"{path}?{query}", json=fields)
 
@@ -91,7 +91,7 @@ TYPE_BY_ACCEPT = {
     "image/png;q=1.000": PNG,
     "image/png;level=9;q=0.5, application/json;q=0.4": PNG,
 }
-"""Accept, and what an answer to it is in (RFC 9110, 12.5.1): of several liked alike, the first that is served."""
+"""The response type for each Accept header (RFC 9110, 12.5.1); of equal qualities, the first that is served wins."""
 
 
 @pytest.mark.parametrize(("accept", "expected"), TYPE_BY_ACCEPT.items(), ids=map(repr, TYPE_BY_ACCEPT))
@@ -104,7 +104,7 @@ def test_accept_selects_the_response_format(send_in_process: SendFn, accept: str
 def send_raw_request(
     address: str, lines: Lines, body: bytes = SMALL_BODY
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """A request with these header fields and none that a client adds by itself."""
+    """Send a request with exactly these header fields: the client adds none."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
     connection.putrequest("POST", "/correlate", skip_accept_encoding=True)
     for name, value in [("Content-Length", str(len(body))), *lines]:
@@ -130,7 +130,7 @@ def test_content_type_is_never_guessed(address: str) -> None:
 
 
 def send_headers_only(address: str, request: str) -> bytes:
-    """What comes back where no byte of the body is ever sent."""
+    """Return the response to a request whose body is never sent."""
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=5) as connection:
         connection.sendall(request.replace("\n", "\r\n").encode())
@@ -247,12 +247,12 @@ def test_small_or_incompressible_response_is_not_compressed(send: SendFn, rng: n
 
 
 def record_arguments(monkeypatch: pytest.MonkeyPatch, verb: str) -> dict[str, Any]:
-    """What core's verb will be called with."""
+    """Replace a function of core by one that records its arguments; return the dictionary that receives them."""
     arguments: dict[str, Any] = {}
 
     def record(**passed: Any) -> None:
         arguments.update(passed)
-        raise core.InvalidOption("seen")  # instead of computing
+        raise core.InvalidOption("seen")  # skips the computation
 
     monkeypatch.setattr(core, verb, record)
     return arguments
@@ -261,7 +261,7 @@ def record_arguments(monkeypatch: pytest.MonkeyPatch, verb: str) -> dict[str, An
 QUERY_OPTIONS: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str, object]]]]] = {
     "/correlate": (
         CorrelateRequest,
-        "correlate",
+        "plan_correlate",
         {
             "input": [("[[1, 2.5]]", [[1, 2.5]]), ('{"shape": [1, 2], "dtype": "int8", "data": [3, 4]}', [[3, 4]])],
             "kernel": [("[[1,0,-1]]", [[1, 0, -1]]), ("gaussian(2.0)", "gaussian(2.0)"), ("sobel_x", "sobel_x")],
@@ -277,7 +277,7 @@ QUERY_OPTIONS: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str
     ),
     "/conv2d": (
         Conv2dRequest,
-        "conv2d",
+        "plan_conv2d",
         {
             "input": [("[[1, 2]]", [[1, 2]])],
             "weight": [("[[1,0,-1]]", [[1, 0, -1]]), ("[[[[1]]]]", [[[[1]]]])],
@@ -336,7 +336,7 @@ QUERY_OPTIONS: dict[str, tuple[type[RequestModel], str, dict[str, list[tuple[str
         },
     ),
 }
-"""For each endpoint: its model, core's verb, and for each field what stands in a query string and what core gets."""
+"""For each endpoint: its model, its function in core, and for each field pairs of query text and value for core."""
 
 
 @pytest.mark.parametrize("path", QUERY_OPTIONS)
@@ -380,7 +380,7 @@ def test_every_query_option_reaches_core(
 
 
 def build_array_files() -> dict[str, bytes]:
-    """The same array in the formats that have room for arrays only."""
+    """Return the same array in the formats that hold arrays only, by media type."""
     archive, ones = io.BytesIO(), np.ones((3, 3))
     np.savez(archive, input=ones)
     single = io.BytesIO()
@@ -481,7 +481,8 @@ def test_equivalent_query_spellings_give_the_same_response(send: SendFn, query: 
 def test_non_ascii_bytes_are_rejected(address: str, query: str) -> None:
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=5) as connection:
-        head = f"POST /correlate?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nContent-Length: {len(SMALL_BODY)}\r\n"
+        fields = f"Host: x\r\nContent-Type: {JSON}\r\nContent-Length: {len(SMALL_BODY)}\r\n"
+        head = f"POST /correlate?{query} HTTP/1.1\r\n{fields}"
         connection.sendall(head.encode("latin-1") + b"Connection: close\r\n\r\n" + SMALL_BODY)
         received = connection.makefile("rb").read()
     assert received[9:12] in (b"422", b"400")

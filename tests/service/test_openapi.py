@@ -1,4 +1,4 @@
-"""The description at /openapi.json: valid, complete, true, and good enough to make a client from."""
+"""Tests that the OpenAPI schema is valid, complete, correct, and sufficient to generate a client."""
 
 import io
 import json
@@ -44,7 +44,7 @@ SERVED_FORMATS = {
 }
 
 COMMON_HEADERS = {"connection", "content-type", "content-length", "vary", "date", "server"}
-"""Headers that HTTP itself explains."""
+"""Headers that HTTP defines, so that the schema need not describe them."""
 
 parametrize_endpoints = pytest.mark.parametrize("path", MODELS)
 
@@ -56,9 +56,9 @@ from client import Client
 from client.api.convolution import correlate
 from client.models import CorrelateRequest
 
-asked = CorrelateRequest.from_dict(json.loads(sys.argv[2]))
-answer = correlate.sync(client=Client(base_url=sys.argv[1]), body=asked)
-print(json.dumps({"shape": answer.shape, "output": answer.output}))
+body = CorrelateRequest.from_dict(json.loads(sys.argv[2]))
+response = correlate.sync(client=Client(base_url=sys.argv[1]), body=body)
+print(json.dumps({"shape": response.shape, "output": response.output}))
 """
 
 
@@ -79,7 +79,7 @@ def get_example(path: str) -> dict[str, Any]:
 
 
 def encode_example(media_type: str, example: dict[str, Any]) -> bytes:
-    """The example's arrays, or its input alone, in that format."""
+    """Encode the example's arrays in a format, or only its input if the format holds one array."""
     arrays = {name: np.array(value, np.float32) for name, value in example.items() if isinstance(value, list)}
     encode = FORMATS[media_type].encode
     if encode is not None:
@@ -119,8 +119,8 @@ def test_every_option_is_described_without_sent_defaults(api_description: dict[s
 def test_every_binary_format_has_a_working_command(
     send: SendFn, api_description: dict[str, Any], path: str, media_type: str
 ) -> None:
-    said = get_operation(api_description, path)["requestBody"]["content"][media_type]["schema"]["description"]
-    command = re.findall("`(curl .*)`", said)[0]
+    description = get_operation(api_description, path)["requestBody"]["content"][media_type]["schema"]["description"]
+    command = re.findall("`(curl .*)`", description)[0]
     *_, content_type, address = shlex.split(command)
     assert content_type == f"Content-Type: {media_type}"
     response = send(
@@ -159,7 +159,7 @@ def test_responses_match_their_schema(send: SendFn, api_description: dict[str, A
 
 
 def iter_links(app_description: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(method, path, link) of every one."""
+    """Yield (method, path, link) of every link."""
     for path, operations in app_description["paths"].items():
         for method, described in operations.items():
             for link in described["responses"]["200"].get("links", {}).values():
@@ -167,7 +167,7 @@ def iter_links(app_description: dict[str, Any]) -> Iterator[tuple[str, str, dict
 
 
 def evaluate_expression(expression: str, request: Any, response: Any) -> Any:
-    """The part of a request or an answer that a link's expression names."""
+    """Return the part of a request or response that a link's runtime expression names."""
     source, _, pointer = expression.partition("#/")
     value = {"$request.body": request, "$response.body": response}[source]
     for key in pointer.split("/"):
@@ -180,10 +180,10 @@ LINKS = list(iter_links(create_app(Settings()).openapi()))
 
 @pytest.mark.parametrize(("method", "path", "link"), LINKS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_response_link_can_be_followed(send: SendFn, method: str, path: str, link: dict[str, Any]) -> None:
-    asked = get_example(path) if method == "post" else None
-    answer = send(method.upper(), path, json=asked).json()
+    request_body = get_example(path) if method == "post" else None
+    result = send(method.upper(), path, json=request_body).json()
     body, query = (
-        {name: evaluate_expression(expression, asked, answer) for name, expression in link.get(part, {}).items()}
+        {name: evaluate_expression(expression, request_body, result) for name, expression in link.get(part, {}).items()}
         for part in ("requestBody", "parameters")
     )
     to = next(to for to in MODELS if make_operation_id(to) == link["operationId"])
@@ -193,7 +193,9 @@ def test_every_response_link_can_be_followed(send: SendFn, method: str, path: st
 
 
 def test_query_list_is_described_as_text(send: SendFn, api_description: dict[str, Any]) -> None:
-    parameters = {said["name"]: said for said in get_operation(api_description, "/train-kernel")["parameters"]}
+    parameters = {
+        parameter["name"]: parameter for parameter in get_operation(api_description, "/train-kernel")["parameters"]
+    }
     assert parameters["betas"]["schema"]["type"] == "string"
     query = {"solver": "adam", "betas": "[0.9, 0.99]", "tolerance": "null"}
     assert parameters["tolerance"]["schema"]["type"] == ["number", "null"]
@@ -222,7 +224,7 @@ def test_format_rejection_has_the_described_headers(
 def test_generated_client_computes_the_d2l_example(
     api_description: dict[str, Any], address: str, tmp_path: Path
 ) -> None:
-    # Media types that it does not know, it is told to read as bytes.
+    # The generator does not know these media types: configure them as bytes.
     binary = {media_type: "application/octet-stream" for media_type in FORMATS if media_type != "application/json"}
     (tmp_path / "openapi.json").write_text(json.dumps(api_description))
     (tmp_path / "config.yml").write_text(json.dumps({"post_hooks": [], "content_type_overrides": binary}))

@@ -1,4 +1,4 @@
-"""The queue before the threads that compute: who comes when, who is refused, and what is given back."""
+"""Tests of the worker pool: order of the queue, rejections, and release of reserved memory."""
 
 import asyncio
 import threading
@@ -36,7 +36,7 @@ BeginFn = Callable[..., "asyncio.Task[Any]"]
 
 @asynccontextmanager
 async def hold_jobs(pool: WorkerPool, *costs: Cost) -> AsyncIterator[threading.Event]:
-    """Computations that run until they are released, at the latest at the end of the block."""
+    """Run jobs until the yielded event is set, at the latest until the end of the block."""
     release = threading.Event()
     tasks = []
     for cost in costs:
@@ -57,7 +57,7 @@ async def hold_jobs(pool: WorkerPool, *costs: Cost) -> AsyncIterator[threading.E
 
 
 async def queue_job(pool: WorkerPool, cost: Cost, run: Callable[[Check], Any]) -> "asyncio.Task[Any]":
-    """A computation that has come to the queue."""
+    """Submit a job and return its task once the job is in the queue."""
     task = asyncio.create_task(pool.run(Reservation(pool.admission), cost, run))
     await asyncio.sleep(0)
     return task
@@ -67,8 +67,8 @@ async def test_full_queue_rejects_at_once_and_frees_its_slots() -> None:
     pool = create_pool(queue=1)
     async with hold_jobs(pool, LONG_COST) as release:
         task = await queue_job(pool, LONG_COST, lambda _: "waited")
-        with pytest.raises(Busy, match="1 requests wait, as many as may"):
-            await pool.run(Reservation(pool.admission), LONG_COST, lambda _: "refused")
+        with pytest.raises(Busy, match=r"the queue is full \(1 waiting\): retry later \(limit: CORR2D_QUEUE\)"):
+            await pool.run(Reservation(pool.admission), LONG_COST, lambda _: "rejected")
         release.set()
         assert await task == "waited"
         assert await pool.run(Reservation(pool.admission), LONG_COST, lambda _: "served") == "served"
@@ -87,8 +87,8 @@ async def test_short_job_overtakes_an_earlier_long_one_for_a_while() -> None:
     async with hold_jobs(pool, LONG_COST, SHORT_COST) as release:
         tasks = [await queue_job(pool, Cost(1, 1, 0.2), lambda _: order.append("long"))]
         tasks.append(await queue_job(pool, SHORT_COST, lambda _: order.append("soon")))
-        # The long one's turn is two seconds after it came: whoever comes later than that is behind it.
-        pool._waiting[-1].arrived -= 3  # noqa: SLF001 - so that nobody has to wait them
+        # The long job's priority is two seconds after its arrival: jobs that arrive later than that run after it.
+        pool._waiting[-1].arrived -= 3  # noqa: SLF001 - simulate three seconds of waiting
         tasks.append(await queue_job(pool, SHORT_COST, lambda _: order.append("late")))
         release.set()
         await asyncio.gather(*tasks)
@@ -103,7 +103,7 @@ async def test_jobs_wait_for_memory_and_small_ones_pass() -> None:
         second = await queue_job(pool, large, lambda _: "second")
         third = await queue_job(pool, LONG_COST, lambda _: "third")
         assert await pool.run(Reservation(pool.admission), SHORT_COST, lambda _: "short") == "short"
-        # A lane is free and its memory would be there, but it may not keep the one before it waiting for ever.
+        # A worker and enough memory are free, but the third job must not delay the second one indefinitely.
         assert not third.done()
         assert pool.depth == 2
         release.set()
@@ -138,7 +138,7 @@ async def test_long_jobs_leave_a_quarter_of_the_queue() -> None:
     pool = create_pool(concurrency=1, queue=4, queue_timeout_s=100, timeout_s=200)
     async with hold_jobs(pool, LONG_COST, SHORT_COST) as release:
         tasks = [await queue_job(pool, LONG_COST, lambda _: None) for _ in range(3)]
-        with pytest.raises(Busy, match="3 long requests wait"):
+        with pytest.raises(Busy, match=r"full for long requests \(3 waiting\)"):
             await pool.run(Reservation(pool.admission), LONG_COST, lambda _: None)
         tasks.append(await queue_job(pool, SHORT_COST, lambda _: None))
         release.set()
@@ -150,7 +150,9 @@ async def test_long_expected_wait_is_rejected_with_retry_after() -> None:
     async with hold_jobs(pool, Cost(1, 1, 8)):
         task = await queue_job(pool, Cost(1, 1, 5), lambda _: None)
         start = time.monotonic()
-        with pytest.raises(Busy, match="would not come within 10 s") as caught:
+        with pytest.raises(
+            Busy, match=r"the expected wait exceeds 10 s: retry later \(limit: CORR2D_QUEUE_TIMEOUT_S\)"
+        ) as caught:
             await pool.run(Reservation(pool.admission), Cost(1, 1, 6), lambda _: None)
         assert time.monotonic() - start < 1
         assert 12 <= int(caught.value.headers["Retry-After"]) <= 13
@@ -160,7 +162,7 @@ async def test_long_expected_wait_is_rejected_with_retry_after() -> None:
 async def test_retry_after_follows_the_measured_queue_speed() -> None:
     pool = create_pool()
     for _ in range(40):
-        # Predicted to take a twentieth of what they take.
+        # The prediction is a twentieth of the actual time.
         await pool.run(Reservation(pool.admission), Cost(1, 1, 0.001), lambda _: time.sleep(0.02))
     async with hold_jobs(pool, Cost(1, 1, 0.5)):
         assert int(pool.retry_headers()["Retry-After"]) >= 5
@@ -169,8 +171,8 @@ async def test_retry_after_follows_the_measured_queue_speed() -> None:
 async def test_queue_timeout_rejects_and_leaves_the_queue() -> None:
     pool, computed = create_pool(queue_timeout_s=0.1), list[str]()
     async with hold_jobs(pool, Cost(1, 1, 0.2), SHORT_COST) as release:
-        pool._predicted_s = 1e9  # noqa: SLF001 - it believes itself to be fast
-        with pytest.raises(Busy, match=r"its turn did not come within 0\.1 s"):
+        pool._predicted_s = 1e9  # noqa: SLF001 - makes the pool underestimate the wait
+        with pytest.raises(Busy, match=r"the request did not start within 0\.1 s"):
             await pool.run(Reservation(pool.admission), SHORT_COST, lambda _: computed.append("too late"))
         assert pool.depth == 0
         release.set()
@@ -180,7 +182,7 @@ async def test_queue_timeout_rejects_and_leaves_the_queue() -> None:
 async def test_disconnected_client_leaves_the_queue() -> None:
     pool, computed = create_pool(), list[str]()
     async with hold_jobs(pool, LONG_COST) as release:
-        task = await queue_job(pool, LONG_COST, lambda _: computed.append("for nobody"))
+        task = await queue_job(pool, LONG_COST, lambda _: computed.append("abandoned"))
         assert pool.depth == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -204,7 +206,7 @@ async def test_deadline_is_reported_to_the_job_and_frees_its_thread() -> None:
         await pool.run(reservation, LONG_COST, loop_until_raised)
     assert reservation.timing.compute > 150
     assert await pool.run(Reservation(pool.admission), SHORT_COST, lambda _: "served") == "served"
-    while pool.busy:  # noqa: ASYNC110 - the thread that ends knows of no loop
+    while pool.busy:  # noqa: ASYNC110 - the thread cannot notify the event loop
         await asyncio.sleep(0.01)
     assert pool.admission.used == 0
     pool.close()
@@ -217,7 +219,7 @@ async def test_queued_job_past_its_deadline_never_starts() -> None:
     async with hold_jobs(pool, LONG_COST) as release:
         with pytest.raises(DeadlineExceeded):
             await pool.run(reservation, LONG_COST, lambda _: computed.append("too late"))
-        # The next job of the same request does not even come to the queue.
+        # The next job of the same request does not even enter the queue.
         with pytest.raises(DeadlineExceeded):
             await pool.run(reservation, SHORT_COST, lambda _: computed.append("much too late"))
         release.set()
@@ -229,18 +231,18 @@ async def test_abandoned_job_frees_worker_at_once_memory_at_end() -> None:
     reservation = Reservation(pool.admission)
     reservation.deadline = time.perf_counter() + 0.2
 
-    def deaf(_: Check) -> None:
+    def ignore_check(_: Check) -> None:
         begun.set()
         release.wait(30)
 
     try:
         with pytest.raises(DeadlineExceeded):
-            await pool.run(reservation, Cost(300, 1, 1), deaf)
+            await pool.run(reservation, Cost(300, 1, 1), ignore_check)
         assert begun.is_set()
         assert (pool.running, pool.busy) == (0, True)
         assert await pool.run(Reservation(pool.admission), Cost(100, 1, 1), lambda _: "the next") == "the next"
         assert pool.admission.used == 300 * MEGABYTE
-        # There are as many threads to spare, and no more.
+        # Three more abandoned jobs use up the threads.
         for _ in range(3):
             reservation = Reservation(pool.admission)
             reservation.deadline = time.perf_counter() + 0.1
@@ -252,7 +254,7 @@ async def test_abandoned_job_frees_worker_at_once_memory_at_end() -> None:
     finally:
         release.set()
     assert await task == "once a thread is free"
-    while pool.busy:  # noqa: ASYNC110 - the thread that ends knows of no loop
+    while pool.busy:  # noqa: ASYNC110 - the thread cannot notify the event loop
         await asyncio.sleep(0.01)
     assert pool.admission.used == 0
     pool.close()
@@ -263,7 +265,7 @@ async def test_result_memory_is_held_until_the_request_ends() -> None:
     reservation, reader = Reservation(pool.admission), Reservation(pool.admission)
     await pool.run(reservation, Cost(400, 1, 1), lambda _: None, result=200 * MEGABYTE)
     assert pool.admission.used == 200 * MEGABYTE
-    # Encoded it is smaller.
+    # The encoded result is smaller.
     reservation.reserve_result(150 * MEGABYTE)
     pending = await queue_job(pool, Cost(400, 1, 1), lambda _: "has memory")
     assert pool.depth == 1
@@ -280,18 +282,18 @@ async def test_unread_results_leave_memory_for_smaller_ones() -> None:
     pool = create_pool(memory=1000, queue_timeout_s=0.1)
     readers = []
 
-    async def asked(size: int, seconds: float) -> None:
+    async def run_unread_job(size: int, seconds: float) -> None:
         reservation = Reservation(pool.admission)
         await pool.run(reservation, Cost(size, 1, seconds), lambda _: None, result=size * MEGABYTE)
         readers.append(reservation)
 
     for seconds in (1, 0.01):
-        with pytest.raises(Busy):  # noqa: PT012 - one of them
+        with pytest.raises(Busy):  # noqa: PT012 - one of the calls raises
             for _ in range(100):
-                await asked(60, seconds)
+                await run_unread_job(60, seconds)
     assert pool.admission.is_low_on_memory
     for _ in range(3):
-        await asked(10, 0.01)
+        await run_unread_job(10, 0.01)
         await pool.run(Reservation(pool.admission), Cost(60, 1, 0.01), lambda _: "computed")
     for reservation in readers:
         reservation.close()
@@ -342,7 +344,7 @@ def test_bodies_are_limited_to_their_memory_fraction() -> None:
     most = int(BODY_MEMORY_FRACTION * admission.memory)
     one, other = Reservation(admission), Reservation(admission)
     one.reserve_body(most - MEGABYTE)
-    with pytest.raises(Busy, match=r"2\.0 MB more of bodies do not fit") as caught:
+    with pytest.raises(Busy, match=r"2\.0 MB more do not fit") as caught:
         other.reserve_body(2 * MEGABYTE)
     assert caught.value.headers == {"Retry-After": "1"}
     with pytest.raises(Busy):
@@ -365,7 +367,7 @@ async def test_admission_is_limited_to_running_plus_queued() -> None:
         assert pool.slots == 5
     pool = create_pool(concurrency=2, queue=3)
     async with hold_jobs(pool, LONG_COST, SHORT_COST) as release:
-        # Beside a long one there is room for one short one more.
+        # In addition to the long job, one more short job can run.
         assert pool.slots == 6
         release.set()
     assert pool.slots == 5
@@ -377,7 +379,7 @@ def test_request_has_one_slot_and_frees_it_once() -> None:
     one.take_slot()
     one.take_slot()
     other.take_slot()
-    with pytest.raises(Busy, match="as many as may"):
+    with pytest.raises(Busy, match="all 2 request slots are in use"):
         third.take_slot()
     with pytest.raises(Busy):
         admission.check_capacity("/", MEGABYTE)
@@ -440,10 +442,10 @@ async def test_job_that_fills_the_queue_rejects_by_headers() -> None:
                 jobs.append(asyncio.ensure_future(pool.run(reservation, Cost(0, 0, 0.5), lambda _: None)))
                 await asyncio.sleep(0)
 
-        with pytest.raises(Busy, match="its turn would not come"):
+        with pytest.raises(Busy, match="the expected wait exceeds"):
             await send(9)
         assert pool.depth == len(jobs) >= 1
-        # One that leaves makes room for another one.
+        # A cancelled job frees its slot for another one.
         jobs.pop().cancel()
         await asyncio.sleep(0.01)
         pool.admission.check_capacity("/train-kernel", 1000)

@@ -1,4 +1,4 @@
-"""Request ids, Server-Timing and the one line that a request leaves in the log."""
+"""Tests of request ids, Server-Timing and the log line of each request."""
 
 import re
 
@@ -54,7 +54,7 @@ def test_internal_error_shows_only_the_request_id(log: LogCapture) -> None:
 
     @app.get("/bug")
     async def bug() -> None:
-        raise ZeroDivisionError("a secret of the house")
+        raise ZeroDivisionError("an internal secret")
 
     with serve_in_process(app) as send:
         log.entries.clear()

@@ -1,6 +1,7 @@
-"""What /openapi.json says holds for whatever is sent: schemathesis makes requests of it, and looks at the answers.
+"""Tests of the service against /openapi.json: schemathesis generates requests from it and checks the responses.
 
-Its every check is on, in its four phases. `HYPOTHESIS_PROFILE=thorough` makes thousands, others each time.
+All of its checks are on, in its four phases. `HYPOTHESIS_PROFILE=thorough` sends thousands of requests, with a new seed
+for each run.
 """
 
 import gzip
@@ -45,15 +46,15 @@ api_schema = schemathesis.openapi.from_dict(
             "generation": {"deterministic": not IS_THOROUGH},
             "phases": {"coverage": {"generate-duplicate-query-parameters": True}},
             "checks": {
-                # 413: what is wrong may also be over a limit.
+                # 413: an invalid request may also be over a limit.
                 "negative_data_rejection": {"expected-statuses": [400, 405, 406, 413, 415, 422]},
                 "positive_data_acceptance": {"expected-statuses": ["2xx"]},
             },
             "operations": [
                 {
                     "include-name": operation,
-                    # No schema says which shapes and options go together, how much is too much to compute, or what
-                    # bytes are a picture. What it takes in JSON is never unparsable, though: see below.
+                    # The schema cannot say which shapes and options are compatible, which computations are too large,
+                    # or which bytes are an image. JSON that fits the schema must be parsable: see `assert_parsable`.
                     "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", 400, 413, 422]}},
                 }
                 for operation in COMPUTING_OPERATIONS
@@ -73,7 +74,7 @@ INPUT_FILES: Mapping[str, bytes] = {
     },
     jpeg.MEDIA_TYPE: FILES_OF_ALL_KINDS["jpeg"][1],
 }
-"""The image, in every binary format."""
+"""The body with `IMAGE` in every binary format, by media type."""
 
 for media_type, file in INPUT_FILES.items():
     schemathesis.openapi.media_type(media_type, st.just(file) | st.binary())
@@ -85,7 +86,7 @@ def float32_arrays(*shape: int) -> st.SearchStrategy[NDArray[Any]]:
 
 @st.composite
 def matching_arrays(draw: st.DrawFn, path: str, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
-    """Arrays that fit an input of that shape."""
+    """Draw the other arrays of a request for an input of that shape."""
     *_, height, width = shape
     size = draw(st.integers(1, height)), draw(st.integers(1, width))
     match path:
@@ -106,9 +107,9 @@ def draw_few(draw: st.DrawFn, options: Mapping[str, Any], taken: Mapping[str, An
 
 @st.composite
 def valid_cases(draw: st.DrawFn, case: AnyCase) -> AnyCase:
-    """The case with arrays that fit together and few options, asking for any format that is served."""
-    answers = case.operation.definition.raw["responses"]["200"]["content"]
-    case.headers["Accept"] = draw(st.just(json.MEDIA_TYPE) | st.sampled_from(sorted(answers)))
+    """Draw a case with arrays of compatible shapes, few options, and any response format that is served."""
+    responses = case.operation.definition.raw["responses"]["200"]["content"]
+    case.headers["Accept"] = draw(st.just(json.MEDIA_TYPE) | st.sampled_from(sorted(responses)))
     if isinstance(case.body, dict):
         image = draw(array_shapes(min_dims=2, max_dims=4, max_side=6).flatmap(lambda shape: float32_arrays(*shape)))
         arrays = {"input": image, **draw(matching_arrays(case.path, image.shape))}
@@ -122,7 +123,7 @@ def valid_cases(draw: st.DrawFn, case: AnyCase) -> AnyCase:
 
 @api_schema.hook
 def map_case(_: HookContext, case: AnyCase) -> AnyCase:
-    """An option comes in the body or in the query string, and an empty text is none of them: no schema says so."""
+    """Remove options without a value, and query options that are also in the body: the schema cannot forbid them."""
     if case.operation.label in COMPUTING_OPERATIONS and case.meta is not None:
         body = case.body if isinstance(case.body, dict) and case.meta.generation.mode.is_positive else {}
         case.query = {name: value for name, value in case.query.items() if value != "" and name not in body}
@@ -133,7 +134,7 @@ def map_case(_: HookContext, case: AnyCase) -> AnyCase:
 
 @api_schema.hook
 def flatmap_case(_: HookContext, case: AnyCase) -> st.SearchStrategy[AnyCase]:
-    """Of itself, schemathesis would hardly ever make a request that can be computed."""
+    """Replace some cases by computable ones, which schemathesis alone hardly ever generates."""
     if (
         case.operation.label not in COMPUTING_OPERATIONS
         or case.meta is None
@@ -151,7 +152,7 @@ COMPRESS_BY_CODING: Mapping[str, Callable[[bytes], bytes]] = {
 
 
 def compress_request(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """The body as its Content-Encoding says that it is."""
+    """Compress the body as its Content-Encoding says."""
     compress = COMPRESS_BY_CODING.get(str(request.headers.get("Content-Encoding")))
     if compress is not None and request.body:
         content = request.body.encode() if isinstance(request.body, str) else request.body
@@ -162,14 +163,14 @@ def compress_request(request: requests.PreparedRequest) -> requests.PreparedRequ
 
 
 def assert_parsable(case: AnyCase, status: int) -> None:
-    """JSON that fits the schema may be refused for what it says, but not for what it is."""
+    """Assert that JSON that fits the schema is never rejected as unparsable (400)."""
     fits = case.meta is not None and case.meta.generation.mode.is_positive
     assert not (fits and case.media_type == json.MEDIA_TYPE and status == 400)
 
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[str]:
-    """The address of a service with small limits: nothing that is sent takes long."""
+    """The address of a service with small limits, so that no request takes long."""
     with start_server(app) as address, open_client(address):
         yield address
 
@@ -182,37 +183,37 @@ def session() -> Iterator[requests.Session]:
 
 
 @pytest.fixture
-def answers() -> Iterator[Counter[int]]:
-    """How often there was which status: without good answers among them, little was tried."""
-    answers: Counter[int] = Counter()
-    yield answers
-    assert answers[200] > 2
+def status_counts() -> Iterator[Counter[int]]:
+    """The number of responses by status; without successful ones among them, the test would prove little."""
+    counts: Counter[int] = Counter()
+    yield counts
+    assert counts[200] > 2
 
 
 @api_schema.parametrize()
 @settings(max_examples=MAX_EXAMPLES, suppress_health_check=list(HealthCheck))
 def test_every_operation_matches_the_openapi_schema(
-    case: AnyCase, small: str, session: requests.Session, answers: Counter[int]
+    case: AnyCase, small: str, session: requests.Session, status_counts: Counter[int]
 ) -> None:
     response = case.call_and_validate(base_url=small, session=session)
-    answers[response.status_code] += 1
+    status_counts[response.status_code] += 1
     assert_parsable(case, response.status_code)
 
 
-def test_links_can_be_followed_in_sequence(small: str, session: requests.Session, answers: Counter[int]) -> None:
-    class Walk(api_schema.as_state_machine()):  # type: ignore[misc]  # a base that is made of the description
+def test_links_can_be_followed_in_sequence(small: str, session: requests.Session, status_counts: Counter[int]) -> None:
+    class Walk(api_schema.as_state_machine()):  # type: ignore[misc]  # schemathesis creates the base class from the schema
         def get_call_kwargs(self, case: AnyCase) -> dict[str, Any]:
             return {"base_url": small, "session": session}
 
         def before_call(self, case: AnyCase) -> None:
-            # A link's body is JSON, whatever else was drawn; and what it holds is not in the query string.
+            # The body of a link is JSON, whatever media type was drawn; its fields must not be in the query too.
             if isinstance(case.body, dict):
                 case.media_type = json.MEDIA_TYPE
                 case.query = {name: value for name, value in case.query.items() if name not in case.body}
 
         def after_call(self, response: schemathesis.Response, case: AnyCase) -> None:
             super().after_call(response, case)
-            answers[response.status_code] += 1
+            status_counts[response.status_code] += 1
 
     Walk.run(
         settings=settings(

@@ -1,4 +1,4 @@
-"""Who may come in, from where, what browsers are told, and that none of it is written down."""
+"""Tests of API keys, CORS, security headers, and of secrets never being logged."""
 
 import base64
 import os
@@ -73,7 +73,7 @@ def send_locked_over_tcp(locked_address: str) -> Iterator[SendFn]:
         yield send
 
 
-@pytest.fixture(params=["locked_in_process", "locked_on_a_port"])
+@pytest.fixture(params=["send_locked_in_process", "send_locked_over_tcp"])
 def send_locked(request: pytest.FixtureRequest) -> SendFn:
     sent: SendFn = request.getfixturevalue(request.param)
     return sent
@@ -81,7 +81,7 @@ def send_locked(request: pytest.FixtureRequest) -> SendFn:
 
 @pytest.fixture
 def fast_key_polling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of keys is looked at more often."""
+    """Check the key file for changes more often than in production."""
     monkeypatch.setattr("service.api_keys.KEY_FILE_CHECK_INTERVAL_S", 0.2)
 
 
@@ -125,8 +125,8 @@ def test_everything_else_needs_a_key(send_locked: SendFn, method: str, path: str
     ],
 )
 def test_any_key_is_accepted_in_either_header(send_locked: SendFn, headers: dict[str, str]) -> None:
-    answer = send_locked("POST", "/correlate", json=D2L_EXAMPLE, headers=headers)
-    assert answer.json()["output"] == [[19, 25], [37, 43]]
+    response = send_locked("POST", "/correlate", json=D2L_EXAMPLE, headers=headers)
+    assert response.json()["output"] == [[19, 25], [37, 43]]
 
 
 @pytest.mark.robustness(60)
@@ -148,7 +148,7 @@ def test_wrong_key_is_rejected_and_not_repeated(send_locked: SendFn, headers: di
     response = send_locked("POST", "/correlate", json=D2L_EXAMPLE, headers=sent)
     problem = assert_problem(response, 401)
     assert response.headers["www-authenticate"] == 'Bearer realm="corr2d", error="invalid_token"'
-    assert "none of this service's" in problem["detail"]
+    assert "invalid API key" in problem["detail"]
     for value in headers.values():
         assert value in ("", "Bearer") or value.rpartition(" ")[2] not in response.text
 
@@ -164,12 +164,12 @@ def test_body_is_not_read_without_a_key(locked_address: str) -> None:
     for length in ("Content-Length: 50000000", "Transfer-Encoding: chunked"):
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(f"{head}{length}\r\n\r\n".encode())
-            answer = b""
+            received = b""
             while part := connection.recv(65536):
-                answer += part
-        assert answer.startswith(b"HTTP/1.1 401 ")
-        assert b"100 Continue" not in answer
-        assert b"\r\nconnection: close\r\n" in answer.lower()
+                received += part
+        assert received.startswith(b"HTTP/1.1 401 ")
+        assert b"100 Continue" not in received
+        assert b"\r\nconnection: close\r\n" in received.lower()
 
 
 def test_unauthorized_get_keeps_its_connection(send_locked: SendFn) -> None:
@@ -204,7 +204,7 @@ def test_keys_are_stored_as_hashes_only() -> None:
 
 def test_keys_rotate_while_the_service_runs(fast_key_polling: None, tmp_path: Path, log: LogCapture) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"# who may\n\n{ALICE_KEY}  # Alice\n\t{BOB_KEY}\r\n")
+    file.write_text(f"# keys\n\n{ALICE_KEY}  # Alice\n\t{BOB_KEY}\r\n")
 
     def may(key: str) -> bool:
         return send("GET", "/info", headers={"X-API-Key": key}).status_code == 200
@@ -285,21 +285,21 @@ def test_key_file_is_not_checked_on_every_request(tmp_path: Path) -> None:
     start = time.monotonic()
     for _ in range(1000):
         ring.is_valid(WRONG_KEY.encode())
-    assert time.monotonic() - start < 0.9, "this machine is too busy to tell"
+    assert time.monotonic() - start < 0.9, "this machine is too busy for the measurement"
     assert ring._last_warning is None  # noqa: SLF001
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no key"),
-        (b"# only\n  # comments\n", "holds no key"),
-        (b"too-short\n", "line 1 is no key: a key has 16 to 256"),
-        (f"{ALICE_KEY}\n{BOB_KEY} {CAROL_KEY}\n".encode(), "line 2 is no key"),
-        (f"{ALICE_KEY},{BOB_KEY}\n".encode(), "line 1 is no key"),
-        ("schlüssel-0123456789".encode(), "line 1 is no key"),
-        (b"\x00\xff" * 20, "line 1 is no key"),
-        (b"x" * 257, "line 1 is no key"),
+        (b"", "contains no key"),
+        (b"# only\n  # comments\n", "contains no key"),
+        (b"too-short\n", "line 1 is not a valid key: a key has 16 to 256"),
+        (f"{ALICE_KEY}\n{BOB_KEY} {CAROL_KEY}\n".encode(), "line 2 is not a valid key"),
+        (f"{ALICE_KEY},{BOB_KEY}\n".encode(), "line 1 is not a valid key"),
+        ("schlüssel-0123456789".encode(), "line 1 is not a valid key"),
+        (b"\x00\xff" * 20, "line 1 is not a valid key"),
+        (b"x" * 257, "line 1 is not a valid key"),
     ],
 )
 def test_key_file_without_keys_is_rejected_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -324,19 +324,19 @@ def test_bom_and_crlf_are_not_part_of_a_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"api_keys": ""}, "CORR2D_API_KEYS: key 1 of 1 is no key"),
-        ({"api_keys": "tooshort-secret"}, "CORR2D_API_KEYS: key 1 of 1 is no key: a key has 16 to 256"),
+        ({"api_keys": ""}, "CORR2D_API_KEYS: key 1 of 1 is not a valid key"),
+        ({"api_keys": "tooshort-secret"}, "CORR2D_API_KEYS: key 1 of 1 is not a valid key: a key has 16 to 256"),
         ({"api_keys": f"{ALICE_KEY},"}, "key 2 of 2"),
         ({"api_keys": f"{ALICE_KEY}, two words-of-a-secret"}, "key 2 of 2"),
         ({"api_keys": "geheimschlüssel-secret"}, "key 1 of 1"),
         ({"api_keys_file": "/nowhere/keys"}, "CORR2D_API_KEYS_FILE '/nowhere/keys': cannot be read: no such file"),
-        ({"api_keys_file": ""}, "is not a file"),
-        ({"api_keys_file": "/dev/null"}, "is not a file"),
+        ({"api_keys_file": ""}, "is not a regular file"),
+        ({"api_keys_file": "/dev/null"}, "is not a regular file"),
         ({"cors_origins": "*", "cors_credentials": "true"}, "CORR2D_CORS_ORIGINS is *"),
         ({"cors_credentials": "true", "api_keys": f"{ALICE_KEY}-secret"}, "CORR2D_CORS_ORIGINS is unset"),
         ({"cors_credentials": "maybe"}, "CORR2D_CORS_CREDENTIALS 'maybe'"),
         *(
-            ({"cors_origins": origins}, "is not an origin as browsers send it")
+            ({"cors_origins": origins}, "is not a valid origin")
             for origins in (
                 *("", "example.org", "https://example.org/", "https://example.org/app", "null", "HTTPS://EXAMPLE.ORG"),
                 *("https://*.example.org", "https://example.org:443", "http://localhost:80", "*, https://example.org"),
@@ -359,7 +359,7 @@ def test_invalid_security_settings_do_not_show_the_secret(
         load_settings()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    # Nor does a trace of it.
+    # The cause of the error does not contain it either.
     assert "secret" not in f"{caught.value} {caught.value.__cause__}"
 
 
@@ -381,7 +381,7 @@ def test_browser_origins_are_accepted(origins: str) -> None:
 @pytest.mark.robustness(61)
 def test_wildcard_origin_with_credentials_is_rejected_at_start() -> None:
     line = get_startup_error("--port", "0", CORR2D_CORS_ORIGINS="*", CORR2D_CORS_CREDENTIALS="true")
-    assert "CORR2D_CORS_CREDENTIALS needs origins by name" in line
+    assert "CORR2D_CORS_CREDENTIALS requires a list of origins" in line
 
 
 @pytest.mark.robustness(60)
@@ -419,8 +419,8 @@ def test_log_contains_no_key_payload_or_query(tmp_path: Path, workers: str, log_
             assert f"{address}/correlate -H 'X-API-Key: ...'" in process.stdout.readline()
             for key, status in ((ALICE_KEY, 200), (CAROL_KEY, 200), (WRONG_KEY, 401)):
                 for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
-                    answer = send("POST", "/correlate?mode=valid", json=D2L_EXAMPLE, headers=headers)
-                    assert answer.status_code == status
+                    response = send("POST", "/correlate?mode=valid", json=D2L_EXAMPLE, headers=headers)
+                    assert response.status_code == status
                     bad = {**D2L_EXAMPLE, "kernel": "payload-in-a-field", "payload-name": [271828]}
                     assert send("POST", "/correlate?device=query-text", json=bad, headers=headers).status_code >= 400
                     send("POST", "/correlate", content=b'{"payload-broken"', headers=headers)
@@ -449,7 +449,7 @@ LogStream.isatty = lambda stream: {terminal}
 configure_logging({log_format!r})
 def fault(sent):
     key = "".join(reversed(sent))
-    raise ZeroDivisionError("a fault of ours")
+    raise ZeroDivisionError("an internal error")
 for log in (structlog.get_logger("corr2d"), logging.getLogger("uvicorn.error")):
     try:
         fault({ALICE_KEY[::-1]!r})
@@ -457,7 +457,7 @@ for log in (structlog.get_logger("corr2d"), logging.getLogger("uvicorn.error")):
         log.error("Exception in ASGI application", exc_info=error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stderr.count("a fault of ours") == 2
+    assert done.stderr.count("an internal error") == 2
     assert ALICE_KEY not in done.stderr
 
 
@@ -493,7 +493,7 @@ def test_preflight_needs_no_key(send_locked: SendFn, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "headers",
     [
         {"Origin": "https://evil.example.org"},
         {"Origin": f"{PAGE_ORIGIN}.evil.org"},
@@ -502,17 +502,17 @@ def test_preflight_needs_no_key(send_locked: SendFn, path: str) -> None:
         {"Access-Control-Request-Headers": "x-other"},
     ],
 )
-def test_disallowed_preflight_is_rejected_as_a_problem(send_locked: SendFn, asked: dict[str, str]) -> None:
-    response = send_locked("OPTIONS", "/correlate", headers={**PREFLIGHT_HEADERS, **asked})
+def test_disallowed_preflight_is_rejected_as_a_problem(send_locked: SendFn, headers: dict[str, str]) -> None:
+    response = send_locked("OPTIONS", "/correlate", headers={**PREFLIGHT_HEADERS, **headers})
     problem = assert_problem(response, 422)
     assert "Disallowed CORS" in problem["detail"]
-    if "Origin" in asked:
+    if "Origin" in headers:
         assert "access-control-allow-origin" not in response.headers
 
 
 def test_allowed_origin_can_read_responses_and_errors(send_locked: SendFn) -> None:
     from_page = {"Origin": PAGE_ORIGIN, "X-API-Key": ALICE_KEY}
-    answers = [
+    responses = [
         send_locked("POST", "/correlate", json=D2L_EXAMPLE, headers=from_page),
         send_locked("POST", "/correlate", json={}, headers=from_page),
         send_locked("POST", "/correlate", json=D2L_EXAMPLE, headers={"Origin": PAGE_ORIGIN}),
@@ -520,11 +520,11 @@ def test_allowed_origin_can_read_responses_and_errors(send_locked: SendFn) -> No
         send_locked("GET", "/correlate", headers=from_page),
         send_locked("GET", "/livez", headers={"Origin": PAGE_ORIGIN}),
     ]
-    assert [answer.status_code for answer in answers] == [200, 422, 401, 404, 405, 200]
-    for answer in answers:
-        assert answer.headers["access-control-allow-origin"] == PAGE_ORIGIN
-        assert "origin" in answer.headers["vary"].lower()
-        exposed = answer.headers["access-control-expose-headers"].lower()
+    assert [response.status_code for response in responses] == [200, 422, 401, 404, 405, 200]
+    for response in responses:
+        assert response.headers["access-control-allow-origin"] == PAGE_ORIGIN
+        assert "origin" in response.headers["vary"].lower()
+        exposed = response.headers["access-control-expose-headers"].lower()
         assert {"x-request-id", "server-timing", "retry-after", "corr2d-result"} <= set(exposed.split(", "))
 
 
@@ -540,7 +540,7 @@ def test_internal_error_can_be_read_by_an_allowed_origin(log: LogCapture, path: 
 
     @app.post("/bug")
     async def bug() -> None:
-        raise ZeroDivisionError("a secret of the house")
+        raise ZeroDivisionError("an internal secret")
 
     with serve_in_process(app) as send:
         app.state.compute = "a secret that cannot compute"
@@ -572,7 +572,7 @@ def test_wildcard_origin_is_sent_as_wildcard() -> None:
             assert "access-control-allow-credentials" not in response.headers
 
 
-# ---- what browsers are told
+# ---- security headers
 
 
 def parse_policy(response: Any) -> dict[str, str]:
@@ -587,25 +587,25 @@ def test_security_headers_forbid_sniffing_frames_and_scripts(send: SendFn, path:
     assert response.headers["x-frame-options"] == "DENY"
     assert response.headers["referrer-policy"] == "no-referrer"
     assert len(response.headers.get_list("content-security-policy")) == 1
-    told = parse_policy(response)
-    assert (told["default-src"], told["frame-ancestors"]) == ("'none'", "'none'")
-    assert "unsafe" not in str(told)
+    policy = parse_policy(response)
+    assert (policy["default-src"], policy["frame-ancestors"]) == ("'none'", "'none'")
+    assert "unsafe" not in str(policy)
 
 
 def test_docs_page_allows_only_its_own_scripts(send: SendFn) -> None:
     page = send("GET", "/docs")
-    told = parse_policy(page)
+    policy = parse_policy(page)
     inline = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)
     assert len(inline) == 1
     hashes = [f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in inline]
-    assert told["script-src"].split() == ["'self'", *hashes]
-    assert told["connect-src"] == "'self'"
+    assert policy["script-src"].split() == ["'self'", *hashes]
+    assert policy["connect-src"] == "'self'"
     assert not re.search(r"""<[^>]+ (?:style|on\w+)=""", page.text)
 
 
 def test_svg_response_forbids_scripts(send: SendFn) -> None:
-    asked = {"input": [[1, 2, 3]], "target": [[1, 2]], "seed": 0}
-    response = send("POST", "/train-kernel", json=asked, headers={"Accept": "image/svg+xml"})
+    body = {"input": [[1, 2, 3]], "target": [[1, 2]], "seed": 0}
+    response = send("POST", "/train-kernel", json=body, headers={"Accept": "image/svg+xml"})
     assert response.headers["x-content-type-options"] == "nosniff"
     assert parse_policy(response) == {
         "default-src": "'none'",

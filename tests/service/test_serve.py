@@ -1,4 +1,4 @@
-"""`corr2d serve` as its own process: start, refusal to start, workers, stop."""
+"""Tests of `corr2d serve` as a process: start, errors at the start, workers, stop."""
 
 import asyncio
 import json
@@ -39,8 +39,8 @@ def test_printed_curl_command_works(tmp_path: Path) -> None:
         command = process.stdout.readline()
         assert address.removeprefix("http://") in command
         with open_client(address):
-            answer = subprocess.run(command, shell=True, capture_output=True, check=True, text=True)  # noqa: S602 # it is for a shell
-    assert json.loads(answer.stdout)["output"] == [[19, 25], [37, 43]]
+            completed = subprocess.run(command, shell=True, capture_output=True, check=True, text=True)  # noqa: S602 - a shell command
+    assert json.loads(completed.stdout)["output"] == [[19, 25], [37, 43]]
 
 
 def test_ctrl_c_exits_cleanly(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_crashing_worker_is_restarted_after_a_pause(tmp_path: Path) -> None:
             while not (new := {*list_workers(process.pid)} - others):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-            # Long before it can count anything itself.
+            # The new worker is killed long before it reports any metric.
             (victim,) = new
         died = [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "worker died"]
         assert [line["restart_in_s"] for line in died] == [0, 1, 2]
@@ -109,7 +109,7 @@ def test_serve_can_be_stopped_during_start(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([CORR2D_COMMAND, "serve", "--port", str(port)], stdout=log, stderr=log)
-        # It listens before it loads torch, which takes much longer than these few milliseconds.
+        # The server listens before it loads torch, which takes much longer than these few milliseconds.
         while process.poll() is None:
             with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break

@@ -1,4 +1,4 @@
-"""Learning told as it happens: event streams, lines of JSON, and clients that leave."""
+"""Tests of streamed fits: server-sent events, JSON lines, and clients that disconnect."""
 
 import json
 import time
@@ -15,11 +15,11 @@ from tests.servers import SendFn, create_unlimited_app, start_server
 
 D2L_PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6, "seed": 1}
 LONG_FIT_REQUEST = {**D2L_PAIR, "loss": "huber", "steps": 1_000_000, "learning_rate": 1e-9}
-"""Minutes of steps."""
+"""A fit that takes minutes."""
 
 
 def parse_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and contents, of either form."""
+    """Yield (name, content) of each event, from either stream format."""
     if response.headers["Content-Type"] == NDJSON:
         for line in response.text.splitlines():
             content = json.loads(line)
@@ -36,7 +36,7 @@ def test_stream_ends_with_the_json_response(send: SendFn, media_type: str) -> No
     assert response.status_code == 200
     assert response.headers["Content-Type"] == media_type
     assert response.headers["Cache-Control"] == "no-store"
-    # A busy machine has time to tell of its reading.
+    # On a slow machine, the stream may also report the reading phase.
     names, contents = zip(*(event for event in parse_events(response) if event[0] != "reading"), strict=True)
     assert names[0] == "forecast"
     assert contents[0]["prediction"] == "converges"
@@ -51,14 +51,14 @@ def test_steps_are_sent_at_most_twenty_times_a_second(send: SendFn, media_type: 
     start = time.perf_counter()
     response = send("POST", "/train-kernel?history=thin", json=body, headers={"Accept": media_type})
     seconds = time.perf_counter() - start
-    told = [content for name, content in parse_events(response) if name == "step"]
-    assert 1 <= len(told) <= 20 * seconds + 1
-    assert [step["number"] for step in told] == sorted({step["number"] for step in told})
+    steps = [content for name, content in parse_events(response) if name == "step"]
+    assert 1 <= len(steps) <= 20 * seconds + 1
+    assert [step["number"] for step in steps] == sorted({step["number"] for step in steps})
     *_, (name, result) = parse_events(response)
     assert name == "result"
     assert result["steps"] == 60_000
     by_number = dict(zip(result["loss_history_steps"], result["loss_history"], strict=True))
-    assert all(by_number.get(step["number"], step["loss"]) == step["loss"] for step in told)
+    assert all(by_number.get(step["number"], step["loss"]) == step["loss"] for step in steps)
 
 
 def test_streamed_arrays_have_the_requested_form(send: SendFn) -> None:
@@ -97,13 +97,13 @@ def test_disconnected_client_stops_the_fit_within_a_step(accept: str) -> None:
     app = create_unlimited_app()
     with start_server(app) as address:
         with httpx.Client(base_url=address, timeout=0.5) as client:
-            asked = client.build_request("POST", "/train-kernel", json=LONG_FIT_REQUEST, headers={"Accept": accept})
-            # A stream begins at once; JSON would be long in coming.
+            request = client.build_request("POST", "/train-kernel", json=LONG_FIT_REQUEST, headers={"Accept": accept})
+            # A stream starts at once; a JSON response would arrive after minutes.
             with suppress(httpx.ReadTimeout):
-                client.send(asked, stream=True)
+                client.send(request, stream=True)
                 assert app.state.pool.busy
         deadline = time.monotonic() + 10
         while app.state.pool.busy:
-            assert time.monotonic() < deadline, "the work goes on for nobody"
+            assert time.monotonic() < deadline, "the fit still runs after its client disconnected"
             time.sleep(0.01)
         assert httpx.post(f"{address}/train-kernel", json=D2L_PAIR).status_code == 200

@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them from `corr2d serve` with the variables that docs/monitoring.md names."""
+"""Tests of the traces that a collector receives from `corr2d serve`, configured as in docs/monitoring.md."""
 
 import http.server
 import signal
@@ -25,15 +25,15 @@ TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
 @contextmanager
 def start_collector() -> Iterator[tuple[str, list[Span]]]:
-    """The address of a collector, and the spans that it has got."""
+    """Yield the address of a collector and the list of spans that it has received."""
     spans: list[Span] = []
 
     class Collector(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/v1/traces":
-                told = ExportTraceServiceRequest.FromString(body)
-                scopes = [scope for resource in told.resource_spans for scope in resource.scope_spans]
+                export = ExportTraceServiceRequest.FromString(body)
+                scopes = [scope for resource in export.resource_spans for scope in resource.scope_spans]
                 spans.extend(span for scope in scopes for span in scope.spans)
             self.send_response(200)
             self.end_headers()
@@ -66,11 +66,11 @@ def test_collector_receives_every_request_by_route(tmp_path: Path) -> None:
                 assert send("POST", "/conv2d", json=LAYER_REQUEST).status_code == 200
                 assert send("POST", "/train-kernel", json=FIT_REQUEST).status_code == 200
                 assert send("POST", "/correlate", json={}).status_code == 422
-            # It sends what it has before it goes.
+            # The server exports the remaining spans before it exits.
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
-    told = {span.name: span for span in spans}
-    assert {"POST /correlate", "POST /conv2d", "POST /train-kernel", "GET /readyz"} <= told.keys()
+    by_name = {span.name: span for span in spans}
+    assert {"POST /correlate", "POST /conv2d", "POST /train-kernel", "GET /readyz"} <= by_name.keys()
     (traced,) = [span for span in spans if span.trace_id.hex() == TRACE_ID and span.kind == Span.SPAN_KIND_SERVER]
     attributes = {attribute.key: attribute.value for attribute in traced.attributes}
     assert traced.name == "POST /correlate"

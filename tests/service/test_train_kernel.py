@@ -21,19 +21,19 @@ def test_d2l_example(send: SendFn) -> None:
     start = [[0.3, -0.2]]
     response = send("POST", "/train-kernel", json={**D2L_PAIR, "initial_kernel": start})
     assert response.status_code == 200
-    answer = response.json()
+    result = response.json()
     images, targets, kernel = (torch.tensor([[x]], dtype=torch.float32) for x in (*D2L_PAIR.values(), start))
     history, learned = reference.run_d2l_loop(images, targets, kernel, 0.03, 10)
-    assert answer["loss_history"] == pytest.approx(history, rel=1e-5)
-    np.testing.assert_allclose(answer["kernel"], learned[0, 0], rtol=1e-5)
-    assert answer["kernel_shape"] == [1, 2]
-    assert answer["steps"] == 10
-    assert answer["status"] == "completed"
-    assert answer["unknowns"] == 2
-    assert answer["bias"] is None
-    assert answer["seed"] is None
-    assert (answer["solver"], answer["device"], answer["learning_rate"]) == ("sgd", "cpu", 0.03)
-    assert "nonfinite" not in answer
+    assert result["loss_history"] == pytest.approx(history, rel=1e-5)
+    np.testing.assert_allclose(result["kernel"], learned[0, 0], rtol=1e-5)
+    assert result["kernel_shape"] == [1, 2]
+    assert result["steps"] == 10
+    assert result["status"] == "completed"
+    assert result["unknowns"] == 2
+    assert result["bias"] is None
+    assert result["seed"] is None
+    assert (result["solver"], result["device"], result["learning_rate"]) == ("sgd", "cpu", 0.03)
+    assert "nonfinite" not in result
 
 
 def test_fitted_kernel_can_be_sent_to_other_endpoints(send: SendFn) -> None:
@@ -43,9 +43,9 @@ def test_fitted_kernel_can_be_sent_to_other_endpoints(send: SendFn) -> None:
         np.testing.assert_allclose(edges, D2L_PAIR["target"], atol=1e-6)
 
     images = {"input": [[D2L_PAIR["input"]]], "target": [[D2L_PAIR["target"]]], "seed": 1}
-    answer = send("POST", "/train-kernel?arrays=base64", json=images).json()
-    assert answer["kernel_shape"] == answer["kernel"]["shape"] == [1, 1, 1, 2]
-    assert send("POST", "/conv2d", json={"input": images["input"], "weight": answer["kernel"]}).status_code == 200
+    result = send("POST", "/train-kernel?arrays=base64", json=images).json()
+    assert result["kernel_shape"] == result["kernel"]["shape"] == [1, 1, 1, 2]
+    assert send("POST", "/conv2d", json={"input": images["input"], "weight": result["kernel"]}).status_code == 200
 
 
 def test_d2l_field_names_and_pairs_are_accepted(send: SendFn) -> None:
@@ -98,31 +98,31 @@ def test_every_option_reaches_core(send: SendFn, rng: np.random.Generator, optio
         **options,
     }
     response = send("POST", "/train-kernel", json=body)
-    answer = response.json()
-    assert response.status_code == 200, answer
-    assert answer["kernel_shape"] == [4, 1, 3, 2]
-    # Each filter of 3 x 2 entries with both symmetries has 2 free ones, of which the sum leaves 1.
-    assert answer["unknowns"] == (4 * 1 + 4 if "symmetric" in options else 4 * 6 + 4)
-    assert answer["seed"] == (None if options["solver"] == "exact" else 9)
+    result = response.json()
+    assert response.status_code == 200, result
+    assert result["kernel_shape"] == [4, 1, 3, 2]
+    # A 3 x 2 filter with both symmetries has 2 free entries; the fixed sum leaves 1.
+    assert result["unknowns"] == (4 * 1 + 4 if "symmetric" in options else 4 * 6 + 4)
+    assert result["seed"] == (None if options["solver"] == "exact" else 9)
     expected = core.fit_kernel(**body)
     for name in TrainKernelResponse.model_fields:
         if hasattr(expected, name):
             value = getattr(expected, name)
             value = value.tolist() if isinstance(value, torch.Tensor) else value
-            assert answer[name] == (value if value is None or isinstance(value, (list, str)) else pytest.approx(value))
+            assert result[name] == (value if value is None or isinstance(value, (list, str)) else pytest.approx(value))
 
 
 def test_d2l_example_is_reported_truthfully(send: SendFn) -> None:
-    answer = send("POST", "/train-kernel", json={**D2L_PAIR, "solver": "exact"}).json()
-    np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=1e-12)
-    assert (answer["largest_eigenvalue"], answer["smallest_eigenvalue"]) == pytest.approx((60, 12))
-    assert answer["condition_number"] == pytest.approx(5)
-    assert (answer["rank"], answer["unknowns"]) == (2, 2)
-    assert answer["best_possible_loss"] == pytest.approx(0, abs=1e-12)
-    assert answer["r_squared"] == pytest.approx(1)
-    assert answer["learning_rate"] is None
-    assert answer["method"] == "normal equations"
-    np.testing.assert_allclose(answer["standard_errors"], [[0, 0]], atol=1e-9)
+    result = send("POST", "/train-kernel", json={**D2L_PAIR, "solver": "exact"}).json()
+    np.testing.assert_allclose(result["kernel"], [[-1, 1]], atol=1e-12)
+    assert (result["largest_eigenvalue"], result["smallest_eigenvalue"]) == pytest.approx((60, 12))
+    assert result["condition_number"] == pytest.approx(5)
+    assert (result["rank"], result["unknowns"]) == (2, 2)
+    assert result["best_possible_loss"] == pytest.approx(0, abs=1e-12)
+    assert result["r_squared"] == pytest.approx(1)
+    assert result["learning_rate"] is None
+    assert result["method"] == "normal equations"
+    np.testing.assert_allclose(result["standard_errors"], [[0, 0]], atol=1e-9)
 
 
 def test_divergence_can_be_rejected(send: SendFn) -> None:
@@ -131,9 +131,11 @@ def test_divergence_can_be_rejected(send: SendFn) -> None:
     )
     assert error["field"] == "learning_rate"
     assert error["got"] == "0.03"
-    tried = float(re.findall(r'try "auto" \((.*)\) or solver "exact"', error["message"])[0])
-    answer = send("POST", "/train-kernel", json={**D2L_PAIR, "bias": True, "seed": 1, "learning_rate": tried}).json()
-    assert (answer["prediction"], answer["status"]) == ("converges", "completed")
+    learning_rate = float(re.findall(r'try "auto" \((.*)\) or solver "exact"', error["message"])[0])
+    result = send(
+        "POST", "/train-kernel", json={**D2L_PAIR, "bias": True, "seed": 1, "learning_rate": learning_rate}
+    ).json()
+    assert (result["prediction"], result["status"]) == ("converges", "completed")
 
 
 def test_pixel_can_be_excluded(send: SendFn) -> None:
@@ -141,19 +143,19 @@ def test_pixel_can_be_excluded(send: SendFn) -> None:
     weights = [[1, 1, 1, 1, 1, 1, 0], *[[1] * 7] * 5]
     pair = {"input": D2L_PAIR["input"], "target": spoiled, "weights": weights}
     for body in (pair, {"pairs": [pair, D2L_PAIR]}):
-        answer = send("POST", "/train-kernel", json={**body, "solver": "exact"}).json()
-        np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=1e-12)
+        result = send("POST", "/train-kernel", json={**body, "solver": "exact"}).json()
+        np.testing.assert_allclose(result["kernel"], [[-1, 1]], atol=1e-12)
 
 
 @pytest.mark.parametrize("delta", [0.01, "auto"])
 def test_outliers_do_not_spoil_a_huber_fit(send: SendFn, delta: Any) -> None:
     spoiled = [[0, -1, 0, 0, 0, 1, 99], *D2L_PAIR["target"][1:]]
     body = {"input": D2L_PAIR["input"], "target": spoiled, "solver": "exact", "loss": "huber", "huber_delta": delta}
-    answer = send("POST", "/train-kernel", json=body).json()
-    np.testing.assert_allclose(answer["kernel"], [[-1, 1]], atol=0.01)
-    assert answer["status"] == "converged"
-    assert answer["best_possible_loss"] == answer["final_loss"]
-    assert answer["huber_delta"] == (0.01 if delta == 0.01 else pytest.approx(0, abs=1e-6))
+    result = send("POST", "/train-kernel", json=body).json()
+    np.testing.assert_allclose(result["kernel"], [[-1, 1]], atol=0.01)
+    assert result["status"] == "converged"
+    assert result["best_possible_loss"] == result["final_loss"]
+    assert result["huber_delta"] == (0.01 if delta == 0.01 else pytest.approx(0, abs=1e-6))
     assert (
         np.abs(
             np.array(send("POST", "/train-kernel", json={**body, "loss": "sum", "huber_delta": None}).json()["kernel"])
@@ -170,7 +172,7 @@ def test_invalid_huber_delta_is_rejected(send: SendFn, delta: Any, got: str) -> 
     assert error["field"] == "huber_delta"
     assert 'is not a number above 0, or "auto"' in error["message"]
     error = assert_first_error(send("POST", "/train-kernel", json={**D2L_PAIR, "huber_delta": 1}), 422)
-    assert 'huber_delta means nothing to loss "sum"' in error["message"]
+    assert 'huber_delta does not apply to loss "sum"' in error["message"]
 
 
 def test_huber_fit_can_be_streamed(send: SendFn) -> None:
@@ -181,7 +183,7 @@ def test_huber_fit_can_be_streamed(send: SendFn) -> None:
     assert result["event"] == "result"
     assert result["kernel"] == send("POST", "/train-kernel", json=body).json()["kernel"]
     names = [event["event"] for event in events]
-    # Steps that follow one another faster than the stream's events are left out.
+    # Steps that are faster than the event rate of the stream are skipped.
     assert [name for name in names if name not in ("reading", "step")] == ["forecast", "result"]
     assert events[names.index("forecast")]["message"] == "the Huber loss is minimised by reweighted least squares"
 
@@ -219,15 +221,15 @@ def test_ridge_path_and_covariance_are_returned_on_request(send: SendFn, rng: np
     image, target = rng.normal(size=(9, 9)), rng.normal(size=(2, 7, 8))
     options: dict[str, Any] = {"solver": "exact", "ridge": "auto", "bias": True}
     body = {"input": image.tolist(), "target": target.tolist(), **options, "ridge_path": True, "covariance": True}
-    answer = send("POST", "/train-kernel", json=body).json()
+    result = send("POST", "/train-kernel", json=body).json()
     expected = core.fit_kernel(image, target, **options, ridge_path=True, covariance=True)
     names = [*core.RIDGE_PATH_FIELDS, "covariance"]
     for name in names:
-        np.testing.assert_allclose(answer[name], getattr(expected, name), rtol=1e-12)
-    assert answer["ridge"] == expected.ridge
-    assert np.shape(answer["ridge_path_kernels"]) == (50, 2, 1, 3, 2)
-    assert np.shape(answer["ridge_path_biases"]) == (50, 2)
-    assert np.shape(answer["covariance"]) == (2, 7, 7)
+        np.testing.assert_allclose(result[name], getattr(expected, name), rtol=1e-12)
+    assert result["ridge"] == expected.ridge
+    assert np.shape(result["ridge_path_kernels"]) == (50, 2, 1, 3, 2)
+    assert np.shape(result["ridge_path_biases"]) == (50, 2)
+    assert np.shape(result["covariance"]) == (2, 7, 7)
 
     binary = send("POST", "/train-kernel", json=body, headers={"Accept": npz.MEDIA_TYPE})
     arrays = npz.decode(binary.content, 10**6)
@@ -276,10 +278,10 @@ def test_loss_is_returned_as_a_plot(send: SendFn, media_type: str, start: bytes)
     [
         ({"bias": True}, "diverged", "learning_rate 0.03 is above 0.01608, the largest at which gradient descent can"),
         ({"learning_rate": 1e30}, "diverged", "learning_rate 1e+30 is above 0.03333"),
-        ({"input": [[1] * 8] * 6}, "diverged", "rank 1 of 2: these examples leave 1 combination"),
+        ({"input": [[1] * 8] * 6}, "diverged", "rank 1 of 2: these examples do not determine 1 combination"),
         ({"input": [[1] * 8] * 6, "solver": "exact"}, "converged", "this is the solution of least norm"),
-        ({"input": [[0] * 8] * 6}, "completed", "its gradient is zero"),
-        ({"target": [[0] * 7] * 6, "initial_kernel": [[0, 0]]}, "completed", "its gradient is zero"),
+        ({"input": [[0] * 8] * 6}, "completed", "the gradient is zero"),
+        ({"target": [[0] * 7] * 6, "initial_kernel": [[0, 0]]}, "completed", "the gradient is zero"),
         ({"target": [[1] * 7] * 6}, "completed", "the loss fell from"),
         ({"target": [[0, 9, 0, 0, 9, 0, 0]] * 6}, "completed", "no kernel of this size explains more than"),
         ({"learning_rate": 0.0332}, "completed", "the loss fell from"),
@@ -301,13 +303,13 @@ def test_loss_is_returned_as_a_plot(send: SendFn, media_type: str, start: bytes)
 def test_each_outcome_has_its_message(send: SendFn, change: dict[str, Any], status: str, message: str) -> None:
     response = send("POST", "/train-kernel", json={**D2L_PAIR, "seed": 1, **change})
     assert response.status_code == 200
-    answer = response.json()
-    assert answer["status"] == status
-    assert message in answer["message"]
-    assert all(number is not None for number in answer["kernel"][0])
-    nulls = [number for number in [*answer["loss_history"], answer["final_loss"]] if number is None]
-    assert answer.get("nonfinite", 0) == len(nulls)
-    assert all(math.isfinite(number) for number in answer["loss_history"] if number is not None)
+    result = response.json()
+    assert result["status"] == status
+    assert message in result["message"]
+    assert all(number is not None for number in result["kernel"][0])
+    nulls = [number for number in [*result["loss_history"], result["final_loss"]] if number is None]
+    assert result.get("nonfinite", 0) == len(nulls)
+    assert all(math.isfinite(number) for number in result["loss_history"] if number is not None)
 
 
 def test_nonfinite_examples_are_rejected(send: SendFn) -> None:
@@ -318,26 +320,26 @@ def test_nonfinite_examples_are_rejected(send: SendFn) -> None:
         send("POST", "/train-kernel", content=body, headers={"Content-Type": npz.MEDIA_TYPE}), 422
     )
     assert error["field"] == "input[1][2]"
-    assert "holds 1 values that are NaN or infinite" in error["message"]
+    assert "has 1 values that are NaN or infinite" in error["message"]
 
 
 def test_constraints_are_options_of_body_and_query(send: SendFn, rng: np.random.Generator) -> None:
     body = {"input": rng.normal(size=(9, 9)).tolist(), "target": rng.normal(size=(7, 7)).tolist(), "bias": True}
     options = {"solver": "exact", "nonnegative": True, "sum_to": 1, "symmetric": "full", "smoothness": 0.5}
-    answer = send("POST", "/train-kernel", json={**body, **options}).json()
+    result = send("POST", "/train-kernel", json={**body, **options}).json()
     query = {name: str(value).lower() for name, value in options.items()}
-    assert send("POST", "/train-kernel", json=body, params=query).json() == answer
-    kernel = np.array(answer["kernel"])
+    assert send("POST", "/train-kernel", json=body, params=query).json() == result
+    kernel = np.array(result["kernel"])
     assert kernel.min() >= 0
     assert kernel.sum() == pytest.approx(1, rel=1e-9)
     assert (kernel == kernel[::-1]).all()
     assert (kernel == kernel.T).all()
-    assert answer["message"].startswith("the best nonnegative, fully symmetric kernel with sum 1 in each filter: loss ")
-    assert (answer["rank"], answer["unknowns"], answer["standard_errors"]) == (3, 3, None)
+    assert result["message"].startswith("the best nonnegative, fully symmetric kernel with sum 1 in each filter: loss ")
+    assert (result["rank"], result["unknowns"], result["standard_errors"]) == (3, 3, None)
     for params in ({"separable": "true"}, {"separable": "1"}):
-        answer = send("POST", "/train-kernel", json={**body, "solver": "exact"}, params=params).json()
-        assert np.linalg.matrix_rank(answer["kernel"], tol=1e-6) == 1
-        assert answer["best_possible_loss"] is None
+        result = send("POST", "/train-kernel", json={**body, "solver": "exact"}, params=params).json()
+        assert np.linalg.matrix_rank(result["kernel"], tol=1e-6) == 1
+        assert result["best_possible_loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -371,13 +373,13 @@ def test_validation_reaches_core(send: SendFn) -> None:
         "validation": [HELD_OUT_PAIR],
         "patience": 2,
     }
-    answer = send("POST", "/train-kernel", json=body).json()
+    result = send("POST", "/train-kernel", json=body).json()
     expected = core.fit_kernel(**{**body, "validation": [(HELD_OUT_PAIR["input"], HELD_OUT_PAIR["target"])]})
-    assert answer["status"] == "stopped_early"
-    assert answer["validation_history"] == pytest.approx(expected.validation_history)
-    assert answer["validation_loss"] == pytest.approx(expected.validation_loss)
-    assert (answer["best_step"], answer["steps"]) == (expected.best_step, expected.steps)
-    np.testing.assert_allclose(answer["kernel"], expected.kernel)
+    assert result["status"] == "stopped_early"
+    assert result["validation_history"] == pytest.approx(expected.validation_history)
+    assert result["validation_loss"] == pytest.approx(expected.validation_loss)
+    assert (result["best_step"], result["steps"]) == (expected.best_step, expected.steps)
+    np.testing.assert_allclose(result["kernel"], expected.kernel)
     plain = send("POST", "/train-kernel", json={**D2L_PAIR, "seed": 1}).json()
     assert plain["validation_history"] is plain["validation_loss"] is plain["best_step"] is None
 
@@ -447,15 +449,15 @@ def test_size_is_selected(send: SendFn) -> None:
     target = reference.correlate_valid(image, kernel)[2:-2, 1:-1]
     target += 0.1 * rng.normal(size=target.shape)
     body = {"input": image.tolist(), "target": target.tolist(), "kernel_size": "auto", "solver": "exact"}
-    answer = send("POST", "/train-kernel", json=body).json()
-    assert answer["kernel_shape"] == [3, 5]
-    assert answer["kernel_offset"] == [2, 1]
-    assert answer["kernel_sizes"] == [[rows, columns] for rows in (1, 3, 5, 7) for columns in (1, 3, 5, 7)]
-    assert answer["kernel_sizes"][int(np.argmin(answer["kernel_sizes_bic"]))] == [3, 5]
+    result = send("POST", "/train-kernel", json=body).json()
+    assert result["kernel_shape"] == [3, 5]
+    assert result["kernel_offset"] == [2, 1]
+    assert result["kernel_sizes"] == [[rows, columns] for rows in (1, 3, 5, 7) for columns in (1, 3, 5, 7)]
+    assert result["kernel_sizes"][int(np.argmin(result["kernel_sizes_bic"]))] == [3, 5]
     expected = core.fit_kernel(image, target, kernel_size="auto", solver="exact")
     assert expected.kernel_sizes_bic is not None
-    assert answer["kernel_sizes_bic"] == pytest.approx(expected.kernel_sizes_bic.tolist())
-    assert answer["message"] == expected.message
+    assert result["kernel_sizes_bic"] == pytest.approx(expected.kernel_sizes_bic.tolist())
+    assert result["message"] == expected.message
     response = send(
         "POST",
         "/train-kernel?kernel_size=auto&max_kernel_size=[3,5]&solver=exact",

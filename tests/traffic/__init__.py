@@ -1,4 +1,4 @@
-"""Good and bad requests of every kind, mixed, each checked: the traffic that the service must take without growing."""
+"""Mixed valid and invalid requests, each with a check of its response, for tests of stability under load."""
 
 from collections.abc import Iterator
 
@@ -12,16 +12,16 @@ __all__ = ["Exchange", "generate_traffic"]
 
 
 def generate_traffic(seed: int, good_first: int = 0) -> Iterator[Exchange]:
-    """Without end, the same for the same seed: a good one, a bad one, the small good one that must still be right.
+    """Yield endless exchanges, reproducible by seed: a valid one, an invalid one, and a small valid probe, in turn.
 
-    The bad ones come all, in another order each time. `good_first`: before that, so many good ones, after which all has
-    been compiled that ever is, and what is remembered of shapes is as much as is remembered at most.
+    Each round contains every invalid request, in a new order. The first `good_first` exchanges are valid: after enough
+    of them, every pipeline has been compiled and the caches are full.
     """
     rng = np.random.default_rng(seed)
     for _ in range(good_first):
         yield draw_request(rng)
     while True:
-        for place in rng.permutation(len(INVALID_REQUESTS)):
+        for index in rng.permutation(len(INVALID_REQUESTS)):
             yield draw_request(rng)
-            yield INVALID_REQUESTS[place]
+            yield INVALID_REQUESTS[index]
             yield PROBE_REQUEST

@@ -1,4 +1,4 @@
-"""What a client can do to the service, and what must come back: each kind raises AssertionError where it does not."""
+"""Exchanges between a client and the service; each raises AssertionError if the response is wrong."""
 
 import http.client
 import io
@@ -15,26 +15,26 @@ import httpx
 from tests.problem_details import assert_problem
 
 SOCKET_TIMEOUT_S = 20.0
-"""Seconds that a client of a bare socket waits for anything."""
+"""Timeout of a client that uses a raw socket, in seconds."""
 
 LINGER_RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER's: the connection is reset, what is under way is lost."""
+"""Value of SO_LINGER that resets the connection on close and discards unsent data."""
 
 
 class Exchange(Protocol):
-    """One thing that happens between a client and the service."""
+    """Exchange between a client and the service."""
 
     @property
     def name(self) -> str:
-        """What it is; with its number where it is in the list of hazards."""
+        """Short description, with the number of the robustness case if it has one."""
 
     def run_exchange(self, client: httpx.Client) -> None:
-        """Send, and check the answer."""
+        """Send the request and check the response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request that is whole, and its answer: `right` looks at one that is no problem."""
+    """Complete request with its expected status; `check_response` checks a successful response."""
 
     name: str
     path: str
@@ -45,7 +45,6 @@ class Request:
     check_response: Callable[[httpx.Response], object] = lambda _: None
 
     def run_exchange(self, client: httpx.Client) -> None:
-        """Send, and check the answer."""
         response = client.request(self.method, self.path, content=self.body, headers=self.headers)
         if self.status >= http.HTTPStatus.BAD_REQUEST:
             assert_problem(response, self.status)
@@ -57,9 +56,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class MalformedRequest:
-    """Bytes on a connection of their own, which the service answers with a problem of one of the statuses, and closes.
+    """Bytes on a new connection, to which the service responds with a problem of one of the statuses and a close.
 
-    `may_be_cut`: it may also close before all has been sent, with the answer lost on the way.
+    `may_be_truncated`: the service may also close before all has been sent, so that the response is lost.
     """
 
     name: str
@@ -68,43 +67,41 @@ class MalformedRequest:
     may_be_truncated: bool = False
 
     def run_exchange(self, client: httpx.Client) -> None:
-        """Send, and check the answer."""
         with open_connection(client) as connection:
             with suppress(ConnectionError, TimeoutError):
                 connection.sendall(self.sent)
             try:
-                answer = receive_until_closed(connection)
+                received = receive_until_closed(connection)
             except ConnectionError:
-                answer = b""
-            if answer or not self.may_be_truncated:
-                response = parse_response(answer)
+                received = b""
+            if received or not self.may_be_truncated:
+                response = parse_response(received)
                 assert response.status_code in self.statuses, response.text[:1000]
                 assert_problem(response, response.status_code)
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinedRequests:
-    """Many requests before the first answer is read: all are answered, in order."""
+    """Many requests that are sent before the first response is read; the responses must be in order."""
 
     name: str
     path: str
     count: int
 
     def run_exchange(self, client: httpx.Client) -> None:
-        """Send, and check the answers."""
         with open_connection(client) as connection:
             for number in range(self.count):
                 last = "Connection: close\r\n" if number == self.count - 1 else ""
                 head = f"GET {self.path} HTTP/1.1\r\nHost: corr2d\r\nX-Request-ID: {number}\r\n{last}\r\n"
                 connection.sendall(head.encode())
-            answers = receive_until_closed(connection).split(b"HTTP/1.1 200 OK\r\n")[1:]
-        ids = [parse_response(b"HTTP/1.1 200 OK\r\n" + answer).headers["x-request-id"] for answer in answers]
+            responses = receive_until_closed(connection).split(b"HTTP/1.1 200 OK\r\n")[1:]
+        ids = [parse_response(b"HTTP/1.1 200 OK\r\n" + received).headers["x-request-id"] for received in responses]
         assert ids == [str(number) for number in range(self.count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Disconnection:
-    """Bytes on a connection of their own, and away: once `until` has come of the answer, and after so many seconds."""
+    """Bytes on a new connection, then a disconnect: after `until` is in the response, plus `seconds`."""
 
     name: str
     sent: bytes
@@ -113,15 +110,15 @@ class Disconnection:
     reset: bool = False
 
     def run_exchange(self, client: httpx.Client) -> None:
-        """Send and leave; that nobody is harmed, the next exchange shows."""
+        """Send and disconnect; the next exchange shows that the service still works."""
         with open_connection(client) as connection:
             with suppress(ConnectionError):
                 connection.sendall(self.sent)
-            come = b""
-            while self.until not in come:
+            received = b""
+            while self.until not in received:
                 piece = connection.recv(65536)
-                assert piece, come[:1000]
-                come += piece
+                assert piece, received[:1000]
+                received += piece
             time.sleep(self.seconds)
             if self.reset:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
@@ -129,31 +126,29 @@ class Disconnection:
 
 @contextmanager
 def open_connection(client: httpx.Client) -> Iterator[socket.socket]:
-    """A connection to where the client sends its requests."""
+    """Open a connection to the server of the client."""
     url = client.base_url
     with socket.create_connection((url.host, url.port or 80), timeout=SOCKET_TIMEOUT_S) as connection:
         yield connection
 
 
 def receive_until_closed(connection: socket.socket) -> bytes:
-    """All that comes."""
     pieces = []
     while piece := connection.recv(1 << 20):
         pieces.append(piece)
     return b"".join(pieces)
 
 
-def parse_response(answer: bytes) -> httpx.Response:
-    """An answer, from its bytes."""
+def parse_response(received: bytes) -> httpx.Response:
 
     class Replay:
         def makefile(self, mode: str) -> io.BytesIO:
             del mode
-            return io.BytesIO(answer)
+            return io.BytesIO(received)
 
     response = http.client.HTTPResponse(Replay())  # type: ignore[arg-type]
     try:
         response.begin()
     except http.client.HTTPException as error:
-        raise AssertionError(f"no answer: {answer[:200]!r}") from error
+        raise AssertionError(f"not an HTTP response: {received[:200]!r}") from error
     return httpx.Response(response.status, headers=response.getheaders(), content=response.read())

@@ -1,4 +1,4 @@
-"""Legal requests that would hold up others, were they looked at on the event loop: what they ask for is not small."""
+"""Valid requests that would block others if the event loop processed them: they are large or expensive."""
 
 import gzip
 import json
@@ -10,13 +10,13 @@ from tests.sample_files import JSON, NPY, NPZ, PNG, build_png, save_npy, save_np
 from tests.traffic.exchanges import Request
 
 ABSENT_DEVICE = "none"
-"""A device that is not there: the request is rejected once it has been decoded, and nothing is computed."""
+"""A device that does not exist: the request is rejected after decoding, without a computation."""
 
 
 def build_request(
     name: str, path: str, body: bytes, media_type: str = JSON, status: int = 200, **headers: str
 ) -> Request:
-    """A POST; header names with _ for -."""
+    """Return a POST request; `headers` are given with _ for -."""
     fields = {"Content-Type": media_type} | {field.replace("_", "-"): value for field, value in headers.items()}
     return Request(name, path, body, fields, status=status)
 
@@ -26,17 +26,17 @@ LARGE_ZEROS = np.zeros((7500, 7500), np.uint8)
 
 
 def large_bodies() -> Iterator[Request]:
-    """What takes long to receive, and to decode."""
+    """Yield requests that take long to receive and to decode."""
     yield build_request("50 MB of npy", REJECTED_PATH, save_npy(LARGE_ZEROS), NPY, 422)
     yield build_request("50 MB in columns", REJECTED_PATH, save_npy(np.asfortranarray(LARGE_ZEROS)), NPY, 422)
-    yield build_request("50 MB of a picture", REJECTED_PATH, build_png(7500, 7500, bytes(7501 * 7500)), PNG, 422)
+    yield build_request("50 MB of PNG", REJECTED_PATH, build_png(7500, 7500, bytes(7501 * 7500)), PNG, 422)
     numbers = np.random.default_rng(70).normal(size=(250, 1000))
     body = json.dumps({"input": numbers.tolist(), "kernel": [[1]], "device": ABSENT_DEVICE}).encode()
     yield build_request("numbers of many digits", "/correlate", body, status=422)
 
 
 def compressed_bodies() -> Iterator[Request]:
-    """What becomes large when it is decoded."""
+    """Yield requests whose bodies are large after decompression."""
     yield build_request("50 MB in an archive", REJECTED_PATH, save_npz(input=LARGE_ZEROS), NPZ, 422)
     yield build_request(
         "50 MB of gzip", REJECTED_PATH, gzip.compress(save_npy(LARGE_ZEROS), 1), NPY, 422, Content_Encoding="gzip"
@@ -44,7 +44,7 @@ def compressed_bodies() -> Iterator[Request]:
 
 
 def many_fields() -> Iterator[Request]:
-    """What takes long to validate, or to negotiate about."""
+    """Yield requests that take long to validate or to negotiate."""
     body = json.dumps(dict.fromkeys(map(str, range(12_000)), 1)).encode()
     yield build_request("12 000 unknown fields", "/correlate", body, status=422)
     good = b'{"input": [[1]], "kernel": [[1]]}'
@@ -54,7 +54,7 @@ def many_fields() -> Iterator[Request]:
 
 
 def expensive_estimates() -> Iterator[Request]:
-    """What takes long to look at before anything is computed."""
+    """Yield requests whose cost takes long to estimate."""
     image = [[1.0, 2.0], [3.0, 4.0]]
     for name in ("motion(1023,45)", "log(127)", "gaussian(100,1023)"):
         body = json.dumps({"input": image, "kernel": name, "mode": "same", "device": ABSENT_DEVICE}).encode()
@@ -71,7 +71,7 @@ def expensive_estimates() -> Iterator[Request]:
 
 
 def large_responses() -> Iterator[Request]:
-    """What takes long to encode, to send, or to free."""
+    """Yield requests whose responses take long to encode, to send or to free."""
     image = save_npy(np.random.default_rng(70).normal(size=(1500, 1500)).astype(np.float32))
     for accept in (JSON, NPY, NPZ, PNG):
         for coding in ("identity", "gzip", "zstd"):

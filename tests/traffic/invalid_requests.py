@@ -1,4 +1,4 @@
-"""Requests that are wrong, by the numbers of the project's list of hazards, and how each is answered."""
+"""Invalid requests with their expected responses, numbered as in docs/robustness.md."""
 
 import json
 import struct
@@ -29,23 +29,23 @@ from tests.traffic.valid_requests import save_image
 SMALL_IMAGE = np.arange(9, dtype=np.float32).reshape(3, 3)
 EXAMPLE_PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6}
 LONG_FIT_REQUEST = {**EXAMPLE_PAIR, "loss": "huber", "steps": 100_000, "learning_rate": 1e-9}
-"""Seconds of steps."""
+"""A fit that takes seconds."""
 
 BINARY_PATH = "/correlate?kernel=identity"
 OVERSIZED_BYTES = 70_000_000
-"""Over the limit of a body, decoded or not."""
+"""A size over the limit of a body, before and after decoding."""
 
 
 def build_rejected_request(
     name: str, status: int, body: bytes | str, media_type: str = JSON, path: str = "/correlate", **headers: str
 ) -> Request:
-    """A POST and the status of its refusal; header names with _ for -."""
+    """Return a POST request and the status of its rejection; `headers` are given with _ for -."""
     fields = {"Content-Type": media_type} | {field.replace("_", "-"): value for field, value in headers.items()}
     return Request(name, path, body if isinstance(body, bytes) else body.encode(), fields, status=status)
 
 
 def http_errors() -> Iterator[Request]:
-    """17 to 22."""
+    """Yield robustness cases 17 to 22."""
     for method, path in (("GET", "/correlate"), ("PUT", "/conv2d"), ("DELETE", "/train-kernel"), ("POST", "/livez")):
         yield Request(f"17 {method} {path}", path, method=method, status=405)
     for path in ("/nope", "/correlate/", "/%ff%fe", "/..%2f..%2fetc/passwd", "/" + "x" * 5000):
@@ -68,7 +68,7 @@ def http_errors() -> Iterator[Request]:
 
 
 def invalid_json_bodies() -> Iterator[Request]:
-    """23 to 36."""
+    """Yield robustness cases 23 to 36."""
     for number, text in (
         (23, "NaN"),
         (23, "-Infinity"),
@@ -102,11 +102,11 @@ def invalid_json_bodies() -> Iterator[Request]:
     yield build_rejected_request("33 near miss", 422, '{"input": [[1]], "kernel": [[1]], "bondary": "reflect"}')
     yield build_rejected_request("31 unknown fields", 422, json.dumps({f"field_{number}": 1 for number in range(500)}))
     yield build_rejected_request("34 nothing", 400, b"")
-    yield build_rejected_request("34 no object", 422, "[]")
+    yield build_rejected_request("34 not an object", 422, "[]")
 
 
 def invalid_binary_bodies() -> Iterator[Request]:
-    """37 to 46."""
+    """Yield robustness cases 37 to 46."""
     plain, pixels = save_npy(SMALL_IMAGE), np.arange(300, dtype=np.uint8).reshape(20, 15)
     files: Sequence[tuple[str, int, str, bytes]] = (
         ("37 objects", 422, NPY, build_npy("(1,)", b"\x80\x04N.", descr="'|O'")),
@@ -163,7 +163,7 @@ def invalid_binary_bodies() -> Iterator[Request]:
 
 
 def invalid_computations() -> Iterator[Request]:
-    """47 to 49, 55 to 57."""
+    """Yield robustness cases 47 to 49 and 55 to 57."""
     image = SMALL_IMAGE.tolist()
     yield build_rejected_request("47 a kernel too large", 422, json.dumps({"input": image, "kernel": [[1] * 5] * 5}))
     yield build_rejected_request("47 a kernel of nothing", 422, json.dumps({"input": image, "kernel": [[]]}))
@@ -200,12 +200,12 @@ def invalid_computations() -> Iterator[Request]:
 
 
 def build_request_headers(*lines: str, path: str = "/correlate") -> bytes:
-    """The first lines of a POST of JSON."""
+    """Return the request line and headers of a JSON POST."""
     return "\r\n".join([f"POST {path} HTTP/1.1", "Host: corr2d", f"Content-Type: {JSON}", *lines, "", ""]).encode()
 
 
 def malformed_http() -> Iterator[Exchange]:
-    """5 to 16."""
+    """Yield robustness cases 5 to 16."""
     get, declared = b"GET /livez HTTP/1.1\r\nHost: corr2d\r\n", "Content-Length: 10000000000"
     many = b"".join(b"X-%d: 1\r\n" % number for number in range(10_000))
     chunks, small = b"1\r\n \r\n" * 300_000, b"GET /livez HTTP/1.1\r\nHost: corr2d\r\n\r\n"
@@ -225,7 +225,9 @@ def malformed_http() -> Iterator[Exchange]:
     yield MalformedRequest("9 a negative length", build_request_headers("Content-Length: -1"), (400,))
     yield MalformedRequest("10 a length of 30 digits", build_request_headers("Content-Length: " + "9" * 30), (400, 413))
     yield MalformedRequest("11 10 GB", build_request_headers(declared), (413,))
-    yield MalformedRequest("12 10 GB, if you please", build_request_headers(declared, "Expect: 100-continue"), (413,))
+    yield MalformedRequest(
+        "12 10 GB with Expect: 100-continue", build_request_headers(declared, "Expect: 100-continue"), (413,)
+    )
     yield MalformedRequest(
         "13 small chunks",
         build_request_headers("Transfer-Encoding: chunked") + chunks,
@@ -236,31 +238,32 @@ def malformed_http() -> Iterator[Exchange]:
         "14 a chunk of z bytes", build_request_headers("Transfer-Encoding: chunked") + b"z\r\n", (400,)
     )
     yield MalformedRequest("15 TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64), (400,))
-    yield MalformedRequest("no HTTP", b"what is this\r\n\r\n", (400,))
-    yield MalformedRequest("HTTP of another kind", small.replace(b"HTTP/1.1", b"HTTP/9.9"), (400, 505))
+    yield MalformedRequest("not HTTP", b"what is this\r\n\r\n", (400,))
+    yield MalformedRequest("unsupported HTTP version", small.replace(b"HTTP/1.1", b"HTTP/9.9"), (400, 505))
     yield PipelinedRequests("16 a hundred at once", "/livez", 100)
 
 
 def disconnections() -> Iterator[Disconnection]:
-    """53, and all the ways of leaving before that."""
+    """Yield robustness case 53 and disconnections at every earlier point of a request."""
     long = json.dumps(LONG_FIT_REQUEST).encode()
     waits = build_request_headers(f"Content-Length: {len(long)}", path="/train-kernel") + long
     streams = (
         build_request_headers(f"Content-Length: {len(long)}", "Accept: text/event-stream", path="/train-kernel") + long
     )
-    yield Disconnection("leaves at once", b"")
-    yield Disconnection("leaves in the header", build_request_headers("Content-Length: 999")[:60])
-    yield Disconnection("leaves in the body", build_request_headers("Content-Length: 999") + b'{"input": [[1, 2')
+    yield Disconnection("disconnects at once", b"")
+    yield Disconnection("disconnects in the header", build_request_headers("Content-Length: 999")[:60])
+    yield Disconnection("disconnects in the body", build_request_headers("Content-Length: 999") + b'{"input": [[1, 2')
     yield Disconnection(
-        "leaves in a large body", build_request_headers("Content-Length: 40000000") + b'{"input": [[' + b"1, " * 30_000
+        "disconnects in a large body",
+        build_request_headers("Content-Length: 40000000") + b'{"input": [[' + b"1, " * 30_000,
     )
     yield Disconnection(
-        "is torn away in the body", build_request_headers("Content-Length: 999") + b'{"input"', reset=True
+        "resets the connection in the body", build_request_headers("Content-Length: 999") + b'{"input"', reset=True
     )
-    yield Disconnection("53 leaves while it is computed", waits, seconds=0.05)
-    yield Disconnection("53 is torn away while it is computed", waits, seconds=0.05, reset=True)
-    yield Disconnection("53 leaves a stream", streams, until=b"event: step")
-    yield Disconnection("53 leaves a stream at its beginning", streams, until=b"HTTP/1.1 200")
+    yield Disconnection("53 disconnects during the computation", waits, seconds=0.05)
+    yield Disconnection("53 resets the connection during the computation", waits, seconds=0.05, reset=True)
+    yield Disconnection("53 disconnects from a stream", streams, until=b"event: step")
+    yield Disconnection("53 disconnects from a stream at its beginning", streams, until=b"HTTP/1.1 200")
 
 
 INVALID_REQUESTS: Sequence[Exchange] = (

@@ -1,4 +1,4 @@
-"""Clients that hang on: the service has to end it, in its own time."""
+"""Clients that keep connections open without progress; the service must close these after its timeouts."""
 
 import socket
 from collections.abc import Sequence
@@ -16,29 +16,32 @@ REQUEST_TIMEOUT_STATUS = 408
 
 @dataclass(frozen=True, slots=True)
 class SlowClientKind:
-    """What is sent before nothing more is, and the seconds after which the connection must have been closed."""
+    """Bytes that a slow client sends before it stops, and the seconds after which its connection must be closed."""
 
     name: str
     sent: bytes
     seconds: float
     reads: bool = True
-    answered: bool = False
+    gets_response: bool = False
 
 
 SLOW_CLIENT_KINDS: Sequence[SlowClientKind] = (
     SlowClientKind("1 idle", b"", 20),
-    SlowClientKind("2 half a header", build_request_headers("Content-Length: 999")[:60], 20, answered=True),
+    SlowClientKind("2 half a header", build_request_headers("Content-Length: 999")[:60], 20, gets_response=True),
     SlowClientKind(
-        "3 a body that stalls", build_request_headers("Content-Length: 999") + b'{"input": [[1, 2', 24, answered=True
+        "3 a body that stalls",
+        build_request_headers("Content-Length: 999") + b'{"input": [[1, 2',
+        24,
+        gets_response=True,
     ),
     SlowClientKind(
-        "4 answers that are not read", b"GET /openapi.json HTTP/1.1\r\nHost: corr2d\r\n\r\n" * 200, 50, reads=False
+        "4 responses that are not read", b"GET /openapi.json HTTP/1.1\r\nHost: corr2d\r\n\r\n" * 200, 50, reads=False
     ),
 )
 
 
 class SlowClient:
-    """One of them, connected."""
+    """Slow client with an open connection."""
 
     def __init__(self, kind: SlowClientKind, client: httpx.Client) -> None:
         self.kind = kind
@@ -51,17 +54,16 @@ class SlowClient:
             self._connection.sendall(kind.sent)
 
     def check_closed(self) -> None:
-        """Raises AssertionError where it still is open, or has not been told why it was closed."""
+        """Raise AssertionError if the connection is still open, or closed without the expected response."""
         with self._connection:
             try:
-                answer = receive_until_closed(self._connection)
+                received = receive_until_closed(self._connection)
             except TimeoutError as error:
                 raise AssertionError("the connection is still open") from error
             except ConnectionError:
-                answer = b""
-        if self.kind.answered:
-            assert_problem(parse_response(answer), REQUEST_TIMEOUT_STATUS)
+                received = b""
+        if self.kind.gets_response:
+            assert_problem(parse_response(received), REQUEST_TIMEOUT_STATUS)
 
     def leave(self) -> None:
-        """Close it."""
         self._connection.close()

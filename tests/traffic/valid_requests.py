@@ -1,4 +1,4 @@
-"""Requests that are right, drawn at random, and answers computed by other means."""
+"""Random valid requests, whose results are checked against independent computations."""
 
 import base64
 import io
@@ -21,14 +21,14 @@ from tests.traffic.exchanges import Request
 Array = NDArray[Any]
 
 MAX_IMAGE_SIDE = 256
-"""Rows and columns of an image; most are much smaller."""
+"""Largest number of rows and columns of an image; most images are much smaller."""
 
 BOUNDARIES = ("zeros", "replicate", "reflect", "symmetric", "circular")
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 
 
 def draw_request(rng: np.random.Generator) -> Request:
-    """Any of them: most often a correlation, as in life."""
+    """Draw a request to any endpoint, most often a correlation."""
     kind: Callable[[np.random.Generator], Request] = rng.choice(
         [draw_correlate, draw_conv2d, draw_train_kernel, draw_get_request],  # type: ignore[arg-type]
         p=[0.5, 0.25, 0.15, 0.1],
@@ -37,7 +37,7 @@ def draw_request(rng: np.random.Generator) -> Request:
 
 
 def draw_correlate(rng: np.random.Generator) -> Request:
-    """A plane, or a picture's three, and a kernel, in every format."""
+    """Draw a correlation of one plane, or of three colour planes, in any format."""
     media_type = choose(rng, JSON, JSON, NPY, NPZ, SAFETENSORS, PNG, JPEG)
     rows, columns = draw_side(rng), draw_side(rng)
     if media_type in (PNG, JPEG):
@@ -67,12 +67,12 @@ def draw_correlate(rng: np.random.Generator) -> Request:
     expected = expected.reshape(*image.shape[:-2], *expected.shape[-2:])
     accept = choose(rng, JSON, NPY, NPZ, SAFETENSORS, PNG)
     return build_request(
-        rng, "/correlate", media_type, body, query, accept, lambda answer: assert_output(answer, expected)
+        rng, "/correlate", media_type, body, query, accept, lambda response: assert_output(response, expected)
     )
 
 
 def draw_conv2d(rng: np.random.Generator) -> Request:
-    """A small layer with all its options."""
+    """Draw a small layer with all options."""
     media_type = choose(rng, JSON, NPZ, SAFETENSORS)
     groups, depth = int(rng.integers(1, 3)), int(rng.integers(1, 3))
     filters = groups * int(rng.integers(1, 3))
@@ -95,12 +95,12 @@ def draw_conv2d(rng: np.random.Generator) -> Request:
     expected = np.concatenate(per_group, 1) + bias[:, None, None]
     accept = choose(rng, JSON, NPY, NPZ, SAFETENSORS)
     return build_request(
-        rng, "/conv2d", media_type, body, query, accept, lambda answer: assert_output(answer, expected)
+        rng, "/conv2d", media_type, body, query, accept, lambda response: assert_output(response, expected)
     )
 
 
 def draw_train_kernel(rng: np.random.Generator) -> Request:
-    """An image and what a kernel made of it: the kernel is found exactly, or some steps are gone towards it."""
+    """Draw a fit of an image and its correlation with a kernel, by the exact solver or some steps of descent."""
     media_type = choose(rng, JSON, NPZ, SAFETENSORS)
     kernel = rng.normal(size=(int(rng.integers(1, 5)), int(rng.integers(1, 5))))
     image = rng.normal(size=(12 + draw_side(rng, 80), 12 + draw_side(rng, 80)))
@@ -117,7 +117,13 @@ def draw_train_kernel(rng: np.random.Generator) -> Request:
     if accept in ("image/svg+xml", PNG):
         beginning = b"\x89PNG" if accept == PNG else b"<"
         return build_request(
-            rng, "/train-kernel", media_type, body, query, accept, lambda answer: assert_starts_with(answer, beginning)
+            rng,
+            "/train-kernel",
+            media_type,
+            body,
+            query,
+            accept,
+            lambda response: assert_starts_with(response, beginning),
         )
     return build_request(
         rng,
@@ -126,12 +132,12 @@ def draw_train_kernel(rng: np.random.Generator) -> Request:
         body,
         query,
         accept,
-        lambda answer: assert_kernel(answer, kernel) if exact else assert_steps(answer, 20),
+        lambda response: assert_kernel(response, kernel) if exact else assert_steps(response, 20),
     )
 
 
 def draw_get_request(rng: np.random.Generator) -> Request:
-    """What takes no body."""
+    """Draw a GET request."""
     path = choose(rng, "/kernels", "/info", "/livez", "/readyz", "/docs", "/openapi.json")
     check_response = assert_starts_with if path == "/docs" else httpx.Response.json
     return Request(f"GET {path}", path, method="GET", check_response=check_response)
@@ -142,21 +148,18 @@ PROBE_REQUEST = Request(
     "/correlate",
     b'{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}',
     {"Content-Type": JSON},
-    check_response=lambda answer: assert_output(answer, np.array([[19.0, 25.0], [37.0, 43.0]])),
+    check_response=lambda response: assert_output(response, np.array([[19.0, 25.0], [37.0, 43.0]])),
 )
-"""Small, and done on the event loop."""
-
-
-# Bodies.
+"""A small request, which runs inline on the event loop."""
 
 
 def choose(rng: np.random.Generator, *choices: Any) -> Any:
-    """Any of the choices."""
+    """Draw one of the choices."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def draw_side(rng: np.random.Generator, most: int = MAX_IMAGE_SIDE) -> int:
-    """From 1 on, every doubling as likely as the next."""
+    """Draw a side from 1 to `most`, with a log-uniform distribution."""
     return round(float(most ** rng.random()))
 
 
@@ -167,7 +170,7 @@ def encode_body(
     options: Mapping[str, Any],
     content: bytes = b"",
 ) -> tuple[bytes, dict[str, str]]:
-    """A body, and what of it stands in the query string."""
+    """Encode a body; return it with the options that go into the query string."""
     query = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
     if media_type == JSON:
         fields = {
@@ -186,7 +189,7 @@ def encode_body(
 
 
 def encode_json_array(array: Array, form: str) -> Any:
-    """Nested lists, or the object with flat numbers or base64."""
+    """Encode an array as nested lists, or as an object with flat numbers or base64."""
     if form == "nested":
         return array.tolist()
     described: dict[str, Any] = {"shape": array.shape, "dtype": array.dtype.name}
@@ -196,7 +199,7 @@ def encode_json_array(array: Array, form: str) -> Any:
 
 
 def save_image(pixels: Array, media_type: str) -> bytes:
-    """As Pillow writes it."""
+    """Save pixels with Pillow."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, media_type.removeprefix("image/"))
     return file.getvalue()
@@ -211,7 +214,7 @@ def build_request(
     accept: str,
     check_response: Callable[[httpx.Response], object],
 ) -> Request:
-    """With a compressed body or without, and for an answer that may be compressed."""
+    """Return a request whose body and response may be compressed."""
     headers = {"Content-Type": media_type, "Accept": accept, "Accept-Encoding": choose(rng, "identity", "gzip", "zstd")}
     coding = choose(rng, None, None, *COMPRESS_BY_CODING)
     if coding is not None:
@@ -222,18 +225,15 @@ def build_request(
     return Request(f"{path} {media_type} to {accept}", where, body, headers, check_response=check_response)
 
 
-# Answers.
+def decode_content(response: httpx.Response) -> bytes:
+    """Decode the content coding; httpx supports zstd only with an additional package."""
+    coded = response.headers.get("content-encoding") == "zstd" and response.content[:4] == b"\x28\xb5\x2f\xfd"
+    return zstd.decompress(response.content) if coded else response.content
 
 
-def decode_content(answer: httpx.Response) -> bytes:
-    """Without its coding; httpx knows zstd only where another package is there."""
-    coded = answer.headers.get("content-encoding") == "zstd" and answer.content[:4] == b"\x28\xb5\x2f\xfd"
-    return zstd.decompress(answer.content) if coded else answer.content
-
-
-def parse_arrays(answer: httpx.Response) -> dict[str, Any]:
-    """The answer's fields, arrays as numpy's."""
-    content, media_type = decode_content(answer), answer.headers["content-type"]
+def parse_arrays(response: httpx.Response) -> dict[str, Any]:
+    """Return the fields of a response, with numpy arrays."""
+    content, media_type = decode_content(response), response.headers["content-type"]
     if media_type == NPY:
         return {"output": np.load(io.BytesIO(content))}
     if media_type == NPZ:
@@ -250,7 +250,7 @@ def parse_arrays(answer: httpx.Response) -> dict[str, Any]:
 
 
 def decode_json_array(value: Any) -> Array:
-    """What `in_json` writes."""
+    """Decode an array from any of the forms that `encode_json_array` writes."""
     if not isinstance(value, dict):
         return np.array(value)
     data = value["data"]
@@ -258,34 +258,34 @@ def decode_json_array(value: Any) -> Array:
     return flat.reshape(value["shape"])
 
 
-def assert_output(answer: httpx.Response, expected: Array) -> None:
-    """The right numbers in float32; in a picture, to half a grey and a bit."""
-    if answer.headers["content-type"] == PNG:
+def assert_output(response: httpx.Response, expected: Array) -> None:
+    """Assert that the output is right to float32 accuracy; in a PNG, to half a grey level and a margin."""
+    if response.headers["content-type"] == PNG:
         expected = expected - expected.min()
         if expected.max() > 0:
             expected = expected * (255 / expected.max())
-        shown = np.asarray(Image.open(io.BytesIO(decode_content(answer))))
+        shown = np.asarray(Image.open(io.BytesIO(decode_content(response))))
         output = shown if shown.ndim == 2 else np.moveaxis(shown, 2, 0)
         if expected.max() == 0:
             expected = output.astype(float)
         np.testing.assert_allclose(output, expected, rtol=0, atol=0.6)
         return
-    output = parse_arrays(answer)["output"]
+    output = parse_arrays(response)["output"]
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=2e-5 * max(1.0, float(np.abs(expected).max())))
 
 
-def assert_kernel(answer: httpx.Response, kernel: Array) -> None:
-    """The one that made the target."""
-    np.testing.assert_allclose(parse_arrays(answer)["kernel"], kernel, rtol=0, atol=1e-3)
+def assert_kernel(response: httpx.Response, kernel: Array) -> None:
+    """Assert that the fit found the kernel that made the target."""
+    np.testing.assert_allclose(parse_arrays(response)["kernel"], kernel, rtol=0, atol=1e-3)
 
 
-def assert_steps(answer: httpx.Response, steps: int) -> None:
-    """All, with a loss each."""
-    history = np.array(parse_arrays(answer)["loss_history"], float)
+def assert_steps(response: httpx.Response, steps: int) -> None:
+    """Assert that all steps ran, each with a finite loss."""
+    history = np.array(parse_arrays(response)["loss_history"], float)
     assert history.shape == (steps,)
     assert np.isfinite(history).all()
 
 
-def assert_starts_with(answer: httpx.Response, beginning: bytes = b"<!DOCTYPE html>") -> None:
-    """The answer is a file of that kind."""
-    assert decode_content(answer).lstrip().startswith(beginning), answer.content[:100]
+def assert_starts_with(response: httpx.Response, beginning: bytes = b"<!DOCTYPE html>") -> None:
+    """Assert that the content begins with these bytes."""
+    assert decode_content(response).lstrip().startswith(beginning), response.content[:100]

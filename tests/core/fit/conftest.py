@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def _use_one_thread() -> Iterator[None]:
-    """These tensors are small: two threads of torch's take longer than one, much longer on a machine that is busy."""
+    """Use one thread: for small tensors torch is slower with two threads, in particular on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

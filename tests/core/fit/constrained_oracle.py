@@ -1,4 +1,4 @@
-"""Conditions that the best kernel under constraints satisfies, from the matrix of all windows alone."""
+"""Optimality conditions of constrained fits, computed from the matrix of all windows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ SYMMETRY_MAPS: dict[str, list[Callable[[int, int, int, int], tuple[int, int]]]] 
     "transpose": [lambda i, j, h, w: (j, i)],
     "full": [lambda i, j, h, w: (i, w - 1 - j), lambda i, j, h, w: (j, i)],
 }
-"""Maps of an entry's row and column to those of an entry that is equal, h and w the sides of the kernel."""
+"""Functions of an entry (row, column) and kernel size (h, w) that return the position of an equal entry."""
 
 
 def build_symmetry_rows(layer: Layer, symmetric: str | None) -> Floats:
-    """Return a matrix with a row for each pair of entries of a filter that are to be equal: it maps them to 0."""
+    """Return a matrix with a row for each pair of entries of a filter that must be equal: their difference."""
     _, depth, h, w = layer.kernel_shape
     number = np.arange(depth * h * w).reshape(depth, h, w)
     rows = [np.zeros(depth * h * w)]
@@ -37,7 +37,7 @@ def build_symmetry_rows(layer: Layer, symmetric: str | None) -> Floats:
 
 
 def build_difference_rows(layer: Layer) -> Floats:
-    """Return a matrix with a row for each pair of neighbours in a plane: it maps a filter to their differences."""
+    """Return a matrix with a row for each pair of neighbours in a plane: their difference."""
     _, depth, h, w = layer.kernel_shape
     number = np.arange(depth * h * w).reshape(depth, h, w)
     rows = [np.zeros(depth * h * w)]
@@ -52,9 +52,10 @@ def build_difference_rows(layer: Layer) -> Floats:
 
 @dataclass(frozen=True)
 class FilterProblem:
-    """One filter's problem: minimise |matrix x - target|^2, of which the last `penalties` rows are not examples.
+    """Least-squares problem of one filter: minimise loss_scale |matrix x - target|^2.
 
-    taps: entries of the kernel, before the bias. loss_scale: what the sum of squares is multiplied by.
+    The last `penalties` rows are penalties, not examples. The first `taps` unknowns are the kernel, the next one is the
+    bias, if any. `counted` is the number of values with nonzero weight.
     """
 
     matrix: Floats
@@ -65,17 +66,15 @@ class FilterProblem:
     counted: int
 
     def gradient(self, unknowns: Floats) -> Floats:
-        """Return the gradient of the loss."""
         gradient: Floats = 2 * self.loss_scale * self.matrix.T @ (self.matrix @ unknowns - self.target)
         return gradient
 
     def loss(self, unknowns: Floats) -> float:
-        """Return the loss, penalties included."""
+        """Return the loss including penalties."""
         return self.loss_scale * float(np.sum((self.matrix @ unknowns - self.target) ** 2))
 
 
 def build_filter_problems(fit_case: FitCase, options: dict[str, Any]) -> list[FilterProblem]:
-    """Return the problem of every filter."""
     layer, result = fit_case.layer, []
     taps = int(np.prod(layer.kernel_shape[1:]))
     scale = 1 / fit_case.weight if options.get("loss") == "mean" else 1.0
@@ -106,13 +105,13 @@ def build_filter_problems(fit_case: FitCase, options: dict[str, Any]) -> list[Fi
 
 
 def stack_unknowns(fit: FitResult, fit_case: FitCase) -> Floats:
-    """Return kernel and bias, (O, size)."""
+    """Return kernel and bias as a matrix (O, unknowns per filter)."""
     kernel = fit.kernel.numpy().reshape(fit_case.layer.filters, -1)
     return kernel if fit.bias is None else np.hstack([kernel, fit.bias.numpy()[:, None]])
 
 
 def assert_satisfied(fit: FitResult, fit_case: FitCase, options: dict[str, Any]) -> None:
-    """Check the constraints themselves."""
+    """Check that the kernel satisfies the constraints."""
     kernel = fit.kernel.numpy().reshape(fit_case.layer.kernel_shape)
     _, _, h, w = kernel.shape
     for image in SYMMETRY_MAPS.get(options.get("symmetric", ""), []):
@@ -127,9 +126,9 @@ def assert_satisfied(fit: FitResult, fit_case: FitCase, options: dict[str, Any])
 
 
 def assert_optimal(fit: FitResult, fit_case: FitCase, options: dict[str, Any], tolerance: float = 1e-9) -> None:
-    """Check the conditions of Karush, Kuhn and Tucker, which are sufficient: the problem is convex.
+    """Check the Karush-Kuhn-Tucker conditions, which are sufficient because the problem is convex.
 
-    The tolerance is relative to the gradient at zero and, with a sum, at equal entries.
+    The tolerance is relative to the gradient at zero or, if larger, at the kernel of equal entries with the given sum.
     """
     classes = scipy.linalg.null_space(build_symmetry_rows(fit_case.layer, options.get("symmetric")))
     projection = classes @ classes.T
@@ -138,12 +137,12 @@ def assert_optimal(fit: FitResult, fit_case: FitCase, options: dict[str, Any], t
         total = options.get("sum_to")
         equal = np.where(np.arange(len(unknowns)) < part.taps, (total or 0.0) / part.taps, 0)
         reference = max(np.linalg.norm(part.gradient(at)) for at in (np.zeros(len(unknowns)), equal))
-        # The products that the gradient is summed from are rounded, by the test as well.
+        # The products in the gradient are rounded, both by core and by the test.
         products = np.abs(part.matrix) @ np.abs(unknowns) + np.abs(part.target)
         sizes = np.abs(part.matrix).T @ products
         allowed = tolerance * reference + 1e-14 * 2 * part.loss_scale * np.linalg.norm(sizes)
         gradient = part.gradient(unknowns)
-        # The mean over each class of equal entries.
+        # Averages over each class of equal entries.
         slopes = projection @ gradient[: part.taps]
         active = (unknowns[: part.taps] == 0) & bool(options.get("nonnegative"))
         if total is not None:
@@ -158,9 +157,9 @@ def assert_optimal(fit: FitResult, fit_case: FitCase, options: dict[str, Any], t
 
 @dataclass(frozen=True)
 class LinearSolution:
-    """The best kernel of one filter under ties and a sum, of least norm, with its precision.
+    """The best kernel of least norm of one filter under symmetry and sum constraints, with its statistics.
 
-    errors are NaN if the free unknowns are not determined.
+    `errors` are NaN if the free unknowns are not determined.
     """
 
     unknowns: Floats
@@ -173,7 +172,7 @@ class LinearSolution:
 
 
 def solve_linear(part: FilterProblem, layer: Layer, options: dict[str, Any]) -> LinearSolution:
-    """Solve by numpy.linalg.lstsq in an orthonormal basis of all that the constraints leave free."""
+    """Solve with numpy.linalg.lstsq in an orthonormal basis of the unknowns that the constraints leave free."""
     size = part.matrix.shape[1]
     rows = build_symmetry_rows(layer, options.get("symmetric"))
     right = np.zeros(len(rows))

@@ -1,4 +1,4 @@
-"""Layers of every kind with examples to learn them from, drawn; no code of core's."""
+"""Hypothesis strategies for layers and training examples; independent of core."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from tests.reference import Floats, pad
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution to be learned, its padding written out as (top, bottom, left, right)."""
+    """Geometry of a convolution to fit; `padding` is (top, bottom, left, right)."""
 
     kernel_size: tuple[int, int]
     channels: int = 1
@@ -43,7 +43,7 @@ class Layer:
         return rows, columns
 
     def windows(self, images: Floats, group: int = 0) -> Floats:
-        """What every filter of a group sees, (N oh ow, C/groups h w): a row for each of its outputs."""
+        """Return the window of every output of a group as a row, (N oh ow, C/groups h w)."""
         top, bottom, left, right = self.padding
         (rows, columns), (down, across) = self.output_size((images.shape[2], images.shape[3])), self.stride
         depth = self.channels // self.groups
@@ -60,7 +60,7 @@ class Layer:
         return np.stack(taps, 1)
 
     def output(self, images: Floats, kernel: Floats, bias: Floats | None = None) -> Floats:
-        """Windows times filters, (N, O, oh, ow)."""
+        """Return the products of windows and filters, (N, O, oh, ow)."""
         per_group = self.filters // self.groups
         planes = [
             self.windows(images, filter_ // per_group) @ kernel[filter_].ravel()
@@ -73,25 +73,25 @@ class Layer:
 
 @dataclass(frozen=True)
 class FitCase:
-    """A layer, and pairs of images (N, C, H, W) and targets (N, O, oh, ow) with weights like the targets or None."""
+    """A layer, and pairs of images (N, C, H, W), targets (N, O, oh, ow) and weights of the targets' shape or None."""
 
     layer: Layer
     pairs: list[tuple[Floats, Floats, Floats | None]]
 
     @property
     def weight(self) -> float:
-        """What a mean divides by."""
+        """Return the sum of the weights, the divisor of mean losses."""
         return float(sum(y.size if w is None else w.sum() for _, y, w in self.pairs))
 
     def squares(self, kernel: Floats, bias: Floats | None) -> float:
-        """The sum of squares that a kernel leaves."""
+        """Return the weighted sum of squared residuals of a kernel."""
         residuals = [(self.layer.output(x, kernel, bias) - y) ** 2 * (1 if w is None else w) for x, y, w in self.pairs]
         return float(sum(residual.sum() for residual in residuals))
 
 
 @st.composite
 def layers(draw: st.DrawFn, *, plain: bool = False) -> Layer:
-    """Those without stride and dilation where `plain`."""
+    """Draw a layer; if `plain`, without stride and dilation."""
     groups = draw(st.integers(1, 2))
     pairs = st.just((1, 1)) if plain else st.tuples(st.integers(1, 2), st.integers(1, 2))
     side = st.sampled_from([0, 0, 1, 2])
@@ -117,7 +117,7 @@ def fit_cases(
     noises: tuple[float, ...] = (0.1, 1.0),
     largest: int = 12,
 ) -> FitCase:
-    """Random images, and what a random kernel makes of them with noise; pairs of several sizes, weights of any kind."""
+    """Draw pairs of several sizes: random images, noisy targets made by a random kernel, and any kind of weights."""
     layer = draw(layers(plain=plain))
     side = st.integers(3, largest)
     sizes = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))

@@ -1,4 +1,4 @@
-"""Learning a kernel as the textbook has it: a matrix with a row for every window, and numpy's lstsq on it."""
+"""Reference fits: numpy.linalg.lstsq on the matrix with a row for every window."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from tests.reference import Floats
 
 @dataclass(frozen=True)
 class LeastSquaresSolution:
-    """The best kernel of least norm and what is known of it.
+    """The best kernel of least norm and its statistics.
 
-    loss: the weighted sum of squares, without the ridge's share. singular_values: of every filter's matrix. norm_ratio:
-    the largest norm of a matrix's columns divided by the smallest. threshold: singular values below it, relative to the
-    largest, count as zero.
-    kernel_errors, bias_errors and r_squared are NaN where they are not defined.
+    `loss` is the weighted sum of squares without the ridge penalty, `singular_values` has an array per filter.
+    `norm_ratio` is the largest norm of a matrix's columns divided by the smallest nonzero one. Singular values below
+    `threshold`, relative to the largest, count as zero. `kernel_errors`, `bias_errors` and `r_squared` are NaN if they
+    are not defined.
     """
 
     kernel: Floats
@@ -33,23 +33,23 @@ class LeastSquaresSolution:
 
     @property
     def has_clear_rank(self) -> bool:
-        """Every singular value is either noise or far above it, so that nobody's rounding decides about the rank."""
+        """Return whether each singular value is either noise or far above it: rounding cannot change the rank."""
         if self.norm_ratio > 100:
-            # lstsq leaves small columns out; a fit scales them.
+            # lstsq ignores small columns; a fit scales them.
             return False
-        shares = [values / values.max() for values in self.singular_values if values.max() > 0]
-        return all(bool(((share < 1e-13) | (share > 1e-3)).all()) for share in shares)
+        ratios = [values / values.max() for values in self.singular_values if values.max() > 0]
+        return all(bool(((ratio < 1e-13) | (ratio > 1e-3)).all()) for ratio in ratios)
 
     @property
     def has_decided_rank(self) -> bool:
-        """No singular value lies near the threshold, where rounding decides about the rank."""
-        shares = [values / values.max() for values in self.singular_values if values.max() > 0]
-        near = [(share > self.threshold / 30) & (share < self.threshold * 30) for share in shares]
-        return self.norm_ratio <= 100 and not any(share.any() for share in near)
+        """Return whether no singular value is near the threshold: rounding cannot change the rank."""
+        ratios = [values / values.max() for values in self.singular_values if values.max() > 0]
+        near = [(ratio > self.threshold / 30) & (ratio < self.threshold * 30) for ratio in ratios]
+        return self.norm_ratio <= 100 and not any(ratio.any() for ratio in near)
 
 
 def build_weighted_system(fit_case: FitCase, filter_: int) -> tuple[Floats, Floats, Floats]:
-    """Return the windows that a filter sees, with ones for a bias, its targets and their weights."""
+    """Return the windows of a filter, with a column of ones for the bias, its targets and their weights."""
     layer = fit_case.layer
     group = filter_ // (layer.filters // layer.groups)
     matrix = np.concatenate([layer.windows(x, group) for x, _, _ in fit_case.pairs])
@@ -61,7 +61,7 @@ def build_weighted_system(fit_case: FitCase, filter_: int) -> tuple[Floats, Floa
 
 
 def solve_least_squares(fit_case: FitCase, ridge: float = 0.0) -> LeastSquaresSolution:
-    """Filter by filter. `ridge` times the squares of the kernel is added to the sum of squares."""
+    """Solve each filter separately; `ridge` times the squared norm of the kernel is added to the sum of squares."""
     layer = fit_case.layer
     taps = int(np.prod(layer.kernel_shape[1:]))
     columns, errors, degrees, deviations = [], [], [], []
@@ -87,7 +87,7 @@ def solve_least_squares(fit_case: FitCase, ridge: float = 0.0) -> LeastSquaresSo
         diagonal, parameters = np.full(rows.shape[1], np.nan), float(rows.shape[1])
         if ridge and np.linalg.matrix_rank(np.vstack([rows, pulled])) == rows.shape[1]:
             gram = rows.T @ rows
-            # The matrix that is to be inverted may be singular to float64 although its root is not.
+            # Invert by the singular values of its root: the Gram matrix itself may be singular in float64.
             _, with_ridge, axes = np.linalg.svd(np.vstack([rows, pulled]), full_matrices=False)
             inverse = (axes.T / with_ridge**2) @ axes
             diagonal, parameters = np.diag(inverse @ gram @ inverse), float(np.trace(gram @ inverse))

@@ -1,4 +1,4 @@
-"""Every descent is the one that autograd and torch.optim make on the images, in float64."""
+"""Every descent matches autograd and torch.optim on the images, in float64."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from core import PaddingMode, fit_kernel
 
-# torch says it of the padding of the loop that core is held against.
+# torch warns about the padding of the reference loop.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
 RELATIVE_TOLERANCE = 1e-9
-"""Relative: what histories and kernels may differ by, until the loss is below that share of its start."""
+"""Relative tolerance of histories and kernels; losses below this fraction of the first loss are not compared."""
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -89,7 +89,7 @@ def test_every_descent_matches_torch_optim(solver: Any, problem: dict[str, Any])
             weight.copy_(draw(*weight.shape))
     examples = []
     for size in problem["sizes"]:
-        # torch's circular padding may not be wider than the image.
+        # torch rejects circular padding wider than the image.
         assume(all(span <= side for span, side in zip(spans, size, strict=True)))
         images = draw(problem["images"], problem["channels"], *size)
         with torch.no_grad():

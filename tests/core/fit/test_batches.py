@@ -1,4 +1,4 @@
-"""Gradient descent by batches: the images one after another in an order drawn from a seed."""
+"""Gradient descent in batches, with the images in a random order drawn from the seed."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ ELEMENTWISE_LOSSES: dict[str, Any] = {
 }
 
 Image = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""(1, C, H, W), its target and that's weights."""
+"""An image (1, C, H, W), its target and the weights of the target."""
 
 
 def draw_pairs(seed: int, *, weighted: bool = False) -> list[tuple[Any, ...]]:
-    """Three pairs of different sizes: of 3, 1 and 2 images."""
+    """Draw three pairs of different image sizes, with 3, 1 and 2 images."""
     rng = np.random.default_rng(seed)
     pairs: list[tuple[Any, ...]] = []
     for images, rows, columns in ((3, 8, 7), (1, 5, 9), (2, 6, 6)):
@@ -45,13 +45,13 @@ def split_images(pairs: list[tuple[Any, ...]]) -> list[Image]:
 def train_with_torch(
     images: list[Image], size: int, *, loss: str, rate: float, steps: int, seed: int, ridge: float = 0.0
 ) -> tuple[list[float], torch.nn.Conv2d, float]:
-    """History, layer and the final loss over all images, from a kernel of zeros."""
+    """Train from a kernel of zeros; return the loss history, the layer and the final loss over all images."""
     layer = torch.nn.Conv2d(2, 2, (3, 2), dtype=torch.float64)
     for weight in layer.parameters():
         torch.nn.init.zeros_(weight)
     elementwise = ELEMENTWISE_LOSSES[loss](reduction="none")
 
-    def of(batch: list[Image]) -> torch.Tensor:
+    def compute_loss(batch: list[Image]) -> torch.Tensor:
         total = torch.stack([(elementwise(layer(x), y) * w).sum() for x, y, w in batch]).sum()
         scaled = total if loss == "sum" else total / sum(w.sum() for _, _, w in batch)
         return scaled + ridge * torch.square(layer.weight).sum()
@@ -61,13 +61,13 @@ def train_with_torch(
     order: list[int] = []
     for _ in range(steps):
         order = order or orders.permutation(len(images)).tolist()
-        value = of([images[index] for index in order[:size]])
+        value = compute_loss([images[index] for index in order[:size]])
         order = order[size:]
         descending.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         descending.step()
         history.append(value.item())
-    return history, layer, of(images).item()
+    return history, layer, compute_loss(images).item()
 
 
 def fit_from_zeros(pairs: list[Any], **options: Any) -> FitResult:
@@ -153,8 +153,8 @@ def test_prediction_is_for_an_average_batch(loss: Any) -> None:
         for size in (None, 2)
     )
     assert whole.largest_stable_learning_rate is not None
-    share = 2 / 6 if loss == "sum" else 1
-    assert batches.largest_stable_learning_rate == pytest.approx(whole.largest_stable_learning_rate / share)
+    fraction = 2 / 6 if loss == "sum" else 1
+    assert batches.largest_stable_learning_rate == pytest.approx(whole.largest_stable_learning_rate / fraction)
     assert batches.largest_eigenvalue == pytest.approx(whole.largest_eigenvalue)
 
 

@@ -1,4 +1,4 @@
-"""Every combination of options is fitted or rejected, and what it reports is complete."""
+"""Every combination of options is fitted or rejected, and its result is complete."""
 
 import itertools
 from typing import Any
@@ -46,7 +46,7 @@ def is_allowed(options: dict[str, Any]) -> bool:
 
 
 def list_combinations() -> list[dict[str, Any]]:
-    """Return all combinations that are allowed, and a tenth of the others."""
+    """Return all allowed combinations, and a tenth of the others."""
     chosen = [dict(itertools.chain(*map(dict.items, parts))) for parts in itertools.product(*CHOICES.values())]
     allowed = [options for options in chosen if is_allowed(options)]
     rejected = [options for options in chosen if not is_allowed(options)]
@@ -54,7 +54,7 @@ def list_combinations() -> list[dict[str, Any]]:
 
 
 def format_name(options: dict[str, Any]) -> str:
-    """Return the options in a word."""
+    """Return the test id of a combination."""
     return "-".join(name if name == "validation" else f"{name}={value}" for name, value in options.items())
 
 

@@ -1,4 +1,4 @@
-"""Fits of ill-conditioned examples against numpy.linalg.lstsq on the matrix of all windows."""
+"""Fits of ill-conditioned examples, compared with numpy.linalg.lstsq on the matrix of all windows."""
 
 import math
 from typing import Any
@@ -20,13 +20,13 @@ PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)[:180, :180]
 
 
 def build_windows(image: Floats, size: tuple[int, int], *, bias: bool = False) -> Floats:
-    """Return a row for every window of an image (H, W), with a 1 for the bias."""
+    """Return every window of an image (H, W) as a row; with `bias`, append a column of ones."""
     rows = Layer(size).windows(image[None, None])
     return np.hstack([rows, np.ones((len(rows), 1))]) if bias else rows
 
 
 def assert_as_good_as_lstsq(image: Floats, target: Floats, kernel: Floats, *, bias: float | None = None) -> FitResult:
-    """Fit, and compare rank, loss and the distance from the kernel that made the target."""
+    """Fit, and compare rank, loss and the distance from the true kernel with lstsq."""
     fit = fit_kernel(image, target, kernel_size=kernel.shape, bias=bias is not None, solver="exact")
     matrix = build_windows(image, kernel.shape, bias=bias is not None)
     expected, _, rank, _ = np.linalg.lstsq(matrix, target.ravel())
@@ -40,7 +40,7 @@ def assert_as_good_as_lstsq(image: Floats, target: Floats, kernel: Floats, *, bi
     if allowed < 1e-3:
         assert error <= 10 * allowed + 1e-13
     left = float(np.sum((matrix @ expected - target.ravel()) ** 2))
-    # Either way rounds the target's values, and the products that make them.
+    # Both solutions round the target values and the products that they consist of.
     rounding = target.size * (1e-15 * np.abs(matrix).max() * np.abs(expected).sum()) ** 2
     assert fit.final_loss <= left * (1 + 1e-6) + rounding
     assert fit.best_possible_loss == fit.final_loss
@@ -89,7 +89,7 @@ def test_961_unknowns_of_a_blurred_photograph_are_identified() -> None:
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, 1)
     kernel = np.random.default_rng(31).normal(size=(31, 31))
     fit = fit_kernel(image, correlate_valid_by_windows(image, kernel), solver="exact")
-    # numpy.linalg.lstsq: rank 961, and the kernel to 3e-10.
+    # For comparison, numpy.linalg.lstsq finds rank 961 and the kernel to 3e-10.
     assert fit.rank == 961
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-7)
 
@@ -119,7 +119,7 @@ def test_history_with_an_offset_matches_long_double() -> None:
     image, kernel = 1e4 + 0.1 * rng.normal(size=(20, 20)), rng.normal(size=(3, 3))
     target = correlate_valid_by_windows(image, kernel) + 1e-3 * rng.normal(size=(18, 18))
     start = rng.normal(size=(3, 3))
-    # A rate that leaves the offset alone after a step: then the loss is that of the contrast.
+    # At this rate the offset is fitted after one step; then the loss is that of the small variations.
     fit = fit_kernel(image, target, initial_kernel=start, learning_rate="auto", steps=30)
     assert fit.learning_rate is not None
     matrix, values = build_windows(image, (3, 3)).astype(np.longdouble), target.ravel().astype(np.longdouble)
@@ -133,7 +133,7 @@ def test_history_with_an_offset_matches_long_double() -> None:
 
 @st.composite
 def fit_problems(draw: st.DrawFn) -> tuple[FitCase, dict[str, Any]]:
-    """Examples of every conditioning and scale, and a fit of them."""
+    """Draw examples of any conditioning and scale, and the options of a fit."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     layer = Layer(
         (draw(st.integers(1, 4)), draw(st.integers(1, 4))),
@@ -172,7 +172,7 @@ def test_losses_of_a_fit_are_consistent(drawn: tuple[FitCase, dict[str, Any]]) -
     assert fit.best_possible_loss is not None
     assert fit.excess_loss is not None
     assert fit.best_possible_loss <= fit.final_loss
-    # What rounding of the targets, and of the sums that are compared with them, leaves of a loss of zero.
+    # Allow for rounding of the targets, and of the sums that are compared with them, if the loss is zero.
     scale = 1 if options["loss"] == "sum" else fit_case.weight
     squares = sum(float(np.sum(y**2)) for _, y, _ in fit_case.pairs) / scale
     rounding = 1e-9 * fit.final_loss + 1e-24 * max(squares, fit.loss_history[0])
@@ -182,7 +182,7 @@ def test_losses_of_a_fit_are_consistent(drawn: tuple[FitCase, dict[str, Any]]) -
 
 
 def test_unfactored_unknowns_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_run, "MAX_FACTORED_SIZE", 8)
+    monkeypatch.setattr(fit_run, "MAX_FACTORED_UNKNOWNS", 8)
     rng = np.random.default_rng(6)
     image = 1e9 + rng.normal(size=(40, 40))
     fit = fit_kernel(image, rng.normal(size=(38, 38)), solver="exact")

@@ -1,4 +1,4 @@
-"""Kernels under constraints, against the conditions of Karush, Kuhn and Tucker on the matrix of all windows."""
+"""Constrained kernels: Karush-Kuhn-Tucker conditions, checked on the matrix of all windows."""
 
 import itertools
 import math
@@ -56,7 +56,7 @@ def constraints(draw: st.DrawFn, *, signs: bool = True, penalties: bool = True) 
 
 @st.composite
 def ill_conditioned_cases(draw: st.DrawFn) -> FitCase:
-    """Blurred parts of a photograph, or noise beside a large offset, with exact or noisy targets."""
+    """Draw blurred parts of a photograph, or noise with a large offset, with exact or noisy targets."""
     layer = Layer(
         draw(st.tuples(st.integers(1, 5), st.integers(1, 5))),
         channels=draw(st.integers(1, 2)),
@@ -77,7 +77,7 @@ def ill_conditioned_cases(draw: st.DrawFn) -> FitCase:
 
 
 def fit_constrained(fit_case: FitCase, options: dict[str, Any]) -> FitResult:
-    """Fit; drawn kernels that cannot have the constraints, or have nothing left to learn, are not counted."""
+    """Fit the case; reject examples whose constraints do not apply to the kernel or leave no free unknown."""
     rows, columns = fit_case.layer.kernel_size
     assume(options.get("symmetric") not in ("transpose", "full") or rows == columns)
     size = int(np.prod(fit_case.layer.kernel_shape[1:])) + fit_case.layer.bias
@@ -189,7 +189,7 @@ def test_smoothness_matches_least_squares_with_added_rows(loss: str, smoothness:
     np.testing.assert_allclose(fit.bias, expected[-1], rtol=1e-8, atol=1e-10)
     assert fit.final_loss == pytest.approx(np.sum((matrix @ expected - values) ** 2) / scale, rel=1e-9)
     assert fit.best_possible_loss == fit.final_loss
-    # R squared leaves the share of the smoothness out.
+    # R squared excludes the smoothness penalty.
     left = np.sum((matrix @ expected - values)[:90] ** 2)
     spread = np.sum((values[:90] - values[:90].mean(0)) ** 2)
     assert fit.r_squared == pytest.approx(1 - left / spread, rel=1e-9)
@@ -207,7 +207,7 @@ def test_intervals_contain_the_true_values_in_95_percent(options: dict[str, Any]
     kernel = kernel + kernel[:, ::-1]
     kernel *= 2 / kernel.sum()
     clean = correlate_valid_by_windows(image, kernel)
-    # As many filters are as many independent runs.
+    # Each filter is an independent run.
     targets = clean + 0.3 * rng.normal(size=(2000, *clean.shape))
     fit = fit_kernel(image, targets, kernel_size=3, solver="exact", **options)
     assert fit.confidence_intervals is not None
@@ -240,7 +240,7 @@ def test_unidentified_entries_have_least_norm() -> None:
     np.testing.assert_allclose(smooth.kernel, np.full((3, 3), 1 / 3), atol=1e-12)
     assert smooth.message.endswith("the smoothness makes the solution unique")
     signed = fit_kernel(np.ones((8, 8)), 3 * np.ones((6, 6)), solver="exact", nonnegative=True)
-    assert signed.message.endswith("other kernels within the constraints may have the same loss")
+    assert signed.message.endswith("other kernels that satisfy the constraints may have the same loss")
     assert signed.final_loss == pytest.approx(0, abs=1e-20)
 
 
@@ -259,7 +259,7 @@ def test_separable_kernels_are_recovered_from_exact_data(rank: int, shape: tuple
     assert fit.excess_loss is None
     assert fit.standard_errors is None
     assert fit.final_loss <= 1e-18 * fit.loss_history[0]
-    assert "alternating least squares find a local minimum, which need not be the smallest" in fit.message
+    assert "alternating least squares finds a local minimum, which may not be the global one" in fit.message
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -294,7 +294,7 @@ def test_separable_kernels_are_stationary_and_beat_truncation(seed: int) -> None
         gradient, at_zero = part.gradient(unknowns), np.linalg.norm(part.gradient(np.zeros(len(unknowns))))
         slopes = gradient[: part.taps].reshape(layer.kernel_shape[1:])
         rows, _, columns = np.linalg.svd(kernel[index], full_matrices=False)
-        # Gradients in the left factors beside the right ones, and the other way round.
+        # The gradient in the left factors for fixed right factors, and vice versa.
         assert np.abs(slopes @ columns[:, :rank].swapaxes(1, 2)).max() <= 1e-6 * at_zero
         assert np.abs(rows[:, :, :rank].swapaxes(1, 2) @ slopes).max() <= 1e-6 * at_zero
         assert np.abs(gradient[part.taps :]).sum() <= 1e-6 * at_zero
@@ -382,7 +382,7 @@ def test_interrupted_search_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(low_rank, "MAX_SWEEPS", 1)
     fit = fit_kernel(*pair, solver="exact", separable=1)
     assert fit.status is Status.COMPLETED
-    assert "they stopped after the maximum number of sweeps" in fit.message
+    assert "it stopped after the maximum number of sweeps" in fit.message
 
 
 ONE_OPTION: list[dict[str, Any]] = [
@@ -418,7 +418,7 @@ PAIR: dict[str, Any] = {"input": np.ones((6, 8)), "target": np.ones((5, 6))}
         ({"symmetric": "transpose"}, 'symmetric "transpose" exchanges rows and columns'),
         (
             {"nonnegative": True, "ridge": "auto"},
-            'ridge "auto" with nonnegative: beside constraints the ridge must be a',
+            'ridge "auto" with nonnegative: with constraints the ridge must be a',
         ),
         *[
             ({**option, **change}, 'constraints need solver "exact" and loss "sum" or "mean"; use these, or leave')
@@ -464,7 +464,7 @@ def test_kernel_beyond_memory_is_rejected_by_size(options: dict[str, Any]) -> No
 
 
 def build_integer_cases() -> list[tuple[Floats, Floats, tuple[int, int], float, bool]]:
-    """Return small examples of integers, many of low rank, with kernel size, sum and bias."""
+    """Return small integer examples, many of low rank, with kernel size, sum and bias."""
     rng = np.random.default_rng(0)
     drawn = [
         (np.array([[1.0, 2], [3, 4]]), np.array([[6.0]]), (2, 2), 1.0, False),
@@ -490,7 +490,7 @@ def test_loss_under_a_sum_is_minimal_at_any_rank(
     x: Floats, y: Floats, size: tuple[int, int], total: float, bias: bool
 ) -> None:
     windows = np.lib.stride_tricks.sliding_window_view(x, size).reshape(-1, size[0] * size[1])
-    # Differences of integers are exact: the last entry is the sum less the others.
+    # Eliminate the last entry (the sum minus the others); differences of integers are exact.
     free, left = windows[:, :-1] - windows[:, -1:], y.ravel() - total * windows[:, -1]
     if bias:
         free = np.hstack([free, np.ones((len(free), 1))])

@@ -1,4 +1,4 @@
-"""Ridges by generalised cross-validation, paths of ridges and covariances, compared with dense linear algebra."""
+"""Generalised cross-validation (GCV), ridge paths and covariances, compared with dense linear algebra."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from tests.reference import Floats, correlate_valid_by_windows
 
 
 def build_systems(fit_case: FitCase) -> list[tuple[Floats, Floats]]:
-    """Return matrix and right-hand side of each filter, multiplied by the roots of the weights."""
+    """Return the matrix and right-hand side of each filter, multiplied by the square roots of the weights."""
     layer, found = fit_case.layer, []
     for filter_ in range(layer.filters):
         matrix, target, weights = build_weighted_system(fit_case, filter_)
@@ -31,7 +31,7 @@ def build_systems(fit_case: FitCase) -> list[tuple[Floats, Floats]]:
 
 
 class HatMatrices:
-    """GCV by the hat matrix of each filter, explicitly."""
+    """GCV from the explicit hat matrix of each filter."""
 
     def __init__(self, fit_case: FitCase) -> None:
         self.systems, self.taps = build_systems(fit_case), int(np.prod(fit_case.layer.kernel_shape[1:]))
@@ -42,7 +42,7 @@ class HatMatrices:
         left = freedom = 0.0
         for matrix, target in self.systems:
             penalty = np.sqrt(ridge) * np.eye(self.taps, matrix.shape[1])
-            # The columns of Q span those of the matrix: where it has no full rank, its singular vectors do.
+            # Use singular vectors, not QR: Q spans more than the columns of the matrix if its rank is not full.
             vectors, values, _ = np.linalg.svd(np.vstack([matrix, penalty]), full_matrices=False)
             basis = vectors[: len(matrix), values > 1e-14 * values.max(initial=0)]
             hat = basis @ basis.T
@@ -82,7 +82,7 @@ def test_path_matches_explicit_hat_matrices(fit_case: FitCase, loss: str) -> Non
         if explicit.count - freedom > 1e-2 and left > 1e-9 * squares:
             assert fit.ridge_path_gcv[number] == pytest.approx(gcv, rel=1e-3)
         if ridge < 1e-9 * max(float(values.max()) ** 2 for values in best.singular_values):
-            # Rounding errors of the augmented rows are divided by the ridge.
+            # The reference is too inaccurate: rounding errors of its augmented rows are divided by the ridge.
             continue
         np.testing.assert_allclose(fit.ridge_path_kernels[number], best.kernel, rtol=1e-5, atol=1e-5)
         if fit_case.layer.bias:
@@ -104,11 +104,11 @@ def test_chosen_ridge_minimizes_cross_validation(fit_case: FitCase) -> None:
     assume(largest > 0)
     grid = np.append(largest * np.geomspace(1e-12, 1e4, 150), 0.0)
     left = explicit(largest * 1e-12)
-    # Fewer values than unknowns leave nothing, and 0 / 0 at the end of the grid.
+    # With fewer values than unknowns, the residuals vanish and GCV is 0 / 0 at the end of the grid.
     assume(left[1] > 1e-9 * sum(float(target @ target) for _, target in explicit.systems))
     assume(explicit.count - explicit(0.0)[2] > 0.5)
     smallest = min(explicit(float(ridge))[0] for ridge in grid)
-    # An infinite ridge may be better than any number.
+    # An infinite ridge may be better than any finite one.
     tolerance = 1e-2 if "the largest that was tried" in fit.message else 1e-6
     assert explicit(fit.ridge)[0] <= smallest * (1 + tolerance)
 
@@ -149,7 +149,7 @@ def test_ridge_for_batches_is_chosen_from_all_examples() -> None:
 
 
 def load_blurred_photograph(sigma: float, seed: int, side: int = 160) -> Floats:
-    """Return a part of a photograph, of values from 0 to 1, blurred."""
+    """Return a blurred part of a photograph, with values from 0 to 1."""
     photograph = np.asarray(Image.open(CAMERA), np.float64) / 255
     row, column = np.random.default_rng(seed).integers(0, 512 - side, 2)
     image: Floats = scipy.ndimage.gaussian_filter(photograph, sigma)
@@ -157,7 +157,7 @@ def load_blurred_photograph(sigma: float, seed: int, side: int = 160) -> Floats:
 
 
 def build_motion_kernel(side: int) -> Floats:
-    """Return the kernel of a diagonal motion."""
+    """Return the kernel of a diagonal motion blur."""
     return np.eye(side)
 
 
@@ -169,8 +169,8 @@ def build_laplacian_kernel(side: int) -> Floats:
     return kernel
 
 
-def build_scene(seed: int) -> tuple[FitCase, Floats]:  # noqa: PLR0911 - one for each scene
-    """Return the examples of a scene, and the kernel that made their targets."""
+def build_scene(seed: int) -> tuple[FitCase, Floats]:  # noqa: PLR0911 - one return per scene
+    """Return the examples of a scene, and the kernel that generated their targets."""
     rng = np.random.default_rng(seed)
 
     def of(
@@ -387,7 +387,7 @@ def test_covariance_of_planes_is_a_matrix() -> None:
     assert images.covariance.shape == (1, 7, 7)
     np.testing.assert_array_equal(planes.covariance, images.covariance[0])
     assert fit_kernel(*pair, solver="exact").covariance is None
-    # The covariance is null if the standard errors are.
+    # The covariance is None if the standard errors are.
     without: list[dict[str, Any]] = [{"loss": "huber"}, {"kernel_size": 8, "padding": [0, 6, 0, 5]}]
     for options in without:
         fit = fit_kernel(*pair, covariance=True, seed=0, **options)
@@ -442,12 +442,12 @@ def test_equations_that_are_too_large_are_rejected(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InvalidOption, match=", leave batch_size out, or take a smaller kernel"):
         fit_kernel_steps(*images, batch_size=1, **option)
     assert plan_fit_kernel(np.ones((40, 40)), np.ones((9, 9)), ridge=1.0).method == "convolutions"
-    # Passes over the images give no standard errors, and no covariance.
+    # Method "convolutions" computes no standard errors and no covariance.
     assert plan_fit_kernel(np.ones((40, 40)), np.ones((9, 9)), covariance=True).method == "convolutions"
 
 
 def test_search_builds_equations_even_if_passes_are_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORTH_THE_TRUTH", "WORTH_THE_MINIMUM"):
+    for name in ("MAX_DESCENT_EQUATIONS_S", "MAX_EXACT_EQUATIONS_S"):
         monkeypatch.setattr(strategy, name, 0.0)
     monkeypatch.setattr(strategy, "PRODUCT_S_PER_ENTRY", 1.0)
     pair = np.ones((12, 12)), np.ones((8, 8))

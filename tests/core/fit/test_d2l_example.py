@@ -1,4 +1,4 @@
-"""The lesson's own case: two edges, its loop, its rate, its ten steps."""
+"""The d2l example: its image of two edges, training loop, learning rate and ten steps."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_seed_may_be_a_numpy_integer() -> None:
 
 
 def test_initial_kernel_matches_torch_conv2d() -> None:
-    # Nothing is learned from zeros, so the kernel is still where it started.
+    # An input of zeros gives no gradient, so the kernel keeps its initial values.
     kernel = fit_kernel(np.zeros((8, 9, 9)), np.zeros((64, 7, 7)), steps=1, seed=0, bias=True).kernel
     bound = 1 / math.sqrt(8 * 3 * 3)
     assert 0.95 * bound < kernel.abs().max() <= bound

@@ -1,4 +1,4 @@
-"""The exact solver, and all that it says of its kernel, against numpy.linalg.lstsq on the matrix of all windows."""
+"""The exact solver and its statistics, compared with numpy.linalg.lstsq on the matrix of all windows."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def assert_close(found: torch.Tensor | None, expected: Floats | None, tolerance:
 
 
 def assert_intervals(fit: FitResult, best: LeastSquaresSolution) -> None:
-    """Compare the intervals with scipy's of Student's distribution."""
+    """Compare the confidence intervals with those from scipy's Student distribution."""
     reach = scipy.stats.t(best.freedom).ppf(0.975)
     assert fit.confidence_intervals is not None
     away = reach[:, None, None, None] * best.kernel_errors
@@ -78,7 +78,7 @@ def test_statistics_match_textbook_formulas(fit_case: FitCase) -> None:
     else:
         assert fit.smallest_eigenvalue == 0
         assert fit.condition_number is None
-        assert "these examples leave" in fit.message or "rank 0" in fit.message
+        assert "these examples do not determine" in fit.message or "rank 0" in fit.message
         assert fit.message.endswith("this is the solution of least norm")
     if determined and np.isfinite(best.kernel_errors).all():
         assert_close(fit.standard_errors, best.kernel_errors, 1e-6)
@@ -113,20 +113,20 @@ def test_mean_loss_gives_the_kernel_and_errors_of_the_sum(fit_case: FitCase) -> 
 @pytest.mark.parametrize("ridge", [1e-3, 2.5])
 @given(fit_case=fit_cases())
 def test_ridge_adds_rows_for_all_but_the_bias(fit_case: FitCase, ridge: float, loss: str) -> None:
-    share = 1 if loss == "sum" else fit_case.weight
-    best = solve_least_squares(fit_case, ridge * share)
+    scale = 1 if loss == "sum" else fit_case.weight
+    best = solve_least_squares(fit_case, ridge * scale)
     assume(best.has_clear_rank)
     fit = fit_exact(fit_case, ridge=ridge, loss=loss)
-    # Where a filter's weights are all zero, nothing holds its bias but the wish for the least norm.
+    # If all weights of a filter are zero, its bias follows from the least norm alone.
     assert_close(fit.kernel, best.kernel, 1e-7)
     assert_close(fit.bias, best.bias, 1e-7)
     penalty = ridge * float(np.sum(best.kernel**2))
-    assert fit.final_loss == pytest.approx(best.loss / share + penalty, rel=1e-9)
+    assert fit.final_loss == pytest.approx(best.loss / scale + penalty, rel=1e-9)
     assert fit.rank == best.rank
     assert (fit.confidence_intervals, fit.bias_confidence_intervals) == (None, None)
     if np.isfinite(best.kernel_errors).all() and min(best.freedom) > 1e-3:
         assert fit.standard_errors is not None
-        # Variances, of which some are zero: a square root would magnify their rounding.
+        # Compare variances: some are zero, and a square root would magnify their rounding errors.
         assert_close(fit.standard_errors**2, best.kernel_errors**2, 1e-6)
         assert_close(fit.residual_std, np.array(best.residual_std), 1e-6)
         assert_close(fit.degrees_of_freedom, np.array(best.freedom), 1e-7)
@@ -140,7 +140,7 @@ def test_repeated_channel_shares_the_kernel(rng: np.random.Generator) -> None:
     fit = fit_kernel(np.stack([image, image]), correlate_valid_by_windows(image, kernel), solver="exact")
     np.testing.assert_allclose(fit.kernel.numpy(), np.stack([kernel, kernel])[None] / 2, atol=1e-12)
     assert (fit.rank, fit.unknowns) == (9, 18)
-    assert "rank 9 of 18: these examples leave 9 combinations of the kernel's entries open" in fit.message
+    assert "rank 9 of 18: these examples do not determine 9 combinations of the kernel's entries" in fit.message
 
 
 def test_225_entry_kernel_is_recovered_from_a_photograph(rng: np.random.Generator) -> None:
@@ -226,7 +226,7 @@ def test_zero_residual_loss_is_computed_from_the_images(
     assert_close(fit.kernel, kernel, 1e-9)
     assert fit.bias is not None
     assert fit.final_loss >= 0
-    # Two ways to round it: a few units in the last place of every target, squared.
+    # Both losses are rounding errors: a few units in the last place of every target, squared.
     left = fit_case.squares(fit.kernel.numpy(), fit.bias.numpy())
     assert fit.final_loss == pytest.approx(left, rel=1e-6, abs=1e-26 * fit.loss_history[0])
     assert fit.r_squared is not None
@@ -253,15 +253,15 @@ def test_true_kernel_lies_within_the_errors(loss: Any, bias: bool) -> None:
     rng = np.random.default_rng(12)
     runs, image, kernel = 1000, 3 + rng.normal(size=(12, 12)), rng.normal(size=(3, 3))
     truth = correlate_valid_by_windows(image, kernel) + 5 * bias
-    # A filter is a run: all see the same image, each has noise of its own, of its own variance.
+    # Each filter is an independent run: the same image, with noise of a different variance.
     noise = rng.normal(size=(runs, *truth.shape)) * np.linspace(0.5, 2, runs)[:, None, None]
     fit = fit_kernel(image, truth + noise, solver="exact", loss=loss, bias=bias)
     assert fit.standard_errors is not None
     student = scipy.stats.t(truth.size - kernel.size - bias)
-    for share in (0.95, 0.5):
-        reach = student.ppf((1 + share) / 2) * fit.standard_errors.numpy()[:, 0]
+    for level in (0.95, 0.5):
+        reach = student.ppf((1 + level) / 2) * fit.standard_errors.numpy()[:, 0]
         covered = np.abs(fit.kernel.numpy()[:, 0] - kernel) <= reach
-        assert covered.mean() == pytest.approx(share, abs=0.015)
+        assert covered.mean() == pytest.approx(level, abs=0.015)
     if bias:
         assert fit.bias is not None
         assert fit.bias_standard_errors is not None
@@ -277,7 +277,7 @@ def test_intervals_cover_the_truth_in_95_of_100_cases(layer: Layer, weighted: bo
     kernel, bias = rng.normal(size=layer.kernel_shape), np.array([5.0]) if layer.bias else None
     truth = layer.output(images, kernel, bias)
     deviations = rng.uniform(0.2, 2, truth.shape[2:]) if weighted else np.ones(truth.shape[2:])
-    # A filter is a run: all see the same image, each has noise of its own.
+    # Each filter is an independent run: the same image, with different noise.
     targets = truth + deviations * rng.normal(size=(1, runs, *truth.shape[2:]))
     weights = deviations**-2 if weighted else None
     fit = fit_kernel(images, targets, weights=weights, solver="exact", bias=layer.bias)
@@ -287,7 +287,7 @@ def test_intervals_cover_the_truth_in_95_of_100_cases(layer: Layer, weighted: bo
     if layer.bias:
         assert fit.bias_confidence_intervals is not None
         low, high = fit.bias_confidence_intervals.numpy()
-        # The standard deviation of a share of 2000 is 0.005.
+        # The standard deviation of the fraction over 2000 runs is 0.005.
         assert ((low <= 5) & (high >= 5)).mean() == pytest.approx(0.95, abs=0.015)
 
 

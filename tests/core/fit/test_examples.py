@@ -1,4 +1,4 @@
-"""What examples may look like, and what they and their weights mean."""
+"""Accepted forms of examples, and the meaning of their weights."""
 
 import math
 from typing import Any
@@ -70,7 +70,7 @@ def test_tensors_that_require_grad_are_accepted(options: dict[str, Any]) -> None
     image, edges = (tensor.double() for tensor in make_d2l_pair())
     expected = fit_kernel(image, edges, **options)
     tracked = [tensor.clone().requires_grad_() for tensor in (image, edges, torch.ones_like(edges))]
-    # Otherwise torch warns once only, in whichever test comes first.
+    # By default torch warns only once per process, possibly in another test.
     torch.set_warn_always(True)
     try:
         fit = fit_kernel(tracked[0], tracked[1], weights=tracked[2], **options)

@@ -1,4 +1,4 @@
-"""Pivoted Cholesky factorizations and Lanczos's method against numpy's eigenvalues and inverses."""
+"""Pivoted Cholesky factorizations and the Lanczos method, compared with numpy's eigenvalues and inverses."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.reference import Floats
 
 
 def draw_gram(seed: int, size: int, rank: int, blocks: int = 1) -> Floats:
-    """Symmetric matrices (blocks, size, size) of that rank, whose rows are of very different length."""
+    """Draw symmetric matrices (blocks, size, size) of this rank, with rows of very different norms."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(blocks, size, rank)) * np.exp(2 * rng.normal(size=(1, size, 1)))
     return rows @ rows.swapaxes(1, 2)
@@ -68,7 +68,7 @@ def test_large_matrices_are_inverted_like_small_ones(
     (one, solution, ends), (other, solution_too, ends_too) = found
     scale = 1 / np.sqrt(np.maximum(np.diagonal(matrices, axis1=1, axis2=2), 1e-300))
     values = np.linalg.eigvalsh(matrices * scale[:, :, None] * scale[:, None, :])
-    # Or rounding decides about the rank.
+    # Otherwise rounding errors determine the rank.
     assume(rank == 0 or values[:, size - rank].min() > 1e-6)
     assert one.ranks.tolist() == other.ranks.tolist() == blocks * [rank]
     np.testing.assert_allclose(solution_too, solution, atol=1e-6 * (1 + np.abs(solution).max()))
@@ -99,7 +99,7 @@ def test_lanczos_of_a_zero_matrix_finds_nothing() -> None:
 
 @pytest.mark.parametrize(("blocks", "columns"), [(1, 1), (3, 2), (1, 50), (7, 50)])
 def test_product_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, blocks: int, columns: int) -> None:
-    monkeypatch.setattr(eigen, "OPERATIONS", 2 * 20**2 * 8)
+    monkeypatch.setattr(eigen, "YIELD_INTERVAL_OPERATIONS", 2 * 20**2 * 8)
     matrices, unknowns = draw_gram(6, 20, 20, blocks), np.random.default_rng(7).normal(size=(blocks, 20, columns))
     np.testing.assert_allclose(finish(eigen.multiply_blocks(matrices, unknowns)), matrices @ unknowns, rtol=1e-12)
     assert sum(1 for _ in eigen.multiply_blocks(matrices, unknowns)) >= blocks * columns // 8
@@ -112,7 +112,7 @@ def test_large_kernel_matches_lstsq(ridge: float, fit_case: FitCase) -> None:
     assume(best.has_clear_rank)
     with pytest.MonkeyPatch.context() as patch:
         for module in (eigen, strategy):
-            patch.setattr(module, "LARGEST_DECOMPOSED", 0)
+            patch.setattr(module, "MAX_EIGH_SIZE", 0)
         fit = fit_exact(fit_case, ridge=ridge)
     assert_close(fit.kernel, best.kernel, 1e-7)
     assert_close(fit.bias, best.bias, 1e-7)

@@ -1,4 +1,4 @@
-"""The claims of a fit's messages, compared with least squares on the matrix of all windows."""
+"""Statements in the messages of a fit, compared with least squares on the matrix of all windows."""
 
 import math
 import re
@@ -87,7 +87,7 @@ def test_more_steps_are_not_recommended_at_the_limit() -> None:
     assert fit.largest_stable_learning_rate == pytest.approx(0.2)
     assert fit.prediction is None
     assert fit.message.endswith('it can become 0: take a smaller learning_rate, or solver "exact"')
-    # The error along the steepest eigenvector changes its sign in each step.
+    # The error along the eigenvector of the largest eigenvalue only changes its sign in each step.
     late = fit_kernel(*pair, learning_rate=0.2, steps=2000, seed=0)
     assert late.final_loss > 0.01
 
@@ -143,7 +143,7 @@ def test_adam_takes_all_steps_like_torch(rate: float) -> None:
         optimizer.step()
     fit = fit_kernel(image, edges, solver="adam", learning_rate=rate, steps=300, initial_kernel=[[1.0, -1.0]])
     assert fit.steps == 300
-    # Later the loss is all but zero, and its gradient rounding.
+    # Later losses are nearly zero, and their gradients are rounding errors.
     assert fit.loss_history[:100] == pytest.approx(history[:100], rel=1e-6)
 
 
@@ -200,7 +200,7 @@ def test_every_message_is_true_at_any_rate(fit_case: FitCase, solver: str, rate:
 
 
 def assert_message_true(fit: FitResult, fit_case: FitCase, options: dict[str, Any]) -> None:
-    """Read each part of the message and compare its claim with the examples."""
+    """Compare each statement of the message with the examples."""
     oracle = MessageOracle(fit, fit_case, options)
     for part in re.split("; (?!try)", fit.message):
         for pattern, check in CLAIMS.items():
@@ -208,11 +208,11 @@ def assert_message_true(fit: FitResult, fit_case: FitCase, options: dict[str, An
                 check(oracle, found)
                 break
         else:
-            raise AssertionError(f"no claim is known for {part!r}")
+            raise AssertionError(f"no check for the statement {part!r}; add one to CLAIMS")
 
 
 class MessageOracle:
-    """A fit, and what least squares on the matrix of all windows says of it."""
+    """Checks of statements about a fit by least squares on the matrix of all windows."""
 
     def __init__(self, fit: FitResult, fit_case: FitCase, options: dict[str, Any]) -> None:
         scale = 1 if options["loss"] == "sum" else fit_case.weight
@@ -223,7 +223,7 @@ class MessageOracle:
         self.smallest = self.best.loss / scale + fit.ridge * float(np.sum(self.best.kernel**2))
         products = max(float(np.abs(x).max()) for x, _, _ in fit_case.pairs) * float(np.abs(self.best.kernel).sum())
         products += 0 if self.best.bias is None else float(np.abs(self.best.bias).max())
-        # Each of the two rounds the sums of products that it compares with the targets.
+        # Both core and this class round the sums of products that they compare with the targets.
         self.rounding = (
             1e-18 * max(self.squares, fit.loss_history[0]) + fit_case.weight / scale * (1e-14 * products) ** 2
         )
@@ -269,7 +269,7 @@ class MessageOracle:
         assert self.fit.final_loss > self.smallest
 
     def nothing(self, _: re.Match[str]) -> None:
-        """Check nothing: the claim is checked by a test of its own."""
+        """Check nothing: another test checks the statement."""
 
 
 CLAIMS = {
@@ -294,18 +294,18 @@ CLAIMS = {
 def test_automatic_momentum_rate_is_the_best_of_thousands(seed: int) -> None:
     rng = np.random.default_rng(seed)
     size, steps = int(rng.integers(1, 26)), int(rng.choice([1, 3, 10, 30, 100]))
-    rule = Momentum(float(rng.choice([0.5, 0.9, 0.99])), nesterov=bool(rng.integers(2)))
+    optimizer = Momentum(float(rng.choice([0.5, 0.9, 0.99])), nesterov=bool(rng.integers(2)))
     curvatures, errors = np.exp(rng.normal(size=size) * rng.choice([0.3, 1, 3])), rng.normal(size=size)
-    largest = rule.largest_stable_rate(curvatures.max())
+    largest = optimizer.largest_stable_rate(curvatures.max())
 
     def losses(rates: Floats) -> Floats:
-        left: Floats = np.square(rule.recurrence(rates[:, None] * curvatures).error_after(steps)) @ (
+        left: Floats = np.square(optimizer.recurrence(rates[:, None] * curvatures).error_after(steps)) @ (
             curvatures * errors**2
         )
         return left
 
     ends = np.geomspace(1e-8, 1e-2, 2000)
     grid = largest * np.concatenate([ends, np.linspace(0.01, 1, 10_000, endpoint=False), 1 - ends])
-    best = finish(optimal_learning_rate(rule, curvatures, errors, steps, largest))
+    best = finish(optimal_learning_rate(optimizer, curvatures, errors, steps, largest))
     assert best is not None
     assert losses(np.array([best]))[0] <= 1.05 * losses(grid).min() + 1e-15 * losses(np.zeros(1))[0]

@@ -1,4 +1,4 @@
-"""The normal equations, by lags and by windows, against products of all windows."""
+"""The normal equations, by autocorrelation and by windows, compared with products of all windows."""
 
 import os
 import subprocess
@@ -28,24 +28,24 @@ CPU = torch.device("cpu")
 
 
 def draw_tensor(seed: int, *shape: int) -> torch.Tensor:
-    # Not centred: sums that cancel would hide what is missing.
+    # Use a mean of 1: sums that cancel would hide missing terms.
     return torch.from_numpy(np.random.default_rng(seed).normal(1, 1, shape))
 
 
 def build_windows(images: torch.Tensor, size: tuple[int, int]) -> Floats:
-    """(N oh ow, C h w)."""
+    """Return all windows as rows, (N oh ow, C h w)."""
     seen = np.lib.stride_tricks.sliding_window_view(images.numpy(), size, (2, 3))
     return seen.transpose(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * size[0] * size[1])
 
 
 def assert_nearly_equal(found: torch.Tensor | Floats, expected: Floats) -> None:
-    """To 1e-12 of the largest sum."""
+    """Compare to within 1e-12 of the largest sum."""
     np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
 
 
 @st.composite
 def image_stacks(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Images and a kernel's size that lags can do."""
+    """Draw images and a kernel size that the autocorrelation method supports."""
     size = draw(st.tuples(st.integers(1, 8), st.integers(1, 8)))
     sides = [draw(st.integers(3 * taps - 1, 40)) for taps in size]
     return draw_tensor(draw(st.integers(0, 2**32)), draw(st.integers(1, 3)), draw(st.integers(1, 3)), *sides), size
@@ -53,15 +53,15 @@ def image_stacks(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, int]]:
 
 BLOCK_SIZES: dict[str, dict[str, object]] = {
     "whole images": {},
-    "many blocks": {"SIDES": (16,)},
-    "one image, one column at a time": {"WORTH_A_CALL": 8, "TOGETHER_BYTES": 1},
+    "many blocks": {"TRANSFORM_SIDES": (16,)},
+    "one image, one column at a time": {"MIN_TRANSFORM_SIDE": 8, "MAX_CHUNK_SPECTRA_BYTES": 1},
 }
 block_size_names = st.sampled_from(list(BLOCK_SIZES))
 
 
 @contextmanager
 def use_block_sizes(how: str) -> Iterator[None]:
-    """The transforms and strips of small images cut up as those of large ones are."""
+    """Cut small images into blocks and strips, as large ones are by default."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in BLOCK_SIZES[how].items():
             patch.setattr(autocorrelation, name, value)
@@ -128,13 +128,13 @@ def test_value_seen_by_one_tap_keeps_other_sums_exact() -> None:
 
 
 def describe_layer(fit_case: FitCase) -> Layer:
-    """core's own description of the layer."""
+    """Return the layer as core's `Layer`."""
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     return Layer(**{name: fit_case.layer.options[name] for name in names})
 
 
 def compute_equations(fit_case: FitCase, *, by_lags: bool) -> list[normal_equations.NormalEquations]:
-    """Those of every pair, by one way or the other."""
+    """Return the normal equations of every pair, by autocorrelation or by windows."""
     layer = fit_case.layer
     examples = load_examples([RawExample(*pair) for pair in fit_case.pairs])
     layout = layouts.ParameterLayout(layer.kernel_shape, layer.groups, layer.bias, examples.has_weights_per_filter)
@@ -154,7 +154,7 @@ def compute_equations(fit_case: FitCase, *, by_lags: bool) -> list[normal_equati
 
 
 def multiply_explicitly(fit_case: FitCase, pair: int, filter_: int) -> tuple[Floats, Floats]:
-    """A'WA and A'Wy of one filter."""
+    """Return A'WA and A'Wy of one filter."""
     layer = fit_case.layer
     images, targets, weights = fit_case.pairs[pair]
     matrix = layer.windows(images, filter_ // (layer.filters // layer.groups))
@@ -228,7 +228,7 @@ import numpy as np
 from core import fit_kernel
 
 def peak():
-    # Not getrusage: its maximum is that of the process before exec, the tests' own.
+    # Not getrusage: its maximum includes the process before exec, that of the tests.
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
 rng = np.random.default_rng(0)
@@ -245,12 +245,12 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its own peak")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 def test_ten_times_as_many_pairs_take_no_more_memory() -> None:
-    # What is freed goes back to the system at once, whatever else lies beside it.
+    # Freed blocks return to the system at once, independent of fragmentation.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True, timeout=120, env=environment
     )
-    # In float64 the other 18 pairs would take 75 MB.
+    # In float64 the other 18 pairs would need 75 MB.
     assert int(ran.stdout) < 25

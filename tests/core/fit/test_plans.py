@@ -1,4 +1,4 @@
-"""Plans: checked once, estimated from shapes, computed in parts and steps of bounded length."""
+"""Plans of fits: checked once, estimated from shapes, computed in tiles and steps of bounded duration."""
 
 import time
 from collections.abc import Generator
@@ -20,7 +20,7 @@ from tests.core.fit.layers import FitCase, fit_cases
 
 
 def measure_longest_step(steps: Generator[core.Progress, None, FitResult]) -> float:
-    """The most time that this thread computes between two events, in seconds."""
+    """Return the longest CPU time of this thread between two events, in seconds."""
     pauses, last = [], time.thread_time()
     for _ in steps:
         now = time.thread_time()
@@ -29,12 +29,11 @@ def measure_longest_step(steps: Generator[core.Progress, None, FitResult]) -> fl
     return max([*pauses, time.thread_time() - last])
 
 
-def test_plan_matches_cost_of_and_fit_kernel() -> None:
+def test_plan_runs_as_fit_kernel_does() -> None:
     arguments: dict[str, Any] = {"input": make_d2l_pair()[0], "target": make_d2l_pair()[1], "seed": 1}
     plan = plan_fit_kernel(**arguments)
-    assert plan.cost == core.cost_of(core.fit_kernel_steps, **arguments)
     assert plan.method == "normal equations"
-    fits = [run_to_end(plan.steps()), run_to_end(plan.steps()), fit_kernel(**arguments)]
+    fits = [plan.run(), run_to_end(plan.steps()), fit_kernel(**arguments)]
     assert fits[0].loss_history == fits[1].loss_history == fits[2].loss_history
 
 
@@ -48,11 +47,11 @@ def test_plan_is_checked_against_its_limits() -> None:
 def test_examples_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 
-    def counted(name: str, value: Any) -> torch.Tensor:
+    def count_calls(name: str, value: Any) -> torch.Tensor:
         loaded.append(name)
         return as_real_tensor(name, value)
 
-    monkeypatch.setattr(examples, "as_numbers", counted)
+    monkeypatch.setattr(examples, "as_real_tensor", count_calls)
     plan = plan_fit_kernel(*make_d2l_pair())
     run_to_end(plan.steps())
     assert loaded == ["input", "target"]
@@ -102,7 +101,7 @@ def test_fit_in_small_parts_is_the_same(fit_case: FitCase) -> None:
     for whole, apart in zip(*results, strict=True):
         assert apart.loss_history == pytest.approx(whole.loss_history, rel=1e-9, abs=1e-12)
         assert apart.final_loss == pytest.approx(whole.final_loss, rel=1e-9, abs=1e-9 * whole.loss_history[0])
-        # None where constant targets leave nothing to explain.
+        # R squared is None if the targets are constant.
         assert (apart.r_squared is None) == (whole.r_squared is None)
         if apart.r_squared is not None and whole.r_squared is not None:
             assert apart.r_squared == pytest.approx(whole.r_squared, rel=1e-9, abs=1e-9)
@@ -111,7 +110,7 @@ def test_fit_in_small_parts_is_the_same(fit_case: FitCase) -> None:
 
 
 def measure_product_seconds() -> float:
-    """What a matrix product takes that should be a step: 0.1 s where nothing else runs."""
+    """Return the CPU time of a matrix product of YIELD_INTERVAL_OPERATIONS: 0.1 s on an idle machine."""
     side = round((YIELD_INTERVAL_OPERATIONS / 2) ** (1 / 3))
     one, start = np.ones((side, side)), time.thread_time()
     np.matmul(one, one)
@@ -145,9 +144,9 @@ LONG_FITS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LONG_FITS)
 def test_no_step_takes_long(name: str) -> None:
     plan = plan_fit_kernel(**LONG_FITS[name], machine=core.Machine(1))
-    # Pipelines are compiled once.
+    # The first run compiles the pipelines.
     run_to_end(plan.steps())
-    # Two or three where nothing else runs.
+    # On an idle machine the ratio is 2 or 3.
     assert measure_longest_step(plan.steps()) < 10 * measure_product_seconds()
 
 

@@ -1,4 +1,4 @@
-"""What is said of a descent beforehand, and whether it comes true."""
+"""Predictions about a descent, compared with its outcome."""
 
 import math
 from typing import Any
@@ -28,13 +28,13 @@ def run_descent(fit_case: FitCase, **options: Any) -> FitResult:
 
 
 def compute_curvatures(best: LeastSquaresSolution) -> tuple[float, float]:
-    """The flattest and the steepest of the sum of squares; only where everything is determined."""
+    """Return the smallest and the largest curvature of the sum of squares, valid if all unknowns are determined."""
     values = np.concatenate(best.singular_values)
     return float(2 * values.min() ** 2), float(2 * values.max() ** 2)
 
 
 def solve_if_determined(fit_case: FitCase, *, least: float = 0.03) -> LeastSquaresSolution:
-    """The best kernel, if it is one and no direction is much flatter than the steepest."""
+    """Return the best kernel; reject examples whose kernel is not unique or whose condition number is large."""
     best = solve_least_squares(fit_case)
     assume(best.rank == fit_case.layer.filters * (best.kernel[0].size + fit_case.layer.bias))
     assume(all(values.min() > least * values.max() for values in best.singular_values))
@@ -51,7 +51,7 @@ def test_d2l_example_eigenvalues_and_rates() -> None:
     assert fit.largest_stable_learning_rate == pytest.approx(2 / 60)
     assert fit.rank == fit.unknowns == 2
     assert fit.best_possible_loss == pytest.approx(0, abs=1e-24)
-    # The rate that shrinks the slowest errors fastest, once there are steps enough for them to count alone.
+    # With many steps only the slowest errors remain; this rate shrinks them fastest.
     automatic = fit_kernel(*make_d2l_pair(), learning_rate="auto", steps=1000, seed=1)
     assert automatic.learning_rate == pytest.approx(2 / 72, rel=1e-3)
 
@@ -79,7 +79,7 @@ def test_prediction_has_a_message() -> None:
         assert f"the largest at which {name} can converge" in predict_fit(
             *make_d2l_pair(), solver=solver, learning_rate=1.0
         ).message  # fmt: skip
-    unknown = "nothing is known of this descent beforehand"
+    unknown = "no prediction is available for this descent"
     assert predict_fit(*make_d2l_pair(), solver="adam").message == unknown
     assert predict_fit(*make_d2l_pair(), loss="huber").message == unknown
 
@@ -109,12 +109,12 @@ def test_ones_at_the_d2l_rate_diverge_and_are_unidentified() -> None:
     assert fit.condition_number is None
     for message in (fit.message, predict_fit(*ones, seed=1).message):
         assert "learning_rate 0.03 is above 0.0119" in message
-        assert "rank 1 of 2: these examples leave 1 combination of the kernel's entries open" in message
-    # The one curvature that there is decides.
+        assert "rank 1 of 2: these examples do not determine 1 combination of the kernel's entries" in message
+    # The only nonzero curvature determines the rate.
     assert fit_kernel(*ones, learning_rate="auto").learning_rate == pytest.approx(1 / 168, rel=1e-4)
     exact = fit_kernel(*ones, solver="exact")
     np.testing.assert_allclose(exact.kernel.numpy(), [[1, 1]])
-    assert exact.message.endswith("entries open; this is the solution of least norm")
+    assert exact.message.endswith("entries; this is the solution of least norm")
 
 
 @pytest.mark.parametrize("solver", [*DESCENT_SOLVERS, "adam"])
@@ -128,7 +128,7 @@ def test_zero_inputs_leave_the_kernel_and_are_reported(solver: Any, learning_rat
         assert fit.status is Status.COMPLETED
         assert fit.final_loss == fit.loss_history[0]
         assert "the loss stayed at" in fit.message
-        assert "rank 0 of 2: the input is zero wherever the kernel looks, nothing can be learned" in fit.message
+        assert "rank 0 of 2: the input is zero in all windows of the kernel: nothing can be learned" in fit.message
         assert (fit.prediction, fit.largest_stable_learning_rate) == (None, None)
 
 
@@ -156,9 +156,11 @@ def test_unreachable_target_is_reported(rng: np.random.Generator) -> None:
         fit = fit_kernel(image, target, seed=1, steps=400, **options)
         assert fit.status is Status.COMPLETED
         assert fit.r_squared is not None
-        said = fit.message.split("; ")
-        assert said[1] == f"the smallest possible is {fit.best_possible_loss:.6g}"
-        assert said[2] == f"no kernel of this size explains more than {fit.r_squared:.2g} of the target's variance"
+        statements = fit.message.split("; ")
+        assert statements[1] == f"the smallest possible is {fit.best_possible_loss:.6g}"
+        assert (
+            statements[2] == f"no kernel of this size explains more than {fit.r_squared:.2g} of the target's variance"
+        )
 
 
 def test_descent_that_will_diverge_is_reported() -> None:
@@ -257,8 +259,8 @@ def test_diverging_rate_is_rejected_on_request() -> None:
     "options", [{}, {"solver": "exact", "learning_rate": 100.0}, {"solver": "adam"}, {"loss": "huber"}]
 )
 def test_rate_that_may_converge_is_accepted(options: dict[str, Any]) -> None:
-    refused = fit_kernel(*make_d2l_pair(), seed=1, refuse_divergence=True, **options)
-    assert refused.loss_history == fit_kernel(*make_d2l_pair(), seed=1, **options).loss_history
+    fit = fit_kernel(*make_d2l_pair(), seed=1, refuse_divergence=True, **options)
+    assert fit.loss_history == fit_kernel(*make_d2l_pair(), seed=1, **options).loss_history
 
 
 @pytest.mark.parametrize("solver", ["momentum", "nesterov"])
@@ -266,13 +268,13 @@ def test_rate_that_may_converge_is_accepted(options: dict[str, Any]) -> None:
 @given(fit_case=fit_cases(largest=9, weighted=False), momentum=st.floats(0, 0.95))
 def test_momentum_limits_match_theory(solver: Any, fit_case: FitCase, momentum: float) -> None:
     _, steepest = compute_curvatures(solve_if_determined(fit_case))
-    # Roots of the recursion on the circle at -1: Polyak (1964); the same with the gradient looked ahead for.
+    # The root of the recurrence is -1 at the limit: Polyak (1964); for Nesterov, with its look-ahead gradient.
     limit = 2 * (1 + momentum) / steepest
     if solver == "nesterov":
         limit /= 1 + 2 * momentum
     below, above = (
-        run_descent(fit_case, solver=solver, momentum=momentum, learning_rate=share * limit, steps=2000)
-        for share in (0.99, 1.01)
+        run_descent(fit_case, solver=solver, momentum=momentum, learning_rate=factor * limit, steps=2000)
+        for factor in (0.99, 1.01)
     )
     assert below.largest_stable_learning_rate == pytest.approx(limit, rel=1e-9)
     assert (below.prediction, above.prediction) == ("converges", "diverges")
@@ -281,14 +283,14 @@ def test_momentum_limits_match_theory(solver: Any, fit_case: FitCase, momentum: 
     assert above.status is Status.DIVERGED
 
 
-@pytest.mark.parametrize("share", [0.99, 1.01])
+@pytest.mark.parametrize("factor", [0.99, 1.01])
 @given(fit_case=fit_cases(largest=9))
-def test_gradient_descent_limit_is_two_over_curvature(share: float, fit_case: FitCase) -> None:
+def test_gradient_descent_limit_is_two_over_curvature(factor: float, fit_case: FitCase) -> None:
     _, steepest = compute_curvatures(solve_if_determined(fit_case))
-    fit = run_descent(fit_case, learning_rate=share * 2 / steepest, steps=1000)
+    fit = run_descent(fit_case, learning_rate=factor * 2 / steepest, steps=1000)
     assert fit.largest_stable_learning_rate == pytest.approx(2 / steepest, rel=1e-9)
-    assert fit.status is (Status.COMPLETED if share < 1 else Status.DIVERGED)
-    assert fit.prediction == ("converges" if share < 1 else "diverges")
+    assert fit.status is (Status.COMPLETED if factor < 1 else Status.DIVERGED)
+    assert fit.prediction == ("converges" if factor < 1 else "diverges")
 
 
 @pytest.mark.parametrize("solver", DESCENT_SOLVERS)
@@ -315,8 +317,8 @@ def test_automatic_rate_minimizes_the_loss_after_these_steps(solver: str, fit_ca
     assert automatic.largest_stable_learning_rate is not None
     assert automatic.excess_loss is not None
     start = automatic.loss_history[0] - (automatic.best_possible_loss or 0)
-    for share in np.linspace(0.02, 0.98, 25):
-        rate = share * automatic.largest_stable_learning_rate
+    for fraction in np.linspace(0.02, 0.98, 25):
+        rate = fraction * automatic.largest_stable_learning_rate
         other = run_descent(fit_case, solver=solver, learning_rate=rate, steps=steps)
         assert other.excess_loss is not None
         assert automatic.excess_loss <= 1.05 * other.excess_loss + 1e-4 * start
@@ -351,7 +353,7 @@ def test_final_loss_is_recomputed_on_the_images(
     expected = left / (1 if loss == "sum" else fit_case.weight) + ridge * float(np.sum(kernel**2))
     assert fit.final_loss >= 0
     assert min(fit.loss_history) >= 0
-    # Where a combination is open, the kernel's share of it is multiplied by zeros that are rounded.
+    # If unknowns are not determined, the kernel's part along them is multiplied by rounded zeros.
     rounding = 1e-22 if fit.rank in (None, fit.unknowns) else 1e-14
     assert fit.final_loss == pytest.approx(expected, rel=1e-9, abs=rounding * fit.loss_history[0])
     if fit.method == "normal equations":
@@ -405,10 +407,10 @@ def test_curvature_is_found_without_the_equations(fit_case: FitCase) -> None:
         fit = run_descent(fit_case, learning_rate="auto", steps=1)
     assume(fit.method == "convolutions")
     _, steepest = compute_curvatures(solve_least_squares(fit_case))
-    # Lanczos's method comes from below.
+    # The Lanczos method approaches the eigenvalue from below.
     assert fit.largest_eigenvalue is not None
     assert 0.98 * steepest <= fit.largest_eigenvalue <= (1 + 1e-9) * steepest
-    # At that rate no loss rises.
+    # At this rate the loss cannot rise.
     assert fit.learning_rate == pytest.approx(1 / fit.largest_eigenvalue)
     assert (fit.rank, fit.smallest_eigenvalue, fit.best_possible_loss, fit.excess_loss) == (None, None, None, None)
 

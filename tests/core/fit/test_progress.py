@@ -1,4 +1,4 @@
-"""What a fit tells while it runs, and how it is ended early."""
+"""Progress events of a fit, and ending a fit early."""
 
 import itertools
 from typing import Any
@@ -145,5 +145,5 @@ def test_too_few_conjugate_gradient_steps_are_reported(
     fit = fit_kernel(image, target, solver="exact")
     assert (fit.status, fit.steps, fit.best_possible_loss) == (Status.COMPLETED, 2, None)
     assert fit.message == (
-        f"the loss is {fit.final_loss:.6g} after 2 conjugate gradients, which did not reach the tolerance"
+        f"the loss is {fit.final_loss:.6g} after 2 conjugate gradient iterations, which did not reach the tolerance"
     )

@@ -1,4 +1,4 @@
-"""What cannot be learned, or not like that, is refused with a reason, before anything is computed."""
+"""Invalid examples and options are rejected with a reason before any computation."""
 
 import math
 from typing import Any
@@ -23,12 +23,12 @@ INVALID_EXAMPLES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"pairs": [(np.ones((6, 8)), np.ones((6, 7))), (np.ones((2, 6, 8)), np.ones((6, 7)))]},
         core.InvalidShape,
-        "pairs[1].input has 2 channels, pairs[0].input has 1: they must be as many",
+        "pairs[1].input has 2 channels, pairs[0].input has 1: the numbers must be equal",
     ),
     (
         {"pairs": [(np.ones((6, 8)), np.ones((6, 7))), (np.ones((6, 8)), np.ones((2, 6, 7)))]},
         core.InvalidShape,
-        "pairs[1].target has 2 channels, pairs[0].target has 1: they must be as many",
+        "pairs[1].target has 2 channels, pairs[0].target has 1: the numbers must be equal",
     ),
     (
         {"pairs": [(np.ones((6, 8)), np.ones((6, 7))), (np.ones((6, 8)), np.ones((5, 7)))]},
@@ -38,7 +38,7 @@ INVALID_EXAMPLES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"input": np.ones((2, 1, 6, 8)), "target": np.ones((3, 1, 6, 8))},
         core.InvalidShape,
-        "target has 3 images, input has 2: they must be as many",
+        "target has 3 images, input has 2: the numbers must be equal",
     ),
     ({"input": np.ones((6, 8)), "target": np.ones((7, 8))}, core.InvalidShape, "no kernel makes target (7, 8) out of"),
     ({**PAIR, "dilation": 2}, core.InvalidShape, "with stride 1, padding 0 and dilation (2, 2): give kernel_size and"),
@@ -52,7 +52,7 @@ INVALID_WEIGHTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {**PAIR, "weights": np.ones((6, 8))},
         core.InvalidShape,
-        "weights (1, 1, 6, 8) does not fit target (1, 1, 6, 7): one weight for each of its values, or one plane for",
+        "weights (1, 1, 6, 8) does not fit target (1, 1, 6, 7): give one weight for each of its values, or one plane",
     ),
     ({**PAIR, "weights": 1.0}, core.InvalidShape, "weights has shape (): it needs (H, W)"),
     ({**PAIR, "weights": np.ones((2, 6, 7))}, core.InvalidShape, "weights (1, 2, 6, 7) does not fit target"),
@@ -63,17 +63,17 @@ INVALID_WEIGHTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         (
             {"pairs": [(*PAIR.values(), np.where(np.eye(6, 7) > 0, value, 1.0))]},
             core.InvalidNumbers,
-            "pairs[0].weights holds 6 values that are negative, NaN or infinite: a weight is a number from 0 on, 0",
+            "pairs[0].weights holds 6 values that are negative, NaN or infinite: weights must be finite numbers from 0",
         )
         for value in (-1e-9, math.nan, math.inf, -math.inf)
     ],
-    ({**PAIR, "weights": np.zeros((6, 7))}, core.InvalidNumbers, "weights are zero everywhere: nothing is left to"),
+    ({**PAIR, "weights": np.zeros((6, 7))}, core.InvalidNumbers, "weights are zero everywhere: at least one must be"),
     ({"pairs": 2 * [(*PAIR.values(), np.zeros((6, 7)))]}, core.InvalidNumbers, "weights are zero everywhere"),
     ({**PAIR, "weights": np.ones((6, 7), bool)}, core.InvalidNumbers, "weights has values of type bool"),
 ]
 
 INVALID_SHAPES: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({**PAIR, "stride": 2}, core.InvalidArgument, "kernel_size is missing: it follows from the shapes only where"),
+    ({**PAIR, "stride": 2}, core.InvalidArgument, "kernel_size is missing: it follows from the shapes only if"),
     ({**PAIR, "padding": "same"}, core.InvalidArgument, "kernel_size is missing"),
     ({**PAIR, "padding": "same", "kernel_size": 3}, core.InvalidShape, "a kernel (3, 3) makes (6, 8)"),
     ({**PAIR, "kernel_size": 9}, core.InvalidShape, "kernel_size (9, 9) is larger than the input (6, 8)"),
@@ -90,7 +90,7 @@ INVALID_SHAPES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**PAIR, "groups": 0}, core.InvalidOption, "groups 0 is not an integer"),
     ({**PAIR, "stride": 0, "kernel_size": 2}, core.InvalidOption, "stride 0 is neither"),
     ({**PAIR, "dilation": [1, 2, 3], "kernel_size": 2}, core.InvalidOption, "dilation [1, 2, 3] is neither"),
-    ({**PAIR, "padding": -1, "kernel_size": 2}, core.InvalidOption, "padding -1 is none of"),
+    ({**PAIR, "padding": -1, "kernel_size": 2}, core.InvalidOption, "padding -1 is not one of"),
     (
         {**PAIR, "padding_mode": "symmetric"},
         core.InvalidOption,
@@ -132,7 +132,7 @@ INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     *[
         (
             {"momentum": 0.9, "solver": solver},
-            f'momentum means nothing to solver "{solver}": leave it out, or take solver "momentum" or "nesterov"',
+            f'momentum does not apply to solver "{solver}": leave it out, or use solver "momentum" or "nesterov"',
         )
         for solver in ("sgd", "adam", "exact")
     ],
@@ -143,7 +143,7 @@ INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     *[
         (
             {"betas": (0.9, 0.999), "solver": solver},
-            f'betas means nothing to solver "{solver}": leave it out, or take solver "adam"',
+            f'betas does not apply to solver "{solver}": leave it out, or use solver "adam"',
         )
         for solver in ("sgd", "momentum", "nesterov", "exact")
     ],
@@ -164,7 +164,7 @@ INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     *[
         (
             {"batch_size": 1, "solver": solver},
-            f'batch_size means nothing to solver "{solver}": leave it out, or take solver "sgd"',
+            f'batch_size does not apply to solver "{solver}": leave it out, or use solver "sgd"',
         )
         for solver in ("momentum", "nesterov", "adam", "exact")
     ],
@@ -194,7 +194,7 @@ def test_invalid_options_are_rejected_with_a_reason(options: dict[str, Any], mes
 
 
 def test_rejection_lists_the_available_devices() -> None:
-    with pytest.raises(core.DeviceUnavailable, match="it has: "):
+    with pytest.raises(core.DeviceUnavailable, match="available devices: "):
         fit_kernel_steps(**PAIR, device="cuda:99")
 
 
@@ -215,7 +215,7 @@ def test_equations_of_a_large_kernel_count_towards_memory() -> None:
     pair = np.ones((200, 200)), np.ones((161, 161))
     method = "normal equations"
     assert core.plan_fit_kernel(*pair, limits=core.Limits(megabytes=1000, gflop=1000)).method == method
-    # What needs less memory is computed instead.
+    # With less memory allowed, the method that needs less is chosen.
     assert core.plan_fit_kernel(*pair, limits=core.Limits(megabytes=100, gflop=1000)).method == "convolutions"
     with pytest.raises(core.TooLarge, match="needs"):
         fit_kernel_steps(*pair, limits=core.Limits(megabytes=1, gflop=1000))

@@ -1,4 +1,4 @@
-"""Huber fits by reweighted least squares and huber_delta "auto", against numpy and scipy on explicit windows."""
+"""Huber fits by reweighted least squares and huber_delta "auto", compared with numpy and scipy on all windows."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ EXACT_HUBER: dict[str, Any] = {"solver": "exact", "loss": "huber"}
 
 @dataclasses.dataclass(frozen=True)
 class FilterRows:
-    """The windows, targets and weights of one filter, and which of its unknowns the ridge pulls at."""
+    """Windows, targets and weights of one filter, and a 0/1 mask of the unknowns with a ridge penalty."""
 
     matrix: Floats
     target: Floats
@@ -47,7 +47,7 @@ def build_rows(fit_case: FitCase) -> list[FilterRows]:
 def compute_loss_and_gradient(
     rows: FilterRows, at: Floats, delta: float, total: float, ridge: float = 0.0
 ) -> tuple[float, Floats]:
-    """One filter's part of the mean Huber loss with its ridge; `total` is the weight of all filters."""
+    """Return a filter's part of the mean Huber loss with ridge, and its gradient; `total` is the sum of weights."""
     residual = rows.matrix @ at - rows.target
     size = np.abs(residual)
     values = np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
@@ -57,7 +57,7 @@ def compute_loss_and_gradient(
 
 
 def minimize_huber(rows: FilterRows, delta: float, total: float, ridge: float) -> Floats:
-    """The least Huber loss by plain reweighted least squares with lstsq, then Newton steps on the residuals inside."""
+    """Minimise the Huber loss by reweighted lstsq, then by Newton steps on the residuals below delta."""
     root = np.sqrt(2 * ridge * total) * np.diag(rows.pulled)
 
     def solve(weights: Floats, right: Floats) -> Floats:
@@ -121,7 +121,7 @@ def test_gradient_vanishes_and_the_loss_never_rises(
     assert fit.excess_loss == 0
     assert fit.steps == len(fit.loss_history)
     lengths = [np.linalg.norm(np.concatenate([gradient for _, gradient in part])) for part in (found, at_zero)]
-    # A gradient is a sum of this many products, each of them rounded.
+    # Bound the rounding errors of the products in the gradient.
     rounding = max(np.abs(rows.matrix.T @ (rows.weights[:, None] * rows.matrix)).max() for rows in filters) / total
     largest = max(np.abs(at).max() for at in stack_unknowns(fit, fit_case))
     assert lengths[0] <= 1e-10 * lengths[1] + 1e-12 * rounding * largest
@@ -133,7 +133,7 @@ def test_kernel_matches_plain_reweighted_least_squares(fit_case: FitCase, delta:
     filters, total = build_rows(fit_case), fit_case.weight
     expected = [minimize_huber(rows, delta, total, ridge) for rows in filters]
     for rows, at in zip(filters, expected, strict=True):
-        # The minimum is unique: the Hessian at it is not singular.
+        # Only compare unique minima: the Hessian must not be singular.
         inside = (np.abs(rows.matrix @ at - rows.target) <= 0.99 * delta) & (rows.weights > 0.01)
         values = np.linalg.svd(rows.matrix[inside], compute_uv=False)
         assume(len(values) == rows.matrix.shape[1] and values[-1] > 1e-2 * values[0])
@@ -189,7 +189,7 @@ def compute_normalized_mad(residuals: Floats) -> float:
 
 
 def fit_auto_with_numpy(matrix: Floats, target: Floats) -> tuple[Floats, float]:
-    """Reweighted least squares whose delta follows from the residuals; rows repeated as often as they count."""
+    """Fit by reweighted least squares with delta from the residuals; integer weights are repeated rows."""
     at: Any = np.linalg.lstsq(matrix, target)[0]
     for _ in range(1000):
         residual = target - matrix @ at
@@ -295,7 +295,7 @@ def test_exact_data_are_reproduced(solver: Any) -> None:
     for of in (target, spoiled):
         fit = fit_kernel(image, of, solver=solver, loss="huber", huber_delta="auto", seed=0)
         assert fit.huber_delta == pytest.approx(1.345e-9 * np.median(np.abs(of)), rel=1e-9)
-        assert "at least half of the residuals are zero, so that huber_delta became" in fit.message
+        assert "at least half of the residuals are zero, so that huber_delta is" in fit.message
         if solver == "exact":
             assert fit.status is Status.CONVERGED
             np.testing.assert_allclose(fit.kernel, kernel, atol=1e-8)
@@ -305,7 +305,7 @@ def test_exact_data_are_reproduced(solver: Any) -> None:
 def test_zero_target_has_the_default_delta(solver: Any) -> None:
     fit = fit_kernel(np.ones((5, 5)), np.zeros((4, 4)), solver=solver, loss="huber", huber_delta="auto", seed=0)
     assert fit.huber_delta == 1.0
-    assert "the target is zero, so that huber_delta became 1" in fit.message
+    assert "the target is zero, so that huber_delta is 1" in fit.message
     if solver == "exact":
         assert (fit.final_loss, fit.status) == (0, Status.CONVERGED)
 
@@ -326,7 +326,7 @@ def test_blurred_photograph_is_supported(blur: float) -> None:
     _, gradient = compute_loss_and_gradient(rows, at, fit.huber_delta, target.size)
     _, at_zero = compute_loss_and_gradient(rows, np.zeros(25), fit.huber_delta, target.size)
     assert np.linalg.norm(gradient) <= 1e-9 * np.linalg.norm(at_zero)
-    # The error is that of least squares on the values that are right.
+    # The error is comparable with that of least squares on the values without outliers.
     good = target != 1e4
     least = np.linalg.lstsq(rows.matrix[good.ravel()], target[good])[0]
     assert np.linalg.norm(at - kernel.ravel()) < 2 * np.linalg.norm(least - kernel.ravel())
@@ -374,7 +374,7 @@ def test_every_filter_has_outliers_of_its_own() -> None:
     np.testing.assert_allclose(fit.kernel, kernel, atol=0.03)
     assert fit.bias is not None
     assert fit.rank == fit.unknowns == 4 * 19
-    # 10 % on one side bias the location by about 0.1 * 1.345 standard deviations.
+    # Outliers of 10 % on one side shift the location by about 0.1 * 1.345 standard deviations.
     np.testing.assert_allclose(fit.bias, bias, atol=0.05)
 
 
@@ -526,7 +526,7 @@ def test_too_few_iterations_are_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert fit.message.startswith("after 3 iterations of reweighted least squares, which did not converge: loss")
     monkeypatch.setattr(robust, "MAX_SCALE_ITERATIONS", 2)
     fit = fit_kernel(image, target, **EXACT_HUBER, huber_delta="auto")
-    assert "the scale of the residuals did not settle: huber_delta" in fit.message
+    assert "the scale of the residuals did not converge: huber_delta" in fit.message
 
 
 def test_events_come_in_order() -> None:
@@ -546,7 +546,7 @@ INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     *[
         (
             {"loss": loss, "huber_delta": delta},
-            f'huber_delta means nothing to loss "{loss}": leave it out, or take loss',
+            f'huber_delta does not apply to loss "{loss}": leave it out, or use loss',
         )
         for loss, delta in (("sum", 1.0), ("mean", "auto"), ("l1", 2))
     ],
@@ -556,9 +556,9 @@ INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ],
     (
         {"loss": "l1", "solver": "exact"},
-        'solver "exact" does not minimise loss "l1": take loss "sum", "mean" or "huber"',
+        'solver "exact" does not minimise loss "l1": use loss "sum", "mean" or "huber"',
     ),
-    ({**EXACT_HUBER, "batch_size": 1}, 'batch_size means nothing to solver "exact"'),
+    ({**EXACT_HUBER, "batch_size": 1}, 'batch_size does not apply to solver "exact"'),
 ]
 
 

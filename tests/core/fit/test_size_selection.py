@@ -1,4 +1,4 @@
-"""kernel_size "auto": every candidate against lstsq on explicit windows, and the size that made the target is found."""
+"""kernel_size "auto": every candidate is compared with lstsq on all windows, and the true size is found."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ def list_candidate_sizes(side: int) -> list[int]:
 
 
 def select_centred_taps(layer: Layer, size: tuple[int, int]) -> Floats:
-    """Return which of a filter's taps (C/groups, h, w), flattened, belong to a centred smaller kernel."""
+    """Return a flat mask of a filter's taps (C/groups, h, w) that belong to a centred smaller kernel."""
     (h, w), depth = layer.kernel_size, layer.channels // layer.groups
     mask = np.zeros((depth, h, w), bool)
     top, left = (h - size[0]) // 2, (w - size[1]) // 2
@@ -41,7 +41,7 @@ def select_centred_taps(layer: Layer, size: tuple[int, int]) -> Floats:
 
 
 def compute_residual_squares(layer: Layer, pairs: Pairs, size: tuple[int, int]) -> float:
-    """Return the smallest sum of squares of a size by lstsq on the windows of the largest."""
+    """Return the smallest sum of squares for a kernel size, by lstsq on the windows of the largest size."""
     total = 0.0
     for filter_ in range(layer.filters):
         group = filter_ // (layer.filters // layer.groups)
@@ -56,7 +56,7 @@ def compute_residual_squares(layer: Layer, pairs: Pairs, size: tuple[int, int]) 
 
 
 def compute_expected_table(layer: Layer, pairs: Pairs) -> list[tuple[tuple[int, int], float, float]]:
-    """Return (size, sum of squares, BIC) of all candidates with at least two values for an unknown."""
+    """Return (size, sum of squares, BIC) of all candidates with at least two values per unknown."""
     counts = np.sum([((np.ones_like(y) if w is None else w) > 0).sum((0, 2, 3)) for _, y, w in pairs], axis=0)
     table = []
     for rows in list_candidate_sizes(layer.kernel_size[0]):
@@ -70,7 +70,7 @@ def compute_expected_table(layer: Layer, pairs: Pairs) -> list[tuple[tuple[int, 
 
 
 def crop_images(layer: Layer, images: Floats, fit: FitResult) -> Floats:
-    """Return images with their border, cropped so that the chosen size makes the same target without padding."""
+    """Return padded images, cropped so that the chosen size gives the same target without padding."""
     top, bottom, left, right = layer.padding
     modes = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
     widths = ((0, 0), (0, 0), (top, bottom), (left, right))
@@ -81,7 +81,7 @@ def crop_images(layer: Layer, images: Floats, fit: FitResult) -> Floats:
 
 
 def assert_selection(fit: FitResult, layer: Layer, pairs: Pairs, loss: str = "sum") -> None:
-    """Compare a fit of an automatic size with lstsq, and with a plain fit of that size to cropped images."""
+    """Compare a fit of automatic size with lstsq, and with a fit of the chosen size to cropped images."""
     assert fit.kernel_sizes is not None
     assert fit.kernel_sizes_bic is not None
     assert fit.kernel_sizes_loss is not None
@@ -164,7 +164,7 @@ def test_every_candidate_matches_lstsq(
     counts = np.sum([((np.ones_like(y) if w is None else w) > 0).sum((0, 2, 3)) for _, y, w in pairs], axis=0)
     smallest = layer.channels // layer.groups * math.prod(2 - side % 2 for side in layer.kernel_size) + layer.bias
     assume((counts >= 2 * smallest).all())
-    # Few windows may leave candidates open: rank deficiency has a test of its own.
+    # With few windows, candidates may be rank deficient; another test checks that.
     taps = layer.channels // layer.groups * math.prod(layer.kernel_size)
     assume(counts.min() >= taps + 2)
     fit = fit_kernel(
@@ -192,7 +192,7 @@ def test_true_size_is_found(photograph: Floats, image: str, seed: int) -> None:
     layer = Layer(kernel_size=(int(largest[0]), int(largest[1])))
     kernel = np.zeros(layer.kernel_size)
     mask = select_centred_taps(layer, (size[0], size[1])).reshape(layer.kernel_size)
-    # No entry at the border of the true kernel is near zero.
+    # Entries at the border of the true kernel are not near zero, so that its size is identifiable.
     kernel[mask] = rng.choice([-1, 1], size=size[0] * size[1]) * rng.uniform(0.5, 1.5, size=size[0] * size[1])
     target = layer.output(seen[None, None], kernel[None, None])[0, 0]
     for noise in (0.0, 0.05):
@@ -237,7 +237,7 @@ def test_unidentified_kernels_are_compared(rng: np.random.Generator) -> None:
     table = compute_expected_table(layer, pairs)
     assert fit.kernel_sizes_loss is not None
     assert fit.kernel_sizes_loss.tolist() == pytest.approx([squares for _, squares, _ in table], rel=1e-9)
-    # Columns of a constant add nothing.
+    # The rows of the image are constant, so that further columns of the kernel add nothing.
     assert fit.kernel.shape[-1] == 1
     for faint in (np.zeros((1, 1, 30, 30)), np.ones((1, 1, 30, 30))):
         flat: Pairs = [(faint, target, None)]
@@ -259,7 +259,7 @@ def test_padding_same(mode: Any, stride: int) -> None:
     kernel = rng.normal(size=(2, 1, 3, 5))
     options: dict[str, Any] = {"padding": "same", "padding_mode": mode, "stride": stride}
     for dilation in (1, 2):
-        # The padding of the true size, with one that lies around it: TensorFlow's for a stride above 1.
+        # The largest candidate has the padding "same" of its own size, as in TensorFlow if the stride is above 1.
         largest = compute_same_padding(images.shape[2:], (7, 7), stride, dilation)
         layer = Layer((7, 7), 1, 2, stride=(stride, stride), dilation=(dilation, dilation), padding=largest)
         layer = Layer(**{**vars(layer), "padding_mode": mode})
@@ -282,7 +282,7 @@ def test_padding_same(mode: Any, stride: int) -> None:
 
 
 def compute_same_padding(size: Any, kernel: tuple[int, int], stride: int, dilation: int) -> tuple[int, int, int, int]:
-    """Return TensorFlow's padding "same"."""
+    """Return the padding "same" of TensorFlow, (top, bottom, left, right)."""
     sides: list[int] = []
     for pixels, taps in zip(size, kernel, strict=True):
         total = max((-(-pixels // stride) - 1) * stride + dilation * (taps - 1) + 1 - pixels, 0)
@@ -311,7 +311,7 @@ def test_largest_size_follows_from_shapes_or_request(rng: np.random.Generator) -
     assert largest(60, 50, dilation=2, max_kernel_size=5) == [4, 4]
     assert largest(60, 52, dilation=2) == [5, 5]
     assert largest(60, 60, padding="same") == [13, 13]
-    # 7 x 7 has too many unknowns for 64 values, 7 x 3 has not.
+    # 7 x 7 has too many unknowns for 64 values, 7 x 3 does not.
     assert largest(8, 8, padding="same") == [7, 7]
     assert largest(60, 60, padding="same", max_kernel_size=[4, 3]) == [4, 3]
     assert largest(60, 28, stride=2) == [5, 5]
@@ -409,7 +409,7 @@ REJECTED_OPTIONS: list[tuple[dict[str, Any], type[Exception], str, str]] = [
         {"max_kernel_size": 1, "target": np.ones((13, 13))},
         core.InvalidOption,
         "max_kernel_size",
-        "these targets take an even number of rows, at least 2",
+        "these targets need an even number of rows, at least 2",
     ),
     (
         {"kernel_size": 7, "max_kernel_size": 7},
@@ -481,5 +481,5 @@ def test_comparison_can_be_stopped_between_heights(rng: np.random.Generator) -> 
     run_to_end(plan.steps(), events.append)
     heights = len(size_selection.SizeRange((21, 21), (21, 21), open=False).sizes[0])
     assert heights == 11
-    # Both phases have one reading; each height is followed by one more.
+    # Each of the two phases has a Reading event, and each height is followed by another one.
     assert events.count(Reading(1, 2)) >= heights

@@ -1,4 +1,4 @@
-"""Batches of images that are nothing like each other."""
+"""Batches of images with very different values."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def test_message_compares_losses_over_all_images(seed: int) -> None:
 
 
 def test_tolerance_with_batches_is_rejected(rng: np.random.Generator) -> None:
-    with pytest.raises(core.InvalidOption, match="tolerance means nothing beside batch_size"):
+    with pytest.raises(core.InvalidOption, match="tolerance cannot be combined with batch_size"):
         fit_kernel(*draw_one_bright_image(rng), batch_size=2, tolerance=0.1)
 
 

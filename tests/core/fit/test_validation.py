@@ -1,4 +1,4 @@
-"""Validation: losses on pairs that a kernel is not fitted to, early stopping, and the kernel that is returned."""
+"""Validation: losses on held-out pairs, early stopping, and the returned kernel."""
 
 import math
 from typing import Any
@@ -42,7 +42,7 @@ def draw_held_out_pairs(fit_case: FitCase, seed: int) -> Pairs:
 
 
 def compute_loss(fit_case: FitCase, pairs: Pairs, loss: str, kernel: Floats, bias: Floats | None) -> float:
-    """Return the loss of a kernel by multiplying all windows, with torch's own losses."""
+    """Return the loss of a kernel from the matrix of all windows and torch's loss classes."""
     criterion = LOSSES[loss](reduction="none")
     total = weight = 0.0
     for images, targets, weights in pairs:
@@ -122,7 +122,7 @@ def test_history_matches_torch_optim_on_held_out_pairs(
     assert fit.validation_loss == pytest.approx(min(all_losses), rel=1e-8)
     assert fit.best_step is not None
     assert all_losses[fit.best_step] == pytest.approx(min(all_losses), rel=1e-8)
-    # The kernel returned has the losses that are reported for it.
+    # The reported losses are those of the returned kernel.
     assert compute_loss(fit_case, pairs, loss, *unpack_filters(fit, fit_case)) == pytest.approx(
         fit.validation_loss, rel=1e-8
     )
@@ -241,7 +241,7 @@ def test_batches_are_validated_before_each_update(fit_case: FitCase, seed: int) 
 
 @pytest.mark.parametrize("most_factored", [tsqr.MAX_FACTORED_UNKNOWNS, 1])
 def test_validation_losses_near_zero_keep_their_digits(monkeypatch: pytest.MonkeyPatch, most_factored: int) -> None:
-    monkeypatch.setattr(validation_set, "MAX_FACTORED_SIZE", most_factored)
+    monkeypatch.setattr(validation_set, "MAX_FACTORED_UNKNOWNS", most_factored)
     monkeypatch.setattr(validation_set, "_predict_cost_by_equations", lambda *_: (0.0, 0.0))
     pair, held_out = draw_noisy_pair(40, 0.0), draw_noisy_pair(30, 0.0, 8)
     fit = fit_kernel(*pair, validation=[held_out], learning_rate="auto", steps=60, seed=1)
@@ -305,7 +305,7 @@ def test_sums_that_are_too_large_are_reported() -> None:
     overflowing = fit_kernel(image, target, validation=[(image * 1e200, target)], seed=1, learning_rate=1e-3)
     assert overflowing.validation_loss == math.inf
     assert overflowing.best_step == 0
-    assert "the validation loss is not finite for any of its kernels" in overflowing.message
+    assert "the validation loss is not finite at any step" in overflowing.message
 
 
 PAIR: dict[str, Any] = {"input": np.ones((6, 8)), "target": np.ones((6, 7))}
@@ -318,7 +318,7 @@ REJECTED_OPTIONS: list[tuple[dict[str, Any], type[Exception], str, str]] = [
         {"validation": [(np.ones((2, 5, 5)), np.ones((5, 4)))]},
         core.InvalidShape,
         "validation[0].input",
-        "validation[0].input has 2 channels, input has 1: they must be as many",
+        "validation[0].input has 2 channels, input has 1: the numbers must be equal",
     ),
     (
         {"validation": [HELD_OUT, (np.ones((5, 5)), np.ones((2, 5, 4)))]},
@@ -385,15 +385,13 @@ def test_validation_counts_in_the_estimate() -> None:
     pair, large = draw_noisy_pair(40, 1.0), (np.ones((1000, 1000)), np.ones((998, 998)))
     kinds: list[dict[str, Any]] = [{"loss": "huber"}, {}, {"solver": "exact"}]
     for options in kinds:
-        without = core.cost_of(core.fit_kernel_steps, input=pair[0], target=pair[1], **options)
-        with_it = core.cost_of(core.fit_kernel_steps, input=pair[0], target=pair[1], validation=[large], **options)
+        without = core.plan_fit_kernel(input=pair[0], target=pair[1], **options).cost
+        with_it = core.plan_fit_kernel(input=pair[0], target=pair[1], validation=[large], **options).cost
         assert with_it.seconds > without.seconds + 1e-3
         assert with_it.gflop > without.gflop
         assert with_it.megabytes > without.megabytes + 8
     few, many = (
-        core.cost_of(
-            core.fit_kernel_steps, input=pair[0], target=pair[1], validation=[large], loss="huber", steps=steps
-        )
+        core.plan_fit_kernel(input=pair[0], target=pair[1], validation=[large], loss="huber", steps=steps).cost
         for steps in (10, 1000)
     )
     assert many.seconds > 50 * few.seconds

@@ -1,4 +1,4 @@
-"""What the JSON reader must make of a text, by orjson, which shares no code with it."""
+"""Comparison of the JSON reader with orjson, which shares no code with it."""
 
 import contextlib
 from typing import Any
@@ -13,9 +13,10 @@ from service.errors import InvalidRequest, NotParseable
 
 
 def assert_matches_orjson(text: bytes) -> None:
-    """The same value, arrays as arrays; or both refuse it, unless it is refused for what JSON allows.
+    """Assert that the reader and orjson give the same value, or both reject the text.
 
-    The reader gives small texts to orjson; with so much white space in front of it, any text is scanned.
+    The reader may also reject valid JSON for reasons of its own: duplicate names, nesting, the type of the document. It
+    passes small texts to orjson; leading whitespace makes the text long enough for the scanner.
     """
     for padded in (text, text.rjust(json.MAX_UNSCANNED_BYTES + 1)):
         try:
@@ -23,7 +24,7 @@ def assert_matches_orjson(text: bytes) -> None:
         except orjson.JSONDecodeError:
             with contextlib.suppress(NotParseable, InvalidRequest):
                 got = json.decode(bytearray(padded))
-                assert _contains_invalid_array(got), f"read as {got!r}, which is no JSON"
+                assert _contains_invalid_array(got), f"read as {got!r}, which is not valid JSON"
             continue
         try:
             got = json.decode(padded)
@@ -42,7 +43,7 @@ def _assert_same(got: Any, expected: Any) -> None:
         assert isinstance(expected, list)
     elif isinstance(got, np.ndarray):
         assert got.dtype == np.float64
-        # Bit for bit, so that -0.0 is not 0.0.
+        # Compare bits, so that -0.0 differs from 0.0.
         assert got.tobytes() == np.array(expected, np.float64).tobytes()
         assert got.shape == np.shape(expected)
     elif isinstance(got, memoryview):
@@ -61,7 +62,7 @@ def _assert_same(got: Any, expected: Any) -> None:
 
 
 def _contains_invalid_array(value: Any) -> bool:
-    """A list that is no array is skipped, not parsed, and base64 is held against base64: it may be no JSON either."""
+    """Return whether a value has a list that is not an array, or non-ASCII base64: the reader does not parse either."""
     if isinstance(value, memoryview):
         return not bytes(value).isascii()
     if isinstance(value, dict | list):

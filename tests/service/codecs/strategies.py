@@ -1,4 +1,4 @@
-"""What the tests of the formats draw, and how they look at what is refused."""
+"""Hypothesis strategies and assertions for the tests of the codecs."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -22,21 +22,21 @@ def arrays_of_dtype(dtype: str, *, order: Literal["<", ">"] = "<") -> st.SearchS
 
 
 LITTLE_ENDIAN_ARRAYS = st.sampled_from(DTYPES).flatmap(arrays_of_dtype)
-"""Row-major and little-endian, of every dtype."""
+"""Row-major little-endian arrays of every dtype."""
 
 ARRAYS_OF_ANY_LAYOUT = st.builds(
     lambda array, fortran_order: np.asfortranarray(array) if fortran_order else array,
     st.sampled_from(DTYPES).flatmap(lambda dtype: arrays_of_dtype(dtype) | arrays_of_dtype(dtype, order=">")),
     st.booleans(),
 )
-"""Of either byte order, row-major or column-major, too."""
+"""Arrays of every dtype in either byte order, row-major or column-major."""
 
 ARRAY_NAMES = st.text("abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=8)
 
 
 @st.composite
 def mutated_files(draw: st.DrawFn, file: bytes) -> bytes:
-    """The file with a few of its bytes, or of its integers, replaced, left out or put in."""
+    """Draw the file with a few bytes or integers replaced, removed or inserted."""
     changed = bytearray(file)
     integers = st.sampled_from([0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1])
     for _ in range(draw(st.integers(1, 4))):
@@ -49,7 +49,7 @@ def mutated_files(draw: st.DrawFn, file: bytes) -> bytes:
 
 
 def assert_identical_array(decoded: object, array: Array) -> None:
-    """Bit for bit, NaNs too, and as compiled code takes it: row-major, aligned, in this machine's byte order."""
+    """Assert equal bits, NaNs included, and that `decoded` is row-major, aligned and native-endian."""
     assert isinstance(decoded, np.ndarray)
     assert decoded.dtype == array.dtype.newbyteorder("=")
     assert decoded.dtype.isnative
@@ -62,7 +62,7 @@ def assert_identical_array(decoded: object, array: Array) -> None:
 def assert_decode_rejected(
     decode: Callable[[Any, int], object], content: bytes | bytearray, *, limit: int = DECODE_LIMIT_BYTES
 ) -> ServiceError:
-    """The error that the content gives; a message of one readable sentence goes with each."""
+    """Assert that decoding fails; return the error, whose message must be one readable sentence."""
     with pytest.raises(ServiceError) as caught:
         decode(content, limit)
     assert 20 < len(caught.value.detail) < 500, caught.value.detail
@@ -71,14 +71,14 @@ def assert_decode_rejected(
 
 
 def assert_single_error(error: ServiceError) -> FieldError:
-    """Its only entry."""
+    """Return the only entry of an error."""
     (entry,) = error.errors
     assert entry.message == error.detail
     return entry
 
 
 def measure_peak_bytes(call: Callable[[], object]) -> int:
-    """The bytes that Python and numpy allocate for a call, at most at one time."""
+    """Return the peak memory that Python and numpy allocate during a call, in bytes."""
     tracemalloc.start()
     try:
         call()

@@ -1,4 +1,4 @@
-"""Content codings, against Python's gzip and zlib and the zstd of its newer versions."""
+"""Tests of content codings against Python's gzip and zlib, and the zstd of its newer versions."""
 
 import gzip
 import io
@@ -27,13 +27,13 @@ Compress = Callable[[bytes], bytes]
 
 
 def compress_raw_deflate(content: bytes) -> bytes:
-    """Deflated data without the head and the check sum of zlib's format, as some clients send them."""
+    """Return deflated data without zlib's header and checksum, as some clients send it."""
     compressor = zlib.compressobj(wbits=-15)
     return compressor.compress(content) + compressor.flush()
 
 
 def compress_unsized_zstd(content: bytes) -> bytes:
-    """A frame of zstd that does not say how long its content is."""
+    """Return a zstd frame without the size of its content."""
     compressor = zstd.ZstdCompressor()
     return compressor.compress(content) + compressor.flush()
 
@@ -70,7 +70,7 @@ CONTENTS = st.one_of(
         lambda length, zeros: draw_noise(length) + bytes(zeros), st.integers(0, 150_000), st.integers(0, 150_000)
     ),
 )
-"""Up to 300 kB: what cannot be compressed, what is nothing but repeats, and one before the other."""
+"""Up to 300 kB: incompressible bytes, repeated bytes, and one followed by the other."""
 
 
 @parametrize_coders
@@ -129,13 +129,13 @@ def test_zstd_skippable_frames_are_skipped() -> None:
 
 def test_deflate_has_one_member_only() -> None:
     error = assert_decode_rejected(lambda content, limit: decode("deflate", content, limit), zlib.compress(b"one") * 2)
-    assert "goes on behind" in error.detail
+    assert "continues after" in error.detail
 
 
 @parametrize_multi_member
 def test_maximum_number_of_members_is_accepted(coding: str, compress: Compress) -> None:
     assert decode(coding, compress(b"1") * MAX_COMPRESSED_MEMBERS, DECODE_LIMIT_BYTES) == b"1" * MAX_COMPRESSED_MEMBERS
-    with pytest.raises(NotParseable, match=f"behind {MAX_COMPRESSED_MEMBERS} ends of {coding} data"):
+    with pytest.raises(NotParseable, match=f"after {MAX_COMPRESSED_MEMBERS} ends of {coding} data"):
         decode(coding, compress(b"1") * (MAX_COMPRESSED_MEMBERS + 1), DECODE_LIMIT_BYTES)
 
 
@@ -144,7 +144,7 @@ def test_maximum_number_of_members_is_accepted(coding: str, compress: Compress) 
 def test_many_empty_members_are_rejected_quickly(coding: str, compress: Compress, members: int) -> None:
     together = compress(b"") * members
     start = time.perf_counter()
-    with pytest.raises(NotParseable, match="goes on behind"):
+    with pytest.raises(NotParseable, match="continues after"):
         decode(coding, together, DECODE_LIMIT_BYTES)
     assert time.perf_counter() - start < 1
 
@@ -220,7 +220,7 @@ def test_window_larger_than_128_mib_is_rejected() -> None:
 
 
 def decompress(coding: str, parts: list[bytes | memoryview]) -> bytes:
-    """By the tools of whoever asked for the coding."""
+    """Decompress a response body with an independent library."""
     content = b"".join(parts)
     return zstd.decompress(content) if coding == "zstd" else gzip.GzipFile(fileobj=io.BytesIO(content)).read()
 

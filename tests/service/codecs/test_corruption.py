@@ -1,4 +1,4 @@
-"""Valid files, damaged at random: what comes out is an array within the limit, or an error of the service's own."""
+"""Tests that a randomly damaged file gives an array within the limit, or one of the service's own errors."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""Decimal numbers in JSON are rounded once to the dtype of the array, compared with rational arithmetic."""
+"""Tests, with rational arithmetic, that decimal numbers in JSON are rounded once to the dtype of the array."""
 
 import json as standard
 import math
@@ -24,11 +24,11 @@ from tests.rounding import round_to
 Dtype = Literal["float32", "float64"]
 
 MAX_FLOAT32_BITS = 0x7F7FFFFF
-"""Of the largest float32."""
+"""The bits of the largest float32."""
 
 
 def exact_float32(bits: int) -> Fraction:
-    """The number whose float32 has these bits; one more than the largest stands for 2^128."""
+    """Return the value of the float32 with these bits; the bits after those of the largest float32 give 2^128."""
     if bits > MAX_FLOAT32_BITS:
         return Fraction(2) ** 128
     value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
@@ -47,7 +47,7 @@ def to_decimal(value: Fraction) -> Decimal:
 
 @st.composite
 def near_midpoints(draw: st.DrawFn, middles: st.SearchStrategy[Fraction]) -> str:
-    """A middle between two numbers in all its digits, cut off, rounded, or a little above or below it."""
+    """Draw the digits of a midpoint of two numbers: all of them, cut off, rounded, or slightly above or below it."""
     middle = to_decimal(draw(middles))
     form = draw(st.sampled_from(["exact", "above", "below", "cut off", "rounded"]))
     with localcontext(prec=500) as context:
@@ -199,7 +199,7 @@ def test_exact_midpoint_rounds_to_even(text: str) -> None:
 
 @given(exponent=st.integers(-149, 127), odd=st.integers(0, 2**24 - 1))
 def test_exact_numbers_are_plain_floats(exponent: int, odd: int) -> None:
-    """Numbers of few bits, in all their digits: common in data, and nothing is to be corrected in them."""
+    """Test numbers of few bits with all their digits, which need no correction."""
     value = Fraction(2 * odd + 1) * Fraction(2) ** exponent
     text = format(to_decimal(value), "e")
     if len(text) <= 19:

@@ -1,4 +1,4 @@
-"""JPEG pictures, against Pillow's own way of opening them."""
+"""Tests of the JPEG decoder against Pillow."""
 
 import io
 import struct
@@ -21,32 +21,32 @@ from tests.service.codecs.strategies import (
 )
 
 
-def save_jpeg(picture: Image.Image, **options: Any) -> bytes:
+def save_jpeg(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", **options)
+    image.save(buffer, format="JPEG", **options)
     return buffer.getvalue()
 
 
 def build_photo(mode: str, width: int = 21, height: int = 13) -> Image.Image:
-    """Smooth, with something of every frequency."""
+    """Return a smooth image that contains every frequency."""
     row, column = np.mgrid[:height, :width]
     planes = [127 + 120 * np.sin((row * (1 + at) + column**1.5) / 9) for at in range(4)]
     return Image.fromarray(np.stack(planes, 2).astype(np.uint8), "CMYK" if mode == "CMYK" else "RGBA").convert(mode)
 
 
 def read_with_pillow(content: bytes) -> Array:
-    """As Pillow sees it, planes first."""
-    with Image.open(io.BytesIO(content), formats=["JPEG"]) as picture:
-        pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+    """Decode with Pillow; return (H, W) or (3, H, W)."""
+    with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+        pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     return pixels if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
 
 
-def build_segment(marker: int, said: bytes) -> bytes:
-    return bytes([0xFF, marker]) + struct.pack(">H", 2 + len(said)) + said
+def build_segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", 2 + len(data)) + data
 
 
 def find_frame(content: bytes) -> int:
-    """Where the header of the frame has its number of bits."""
+    """Return the offset of the bits per sample in the frame header."""
     (at,) = (content.find(bytes([0xFF, marker, 0])) for marker in (0xC0, 0xC2) if bytes([0xFF, marker, 0]) in content)
     return at + 4
 
@@ -112,7 +112,7 @@ def test_image_bomb_is_rejected_by_its_header() -> None:
     assert measure_peak_bytes(lambda: assert_decode_rejected(decode, content, limit=64_000_000)) < 100_000
     error = assert_decode_rejected(decode, content, limit=64_000_000)
     assert isinstance(error, BodyTooLarge)
-    assert "the picture of 50000 x 65535 pixels would be 3,276,750,000 bytes" in error.detail
+    assert "the image of 50000 x 65535 pixels would be 3,276,750,000 bytes" in error.detail
     assert assert_single_error(error).field == "input"
 
 
@@ -125,7 +125,7 @@ def test_limit_is_the_size_of_the_decoded_image() -> None:
 
 @pytest.mark.robustness(46)
 def test_bomb_of_scans_is_rejected() -> None:
-    """Each is a few bytes long and a pass over all of the pixels."""
+    """Test many scans: each is a few bytes long and costs a pass over all pixels."""
     content = save_jpeg(Image.new("L", (64, 64)), progressive=True)
     last = content[content.rindex(b"\xff\xda") : -2]
     assert decode(content[:-2] + last * 10 + b"\xff\xd9", DECODE_LIMIT_BYTES).shape == (64, 64)
@@ -146,7 +146,7 @@ def test_truncation_anywhere_is_rejected(options: dict[str, Any]) -> None:
 def test_png_sent_as_jpeg_is_named_in_the_error() -> None:
     error = assert_decode_rejected(decode, b"\x89PNG\r\n\x1a\n")
     assert isinstance(error, NotParseable)
-    assert error.detail == "the body is not a JPEG picture: it begins like a PNG picture; send it as image/png"
+    assert error.detail == "the body is not a JPEG image: it begins like a PNG image; send it as image/png"
 
 
 @pytest.mark.robustness(46)
@@ -170,7 +170,7 @@ FRAME_SEGMENT = SMALL_JPEG[find_frame(SMALL_JPEG) - 4 :][
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the body is empty: it must be a JPEG picture"),
+        (b"", "the body is empty: it must be a JPEG image"),
         (b"\xff\xd8\xff", "is cut off or damaged at its byte 2 of 3"),
         (b"\xff\xd8\xff\xd9", "has 0 frames and 0 scans"),
         (b"\xff\xd8\xff\xe0\x00\x01" + SMALL_JPEG[2:], "is cut off or damaged at its byte 2"),
@@ -192,7 +192,7 @@ FRAME_SEGMENT = SMALL_JPEG[find_frame(SMALL_JPEG) - 4 :][
         ),
         (
             SMALL_JPEG.replace(FRAME_SEGMENT, FRAME_SEGMENT[:9] + b"\x03" + FRAME_SEGMENT[10:]),
-            "is a damaged JPEG picture",
+            "is a damaged JPEG image",
         ),
         (SMALL_JPEG.replace(FRAME_SEGMENT, b"\xff\xc3" + FRAME_SEGMENT[2:]), "is lossless or hierarchical"),
         (SMALL_JPEG.replace(FRAME_SEGMENT, build_segment(0xDE, b"") + FRAME_SEGMENT), "is lossless or hierarchical"),

@@ -1,4 +1,4 @@
-"""The JSON reader against orjson and Python's float, the writer against orjson."""
+"""Tests of the JSON reader against orjson and Python's float, and of the JSON writer against orjson."""
 
 import json as standard
 import struct
@@ -86,7 +86,7 @@ def test_halfway_numbers_round_to_even(digits: str) -> None:
 
 
 def build_midpoint(bits: int) -> str:
-    """The number exactly between two float64s, the lower of which has these bits, in all its digits."""
+    """Return all digits of the midpoint of two adjacent float64 values, the lower of which has these bits."""
     lower, upper = (Fraction(struct.unpack("<d", struct.pack("<Q", pattern))[0]) for pattern in (bits, bits + 1))
     exact = (lower + upper) / 2
     with localcontext(prec=1200):
@@ -102,16 +102,21 @@ def build_midpoint(bits: int) -> str:
         st.integers(1, 2**63).map(lambda whole: struct.unpack("<Q", struct.pack("<d", float(whole)))[0]),
     ),
     zeros=st.integers(0, 30),
-    kept=st.integers(17, 800),
+    kept_digits=st.integers(17, 800),
 )
-@example(bits=0, zeros=0, kept=800)
-@example(bits=0x7FEFFFFFFFFFFFFE, zeros=0, kept=800)
-def test_numbers_between_two_floats_match_python_float(bits: int, zeros: int, kept: int) -> None:
-    """Exactly in the middle, above and below it by one unit of a digit far behind, and the middle cut off anywhere."""
+@example(bits=0, zeros=0, kept_digits=800)
+@example(bits=0x7FEFFFFFFFFFFFFE, zeros=0, kept_digits=800)
+def test_numbers_between_two_floats_match_python_float(bits: int, zeros: int, kept_digits: int) -> None:
+    """Test the midpoint, one unit of a far digit above and below it, and the midpoint cut off after any digit."""
     digits, _, exponent = build_midpoint(bits).partition("e")
     digits = digits if "." in digits else f"{digits}."
     below = str(int(digits.replace(".", "")) * 10 - 1)
-    spelt = [f"{digits}{'0' * zeros}", f"{digits}{'0' * zeros}1", f"{below[0]}.{below[1:]}", digits[: kept + 1] + "0"]
+    spelt = [
+        f"{digits}{'0' * zeros}",
+        f"{digits}{'0' * zeros}1",
+        f"{below[0]}.{below[1:]}",
+        digits[: kept_digits + 1] + "0",
+    ]
     texts = [f"{text.removesuffix('.')}e{exponent}" for text in spelt if not text.endswith(".")]
     if len(below) == len(digits) - 1 and below[0] == digits[0]:
         texts.append(f"{below[0]}.{below[1:]}e{exponent}")

@@ -1,4 +1,4 @@
-"""Files in numpy's .npy format, against numpy's own reader and writer."""
+"""Tests of the .npy codec against numpy's own reader and writer."""
 
 import io
 import struct
@@ -30,7 +30,6 @@ Content = Callable[[bytes], bytes | bytearray | memoryview]
 
 
 def save_npy(array: Array, version: tuple[int, int] | None = None) -> bytes:
-    """The file that numpy writes."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version)
     return buffer.getvalue()
@@ -178,8 +177,8 @@ def test_shape_without_data_allocates_nothing(limit: int, kind: type[Exception])
 def test_limit_error_names_the_setting() -> None:
     error = assert_decode_rejected(decode, build_npy(build_header("'<f4'", "(50000, 50000)")))
     assert error.detail == (
-        "input (50000, 50000) of float32 would be 10,000,000,000 bytes when decoded: at most 1,000,000 are allowed; "
-        "the operator can change that by CORR2D_MAX_BODY_MB"
+        "input (50000, 50000) of float32 would be 10,000,000,000 bytes when decoded: at most 1,000,000 are allowed "
+        "(limit: CORR2D_MAX_BODY_MB)"
     )
     assert (assert_single_error(error).got, assert_single_error(error).limit) == (
         "10,000,000,000 bytes",
@@ -208,7 +207,7 @@ def test_negative_and_boolean_sides_are_rejected(shape: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (f"({'1, ' * 65})", "input has 65 dimensions: at most 32 dimensions are taken"),
+        (f"({'1, ' * 65})", "input has 65 dimensions: at most 32 dimensions are allowed"),
         (f"({'1, ' * 33})", "input has 33 dimensions"),
         (f"({'1, ' * 5000})", "input has 5000 dimensions"),
         ("(0, 4611686018427387904)", "input has the shape (0, 4611686018427387904) and so no values"),
@@ -252,8 +251,8 @@ def test_padded_header_is_parsed_up_to_the_limit() -> None:
     [
         (b"PK\x03\x04" + bytes(30), "it begins like a zip archive, such as an .npz file; send it as application/x-npz"),
         (b'{"input": [[1]]}', "it begins like JSON; send it as application/json"),
-        (b"\x89PNG\r\n\x1a\n", "it begins like a PNG picture; send it as image/png"),
-        (b"GIF89a", "it begins like a GIF picture; convert it, that is not served"),
+        (b"\x89PNG\r\n\x1a\n", "it begins like a PNG image; send it as image/png"),
+        (b"GIF89a", "it begins like a GIF image; convert it to a supported format"),
     ],
 )
 def test_other_format_is_named_in_the_error(content: bytes, advice: str) -> None:
@@ -265,7 +264,7 @@ def test_other_format_is_named_in_the_error(content: bytes, advice: str) -> None
 def test_trailing_bytes_are_rejected(array: Array, more: bytes) -> None:
     error = assert_decode_rejected(decode, save_npy(array) + more)
     assert isinstance(error, NotParseable)
-    assert f"{array.nbytes + len(more):,} bytes behind its .npy header" in error.detail
+    assert f"{array.nbytes + len(more):,} bytes after its .npy header" in error.detail
 
 
 @pytest.mark.robustness(44)
@@ -281,7 +280,7 @@ def test_every_byte_order_and_layout_is_converted(dtype: str, order: Any, layout
 
 @pytest.mark.robustness(44)
 @pytest.mark.parametrize(
-    ("dtype", "came"),
+    ("dtype", "reported"),
     [
         ("?", "'|b1' (booleans)"),
         ("c8", "'<c8' (complex numbers)"),
@@ -295,10 +294,10 @@ def test_every_byte_order_and_layout_is_converted(dtype: str, order: Any, layout
         ([("x", "f4", (2, 2))], "of a structure with named fields"),
     ],
 )
-def test_unsupported_dtypes_are_named_in_the_error(dtype: Any, came: str) -> None:
+def test_unsupported_dtypes_are_named_in_the_error(dtype: Any, reported: str) -> None:
     error = assert_decode_rejected(decode, save_npy(np.zeros((2, 3), dtype)))
     assert isinstance(error, InvalidRequest)
-    assert assert_single_error(error).got == came
+    assert assert_single_error(error).got == reported
     assert assert_single_error(error).limit == ", ".join(DTYPES)
 
 

@@ -1,4 +1,4 @@
-"""Archives in numpy's .npz format, against numpy and zipfile."""
+"""Tests of the .npz codec against numpy and zipfile."""
 
 import io
 import struct
@@ -32,7 +32,6 @@ SMALL_ARRAYS = {"input": np.arange(12.0).reshape(3, 4), "kernel": np.ones((2, 2)
 
 
 def save_npz(arrays: Mapping[str, Array], save: Callable[..., None] = np.savez) -> bytes:
-    """The archive that numpy writes."""
     buffer = io.BytesIO()
     save(buffer, **arrays)
     return buffer.getvalue()
@@ -54,7 +53,7 @@ def build_zip(*members: tuple[str, bytes], method: int = zipfile.ZIP_STORED, com
 
 
 def replace_integer(content: bytes, field: str, value: int, *, after: bytes = CENTRAL_SIGNATURE, at: int = 0) -> bytes:
-    """The content with one integer replaced, which stands `at` bytes behind the beginning of a record."""
+    """Return the content with the integer at offset `at` of a record replaced by `value`."""
     patched = bytearray(content)
     struct.pack_into(field, patched, content.index(after) + at, value)
     return bytes(patched)
@@ -97,7 +96,7 @@ def test_round_trip_makes_no_copy(arrays: dict[str, Array]) -> None:
 
 
 def test_streamed_numpy_archive_is_decoded() -> None:
-    """Its headers stand before its sizes are known."""
+    """Test an archive that was written to a stream: its local headers do not contain the sizes."""
 
     class Stream(io.BytesIO):
         def seekable(self) -> bool:
@@ -133,7 +132,7 @@ def test_limit_applies_to_all_members_together() -> None:
     assert len(decode(content, size)) == 2
     error = assert_decode_rejected(decode, content, limit=size - 1)
     assert isinstance(error, BodyTooLarge)
-    assert "what the archive holds would be 1,856 bytes when decoded: at most 1,855 are allowed" in error.detail
+    assert "the archive's content would be 1,856 bytes when decoded: at most 1,855 are allowed" in error.detail
 
 
 def test_more_than_4_gb_suggests_another_format(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +157,7 @@ def test_bomb_stops_at_the_limit_before_inflation(save: Callable[..., None]) -> 
     assert measure_peak_bytes(lambda: assert_decode_rejected(decode, content)) < 100_000
     error = assert_decode_rejected(decode, content)
     assert isinstance(error, BodyTooLarge)
-    assert "what the archive holds would be 32,000,128 bytes when decoded" in error.detail
+    assert "the archive's content would be 32,000,128 bytes when decoded" in error.detail
 
 
 @pytest.mark.robustness(42)
@@ -168,7 +167,7 @@ def test_bomb_with_a_false_size_stops_at_that_size() -> None:
     assert measure_peak_bytes(lambda: assert_decode_rejected(decode, lying)) < 1_000_000
     error = assert_decode_rejected(decode, lying)
     assert isinstance(error, NotParseable)
-    assert error.detail == "'input.npy' in the archive is damaged: more than the declared 1,000 bytes come out"
+    assert error.detail == "'input.npy' in the archive is damaged: inflates to more than the declared 1,000 bytes"
 
 
 @pytest.mark.robustness(42)
@@ -185,7 +184,7 @@ def test_overlapping_members_are_rejected() -> None:
     same = bytearray(content)
     struct.pack_into("<I", same, content.rindex(CENTRAL_SIGNATURE) + 42, 0)
     assert "contradicts the directory" in assert_decode_rejected(decode, bytes(same)).detail
-    # As "a better zip bomb" does it: the first member holds the second one's header.
+    # The method of "A better zip bomb" (Fifield, 2019): the first member contains the header of the second.
     longer = len(content[: content.index(CENTRAL_SIGNATURE)]) - content.index(b"\x93NUMPY")
     quoted = replace_integer(replace_integer(content, "<I", longer, at=20), "<I", longer, after=b"PK\x03\x04", at=18)
     assert assert_decode_rejected(decode, quoted).detail == "the archive has entries that overlap"
@@ -284,7 +283,7 @@ STORED_ARCHIVE, DEFLATED_ARCHIVE = save_npz(SMALL_ARRAYS), save_npz(SMALL_ARRAYS
             replace_integer(
                 replace_integer(STORED_ARCHIVE, "<H", 3, after=END_SIGNATURE, at=8), "<H", 3, after=END_SIGNATURE, at=10
             ),
-            "fewer entries than it says",
+            "fewer entries than it declares",
         ),
         (
             replace_integer(
@@ -293,8 +292,8 @@ STORED_ARCHIVE, DEFLATED_ARCHIVE = save_npz(SMALL_ARRAYS), save_npz(SMALL_ARRAYS
             "bytes more than its 1 ent",
         ),
         (replace_integer(STORED_ARCHIVE, "<H", 60_000, at=28), "an entry is longer than the directory"),
-        (replace_integer(STORED_ARCHIVE, "<H", 1, at=8), "'input.npy' in the archive is encrypted, or a patch"),
-        (replace_integer(STORED_ARCHIVE, "<H", 32, at=8), "'input.npy' in the archive is encrypted, or a patch"),
+        (replace_integer(STORED_ARCHIVE, "<H", 1, at=8), "'input.npy' in the archive is encrypted, or patch data"),
+        (replace_integer(STORED_ARCHIVE, "<H", 32, at=8), "'input.npy' in the archive is encrypted, or patch data"),
         (
             replace_integer(STORED_ARCHIVE, "<I", 7, at=16),
             "'input.npy' in the archive has a header that contradicts the directory",
@@ -306,11 +305,11 @@ STORED_ARCHIVE, DEFLATED_ARCHIVE = save_npz(SMALL_ARRAYS), save_npz(SMALL_ARRAYS
         (replace_integer(STORED_ARCHIVE, "<I", 1, at=42), "'input.npy' in the archive is not where the directory says"),
         (
             replace_integer(STORED_ARCHIVE, "<I", 2**20, at=20),
-            "'input.npy' in the archive is cut off: 1,048,576 bytes were to come",
+            "'input.npy' in the archive is cut off: it declares 1,048,576 bytes",
         ),
         (
             replace_integer(STORED_ARCHIVE, "<I", 100, at=20),
-            "'input.npy' in the archive is stored with 100 bytes for 224",
+            "'input.npy' in the archive is stored with 100 bytes, but declares 224",
         ),
         (
             replace_integer(STORED_ARCHIVE, "<I", 7, after=b"\x93NUMPY", at=128),

@@ -1,4 +1,4 @@
-"""Safetensors files, against Hugging Face's own reader and writer."""
+"""Tests of the safetensors codec against Hugging Face's own reader and writer."""
 
 import json
 import struct
@@ -142,7 +142,7 @@ def test_non_integer_shapes_are_rejected(shape: object) -> None:
     [
         ([], "input has the shape (), a single number"),
         ([0, 2**62], "and so no values"),
-        ([1] * 33, "input has 33 dimensions: at most 32 dimensions are taken"),
+        ([1] * 33, "input has 33 dimensions: at most 32 dimensions are allowed"),
     ],
 )
 def test_many_dimensions_empty_and_scalar_arrays_are_rejected(shape: list[int], message: str) -> None:
@@ -168,20 +168,20 @@ def test_long_header_is_rejected_by_its_length(length: int) -> None:
     [
         (
             {"a": build_tensor_entry("U8", [4], 0, 4), "b": build_tensor_entry("U8", [4], 2, 6)},
-            "'b' overlaps what comes before it",
+            "'b' overlaps the tensor before it",
         ),
         (
             {"a": build_tensor_entry("U8", [6], 0, 6), "b": build_tensor_entry("U8", [6], 0, 6)},
-            "'b' overlaps what comes before it",
+            "'b' overlaps the tensor before it",
         ),
         (
             {"a": build_tensor_entry("U8", [2], 0, 2), "b": build_tensor_entry("U8", [2], 4, 6)},
-            "'b' leaves a hole before it: it begins at 4",
+            "'b' leaves a gap before it: it begins at 4",
         ),
-        ({"a": build_tensor_entry("U8", [4], 2, 6)}, "'a' leaves a hole before it: it begins at 2, where 0 is free"),
-        ({"a": build_tensor_entry("U8", [4], 0, 4)}, "the tensors are 4 bytes by the safetensors header: 6 follow it"),
-        ({"a": build_tensor_entry("U8", [8], 0, 8)}, "the tensors are 8 bytes by the safetensors header: 6 follow it"),
-        ({}, "the tensors are 0 bytes by the safetensors header: 6 follow it"),
+        ({"a": build_tensor_entry("U8", [4], 2, 6)}, "'a' leaves a gap before it: it begins at 2, expected 0"),
+        ({"a": build_tensor_entry("U8", [4], 0, 4)}, "the safetensors header declares 4 bytes of tensors: 6 follow it"),
+        ({"a": build_tensor_entry("U8", [8], 0, 8)}, "the safetensors header declares 8 bytes of tensors: 6 follow it"),
+        ({}, "the safetensors header declares 0 bytes of tensors: 6 follow it"),
         ({"a": build_tensor_entry("U8", [5], 0, 6)}, "'a' has the data_offsets 0 to 6: (5,) of uint8 has 5 bytes"),
         ({"a": build_tensor_entry("U16", [6], 0, 6)}, "'a' has the data_offsets 0 to 6: (6,) of uint16 has 12 bytes"),
         ({"a": build_tensor_entry("U8", [6], 6, 0)}, "'a' has the data_offsets 6 to 0"),

@@ -1,4 +1,4 @@
-"""A valid file of every kind, and what must be true of whatever a decoder returns."""
+"""A valid file of every format, and the conditions that every decoder's result must meet."""
 
 import io
 import struct
@@ -30,26 +30,26 @@ def save_image(mode: str, suffix: str, **options: bool) -> bytes:
 
 
 def build_interlaced_png() -> bytes:
-    """Two by two pixels in the three passes that have any, by hand: Pillow does not write it."""
+    """Return an interlaced PNG of 2 x 2 pixels, which Pillow cannot write; only three of its passes have pixels."""
     chunks = (
         (b"IHDR", struct.pack(">2I5B", 2, 2, 8, 0, 0, 0, 1)),
         (b"IDAT", zlib.compress(bytes([0, 1, 0, 2, 0, 3, 4]))),
         (b"IEND", b""),
     )
     packed = [
-        struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said)) for kind, said in chunks
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def build_16_bit_png(colour: int, samples: int) -> bytes:
-    """A file that Pillow does not write."""
+    """Return a PNG with 16 bits per sample, which Pillow cannot write."""
     rows = np.random.default_rng(2).integers(0, 256, (7, 1 + 9 * 2 * samples), np.uint8)
     rows[:, 0] = np.arange(7) % 5
     header = struct.pack(">2I5B", 9, 7, 16, colour, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
     packed = [
-        struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said)) for kind, said in chunks
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
@@ -72,7 +72,7 @@ VALID_FILES: Mapping[str, tuple[Callable[[bytes, int], object], bytes]] = {
 
 
 def assert_valid_arrays(decoded: Any, limit: int) -> None:
-    """Arrays that compiled code can take as they are, within the limit; options beside them are strings."""
+    """Assert that arrays are usable by compiled code and within the limit in bytes, and that options are strings."""
     values = decoded.values() if isinstance(decoded, dict) else [decoded]
     arrays = [value for value in values if not isinstance(value, str)]
     assert sum(array.nbytes for array in arrays) <= limit

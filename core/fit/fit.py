@@ -1,0 +1,314 @@
+"""plan_fit_kernel, fit_kernel and fit_kernel_steps: arguments checked, examples loaded, a strategy chosen."""
+
+import functools
+import inspect
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from core.arrays import ArrayLike
+from core.device import CPU_DEVICE, resolve_device
+from core.errors import Cost, InvalidArgument, InvalidOption
+from core.fit.constraints import Constraints, Symmetry, parse_rank
+from core.fit.examples import Layer, RawExample, load_examples
+from core.fit.fit_run import FitRun
+from core.fit.fit_spec import FitSpec
+from core.fit.initialization import resolve_initialization, resolve_seed
+from core.fit.losses import Loss
+from core.fit.optimizers import Solver
+from core.fit.options import Auto, Options
+from core.fit.result import FitResult, Progress
+from core.fit.size_selection import SizeSelection, find_size_range, require_size_selection
+from core.fit.strategy import FitMethod, count_result_megabytes
+from core.fit.validation_set import load_validation, make_validation_problem, require_patience
+from core.limits import Limits
+from core.machine import Machine, this_machine
+from core.shapes import PaddingMode, format_value, require_one_of, require_positive
+
+Arguments = ParamSpec("Arguments")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+ExamplePair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike | None]
+"""An input, its target and, perhaps, the weights of the target's values."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitPlan:
+    """A fit whose arguments are checked and whose examples are loaded; nothing is computed yet. `cost` is predicted."""
+
+    cost: Cost
+    method: FitMethod
+    _run: FitRun | SizeSelection
+
+    def steps(self) -> Generator[Progress, None, FitResult]:
+        """Return a generator that computes the fit.
+
+        It yields Readings of the examples, a Forecast, and a Step for each update; in long phases also Readings, so
+        that it can be ended about every tenth of a second. It returns the FitResult.
+        """
+        return self._run.steps()
+
+    def run(self, on_progress: Callable[[Progress], object] | None = None) -> FitResult:
+        """Compute the fit, calling `on_progress` with everything that `steps` yields; its exceptions end the fit."""
+        return run_to_end(self.steps(), on_progress)
+
+
+def plan_fit_kernel(
+    input: ArrayLike | None = None,
+    target: ArrayLike | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    pairs: Sequence[ExamplePair] | None = None,
+    validation: Sequence[ExamplePair] | None = None,
+    patience: int | None = None,
+    kernel_size: int | Sequence[int] | Auto | None = None,
+    max_kernel_size: int | Sequence[int] | None = None,
+    bias: bool = False,
+    initial_kernel: ArrayLike | None = None,
+    initial_bias: ArrayLike | None = None,
+    solver: Solver = "sgd",
+    learning_rate: float | Auto = 0.03,
+    steps: int = 10,
+    loss: Loss = "sum",
+    huber_delta: float | Auto | None = None,
+    tolerance: float | None = None,
+    ridge: float | Auto = 0.0,
+    nonnegative: bool = False,
+    sum_to: float | None = None,
+    symmetric: Symmetry | None = None,
+    separable: int | bool | None = None,
+    smoothness: float = 0.0,
+    momentum: float | None = None,
+    betas: Sequence[float] | None = None,
+    batch_size: int | None = None,
+    refuse_divergence: bool = False,
+    ridge_path: bool = False,
+    covariance: bool = False,
+    seed: int | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: PaddingMode = "zeros",
+    device: str = "auto",
+    limits: Limits | None = None,
+    machine: Machine | None = None,
+) -> FitPlan:
+    """Find the kernel (and bias) that brings conv2d(input; kernel, bias) nearest to target.
+
+    input and target are (H, W), (C, H, W) or (N, C, H, W); `pairs` takes several of different sizes instead. The
+    kernel's size follows from the shapes where stride is 1 and padding 0. `weights` (like target, or one plane for all)
+    say what each of the target's values counts; 0 leaves it out.
+
+    `loss` is the sum of the squared differences, their mean, or the mean of what torch.nn.HuberLoss or L1Loss makes of
+    them: HuberLoss with `huber_delta` as its delta, 1.0 by default, or "auto": 1.345 robust standard deviations of the
+    residuals. `ridge` times the sum of the kernel's squares is added to it. `solver` "exact" gives the best kernel
+    itself (of least norm where several are best), for loss "huber" by reweighted least squares; the others descend as
+    torch.optim defines them: "sgd" (all examples at once, or `batch_size` images at a time in an order drawn from the
+    seed), "momentum" and "nesterov" (`momentum` 0.9), "adam" (`betas` 0.9, 0.999). `learning_rate` "auto" is the rate
+    that leaves the smallest loss after these steps. `tolerance` ends the descent where the gradient is shorter than
+    that share of its first length, or a step lowers the loss by less than that share of it.
+
+    Solver "exact" takes constraints on each filter's kernel: `nonnegative` (no entry below 0), `sum_to` (the sum of the
+    entries), `symmetric` (equal entries: "horizontal", K[i, j] = K[i, w-1-j]; "vertical", K[i, j] = K[h-1-i, j];
+    "both"; "rotation", K[i, j] = K[h-1-i, w-1-j]; "transpose", K = K'; "full", all eight symmetries of the square) and
+    `separable` (the maximum rank of each plane; True is 1). `smoothness` times the sum of the squared differences of
+    neighbouring entries is added to the loss. All but `separable` can be combined with each other.
+
+    `kernel_size` "auto" compares all sizes, up to `max_kernel_size`, that lie centred in the largest one, and fits that
+    of the smallest Bayesian information criterion (Schwarz, Annals of Statistics 6, 1978), on the same target values.
+
+    `validation` takes pairs like `pairs` that the kernel is not fitted to: their loss (without the ridge) is computed
+    before each update, and the kernel for which it is least is returned. `patience` ends the descent when it has not
+    fallen below its least for that many steps.
+
+    `ridge` "auto" is the one that minimises generalised cross-validation (Golub, Heath and Wahba, Technometrics 21,
+    1979), for a sum or mean of squares. `ridge_path` adds the kernels of ridges of all sizes to the result,
+    `covariance` that of each filter's unknowns.
+
+    Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
+    no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
+    InvalidOption of the forecast.
+
+    Raises InvalidArgument and its kind, DeviceUnavailable and, where `limits` are given, TooLarge.
+
+    This form checks the arguments and loads the examples; the plan's steps() compute. `fit_kernel_steps` does both,
+    `fit_kernel` runs them to their end.
+    Source: for the whole idea, Golub and Van Loan, Matrix Computations, 5.3; for the descents, torch.optim.
+    """
+    options = Options(
+        solver,
+        loss,
+        learning_rate,
+        steps,
+        tolerance,
+        ridge,
+        momentum,
+        betas,
+        batch_size,
+        refuse_divergence,
+        huber_delta,
+        Constraints(nonnegative, sum_to, symmetric, parse_rank(separable), smoothness),
+        ridge_path,
+        covariance,
+    )
+    require_one_of("padding_mode", padding_mode, PaddingMode)
+    requested_device = resolve_device(device)
+    torch_device = CPU_DEVICE if requested_device.type == "mps" else requested_device
+    machine = machine or this_machine()
+    layer = Layer(stride, padding, dilation, groups, padding_mode)
+    examples = load_examples(_collect_examples(input, target, weights, pairs))
+    require_patience(patience, options, validated=validation is not None)
+    held_out = None if validation is None else load_validation(_name_examples("validation", validation), examples)
+    size_range = None
+    if kernel_size == "auto":
+        require_size_selection(options, initial_kernel=initial_kernel is not None)
+        depth = max(examples.channels // require_positive("groups", layer.groups), 1)
+        size_range = find_size_range(examples, layer, max_kernel_size, depth=depth, bias=bias)
+        kernel_size = size_range.outer
+    elif isinstance(kernel_size, str):
+        raise InvalidArgument(
+            f'kernel_size {format_value(kernel_size)} is neither an integer, nor [rows, columns], nor "auto"',
+            field="kernel_size",
+            got=format_value(kernel_size),
+            limit='an integer, [rows, columns], "auto"',
+        )
+    elif max_kernel_size is not None:
+        raise InvalidOption(
+            'max_kernel_size is given, but kernel_size is not "auto": set kernel_size to "auto", or leave it out',
+            field="max_kernel_size",
+            got=format_value(max_kernel_size),
+            limit='null unless kernel_size is "auto"',
+        )
+    initialization = resolve_initialization(
+        examples,
+        layer,
+        kernel_size=kernel_size,
+        initial_kernel=initial_kernel,
+        bias=bias,
+        initial_bias=initial_bias,
+    )
+    if batch_size is not None:
+        count = sum(len(example.images) for example in examples.pairs)
+        if batch_size > count:
+            raise InvalidOption(
+                f"batch_size {batch_size} is above the number of images, {count}",
+                field="batch_size",
+                got=batch_size,
+                limit=count,
+            )
+    kernel_name = "kernel_size" if initial_kernel is None else "initial_kernel"
+    problems = []
+    for example in examples.pairs:
+        problem = layer.problem(
+            example.images, initialization.kernel_shape, device=torch_device.type, kernel_name=kernel_name
+        )
+        example.require_output_size(problem)
+        problems.append(problem)
+    held_out_problems = [
+        make_validation_problem(
+            pair, layer, initialization.kernel_shape, device=torch_device.type, kernel_name=kernel_name
+        )
+        for pair in (held_out.pairs if held_out else ())
+    ]
+    fit_spec = FitSpec(
+        options=options,
+        examples=examples,
+        held_out=held_out,
+        patience=patience,
+        initialization=initialization,
+        groups=layer.groups,
+        seed=resolve_seed(seed),
+        device=torch_device,
+        machine=machine,
+        limits=limits,
+    )
+    fit_run: FitRun | SizeSelection
+    if size_range is None:
+        fit_run, strategy = fit_spec.fit(problems, held_out_problems)
+    else:
+        fit_run = SizeSelection(fit_spec, size_range, problems, held_out_problems)
+        strategy = fit_run.plan()
+    cost = Cost(strategy.megabytes, strategy.gflop, strategy.seconds, count_result_megabytes(fit_spec.layout, options))
+    if limits is not None:
+        limits.check(cost)
+    return FitPlan(cost, strategy.method, fit_run)
+
+
+def make_steps_function(
+    plan: Callable[Arguments, FitPlan],
+) -> Callable[Arguments, Generator[Progress, None, FitResult]]:
+    """Return a function that checks the arguments at once and returns the steps of the plan."""
+
+    @functools.wraps(plan)
+    def steps(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Generator[Progress, None, FitResult]:
+        return plan(*args, **kwargs).steps()
+
+    return _copy_signature(steps, plan, "fit_kernel_steps", Generator[Progress, None, FitResult])
+
+
+def make_fit_function(plan: Callable[Arguments, FitPlan]) -> Callable[Arguments, FitResult]:
+    """Return a function that runs the plan to its end."""
+
+    @functools.wraps(plan)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> FitResult:
+        return plan(*args, **kwargs).run()
+
+    return _copy_signature(run, plan, "fit_kernel", FitResult)
+
+
+def _copy_signature(function: Function, plan: Callable[..., object], name: str, returned: object) -> Function:
+    """Name a function and give it the signature of the plan with another return type, as help() shows it."""
+    function.__name__ = function.__qualname__ = name
+    function.__signature__ = inspect.signature(plan).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    return function
+
+
+def run_to_end(
+    steps: Generator[Progress, None, FitResult], on_progress: Callable[[Progress], object] | None = None
+) -> FitResult:
+    """Run a fit to its end, calling `on_progress` with everything that it yields; its exceptions end the fit."""
+    while True:
+        try:
+            progress = next(steps)
+            if on_progress is not None:
+                on_progress(progress)
+        except StopIteration as finished:
+            result: FitResult = finished.value
+            return result
+
+
+fit_kernel_steps = make_steps_function(plan_fit_kernel)
+fit_kernel = make_fit_function(plan_fit_kernel)
+
+
+def _collect_examples(
+    input: ArrayLike | None,
+    target: ArrayLike | None,
+    weights: ArrayLike | None,
+    pairs: Sequence[ExamplePair] | None,
+) -> list[RawExample]:
+    if pairs is not None and input is None and target is None and weights is None:
+        return _name_examples("pairs", pairs)
+    if pairs is None and input is not None and target is not None:
+        return [RawExample(input, target, weights)]
+    raise InvalidArgument(
+        "give either input and target (and weights), or pairs of them",
+        field="pairs" if pairs is not None else "target" if input is not None else "input",
+    )
+
+
+def _name_examples(field: str, pairs: Sequence[ExamplePair]) -> list[RawExample]:
+    """Return pairs with their names for messages."""
+    for index, pair in enumerate(pairs):
+        if not 2 <= len(pair) <= 3:
+            raise InvalidArgument(
+                f"{field}[{index}] has {len(pair)} arrays: an input, its target and, perhaps, weights",
+                field=f"{field}[{index}]",
+                got=len(pair),
+                limit="2 or 3",
+            )
+    return [
+        RawExample(pair[0], pair[1], pair[2] if len(pair) > 2 else None, f"{field}[{index}].")
+        for index, pair in enumerate(pairs)
+    ]
