@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test coverage test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
+.PHONY: help serve test test-all coverage test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,11 +14,14 @@ help:  ## list the targets
 serve: .venv/serve.stamp  ## start the service (settings: CORR2D_* or `corr2d serve --help`)
 	@exec $(BIN)/corr2d serve
 
-test: .venv/dev.stamp  ## run the tests (20 minutes)
-	$(BIN)/pytest -n 2 --dist loadfile
+test: .venv/dev.stamp  ## run the tests that a commit needs (3 minutes)
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-coverage: .venv/dev.stamp  ## run the tests with branch coverage, which takes half as long again
-	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
+test-all: test  ## then run those that start processes, wait, or compute for long
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
+
+coverage: .venv/dev.stamp  ## run all tests with branch coverage
+	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term
 
 test-without-halide: .venv/dev.stamp  ## run the tests as on a platform without a Halide wheel
 	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/robustness tests/core/test_conv2d.py

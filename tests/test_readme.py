@@ -22,6 +22,8 @@ from service.app import create_app
 from service.settings import Settings, load_settings
 from tests.servers import open_client, start_server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RUNNERS = {"sh": ["bash", "-e"], "python": [sys.executable, "-"], "js": ["node", "--input-type=module", "-"]}
 

@@ -54,6 +54,7 @@ def compute_spans(layer: dict[str, Any]) -> list[int]:
     return [apart * (taps - 1) + 1 for taps, apart in zip(layer["kernel"], layer["dilation"], strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", core.ENGINES)
 @given(layer=layers(), more=st.integers(20, 40), mode=st.sampled_from(PADDING_MODES))
 def test_every_engine_gives_the_same_layer(
@@ -71,6 +72,7 @@ def test_every_engine_gives_the_same_layer(
     torch.testing.assert_close(output, expected.contiguous(), rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 @given(layer=layers(), mode=st.sampled_from(PADDING_MODES), dtype=st.sampled_from(["float32", "float64"]))
 def test_conv2d_matches_torch(layer: dict[str, Any], mode: core.PaddingMode, dtype: core.Dtype) -> None:
     rows, columns = layer["padding"]
@@ -100,6 +102,7 @@ def test_conv2d_matches_torch(layer: dict[str, Any], mode: core.PaddingMode, dty
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @given(
     layer=layers(),
     mode=st.sampled_from(PADDING_MODES),
@@ -120,6 +123,7 @@ def test_four_sided_padding_matches_naive_loops(
     np.testing.assert_allclose(output, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch warns that it copies the input
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @given(layer=layers())
@@ -185,6 +189,7 @@ def test_options_may_be_numpy_integers() -> None:
     assert output.shape == (5, 5)
 
 
+@pytest.mark.slow
 def test_float64_batch_takes_little_extra_memory() -> None:
     script = (
         "import resource, numpy as np, core\n"

@@ -83,6 +83,7 @@ def test_kernels_larger_than_the_image_and_one_pixel_images(
     np.testing.assert_allclose(output, reference.correlate(image, kernel, mode, boundary, fill), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(
     batch=st.lists(st.integers(1, 3), max_size=3),
     size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
@@ -313,7 +314,7 @@ def test_results_do_not_depend_on_the_number_of_threads(engine: str, rng: np.ran
         (
             {"input": np.ones((3, 3)), "kernel": np.ones((5, 5))},
             core.InvalidShape,
-            'kernel has shape (5, 5), larger than the input (3, 3); mode "valid" requires it to fit: use mode "same" or',
+            'kernel has shape (5, 5), larger than the input (3, 3); mode "valid" requires it to fit: use mode',
         ),
         ({"input": [1, 2, 3], "kernel": [[1]]}, core.InvalidShape, "input has 1 dimension, (3): it needs at least two"),
         ({"input": [[1]], "kernel": [1]}, core.InvalidShape, "kernel has shape (1): it needs two dimensions"),

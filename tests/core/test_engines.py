@@ -138,6 +138,7 @@ def test_other_engines_work_without_halide(monkeypatch: pytest.MonkeyPatch, rng:
     np.testing.assert_allclose(result.output, reference.correlate_valid_by_windows(image, kernel), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_explain_lists_every_engine_and_its_unsupported_reason() -> None:
     problem = core.Problem(1, 1, 90, 90, 1, 5, 5, rank=1)
     candidates = {entry.engine: entry for entry in core.explain(problem, machine=core.Machine(1))}
@@ -153,6 +154,7 @@ def test_explain_lists_every_engine_and_its_unsupported_reason() -> None:
     assert strided["stencil"].measured_seconds is None
 
 
+@pytest.mark.slow
 def test_threads_are_capped_at_the_process_limit() -> None:
     script = """
 import os
@@ -169,6 +171,7 @@ print(len(os.listdir("/proc/self/task")) - before)
     assert output.stdout == "0\n"
 
 
+@pytest.mark.slow
 def test_memory_stays_near_that_of_input_and_output(tmp_path: Path) -> None:
     script = """
 import resource, sys, numpy as np, core

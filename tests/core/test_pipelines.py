@@ -22,7 +22,10 @@ import core
 from core.engines import block_fft, column_fft, halide_jit, implicit_gemm, pipelines, separable, stencil, stockham
 from core.engines.pipelines import Argument, ObjectFile, Pipeline
 
-pytestmark = pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed")
+pytestmark = [
+    pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed"),
+    pytest.mark.slow,
+]
 
 
 find_cache_folder: Callable[[], Path | None] = inspect.unwrap(pipelines.cache_folder)

@@ -16,6 +16,7 @@ DTYPES: tuple[Dtype, ...] = ("float32", "float64")
 METHODS: dict[str, core.Method] = {"direct": "direct", "fft": "fft", "separable": "separable"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_meets_the_contract(engine: str, dtype: Dtype) -> None:
@@ -85,6 +86,7 @@ def test_plain_sums_subtract_no_mean(rng: np.random.Generator) -> None:
         assert name in ("column_fft", "block_fft", "torch_fft") or (output == two_scales[3:-3, 3:-3]).all(), name
 
 
+@pytest.mark.slow
 def test_intermediate_values_do_not_overflow_or_underflow(rng: np.random.Generator) -> None:
     zeros_and_one = np.zeros((40, 40))
     zeros_and_one[10, 10] = 1e29
@@ -133,6 +135,7 @@ def test_integers_give_integers(rng: np.random.Generator) -> None:
             assert not np.signbit(output).any(), name
 
 
+@pytest.mark.slow
 def test_sparse_images_and_mixed_scales(rng: np.random.Generator) -> None:
     stars = (rng.random((80, 80)) < 0.002) * rng.random((80, 80)) * 1e3
     kernel = rng.normal(size=(21, 21))
@@ -169,6 +172,7 @@ def test_band_does_not_depend_on_others_of_its_image(rng: np.random.Generator) -
     assert precision_contract.find_violation(case, np.asarray(core.conv2d(**case.arguments).array)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     np.finfo(np.longdouble).eps == np.finfo(np.float64).eps, reason="long double equals float64 on this platform"
 )

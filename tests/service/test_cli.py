@@ -124,6 +124,7 @@ def save_png(path: Path, array: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_blur_is_fitted_from_images_before_and_after(tmp_path: Path) -> None:
     # scipy blurs the image, with a border rule that corr2d does not have ("mirror").
     before = np.asarray(Image.open(CAMERA)).astype(np.float64)
@@ -150,6 +151,7 @@ def test_blur_is_fitted_from_images_before_and_after(tmp_path: Path) -> None:
     assert not result.stderr
 
 
+@pytest.mark.slow
 def test_edges_are_fitted_from_images_the_command_wrote(tmp_path: Path) -> None:
     edges, kernel, plot = tmp_path / "edges.png", tmp_path / "kernel.npy", tmp_path / "loss.PNG"
     run_corr2d("correlate", CAMERA, "-k", "sobel_x", "--mode", "same", "--boundary", "symmetric", "-o", edges)
@@ -433,6 +435,7 @@ def test_progress_bar_redraws_are_rate_limited(monkeypatch: pytest.MonkeyPatch) 
     assert 2 <= drawn <= 3 + (time.monotonic() - start) / commands.REDRAW_INTERVAL_S
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_training_without_a_traceback(tmp_path: Path, rng: np.random.Generator) -> None:
     files = [str(save_npy(tmp_path / f"{name}.npy", rng.normal(size=(9, 9)))) for name in "xy"]
     command = [sys.executable, "-m", "service", "train", *files, "--kernel-size", "3", "--learning-rate", "1e-9"]
@@ -564,6 +567,7 @@ def test_errors_are_one_line_on_stderr(arguments: list[str], message: str, tmp_p
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_help_and_version_do_not_load_torch() -> None:
     script = "import sys; from service.__main__ import app; assert not {'torch', 'fastapi'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
@@ -576,6 +580,7 @@ def test_sparkline_is_a_log_plot_in_one_line() -> None:
     assert len(draw_sparkline([float(number) for number in range(1, 1000)])) <= 60
 
 
+@pytest.mark.slow
 def test_explain_prints_a_table_of_the_engines() -> None:
     result = run_corr2d("explain", "64x80", "5", "--threads", "1", "--rank", "1")
     assert result.exit_code == 0

@@ -97,6 +97,7 @@ def test_overflow_is_reported_and_encoded_as_null(send: SendFn) -> None:
     assert response.json()["nonfinite"] == 1
 
 
+@pytest.mark.slow
 def test_photograph_edges_match_scipy(send: SendFn) -> None:
     image = np.asarray(Image.open("docs/images/camera.png"))
     body = {

@@ -132,6 +132,7 @@ def assert_identical(output: Array, expected: Array) -> None:
     assert output.tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=4)

@@ -39,6 +39,7 @@ async def test_service_is_live_but_not_ready_before_warm_up() -> None:
     assert response.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 def test_failed_warm_up_leaves_it_not_ready_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.readiness.WARM_UP_RESULT", [[19, 25], [37, 44]])
     with pytest.raises(RuntimeError, match=r"computes .*, expected .*"):
@@ -51,6 +52,7 @@ def test_failed_warm_up_leaves_it_not_ready_with_a_reason(monkeypatch: pytest.Mo
         assert "the warm-up failed: device auto computes" in problem["detail"]
 
 
+@pytest.mark.slow
 def test_missing_device_keeps_the_service_unready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.servers.wait_until_ready", lambda send: None)
     with serve_in_process(create_app(Settings(device="cuda:99"))) as send:

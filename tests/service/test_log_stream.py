@@ -16,6 +16,8 @@ from service import log_stream
 from service.log_stream import LogStream
 from tests.servers import CORR2D_COMMAND
 
+pytestmark = pytest.mark.slow
+
 
 def wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30

@@ -18,6 +18,8 @@ from PIL import Image
 import core
 from service import loss_curve
 
+pytestmark = pytest.mark.slow
+
 SVG_NAMESPACE = "{http://www.w3.org/2000/svg}"
 XLINK_NAMESPACE = "{http://www.w3.org/1999/xlink}"
 

@@ -65,6 +65,7 @@ def serve(request: pytest.FixtureRequest) -> ServeFn:
     return served
 
 
+@pytest.mark.slow
 def test_known_traffic_gives_known_numbers(serve: ServeFn) -> None:
     with serve(create_app(Settings(device="cpu"))) as send:
         before = scrape_metrics(send)
@@ -153,6 +154,7 @@ def test_state_of_the_service_is_reported(serve: ServeFn) -> None:
     assert 0 < time.time() - now[name_series("corr2d_start_time_seconds")] < 60
 
 
+@pytest.mark.slow
 def test_internal_error_is_counted() -> None:
     app = create_app(Settings(device="cpu"))
 
@@ -168,6 +170,7 @@ def test_internal_error_is_counted() -> None:
     assert after[name_series("corr2d_requests_total", route="other", status="500")] == 1
 
 
+@pytest.mark.slow
 def test_error_in_a_stream_is_counted_despite_status_200() -> None:
     endless = {**FIT_REQUEST, "loss": "huber", "steps": 10**6, "learning_rate": 1e-9}
     with serve_over_tcp(create_unlimited_app(timeout_s=0.5)) as send:
@@ -246,6 +249,7 @@ def count_and_exit(table: SharedCounters) -> None:
     os._exit(9)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_counters_outlive_a_worker_and_gauges_do_not() -> None:
     table = SharedCounters(2)
@@ -313,6 +317,7 @@ WORKERS_SERIES, READY_SERIES, RESTARTS_SERIES = (
 REQUESTS_SERIES = name_series("corr2d_requests_total", route="/correlate", status="200")
 
 
+@pytest.mark.slow
 @needs_proc
 def test_any_worker_reports_all_and_a_kill_loses_nothing(tmp_path: Path) -> None:
     with run_serve_command(tmp_path / "log", "--workers", "2") as (process, address), open_client(address):

@@ -345,6 +345,7 @@ def test_every_field_is_among_the_options_below(path: str) -> None:
     assert set(options) == set(model.model_fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "name", "text", "expected"),
     [

@@ -89,6 +89,7 @@ def encode_example(media_type: str, example: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_openapi_schema_is_valid(api_description: dict[str, Any]) -> None:
     assert api_description["openapi"].startswith("3.1")
     validate(api_description)
@@ -221,6 +222,7 @@ def test_format_rejection_has_the_described_headers(
     assert response.headers.keys() - COMMON_HEADERS < {name.lower() for name in described}
 
 
+@pytest.mark.slow
 def test_generated_client_computes_the_d2l_example(
     api_description: dict[str, Any], address: str, tmp_path: Path
 ) -> None:

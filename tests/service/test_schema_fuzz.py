@@ -28,6 +28,8 @@ from service.settings import Settings
 from tests.servers import open_client, start_server
 from tests.service.codecs.valid_files import VALID_FILES as FILES_OF_ALL_KINDS
 
+pytestmark = pytest.mark.slow
+
 AnyCase: TypeAlias = Case[Any]
 
 IS_THOROUGH = settings.get_current_profile_name() == "thorough"

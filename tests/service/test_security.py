@@ -224,6 +224,7 @@ def test_keys_rotate_while_the_service_runs(fast_key_polling: None, tmp_path: Pa
     assert [line["keys"] for line in read] == [2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "empty", "half", "folder", "huge", "pipe"])
 def test_last_valid_keys_are_kept_if_the_file_is_invalid(
     fast_key_polling: None, tmp_path: Path, log: LogCapture, damage: str
@@ -378,18 +379,21 @@ def test_browser_origins_are_accepted(origins: str) -> None:
     assert load_settings(cors_origins=origins).origins == origins.split(", ")
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(61)
 def test_wildcard_origin_with_credentials_is_rejected_at_start() -> None:
     line = get_startup_error("--port", "0", CORR2D_CORS_ORIGINS="*", CORR2D_CORS_CREDENTIALS="true")
     assert "CORR2D_CORS_CREDENTIALS requires a list of origins" in line
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(60)
 def test_invalid_keys_are_rejected_at_start_and_not_shown(tmp_path: Path) -> None:
     assert "short" not in get_startup_error("--port", "0", "--api-keys", f"{ALICE_KEY},short").replace("16 to 256", "")
     assert "no such file" in get_startup_error("--port", "0", "--api-keys-file", str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(60)
 def test_settings_show_no_secret() -> None:
     settings = Settings(api_keys=SecretStr(ALICE_KEY))
@@ -407,6 +411,7 @@ def test_settings_show_no_secret() -> None:
 # ---- the log
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(60)
 @pytest.mark.parametrize(("workers", "log_format"), [("1", "json"), ("2", "console")])
 def test_log_contains_no_key_payload_or_query(tmp_path: Path, workers: str, log_format: str) -> None:
@@ -438,6 +443,7 @@ def test_log_contains_no_key_payload_or_query(tmp_path: Path, workers: str, log_
         assert secret not in written
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(60)
 @pytest.mark.parametrize(("log_format", "terminal"), [("json", False), ("console", False), ("console", True)])
 def test_logged_traceback_shows_no_local_variables(log_format: str, terminal: bool) -> None:
@@ -603,6 +609,7 @@ def test_docs_page_allows_only_its_own_scripts(send: SendFn) -> None:
     assert not re.search(r"""<[^>]+ (?:style|on\w+)=""", page.text)
 
 
+@pytest.mark.slow
 def test_svg_response_forbids_scripts(send: SendFn) -> None:
     body = {"input": [[1, 2, 3]], "target": [[1, 2]], "seed": 0}
     response = send("POST", "/train-kernel", json=body, headers={"Accept": "image/svg+xml"})
@@ -615,6 +622,7 @@ def test_svg_response_forbids_scripts(send: SendFn) -> None:
     }
 
 
+@pytest.mark.slow
 def test_openapi_schema_declares_security(send_locked: SendFn, send: SendFn) -> None:
     described = send_locked("GET", "/openapi.json").json()
     validate(described)

@@ -16,6 +16,8 @@ import pytest
 from service.server.protocol import CoalescingTransport
 from tests.servers import CORR2D_COMMAND, list_workers, open_client, run_serve_command
 
+pytestmark = pytest.mark.slow
+
 D2L_EXAMPLE = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 
 

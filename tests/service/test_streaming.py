@@ -45,6 +45,7 @@ def test_stream_ends_with_the_json_response(send: SendFn, media_type: str) -> No
     assert contents[-1] == send("POST", "/train-kernel", json=D2L_PAIR).json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("media_type", [EVENT_STREAM, NDJSON])
 def test_steps_are_sent_at_most_twenty_times_a_second(send: SendFn, media_type: str) -> None:
     body = {**D2L_PAIR, "steps": 60_000, "learning_rate": 1e-6}
@@ -83,6 +84,7 @@ def test_rejection_before_the_first_event_is_a_problem(
     assert assert_first_error(response, 422)["field"] == field
 
 
+@pytest.mark.slow
 def test_deadline_in_a_stream_is_its_last_event() -> None:
     with start_server(create_unlimited_app(timeout_s=1)) as address:
         response = httpx.post(f"{address}/train-kernel", json=LONG_FIT_REQUEST, headers={"Accept": NDJSON}, timeout=60)
@@ -92,6 +94,7 @@ def test_deadline_in_a_stream_is_its_last_event() -> None:
     assert problem["type"] == "urn:corr2d:error:deadline-passed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accept", ["application/json", EVENT_STREAM])
 def test_disconnected_client_stops_the_fit_within_a_step(accept: str) -> None:
     app = create_unlimited_app()

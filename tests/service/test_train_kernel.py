@@ -188,6 +188,7 @@ def test_huber_fit_can_be_streamed(send: SendFn) -> None:
     assert events[names.index("forecast")]["message"] == "the Huber loss is minimised by reweighted least squares"
 
 
+@pytest.mark.slow
 def test_long_history_can_be_thinned(send: SendFn) -> None:
     body = {**D2L_PAIR, "seed": 1, "steps": 5000, "learning_rate": 1e-4}
     full = send("POST", "/train-kernel", json=body).json()
@@ -263,6 +264,7 @@ def test_invalid_ridge_searches_are_rejected(send: SendFn, change: dict[str, Any
     assert message in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("media_type", "start"), [("image/svg+xml", b"<?xml"), ("image/png", b"\x89PNG")])
 def test_loss_is_returned_as_a_plot(send: SendFn, media_type: str, start: bytes) -> None:
     for change in ({}, {"solver": "exact"}, {"bias": True}, {"input": [[1e200] * 8] * 6}, {"target": [[0] * 7] * 6}):
@@ -403,6 +405,7 @@ def test_validation_is_accepted_in_the_query_of_binary_bodies(send: SendFn) -> N
     assert json.loads(response.headers["Corr2d-Result"])["best_step"] >= 0
 
 
+@pytest.mark.slow
 def test_validation_history_is_thinned_like_the_loss(send: SendFn) -> None:
     body = {**D2L_PAIR, "seed": 1, "steps": 5000, "learning_rate": 1e-4, "validation": [HELD_OUT_PAIR]}
     full = send("POST", "/train-kernel", json=body).json()
@@ -412,6 +415,7 @@ def test_validation_history_is_thinned_like_the_loss(send: SendFn) -> None:
     assert thin["validation_history"] == [full["validation_history"][step - 1] for step in steps]
 
 
+@pytest.mark.slow
 def test_steps_are_streamed_with_their_validation_loss(send: SendFn) -> None:
     body = {**D2L_PAIR, "seed": 1, "steps": 200_000, "learning_rate": 1e-4}
     for validation, has_loss in (([HELD_OUT_PAIR], True), (None, False)):

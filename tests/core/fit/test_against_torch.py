@@ -63,6 +63,7 @@ def fit_problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", OPTIMIZERS)
 @given(problem=fit_problems())
 def test_every_descent_matches_torch_optim(solver: Any, problem: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from core import CoreError, FitResult, correlate, fit_kernel
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 INPUT = RNG.normal(size=(20, 22))
 TARGET = correlate(INPUT, RNG.normal(size=(3, 3)), dtype="float64").output.numpy() + 0.1 * RNG.normal(size=(18, 20))

@@ -59,6 +59,7 @@ def test_offset_loses_no_more_digits_than_lstsq(offset: float, noise: float) -> 
     assert "rank" not in fit.message
 
 
+@pytest.mark.slow
 def test_exact_target_of_large_integers_is_fitted_exactly() -> None:
     rng = np.random.default_rng(2)
     image, kernel = (
@@ -69,6 +70,7 @@ def test_exact_target_of_large_integers_is_fitted_exactly() -> None:
     np.testing.assert_allclose(fit.kernel.numpy(), kernel, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bias_with_a_bright_background_is_identified() -> None:
     rng = np.random.default_rng(3)
     image, kernel = 1000 + 0.03 * rng.normal(size=(80, 80)), rng.normal(size=(15, 15))
@@ -76,6 +78,7 @@ def test_bias_with_a_bright_background_is_identified() -> None:
     assert fit.rank == 226
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.5, 1, 2, 4])
 @pytest.mark.parametrize("side", [3, 7, 15])
 def test_blurred_photographs_match_lstsq(sigma: float, side: int) -> None:
@@ -85,6 +88,7 @@ def test_blurred_photographs_match_lstsq(sigma: float, side: int) -> None:
     assert ("below the precision of float64" in fit.message) == (fit.rank != side * side)
 
 
+@pytest.mark.slow
 def test_961_unknowns_of_a_blurred_photograph_are_identified() -> None:
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, 1)
     kernel = np.random.default_rng(31).normal(size=(31, 31))
@@ -163,6 +167,7 @@ def fit_problems(draw: st.DrawFn) -> tuple[FitCase, dict[str, Any]]:
     return FitCase(layer, [(images, targets, None)]), options
 
 
+@pytest.mark.slow
 @given(fit_problems())
 def test_losses_of_a_fit_are_consistent(drawn: tuple[FitCase, dict[str, Any]]) -> None:
     fit_case, options = drawn

@@ -86,6 +86,7 @@ def fit_constrained(fit_case: FitCase, options: dict[str, Any]) -> FitResult:
     return fit_kernel(pairs=fit_case.pairs, solver="exact", **fit_case.layer.options, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(fit_case=fit_cases(noises=(0.0, 0.1, 1.0)), options=constraints())
 def test_best_kernel_satisfies_constraints_and_optimality(fit_case: FitCase, options: dict[str, Any]) -> None:
@@ -98,6 +99,7 @@ def test_best_kernel_satisfies_constraints_and_optimality(fit_case: FitCase, opt
     assert fit.largest_stable_learning_rate is None
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(fit_case=ill_conditioned_cases(), options=constraints())
 def test_ill_conditioned_examples_satisfy_the_same_conditions(fit_case: FitCase, options: dict[str, Any]) -> None:
@@ -106,6 +108,7 @@ def test_ill_conditioned_examples_satisfy_the_same_conditions(fit_case: FitCase,
     assert_optimal(fit, fit_case, options)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(fit_case=fit_cases(largest=10), options=constraints(signs=False))
 def test_linear_constraints_agree_with_lstsq(fit_case: FitCase, options: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def fit_with_ridge(fit_case: FitCase, **options: Any) -> FitResult:
     return fit_kernel(pairs=fit_case.pairs, **fit_case.layer.options, **{"solver": "exact", **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @settings(max_examples=60)
 @given(fit_case=fit_cases())
@@ -93,6 +94,7 @@ def test_path_matches_explicit_hat_matrices(fit_case: FitCase, loss: str) -> Non
             assert fit.ridge_path_biases is None
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(fit_case=fit_cases(noises=(0.1, 1.0, 10.0)))
 def test_chosen_ridge_minimizes_cross_validation(fit_case: FitCase) -> None:
@@ -113,6 +115,7 @@ def test_chosen_ridge_minimizes_cross_validation(fit_case: FitCase) -> None:
     assert explicit(fit.ridge)[0] <= smallest * (1 + tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["exact", "sgd", "momentum", "nesterov", "adam"])
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @settings(max_examples=20)
@@ -213,6 +216,7 @@ def build_scene(seed: int) -> tuple[FitCase, Floats]:  # noqa: PLR0911 - one ret
             return of(images[:, None], Layer((7, 7), filters=2, stride=(2, 2), padding=(3, 3, 3, 3)), 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_chosen_ridge_is_about_as_good_as_the_best(seed: int) -> None:
     fit_case, kernel = build_scene(seed)
@@ -330,6 +334,7 @@ def test_channel_of_other_units_keeps_the_path_accurate(size: float) -> None:
         assert gcv == pytest.approx(explicit(ridge)[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blur", [0, 1])
 def test_hundreds_of_unknowns_are_supported(blur: float) -> None:
     rng = np.random.default_rng(4)
@@ -345,6 +350,7 @@ def test_hundreds_of_unknowns_are_supported(blur: float) -> None:
     np.testing.assert_allclose(np.diag(fit.covariance), fit.standard_errors.numpy().ravel() ** 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("ridge", [0.0, 0.3, "auto"])
 @settings(max_examples=40)

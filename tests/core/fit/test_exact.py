@@ -47,6 +47,7 @@ def assert_intervals(fit: FitResult, best: LeastSquaresSolution) -> None:
             assert_close(found, expected, 1e-6)
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases(noises=(0.0, 0.1, 1.0)))
 def test_best_kernel_matches_lstsq_of_least_norm(fit_case: FitCase) -> None:
     best = solve_least_squares(fit_case)
@@ -63,6 +64,7 @@ def test_best_kernel_matches_lstsq_of_least_norm(fit_case: FitCase) -> None:
     assert fit.unknowns == fit_case.layer.filters * (best.kernel[0].size + fit_case.layer.bias)
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases(largest=9))
 def test_statistics_match_textbook_formulas(fit_case: FitCase) -> None:
     best = solve_least_squares(fit_case)
@@ -95,6 +97,7 @@ def test_statistics_match_textbook_formulas(fit_case: FitCase) -> None:
         assert fit.r_squared == pytest.approx(best.r_squared, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases(largest=9))
 def test_mean_loss_gives_the_kernel_and_errors_of_the_sum(fit_case: FitCase) -> None:
     best = solve_least_squares(fit_case)
@@ -109,6 +112,7 @@ def test_mean_loss_gives_the_kernel_and_errors_of_the_sum(fit_case: FitCase) -> 
     assert_close(mean.standard_errors, None if whole.standard_errors is None else whole.standard_errors.numpy(), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("ridge", [1e-3, 2.5])
 @given(fit_case=fit_cases())
@@ -143,6 +147,7 @@ def test_repeated_channel_shares_the_kernel(rng: np.random.Generator) -> None:
     assert "rank 9 of 18: these examples do not determine 9 combinations of the kernel's entries" in fit.message
 
 
+@pytest.mark.slow
 def test_225_entry_kernel_is_recovered_from_a_photograph(rng: np.random.Generator) -> None:
     photograph = np.asarray(Image.open(CAMERA), np.float64)
     kernel = rng.normal(size=(15, 15))
@@ -169,6 +174,7 @@ def test_bias_is_fitted_on_values_of_a_billion(rng: np.random.Generator) -> None
     assert fit.rank == 2
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases())
 def test_conjugate_gradients_match_if_equations_are_too_many(fit_case: FitCase) -> None:
     best = solve_least_squares(fit_case)
@@ -202,6 +208,7 @@ def test_converged_filter_waits_for_the_others(monkeypatch: pytest.MonkeyPatch, 
     torch.testing.assert_close(fit.kernel, best.kernel, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases(plain=True))
 def test_conjugate_gradients_respect_a_ridge(fit_case: FitCase) -> None:
     best = solve_least_squares(fit_case, 0.5)

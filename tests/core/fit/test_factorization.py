@@ -51,6 +51,7 @@ def test_no_factorization_step_dominates() -> None:
     assert sum(1 for _ in cholesky.factorize_pivoted(matrix, 0.0)) == 640 // cholesky.PANEL_COLUMNS
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 3), st.integers(0, 5), st.integers(1, 3))
 def test_large_matrices_are_inverted_like_small_ones(
     seed: int, size: int, blocks: int, missing: int, wide: int
@@ -105,6 +106,7 @@ def test_product_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, blocks: i
     assert sum(1 for _ in eigen.multiply_blocks(matrices, unknowns)) >= blocks * columns // 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ridge", [0.0, 0.5])
 @given(fit_case=fit_cases(noises=(0.0, 0.1, 1.0)))
 def test_large_kernel_matches_lstsq(ridge: float, fit_case: FitCase) -> None:

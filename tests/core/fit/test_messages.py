@@ -50,6 +50,7 @@ def test_missed_target_is_not_reported_as_reached() -> None:
     assert f"the smallest possible is {fit.best_possible_loss:.6g}" in fit.message
 
 
+@pytest.mark.slow
 @given(
     fit_case=fit_cases(weighted=False), factor=st.sampled_from([1 - 1e-3, 1 - 1e-6, 1.0, 1 + 1e-6, 1 + 1e-3, 0.3, 3])
 )
@@ -106,6 +107,7 @@ def test_limit_is_rounded_down_and_differs_from_the_rate(stable: float, excess: 
     assert rate > limit
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases(weighted=False), factor=st.sampled_from([0.5, 1.1, 2, 4]), seed=st.integers(0, 9))
 def test_batches_are_reported_as_converged_only_if_they_are(fit_case: FitCase, factor: float, seed: int) -> None:
     count = sum(len(x) for x, _, _ in fit_case.pairs)
@@ -128,6 +130,7 @@ def test_batch_of_all_images_is_predicted_like_full_descent() -> None:
         assert fit.prediction == prediction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.5, 5.0, 50.0])
 def test_adam_takes_all_steps_like_torch(rate: float) -> None:
     image, edges = make_d2l_pair()
@@ -167,6 +170,7 @@ def test_conjugate_gradients_claim_no_smallest_loss(monkeypatch: pytest.MonkeyPa
     assert all(loss >= 0 for loss in fit.loss_history)
 
 
+@pytest.mark.slow
 def test_more_than_4096_unknowns_are_solved_by_the_equations() -> None:
     rng = np.random.default_rng(3)
     image, kernel = rng.normal(size=(200, 200)), rng.normal(size=(65, 65))
@@ -184,6 +188,7 @@ def test_ridge_makes_the_solution_unique_and_is_reported() -> None:
     assert "this is the solution of least norm" in fit_kernel(*ones, solver="exact").message
 
 
+@pytest.mark.slow
 @given(fit_problems())
 def test_every_message_of_a_fit_is_true(drawn: tuple[FitCase, dict[str, Any]]) -> None:
     fit_case, options = drawn
@@ -191,6 +196,7 @@ def test_every_message_of_a_fit_is_true(drawn: tuple[FitCase, dict[str, Any]]) -
     assert_message_true(fit, fit_case, options)
 
 
+@pytest.mark.slow
 @given(
     fit_cases(), st.sampled_from(["exact", "sgd", "momentum", "nesterov", "adam"]), st.sampled_from([1e-4, 0.01, 1.0])
 )

@@ -245,6 +245,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 def test_ten_times_as_many_pairs_take_no_more_memory() -> None:
     # Freed blocks return to the system at once, independent of fragmentation.

@@ -81,6 +81,7 @@ def test_plane_weights_are_not_copied_per_filter() -> None:
     assert tiled_example.example.weights.untyped_storage().nbytes() == 400
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(fit_case=fit_cases())
 def test_fit_in_small_parts_is_the_same(fit_case: FitCase) -> None:
@@ -141,6 +142,7 @@ LONG_FITS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG_FITS)
 def test_no_step_takes_long(name: str) -> None:
     plan = plan_fit_kernel(**LONG_FITS[name], machine=core.Machine(1))

@@ -263,6 +263,7 @@ def test_rate_that_may_converge_is_accepted(options: dict[str, Any]) -> None:
     assert fit.loss_history == fit_kernel(*make_d2l_pair(), seed=1, **options).loss_history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["momentum", "nesterov"])
 @settings(max_examples=15)
 @given(fit_case=fit_cases(largest=9, weighted=False), momentum=st.floats(0, 0.95))
@@ -283,6 +284,7 @@ def test_momentum_limits_match_theory(solver: Any, fit_case: FitCase, momentum: 
     assert above.status is Status.DIVERGED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 @given(fit_case=fit_cases(largest=9))
 def test_gradient_descent_limit_is_two_over_curvature(factor: float, fit_case: FitCase) -> None:
@@ -293,6 +295,7 @@ def test_gradient_descent_limit_is_two_over_curvature(factor: float, fit_case: F
     assert fit.prediction == ("converges" if factor < 1 else "diverges")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", DESCENT_SOLVERS)
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @settings(max_examples=20)
@@ -308,6 +311,7 @@ def test_automatic_rate_reaches_the_best_kernel(solver: str, loss: str, fit_case
         assert fit.learning_rate == pytest.approx(2 * scale / sum(compute_curvatures(best)), rel=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", DESCENT_SOLVERS)
 @settings(max_examples=15)
 @given(fit_case=fit_cases(largest=9), steps=st.sampled_from([1, 3, 10, 40]))
@@ -324,6 +328,7 @@ def test_automatic_rate_minimizes_the_loss_after_these_steps(solver: str, fit_ca
         assert automatic.excess_loss <= 1.05 * other.excess_loss + 1e-4 * start
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases(noises=(0.0, 0.1, 1.0)))
 def test_automatic_rate_never_diverges(fit_case: FitCase) -> None:
     for solver in DESCENT_SOLVERS:
@@ -332,6 +337,7 @@ def test_automatic_rate_never_diverges(fit_case: FitCase) -> None:
         assert fit.prediction in ("converges", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unknowns", [1, 4096])
 @pytest.mark.parametrize("ridge", [0.0, 0.4])
 @settings(max_examples=15)
@@ -386,6 +392,7 @@ def test_descent_from_far_to_rounding_has_not_diverged(seed: int, far: float) ->
     assert fit.status is Status.COMPLETED
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases(), loss=st.sampled_from(["sum", "mean"]), solver=st.sampled_from([*DESCENT_SOLVERS, "adam"]))
 def test_descent_by_convolution_matches_the_equations(fit_case: FitCase, loss: str, solver: str) -> None:
     options: dict[str, Any] = {"solver": solver, "loss": loss, "ridge": 0.1, "steps": 15, "learning_rate": 1e-3}
@@ -400,6 +407,7 @@ def test_descent_by_convolution_matches_the_equations(fit_case: FitCase, loss: s
     torch.testing.assert_close(slow.kernel, quick.kernel, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(fit_case=fit_cases())
 def test_curvature_is_found_without_the_equations(fit_case: FitCase) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -93,6 +93,7 @@ def add_outliers(fit_case: FitCase, seed: int, fraction: float = 0.1, size: floa
     return FitCase(fit_case.layer, pairs)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     fit_case=fit_cases(),
@@ -127,6 +128,7 @@ def test_gradient_vanishes_and_the_loss_never_rises(
     assert lengths[0] <= 1e-10 * lengths[1] + 1e-12 * rounding * largest
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(fit_case=fit_cases(largest=10), delta=st.sampled_from([0.5, 1.5]), ridge=st.sampled_from([0.0, 0.1]))
 def test_kernel_matches_plain_reweighted_least_squares(fit_case: FitCase, delta: float, ridge: float) -> None:
@@ -161,6 +163,7 @@ def test_kernel_matches_scipy() -> None:
     np.testing.assert_allclose(fit.kernel.numpy().ravel(), by_scipy.x, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delta", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_small_delta_approaches_least_absolute_differences(delta: float) -> None:
     rng = np.random.default_rng(4)
@@ -199,6 +202,7 @@ def fit_auto_with_numpy(matrix: Floats, target: Floats) -> tuple[Floats, float]:
     return at, delta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("filters", [1, 2])
@@ -230,6 +234,7 @@ def test_auto_delta_matches_numpy(*, bias: bool, counted: bool, filters: int) ->
     assert descent.loss_history == fit_kernel(image, target, **options, huber_delta=fit.huber_delta).loss_history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [30.0, 1e6])
 @pytest.mark.parametrize("bias", [False, True])
 def test_outliers_in_a_tenth_of_the_target_hardly_move_it(size: float, *, bias: bool) -> None:
@@ -310,6 +315,7 @@ def test_zero_target_has_the_default_delta(solver: Any) -> None:
         assert (fit.final_loss, fit.status) == (0, Status.CONVERGED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blur", [1.0, 2.0])
 def test_blurred_photograph_is_supported(blur: float) -> None:
     image = scipy.ndimage.gaussian_filter(PHOTOGRAPH, blur)
@@ -358,6 +364,7 @@ def test_more_unknowns_than_values_are_fitted_exactly() -> None:
     assert fit.rank == 4
 
 
+@pytest.mark.slow
 def test_every_filter_has_outliers_of_its_own() -> None:
     rng = np.random.default_rng(13)
     layer = Layer(
@@ -378,6 +385,7 @@ def test_every_filter_has_outliers_of_its_own() -> None:
     np.testing.assert_allclose(fit.bias, bias, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["t", "normal", "outliers"])
 @pytest.mark.parametrize("delta", [0.2, "auto"])
 def test_intervals_cover_the_truth(noise: str, delta: Any) -> None:
@@ -593,6 +601,7 @@ def test_nan_is_rejected() -> None:
             fit_kernel(image, np.ones((4, 4)), **options)
 
 
+@pytest.mark.slow
 @given(
     count=st.integers(1, 60),
     spread=st.sampled_from([1.0, 1e300, 1e-310]),

@@ -132,6 +132,7 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     layer=layers(),
@@ -179,6 +180,7 @@ def test_every_candidate_matches_lstsq(
     assert_selection(fit, layer, pairs, loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", ["white", "photograph"])
 @pytest.mark.parametrize("seed", range(6))
 def test_true_size_is_found(photograph: Floats, image: str, seed: int) -> None:
@@ -204,6 +206,7 @@ def test_true_size_is_found(photograph: Floats, image: str, seed: int) -> None:
             np.testing.assert_allclose(fit.kernel, kernel[mask].reshape(size), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_blurred_photograph_is_compared_by_factors(photograph: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
     factored: list[bool] = []
     original = diagnostics.analyse_factors
@@ -249,6 +252,7 @@ def test_unidentified_kernels_are_compared(rng: np.random.Generator) -> None:
     assert tuple(zero.kernel.shape) == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "stride"),
     [("zeros", 1), ("reflect", 1), ("circular", 1), ("zeros", 2), ("replicate", 2), ("circular", 3), ("reflect", 3)],
@@ -290,6 +294,7 @@ def compute_same_padding(size: Any, kernel: tuple[int, int], stride: int, dilati
     return sides[0], sides[1], sides[2], sides[3]
 
 
+@pytest.mark.slow
 def test_largest_size_follows_from_shapes_or_request(rng: np.random.Generator) -> None:
     def largest(side: int, outputs: int, **options: Any) -> list[int]:
         fit = fit_kernel(
@@ -475,6 +480,7 @@ def test_input_that_is_not_finite_is_rejected(rng: np.random.Generator) -> None:
         fit_kernel(image, np.ones((14, 14)), kernel_size="auto")
 
 
+@pytest.mark.slow
 def test_comparison_can_be_stopped_between_heights(rng: np.random.Generator) -> None:
     events: list[Progress] = []
     plan = plan_fit_kernel(rng.normal(size=(50, 50)), rng.normal(size=(30, 30)), kernel_size="auto", solver="exact")

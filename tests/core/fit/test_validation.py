@@ -57,6 +57,7 @@ def unpack_filters(fit: FitResult, fit_case: FitCase) -> tuple[Floats, Floats | 
     return fit.kernel.reshape(fit_case.layer.kernel_shape).numpy(), None if fit.bias is None else fit.bias.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", OPTIMIZERS)
 @settings(max_examples=25)
 @given(
@@ -131,6 +132,7 @@ def test_history_matches_torch_optim_on_held_out_pairs(
     assert fit.final_loss == pytest.approx(compute_loss(fit_case, fit_case.pairs, loss, *kernel) + penalty, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [1, 3, 10, 1000])
 @pytest.mark.parametrize("options", [{}, {"loss": "huber"}, {"solver": "adam", "loss": "mean"}, {"solver": "momentum"}])
 def test_patience_ends_a_descent_at_the_right_step(patience: int, options: dict[str, Any]) -> None:
@@ -204,6 +206,7 @@ def test_initial_kernel_may_be_the_best() -> None:
     assert fit.status is Status.COMPLETED
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(fit_case=fit_cases(), loss=st.sampled_from(["sum", "mean"]), seed=st.integers(0, 2**32 - 1))
 def test_exact_solver_reports_the_validation_loss(fit_case: FitCase, loss: Any, seed: int) -> None:
@@ -218,6 +221,7 @@ def test_exact_solver_reports_the_validation_loss(fit_case: FitCase, loss: Any, 
     assert f"validation loss {fit.validation_loss:.6g}" in fit.message
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(fit_case=fit_cases(largest=8), seed=st.integers(0, 2**32 - 1))
 def test_batches_are_validated_before_each_update(fit_case: FitCase, seed: int) -> None:

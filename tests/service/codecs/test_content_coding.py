@@ -107,6 +107,7 @@ def test_limit_is_exact_at_every_chunk_boundary(coding: str, compress: Compress,
         decode(coding, compressed, length - 1)
 
 
+@pytest.mark.slow
 @parametrize_multi_member
 @given(contents=st.lists(CONTENTS, min_size=1, max_size=4))
 def test_consecutive_members_are_one_body(coding: str, compress: Compress, contents: list[bytes]) -> None:
@@ -196,6 +197,7 @@ def test_zero_bytes_are_rejected(coding: str) -> None:
         decode(coding, b"", DECODE_LIMIT_BYTES)
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(21)
 @parametrize_coders
 def test_bomb_costs_no_more_than_the_limit(coding: str, compress: Compress) -> None:

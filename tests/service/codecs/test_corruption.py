@@ -17,6 +17,7 @@ def test_valid_files_decode_to_valid_arrays(name: str) -> None:
     assert_valid_arrays(decode(content, DECODE_LIMIT_BYTES), DECODE_LIMIT_BYTES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VALID_FILES)
 @given(data=st.data())
 def test_damage_raises_only_service_errors(name: str, data: st.DataObject) -> None:

@@ -97,6 +97,7 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @given(texts=TEXTS)
 @example(texts=["16777217.0000000001"])
@@ -111,6 +112,7 @@ def test_numbers_near_float32_midpoints_are_rounded_once(reader: str, texts: lis
     np.testing.assert_array_equal(double.ravel(), round_texts(texts, "float64"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [decode_small, decode_large])
 @given(texts=TEXTS)
 def test_named_dtype_is_rounded_to_once(decode: Callable[[str], Any], texts: list[str]) -> None:
@@ -123,6 +125,7 @@ def test_named_dtype_is_rounded_to_once(decode: Callable[[str], Any], texts: lis
             np.testing.assert_array_equal(array, round_texts(finite, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 100])
 @given(
     text=near_midpoints(st.integers(0, 0x7BFE).map(lambda bits: (exact_float16(bits) + exact_float16(bits + 1)) / 2))
@@ -134,6 +137,7 @@ def test_float16_is_rounded_once(count: int, text: str) -> None:
         np.testing.assert_array_equal(parse_array(decode(flat)), round_texts([text] * count, "float16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("working_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("count", [3, 300])
 @given(
@@ -178,6 +182,7 @@ ORDINARY_NUMBERS = st.one_of(
 ).filter(lambda text: math.isfinite(float(text)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @given(texts=st.lists(ORDINARY_NUMBERS, min_size=1, max_size=20))
 def test_ordinary_numbers_are_rounded_once(reader: str, texts: list[str]) -> None:
@@ -207,6 +212,7 @@ def test_exact_numbers_are_plain_floats(exponent: int, odd: int) -> None:
     assert type(decimals.loads(text.encode())) is not MidpointFloat
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 @example(bits=[0, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x80000001, 0xFF7FFFFF])
@@ -214,6 +220,7 @@ def test_every_float32_in_a_response_round_trips(bits: list[int]) -> None:
     assert_reads_back(np.array(bits, np.uint32).view(np.float32))
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(bits=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50))
 @example(bits=[0, 1, 0x000FFFFFFFFFFFFF, 0x0010000000000000, 0x7FEFFFFFFFFFFFFF])

@@ -54,6 +54,7 @@ def find_frame(content: bytes) -> int:
 SMALL_JPEG = save_jpeg(build_photo("L", 9, 8))
 
 
+@pytest.mark.slow
 @given(
     mode=st.sampled_from(["L", "RGB", "CMYK"]),
     width=st.integers(1, 40),

@@ -42,6 +42,7 @@ def decode_scanned_float64(array: str) -> Any:
     return value.values if isinstance(value, MidpointArray) else value
 
 
+@pytest.mark.slow
 @given(data=st.data(), shape=array_shapes(max_dims=4, max_side=5), space=WHITESPACE)
 def test_any_json_number_matches_python_float(data: st.DataObject, shape: tuple[int, ...], space: str) -> None:
     numbers = data.draw(arrays(object, (1, *shape), elements=NUMBERS))
@@ -56,6 +57,7 @@ def test_any_json_number_matches_python_float(data: st.DataObject, shape: tuple[
             decode_scanned(build_input(text))
 
 
+@pytest.mark.slow
 def test_forty_thousand_long_numbers_match_python_float(rng: np.random.Generator) -> None:
     digits = ["".join(map(str, rng.integers(0, 10, size))).lstrip("0") or "0" for size in rng.integers(1, 41, 40_000)]
     powers = rng.integers(-400, 300, 40_000)
@@ -65,6 +67,7 @@ def test_forty_thousand_long_numbers_match_python_float(rng: np.random.Generator
     assert got.tobytes() == np.array(list(map(float, texts))).tobytes()
 
 
+@pytest.mark.slow
 @given(bits=st.lists(st.integers(0, 2**64 - 1), min_size=100, max_size=100))
 @example(bits=[1] * 100)
 @example(bits=[0x7FEFFFFFFFFFFFFF] * 100)
@@ -94,6 +97,7 @@ def build_midpoint(bits: int) -> str:
     return f"{digits:e}"
 
 
+@pytest.mark.slow
 @settings(max_examples=2000)
 @given(
     bits=st.one_of(
@@ -142,6 +146,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(value=st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=5), indent=st.sampled_from([None, 2]))
 def test_any_object_matches_orjson(value: dict[str, Any], indent: int | None) -> None:
     assert_matches_orjson(standard.dumps(value, indent=indent, ensure_ascii=False).encode())
@@ -286,6 +291,7 @@ def test_non_array_content_is_limited() -> None:
         decode_scanned(build_input(f"[{', '.join(['{}'] * 600_000)}]"))
 
 
+@pytest.mark.slow
 @given(
     array=st.sampled_from(["float32", "float64"]).flatmap(
         lambda dtype: arrays(dtype, array_shapes(max_dims=4, max_side=6))

@@ -44,11 +44,13 @@ def build_header(descr: str, shape: str, *, fortran_order: str = "False") -> str
     return f"{{'descr': {descr}, 'fortran_order': {fortran_order}, 'shape': {shape}, }}\n"
 
 
+@pytest.mark.slow
 @given(array=ARRAYS_OF_ANY_LAYOUT, version=st.sampled_from([(1, 0), (2, 0), (3, 0)]))
 def test_numpy_files_decode_bit_for_bit(array: Array, version: tuple[int, int]) -> None:
     assert_identical_array(decode(save_npy(array, version), DECODE_LIMIT_BYTES), array)
 
 
+@pytest.mark.slow
 @given(array=ARRAYS_OF_ANY_LAYOUT)
 def test_numpy_loads_encoded_files(array: Array) -> None:
     parts = encode(array)
@@ -56,6 +58,7 @@ def test_numpy_loads_encoded_files(array: Array) -> None:
     assert parts[0] == save_npy(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")))[: len(parts[0])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda content: memoryview(bytearray(content))])
 @given(array=LITTLE_ENDIAN_ARRAYS)
 def test_decoding_makes_no_copy_and_keeps_writability(kind: Content, array: Array) -> None:
@@ -65,6 +68,7 @@ def test_decoding_makes_no_copy_and_keeps_writability(kind: Content, array: Arra
     assert decoded.flags.writeable == (not memoryview(content).readonly)
 
 
+@pytest.mark.slow
 @given(array=LITTLE_ENDIAN_ARRAYS)
 def test_encoding_makes_no_copy(array: Array) -> None:
     _, numbers = encode(array)
@@ -91,6 +95,7 @@ def test_headers_of_other_writers_are_parsed(header: str) -> None:
     ]
 
 
+@pytest.mark.slow
 @given(array=arrays_of_dtype("<f4"))
 def test_limit_is_the_size_of_the_array(array: Array) -> None:
     assert decode(save_npy(array), array.nbytes).shape == array.shape
@@ -259,6 +264,7 @@ def test_other_format_is_named_in_the_error(content: bytes, advice: str) -> None
     assert assert_decode_rejected(decode, content).detail == f"the body is not a .npy file: {advice}"
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(43)
 @given(array=ARRAYS_OF_ANY_LAYOUT, more=st.binary(min_size=1, max_size=9))
 def test_trailing_bytes_are_rejected(array: Array, more: bytes) -> None:
@@ -309,6 +315,7 @@ def test_platform_dependent_dtypes_are_rejected(descr: str) -> None:
     assert "it must be one of float16, float32" in error.detail
 
 
+@pytest.mark.slow
 @given(array=ARRAYS_OF_ANY_LAYOUT, data=st.data())
 def test_truncation_anywhere_is_rejected(array: Array, data: st.DataObject) -> None:
     content = save_npy(array)
@@ -317,6 +324,7 @@ def test_truncation_anywhere_is_rejected(array: Array, data: st.DataObject) -> N
     )
 
 
+@pytest.mark.slow
 @given(array=ARRAYS_OF_ANY_LAYOUT, data=st.data())
 def test_accepted_files_match_numpy(array: Array, data: st.DataObject) -> None:
     content = data.draw(mutated_files(save_npy(array)))

@@ -62,6 +62,7 @@ def replace_integer(content: bytes, field: str, value: int, *, after: bytes = CE
 DICTIONARIES = st.dictionaries(ARRAY_NAMES, ARRAYS_OF_ANY_LAYOUT, max_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @given(arrays=DICTIONARIES)
 def test_numpy_archives_decode_bit_for_bit(save: Callable[..., None], arrays: dict[str, Array]) -> None:
@@ -72,6 +73,7 @@ def test_numpy_archives_decode_bit_for_bit(save: Callable[..., None], arrays: di
         assert_identical_array(decoded[name], array)
 
 
+@pytest.mark.slow
 @given(arrays=DICTIONARIES)
 def test_numpy_loads_encoded_archives(arrays: dict[str, Array]) -> None:
     content = b"".join(encode(arrays))
@@ -83,6 +85,7 @@ def test_numpy_loads_encoded_archives(arrays: dict[str, Array]) -> None:
             assert_identical_array(loaded[name], array)
 
 
+@pytest.mark.slow
 @given(arrays=st.dictionaries(ARRAY_NAMES, LITTLE_ENDIAN_ARRAYS, min_size=1, max_size=3))
 def test_round_trip_makes_no_copy(arrays: dict[str, Array]) -> None:
     parts = encode(arrays)

@@ -69,6 +69,7 @@ GREY_PIXELS = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 COLOUR_PIXELS = arrays(np.uint8, st.tuples(st.just(3), st.integers(1, 9), st.integers(1, 9)))
 
 
+@pytest.mark.slow
 @given(pixels=GREY_PIXELS | COLOUR_PIXELS, level=st.sampled_from([0, 1, 9]))
 def test_pillow_images_decode_pixel_for_pixel(pixels: Array, level: int) -> None:
     image = Image.fromarray(pixels if pixels.ndim == 2 else np.moveaxis(pixels, 0, 2))
@@ -78,12 +79,14 @@ def test_pillow_images_decode_pixel_for_pixel(pixels: Array, level: int) -> None
     np.testing.assert_array_equal(decoded, pixels)
 
 
+@pytest.mark.slow
 @given(pixels=GREY_PIXELS | COLOUR_PIXELS)
 def test_clipped_encoding_round_trips(pixels: Array) -> None:
     np.testing.assert_array_equal(encode_and_reread(pixels, clip=True), pixels)
     np.testing.assert_array_equal(decode(b"".join(encode(pixels, clip=True)), DECODE_LIMIT_BYTES), pixels)
 
 
+@pytest.mark.slow
 def test_images_of_many_strips_are_complete(rng: np.random.Generator) -> None:
     pixels = rng.integers(0, 256, (3, 1500, 1501), np.uint8)
     assert pixels[0].size > 2 * STRIP_PIXELS
@@ -164,6 +167,7 @@ def build_16_bit_png(samples: Array, colour: int, *, interlaced: int, kinds: lis
     )
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(46)
 @pytest.mark.parametrize("interlaced", [0, 1])
 @pytest.mark.parametrize(("colour", "count"), [(GREY, 1), (COLOUR, 3), (GREY_AND_ALPHA, 2), (COLOUR_AND_ALPHA, 4)])
@@ -296,6 +300,7 @@ def test_side_longer_than_the_maximum_is_rejected(size: tuple[int, int]) -> None
     assert assert_single_error(error).field == "input"
 
 
+@pytest.mark.slow
 @pytest.mark.robustness(46)
 def test_excess_data_is_not_inflated() -> None:
     content = build_png(build_header(2, 2), build_chunk(b"IDAT", zlib.compress(bytes(50_000_000))))
@@ -418,6 +423,7 @@ def test_data_may_be_split_into_many_or_empty_chunks() -> None:
     assert decode(content, DECODE_LIMIT_BYTES).tolist() == [[1, 2], [3, 4]]
 
 
+@pytest.mark.slow
 @given(
     array=st.sampled_from(DTYPES).flatmap(
         lambda dtype: arrays(

@@ -34,6 +34,7 @@ def build_tensor_entry(dtype: object, shape: object, *offsets: object) -> dict[s
     return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
 
+@pytest.mark.slow
 @given(
     arrays=st.dictionaries(ARRAY_NAMES, LITTLE_ENDIAN_ARRAYS, max_size=4),
     options=st.dictionaries(ARRAY_NAMES.map(str.upper), st.text()),
@@ -50,6 +51,7 @@ def test_library_files_decode_bit_for_bit(arrays: dict[str, Array], options: dic
         assert decoded[option] == value
 
 
+@pytest.mark.slow
 @given(arrays=st.dictionaries(ARRAY_NAMES, ARRAYS_OF_ANY_LAYOUT, max_size=4))
 def test_library_loads_encoded_files(arrays: dict[str, Array]) -> None:
     content = b"".join(encode(arrays))
@@ -60,6 +62,7 @@ def test_library_loads_encoded_files(arrays: dict[str, Array]) -> None:
     assert struct.unpack_from("<Q", content)[0] % 8 == 0
 
 
+@pytest.mark.slow
 @given(arrays=st.dictionaries(ARRAY_NAMES, LITTLE_ENDIAN_ARRAYS, min_size=1, max_size=4))
 def test_round_trip_makes_no_copy(arrays: dict[str, Array]) -> None:
     parts = encode(arrays)
@@ -274,6 +277,7 @@ def test_non_safetensors_content_is_named_in_the_error(content: bytes, message: 
     assert message in error.detail
 
 
+@pytest.mark.slow
 @given(arrays=st.dictionaries(ARRAY_NAMES, LITTLE_ENDIAN_ARRAYS, min_size=1, max_size=2), data=st.data())
 def test_accepted_files_are_accepted_by_the_library(arrays: dict[str, Array], data: st.DataObject) -> None:
     content = b"".join(encode(arrays))
