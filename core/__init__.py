@@ -9,7 +9,7 @@ tensor([[19., 25.],
 from core.conv2d import conv2d, conv2d_problem, plan_conv2d
 from core.convolution import ConvolutionPlan
 from core.correlate import correlate, plan_correlate
-from core.device import available_devices, describe_devices, resolve_device, usable_cores, usable_memory
+from core.device import available_devices, describe_devices, resolve_device
 from core.engines import CALLING_THREAD_ENGINES, ENGINES
 from core.engines.choice import Choice, Method, choose
 from core.engines.pipelines import NotCompiled, compiled_only
@@ -37,7 +37,9 @@ from core.fit.size_selection import DEFAULT_MAX_KERNEL_SIZE
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits
 from core.machine import Machine, measure_machine, use_one_blas_thread
-from core.shapes import OVERFLOW_THRESHOLDS, Boundary, Dtype, Mode, Operation, PaddingMode, Problem
+from core.problem import OVERFLOW_THRESHOLDS, Boundary, Dtype, PaddingMode, Problem
+from core.resources import usable_cores, usable_memory
+from core.shapes import Mode, Operation
 
 __all__ = [
     "CALLING_THREAD_ENGINES",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from core.device import CPU_DEVICE
 from core.errors import InvalidNumbers, InvalidShape
-from core.shapes import Dtype, format_shape
+from core.problem import Dtype
+from core.validation import format_shape
 
 NestedNumbers: TypeAlias = float | Sequence["NestedNumbers"]
 """A number, or nested sequences of numbers."""

@@ -11,10 +11,8 @@ from core.engines.run import Result
 from core.engines.slices import Check
 from core.errors import InvalidShape
 from core.machine import Machine, this_machine
-from core.shapes import (
-    Dtype,
-    PaddingMode,
-    Problem,
+from core.problem import Dtype, PaddingMode, Problem
+from core.validation import (
     format_shape,
     parse_conv2d_padding,
     require_kernel_fits,

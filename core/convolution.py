@@ -16,7 +16,7 @@ from core.engines.run import Result, run_engine
 from core.engines.slices import Check
 from core.errors import Cost
 from core.machine import Machine
-from core.shapes import Problem
+from core.problem import Problem
 
 
 class ConvolutionPlan(NamedTuple):

@@ -17,18 +17,9 @@ from core.engines.slices import Check
 from core.errors import InvalidOption, InvalidShape
 from core.kernels import named_kernel, named_kernel_rank
 from core.machine import Machine, this_machine
-from core.shapes import (
-    OVERFLOW_THRESHOLDS,
-    Boundary,
-    Dtype,
-    Mode,
-    Operation,
-    Problem,
-    format_shape,
-    format_value,
-    mode_padding,
-    require_one_of,
-)
+from core.problem import OVERFLOW_THRESHOLDS, Boundary, Dtype, Problem
+from core.shapes import Mode, Operation, mode_padding
+from core.validation import format_shape, format_value, require_one_of
 
 
 def correlate(

@@ -12,7 +12,7 @@ from core.engines.choice import Method, choose
 from core.engines.run import run_engine
 from core.errors import MethodUnavailable
 from core.machine import Machine, this_machine
-from core.shapes import Problem
+from core.problem import Problem
 
 MAX_MEASURED_RUN_S = 2.0
 """Predicted time above which an engine is not run, in seconds."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from threadpoolctl import threadpool_limits
 
-from core.device import usable_cores
+from core.resources import usable_cores
 
 BENCHMARK_MATRIX_SIDE = 256
 BENCHMARK_COPY_VALUES = 8_000_000

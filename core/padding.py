@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from core.shapes import Boundary, Pair, Sides
+from core.problem import Boundary
+from core.shapes import Pair, Sides
 
 
 def pad(images: Tensor, padding: Sides, boundary: Boundary, fill_value: float = 0.0) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 from core.arrays import ConvolveFn
 from core.engines import block_fft, column_fft, implicit_gemm, separable, stencil, torch_conv, torch_fft
 from core.machine import Machine
-from core.shapes import Problem, SliceUnits
+from core.problem import Problem, SliceUnits
 
 
 class Engine(Protocol):

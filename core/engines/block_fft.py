@@ -32,7 +32,8 @@ from core.engines.halide_jit import PipelineSpec, Plane
 from core.engines.precision import TransformEstimate, dtype_name
 from core.engines.stockham import ComplexExpr, SignedExpr, Transform, complex_parts, constant, constant_table
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem, SliceUnits
+from core.problem import Dtype, Problem, SliceUnits
+from core.shapes import Pair
 
 METHOD = "fft"
 

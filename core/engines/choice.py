@@ -8,7 +8,8 @@ from typing import Literal
 from core.engines import ALL_ENGINES, ENGINES, separable, slices
 from core.errors import Cost, MethodUnavailable
 from core.machine import Machine, this_machine
-from core.shapes import Problem, require_one_of
+from core.problem import Problem
+from core.validation import require_one_of
 
 Method = Literal["auto", "direct", "fft", "separable"]
 

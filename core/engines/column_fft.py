@@ -20,7 +20,8 @@ from core.engines.halide_jit import Pipeline, PipelineSpec, Plane
 from core.engines.precision import TransformEstimate, dtype_name
 from core.engines.stockham import ComplexExpr, Transform, ValueStats, complex_parts, constant
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem, SliceUnits
+from core.problem import Dtype, Problem, SliceUnits
+from core.shapes import Pair
 
 METHOD = "fft"
 

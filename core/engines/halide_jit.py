@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy
-from core.device import usable_cores
 from core.engines import pipelines
 from core.machine import Machine
 from core.padding import extract_window
-from core.shapes import Dtype, Pair, Problem, SliceUnits, dilated_size
+from core.problem import Dtype, Problem, SliceUnits
+from core.resources import usable_cores
+from core.shapes import Pair, dilated_size
 
 Plane: TypeAlias = NDArray[Any]
 Pipeline: TypeAlias = pipelines.Pipeline

@@ -39,7 +39,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from core.device import usable_cores
+from core.resources import usable_cores
 
 Pipeline: TypeAlias = Callable[..., object]
 """A compiled function; its arguments are the inputs (arrays and numbers) in order, then the output arrays to fill."""

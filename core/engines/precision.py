@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from core.arrays import ConvolveFn
 from core.engines import halide_jit, nonfinite
 from core.engines.halide_jit import Plane
-from core.shapes import Dtype, Pair, Problem
+from core.problem import Dtype, Problem
+from core.shapes import Pair
 
 MIN_SAMPLED_ROWS = 16
 """Minimum number of output rows that are sampled to estimate the largest output; a low estimate only costs time."""

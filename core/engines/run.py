@@ -11,7 +11,7 @@ from core.engines import ALL_ENGINES, ENGINES, separable, slices
 from core.engines.choice import Choice, Method, choose_before_rank, with_rank
 from core.engines.slices import Check
 from core.machine import Machine, this_machine
-from core.shapes import Problem
+from core.problem import Problem
 
 
 class Result(NamedTuple):

@@ -18,7 +18,8 @@ from core.engines import halide_jit, precision
 from core.engines.halide_jit import FillFn, PipelineSpec, Plane
 from core.engines.precision import TRANSFORM_ERROR_FACTOR, UNIT_ROUNDOFF, TransformEstimate
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem, SliceUnits
+from core.problem import Dtype, Problem, SliceUnits
+from core.shapes import Pair
 
 METHOD = "separable"
 

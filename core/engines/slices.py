@@ -14,7 +14,8 @@ import numpy as np
 from core.arrays import NUMPY_DTYPES, Array, ConvolveFn, as_numpy, as_torch
 from core.machine import Machine
 from core.padding import extract_window
-from core.shapes import Axis, Pair, Problem, SliceUnits, dilated_size
+from core.problem import Axis, Problem, SliceUnits
+from core.shapes import Pair, dilated_size
 
 Check: TypeAlias = Callable[[], object]
 """A function that is called between slices; an exception that it raises cancels the computation."""

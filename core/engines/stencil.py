@@ -16,7 +16,8 @@ from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_jit
 from core.engines.halide_jit import FillFn, PipelineSpec, Plane
 from core.machine import Machine
-from core.shapes import Dtype, Pair, Problem, SliceUnits, dilated_size
+from core.problem import Dtype, Problem, SliceUnits
+from core.shapes import Pair, dilated_size
 
 METHOD = "direct"
 

@@ -22,7 +22,7 @@ from core.engines.precision import (
     can_subtract_middle,
     dtype_name,
 )
-from core.shapes import Dtype
+from core.problem import Dtype
 
 STATS_ROWS_PER_STEP = 4
 """Rows whose statistics are computed together, so that a comparison does not wait for the previous one."""

@@ -16,7 +16,8 @@ from torch.nn import functional
 from core.arrays import Array, ConvolveFn, as_torch
 from core.machine import Machine
 from core.padding import pad
-from core.shapes import Problem, Sides, SliceUnits, dilated_size
+from core.problem import Problem, SliceUnits
+from core.shapes import Sides, dilated_size
 
 METHOD = "direct"
 

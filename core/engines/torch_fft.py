@@ -30,7 +30,8 @@ from core.engines import nonfinite, precision
 from core.engines.precision import TRANSFORM_ERROR_FACTOR, UNIT_ROUNDOFF
 from core.machine import Machine
 from core.padding import pad
-from core.shapes import Pair, Problem, SliceUnits
+from core.problem import Problem, SliceUnits
+from core.shapes import Pair
 
 METHOD = "fft"
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, Interruptible
 from core.machine import Machine
-from core.shapes import Pair, Problem
+from core.problem import Problem
+from core.shapes import Pair
 
 TRANSFORM_SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Allowed sides of the transforms of blocks."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from core.errors import InvalidOption
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.scaling import Scaling
-from core.shapes import format_shape, format_value, is_integer, is_real, require_one_of
+from core.validation import format_shape, format_value, is_integer, is_real, require_one_of
 
 Floats = NDArray[np.float64]
 

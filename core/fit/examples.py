@@ -11,7 +11,9 @@ from core.arrays import ArrayLike, as_real_tensor
 from core.conv2d import as_images, conv2d_problem
 from core.errors import InvalidArgument, InvalidNumbers, InvalidShape
 from core.fit.interruption import Interruptible
-from core.shapes import PaddingMode, Pair, Problem, format_shape, parse_conv2d_padding, require_positive_pair
+from core.problem import PaddingMode, Problem
+from core.shapes import Pair
+from core.validation import format_shape, parse_conv2d_padding, require_positive_pair
 
 BLOCK_VALUES = 1 << 21
 """Number of values that are checked or summed at a time."""

@@ -23,7 +23,8 @@ from core.fit.strategy import FitMethod, count_result_megabytes
 from core.fit.validation_set import load_validation, make_validation_problem, require_patience
 from core.limits import Limits
 from core.machine import Machine, this_machine
-from core.shapes import PaddingMode, format_value, require_one_of, require_positive
+from core.problem import PaddingMode
+from core.validation import format_value, require_one_of, require_positive
 
 Arguments = ParamSpec("Arguments")
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -15,7 +15,7 @@ from core.fit.strategy import Strategy, TiledExample, choose_strategy, tile_exam
 from core.fit.validation_set import ValidationSet, make_cost_adder, plan_validation
 from core.limits import Limits
 from core.machine import Machine
-from core.shapes import Problem
+from core.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS
 from core.machine import Machine
-from core.shapes import Problem
+from core.problem import Problem
 
 MAX_CHUNK_BYTES = 16_000_000
 """Maximum memory of the windows of one chunk; chunks that fit into a large cache are multiplied fastest."""

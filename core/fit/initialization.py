@@ -11,7 +11,8 @@ from core.conv2d import as_filters
 from core.device import CPU_DEVICE
 from core.errors import InvalidNumbers, InvalidOption, InvalidShape
 from core.fit.examples import Examples, Layer, infer_kernel_size
-from core.shapes import Pair, format_shape, format_value, is_integer, require_positive, require_positive_pair
+from core.shapes import Pair
+from core.validation import format_shape, format_value, is_integer, require_positive, require_positive_pair
 
 MAX_SEED = 2**63 - 1
 

@@ -19,7 +19,7 @@ from core.fit.interruption import Interruptible
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.tiles import TileData
 from core.machine import Machine
-from core.shapes import Problem
+from core.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,9 @@ from core.fit.scaling import choose_scaling
 from core.fit.strategy import CHOLESKY_S_PER_CUBE, DECOMPOSITION_OVERHEAD_S, Strategy, predict_equations_cost
 from core.fit.target_statistics import TargetStatistics
 from core.fit.tsqr import MAX_FACTORED_UNKNOWNS
-from core.shapes import Pair, Problem, format_shape, parse_conv2d_padding, require_positive_pair
+from core.problem import Problem
+from core.shapes import Pair
+from core.validation import format_shape, parse_conv2d_padding, require_positive_pair
 
 DEFAULT_MAX_KERNEL_SIZE = 13
 """Rows and columns of the largest candidate if neither the shapes nor max_kernel_size determine them."""

@@ -23,7 +23,7 @@ from core.fit.tiles import Tile, split_example
 from core.fit.tsqr import MAX_FACTORED_UNKNOWNS
 from core.limits import Limits
 from core.machine import Machine
-from core.shapes import Problem
+from core.problem import Problem
 
 FitMethod = Literal["normal equations", "convolutions"]
 

@@ -14,7 +14,8 @@ from core.fit.examples import Example
 from core.fit.interruption import YIELD_INTERVAL_S
 from core.fit.scaling import UNSCALED, Scaling
 from core.padding import extract_window
-from core.shapes import Pair, Problem, dilated_size
+from core.problem import Problem
+from core.shapes import Pair, dilated_size
 
 MAX_TILE_VALUES = 1 << 22
 """Maximum values of one array of a tile that has more than one image or row."""

@@ -20,7 +20,7 @@ from core.fit import im2col
 from core.fit.interruption import Interruptible
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.tiles import TileData
-from core.shapes import Problem
+from core.problem import Problem
 
 MAX_FACTORED_UNKNOWNS = 1024
 """Maximum unknowns of one filter: the singular values of a larger factor take more than a second, in one call."""

@@ -41,7 +41,8 @@ from core.fit.strategy import (
 )
 from core.fit.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator
 from core.machine import Machine
-from core.shapes import Problem, format_shape, require_positive
+from core.problem import Problem
+from core.validation import format_shape, require_positive
 
 LossFn: TypeAlias = Callable[[Unknowns], Interruptible[float]]
 """Computes the validation loss of a kernel and bias."""
