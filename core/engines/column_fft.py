@@ -16,7 +16,8 @@ import numpy as np
 
 from core.arrays import ConvolveFn
 from core.engines import halide_jit, precision, stockham
-from core.engines.halide_jit import Pipeline, PipelineSpec, Plane
+from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines.pipeline_linker import Pipeline
 from core.engines.precision import TransformEstimate, dtype_name
 from core.engines.stockham import ComplexExpr, Transform, ValueStats, complex_parts, constant
 from core.machine import Machine

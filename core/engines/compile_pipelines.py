@@ -1,6 +1,6 @@
 """Child process that compiles pipelines: it reads their names from stdin and writes object files to stdout.
 
-core.engines.pipelines starts it as `python -m core.engines.compile_pipelines`. It exits at the end of its input.
+core.engines.compiler_process starts it as `python -m core.engines.compile_pipelines`. It exits at the end of its input.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from core.engines.compiler_process import HALIDE_RUNTIME_KEY
 from core.engines.halide_jit import import_halide
-from core.engines.pipelines import (
-    HALIDE_RUNTIME_KEY,
+from core.engines.pipeline_cache import (
     Argument,
     ObjectFile,
     lock_cached,

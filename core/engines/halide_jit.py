@@ -23,7 +23,6 @@ from core.resources import usable_cores
 from core.shapes import Pair, dilated_size
 
 Plane: TypeAlias = NDArray[Any]
-Pipeline: TypeAlias = pipelines.Pipeline
 PipelineSpec: TypeAlias = tuple[Any, list[Any]]
 """A scheduled Func or Pipeline, and the inputs of the compiled function in their order."""
 

@@ -1,6 +1,6 @@
 """Compiled pipelines: built in a child process, cached on disk, and called without the GIL."""
 
-# ruff: noqa: SLF001 - the cache and the compiler process have no public names
+# ruff: noqa: SLF001 - functions that define pipelines, and the state of the compiler process, are private
 
 import inspect
 import os
@@ -19,8 +19,20 @@ import pytest
 from numpy.typing import NDArray
 
 import core
-from core.engines import block_fft, column_fft, halide_jit, implicit_gemm, pipelines, separable, stencil, stockham
-from core.engines.pipelines import Argument, ObjectFile, Pipeline
+from core.engines import (
+    block_fft,
+    column_fft,
+    compiler_process,
+    halide_jit,
+    implicit_gemm,
+    pipeline_cache,
+    pipelines,
+    separable,
+    stencil,
+    stockham,
+)
+from core.engines.pipeline_cache import Argument, ObjectFile
+from core.engines.pipeline_linker import Pipeline
 
 pytestmark = [
     pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed"),
@@ -28,7 +40,7 @@ pytestmark = [
 ]
 
 
-find_cache_folder: Callable[[], Path | None] = inspect.unwrap(pipelines.cache_folder)
+find_cache_folder: Callable[[], Path | None] = inspect.unwrap(pipeline_cache.cache_folder)
 """`cache_folder` without its cache: it reads the environment at each call."""
 
 
@@ -38,9 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(home))
-        patch.setattr(pipelines, "cache_folder", find_cache_folder)
-        child = pipelines._CompilerProcess()
-        patch.setattr(pipelines, "_compiler", child)
+        patch.setattr(pipeline_cache, "cache_folder", find_cache_folder)
+        child = compiler_process.CompilerProcess()
+        patch.setattr(compiler_process, "compiler", child)
         yield home / "corr2d"
         child.close()
 
@@ -52,7 +64,7 @@ def load_rows_pipeline() -> Pipeline:
 
 
 def build_rows_name() -> str:
-    return pipelines.pipeline_name("core.engines.stencil", "_rows_pipeline", ("float64",))
+    return pipeline_cache.pipeline_name("core.engines.stencil", "_rows_pipeline", ("float64",))
 
 
 def run_pipeline(pipeline: Pipeline) -> NDArray[np.float64]:
@@ -111,22 +123,22 @@ def test_compilation_does_not_block_other_threads(folder: Path) -> None:
     )
     assert seconds > 0.2
     assert pause < 0.5 * seconds
-    name = pipelines.pipeline_name("core.engines.stencil", "_depthwise_pipeline", ("float64",))
+    name = pipeline_cache.pipeline_name("core.engines.stencil", "_depthwise_pipeline", ("float64",))
     assert [path.name for path in folder.glob("p*")] == [name]
 
 
 def test_compiled_pipeline_is_reused_by_the_next_process(folder: Path) -> None:
     expected = run_pipeline(load_rows_pipeline())
-    command = "import sys; from core.engines import pipelines, stencil; import numpy as np\n"
-    command += "pipelines._start_compiler = lambda: sys.exit('it compiles again')\n"
+    command = "import sys; from core.engines import compiler_process, stencil; import numpy as np\n"
+    command += "compiler_process._start_compiler = lambda: sys.exit('it compiles again')\n"
     command += "images, output = np.arange(64.0).reshape(1, 1, 2, 32), np.empty((1, 1, 2, 31))\n"
     command += (
         "stencil._rows_pipeline('float64')(images, np.array([[[[1.0, -1.0]]]]), output); print(output.tolist())\n"
     )
     cached = {path.name for path in folder.glob("p*")}
     # This process loaded Halide's runtime before the cache was emptied: add it, so that the next one does not compile.
-    runtime = pipelines.pipeline_name(*pipelines.HALIDE_RUNTIME_KEY)
-    pipelines.write_cached(runtime, pipelines._compiler.build(*pipelines.HALIDE_RUNTIME_KEY))
+    runtime = pipeline_cache.pipeline_name(*compiler_process.HALIDE_RUNTIME_KEY)
+    pipeline_cache.write_cached(runtime, compiler_process.compiler.build(*compiler_process.HALIDE_RUNTIME_KEY))
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == str([[expected.tolist()]])
@@ -139,18 +151,18 @@ def test_damaged_file_is_recompiled(folder: Path) -> None:
     good = (folder / name).read_bytes()
     for damaged in (b"", b"nothing of the kind", b"\n\n", good[:-1], good[:200] + b"x" + good[201:]):
         (folder / name).write_bytes(damaged)
-        assert pipelines.read_cached(name) is None
-    pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float64",))
-    assert pipelines.read_cached(name) is not None
+        assert pipeline_cache.read_cached(name) is None
+    compiler_process.compiler.build("core.engines.stencil", "_rows_pipeline", ("float64",))
+    assert pipeline_cache.read_cached(name) is not None
 
 
 def test_each_process_compiles_without_a_writable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del folder
-    child = pipelines._CompilerProcess()
-    monkeypatch.setattr(pipelines, "_compiler", child)
+    child = compiler_process.CompilerProcess()
+    monkeypatch.setattr(compiler_process, "compiler", child)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/proc/nowhere")
-    assert pipelines.cache_folder() is None
+    assert pipeline_cache.cache_folder() is None
     built = child.build("core.engines.stencil", "_rows_pipeline", ("float64",))
     assert [argument.dimensions for argument in built.arguments] == [4, 4, 4]
     child.close()
@@ -174,12 +186,12 @@ def test_folder_writable_by_others_is_not_used(tmp_path: Path, monkeypatch: pyte
 
 def test_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path
-    monkeypatch.setattr(pipelines, "cache_folder", lambda: folder)
-    for name, days in (("pold", 2 * pipelines.CACHE_MAX_AGE_DAYS), ("pnew", 0)):
+    monkeypatch.setattr(pipeline_cache, "cache_folder", lambda: folder)
+    for name, days in (("pold", 2 * pipeline_cache.CACHE_MAX_AGE_DAYS), ("pnew", 0)):
         (folder / name).write_bytes(b"")
         then = time.time() - 86_400 * days
         os.utime(folder / name, (then, then))
-    pipelines.prune_cache()
+    pipeline_cache.prune_cache()
     assert [path.name for path in folder.iterdir()] == ["pnew"]
 
 
@@ -210,29 +222,29 @@ def test_nonblocking_thread_does_not_compile(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_crashed_child_process_is_replaced(folder: Path) -> None:
     del folder
-    pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
-    process = pipelines._compiler._process
+    compiler_process.compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
+    process = compiler_process.compiler._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
+    assert compiler_process.compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
 def test_idle_child_process_exits_and_the_next_is_started(folder: Path) -> None:
     del folder
-    pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
-    process = pipelines._compiler._process
+    compiler_process.compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",))
+    process = compiler_process.compiler._process
     assert process is not None
     os.kill(process.pid, signal.SIGALRM)  # sent by the process itself after IDLE_TIMEOUT_S
     assert process.wait(20) == 0
-    assert pipelines._compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
+    assert compiler_process.compiler.build("core.engines.stencil", "_rows_pipeline", ("float32",)).code
 
 
 def test_child_process_ends_with_its_parent(tmp_path: Path) -> None:
-    command = "import os; from core.engines import pipelines\n"
-    command += "pipelines._compiler.build('core.engines.stencil', '_rows_pipeline', ('float32',))\n"
-    command += "print(pipelines._compiler._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    command = "import os; from core.engines import compiler_process\n"
+    command += "compiler_process.compiler.build('core.engines.stencil', '_rows_pipeline', ('float32',))\n"
+    command += "print(compiler_process.compiler._process.pid, flush=True); os.kill(os.getpid(), 9)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False, env=environment)
     pid = int(run.stdout)
@@ -307,7 +319,8 @@ def test_objects_link_whatever_the_size_of_their_data() -> None:
     # appears if the data almost fill their pages.
     script = """
 import llvmlite.binding as llvm
-from core.engines.pipelines import ObjectFile, _link_pipeline
+from core.engines.pipeline_cache import ObjectFile
+from core.engines.pipeline_linker import link_pipeline
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic")
@@ -327,7 +340,7 @@ calls:
     text += "".join(f"declare void @{name}()\\n" for name in names.split())
     module = llvm.parse_assembly(text)
     module.triple = llvm.get_process_triple()
-    _link_pipeline(f"data_{size}", ObjectFile([], machine.emit_object(module)))()
+    link_pipeline(f"data_{size}", ObjectFile([], machine.emit_object(module)))()
 print("linked")
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -338,19 +351,19 @@ def test_process_compiles_itself_if_the_child_cannot(monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> ObjectFile:
         raise RuntimeError("Unable to create temp directory")
 
-    monkeypatch.setattr(pipelines, "cache_folder", lambda: None)
-    monkeypatch.setattr(pipelines._compiler, "build", fail)
+    monkeypatch.setattr(pipeline_cache, "cache_folder", lambda: None)
+    monkeypatch.setattr(compiler_process.compiler, "build", fail)
     assert (run_pipeline(load_rows_pipeline()) == -1).all()
 
 
 def test_compile_error_contains_the_compiler_message() -> None:
     with pytest.raises(RuntimeError, match="no_such_pipeline"):
-        pipelines._compiler.build("core.engines.stencil", "no_such_pipeline", ())
+        compiler_process.compiler.build("core.engines.stencil", "no_such_pipeline", ())
 
 
 def test_cached_pipeline_is_restored_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelines, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(pipeline_cache, "cache_folder", lambda: tmp_path)
     built = ObjectFile([Argument("float32", 4), Argument("int32", None)], b"\x7fELF\n\n\x00code")
-    pipelines.write_cached("pname", built)
-    assert pipelines.read_cached("pname") == built
-    assert pipelines.read_cached("pother") is None
+    pipeline_cache.write_cached("pname", built)
+    assert pipeline_cache.read_cached("pname") == built
+    assert pipeline_cache.read_cached("pother") is None
