@@ -30,7 +30,8 @@ from core.arrays import ConvolveFn
 from core.engines import halide_jit, precision, stockham
 from core.engines.halide_jit import PipelineSpec, Plane
 from core.engines.precision import TransformEstimate, dtype_name
-from core.engines.stockham import ComplexExpr, SignedExpr, Transform, complex_parts, constant, constant_table
+from core.engines.small_dft import ComplexExpr, SignedExpr, constant
+from core.engines.stockham import Transform, complex_parts, constant_table
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
 from core.shapes import Pair

@@ -19,7 +19,8 @@ from core.engines import halide_jit, precision, stockham
 from core.engines.halide_jit import PipelineSpec, Plane
 from core.engines.pipeline_linker import Pipeline
 from core.engines.precision import TransformEstimate, dtype_name
-from core.engines.stockham import ComplexExpr, Transform, ValueStats, complex_parts, constant
+from core.engines.small_dft import ComplexExpr, constant
+from core.engines.stockham import Transform, ValueStats, complex_parts
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
 from core.shapes import Pair
