@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from service.__main__ import format_setting
 from service.app import create_app
+from service.cli_options import format_setting
 from service.codecs import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.codecs.buffers import DTYPES
 from service.codecs.content_coding import COMPRESSORS
