@@ -17,15 +17,19 @@ from fastapi.telemetry import TelemetryConfig
 from core import ENGINES, Machine, usable_cores, usable_memory, use_one_blas_thread
 from service import exit_codes
 from service.api_keys import KeyRing
+from service.app_state import AppState, get_app_state, set_app_state
 from service.log import exit_now
 from service.metrics.counters import Metrics, SharedCounters
-from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware, CrossOriginMiddleware, SecurityHeadersMiddleware
+from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware
+from service.middleware.cors import CrossOriginMiddleware
+from service.middleware.fast_path import FastPathMiddleware
 from service.middleware.request_log import RequestLogMiddleware
+from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.openapi import extend_schema
 from service.problems import PROBLEM_NAMES, add_error_handlers, respond_to_protocol_error
 from service.readiness import Readiness, warm_up_service
 from service.routes import conv2d, correlate, health, info, kernels, metrics, pages, train_kernel
-from service.routes.raw_route import FastPathMiddleware
+from service.routes.raw_route import RawRoute
 from service.scheduling.admission import COMPUTE_MEMORY_FRACTION, Admission
 from service.scheduling.compute import Compute
 from service.scheduling.pool import WorkerPool
@@ -59,7 +63,6 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
 
     Call it once per process: it sets the number of torch threads, which is global.
     """
-    threads = settings.threads or usable_cores()
     has_telemetry = any(name.startswith("OTEL_") for name in os.environ)
     app = FastAPI(
         title="corr2d",
@@ -73,39 +76,22 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
         # Checking for a telemetry exporter takes longer, per request, than decoding a small body.
         telemetry=None if has_telemetry else TELEMETRY_DISABLED,
     )
-    settings, memory = _resolve_memory_settings(settings)
-    app.state.settings = settings
-    app.state.metrics = Metrics(table, engines=ENGINES, reasons=PROBLEM_NAMES)
-    app.state.metrics.queue_limit.set(settings.queue)
-    machine = Machine(max(1, threads // settings.workers))
-    app.state.admission = Admission(memory, settings.request_timeout_s)
-    concurrency, queue_timeout_s = min(COMPUTE_CONCURRENCY, machine.threads), settings.queue_timeout_s
-    # Every codec job belongs to a request that holds a slot of the compute pool, so this queue is never full.
-    app.state.codecs = WorkerPool(
-        app.state.admission,
-        concurrency=concurrency,
-        queue=settings.queue + concurrency + 1,
-        queue_timeout_s=queue_timeout_s,
-    )
-    app.state.pool = WorkerPool(
-        app.state.admission, concurrency=concurrency, queue=settings.queue, queue_timeout_s=queue_timeout_s
-    )
-    app.state.admission.queue = app.state.pool
-    app.state.compute = Compute(settings, app.state.pool, app.state.codecs, machine)
-    app.state.max_body = int(settings.max_body_mb * 1e6)
-    app.state.readiness = Readiness()
-    app.state.owns_process = False
+    state = _create_state(settings, table)
+    settings = state.settings
+    set_app_state(app, state)
     # Each middleware wraps those added before it.
-    app.add_middleware(SecurityHeadersMiddleware)
     if not has_telemetry:
         # Not with telemetry: it names spans by the route that FastAPI finds.
-        app.add_middleware(FastPathMiddleware, routers=[correlate.router, conv2d.router, train_kernel.router])
+        routes = (route for resource in (correlate, conv2d, train_kernel) for route in resource.router.routes)
+        endpoints = {route.path: route.endpoint for route in routes if isinstance(route, RawRoute)}
+        app.add_middleware(FastPathMiddleware, endpoints=endpoints)
+    app.add_middleware(SecurityHeadersMiddleware)
     if settings.requires_api_key:
         listed = settings.api_keys.get_secret_value() if settings.api_keys else None
         app.add_middleware(APIKeyMiddleware, keys=KeyRing(listed, settings.api_keys_file))
     if settings.origins:
         app.add_middleware(CrossOriginMiddleware, origins=settings.origins, credentials=settings.cors_credentials)
-    app.add_middleware(RequestLogMiddleware, metrics=app.state.metrics, protocol_error_app=respond_to_protocol_error)
+    app.add_middleware(RequestLogMiddleware, metrics=state.metrics, protocol_error_app=respond_to_protocol_error)
     add_error_handlers(app)
     for resource in (health, metrics, info, kernels, train_kernel, conv2d, correlate):
         # The routes themselves, not include_router: FastAPI resolves the routes of an included router at every
@@ -116,6 +102,33 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
     requests = correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest
     extend_schema(app, *requests, requires_api_key=settings.requires_api_key)
     return app
+
+
+def _create_state(settings: Settings, table: SharedCounters | None) -> AppState:
+    settings, memory = _resolve_memory_settings(settings)
+    metrics = Metrics(table, engines=ENGINES, reasons=PROBLEM_NAMES)
+    metrics.queue_limit.set(settings.queue)
+    machine = Machine(max(1, (settings.threads or usable_cores()) // settings.workers))
+    admission = Admission(memory, settings.request_timeout_s)
+    concurrency, queue_timeout_s = min(COMPUTE_CONCURRENCY, machine.threads), settings.queue_timeout_s
+    # Every codec job belongs to a request that holds a slot of the compute pool, so this queue is never full.
+    codecs = WorkerPool(
+        admission,
+        concurrency=concurrency,
+        queue=settings.queue + concurrency + 1,
+        queue_timeout_s=queue_timeout_s,
+    )
+    pool = WorkerPool(admission, concurrency=concurrency, queue=settings.queue, queue_timeout_s=queue_timeout_s)
+    admission.queue = pool
+    return AppState(
+        settings=settings,
+        metrics=metrics,
+        admission=admission,
+        pool=pool,
+        codecs=codecs,
+        compute=Compute(settings, pool, codecs, machine),
+        readiness=Readiness(),
+    )
 
 
 def _resolve_memory_settings(settings: Settings) -> tuple[Settings, int]:
@@ -138,46 +151,47 @@ def create_worker_app(settings: Settings, table: SharedCounters) -> FastAPI:
     # The event loop waits this long for the GIL, once for each thread that runs Python code.
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     app = create_app(settings, table)
-    app.state.owns_process = True
+    get_app_state(app).owns_process = True
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    torch.set_num_threads(app.state.compute.machine.threads)
+    state = get_app_state(app)
+    torch.set_num_threads(state.compute.machine.threads)
     use_one_blas_thread()
-    warming = asyncio.create_task(_warm_up_in_background(app))
+    warming = asyncio.create_task(_warm_up_in_background(state))
     yield
     warming.cancel()
-    app.state.readiness.mark_unavailable("the service is shutting down")
-    app.state.metrics.ready.set(0)
-    pools: tuple[WorkerPool, ...] = (app.state.pool, app.state.codecs)
+    state.readiness.mark_unavailable("the service is shutting down")
+    state.metrics.ready.set(0)
+    pools = (state.pool, state.codecs)
     for pool in pools:
         pool.close()
-    if app.state.owns_process and any(pool.busy for pool in pools):
+    if state.owns_process and any(pool.busy for pool in pools):
         # A computation past its deadline cannot be interrupted, and Python waits for its threads at exit.
         structlog.get_logger("corr2d").warning("exiting with an unfinished computation")
         exit_now(0)
 
 
-async def _warm_up_in_background(app: FastAPI) -> None:
+async def _warm_up_in_background(state: AppState) -> None:
     log = structlog.get_logger("corr2d")
     try:
         # Outside the pool and its deadline: the first computation on a GPU may be slow.
-        warming = partial(warm_up_service, app.state.settings.device, app.state.compute.machine)
+        warming = partial(warm_up_service, state.settings.device, state.compute.machine)
         device, machine = await anyio.to_thread.run_sync(run_at_low_priority, warming)
     except Exception as error:
         # Every exception is reported here: no code awaits this task.
-        app.state.readiness.mark_unavailable(f"the warm-up failed: {error}")
+        state.readiness.mark_unavailable(f"the warm-up failed: {error}")
         log.exception("warm-up failed")
-        if app.state.owns_process:
+        if state.owns_process:
             exit_now(exit_codes.WARM_UP_FAILED)
     else:
-        app.state.compute.machine = machine
-        if app.state.owns_process:
+        state.compute.machine = machine
+        if state.owns_process:
             # Loaded modules stay alive: excluding them keeps garbage collections, which delay requests, short.
             gc.collect()
             gc.freeze()
-        app.state.readiness.mark_ready(device)
-        app.state.metrics.ready.set(1)
+        state.readiness.mark_ready(device)
+        state.metrics.ready.set(1)
         log.info("ready", device=device, threads=machine.threads)

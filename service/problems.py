@@ -25,6 +25,7 @@ from core import (
     TooLarge,
     UnknownKernel,
 )
+from service.context import get_common_headers, get_context
 from service.errors import (
     BodyTooLarge,
     Busy,
@@ -46,13 +47,15 @@ from service.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from service.middleware.request_log import INTERNAL_PROBLEM, get_common_headers
 from service.pydantic_errors import convert_errors
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 MAX_PROBLEM_BYTES = 8000
 MAX_PROBLEM_ERRORS = 20
 MAX_TEXT_CHARS = 300
+
+INTERNAL_PROBLEM = "internal"
+"""Name of the problem type of internal errors."""
 
 LIMIT_SETTINGS = {
     "memory": "CORR2D_MAX_COMPUTE_MB",
@@ -154,10 +157,8 @@ class ProblemDetails(BaseModel):
 
 def add_error_handlers(app: FastAPI) -> None:
     """Register handlers that respond to every error with problem details."""
-    app.add_exception_handler(CoreError, _handle_core_error)
-    app.add_exception_handler(ServiceError, _handle_service_error)
-    for error_class in (MemoryError, RuntimeError):
-        app.add_exception_handler(error_class, _handle_out_of_memory)
+    for error_class in HANDLED_ERRORS:
+        app.add_exception_handler(error_class, respond_to_error)
     app.add_exception_handler(RequestValidationError, _handle_query_error)
     app.add_exception_handler(HTTPException, _handle_http_error)
     app.add_exception_handler(HTTPStatus.INTERNAL_SERVER_ERROR, _handle_internal_error)
@@ -193,8 +194,9 @@ def _handle_out_of_memory(request: Request, error: Exception) -> Response:
 
 
 async def respond_to_protocol_error(scope: Scope, receive: Receive, send: Send) -> None:
-    """Respond to a request whose state already contains an error of the server (an ASGI application)."""
-    error: ServiceError = scope["state"]["given_up"]
+    """Respond to a request whose context already has a protocol error of the server (an ASGI application)."""
+    error = get_context(scope).protocol_error
+    assert error is not None  # noqa: S101 - RequestLogMiddleware calls this only if there is one
     await respond_to_error(Request(scope), error)(scope, receive, send)
 
 
@@ -205,8 +207,9 @@ def create_problem_response(
     errors: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Return the response to an error, cut to MAX_PROBLEM_BYTES, and store the problem type in the request's state."""
-    request.state.refused = problem_type.name
+    """Return the response to an error, cut to MAX_PROBLEM_BYTES, and store its type in the request's context."""
+    context = get_context(request.scope)
+    context.rejection = problem_type.name
     shown = [_format_entry(error) for error in errors[:MAX_PROBLEM_ERRORS]]
     while True:
         body: dict[str, Any] = {
@@ -214,7 +217,7 @@ def create_problem_response(
             "title": problem_type.title,
             "status": problem_type.status,
             "detail": _truncate(detail, 1000),
-            "request_id": request.state.request_id,
+            "request_id": context.request_id,
             "errors": shown,
         }
         if len(shown) < len(errors):

@@ -10,15 +10,16 @@ import numpy as np
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from service.app_state import get_app_state
 from service.codecs import Buffer, Format, predict_decode_seconds
 from service.codecs.buffers import DecodeCheck
 from service.codecs.content_coding import decode as without_coding
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
+from service.context import get_context, get_reservation
 from service.errors import BodyTooLarge, Busy, ClientDisconnected, FieldError, InvalidRequest
-from service.metrics.counters import Metrics
 from service.negotiation import HeaderFields, get_body_coding, get_body_format
 from service.pydantic_errors import convert_errors
-from service.scheduling.admission import MIN_TRACKED_BYTES, Admission, Reservation, get_reservation
+from service.scheduling.admission import MIN_TRACKED_BYTES, Reservation
 from service.scheduling.body_memory import BodyBuffer, BodyMemory
 from service.scheduling.codec_jobs import run_codec
 from service.scheduling.threads import INLINE_THRESHOLD_S
@@ -111,22 +112,21 @@ OptionsModel = TypeVar("OptionsModel", bound=ResponseOptions)
 
 
 def check_admission(request: Request, headers: HeaderFields, *, always_queued: bool = False) -> None:
-    """Set the deadline of a request and reject it from its headers if it cannot be served now.
+    """Make the reservation of a request, with its deadline; reject it from its headers if it cannot be served now.
 
     Called before any other work, so that rejections stay cheap under overload. always_queued: requests of this endpoint
     never run inline. After a rejection, the server closes the connection if much of the body is still to be received.
     Raises BodyTooLarge and Busy.
     """
-    state = request.scope["app"].state
-    reservation = get_reservation(request.scope)
-    limit: int = state.max_body
+    state, context = get_app_state(request.app), get_context(request.scope)
+    context.reservation = reservation = Reservation(state.admission, request.scope["path"], context.timing)
+    limit = state.max_body_bytes
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
         raise _body_too_large_error(f"{declared:,} bytes", limit)
     if always_queued or declared > MIN_TRACKED_BYTES:
-        admission: Admission = state.admission
-        admission.check_capacity(request.scope["path"], declared)
+        state.admission.check_capacity(request.scope["path"], declared)
         reservation.declared = declared
 
 
@@ -144,10 +144,9 @@ async def read_request(
     slot after its body is received and before it is decoded, so that slow senders hold no slots. Raises
     UnsupportedMediaType, BodyTooLarge, NotParseable, InvalidRequest and Busy.
     """
-    state = request.scope["app"].state
     reservation = get_reservation(request.scope)
     served, coding = get_body_format(headers), get_body_coding(headers)
-    limit: int = state.max_body
+    limit = get_app_state(request.app).max_body_bytes
     body = await _read_body(request, reservation, limit)
     seconds = predict_decode_seconds(served, coding, body, limit)
     in_thread = seconds >= INLINE_THRESHOLD_S
@@ -198,7 +197,7 @@ def take_response_options(options: dict[str, Any], model: type[OptionsModel]) ->
 
 async def _read_body(request: Request, reservation: Reservation, limit: int) -> Buffer:
     """Receive the body. Raises BodyTooLarge as soon as it exceeds the limit, and RequestTimeout at the deadline."""
-    bodies: BodyMemory = request.scope["app"].state.admission.bodies
+    bodies = get_app_state(request.app).admission.bodies
     bodies.begin(reservation.body)
     try:
         return await _receive_body(request, reservation, bodies, limit)
@@ -213,15 +212,15 @@ async def _read_body(request: Request, reservation: Reservation, limit: int) -> 
 
 async def _receive_body(request: Request, reservation: Reservation, bodies: BodyMemory, limit: int) -> Buffer:
     """Receive the body and join its chunks."""
-    metrics: Metrics = request.scope["app"].state.metrics
+    metrics, context = get_app_state(request.app).metrics, get_context(request.scope)
     buffer: BodyBuffer | None = None
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnected("the client closed the connection before the body was complete")
         # The server stopped receiving the body.
-        if protocol_error := request.scope["state"].get("given_up"):
-            raise protocol_error
+        if context.protocol_error is not None:
+            raise context.protocol_error
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
         metrics.add_received_bytes(len(chunk))

@@ -19,8 +19,9 @@ from service.codecs import ENCODABLE_FORMATS, BufferList, Format, png
 from service.codecs import json as json_format
 from service.codecs.content_coding import encode as with_coding
 from service.codecs.response_options import ResponseOptions
+from service.context import get_reservation
 from service.negotiation import HeaderFields, negotiate_coding, negotiate_format
-from service.scheduling.admission import MIN_TRACKED_BYTES, get_reservation
+from service.scheduling.admission import MIN_TRACKED_BYTES
 from service.scheduling.codec_jobs import run_codec
 
 RESULT_HEADER = b"corr2d-result"

@@ -127,8 +127,8 @@ def run_monitored_server() -> None:
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    import service.__main__
     import service.app
+    import service.cli
     from service.metrics.counters import SharedCounters
     from service.settings import Settings
 
@@ -144,7 +144,7 @@ def run_monitored_server() -> None:
         return app
 
     service.app.create_app = create_monitored_app
-    service.__main__.app()
+    service.cli.app()
 
 
 async def run_idle_loop() -> None:

@@ -8,8 +8,8 @@ import os
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import service.__main__
 import service.app
+import service.cli
 from service.metrics.counters import SharedCounters
 from service.settings import Settings
 
@@ -43,4 +43,4 @@ def create_leaky_app(settings: Settings, table: SharedCounters | None = None) ->
 
 if __name__ == "__main__":
     service.app.create_app = create_leaky_app
-    service.__main__.app()
+    service.cli.app()

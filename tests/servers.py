@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 import core
 from service.app import create_app
+from service.app_state import get_app_state
 from service.server.run import Server, create_config
 from service.settings import Settings
 
@@ -30,7 +31,7 @@ ServeFn = Callable[[FastAPI], AbstractContextManager[SendFn]]
 def create_unlimited_app(timeout_s: float = 60) -> FastAPI:
     """Return an application without limits on computations; its request timeout is `timeout_s` seconds."""
     app = create_app(Settings(device="cpu", request_timeout_s=timeout_s))
-    app.state.compute._limits = core.Limits()  # noqa: SLF001 - no setting removes the limits
+    get_app_state(app).compute._limits = core.Limits()  # noqa: SLF001 - no setting removes the limits
     return app
 
 
@@ -56,7 +57,7 @@ def serve_in_process(app: FastAPI) -> Iterator[SendFn]:
 def start_server(app: FastAPI) -> Iterator[str]:
     """Serve the application by uvicorn on a free port, and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(create_config(app, app.state.settings))
+        server = Server(create_config(app, get_app_state(app).settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -11,7 +11,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
+
+from service.timing import Timing
 
 OTHER_LABEL = "other"
 """Label of every route, status, reason and engine that is not listed, so that requests cannot create new series."""
@@ -51,15 +53,6 @@ LOCK_TIMEOUT_S = 5.0
 """Seconds after which the lock of the table is ignored: its holder, which needs it only briefly, must have died."""
 
 Row: TypeAlias = "memoryview[float]"
-
-
-class PhaseTimes(Protocol):
-    """Milliseconds of one request, 0 for a phase that it did not have."""
-
-    parse: float
-    wait: float
-    compute: float
-    encode: float
 
 
 class SharedCounters:
@@ -187,7 +180,7 @@ class Metrics:
         self._row[IN_PROGRESS_CELL] += 1
 
     def finish_request(
-        self, path: str, status: int, timing: PhaseTimes, seconds: float, sent: int, rejection: str | None
+        self, path: str, status: int, timing: Timing, seconds: float, sent: int, rejection: str | None
     ) -> None:
         """Count a finished request with a body of `sent` bytes; `rejection` is the name of its problem type, if any."""
         row = self._row

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from core import OVERFLOW_THRESHOLDS, ConvolutionPlan, Dtype, Method, Result
+from service.app_state import get_app_state
 from service.array_field import Array, find_first_true
 from service.codecs.buffers import all_within
 from service.codecs.response_options import OutputResponseOptions
@@ -95,11 +96,13 @@ async def handle_convolution(
     responder = Responder(request, headers, take_response_options(options, OutputResponseOptions))
     parsed = await read_request(request, headers, options, model)
     arguments = parsed.arguments()
-    explain = arguments.pop("explain")
-    state = request.scope["app"].state
-    result = await state.compute.convolve(request, responder, make_plan, error_bound=explain, **arguments)
+    del arguments["explain"]
+    state = get_app_state(request.app)
+    result = await state.compute.convolve(
+        request, responder.estimate_bytes, make_plan, error_bound=parsed.explain, **arguments
+    )
     state.metrics.count_engine(result.engine)
-    explanation = {"explanation": _format_explanation(result)} if explain else {}
+    explanation = {"explanation": _format_explanation(result)} if parsed.explain else {}
     return await responder(
         output=as_numpy(result.array),
         shape=list(result.array.shape),

@@ -5,8 +5,8 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
+from service.app_state import get_app_state
 from service.openapi import problem_docs, success_docs
-from service.readiness import Readiness
 
 router = APIRouter(tags=["operations"])
 
@@ -33,5 +33,5 @@ async def livez() -> LivenessStatus:
 @router.get("/readyz", summary="Readiness: can the service compute?", responses={**success_docs(), **problem_docs(503)})
 async def readyz(request: Request) -> ReadinessStatus:
     """Return 200 after a successful warm-up computation on the configured device, otherwise 503 with the reason."""
-    readiness: Readiness = request.app.state.readiness
+    readiness = get_app_state(request.app).readiness
     return ReadinessStatus(device=readiness.require_device())

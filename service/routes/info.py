@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from core import ENGINES, describe_devices
+from service.app_state import get_app_state
 from service.openapi import success_docs
 from service.version import VERSION
 
@@ -41,5 +42,5 @@ async def info(request: Request) -> ServiceInfo:
         devices=[DeviceInfo.model_validate(device) for device in describe_devices()],
         engines={name: engine.METHOD for name, engine in ENGINES.items()},
         threads=torch.get_num_threads(),
-        settings=request.app.state.settings.model_dump(),
+        settings=get_app_state(request.app).settings.model_dump(),
     )

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from service.app_state import get_app_state
 from service.metrics.prometheus import METRICS_MEDIA_TYPES, render_metrics
 from service.negotiation import collect_headers
 from service.version import VERSION
@@ -23,5 +24,6 @@ router = APIRouter(tags=["operations"])
 )
 async def metrics(request: Request) -> Response:
     """Return the metrics in the Prometheus text format, or as OpenMetrics if Accept prefers it."""
-    text, media_type = render_metrics(request.app.state.metrics, VERSION, collect_headers(request.scope).get(b"accept"))
+    accept = collect_headers(request.scope).get(b"accept")
+    text, media_type = render_metrics(get_app_state(request.app).metrics, VERSION, accept)
     return Response(text, headers={"Content-Type": media_type})

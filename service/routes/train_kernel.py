@@ -14,6 +14,7 @@ from torch import Tensor
 
 import core
 from service import loss_curve
+from service.app_state import get_app_state
 from service.array_field import Array, ArrayOrNumber, find_first_true
 from service.codecs import ENCODABLE_FORMATS, Format, ResponseFields, png
 from service.codecs.buffers import all_within
@@ -372,12 +373,12 @@ async def train_kernel(request: Request) -> Response:
     response_options = take_response_options(options, FitResponseOptions)
     responder = Responder(request, headers, response_options, RESPONSE_FORMATS)
     parsed = await read_request(request, headers, options, TrainKernelRequest, always_queued=True)
-    state = request.app.state
+    state = get_app_state(request.app)
 
     async def run_fit(report: Callable[[core.Progress], None] | None = None) -> ResponseFields:
         convert = partial(_collect_fields, thin=response_options.history == "thin")
         fields: ResponseFields = await state.compute.fit(
-            request, responder, core.plan_fit_kernel, convert, report, **parsed.arguments()
+            request, responder.estimate_bytes, core.plan_fit_kernel, convert, report, **parsed.arguments()
         )
         state.metrics.count_engine(fields["method"])
         return fields

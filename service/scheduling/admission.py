@@ -8,11 +8,11 @@ computations. No part borrows from another, so waiting bodies and unread respons
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from service.errors import Busy
-from service.middleware.request_log import Timing
 from service.scheduling.body_memory import MEMORY_SETTING_HINT, BodyMemory, IncomingBody
+from service.timing import RequestPhase, Timing
 
 MIN_TRACKED_BYTES = 1 << 16
 """Bodies and responses below this size, in bytes, are not tracked: the connection limit bounds their sum."""
@@ -26,10 +26,6 @@ SHORT_JOB_MEMORY_FRACTION = 1 / 8
 
 LOW_MEMORY_FRACTION = 3 / 4
 """Fraction of the memory in use above which the server waits less long for slow readers."""
-
-
-RequestPhase = Literal["parse", "wait", "compute", "encode"]
-"""Phases of a request: the names of Timing's fields."""
 
 
 class CachedRejection(NamedTuple):
@@ -289,12 +285,3 @@ class Reservation:
         if partition is not None:
             self._admission.adjust(partition, -self._result, -self._result)
             self._admission.queue.start_next()
-
-
-def get_reservation(scope: Mapping[str, Any]) -> Reservation:
-    """Return the request's reservation; the first call creates it, the end of the request closes it."""
-    state = scope["state"]
-    reservation: Reservation | None = state.get("share")
-    if reservation is None:
-        reservation = state["share"] = Reservation(scope["app"].state.admission, scope["path"], state["timing"])
-    return reservation

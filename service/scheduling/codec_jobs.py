@@ -7,12 +7,12 @@ from typing import TypeVar
 from fastapi import Request
 
 from core import Cost
+from service.app_state import get_app_state
 from service.codecs.buffers import DecodeCheck, no_check
-from service.middleware.request_log import milliseconds_since
-from service.scheduling.admission import RequestPhase, get_reservation
+from service.context import get_reservation
 from service.scheduling.disconnect import run_until_disconnect
-from service.scheduling.pool import WorkerPool
 from service.scheduling.threads import INLINE_THRESHOLD_S
+from service.timing import RequestPhase, milliseconds_since
 
 Value = TypeVar("Value")
 
@@ -33,6 +33,6 @@ async def run_codec(
             return work(no_check)
         finally:
             reservation.count(phase, milliseconds_since(start))
-    codecs: WorkerPool = request.scope["app"].state.codecs
+    codecs = get_app_state(request.app).codecs
     job = codecs.run(reservation, Cost(0, 0, seconds), work, phase=phase, may_reject=phase != "encode")
     return await run_until_disconnect(request.receive, job)

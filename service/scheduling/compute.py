@@ -26,14 +26,14 @@ from core import (
     compiled_only,
     resolve_device,
 )
+from service.context import get_reservation
 from service.errors import Busy
-from service.middleware.request_log import milliseconds_since
-from service.responses import Responder
 from service.scheduling import threads
-from service.scheduling.admission import Reservation, get_reservation
+from service.scheduling.admission import Reservation
 from service.scheduling.disconnect import run_until_disconnect
 from service.scheduling.pool import WorkerPool
 from service.settings import Settings
+from service.timing import milliseconds_since
 
 Value = TypeVar("Value")
 
@@ -72,13 +72,15 @@ class Compute:
     async def convolve(
         self,
         request: Request,
-        responder: Responder,
+        estimate_bytes: Callable[[float], float],
         make_plan: Callable[..., ConvolutionPlan],
         *,
         error_bound: bool,
         **arguments: Any,
     ) -> Result:
         """Run core's correlate or conv2d for a request: `make_plan` is plan_correlate or plan_conv2d.
+
+        `estimate_bytes` returns the bytes of a result plus those of its response.
 
         Work that is cheaper than a thread hand-off runs inline, before all that is in the queue. Other work ends if the
         client disconnects.
@@ -105,7 +107,7 @@ class Compute:
 
         async def run_in_pool() -> Result:
             pooled = plan or await self._plan_in_thread(reservation, make_plan, arguments)
-            response_bytes = responder.estimate_bytes(1e6 * pooled.cost.result_megabytes)
+            response_bytes = estimate_bytes(1e6 * pooled.cost.result_megabytes)
 
             def run(check: Check) -> Result:
                 return pooled.run(check, error_bound=error_bound)
@@ -131,7 +133,7 @@ class Compute:
     async def fit(
         self,
         request: Request,
-        responder: Responder,
+        estimate_bytes: Callable[[float], float],
         make_plan: Callable[..., FitPlan],
         convert: Callable[[FitResult], Value],
         on_progress: Callable[[Progress], None] | None = None,
@@ -159,7 +161,7 @@ class Compute:
 
         histories = 1 if arguments["validation"] is None else 2
         result = max(1e6 * plan.cost.result_megabytes, histories * HISTORY_BYTES_PER_STEP * arguments["steps"])
-        return await self._submit(reservation, plan.cost, responder.estimate_bytes(result), run)
+        return await self._submit(reservation, plan.cost, estimate_bytes(result), run)
 
     async def _submit(
         self, reservation: Reservation, cost: Cost, result: float, run: Callable[[Check], Value]

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from core import Check, Cost
 from service.errors import Busy, DeadlineExceeded
-from service.middleware.request_log import milliseconds_since
-from service.scheduling.admission import Admission, MemoryPartition, RequestPhase, Reservation
+from service.scheduling.admission import Admission, MemoryPartition, Reservation
 from service.scheduling.threads import lower_priority
+from service.timing import RequestPhase, milliseconds_since
 
 Value = TypeVar("Value")
 

@@ -21,6 +21,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from service.context import get_context
 from service.errors import (
     Busy,
     HeaderTooLarge,
@@ -526,7 +527,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
             # The application has the request already: end its body here, and report the reason.
-            self.cycle.scope["state"]["given_up"] = error
+            get_context(cast("dict[str, Any]", self.cycle.scope)).protocol_error = error
             self.cycle.keep_alive = False
             self.cycle.more_body = False
             self.cycle.message_event.set()
@@ -537,7 +538,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         path = self.url.partition(b"?")[0][:MAX_SHOWN_TARGET_BYTES]
         scope = cast("dict[str, Any]", self.scope)
         scope.update(method="-", path=path.decode("latin-1"), raw_path=path, query_string=b"")
-        scope["state"]["given_up"] = error
+        get_context(scope).protocol_error = error
         previous = self.cycle
         self.cycle = RequestResponseCycle(
             scope=self.scope,

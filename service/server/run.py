@@ -23,15 +23,14 @@ from uvicorn.supervisors.multiprocess import Process
 
 from service import exit_codes
 from service.log import configure_logging, count_dropped_lines, exit_now
-from service.metrics.counters import Metrics, SharedCounters
+from service.metrics.counters import SharedCounters
 from service.server.listener import limit_send_buffers, stop_accepting
 from service.server.protocol import ConnectionsState, ServerConfig
 from service.server.timeouts import RESERVED_CONNECTIONS, ConnectionLimits, expire_overdue
 from service.settings import Settings
 
 if TYPE_CHECKING:  # the supervisor does not load torch
-    from service.scheduling.admission import Admission
-    from service.scheduling.pool import WorkerPool
+    from service.app_state import AppState
 
 RESERVED_DESCRIPTORS = 256
 """File descriptors that the process needs in addition to those of its connections, at most."""
@@ -162,24 +161,28 @@ class Server(uvicorn.Server):
         self.drain()
 
     @property
-    def _app(self) -> FastAPI | None:
-        """The application, once it is created."""
-        return cast("FastAPI", self.config.loaded_app) if self.config.loaded else None
+    def _app_state(self) -> "AppState | None":
+        """The state of the application, once that is created."""
+        if not self.config.loaded:
+            return None
+        from service.app_state import get_app_state
+
+        return get_app_state(cast("FastAPI", self.config.loaded_app))
 
     def drain(self) -> None:
         """Mark the service as not ready, and each response as the last on its connection."""
         self._state.draining = True
-        if (app := self._app) is not None:
-            app.state.readiness.mark_unavailable("the service is going down")
-            app.state.metrics.ready.set(0)
+        if (state := self._app_state) is not None:
+            state.readiness.mark_unavailable("the service is going down")
+            state.metrics.ready.set(0)
 
     async def on_tick(self, counter: int) -> bool:
         """Check the connections, update the gauges and stop if it is time, ten times a second."""
         self._check_connections()
         if self.supervisor_is_gone and not self._captured_signals:
             self.handle_exit(signal.SIGTERM, None)
-        if (app := self._app) is not None:
-            self._update_gauges(app)
+        if (state := self._app_state) is not None:
+            self._update_gauges(state)
         if self._close_at is not None and time.monotonic() >= self._close_at:
             self.should_exit = True
         return await super().on_tick(counter)
@@ -190,8 +193,8 @@ class Server(uvicorn.Server):
             limits = self.config.limits
             self._next_check_at = now + limits.check_interval_s
             self._state.reset_eviction_order()
-            admission: Admission | None = None if self._app is None else self._app.state.admission
-            is_low_on_memory = admission is not None and admission.is_low_on_memory
+            state = self._app_state
+            is_low_on_memory = state is not None and state.admission.is_low_on_memory
             expire_overdue(self.server_state.connections, limits, now, is_low_on_memory=is_low_on_memory)  # type: ignore[arg-type]  # they are Protocols
 
     async def _keep_checking_connections(self) -> None:
@@ -199,10 +202,9 @@ class Server(uvicorn.Server):
             self._check_connections()
             await asyncio.sleep(TICK_INTERVAL_S)
 
-    def _update_gauges(self, app: FastAPI) -> None:
+    def _update_gauges(self, state: "AppState") -> None:
         """Update the gauges of /metrics here, so that no request has to."""
-        metrics: Metrics = app.state.metrics
-        pool: WorkerPool = app.state.pool
+        metrics, pool = state.metrics, state.pool
         metrics.connections.set(len(self.server_state.connections))
         metrics.computations.set(pool.running)
         metrics.queue_depth.set(pool.depth)

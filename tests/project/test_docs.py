@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from service.__main__ import format_setting
 from service.app import create_app
+from service.app_state import get_app_state
+from service.cli_options import format_setting
 from service.codecs import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.codecs.buffers import DTYPES
 from service.codecs.content_coding import COMPRESSORS
@@ -110,7 +111,7 @@ def test_routes_match_the_contract() -> None:
 
 
 def test_tables_of_metrics_and_labels_are_complete() -> None:
-    families = list(MetricsCollector(create_app(Settings()).state.metrics, "").collect())
+    families = list(MetricsCollector(get_app_state(create_app(Settings())).metrics, "").collect())
     suffix = {"counter": "_total", "info": "_info"}
     labels: dict[str, dict[str, None]] = {}
     listed = parse_table_rows("Metrics", MONITORING_PAGE)

@@ -16,6 +16,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from service.app import create_app
+from service.app_state import get_app_state
 from service.metrics.prometheus import MetricsCollector
 from service.settings import Settings
 
@@ -72,7 +73,7 @@ def matches(matcher: promql_parser.Matcher, value: str) -> bool:
 def series() -> dict[str, list[dict[str, str]]]:
     """Return the labels of all series at /metrics, by metric name."""
     named: dict[str, list[dict[str, str]]] = {}
-    for family in MetricsCollector(create_app(Settings()).state.metrics, "").collect():
+    for family in MetricsCollector(get_app_state(create_app(Settings())).metrics, "").collect():
         for sample in family.samples:
             named.setdefault(sample.name, []).append(dict(sample.labels))
     return named

@@ -17,6 +17,7 @@ import pytest
 import core
 from core import Cost
 from service.app import COMPUTE_CONCURRENCY, create_app
+from service.app_state import get_app_state
 from service.scheduling.admission import Reservation
 from service.settings import Settings
 from tests.event_loop_pauses import LoopMonitor, LoopPause, MonitoredServer, start_monitored_server
@@ -102,7 +103,7 @@ def test_computation_stops_soon_after_deadline_or_disconnect(leaves: bool) -> No
         except httpx.ReadTimeout:
             assert leaves
         deadline = time.monotonic() + 5
-        while app.state.pool.busy:
+        while get_app_state(app).pool.busy:
             assert time.monotonic() < deadline, "the thread is still busy"
             time.sleep(0.01)
         assert send("POST", "/train-kernel", json=EXAMPLE_PAIR).status_code == 200
@@ -185,9 +186,9 @@ def test_deadline_includes_waiting_for_codecs() -> None:
     app, release = create_app(Settings(device="cpu", request_timeout_s=2)), threading.Event()
 
     def hold(seconds: float) -> None:
-        reservation = Reservation(app.state.admission)
+        reservation = Reservation(get_app_state(app).admission)
         reservation.deadline += 60
-        asyncio.run(app.state.codecs.run(reservation, Cost(0, 0, seconds), lambda _: release.wait(60)))
+        asyncio.run(get_app_state(app).codecs.run(reservation, Cost(0, 0, seconds), lambda _: release.wait(60)))
 
     noise = np.random.default_rng(75).integers(0, 256, (500, 500), np.uint8)
     noise_image = valid_requests.save_image(noise, PNG)
@@ -195,7 +196,7 @@ def test_deadline_includes_waiting_for_codecs() -> None:
         try:
             for number in range(COMPUTE_CONCURRENCY + 1):
                 holders.submit(hold, 0.01 if number else 1)
-            while app.state.codecs.running < COMPUTE_CONCURRENCY + 1:
+            while get_app_state(app).codecs.running < COMPUTE_CONCURRENCY + 1:
                 time.sleep(0.01)
             path, fields = "/correlate?kernel=identity", {"Content-Type": PNG}
             decoded = send("POST", path, content=noise_image, headers=fields)
@@ -206,7 +207,8 @@ def test_deadline_includes_waiting_for_codecs() -> None:
         finally:
             release.set()
         assert send("POST", path, content=noise_image, headers=fields).status_code == 200
-    assert app.state.admission.used == app.state.admission.slots_taken == 0
+    admission = get_app_state(app).admission
+    assert admission.used == admission.slots_taken == 0
 
 
 @pytest.mark.robustness(75)
@@ -282,7 +284,7 @@ def test_system_memory_shortage_is_503(method: str) -> None:
     )
     app = create_app(settings)
     with serve_in_process(app) as send:
-        app.state.compute._limits = core.Limits()  # noqa: SLF001 - its predicted time is over a day
+        get_app_state(app).compute._limits = core.Limits()  # noqa: SLF001 - its predicted time is over a day
         response = send("POST", "/conv2d", json=body, headers={"Accept": NPY})
         assert assert_problem(response, 503)["type"] == "urn:corr2d:error:out-of-memory"
         assert response.headers["retry-after"] == "1"

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 import core
 from service import commands
-from service.__main__ import app
+from service.cli import app
 from service.commands import draw_sparkline
 from service.settings import Settings
 
@@ -569,7 +569,7 @@ def test_errors_are_one_line_on_stderr(arguments: list[str], message: str, tmp_p
 
 @pytest.mark.slow
 def test_help_and_version_do_not_load_torch() -> None:
-    script = "import sys; from service.__main__ import app; assert not {'torch', 'fastapi'} & set(sys.modules)"
+    script = "import sys; from service.cli import app; assert not {'torch', 'fastapi'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
 
 

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 
 import core
 from service.app import create_app
+from service.app_state import get_app_state
 from service.errors import NotReady
 from service.readiness import warm_up_service
 from service.scheduling.admission import Reservation
@@ -69,9 +70,9 @@ def test_missing_device_keeps_the_service_unready(monkeypatch: pytest.MonkeyPatc
 def test_service_that_shuts_down_is_not_ready() -> None:
     app = create_app(Settings(device="cpu"))
     with serve_in_process(app):
-        assert app.state.readiness.require_device() == "cpu"
+        assert get_app_state(app).readiness.require_device() == "cpu"
     with pytest.raises(NotReady, match="shutting down"):
-        app.state.readiness.require_device()
+        get_app_state(app).readiness.require_device()
 
 
 def test_torch_uses_the_configured_threads() -> None:
@@ -81,8 +82,8 @@ def test_torch_uses_the_configured_threads() -> None:
         with serve_in_process(app) as send:
             # torch's thread count is a property of the calling thread: check it in the threads that compute.
             in_the_pool = asyncio.run(
-                app.state.pool.run(
-                    Reservation(app.state.admission), core.Cost(1, 1, 1), lambda _: torch.get_num_threads()
+                get_app_state(app).pool.run(
+                    Reservation(get_app_state(app).admission), core.Cost(1, 1, 1), lambda _: torch.get_num_threads()
                 )
             )
             assert send("GET", "/info").json()["threads"] == in_the_pool == 1

@@ -14,6 +14,7 @@ import pytest
 
 from core import Cost
 from service.app import COMPUTE_CONCURRENCY, create_app
+from service.app_state import get_app_state
 from service.scheduling.admission import Reservation
 from service.settings import Settings
 from tests.problem_details import assert_first_error, assert_problem
@@ -73,7 +74,7 @@ def test_deadline_stops_the_computation_with_504(serve: ServeFn) -> None:
         assert time.monotonic() - start < 5
         assert "CORR2D_REQUEST_TIMEOUT_S" in problem["detail"]
         # The computation stops within one step, and the thread is free again.
-        while app.state.pool.busy:
+        while get_app_state(app).pool.busy:
             assert time.monotonic() - start < 5
             time.sleep(0.01)
 
@@ -82,9 +83,9 @@ def test_queued_request_past_its_deadline_is_504() -> None:
     app, release = create_app(Settings(request_timeout_s=3)), threading.Event()
 
     def hold(seconds: float) -> None:
-        reservation = Reservation(app.state.admission)
+        reservation = Reservation(get_app_state(app).admission)
         reservation.deadline += 60
-        asyncio.run(app.state.pool.run(reservation, Cost(1, 1, seconds), lambda _: release.wait(30)))
+        asyncio.run(get_app_state(app).pool.run(reservation, Cost(1, 1, seconds), lambda _: release.wait(30)))
 
     with serve_in_process(app) as send:
         # One of them runs in the worker that is reserved for short jobs.
@@ -93,7 +94,7 @@ def test_queued_request_past_its_deadline_is_504() -> None:
         ]
         for holder in holders:
             holder.start()
-        while app.state.pool.running < len(holders):
+        while get_app_state(app).pool.running < len(holders):
             time.sleep(0.01)
         # A small request runs inline and does not enter the queue.
         assert send("POST", "/correlate", content=SMALL_BODY, headers=JSON_HEADERS).status_code == 200
@@ -112,13 +113,14 @@ def test_rejected_request_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> Non
     app, release = create_app(Settings(queue=4)), threading.Event()
 
     def hold() -> None:
-        asyncio.run(app.state.pool.run(Reservation(app.state.admission), Cost(1, 1, 1), lambda _: release.wait(30)))
+        state = get_app_state(app)
+        asyncio.run(state.pool.run(Reservation(state.admission), Cost(1, 1, 1), lambda _: release.wait(30)))
 
     with serve_in_process(app) as send, ThreadPoolExecutor(COMPUTE_CONCURRENCY + 3) as holders:
         try:
             for _ in range(COMPUTE_CONCURRENCY + 3):
                 holders.submit(hold)
-            while app.state.pool.depth < 3:
+            while get_app_state(app).pool.depth < 3:
                 time.sleep(0.01)
             long = {"input": [[1] * 8] * 8, "target": [[0] * 8] * 8, "loss": "huber", "steps": 20_000}
             rejections = [send("POST", "/train-kernel", json={**long, "learning_rate": 1e-9}) for _ in range(2)]

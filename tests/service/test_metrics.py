@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from service.app import create_app
 from service.metrics import counters
 from service.metrics.counters import Metrics, SharedCounters
-from service.middleware.request_log import Timing
 from service.settings import Settings
+from service.timing import Timing
 from tests.servers import (
     SendFn,
     ServeFn,

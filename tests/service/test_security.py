@@ -20,6 +20,7 @@ from structlog.testing import LogCapture
 
 from service.api_keys import InvalidKeys, KeyRing, read_keys
 from service.app import create_app
+from service.app_state import get_app_state
 from service.settings import Settings, SettingsError, load_settings
 from tests.problem_details import assert_problem
 from tests.servers import (
@@ -549,7 +550,7 @@ def test_internal_error_can_be_read_by_an_allowed_origin(log: LogCapture, path: 
         raise ZeroDivisionError("an internal secret")
 
     with serve_in_process(app) as send:
-        app.state.compute = "a secret that cannot compute"
+        get_app_state(app).compute = "a secret that cannot compute"  # type: ignore[assignment]
         log.entries.clear()
         response = send("POST", path, json=D2L_EXAMPLE, headers={"Origin": PAGE_ORIGIN})
         (line,) = log.entries
@@ -586,9 +587,16 @@ def parse_policy(response: Any) -> dict[str, str]:
     return {name: sources for name, _, sources in (part.strip().partition(" ") for part in parts)}
 
 
-@pytest.mark.parametrize("path", [*OPEN_PATHS, "/kernels", "/nowhere"])
-def test_security_headers_forbid_sniffing_frames_and_scripts(send: SendFn, path: str) -> None:
-    response = send("GET", path)
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        *(("GET", path, None) for path in (*OPEN_PATHS, "/kernels", "/nowhere")),
+        ("POST", "/correlate", D2L_EXAMPLE),
+        ("POST", "/correlate", {}),
+    ],
+)
+def test_security_headers_forbid_sniffing_frames_and_scripts(send: SendFn, method: str, path: str, body: Any) -> None:
+    response = send(method, path, json=body)
     assert response.headers.get_list("x-content-type-options") == ["nosniff"]
     assert response.headers["x-frame-options"] == "DENY"
     assert response.headers["referrer-policy"] == "no-referrer"

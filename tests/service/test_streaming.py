@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.app_state import get_app_state
 from service.streaming import EVENT_STREAM, NDJSON
 from tests.problem_details import assert_first_error
 from tests.servers import SendFn, create_unlimited_app, start_server
@@ -104,9 +105,9 @@ def test_disconnected_client_stops_the_fit_within_a_step(accept: str) -> None:
             # A stream starts at once; a JSON response would arrive after minutes.
             with suppress(httpx.ReadTimeout):
                 client.send(request, stream=True)
-                assert app.state.pool.busy
+                assert get_app_state(app).pool.busy
         deadline = time.monotonic() + 10
-        while app.state.pool.busy:
+        while get_app_state(app).pool.busy:
             assert time.monotonic() < deadline, "the fit still runs after its client disconnected"
             time.sleep(0.01)
         assert httpx.post(f"{address}/train-kernel", json=D2L_PAIR).status_code == 200

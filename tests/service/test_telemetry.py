@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from service.app import create_app
-from service.routes.raw_route import FastPathMiddleware
+from service.middleware.fast_path import FastPathMiddleware
 from service.settings import Settings
 from tests.servers import open_client, run_serve_command
 

@@ -1,0 +1,51 @@
+"""State of the application: the objects that exist once per process."""
+
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+
+from service.metrics.counters import Metrics
+from service.readiness import Readiness
+from service.scheduling.admission import Admission
+from service.scheduling.compute import Compute
+from service.scheduling.pool import WorkerPool
+from service.settings import Settings
+
+
+@dataclass(slots=True, eq=False)
+class AppState:
+    """State of the application, on which all requests of a process depend."""
+
+    settings: Settings
+    """Settings, with the memory limits filled in."""
+
+    metrics: Metrics
+    admission: Admission
+
+    pool: WorkerPool
+    """Pool of the computations."""
+
+    codecs: WorkerPool
+    """Pool of decoding and encoding."""
+
+    compute: Compute
+    readiness: Readiness
+
+    owns_process: bool = False
+    """Whether the application may change the process and end it, because it is the only one in it."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Maximum size of a request body, also of a decompressed one."""
+        return int(self.settings.max_body_mb * 1e6)
+
+
+def set_app_state(app: Starlette, state: AppState) -> None:
+    """Store the state in the application."""
+    app.state.corr2d = state
+
+
+def get_app_state(app: Starlette) -> AppState:
+    """Return the state of an application that create_app has made."""
+    state: AppState = app.state.corr2d
+    return state
