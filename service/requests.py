@@ -10,9 +10,10 @@ import numpy as np
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from service.codecs import Buffer, Format, predict_decode_seconds
-from service.codecs.buffers import DecodeCheck
+from service.codecs.buffers import Buffer
 from service.codecs.content_coding import decode as without_coding
+from service.codecs.decode_limits import DecodeCheck
+from service.codecs.registry import Format, predict_decode_seconds
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 from service.errors import BodyTooLarge, Busy, ClientDisconnected, FieldError, InvalidRequest
 from service.metrics.counters import Metrics

@@ -7,7 +7,7 @@ from typing import TypeVar
 from fastapi import Request
 
 from core import Cost
-from service.codecs.buffers import DecodeCheck, no_check
+from service.codecs.decode_limits import DecodeCheck, no_check
 from service.middleware.request_log import milliseconds_since
 from service.scheduling.admission import RequestPhase, get_reservation
 from service.scheduling.disconnect import run_until_disconnect

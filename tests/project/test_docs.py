@@ -5,9 +5,9 @@ from pathlib import Path
 
 from service.__main__ import format_setting
 from service.app import create_app
-from service.codecs import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
-from service.codecs.buffers import DTYPES
 from service.codecs.content_coding import COMPRESSORS
+from service.codecs.header_checks import DTYPES
+from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.metrics.prometheus import MetricsCollector
 from service.negotiation import CONTENT_CODINGS
 from service.problems import PROBLEM_TYPES
