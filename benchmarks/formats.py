@@ -1,4 +1,4 @@
-"""Measure the constants of service/codecs/__init__.py and service/scheduling/threads.py on this machine.
+"""Measure the constants of service/codecs/registry.py and service/scheduling/threads.py on this machine.
 
 `python benchmarks/formats.py` prints, for every format, the nanoseconds per byte of a body and per number of a
 response, and the time of a thread hand-off. The image is a photograph, neither uniform nor noise.
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from core import Cost
-from service.codecs import FORMATS, Format, json, png
+from service.codecs import json, png
+from service.codecs.registry import FORMATS, Format
 from service.codecs.response_options import ResponseOptions
 from service.scheduling import threads
 from service.scheduling.admission import Admission, Reservation

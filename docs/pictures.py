@@ -4,7 +4,7 @@ from pathlib import Path
 
 import core
 from service import loss_curve
-from service.codecs import FILE_READERS, FILE_WRITERS
+from service.codecs.registry import FILE_READERS, FILE_WRITERS
 
 IMAGES = Path(__file__).parent / "images"
 

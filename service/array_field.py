@@ -21,8 +21,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from service.codecs import json_scanner
-from service.codecs.buffers import DTYPES, MAX_DIMENSIONS
 from service.codecs.decimals import MAX_EXACT_INTEGER, MidpointArray, MidpointFloat, round_to_odd
+from service.codecs.header_checks import DTYPES, MAX_DIMENSIONS
 from service.codecs.json import InvalidArray
 
 ARRAY_FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'

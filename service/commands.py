@@ -18,7 +18,8 @@ from torch import Tensor
 
 import core
 from service import loss_curve
-from service.codecs import FILE_READERS, FILE_WRITERS, json, npy, npz
+from service.codecs import json_encoder, npy, npz
+from service.codecs.registry import FILE_READERS, FILE_WRITERS
 from service.errors import ServiceError
 
 COMPILE_COST_S = 1.0
@@ -152,12 +153,12 @@ def train(
     typer.echo(f"loss {draw_sparkline([*result.loss_history, result.final_loss])} (log scale)")
     kernel = result.kernel.cpu().numpy()
     if output is None:
-        typer.echo(json.dumps(kernel.round(6)))
+        typer.echo(json_encoder.dumps(kernel.round(6)))
     else:
         write_array(output, kernel)
         typer.echo(f"kernel {kernel.shape} -> {output}")
     if result.bias is not None:
-        typer.echo(f"bias {json.dumps(result.bias.cpu().numpy().round(6)).decode()}")
+        typer.echo(f"bias {json_encoder.dumps(result.bias.cpu().numpy().round(6)).decode()}")
     if summary := _summarize(result):
         typer.echo(summary)
     _write_analysis(result, ridge_path, covariance)
@@ -354,7 +355,7 @@ def _write_result(result: core.Result, output: Path | None, source: str, start: 
     array = _to_numpy(result.output)
     milliseconds = 1000 * (time.perf_counter() - start)
     if output is None:
-        typer.echo(json.dumps(array))
+        typer.echo(json_encoder.dumps(array))
         return
     write_array(output, array)
     typer.echo(f"{source} -> {output} {array.shape}, engine {result.engine} on {result.device}, {milliseconds:.1f} ms")

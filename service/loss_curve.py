@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs.json import list_to_array
+from service.codecs.json_encoder import list_to_array
 
 # Imported on first use: matplotlib takes half a second to load.
 if TYPE_CHECKING:

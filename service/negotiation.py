@@ -8,8 +8,8 @@ from typing import TypeAlias
 import mimeparse
 from starlette.types import Scope
 
-from service.codecs import DECODABLE_MEDIA_TYPES, FORMATS, Format
 from service.codecs.content_coding import COMPRESSORS, DECOMPRESSORS
+from service.codecs.registry import DECODABLE_MEDIA_TYPES, FORMATS, Format
 from service.errors import HeaderTooLarge, NotAcceptable, UnsupportedMediaType
 
 MEDIA_TYPE_PATTERN = re.compile(r'\s*([^\s;,"]+)\s*(?:;(?:[^",]|"(?:[^"\\]|\\.)*")*)?')

@@ -16,8 +16,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.codecs import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS, Format, json
+from service.codecs import json
 from service.codecs.content_coding import COMPRESSORS
+from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS, Format
 from service.middleware.auth import is_public
 from service.negotiation import CONTENT_CODINGS
 from service.problems import PROBLEM_MEDIA_TYPE, ProblemDetails

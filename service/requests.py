@@ -11,9 +11,10 @@ from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from service.app_state import get_app_state
-from service.codecs import Buffer, Format, predict_decode_seconds
-from service.codecs.buffers import DecodeCheck
+from service.codecs.buffers import Buffer
 from service.codecs.content_coding import decode as without_coding
+from service.codecs.decode_limits import DecodeCheck
+from service.codecs.registry import Format, predict_decode_seconds
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 from service.context import get_context, get_reservation
 from service.errors import BodyTooLarge, Busy, ClientDisconnected, FieldError, InvalidRequest

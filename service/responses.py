@@ -15,9 +15,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
-from service.codecs import ENCODABLE_FORMATS, BufferList, Format, png
 from service.codecs import json as json_format
+from service.codecs import json_encoder, png
+from service.codecs.buffers import BufferList
 from service.codecs.content_coding import encode as with_coding
+from service.codecs.registry import ENCODABLE_FORMATS, Format
 from service.codecs.response_options import ResponseOptions
 from service.context import get_reservation
 from service.negotiation import HeaderFields, negotiate_coding, negotiate_format
@@ -154,7 +156,7 @@ def _encode_result_header(fields: dict[str, Any]) -> str:
         for name, value in fields.items()
         if not (isinstance(value, np.ndarray) or (isinstance(value, list) and 2 * len(value) > MAX_RESULT_HEADER_BYTES))
     }
-    if nonfinite := json_format.count_nonfinite(fields):
+    if nonfinite := json_encoder.count_nonfinite(fields):
         rest["nonfinite"] = nonfinite
     written = {name: orjson.dumps(value) for name, value in rest.items()}
     while sum(map(len, written.values())) > MAX_RESULT_HEADER_BYTES:

@@ -14,7 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from core import Forecast, Progress, Reading, Step
-from service.codecs import ResponseFields, json
+from service.codecs import json_encoder
+from service.codecs.registry import ResponseFields
 from service.codecs.response_options import ResponseOptions
 from service.problems import HANDLED_ERRORS, respond_to_error
 from service.responses import estimate_list_seconds
@@ -135,7 +136,7 @@ class ProgressStream(Response):
             return self._format_event("error", bytes(respond_to_error(self._request, error).body))
 
     def _format_result(self, fields: ResponseFields) -> bytes:
-        return self._format_event("result", b"".join(json.encode(fields, self._options)))
+        return self._format_event("result", b"".join(json_encoder.encode(fields, self._options)))
 
     def _report(self, progress: Progress) -> None:
         now = time.perf_counter()

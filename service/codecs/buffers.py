@@ -1,75 +1,17 @@
-"""Checks of the dtype, shape and size that a header declares, and views of the bytes after it as arrays.
+"""Buffers of bytes, views of them as arrays, the bytes of an array, and a bound on its values."""
 
-Declared shapes are not trusted until their bytes have been received. Sizes are Python integers, which do not overflow,
-and are checked against a limit before any memory is allocated.
-"""
-
-import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import BodyTooLarge, FieldError, InvalidRequest
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
-DecodeCheck: TypeAlias = Callable[[], object]
-"""Function called at least every 0.1 seconds of a long decoding; an exception that it raises stops the decoding."""
-
-
-def no_check() -> None:
-    """Continue the decoding."""
-
-
-DTYPES = ("float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
-
-MAX_DIMENSIONS = 32
-"""Maximum number of dimensions of an array; numpy's own limit is 64."""
-
-MAX_SHOWN_NAME_LENGTH = 60
-
-OUT_OF_MEMORY_PATTERN = re.compile("Error -4|not enough memory|out of memory")
-"""Messages with which zlib, zstd and Pillow report a lack of memory."""
-
-MAX_SHOWN_BYTES = 10**18
-"""Larger sizes, in bytes, are not shown in messages: they may have hundreds of digits."""
-
-
-def resolve_dtype(name: str, field: str, *, received: str) -> np.dtype[Any]:
-    """Return the dtype of that name. Raises InvalidRequest, which shows `received`, for a name not in DTYPES."""
-    if name not in DTYPES:
-        allowed = ", ".join(DTYPES)
-        message = f"{field} has the dtype {received}: it must be one of {allowed}; convert it before sending"
-        raise InvalidRequest(message, errors=[FieldError(field, message, received, allowed)])
-    return np.dtype(name)
-
-
-def check_shape(shape: tuple[int, ...], field: str) -> None:
-    """Raise InvalidRequest for a single number, an empty array, or too many dimensions."""
-    got = str(shape)
-    if not shape:
-        allowed = "at least 1 dimension"
-        message = f"{field} has the shape (), a single number: it needs {allowed}; send it as an array of shape (1, 1)"
-    elif len(shape) > MAX_DIMENSIONS:
-        got, allowed = f"{len(shape)} dimensions", f"{MAX_DIMENSIONS} dimensions"
-        message = f"{field} has {got}: at most {allowed} are allowed; remove sides of 1"
-    elif 0 in shape:
-        allowed = "every side at least 1"
-        message = f"{field} has the shape {truncate_name(got)} and so no values: it needs {allowed}"
-    else:
-        return
-    raise InvalidRequest(message, errors=[FieldError(field, message, got, allowed)])
-
-
-def check_size(size: int, limit: int, what: str, field: str) -> None:
-    """Raise BodyTooLarge if decoded data has more than `limit` bytes; `what` names the data in the message."""
-    if size > limit:
-        got = f"{size:,} bytes" if size < MAX_SHOWN_BYTES else f"more than {MAX_SHOWN_BYTES:,} bytes"
-        allowed = f"at most {limit:,} are allowed (limit: CORR2D_MAX_BODY_MB)"
-        message = f"{what} would be {got} when decoded: {allowed}"
-        raise BodyTooLarge(message, errors=[FieldError(field, message, got, f"{limit:,} bytes")])
+BufferList: TypeAlias = Sequence[bytes | memoryview]
+"""Parts of a body that are sent one after the other; an array's own memory is one of them, without a copy."""
 
 
 def view_as_array(
@@ -100,26 +42,10 @@ def join_buffers(parts: Iterable[bytes | memoryview]) -> memoryview:
     return joined.data
 
 
-def raise_if_out_of_memory(error: Exception) -> None:
-    """Raise MemoryError if a library's own error reports a lack of memory."""
-    if OUT_OF_MEMORY_PATTERN.search(str(error)):
-        raise MemoryError(str(error)) from error
-
-
 def as_little_endian_bytes(array: NDArray[Any]) -> memoryview:
     """Return the array's bytes, row-major and little-endian: its own memory if that is so, else a copy."""
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     return little.reshape(-1).view(np.uint8).data
-
-
-def truncate_name(name: str) -> str:
-    """Return a received name, cut to the length that messages show."""
-    return name if len(name) <= MAX_SHOWN_NAME_LENGTH else name[: MAX_SHOWN_NAME_LENGTH - 1] + "…"
-
-
-def quote_name(name: str) -> str:
-    """Return a received name, cut and quoted for messages."""
-    return repr(truncate_name(name))
 
 
 MAX_PYTHON_SUM_VALUES = 64

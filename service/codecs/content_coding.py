@@ -2,12 +2,13 @@
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from backports import zstd
 
-from service.codecs.buffers import DecodeCheck, join_buffers, no_check, raise_if_out_of_memory
+from service.codecs.buffers import BufferList, join_buffers
+from service.codecs.decode_limits import DecodeCheck, no_check, raise_if_out_of_memory
 from service.errors import BodyTooLarge, FieldError, NotParseable
 
 INPUT_CHUNK_BYTES = 1 << 16
@@ -31,8 +32,6 @@ MIN_BYTES_TO_COMPRESS = 1400
 
 MAX_ZSTD_WINDOW_LOG = 27
 """Largest window that a zstd body may need, as a power of two: 128 MiB, as `zstd --long` writes."""
-
-BufferList = Sequence[bytes | memoryview]
 
 
 class Decompressor(Protocol):

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterable, Iterator
 
-from service.codecs.buffers import DecodeCheck
+from service.codecs.decode_limits import DecodeCheck
 
 STEP_BYTES = 262_144
 """Maximum bytes of input and of output at a time: zlib copies input that it has not used yet."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 
-from service.codecs.buffers import DecodeCheck, join_buffers, no_check
+from service.codecs.buffers import join_buffers
+from service.codecs.decode_limits import DecodeCheck, no_check
 from service.codecs.pillow_images import RGB_CHANNELS, check_image_size, decode_pixels
 from service.codecs.signatures import format_mismatch_error
 from service.errors import FieldError, InvalidRequest, NotParseable

@@ -1,28 +1,22 @@
-"""JSON as in RFC 8259: UTF-8 without a byte order mark, finite float64 numbers, unique names.
+"""Decoder of JSON as in RFC 8259: UTF-8 without a byte order mark, finite float64 numbers, unique names.
 
 Arrays are read by compiled code (service/codecs/json_scanner.py), everything else by orjson.
 """
 
 import json
 import math
-import re
 import secrets
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
-import pybase64
-from numpy.typing import NDArray
 
 from service.codecs import decimals
 from service.codecs import json_scanner as scanner
-from service.codecs.buffers import all_within, as_little_endian_bytes
 from service.codecs.decimals import MidpointArray
-from service.codecs.response_options import ResponseOptions
+from service.codecs.json_errors import MAX_REPARSED_BYTES, malformed_error, orjson_error, remainder_error
 from service.errors import FieldError, InvalidRequest, NotParseable
 
 MEDIA_TYPE = "application/json"
@@ -43,9 +37,6 @@ MAX_OBJECT_NAMES = 512
 MAX_UNSCANNED_BYTES = 1024
 """Largest body, in bytes, that orjson parses alone, in less time than it takes to start the scanner."""
 
-MAX_REPARSED_BYTES = 16_384
-"""Largest invalid body, in bytes, that orjson parses again for a better message."""
-
 SECONDS_PER_BYTE = 2e-9
 SECONDS_PER_TOKEN = 0.5e-6
 TOKEN_SAMPLE_BYTES = 1 << 17
@@ -54,22 +45,10 @@ TOKEN_SAMPLE_BYTES = 1 << 17
 SPANS_PER_SCAN = 64
 TYPICAL_NDIM = 4
 BASE64_FIELD = "data"
-NUMBER_PATTERN = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
-NONFINITE_PATTERN = re.compile(rb"NaN|-?Infinity")
 CLOSING_BRACE = ord("}")
-
-MAX_FLOAT64 = sys.float_info.max
-
-DEFAULT_OPTIONS = ResponseOptions()
 
 FIRST_PLACEHOLDER = secrets.randbelow(9 * 10**9) + 10**9
 """First placeholder of an extracted array, times 10^300; random, so that no client sends the same number."""
-
-CHUNK_VALUES = 1 << 16
-"""Number of values that are written at a time, in two to five milliseconds: other threads run in between."""
-
-SEARCH_CHUNK_BYTES = 1 << 20
-"""Bytes of an invalid text that are searched at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +87,7 @@ def decode(content: bytes | bytearray | memoryview) -> Any:
     try:
         value = decimals.loads(remainder)
     except orjson.JSONDecodeError as error:
-        raise _remainder_error(view, error) from error
+        raise remainder_error(view, error) from error
     value, names = _restore_arrays(value, cut)
     if names != total:
         _check_unique_names(remainder)
@@ -157,91 +136,12 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
     return seconds
 
 
-def encode(fields: Mapping[str, Any], options: ResponseOptions = DEFAULT_OPTIONS) -> list[bytes | memoryview]:
-    """Return the fields as one object, in parts: arrays in the requested form, numbers that are not finite as null.
-
-    The count of the latter is added as "nonfinite" if it is not 0.
-    """
-    nonfinite = count_nonfinite(fields)
-    response = {**fields, "nonfinite": nonfinite} if nonfinite else fields
-    if options.arrays == "nested" and not any(map(_is_large, fields.values())):
-        return [dumps(response)]
-    return _encode_value({name: _format_array(value, options.arrays) for name, value in response.items()})
-
-
-def count_nonfinite(fields: Mapping[str, Any]) -> int:
-    """Return how many numbers of a response, its arrays and lists of numbers included, are not finite."""
-    count = 0
-    for value in fields.values():
-        if type(value) is np.ndarray:
-            if not all_within(value, MAX_FLOAT64):
-                count += value.size - int(np.isfinite(value).sum())
-        elif type(value) is float:
-            count += not math.isfinite(value)
-        elif type(value) is list and value and type(value[0]) is float:
-            count += len(value) - sum(sum(map(math.isfinite, part)) for part in iter_chunks(value))
-    return count
-
-
-def iter_chunks(values: list[Any]) -> Iterator[list[Any]]:
-    """Return the parts of a list, each for a few milliseconds of work: other threads run in between."""
-    return (values[start : start + CHUNK_VALUES] for start in range(0, len(values), CHUNK_VALUES))
-
-
-def list_to_array(values: list[Any]) -> NDArray[Any]:
-    """Return a list of numbers as an array, converted in parts."""
-    return np.concatenate([np.array(part) for part in iter_chunks(values)]) if values else np.array(values)
-
-
-def _format_array(value: Any, form: str) -> Any:
-    if not isinstance(value, np.ndarray) or form == "nested":
-        return value
-    data = Base64Bytes(as_little_endian_bytes(value)) if form == "base64" else value.ravel()
-    return {"shape": value.shape, "dtype": value.dtype.name, "data": data}
-
-
-@dataclass(frozen=True, slots=True)
-class Base64Bytes:
-    """Bytes that are written as a base64 string."""
-
-    content: memoryview
-
-
-def _encode_value(value: Any) -> list[bytes | memoryview]:
-    """Return the value as JSON, in parts if it is large: other threads run in between."""
-    if isinstance(value, Base64Bytes):
-        return [b'"', pybase64.b64encode(value.content), b'"']
-    if isinstance(value, np.ndarray):
-        return list(_encode_nested(np.ascontiguousarray(value)))
-    if isinstance(value, list) and len(value) > CHUNK_VALUES:
-        written: list[bytes | memoryview] = []
-        for part in iter_chunks(value):
-            written += (b"," if written else b"[", memoryview(dumps(part))[1:-1])
-        return [*written, b"]"]
-    if not isinstance(value, dict) or not any(map(_is_large, value.values())):
-        return [dumps(value)]
-    parts: list[bytes | memoryview] = []
-    for name, entry in value.items():
-        parts += (b"," if parts else b"{", dumps(name), b":", *_encode_value(entry))
-    return [*parts, b"}"]
-
-
-def _is_large(value: Any) -> bool:
-    if type(value) is np.ndarray:
-        return value.size > CHUNK_VALUES
-    if type(value) is list:
-        return len(value) > CHUNK_VALUES
-    if type(value) is dict:
-        return any(map(_is_large, value.values()))
-    return type(value) is Base64Bytes
-
-
 def _decode_unscanned(view: memoryview) -> Any:
     """Return the value of a small text, parsed by orjson alone."""
     try:
         value = decimals.loads(view)
     except orjson.JSONDecodeError as error:
-        raise _orjson_error(view, error) from error
+        raise orjson_error(view, error) from error
     text = bytes(view)
     colons = text.count(b":")
     if (type(value) is not dict or len(value) != colons) and _restore_arrays(value, {})[1] != colons:
@@ -254,26 +154,6 @@ def _decode_non_object(view: memoryview) -> Any:
     if len(view) > MAX_REPARSED_BYTES:
         raise NotParseable(f"the body is not a JSON object: it ends with {bytes(view[-20:])!r}, not with a brace")
     return _decode_unscanned(view)
-
-
-def dumps(value: Any) -> bytes:
-    """Return any value, numpy arrays included, as JSON."""
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _encode_nested(array: NDArray[Any]) -> Iterator[bytes | memoryview]:
-    """Yield the array as nested lists, some rows at a time."""
-    if array.size <= CHUNK_VALUES or not array.ndim:
-        yield dumps(array)
-        return
-    at_a_time = max(1, CHUNK_VALUES * len(array) // array.size)
-    for start in range(0, len(array), at_a_time):
-        yield b"," if start else b"["
-        if array.ndim > 1 and at_a_time == 1:
-            yield from _encode_nested(array[start])
-        else:
-            yield memoryview(dumps(array[start : start + at_a_time]))[1:-1]
-    yield b"]"
 
 
 class Scan:
@@ -307,7 +187,7 @@ class Scan:
         if outcome == scanner.SCAN_DONE:
             self.done = True
         elif outcome == scanner.SCAN_MALFORMED:
-            raise _malformed_error(self._view, int(self._state[scanner.STATE_POSITION]))
+            raise malformed_error(self._view, int(self._state[scanner.STATE_POSITION]))
         # Few arrays have more sides; converting all columns takes longer than parsing the rest of a small body.
         spans: list[list[int]] = self._spans[:found, : scanner.SPAN_SHAPE + TYPICAL_NDIM].tolist()
         for at, span in enumerate(spans):
@@ -373,64 +253,6 @@ def _too_many_names_error(count: int) -> InvalidRequest:
     return InvalidRequest(
         message, errors=[FieldError("(body)", message, f"{count:,} names", f"{MAX_OBJECT_NAMES} names")]
     )
-
-
-def _malformed_error(view: memoryview, at: int) -> NotParseable:
-    """Return the error for a text that, according to the scanner, is not valid JSON at `at`."""
-    if len(view) <= MAX_REPARSED_BYTES:
-        try:
-            orjson.loads(view)
-        except orjson.JSONDecodeError as error:
-            return _orjson_error(view, error)
-    line, column = _count_character(view[:at], b"\n") + 1, at - _find_last_character(view[:at], b"\n")
-    found = bytes(view[at : at + 20]).decode("utf-8", "replace")
-    open_lists = _count_character(view[:at], b"[") - _count_character(view[:at], b"]")
-    problem = f"found {found!r}" if found else f"it ends with {open_lists} lists open"
-    if number := NUMBER_PATTERN.match(view[at : at + MAX_REPARSED_BYTES]):
-        problem = f"the number {number[0][:20].decode()} is infinity in float64"
-    return NotParseable(
-        f"the body is not JSON: {problem}: line {line} column {column} (char {at}){_nonfinite_hint(view, at)}"
-    )
-
-
-def _count_character(view: memoryview, character: bytes) -> int:
-    return sum(
-        bytes(view[start : start + SEARCH_CHUNK_BYTES]).count(character)
-        for start in range(0, len(view), SEARCH_CHUNK_BYTES)
-    )
-
-
-def _find_last_character(view: memoryview, character: bytes) -> int:
-    """Return the offset of the last such character, -1 if there is none."""
-    for start in range((len(view) - 1) // SEARCH_CHUNK_BYTES * SEARCH_CHUNK_BYTES, -1, -SEARCH_CHUNK_BYTES):
-        if (found := bytes(view[start : start + SEARCH_CHUNK_BYTES]).rfind(character)) >= 0:
-            return start + found
-    return -1
-
-
-def _orjson_error(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
-    # orjson's position counts characters, which are bytes in ASCII only.
-    hint = _nonfinite_hint(view, error.pos) if bytes(view).isascii() else ""
-    return NotParseable(f"the body is not JSON: {error}{hint}")
-
-
-def _remainder_error(view: memoryview, error: orjson.JSONDecodeError) -> NotParseable:
-    """Return the error for a text that is not valid JSON outside of its arrays.
-
-    A small text is parsed again as a whole, so that positions are those in the whole text.
-    """
-    if len(view) <= MAX_REPARSED_BYTES:
-        try:
-            orjson.loads(view)
-        except orjson.JSONDecodeError as whole:
-            return _orjson_error(view, whole)
-    return NotParseable(f"the body is not JSON outside of its arrays: {error.msg}")
-
-
-def _nonfinite_hint(view: memoryview, at: int) -> str:
-    """Return a hint if there is NaN or Infinity at `at`, or -Infinity, at whose I orjson points."""
-    found = NONFINITE_PATTERN.search(view, max(0, at - 1), at + 9)
-    return f" ({found[0].decode()} is not valid JSON: numbers must be finite)" if found else ""
 
 
 def _check_unique_names(remainder: bytes) -> None:

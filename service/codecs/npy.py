@@ -12,16 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs.buffers import (
-    DTYPES,
-    as_little_endian_bytes,
-    check_shape,
-    check_size,
-    quote_name,
-    resolve_dtype,
-    truncate_name,
-    view_as_array,
-)
+from service.codecs.buffers import as_little_endian_bytes, view_as_array
+from service.codecs.decode_limits import check_size
+from service.codecs.header_checks import DTYPES, check_shape, quote_name, resolve_dtype, truncate_name
 from service.codecs.signatures import format_mismatch_error
 from service.errors import NotParseable
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs import npy
-from service.codecs.buffers import DecodeCheck, check_size, no_check, quote_name, raise_if_out_of_memory, truncate_name
+from service.codecs.decode_limits import DecodeCheck, check_size, no_check, raise_if_out_of_memory
+from service.codecs.header_checks import quote_name, truncate_name
 from service.codecs.inflate import inflate
 from service.codecs.signatures import format_mismatch_error
 from service.errors import NotAcceptable, NotParseable

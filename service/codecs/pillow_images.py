@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from PIL.ImageFile import ImageFile
 
-from service.codecs.buffers import DecodeCheck, check_size, raise_if_out_of_memory
+from service.codecs.decode_limits import DecodeCheck, check_size, raise_if_out_of_memory
 from service.errors import FieldError, InvalidRequest, NotParseable
 
 RGB_CHANNELS = 3

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
-from service.codecs.buffers import DecodeCheck, join_buffers, no_check, raise_if_out_of_memory
+from service.codecs.buffers import join_buffers
+from service.codecs.decode_limits import DecodeCheck, no_check, raise_if_out_of_memory
 from service.codecs.inflate import inflate
 from service.codecs.pillow_images import MAX_SIDE_PIXELS, RGB_CHANNELS, check_image_size, decode_pixels, read_strips
 from service.codecs.signatures import format_mismatch_error

@@ -16,8 +16,9 @@ import core
 from service import loss_curve
 from service.app_state import get_app_state
 from service.array_field import Array, ArrayOrNumber, find_first_true
-from service.codecs import ENCODABLE_FORMATS, Format, ResponseFields, png
+from service.codecs import png
 from service.codecs.buffers import all_within
+from service.codecs.registry import ENCODABLE_FORMATS, Format, ResponseFields
 from service.codecs.response_options import FitResponseOptions
 from service.negotiation import collect_headers
 from service.openapi import endpoint_docs, make_link

@@ -8,7 +8,7 @@ from fastapi import Request
 
 from core import Cost
 from service.app_state import get_app_state
-from service.codecs.buffers import DecodeCheck, no_check
+from service.codecs.decode_limits import DecodeCheck, no_check
 from service.context import get_reservation
 from service.scheduling.disconnect import run_until_disconnect
 from service.scheduling.threads import INLINE_THRESHOLD_S

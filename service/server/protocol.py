@@ -4,53 +4,33 @@ The application reports a violation like any other error, with a request ID and 
 """
 
 import asyncio
-import math
-import struct
-import sys
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 
-if sys.platform != "win32":
-    import fcntl
-    import termios
-
 import httptools
-from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.server import ServerState
 
 from service.context import get_context
 from service.errors import (
     Busy,
-    HeaderTooLarge,
     HTTPVersionNotSupported,
     MisdirectedRequest,
     NotParseable,
     RequestTimeout,
     ServiceError,
-    TargetTooLong,
-    TransferCodingNotSupported,
 )
-from service.log import LogFormat
-from service.server.timeouts import (
-    ALWAYS_EVICTABLE_PHASES,
-    EVICTION_ORDER,
-    ConnectionLimits,
-    ConnectionPhase,
-    ConnectionProgress,
-    sort_for_eviction,
+from service.server.config import ServerConfig
+from service.server.eviction import ALWAYS_EVICTABLE_PHASES, EVICTION_ORDER, ConnectionsState
+from service.server.request_checks import (
+    MAX_HEADER_BYTES,
+    MAX_HEADER_FIELDS,
+    MAX_SHOWN_TARGET_BYTES,
+    MAX_TARGET_BYTES,
+    check_transfer_coding,
+    get_content_length,
+    too_large_error,
 )
-
-STATUS_LINE_PREFIX = b"HTTP/1."
-CONTINUE_PREFIX = b"HTTP/1.1 100"
-CONNECTION_CLOSE_LINE = b"connection: close\r\n"
-
-MAX_HEADER_BYTES = 1 << 16
-MAX_TARGET_BYTES = 1 << 14
-MAX_HEADER_FIELDS = 100
-"""Limits of a request: bytes of its request line and headers, bytes of its target, and number of header fields."""
+from service.server.timeouts import ConnectionPhase, ConnectionProgress
+from service.server.transport import CoalescingTransport, ParsingFlowControl
 
 MAX_FRAMING_BYTES = 1 << 17
 """Bytes that a request may have beyond twice its body: request line and headers, chunk sizes, trailers."""
@@ -76,166 +56,7 @@ MAX_DRAINED_BYTES = 1 << 18
 
 BODY_FRAMING_HEADERS = frozenset({b"content-length", b"transfer-encoding"})
 
-MAX_SHOWN_TARGET_BYTES = 200
-"""Bytes of a rejected target that the log shows."""
-
-EVICTIONS_PER_SORT = 32
-SORT_INTERVAL_S = 0.01
-"""Connections are sorted for eviction again after so many evictions, or after so many seconds."""
-
 ALWAYS_SERVED_PATHS = frozenset({b"/livez", b"/readyz", b"/metrics"})
-
-
-class ConnectionsState(ServerState):
-    """State shared by all connections of a server."""
-
-    draining = False
-    """Whether the server is shutting down: every response is the last on its connection."""
-
-    closing_connections = 0
-    """Number of evicted connections that the event loop has not removed yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._eviction_queue: list[LimitedHttpProtocol] = []
-        self._evicted = EVICTIONS_PER_SORT
-        self._next_sort_at = 0.0
-
-    def evict(self, limits: ConnectionLimits, now: float, *, exclude: "LimitedHttpProtocol") -> bool:
-        """Evict the connection that is first in the eviction order; return False if none may be evicted.
-
-        Sorting a thousand connections takes milliseconds, so one order serves up to EVICTIONS_PER_SORT evictions.
-        """
-        if not self._eviction_queue and (self._evicted >= EVICTIONS_PER_SORT or now >= self._next_sort_at):
-            self._eviction_queue = cast("list[LimitedHttpProtocol]", sort_for_eviction(self.connections, limits, now))  # type: ignore[arg-type]
-            self._evicted, self._next_sort_at = 0, now + SORT_INTERVAL_S
-        while self._eviction_queue:
-            connection = self._eviction_queue.pop()
-            if connection is not exclude and connection in self.connections and connection.evict():
-                self._evicted += 1
-                return True
-        return False
-
-    def reset_eviction_order(self) -> None:
-        """Discard the eviction order: connections in it may have ended, and it keeps them in memory."""
-        self._eviction_queue = []
-
-
-class ServerConfig(Config):
-    """uvicorn's settings, the limits on connections, the drain time in seconds, and the log format."""
-
-    def __init__(
-        self, app: Any, *, limits: ConnectionLimits, drain_s: float, log_format: LogFormat, **others: Any
-    ) -> None:
-        super().__init__(app, http=LimitedHttpProtocol, **others)
-        self.limits = limits
-        self.drain_s = drain_s
-        self.log_format = log_format
-
-
-class CoalescingTransport:
-    """Transport that holds back the headers of a response until its body follows or the event loop is idle.
-
-    uvicorn writes headers and body separately, and each write is a system call, a packet and a wake-up of the client.
-    """
-
-    def __init__(
-        self,
-        transport: asyncio.Transport,
-        loop: asyncio.AbstractEventLoop,
-        is_incomplete: Callable[[], bool] = lambda: False,
-        is_last: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Wrap a transport.
-
-        `is_incomplete`: the current request is not fully received. `is_last`: its response is the last one.
-        """
-        self._transport = transport
-        self._loop = loop
-        self._is_incomplete = is_incomplete
-        self._is_last = is_last
-        self._held_headers = b""
-        self.sent = 0
-        self.is_lingering = False
-        # uvicorn uses these for every request.
-        self.pause_reading = transport.pause_reading
-        self.resume_reading = transport.resume_reading
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Send data, after the headers that are held back, if any; hold back headers."""
-        if self._transport.is_closing():
-            # Closed in the meantime; uvicorn notices by itself.
-            return
-        self.sent += len(data)
-        if self._held_headers:
-            headers, self._held_headers = self._held_headers, b""
-            self._transport.writelines([headers, data])
-        elif data[: len(STATUS_LINE_PREFIX)] == STATUS_LINE_PREFIX:
-            self._held_headers = cast("bytes", data)
-            if (
-                data[: len(CONTINUE_PREFIX)] != CONTINUE_PREFIX
-                and self._is_last()
-                and CONNECTION_CLOSE_LINE not in self._held_headers
-            ):
-                self._held_headers = self._held_headers[:-2] + CONNECTION_CLOSE_LINE + b"\r\n"
-            self._loop.call_soon(self.flush)
-        else:
-            self._transport.write(data)
-
-    def count_acknowledged_bytes(self) -> int:
-        """Return the bytes that the client has acknowledged; those passed to the system if it does not report them."""
-        queued = self._transport.get_write_buffer_size()
-        if sys.platform != "win32" and (connection := self._transport.get_extra_info("socket")) is not None:
-            with suppress(OSError):
-                # SIOCOUTQ of Linux, tcp(7).
-                (unacknowledged,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
-                queued += unacknowledged
-        return self.sent - len(self._held_headers) - queued
-
-    def flush(self) -> None:
-        """Send headers that are held back, without a body."""
-        headers, self._held_headers = self._held_headers, b""
-        if headers and not self._transport.is_closing():
-            self._transport.write(headers)
-
-    def is_closing(self) -> bool:
-        """Return whether nothing more can be sent."""
-        return self.is_lingering or self._transport.is_closing()
-
-    def is_closed(self) -> bool:
-        """Return whether nothing more is read either."""
-        return self._transport.is_closing()
-
-    def close(self) -> None:
-        """Send headers that are held back, and close; if the request is incomplete, close for writing and read on.
-
-        Closing a connection with unread data resets it, and the client may lose the response.
-        """
-        self.flush()
-        if self._is_incomplete() and not self.is_closing():
-            self.is_lingering = True
-            self._transport.write_eof()
-            self._transport.resume_reading()
-        else:
-            self._transport.close()
-
-    def detach(self) -> None:
-        """Break the reference cycles of a lost connection, so that it does not wait for garbage collection."""
-        self._is_incomplete = self._is_last = lambda: False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-class ParsingFlowControl(FlowControl):
-    """Flow control that does not resume reading while received data waits to be parsed."""
-
-    has_unparsed_data = False
-
-    def resume_reading(self) -> None:
-        """Resume reading, unless received data waits to be parsed."""
-        if not self.has_unparsed_data:
-            super().resume_reading()
 
 
 class RequestRejected(Exception):
@@ -342,7 +163,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _can_drain_body(self) -> bool:
         """Return whether the rest of the body is small, and certain to be sent: no 100 Continue is pending."""
         expects_continue = self.expect_100_continue and not self._body_bytes
-        return not expects_continue and _get_content_length(self.headers) - self._body_bytes <= MAX_DRAINED_BYTES
+        return not expects_continue and get_content_length(self.headers) - self._body_bytes <= MAX_DRAINED_BYTES
 
     def data_received(self, data: bytes) -> None:
         """Parse or discard received data."""
@@ -387,7 +208,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self._reject(NotParseable(f"the request is not valid HTTP/1.1 (RFC 9112): {error}"))
         else:
             if self._in_head and (self._framing_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADER_FIELDS):
-                self._reject(self._too_large_error())
+                self._reject(too_large_error(self.url))
             elif self._framing_bytes > MAX_FRAMING_BYTES:
                 self._reject(
                     NotParseable("the chunks of the body are too small, or have too much framing: send larger chunks")
@@ -433,19 +254,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 f"the request has version HTTP/{version}; supported are HTTP/1.1 and HTTP/1.0: use one of them"
             )
         elif self._transfer_codings:
-            error = _check_transfer_coding(self._transfer_codings, version)
+            error = check_transfer_coding(self._transfer_codings, version)
         if error is None and self.url[:1] != b"/":
             error = self._check_target()
         return error or self._check_limits()
 
     def _check_limits(self) -> ServiceError | None:
         if len(self.url) > MAX_TARGET_BYTES or len(self.headers) > MAX_HEADER_FIELDS:
-            return self._too_large_error()
+            return too_large_error(self.url)
         if self._framing_bytes > MAX_HEADER_BYTES // 2:
             # These may include bytes after the headers.
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > MAX_HEADER_BYTES:
-                return self._too_large_error()
+                return too_large_error(self.url)
         if self.parser.should_upgrade() and any(name in BODY_FRAMING_HEADERS for name, _ in self.headers):
             # The parser treats everything after the headers as the other protocol.
             return NotParseable("a body with Upgrade is not supported: send it without Upgrade (curl: --http1.1)")
@@ -473,16 +294,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not parsed.path:
             self.url = b"/?" + parsed.query if parsed.query else b"/"
         return None
-
-    def _too_large_error(self) -> ServiceError:
-        if len(self.url) > MAX_TARGET_BYTES:
-            return TargetTooLong(
-                f"the request target has more than {MAX_TARGET_BYTES:,} bytes: send long options and arrays in the body"
-            )
-        return HeaderTooLarge(
-            f"the request line and headers exceed {MAX_HEADER_BYTES:,} bytes or {MAX_HEADER_FIELDS} fields: "
-            "send fewer or shorter headers"
-        )
 
     def on_body(self, body: bytes) -> None:
         """Count a part of a body and pass it on."""
@@ -611,33 +422,3 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
         else:
             self.cycle.keep_alive = False
-
-
-def _check_transfer_coding(listed: bytes, version: str) -> ServiceError | None:
-    """Return an error if a body with these transfer codings is not supported (RFC 9112, 6.1 and 6.3).
-
-    `listed`: the codings, each followed by a comma.
-    """
-    codings = [coding for entry in listed.split(b",") if (coding := entry.strip())]
-    if version == "1.0":
-        return NotParseable("the request has Transfer-Encoding, which is not part of HTTP/1.0: send Content-Length")
-    if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-        return NotParseable(
-            "chunked is not the last transfer coding of the request, or is repeated: send it once, last"
-        )
-    if len(codings) > 1:
-        shown = b", ".join(codings)[:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
-        return TransferCodingNotSupported(
-            f"the request has Transfer-Encoding {shown}; only chunked is supported: compress with Content-Encoding"
-        )
-    return None
-
-
-def _get_content_length(headers: list[tuple[bytes, bytes]]) -> float:
-    """Return the declared bytes of the body, infinity if it is chunked. The parser has validated the headers."""
-    for name, value in headers:
-        if name == b"content-length":
-            return int(value)
-        if name == b"transfer-encoding":
-            return math.inf
-    return 0

@@ -1,4 +1,4 @@
-"""Timeouts of connections by phase, and the eviction order when there are too many connections.
+"""Timeouts of connections by phase.
 
 All connections are checked several times a second, instead of with a timer for each, which would cost every request.
 """
@@ -27,9 +27,6 @@ CHECKS_PER_TIMEOUT = 4
 LOW_MEMORY_SEND_TIMEOUT_FRACTION = 1 / 4
 """Fraction of the send timeout that applies while memory is short."""
 
-STALLED_TIME_FRACTION = 3 / 4
-"""A connection with less than this fraction of its time left has stalled: it may be evicted."""
-
 
 class ConnectionPhase(Enum):
     """Phase of a connection."""
@@ -40,19 +37,6 @@ class ConnectionPhase(Enum):
     WORKING = "waits for the server"
     SENDING = "receives a response"
     LINGERING = "is closed for writing, still sends"
-
-
-EVICTION_ORDER = {
-    ConnectionPhase.LINGERING: 0,
-    ConnectionPhase.IDLE: 1,
-    ConnectionPhase.HEAD: 2,
-    ConnectionPhase.BODY: 3,
-    ConnectionPhase.SENDING: 4,
-}
-"""Order in which connections are evicted if there are too many; those that wait for a computation are never evicted."""
-
-ALWAYS_EVICTABLE_PHASES = frozenset({ConnectionPhase.LINGERING, ConnectionPhase.IDLE, ConnectionPhase.HEAD})
-"""Phases in which a connection may be evicted even if it has not stalled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +128,3 @@ def expire_overdue(
             connection.expire(phase, seconds)
         elif deadline != last_progress.deadline or progress != last_progress.progress:
             connection.last_progress = ConnectionProgress(phase, progress, deadline)
-
-
-def sort_for_eviction(connections: Iterable[Connection], limits: ConnectionLimits, now: float) -> list[Connection]:
-    """Return the connections that may be evicted, the first to evict last."""
-    found: list[tuple[int, float, int, Connection]] = []
-    for connection in connections:
-        phase = connection.progress()[0]
-        if phase in EVICTION_ORDER:
-            last_progress = connection.last_progress
-            # A connection that has changed its phase since the last check has all its time.
-            remaining_s = last_progress.deadline - now if phase is last_progress.phase else limits.max_seconds(phase)
-            if phase in ALWAYS_EVICTABLE_PHASES or remaining_s < STALLED_TIME_FRACTION * limits.max_seconds(phase):
-                found.append((-EVICTION_ORDER[phase], -remaining_s, len(found), connection))
-    return [connection for *_, connection in sorted(found)]

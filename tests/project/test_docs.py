@@ -6,9 +6,9 @@ from pathlib import Path
 from service.app import create_app
 from service.app_state import get_app_state
 from service.cli_options import format_setting
-from service.codecs import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
-from service.codecs.buffers import DTYPES
 from service.codecs.content_coding import COMPRESSORS
+from service.codecs.header_checks import DTYPES
+from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.metrics.prometheus import MetricsCollector
 from service.negotiation import CONTENT_CODINGS
 from service.problems import PROBLEM_TYPES

@@ -20,8 +20,9 @@ from backports import zstd
 from PIL import Image
 
 from service import loss_curve
-from service.codecs import FORMATS, content_coding, jpeg, json, npy, npz, png, predict_decode_seconds, safetensors
-from service.codecs.buffers import raise_if_out_of_memory
+from service.codecs import content_coding, jpeg, json, npy, npz, png, safetensors
+from service.codecs.decode_limits import raise_if_out_of_memory
+from service.codecs.registry import FORMATS, predict_decode_seconds
 from service.codecs.response_options import ResponseOptions
 from service.errors import InvalidRequest, NotParseable, ServiceError
 from tests.gil_pauses import measure_longest_pause, measure_python_pause

@@ -18,7 +18,7 @@ import pytest
 
 from service.api_keys import KeyRing
 from service.app import create_app
-from service.codecs import ENCODABLE_FORMATS
+from service.codecs.registry import ENCODABLE_FORMATS
 from service.errors import NotAcceptable
 from service.negotiation import negotiate_coding, negotiate_format
 from service.settings import Settings

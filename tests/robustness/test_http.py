@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from service.codecs import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS
 from service.codecs.content_coding import MAX_COMPRESSED_MEMBERS
+from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS
 from service.routes.train_kernel import RESPONSE_FORMATS
 from service.settings import Settings
 from tests.problem_details import assert_detail, assert_first_error, assert_problem

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pydantic_core import PydanticCustomError
 
 from service.array_field import parse_array
-from service.codecs.buffers import DTYPES
+from service.codecs.header_checks import DTYPES
 
 ARRAYS = st.sampled_from(DTYPES).flatmap(
     lambda dtype: arrays(

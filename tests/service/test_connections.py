@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 
+from service.server.eviction import sort_for_eviction
 from service.server.timeouts import (
     ConnectionLimits,
     ConnectionPhase,
     ConnectionProgress,
     expire_overdue,
-    sort_for_eviction,
 )
 
 CONNECTION_LIMITS = ConnectionLimits(connections=10, idle_s=8, header_s=8, body_s=10, send_s=20)

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.codecs.buffers import DTYPES
+from service.codecs.header_checks import DTYPES
 from tests.problem_details import assert_first_error, assert_problem
 from tests.sample_files import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, save_npy, save_npz
 from tests.servers import SendFn

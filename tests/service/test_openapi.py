@@ -17,7 +17,7 @@ from openapi_spec_validator import validate
 from PIL import Image
 
 from service.app import create_app
-from service.codecs import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
+from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.codecs.response_options import ResponseOptions
 from service.openapi import CONNECTION_ERROR_STATUSES, make_operation_id
 from service.requests import RequestModel

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from schemathesis import Case, HookContext
 
 from service.app import create_app
-from service.codecs import FORMATS, jpeg, json
+from service.codecs import jpeg, json
+from service.codecs.registry import FORMATS
 from service.codecs.response_options import ResponseOptions
 from service.settings import Settings
 from tests.servers import open_client, start_server

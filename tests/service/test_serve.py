@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.server.protocol import CoalescingTransport
+from service.server.transport import CoalescingTransport
 from tests.servers import CORR2D_COMMAND, list_workers, open_client, run_serve_command
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from service.codecs.buffers import DTYPES
+from service.codecs.header_checks import DTYPES
 from service.errors import FieldError, ServiceError
 
 DECODE_LIMIT_BYTES = 1_000_000

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.array_field import parse_array
-from service.codecs import decimals, json
+from service.codecs import decimals, json, json_encoder
 from service.codecs.decimals import MidpointArray, MidpointFloat
 from service.codecs.response_options import parse_option
 from tests.rounding import round_to
@@ -241,7 +241,7 @@ def assert_reads_back(array: NDArray[Any]) -> None:
     if not array.size:
         return
     dtype = array.dtype.name
-    text = b"".join(json.encode({"output": array[None]}))
+    text = b"".join(json_encoder.encode({"output": array[None]}))
     for body in (text, text.rjust(json.MAX_UNSCANNED_BYTES + 1)):
         output = json.decode(body)["output"]
         assert parse_array(output, dtype).astype(dtype).tobytes() == array.tobytes()

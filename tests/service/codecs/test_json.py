@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from service.codecs import json, json_scanner
+from service.codecs import json, json_encoder, json_scanner
 from service.codecs.decimals import MidpointArray
 from service.codecs.json import InvalidArray
 from service.codecs.response_options import ResponseOptions
@@ -298,7 +298,7 @@ def test_non_array_content_is_limited() -> None:
     )
 )
 def test_arrays_are_encoded_as_by_orjson_and_nulls_counted(array: np.ndarray[Any, Any]) -> None:
-    written = standard.loads(b"".join(json.encode({"output": array, "shape": list(array.shape)})))
+    written = standard.loads(b"".join(json_encoder.encode({"output": array, "shape": list(array.shape)})))
     assert written["output"] == orjson.loads(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
     assert written.get("nonfinite", 0) == (~np.isfinite(array)).sum()
 
@@ -309,23 +309,23 @@ def test_arrays_are_encoded_as_by_orjson_and_nulls_counted(array: np.ndarray[Any
 def test_large_arrays_encoded_in_parts_are_the_same(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     fields = {"output": array, "engine": "none", "explanation": {"a": 1}, "other": array[..., :1].copy()}
-    parts = json.encode(fields)
+    parts = json_encoder.encode(fields)
     assert len(parts) > 1
-    assert max(map(len, parts)) < 30 * json.CHUNK_VALUES
+    assert max(map(len, parts)) < 30 * json_encoder.CHUNK_VALUES
     assert b"".join(parts) == orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def test_long_lists_in_parts_count_nonfinite_values() -> None:
     losses = np.random.default_rng(1).normal(size=100_001).tolist()
     losses[70_000] = float("inf")
-    parts = json.encode({"loss_history": losses, "steps": 3})
-    assert max(map(len, parts)) < 30 * json.CHUNK_VALUES
+    parts = json_encoder.encode({"loss_history": losses, "steps": 3})
+    assert max(map(len, parts)) < 30 * json_encoder.CHUNK_VALUES
     assert standard.loads(b"".join(parts)) == {
         "loss_history": [*losses[:70_000], None, *losses[70_001:]],
         "steps": 3,
         "nonfinite": 1,
     }
-    assert json.list_to_array(losses).tolist() == losses
+    assert json_encoder.list_to_array(losses).tolist() == losses
 
 
 def test_long_string_is_a_view_only_as_data() -> None:
@@ -340,6 +340,6 @@ def test_long_string_is_a_view_only_as_data() -> None:
 @pytest.mark.parametrize("form", ["base64", "flat"])
 def test_array_objects_have_shape_and_dtype(form: str) -> None:
     array = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
-    written = standard.loads(b"".join(json.encode({"output": array}, ResponseOptions(arrays=form))))["output"]
+    written = standard.loads(b"".join(json_encoder.encode({"output": array}, ResponseOptions(arrays=form))))["output"]
     assert (written["shape"], written["dtype"]) == ([100, 1000], "float32")
     assert len(written["data"]) in (100_000, (4 * array.size + 2) // 3 * 4)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.codecs.buffers import DTYPES
+from service.codecs.header_checks import DTYPES
 from service.codecs.npy import MAX_NPY_HEADER_BYTES, decode, encode
 from service.errors import BodyTooLarge, InvalidRequest, NotParseable, ServiceError
 from tests.service.codecs.strategies import (

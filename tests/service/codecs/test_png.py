@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from service.codecs.buffers import DTYPES
+from service.codecs.header_checks import DTYPES
 from service.codecs.pillow_images import STRIP_PIXELS
 from service.codecs.png import SIGNATURE, decode, encode
 from service.errors import BodyTooLarge, InvalidRequest, NotAcceptable, NotParseable

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from service.codecs import jpeg, npy, npz, png, safetensors
-from service.codecs.buffers import DTYPES
+from service.codecs.header_checks import DTYPES
 
 INPUT_ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
 KERNEL_ARRAY = np.ones((3, 1, 2), np.int8)

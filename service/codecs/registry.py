@@ -1,0 +1,170 @@
+"""Tables of the formats of request and response bodies, of the content codings, and of the files of the command line.
+
+To add a format, write its module and list it here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.codecs import jpeg, json, json_encoder, npy, npz, png, safetensors
+from service.codecs.buffers import Buffer, BufferList
+from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
+
+ResponseFields: TypeAlias = Mapping[str, Any]
+"""Fields of a response by name: numpy arrays, numbers, strings, lists and objects; the main array is the first."""
+
+UNLIMITED_BYTES = 1 << 62
+
+
+DecodeFn: TypeAlias = Callable[..., Any]
+"""Function decode(body, limit, check); `check` is optional."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Decoder and encoder of a media type, and their predicted times.
+
+    decode: takes a body, the maximum number of decoded bytes and a function to call at intervals; returns the request's
+    fields by name. It raises NotParseable, InvalidRequest, BodyTooLarge and what that function raises. encode: takes
+    the fields of a response, returns its parts; raises NotAcceptable if the format cannot hold them. None: the format
+    is not supported in that direction. estimate_decode_seconds: takes a body and that limit; predicts the seconds on
+    one core from a small part of the body, in a few microseconds. encode_seconds_per_number: predicted seconds per
+    number of a response (`benchmarks/formats.py` measures both). content_doc: the part of a response that the format
+    holds. has_named_arrays: whether a body names its arrays. headers: sent with a response.
+    """
+
+    decode: DecodeFn | None
+    encode: Callable[[ResponseFields, ResponseOptions], BufferList] | None
+    estimate_decode_seconds: Callable[[Buffer, int], float] = lambda *_: 0.0
+    encode_seconds_per_number: float = 0.0
+    content_doc: str = "the first array alone"
+    has_named_arrays: bool = False
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+def _wrap_as_input(decode: DecodeFn) -> DecodeFn:
+    """Return a decoder that names the array of a format with a single array "input"."""
+    return lambda *arguments: {"input": decode(*arguments)}
+
+
+FOREIGN_METADATA_KEY = "format"
+"""Metadata key that safetensors' own libraries write, {"format": "pt"}: it is ignored."""
+
+
+def _decode_safetensors(body: Buffer, limit: int) -> ResponseFields:
+    """Return the arrays of a safetensors file, and its metadata as options like those of a query string."""
+    return {
+        name: parse_option(value) if isinstance(value, str) else value
+        for name, value in safetensors.decode(body, limit).items()
+        if not (name == FOREIGN_METADATA_KEY and isinstance(value, str))
+    }
+
+
+def collect_arrays(fields: ResponseFields) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a response by name, including lists of numbers such as a loss history."""
+    series = {
+        name: json_encoder.list_to_array(value)
+        for name, value in fields.items()
+        if isinstance(value, list) and value and isinstance(value[0], (float, int))
+    }
+    return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)} | series
+
+
+def _first_array(fields: ResponseFields) -> NDArray[Any]:
+    return next(value for value in fields.values() if isinstance(value, np.ndarray))
+
+
+def _encode_png(fields: ResponseFields, options: ResponseOptions) -> BufferList:
+    return png.encode(_first_array(fields), clip=isinstance(options, OutputResponseOptions) and options.png == "clip")
+
+
+ARRAYS_BY_NAME_DOC = "the arrays by name"
+
+CHECK_SECONDS_PER_BYTE = 1e-9
+"""Predicted seconds per byte to check the numbers of an array that is not copied."""
+
+FORMATS: Mapping[str, Format] = {
+    json.MEDIA_TYPE: Format(
+        lambda body, *_: json.decode(body),
+        json_encoder.encode,
+        lambda body, _: json.estimate_decode_seconds(body),
+        25e-9,
+        "everything",
+        has_named_arrays=True,
+    ),
+    npy.MEDIA_TYPE: Format(
+        _wrap_as_input(lambda body, limit, *_: npy.decode(body, limit)),
+        lambda fields, _: npy.encode(_first_array(fields)),
+        lambda body, _: npy.estimate_decode_seconds(body),
+    ),
+    npz.MEDIA_TYPE: Format(
+        npz.decode,
+        lambda fields, _: npz.encode(collect_arrays(fields)),
+        npz.estimate_decode_seconds,
+        1.5e-9,
+        ARRAYS_BY_NAME_DOC,
+        has_named_arrays=True,
+    ),
+    safetensors.MEDIA_TYPE: Format(
+        lambda body, limit, *_: _decode_safetensors(body, limit),
+        lambda fields, _: safetensors.encode(collect_arrays(fields)),
+        lambda body, _: CHECK_SECONDS_PER_BYTE * len(body),
+        content_doc=ARRAYS_BY_NAME_DOC,
+        has_named_arrays=True,
+    ),
+    png.MEDIA_TYPE: Format(
+        _wrap_as_input(png.decode), _encode_png, lambda body, _: png.estimate_decode_seconds(body), 12e-9
+    ),
+    jpeg.MEDIA_TYPE: Format(_wrap_as_input(jpeg.decode), None, lambda body, _: jpeg.estimate_decode_seconds(body)),
+}
+"""Formats of request and response bodies by media type, the preferred one first."""
+
+
+CODING_COSTS: Mapping[str, tuple[float, float, int]] = {
+    "gzip": (5e-9, 5e-9, 1032),
+    "x-gzip": (5e-9, 5e-9, 1032),
+    "deflate": (5e-9, 5e-9, 1032),
+    "zstd": (7e-9, 2e-9, 1 << 15),
+}
+"""By content coding: seconds per compressed byte, seconds per decompressed byte, and the maximum expansion factor."""
+
+
+DECODE_SECONDS_PER_DECOMPRESSED_BYTE = 5e-9
+"""Predicted seconds to decode one decompressed byte, for any format."""
+
+
+def predict_decode_seconds(media_format: Format, coding: str | None, body: Buffer, limit: int) -> float:
+    """Return the predicted seconds to decompress and decode a body, on one core.
+
+    The decompressed size is unknown, so the largest possible size is used.
+    """
+    if coding is None:
+        return media_format.estimate_decode_seconds(body, limit)
+    seconds_per_compressed_byte, seconds_per_byte, ratio = CODING_COSTS[coding]
+    size = min(limit, ratio * len(body))
+    return seconds_per_compressed_byte * len(body) + (seconds_per_byte + DECODE_SECONDS_PER_DECOMPRESSED_BYTE) * size
+
+
+DECODABLE_MEDIA_TYPES = tuple(media_type for media_type, media_format in FORMATS.items() if media_format.decode)
+ENCODABLE_FORMATS: Mapping[str, Format] = {
+    media_type: media_format for media_type, media_format in FORMATS.items() if media_format.encode
+}
+
+FILE_READERS: Mapping[str, Callable[[Buffer], NDArray[Any]]] = {
+    ".npy": partial(npy.decode, limit=UNLIMITED_BYTES),
+    ".png": partial(png.decode, limit=UNLIMITED_BYTES),
+    ".jpg": partial(jpeg.decode, limit=UNLIMITED_BYTES),
+    ".jpeg": partial(jpeg.decode, limit=UNLIMITED_BYTES),
+}
+"""Decoders of the files that the command line reads, by suffix."""
+
+FILE_WRITERS: Mapping[str, Callable[[NDArray[Any]], BufferList]] = {
+    ".npy": npy.encode,
+    ".png": png.encode,
+}
+"""Encoders of the files that the command line writes, by suffix."""

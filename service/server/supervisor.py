@@ -1,0 +1,190 @@
+"""Supervisor of several worker processes on one listening socket."""
+
+import math
+import multiprocessing
+import signal
+import socket
+import threading
+import time
+from multiprocessing.connection import wait
+from typing import NoReturn, cast
+
+import structlog
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
+
+from service import exit_codes
+from service.log import configure_logging, exit_now
+from service.metrics.counters import SharedCounters
+from service.server.config import ServerConfig
+from service.server.listener import stop_accepting
+from service.server.server import Server
+from service.server.signals import QUIT_SIGNAL, ignore_signals
+
+WORKER_HANG_TIMEOUT_S = 60
+"""Seconds without a reply to pings after which a worker is replaced: parsing the largest body blocks it for seconds."""
+
+PING_TIMEOUT_S = 0.1
+"""Seconds that the supervisor waits for a worker's reply before it checks the next one."""
+
+STABLE_WORKER_S = 60
+"""Lifetime of a worker, in seconds, below which its replacement may be delayed."""
+
+MAX_RESTART_PAUSE_S = 30.0
+"""Longest pause before a worker is replaced, in seconds."""
+
+FORCED_EXIT_DELAY_S = 10
+"""Seconds beyond the graceful shutdown after which a worker without a supervisor exits in any case."""
+
+
+class Worker(Process):
+    """Worker process of a Supervisor."""
+
+    @property
+    def server(self) -> Server:
+        """The server in the worker process; created there, because it cannot be passed to a process."""
+        if self._server is None:
+            self._server = Server(cast("ServerConfig", self.config), is_worker=True)
+        return cast("Server", self._server)
+
+    def __init__(self, config: ServerConfig, listener: socket.socket, early_exits: int = 0) -> None:
+        """Start a worker; `early_exits`: number of predecessors in a row that ended soon after their start."""
+        super().__init__(config, [listener])
+        self.process.start()
+        self.started = self.last_pong_at = time.monotonic()
+        self.early_exits = early_exits
+        self.restart_at: float | None = None
+        """Time (time.monotonic) at which the worker, which has ended, is replaced."""
+
+    def target(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve, in the process of the worker."""
+        config = cast("ServerConfig", self.config)
+        configure_logging(config.log_format)
+        # The supervisor stops the workers, but a terminal sends these signals to all processes.
+        for number in (signal.SIGINT, QUIT_SIGNAL):
+            if number is not None:
+                signal.signal(number, signal.SIG_IGN)
+        # uvicorn raises SIGTERM again at the end; the default action would lose the last lines of the log.
+        signal.signal(signal.SIGTERM, lambda *_: exit_now(0))
+        threading.Thread(target=_exit_with_supervisor, args=(self.server, config), daemon=True).start()
+        super().target(sockets)
+
+    def is_healthy(self) -> bool:
+        """Return whether the process is alive and has recently replied to a ping."""
+        if self.process.is_alive() and self.ping(PING_TIMEOUT_S):
+            self.last_pong_at = time.monotonic()
+        return self.process.is_alive() and time.monotonic() - self.last_pong_at < WORKER_HANG_TIMEOUT_S
+
+
+def _exit_with_supervisor(server: Server, config: ServerConfig) -> None:
+    """Wait for the end of the supervisor; then stop, gracefully if the server has started, otherwise at once.
+
+    The end is detected by a pipe that closes with the supervisor, even if that is before this call. Its process ID
+    cannot be used for that: the system may assign it again.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101 - a worker is always started by a supervisor
+    wait([parent.sentinel])
+    structlog.get_logger("corr2d").warning("the supervisor is gone: the worker ends too")
+    if server.started:
+        server.supervisor_is_gone = True
+        time.sleep(config.drain_s + (config.timeout_graceful_shutdown or 0) + FORCED_EXIT_DELAY_S)
+    exit_now(exit_codes.SUPERVISOR_LOST)
+
+
+class Supervisor(Multiprocess):
+    """Supervisor of several workers on one socket: dead workers are replaced, hanging ones are killed and replaced.
+
+    If a worker cannot start, another try would fail too: then all workers stop, with its exit code.
+    """
+
+    processes: list[Worker]  # type: ignore[assignment]
+
+    config: ServerConfig
+
+    def __init__(self, config: ServerConfig, listener: socket.socket, table: SharedCounters) -> None:
+        super().__init__(config, [listener])
+        # uvicorn has set handlers; workers inherit ignored signals, but not handlers.
+        ignore_signals()
+        self._listener = listener
+        self._table = table
+        self._log = structlog.get_logger("corr2d")
+        self._stop_requested = False
+        self._close_at = 0.0
+        self._exit_code = 0
+
+    def run(self) -> None:
+        """Run until a signal; raise SystemExit with the exit code of a worker that could not start."""
+        super().run()
+        if self._exit_code:
+            raise SystemExit(self._exit_code)
+
+    def init_processes(self) -> None:
+        """Start the workers."""
+        self.processes = [Worker(self.config, self._listener) for _ in range(self.processes_num)]
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace workers that have ended: at once, or after growing pauses if they end early."""
+        for index, worker in enumerate(self.processes):
+            if self.should_exit.is_set():
+                return
+            if worker.restart_at is None and not worker.is_healthy():
+                self._schedule_restart(worker)
+            if worker.restart_at is not None and time.monotonic() >= worker.restart_at:
+                self._table.restarts += 1
+                self.processes[index] = Worker(self.config, self._listener, worker.early_exits)
+
+    def _schedule_restart(self, worker: Worker) -> None:
+        """Log the end of a worker and schedule its replacement; stop all workers if it could not start."""
+        worker.kill()
+        worker.join()
+        lived = time.monotonic() - worker.started
+        worker.early_exits = worker.early_exits + 1 if lived < STABLE_WORKER_S else 0
+        pause = 0.0 if worker.early_exits < 2 else min(MAX_RESTART_PAUSE_S, 2.0 ** (worker.early_exits - 2))
+        self._log.warning("worker died", pid=worker.pid, exit_code=worker.exitcode, lived_s=lived, restart_in_s=pause)
+        worker.restart_at = time.monotonic() + pause
+        if worker.exitcode in (STARTUP_FAILURE, exit_codes.WARM_UP_FAILED):
+            self._exit_code = worker.exitcode
+            worker.restart_at = math.inf
+            self.should_exit.set()
+
+    def join_all(self) -> None:
+        """Wait until the workers have finished their requests; a signal in the meantime kills them."""
+        while any(worker.process.is_alive() for worker in self.processes):
+            self.handle_signals()
+            if time.monotonic() >= self._close_at:
+                # The workers close their copies a little later.
+                stop_accepting(self._listener)
+                self._listener.close()
+                self._close_at = math.inf
+            time.sleep(0.05)
+
+    def handle_int(self) -> None:
+        """Handle SIGINT."""
+        self._begin_shutdown(signal.SIGINT)
+
+    def handle_term(self) -> None:
+        """Handle SIGTERM."""
+        self._begin_shutdown(signal.SIGTERM)
+
+    def handle_quit(self) -> None:
+        """Handle SIGQUIT."""
+        self._exit_now(signal.SIGQUIT)
+
+    def handle_ttin(self) -> None:
+        """Ignore SIGTTIN and SIGTTOU: the number of workers is a setting."""
+
+    handle_ttou = handle_ttin
+
+    def _exit_now(self, number: signal.Signals) -> NoReturn:
+        for worker in self.processes:
+            worker.process.kill()
+        exit_now(128 + number)
+
+    def _begin_shutdown(self, number: signal.Signals) -> None:
+        if self._stop_requested:
+            self._exit_now(number)
+        self._stop_requested = True
+        self._close_at = time.monotonic() + self.config.drain_s
+        self.should_exit.set()
