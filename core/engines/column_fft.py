@@ -167,7 +167,7 @@ def _correlate_by_strips(machine: Machine, plane: Plane, kernel: Plane, output: 
             one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
             pipeline(one, other, kernel, *sizes, target[:, :half], target[:, half:], stats)
         found.append(ValueStats(*stats.tolist()).transform_estimate(plane.dtype))
-        if not math.isfinite(found[-1].size):
+        if not math.isfinite(found[-1].max_pixel):
             break
     return found
 

@@ -63,8 +63,8 @@ class TransformEstimate(NamedTuple):
     `error` is the engine's own estimate of the maximum error of the output.
     """
 
-    size: float
-    norm: float
+    max_pixel: float
+    kernel_norm: float
     error: float
 
 
@@ -122,9 +122,9 @@ def correlate_within_bound(
     """
     bound = bound or plane.dtype
     estimates = transform(plane, kernel, output)
-    size, norm = max(each.size for each in estimates), estimates[0].norm
+    size, norm = max(each.max_pixel for each in estimates), estimates[0].kernel_norm
     error = max(each.error for each in estimates)
-    if not all(math.isfinite(each.size) for each in estimates) or not math.isfinite(norm):
+    if not all(math.isfinite(each.max_pixel) for each in estimates) or not math.isfinite(norm):
         if not (np.isfinite(plane).all() and np.isfinite(kernel).all()):
             _fill_by_slabs(_fill_with_nonfinite, plane, kernel, output, transform)
             return
