@@ -27,49 +27,26 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import ConvolveFn
-from core.engines import halide_jit, precision, stockham
-from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines import halide_costs, halide_jit, precision, value_stats
+from core.engines.block_fft_pipelines import (
+    BLOCK_ROW_RADICES,
+    COLUMN_PHASES,
+    FFT_BLOCKS,
+    FFTBlock,
+    block_pipeline,
+    column_lanes,
+    kernel_spectrum_pipeline,
+    scratch_strides,
+)
+from core.engines.halide_jit import Plane
 from core.engines.precision import TransformEstimate, dtype_name
-from core.engines.small_dft import ComplexExpr, SignedExpr, constant
-from core.engines.stockham import Transform, complex_parts, constant_table
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
 from core.shapes import Pair
 
 METHOD = "fft"
 
-COLUMN_PHASES = 8
-"""P, the number of phases. More phases need more products, fewer need longer transforms. Eight float32 values are half
-a cache line, so every unaligned vector of the 16 values of W lies within one line. (16 phases: measured 1.3 times
-slower.)"""
-
-BLOCK_ROW_RADICES = {256: (8, 8, 4), 512: (8, 8, 8)}
-"""N, the rows of a block -> radices of the steps of their transforms; the first radix is even."""
-
-BLOCK_VECTOR_RADICES = {24: (8, 3), 40: (8, 5), 64: (8, 8)}
-"""M', the columns of a block divided by P -> radices of the steps of their transforms. Every pair of N and M' takes
-about 1.5 s to compile, so there are only a few."""
-
-GATHERED_COLUMN_VECTORS = 4
-"""Column vectors of a tall block whose pixels are copied together: rows of the plane are far apart in memory."""
-
 TASKS_PER_THREAD = 8
-
-
-class FFTBlock(NamedTuple):
-    """Size of a block: N rows and M' vectors."""
-
-    rows: int
-    vectors: int
-
-    @property
-    def columns(self) -> int:
-        """Number of columns of a block."""
-        return COLUMN_PHASES * self.vectors
-
-
-FFT_BLOCKS = [FFTBlock(rows, vectors) for rows in BLOCK_ROW_RADICES for vectors in BLOCK_VECTOR_RADICES]
-"""All block sizes; the last is the largest in both directions."""
 
 MAX_L2_BLOCK_POINTS = 100_000
 """Maximum points of a block that fits into the second-level cache; larger ones are slower and scale worse."""
@@ -105,7 +82,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     reason = halide_jit.single_plane_unsupported_reason(problem)
     if reason is None and not _fits_in_block(problem.kernel_height, problem.kernel_width, FFT_BLOCKS[-1]):
         return f"needs a kernel smaller than {FFT_BLOCKS[-1].rows} x {FFT_BLOCKS[-1].columns}"
-    if reason is None and problem.output_size[1] <= (lanes := _column_lanes(problem.dtype)):
+    if reason is None and problem.output_size[1] <= (lanes := column_lanes(problem.dtype)):
         return f"needs an output of more than {lanes} columns"
     return reason
 
@@ -114,9 +91,11 @@ def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call, of the kernel's transform, and of all pairs of blocks."""
     rows, columns = problem.output_size
     plan = _choose_block(rows, columns, problem.kernel_height, problem.kernel_width, problem.dtype, machine)
-    threads = machine.threads if plan.pair >= 2 * halide_jit.MIN_THREAD_WORK_S else 1
-    work = plan.kernel_seconds + plan.pairs * (BLOCK_PAIR_OVERHEAD_S + plan.pair)
-    memory = (halide_jit.memory_seconds(problem, machine) + halide_jit.page_fault_seconds(problem)) / machine.threads
+    threads = machine.threads if plan.pair_seconds >= 2 * halide_costs.MIN_THREAD_WORK_S else 1
+    work = plan.kernel_seconds + plan.pairs * (BLOCK_PAIR_OVERHEAD_S + plan.pair_seconds)
+    memory = (
+        halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
+    ) / machine.threads
     return (
         machine.compile_seconds
         + CALL_OVERHEAD_S
@@ -158,7 +137,7 @@ def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
 
 def _min_border_size(problem: Problem) -> Pair:
     """Return the minimum rows and columns of a side that is computed apart; narrower sides are not faster."""
-    return 8, 2 * _column_lanes(problem.dtype)
+    return 8, 2 * column_lanes(problem.dtype)
 
 
 def warm_up() -> None:
@@ -170,7 +149,7 @@ class _BlockPlan(NamedTuple):
 
     block: FFTBlock
     pairs: int
-    pair: float
+    pair_seconds: float
     kernel_seconds: float
 
 
@@ -189,25 +168,24 @@ def _choose_block(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine
             continue
         width = block.columns - w + 1
         pairs = -(-(-(-rows // (block.rows - h + 1)) * -(-columns // width)) // 2)
-        pair = points * (across + down * width / block.columns) * slower
-        plans.append((0.5 * points * slower + pairs * (BLOCK_PAIR_OVERHEAD_S + pair), block, pairs, pair))
-    _, block, pairs, pair = min(plans)
-    return _BlockPlan(block, pairs, pair, 0.5 * BLOCK_COSTS_NS[block][0] * slower)
+        pair_seconds = points * (across + down * width / block.columns) * slower
+        total = 0.5 * points * slower + pairs * (BLOCK_PAIR_OVERHEAD_S + pair_seconds)
+        plans.append((total, block, pairs, pair_seconds))
+    _, block, pairs, pair_seconds = min(plans)
+    return _BlockPlan(block, pairs, pair_seconds, 0.5 * BLOCK_COSTS_NS[block][0] * slower)
 
 
 def _correlate_by_blocks(machine: Machine, plane: Plane, kernel: Plane, output: Plane) -> list[TransformEstimate]:
     (h, w), (rows, columns), dtype = kernel.shape, output.shape, dtype_name(plane)
-    stats = stockham.compute_stats(plane, kernel)
+    stats = value_stats.compute_stats(plane, kernel)
     estimate = stats.transform_estimate(plane.dtype)
-    if not math.isfinite(estimate.size):
+    if not math.isfinite(estimate.max_pixel):
         return [estimate]
     middle = float(plane.dtype.type(stats.middle))
     plan = _choose_block(rows, columns, h, w, dtype, machine)
-    block, tasks = (
-        plan.block,
-        halide_jit.choose_task_count(machine, TASKS_PER_THREAD) if plan.pair >= 2 * halide_jit.MIN_THREAD_WORK_S else 1,
-    )
-    lanes = _column_lanes(dtype)
+    block, parallel = plan.block, plan.pair_seconds >= 2 * halide_costs.MIN_THREAD_WORK_S
+    tasks = halide_costs.choose_task_count(machine, TASKS_PER_THREAD) if parallel else 1
+    lanes = column_lanes(dtype)
     # All blocks have the same size; the last one of a row or column is shifted inwards.
     height = -(-rows // -(-rows // (block.rows - h + 1)))
     width = min(columns, block.columns - w + 1)
@@ -220,8 +198,8 @@ def _correlate_by_blocks(machine: Machine, plane: Plane, kernel: Plane, output: 
     padded = np.zeros((h, -(-w // (2 * lanes)) * 2 * lanes), plane.dtype)
     padded[:, :w] = kernel
     with _borrow_scratch(block, dtype) as scratch:
-        _kernel_spectrum_pipeline(block, dtype)(padded, tasks, *scratch.kernel)
-        pipeline = _block_pipeline(block, dtype)
+        kernel_spectrum_pipeline(block, dtype)(padded, tasks, *scratch.kernel)
+        pipeline = block_pipeline(block, dtype)
         numbers = middle, middle * stats.total, tasks
         between = [*scratch.spectrum, *(part[:, :, : -(-width // lanes)] for part in scratch.back)]
         for corner, partner in zip(corners[:half], [*corners[half:], None], strict=False):
@@ -256,11 +234,6 @@ def _crop(array: Plane, corner: Pair, rows: int, columns: int) -> Plane:
     return array[corner[0] : corner[0] + rows, corner[1] : corner[1] + columns]
 
 
-def _column_lanes(dtype: Dtype) -> int:
-    """Return the number of columns that are transformed together: those of a vector register, but at least P."""
-    return max(COLUMN_PHASES, halide_jit.vector_lanes(dtype))
-
-
 class _Scratch(NamedTuple):
     """Scratch buffers, each with a real and an imaginary part.
 
@@ -285,8 +258,8 @@ def _borrow_scratch(block: FFTBlock, dtype: Dtype) -> Iterator[_Scratch]:
         found = next((index for index, (size, _) in enumerate(_idle_scratches) if size == key), None)
         scratch = None if found is None else _idle_scratches.pop(found)[1]
     if scratch is None:
-        lanes, rows = _column_lanes(dtype), block.rows // 2 + 1
-        of_spectrum, of_back = _scratch_strides(block, lanes)
+        lanes, rows = column_lanes(dtype), block.rows // 2 + 1
+        of_spectrum, of_back = scratch_strides(block, lanes)
         groups = block.columns // lanes
         scratch = _Scratch(
             [_allocate_strided((lanes, groups, *BLOCK_ROW_RADICES[block.rows]), of_spectrum, dtype) for _ in range(2)],
@@ -299,16 +272,6 @@ def _borrow_scratch(block: FFTBlock, dtype: Dtype) -> Iterator[_Scratch]:
         with _idle_scratches_lock:
             _idle_scratches.append((key, scratch))
             del _idle_scratches[:-MAX_IDLE_SCRATCHES]
-
-
-def _scratch_strides(block: FFTBlock, lanes: int) -> tuple[list[int], list[int]]:
-    """Return the strides, in values, of `spectrum` (lane, group, row digits) and `back` (lane, group, side, row).
-
-    Strides of rows and groups are not powers of two, which would map them to the same cache sets.
-    """
-    row, radices = block.columns + lanes, BLOCK_ROW_RADICES[block.rows]
-    of_spectrum = [1, lanes, *(row * math.prod(radices[:index]) for index in range(len(radices)))]
-    return of_spectrum, [1, (block.rows + 3) * lanes, lanes, 2 * lanes]
 
 
 def _allocate_strided(sizes: tuple[int, ...], strides: list[int], dtype: Dtype) -> Plane:
@@ -325,211 +288,3 @@ def _allocate_aligned(shape: tuple[int, ...], dtype: Dtype) -> NDArray[Any]:
     raw = np.zeros(size + 128, np.uint8)
     start = -raw.ctypes.data % 128
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _parallelize(func: Any, loop: Any, count: Any, tasks: Any) -> None:
-    """Divide the outermost loop, of `count` iterations, into parallel tasks."""
-    hl = halide_jit.import_halide()
-    task = hl.Var("task")
-    func.split(loop, task, loop, (count + tasks - 1) // tasks, hl.TailStrategy.GuardWithIf)
-    func.parallel(task).never_partition_all()
-
-
-@halide_jit.cached_pipeline
-def _block_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
-    """Define a pipeline: two parts (rows, P M'), kernel spectrum, middle, its contribution, tasks -> two outputs.
-
-    The kernel's spectrum (N / 2 + 1, M', P) has a real and an imaginary part. The first output arrays are the scratch
-    buffers `spectrum` and `back` of `_Scratch`. A part with fewer than N rows is extended by its last row. The outputs
-    have up to N - h + 1 rows and P M' - w + 1 columns.
-    """
-    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
-    down, across, half = block.rows, block.vectors, block.rows // 2
-    one, other = hl.ImageParam(number, 2, "one"), hl.ImageParam(number, 2, "other")
-    kernel = [hl.ImageParam(number, 3, name) for name in ("kernel_real", "kernel_imaginary")]
-    middle, middle_contribution, tasks = (
-        hl.Param(number, "middle"),
-        hl.Param(number, "its_share"),
-        hl.Param(hl.Int(32), "tasks"),
-    )
-    for part in kernel:
-        part.dim(0).set_bounds(0, COLUMN_PHASES)
-        part.dim(1).set_bounds(0, across).set_stride(COLUMN_PHASES)
-        part.dim(2).set_bounds(0, half + 1).set_stride(block.columns)
-    for part in (one, other):
-        part.dim(0).set_min(0)
-        part.dim(1).set_min(0)
-    x, y, lane, group = (hl.Var(name) for name in ("x", "y", "lane", "group"))
-
-    centred = hl.Func("centred")
-    last_row = one.dim(1).extent() - 1
-    centred[x, y] = hl.Tuple([part[x, hl.min(y, last_row)] - middle for part in (one, other)])
-    columns = Transform(
-        lambda offset, rest: complex_parts(centred[lane + lanes * group, rest + offset]),
-        *(lane, [group], BLOCK_ROW_RADICES[down], -1, number, "columns"),
-    )
-    back = _build_row_products(columns, kernel, block, dtype, tasks)
-
-    def read_back(offset: int, rest: Any) -> tuple[Any, Any]:
-        if offset < half:
-            return complex_parts(back[lane, group, 0, rest + offset])
-        real, imaginary = complex_parts(back[lane, group, 1, down - offset - rest])
-        return real, SignedExpr(imaginary, negative=True)
-
-    columns_back = Transform(read_back, lane, [group], BLOCK_ROW_RADICES[down], +1, number, "columns_back")
-    output = hl.Func("output")
-    output[x, y] = hl.Tuple([part + middle_contribution for part in columns_back.at(x % lanes, [x // lanes], y)])
-
-    # The transforms down the columns run one vector of columns at a time.
-    vector, within, groups = hl.Var("vector"), hl.Var("within"), block.columns // lanes
-    spectrum = columns.last
-    spectrum.bound(group, 0, groups)
-    columns.schedule_at_root(lanes, group)
-    if down > 256:
-        together = hl.Var("together")
-        spectrum.split(group, together, group, GATHERED_COLUMN_VECTORS, hl.TailStrategy.GuardWithIf)
-        centred.compute_at(spectrum, together).vectorize(x, lanes).bound(y, 0, down)
-        _parallelize(spectrum, together, -(-groups // GATHERED_COLUMN_VECTORS), tasks)
-    else:
-        _parallelize(spectrum, group, groups, tasks)
-    output.split(x, vector, within, lanes, hl.TailStrategy.Predicate).reorder(within, y, vector).vectorize(within)
-    sizes = output.output_buffers()[0]
-    _parallelize(output, vector, (sizes.dim(0).extent() + lanes - 1) // lanes, tasks)
-    for out, step in columns_back.funcs:
-        out.bound_storage(group, 1)
-        step.bound_storage(group, 1).bound(lane, 0, lanes)
-    columns_back.schedule(lanes, output, vector)
-
-    sizes.dim(0).set_min(0)
-    sizes.dim(1).set_min(0)
-    of_spectrum, of_back = _scratch_strides(block, lanes)
-    _fix_output_layout(spectrum, [lanes, groups, *BLOCK_ROW_RADICES[down]], of_spectrum)
-    _fix_output_layout(back, [lanes, None, 2, half + 1], of_back)
-    pipeline = hl.Pipeline([spectrum, back, output])
-    return pipeline, [one, other, *kernel, middle, middle_contribution, tasks]
-
-
-def _build_row_products(columns: Transform, kernel: list[Any], block: FFTBlock, dtype: Dtype, tasks: Any) -> Any:
-    """Return the Func (lane, group, side, v) of the products with the kernel, transformed back along the rows.
-
-    It is scheduled by pairs of a frequency v and its negative, whose data fit into the first-level cache.
-    """
-    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
-    down, across, half = block.rows, block.vectors, block.rows // 2
-    names = ("x", "side", "v", "lane", "u", "group", "low_u")
-    x, side, v, lane, u, group, low_u = (hl.Var(name) for name in names)
-    frequency = hl.select(side == 0, v, (down - v) % down)
-    conjugation = hl.select(side == 0, constant(1.0, number), constant(-1.0, number))
-
-    def read_spectrum(offset: int, rest: Any) -> ComplexExpr:
-        m, ratio = rest + offset, lanes // COLUMN_PHASES
-        real, imaginary = columns.at(lane + COLUMN_PHASES * (m % ratio), [m // ratio], frequency)
-        return real, imaginary * conjugation
-
-    rows = Transform(read_spectrum, lane, [side, v], BLOCK_VECTOR_RADICES[across], -1, number, "rows")
-    angles = 2 * np.pi / across * np.arange(across)
-    cosine, sine = constant_table(np.cos(angles), number), constant_table(np.sin(angles), number)
-    wide, product, back = hl.Func("wide"), hl.Func("product"), hl.Func("back")
-    a, b = rows.at(x % COLUMN_PHASES, [side, v], u)
-    wide[x, u, side, v] = hl.Tuple(
-        [
-            hl.select(x < COLUMN_PHASES, a, a * cosine[u] - b * sine[u]),
-            hl.select(x < COLUMN_PHASES, b, a * sine[u] + b * cosine[u]),
-        ]
-    )
-    real = imaginary = constant(0.0, number)
-    for phase in range(COLUMN_PHASES):
-        (a, b), (c, d) = complex_parts(wide[lane + phase, u, side, v]), (part[phase, u, v] for part in kernel)
-        real, imaginary = real + a * c - b * d, imaginary + a * d + b * c
-    product[lane, u, side, v] = hl.Tuple([real, imaginary])
-    rows_back = Transform(
-        lambda offset, rest: complex_parts(product[lane, rest + offset, side, v]),
-        *(lane, [side, v], BLOCK_VECTOR_RADICES[across], +1, number, "rows_back"),
-    )
-    at = group * (lanes // COLUMN_PHASES) + lane // COLUMN_PHASES
-    back[lane, group, side, v] = hl.Tuple(list(rows_back.at(lane % COLUMN_PHASES, [side, v], at)))
-
-    back.compute_root().bound(v, 0, half + 1).bound(side, 0, 2).bound(lane, 0, lanes)
-    back.reorder(lane, group, side, v).vectorize(lane, COLUMN_PHASES).unroll(lane)
-    _parallelize(back, v, half + 1, tasks)
-    rows_back.schedule(COLUMN_PHASES, back, side)
-    product.compute_at(back, v).bound(u, 0, across).bound(lane, 0, COLUMN_PHASES).bound(side, 0, 2)
-    product.split(u, u, low_u, 2).reorder(lane, side, low_u, u).vectorize(lane, COLUMN_PHASES).unroll(side).unroll(
-        low_u
-    )
-    wide.compute_at(back, v).bound(u, 0, across).bound(x, 0, 2 * COLUMN_PHASES).bound(side, 0, 2)
-    wide.reorder(x, u, side).vectorize(x, COLUMN_PHASES).unroll(x)
-    rows.schedule(COLUMN_PHASES, wide, side)
-    return back
-
-
-def _fix_output_layout(func: Any, sizes: list[int | None], strides: list[int]) -> None:
-    """Fix the sizes and strides of an output Func of two parts; a size of None is not fixed."""
-    for which, buffer in enumerate(func.output_buffers()):
-        for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
-            buffer.dim(axis).set_stride(stride)
-            if which == 0 and size is None:
-                buffer.dim(axis).set_min(0)
-            elif which == 0:
-                buffer.dim(axis).set_bounds(0, size)
-
-
-@halide_jit.cached_pipeline
-def _kernel_spectrum_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
-    """Define a pipeline: kernel (h, columns), tasks -> real and imaginary part of its spectrum (N / 2 + 1, M', P).
-
-    The kernel is padded with zeros to a multiple of two vectors of columns. Its spectrum is conjugated and scaled by
-    1 / (N M'). Its left and right half are transformed together, as the real and imaginary part of one array.
-    """
-    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), _column_lanes(dtype)
-    down, across, half = block.rows, block.vectors, block.rows // 2
-    kernel, tasks = hl.ImageParam(number, 2, "kernel"), hl.Param(hl.Int(32), "tasks")
-    kernel.dim(0).set_min(0)
-    kernel.dim(1).set_min(0)
-    lane, group, v, m, u = (hl.Var(name) for name in ("lane", "group", "v", "m", "u"))
-    height, groups, zero = kernel.dim(1).extent(), kernel.dim(0).extent() // (2 * lanes), constant(0.0, number)
-
-    def read_kernel(offset: int, rest: Any) -> ComplexExpr:
-        y = rest + offset
-        real, imaginary = (
-            hl.select(y < height, kernel[lane + lanes * (group + first), hl.min(y, height - 1)], zero)
-            for first in (0, groups)
-        )
-        return real, imaginary
-
-    columns = Transform(read_kernel, lane, [group], BLOCK_ROW_RADICES[down], +1, number, "columns")
-    taps, spectrum = hl.Func("taps"), hl.Func("spectrum")
-    in_half = groups * (lanes // COLUMN_PHASES)
-    index = m % in_half
-    at = (
-        lane + COLUMN_PHASES * (index % (lanes // COLUMN_PHASES)),
-        [hl.clamp(index // (lanes // COLUMN_PHASES), 0, groups - 1)],
-    )
-    (a, b), (c, d) = columns.at(*at, v), columns.at(*at, (down - v) % down)
-    scale = constant(0.5 / (down * across), number)
-    left, beyond = m < in_half, m >= 2 * in_half
-    taps[lane, m, v] = hl.Tuple(
-        [
-            hl.select(beyond, zero, left, (a + c) * scale, (b + d) * scale),
-            hl.select(beyond, zero, left, (b - d) * scale, (c - a) * scale),
-        ]
-    )
-    rows = Transform(
-        lambda offset, rest: complex_parts(taps[lane, rest + offset, v]),
-        lane,
-        [v],
-        BLOCK_VECTOR_RADICES[across],
-        +1,
-        number,
-        "rows",
-    )
-    spectrum[lane, u, v] = hl.Tuple(list(rows.at(lane, [v], u)))
-
-    _fix_output_layout(spectrum, [COLUMN_PHASES, across, half + 1], [1, COLUMN_PHASES, block.columns])
-    spectrum.reorder(lane, u, v).vectorize(lane, COLUMN_PHASES)
-    _parallelize(spectrum, v, half + 1, tasks)
-    rows.schedule(COLUMN_PHASES, spectrum, v)
-    taps.compute_at(spectrum, v).bound(m, 0, across).vectorize(lane, COLUMN_PHASES).never_partition_all()
-    columns.schedule_at_root(lanes, group)
-    _parallelize(columns.last, group, groups, tasks)
-    return spectrum, [kernel, tasks]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from core.engines import ALL_ENGINES, ENGINES, separable, slices
+from core.engines import ALL_ENGINES, ENGINES, low_rank_factors, separable, slices
 from core.errors import Cost, MethodUnavailable
 from core.machine import Machine, this_machine
 from core.problem import Problem
@@ -87,8 +87,8 @@ def choose_before_rank(
     choice = choose(problem, method, machine, engines)
     worthwhile = []
     for rank in range(1, separable.MAX_RANK + 1):
-        check_s = separable.rank_check_seconds(problem, rank)
-        waste_s = separable.rank_rejection_seconds(problem, rank)
+        check_s = low_rank_factors.rank_check_seconds(problem, rank)
+        waste_s = low_rank_factors.rank_rejection_seconds(problem, rank)
         saved_s = choice.seconds - separable.seconds(with_rank(problem, rank), machine)
         is_cheap = waste_s < MAX_RANK_CHECK_FRACTION * choice.seconds
         if is_cheap and check_s < MAX_RANK_CHECK_SAVING_FRACTION * (saved_s + check_s):

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.arrays import ConvolveFn
-from core.engines import halide_jit, precision, stockham
+from core.engines import halide_costs, halide_jit, precision, value_stats
 from core.engines.halide_jit import PipelineSpec, Plane
 from core.engines.pipeline_linker import Pipeline
 from core.engines.precision import TransformEstimate, dtype_name
 from core.engines.small_dft import ComplexExpr, constant
-from core.engines.stockham import Transform, ValueStats, complex_parts
+from core.engines.stockham import Transform, complex_parts
+from core.engines.value_stats import ValueStats
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
 from core.shapes import Pair
@@ -75,15 +76,17 @@ def seconds(problem: Problem, machine: Machine) -> float:
     (rows, columns), h, w = problem.output_size, problem.kernel_height, problem.kernel_width
     length, _, strip = _choose_transform(rows, columns, h, w, problem.dtype, machine)
     strips = -(-rows // (length - h + 1))
-    threads = halide_jit.choose_thread_count(machine, strip)
+    threads = halide_costs.choose_thread_count(machine, strip)
     kernel_seconds = (
         COLUMN_TRANSFORM_OPERATIONS[length]
         * -(-w // 16)
         * 16
-        / halide_jit.operations_per_second(machine, problem.dtype)
+        / halide_costs.operations_per_second(machine, problem.dtype)
     )
     each = STRIP_OVERHEAD_S + kernel_seconds + strip / (1 + SPEEDUP_PER_EXTRA_THREAD * (threads - 1))
-    memory = (halide_jit.memory_seconds(problem, machine) + halide_jit.page_fault_seconds(problem)) / machine.threads
+    memory = (
+        halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
+    ) / machine.threads
     return machine.compile_seconds + CALL_OVERHEAD_S + problem.batch * strips * each + memory
 
 
@@ -145,7 +148,7 @@ def _plan_strips(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine:
     tile, half = vectors * halide_jit.vector_lanes(dtype), -(-columns // 2)
     if half < tile:
         half = 0
-    per_task = halide_jit.items_per_task(-(-(half or columns) // tile), seconds, machine)
+    per_task = halide_costs.items_per_task(-(-(half or columns) // tile), seconds, machine)
     blocks = -(-per_task * tile // BLOCK_COLUMNS)
     starts = [min(first, rows - height) for first in range(0, rows, height)]
     return _StripPlan(_strip_pipeline(length, vectors, dtype), height, starts, half, -(-per_task // blocks), blocks)
@@ -170,7 +173,7 @@ def _correlate_by_strips(machine: Machine, plane: Plane, kernel: Plane, output: 
             one, other = pixels[:, : half + w - 1], pixels[:, columns - half :]
             pipeline(one, other, kernel, *sizes, target[:, :half], target[:, half:], stats)
         found.append(ValueStats(*stats.tolist()).transform_estimate(plane.dtype))
-        if not math.isfinite(found[-1].size):
+        if not math.isfinite(found[-1].max_pixel):
             break
     return found
 
@@ -193,14 +196,14 @@ def _choose_transform(
                 work = of_a_column * transformed + 8 * length * filled * w / efficiency
                 plans.append((-(-rows // (length - h + 1)) * work, length, vectors, work))
     _, length, vectors, work = min(plans)
-    return length, vectors, work / halide_jit.operations_per_second(machine, dtype)
+    return length, vectors, work / halide_costs.operations_per_second(machine, dtype)
 
 
 @halide_jit.cached_pipeline
 def _strip_pipeline(length: int, vectors: int, dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: two parts (rows, W), kernel (h, w), tiles per block, blocks per task -> two outputs, stats.
 
-    The outputs have W - w + 1 columns, at least one tile. `stats` are the five float64 values of stockham.ValueStats.
+    The outputs have W - w + 1 columns, at least one tile. `stats` are the five float64 values of ValueStats.
     """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     frequencies = PRODUCT_TILES[vectors][0]
@@ -209,7 +212,7 @@ def _strip_pipeline(length: int, vectors: int, dtype: Dtype) -> PipelineSpec:
     tiles_a_block, blocks_a_task = hl.Param(hl.Int(32), "tiles_a_block"), hl.Param(hl.Int(32), "blocks_a_task")
     x, y, v = hl.Var("x"), hl.Var("y"), hl.Var("v")
 
-    stats, middle, middle_contribution = stockham.build_stats([one, other], kernel, number, lanes)
+    stats, middle, middle_contribution = value_stats.build_stats([one, other], kernel, number, lanes)
     centred = hl.Func("centred")
     row = hl.min(y, one.dim(1).extent() - 1)  # rows below the part may have any finite value
     centred[x, y] = hl.Tuple([one[x, row] - middle, other[x, row] - middle])

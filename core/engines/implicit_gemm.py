@@ -9,17 +9,18 @@ offset into one of them. Every output value is summed in the same order, indepen
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy
-from core.engines import halide_jit
-from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines import halide_costs, halide_jit, interior
+from core.engines.halide_jit import Plane
+from core.engines.implicit_gemm_pipelines import bands_pipeline, polyphase_pipeline, rows_pipeline
 from core.machine import Machine
-from core.problem import Dtype, Problem, SliceUnits
+from core.problem import Problem, SliceUnits
 from core.shapes import Pair
 
 METHOD = "direct"
@@ -58,7 +59,7 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call, of the tiles, and of the polyphase split for strides."""
-    speed = GEMM_EFFICIENCY * halide_jit.operations_per_second(machine, problem.dtype)
+    speed = GEMM_EFFICIENCY * halide_costs.operations_per_second(machine, problem.dtype)
     if problem.is_single_plane:
         # Three of the four filters of a tile are idle.
         rows, columns = problem.output_size
@@ -67,7 +68,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         return (
             machine.compile_seconds
             + CALL_OVERHEAD_S
-            + (idle + halide_jit.memory_seconds(problem, machine) + halide_jit.page_fault_seconds(problem))
+            + (idle + halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem))
             / machine.threads
         )
     lanes = halide_jit.vector_lanes(problem.dtype)
@@ -84,8 +85,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
         each_pixel = POLYPHASE_S_PER_PIXEL.get(problem.stride[1], DEFAULT_POLYPHASE_S_PER_PIXEL)
         sorted_pixels = math.prod(_phase_count_and_size(problem, 0, rows) + _phase_count_and_size(problem, 1, columns))
         sums += each_pixel * problem.batch * problem.channels * sorted_pixels
-    threads = halide_jit.choose_thread_count(machine, sums)
-    return machine.compile_seconds + calls + sums / threads + halide_jit.border_seconds(problem, (1, lanes))
+    threads = halide_costs.choose_thread_count(machine, sums)
+    return machine.compile_seconds + calls + sums / threads + interior.border_seconds(problem, (1, lanes))
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -105,7 +106,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
             source = _polyphase(problem, pixels, (output.shape[2], output.shape[3]), machine)
         _run_gemm(problem, source, weight, offsets, output, machine)
 
-    fill = halide_jit.split_interior_and_borders(
+    fill = interior.split_interior_and_borders(
         problem, (1, halide_jit.vector_lanes(problem.dtype)), lambda _: fill_part
     )
 
@@ -123,7 +124,7 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of copies (padded, contiguous or split into polyphase components) and of the offset table."""
     del machine
     lanes, (rows, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
-    copies = halide_jit.border_bytes(problem, (1, lanes))
+    copies = interior.border_bytes(problem, (1, lanes))
     if problem.stride != (1, 1):
         (down, pitch_rows), (across, pitch) = (
             _phase_count_and_size(problem, axis, (rows, columns)[axis]) for axis in (0, 1)
@@ -174,7 +175,7 @@ def _polyphase(problem: Problem, pixels: Plane, size: Pair, machine: Machine) ->
     (down, rows), (across, pitch) = (_phase_count_and_size(problem, axis, size[axis]) for axis in (0, 1))
     phases = np.empty((count, channels, down, across, rows, pitch), pixels.dtype)
     per_task = _items_per_task(count * channels * down, 20 * phases.size / machine.flops, machine)
-    _polyphase_pipeline(problem.dtype)(pixels, *problem.stride, per_task, phases)
+    polyphase_pipeline(problem.dtype)(pixels, *problem.stride, per_task, phases)
     of_channel = down * across * rows * pitch
     length = channels // problem.groups * of_channel
     return _flatten_source(problem, phases, (channels * of_channel, of_channel, rows * pitch, pitch), length)
@@ -229,7 +230,7 @@ def _run_gemm(
     tiling = _choose_tiling(_SumShape(problem.taps, each, rows, columns, pitch, lanes, dense=dense))
     if tiling.band is None:
         per_task = _items_per_task(count * groups * rows, work, machine)
-        _rows_pipeline(problem.dtype, *tiling.tile)(pixels, weight, starts, taps, furthest, pitch, per_task, target)
+        rows_pipeline(problem.dtype, *tiling.tile)(pixels, weight, starts, taps, furthest, pitch, per_task, target)
         return
     if pitch == columns and dense:
         # Contiguous rows are treated as one row.
@@ -242,18 +243,18 @@ def _run_gemm(
         pixels = np.pad(pixels, ((0, 0), (0, 0), (tile_width, 0)))
     per_task = _items_per_task(tiling.band.items * count * groups * -(-each // tiling.tile[0]), work, machine)
     band = tiling.band.rows, tiling.band.columns
-    _bands_pipeline(problem.dtype, *tiling.tile)(
+    bands_pipeline(problem.dtype, *tiling.tile)(
         pixels, weight, starts, taps, nearest, furthest, pitch, *band, per_task, target
     )
 
 
 def _items_per_task(items: int, seconds: float, machine: Machine) -> int:
     """Return the number of items per task, for work that takes one thread `seconds` in total."""
-    if halide_jit.choose_thread_count(machine, seconds) == 1:
+    if halide_costs.choose_thread_count(machine, seconds) == 1:
         return items
     most = min(
-        halide_jit.choose_task_count(machine, TASKS_PER_THREAD),
-        max(machine.threads, int(seconds / halide_jit.MIN_THREAD_WORK_S)),
+        halide_costs.choose_task_count(machine, TASKS_PER_THREAD),
+        max(machine.threads, int(seconds / halide_costs.MIN_THREAD_WORK_S)),
     )
     return -(-items // most)
 
@@ -319,115 +320,3 @@ def _choose_band(shape: _SumShape, width: int) -> _Band:
             cost = items * (BAND_OVERHEAD_TAPS + -(-length // width) * (shape.taps + BAND_TILE_OVERHEAD_TAPS))
             bands.append(_Band(some, wide, items, cost))
     return min(bands, key=lambda band: band.cost)
-
-
-@halide_jit.cached_pipeline
-def _rows_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
-    """Define a pipeline for rows that are long enough for tiles, whose sums are stored directly in the output.
-
-    Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), largest offset, pitch, rows per task
-    -> (N, G, O, oh, ow), at least one tile of filters by vectors.
-    """
-    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
-    images, weight, bias, offsets = _input_params(dtype)
-    furthest, pitch, per_task = (hl.Param(hl.Int(32), name) for name in ("furthest", "pitch", "per_task"))
-    x, y, o, g, n = (hl.Var(name) for name in "xyogn")
-    k = hl.RDom([hl.Range(0, weight.dim(0).extent())], "k")
-    total, output = hl.Func("total"), hl.Func("output")
-    total[x, y, o, g, n] = bias[o, g]
-    position = y * pitch + x + hl.unsafe_promise_clamped(offsets[k.x], 0, furthest)
-    total[x, y, o, g, n] += images[position, g, n] * weight[k.x, o, g]
-    output[x, y, o, g, n] = total[x, y, o, g, n]
-
-    tile, inner, block, within = (hl.Var(name) for name in ("tile", "inner", "block", "within"))
-    line, single, some, every, task, item = (
-        hl.Var(name) for name in ("line", "single", "some", "every", "task", "item")
-    )
-    shift, guard = hl.TailStrategy.ShiftInwards, hl.TailStrategy.GuardWithIf
-    output.split(x, tile, inner, vectors * lanes, shift).split(o, block, within, filters, shift)
-    # The split by one tells the compiler that a tile has one row; without it, the sums spill out of the registers.
-    output.split(y, line, single, 1, guard).reorder(inner, within, single, tile, block, line, g, n)
-    output.vectorize(inner, lanes).unroll(inner).unroll(within)
-    output.fuse(line, g, some).fuse(some, n, every).split(every, task, item, per_task, guard).parallel(task)
-    total.bound_extent(x, vectors * lanes).bound_extent(o, filters)
-    total.compute_at(output, tile).vectorize(x, lanes).unroll(x).unroll(o)
-    total.update().reorder(x, o, k.x).vectorize(x, lanes).unroll(x).unroll(o)
-    inputs = [images, weight, bias, offsets, furthest, pitch, per_task]
-    return output, inputs
-
-
-@halide_jit.cached_pipeline
-def _bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
-    """Define a pipeline for bands of short rows: tiles extend over the ends of rows, and only a band's last is partial.
-
-    Images (N, G, flat), weight (G, O, K), bias (G, O), offsets (K), smallest and largest offset, pitch, rows and
-    columns of a band, items per task -> (N, G, O, oh, ow), any number of filters.
-
-    An item is a band of one block of filters. The positions between its rows are not copied to the output.
-    """
-    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
-    images, weight, bias, offsets = _input_params(dtype)
-    names = ("nearest", "furthest", "pitch", "rows", "columns", "per_task")
-    nearest, furthest, pitch, rows, columns, per_task = (hl.Param(hl.Int(32), name) for name in names)
-    p, x, y, o, g, n = (hl.Var(name) for name in "pxyogn")
-    k = hl.RDom([hl.Range(0, weight.dim(0).extent())], "k")
-    total, flat, output = hl.Func("total"), hl.Func("flat"), hl.Func("output")
-    own = hl.min(o, weight.dim(1).extent() - 1)
-    total[p, o, g, n] = bias[own, g]
-    position = p + hl.unsafe_promise_clamped(offsets[k.x], nearest, furthest)
-    total[p, o, g, n] += images[position, g, n] * weight[k.x, own, g]
-    flat[p, o, g, n] = total[p, o, g, n]
-    output[x, y, o, g, n] = flat[y * pitch + x, o, g, n]
-
-    chunk, band, column, row, block, within = (
-        hl.Var(name) for name in ("chunk", "band", "column", "row", "block", "within")
-    )
-    vector, lane, tile, inner, task, item = (
-        hl.Var(name) for name in ("vector", "lane", "tile", "inner", "task", "item")
-    )
-    first, some, more, every = (hl.Var(name) for name in ("first", "some", "more", "every"))
-    shift, guard = hl.TailStrategy.ShiftInwards, hl.TailStrategy.GuardWithIf
-    output.tile(x, y, chunk, band, column, row, columns, rows, shift).split(o, block, within, filters, guard)
-    output.reorder(column, row, within, block, chunk, band, g, n)
-    output.split(column, vector, lane, lanes, guard).vectorize(lane)
-    output.fuse(block, chunk, first).fuse(first, band, some).fuse(some, g, more).fuse(more, n, every)
-    output.split(every, task, item, per_task, guard).parallel(task)
-    flat.compute_at(output, item).bound_extent(o, filters)
-    flat.split(p, tile, inner, vectors * lanes, shift).reorder(inner, o, tile, g, n)
-    flat.vectorize(inner, lanes).unroll(inner).unroll(o)
-    total.compute_at(flat, tile).vectorize(p, lanes).unroll(p).unroll(o)
-    total.update().reorder(p, o, k.x).vectorize(p, lanes).unroll(p).unroll(o)
-    inputs = [images, weight, bias, offsets, nearest, furthest, pitch, rows, columns, per_task]
-    return output, inputs
-
-
-@halide_jit.cached_pipeline
-def _polyphase_pipeline(dtype: Dtype) -> PipelineSpec:
-    """Define a pipeline: images (N, C, H, W), strides, planes per task -> (N, C, down, across, rows, columns)."""
-    hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
-    images = hl.ImageParam(number, 4, "images")
-    down, across, per_task = (hl.Param(hl.Int(32), name) for name in ("down", "across", "per_task"))
-    x, y, right, below, c, n = (hl.Var(name) for name in ("x", "y", "right", "below", "c", "n"))
-    output = hl.Func("output")
-    column = hl.clamp(hl.likely(x * across + right), 0, images.dim(0).extent() - 1)
-    line = hl.clamp(y * down + below, 0, images.dim(1).extent() - 1)
-    output[x, y, right, below, c, n] = images[column, line, c, n]
-    names = ("plane", "every", "task", "item", "vector", "lane")
-    plane, every, task, item, vector, lane = (hl.Var(name) for name in names)
-    guard = hl.TailStrategy.GuardWithIf
-    by_two = output.specialize((across == 2) & (output.output_buffer().dim(0).extent() >= lanes))
-    by_two.split(x, vector, lane, lanes, hl.TailStrategy.ShiftInwards).vectorize(lane)
-    by_two.reorder(lane, right, vector, y, below, c, n)
-    output.reorder(x, right, y, below, c, n)
-    for stage in (by_two, output):
-        stage.fuse(below, c, plane).fuse(plane, n, every)
-        stage.split(every, task, item, per_task, guard).parallel(task)
-    return output, [images, down, across, per_task]
-
-
-def _input_params(dtype: Dtype) -> tuple[Any, Any, Any, Any]:
-    """Return the parameters for images, weight, bias and offsets."""
-    hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)
-    sizes = (("images", 3), ("weight", 3), ("bias", 2))
-    images, weight, bias = (hl.ImageParam(number, dimensions, name) for name, dimensions in sizes)
-    return images, weight, bias, hl.ImageParam(hl.Int(32), 1, "offsets")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.arrays import ConvolveFn
-from core.engines import halide_jit, nonfinite
+from core.engines import halide_jit, interior, nonfinite
 from core.engines.halide_jit import Plane
 from core.problem import Dtype, Problem
 from core.shapes import Pair
@@ -64,8 +64,8 @@ class TransformEstimate(NamedTuple):
     `error` is the engine's own estimate of the maximum error of the output.
     """
 
-    size: float
-    norm: float
+    max_pixel: float
+    kernel_norm: float
     error: float
 
 
@@ -100,7 +100,7 @@ def plan_within_bound(problem: Problem, tile: Pair, transform: TransformFn) -> C
             correlate_within_bound(plane, weight[0, 0], target, transform)
 
     return halide_jit.allocate_and_fill(
-        problem, halide_jit.split_interior_and_borders(problem, tile, lambda _: fill_part)
+        problem, interior.split_interior_and_borders(problem, tile, lambda _: fill_part)
     )
 
 
@@ -111,7 +111,7 @@ def temporary_bytes(problem: Problem, tile: Pair) -> int:
     again = SLAB_TEMPORARY_ARRAYS * 4 * min(slab, (rows + problem.kernel_height) * problem.padded_size[1])
     if problem.dtype == "float64":
         again *= 3
-    return halide_jit.border_bytes(problem, tile) + again
+    return interior.border_bytes(problem, tile) + again
 
 
 def correlate_within_bound(
@@ -123,9 +123,9 @@ def correlate_within_bound(
     """
     bound = bound or plane.dtype
     estimates = transform(plane, kernel, output)
-    size, norm = max(each.size for each in estimates), estimates[0].norm
+    size, norm = max(each.max_pixel for each in estimates), estimates[0].kernel_norm
     error = max(each.error for each in estimates)
-    if not all(math.isfinite(each.size) for each in estimates) or not math.isfinite(norm):
+    if not all(math.isfinite(each.max_pixel) for each in estimates) or not math.isfinite(norm):
         if not (np.isfinite(plane).all() and np.isfinite(kernel).all()):
             _fill_by_slabs(_fill_with_nonfinite, plane, kernel, output, transform)
             return

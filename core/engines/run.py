@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from core.arrays import Array, ConvolveFn, as_torch
-from core.engines import ALL_ENGINES, ENGINES, separable, slices
+from core.engines import ALL_ENGINES, ENGINES, low_rank_factors, separable, slices
 from core.engines.choice import Choice, Method, choose_before_rank, with_rank
 from core.engines.slices import Check
 from core.machine import Machine, this_machine
@@ -65,9 +65,9 @@ def run_engine(
     """
     machine = machine or this_machine()
     choice, max_rank_checked, convolve, slice_count = _make_plan(problem, method, machine, engines)
-    kernel: Array | separable.Factors = weight
+    kernel: Array | low_rank_factors.Factors = weight
     if max_rank_checked or choice.engine == "separable":
-        factors = separable.find_factors(weight, max_rank_checked or separable.MAX_RANK)
+        factors = low_rank_factors.find_factors(weight, max_rank_checked or separable.MAX_RANK)
         rank = separable.MAX_RANK + 1 if factors is None else len(factors.rows)
         problem = with_rank(problem, rank)
         choice, _, convolve, slice_count = _make_plan(problem, method, machine, engines)

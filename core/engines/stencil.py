@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.arrays import Array, ConvolveFn, as_numpy
-from core.engines import halide_jit
+from core.engines import halide_costs, halide_jit, interior
 from core.engines.halide_jit import FillFn, PipelineSpec, Plane
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
@@ -52,7 +52,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call and of arithmetic or memory, whichever is slower; partial tiles count fully."""
     rows, columns = problem.output_size
     planes = problem.batch * problem.filters
-    speed = halide_jit.operations_per_second(machine, problem.dtype)
+    speed = halide_costs.operations_per_second(machine, problem.dtype)
     calls = 3 if problem.is_padded else 1
     if _is_smaller_than_tile(problem):
         row = dilated_size(
@@ -71,18 +71,16 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if problem.stride != (1, 1):
         efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
     arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
-    threads = halide_jit.choose_thread_count(machine, arithmetic)
-    work = max(arithmetic, halide_jit.memory_seconds(problem, machine))
+    threads = halide_costs.choose_thread_count(machine, arithmetic)
+    work = max(arithmetic, halide_costs.memory_seconds(problem, machine))
     if not problem.is_single_plane:
         # Tiles read few pixels of many rows and channels: the time depends on the latency of memory, not on bandwidth.
         size = np.dtype(problem.dtype).itemsize * problem.max_array_values
         work = arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
     fixed = (
-        machine.compile_seconds
-        + calls * CALL_OVERHEAD_S
-        + halide_jit.border_seconds(problem, _tile_shape(problem.dtype))
+        machine.compile_seconds + calls * CALL_OVERHEAD_S + interior.border_seconds(problem, _tile_shape(problem.dtype))
     )
-    return fixed + (work + halide_jit.page_fault_seconds(problem)) / threads
+    return fixed + (work + halide_costs.page_fault_seconds(problem)) / threads
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -96,7 +94,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     shape = problem.batch, problem.filters, *problem.output_size
     dtype = np.dtype(problem.dtype)
     if not problem.is_single_plane:
-        fill = halide_jit.split_interior_and_borders(
+        fill = interior.split_interior_and_borders(
             problem, _tile_shape(problem.dtype), functools.partial(_make_layer_fill, problem, machine)
         )
 
@@ -107,7 +105,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
             return output
 
         return convolve_layer
-    fill = halide_jit.split_interior_and_borders(
+    fill = interior.split_interior_and_borders(
         problem, _tile_shape(problem.dtype), functools.partial(_make_plane_fill, problem, machine)
     )
     return halide_jit.allocate_and_fill(problem, fill)
@@ -118,7 +116,7 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
     del machine
     narrow = problem.is_single_plane and problem.output_size[1] < halide_jit.vector_lanes(problem.dtype)
     transposed = problem.padded_bytes + problem.output_bytes if narrow else 0
-    return halide_jit.border_bytes(problem, _tile_shape(problem.dtype)) + transposed
+    return interior.border_bytes(problem, _tile_shape(problem.dtype)) + transposed
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
@@ -153,7 +151,7 @@ def _make_plane_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
     width = halide_jit.vector_lanes(dtype)
     if rows >= TILE_ROWS and columns >= TILE_VECTORS * width:
         groups = -(-rows // TILE_ROWS) * problem.batch
-        per_task = halide_jit.items_per_task(
+        per_task = halide_costs.items_per_task(
             groups, 2 * rows * columns * problem.batch * problem.taps / machine.flops, machine
         )
         tiles = (
@@ -185,10 +183,10 @@ def _make_layer_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
     if problem.channels == problem.groups and problem.stride == problem.dilation == (1, 1):
         depthwise, per_task = (
             _depthwise_pipeline(problem.dtype),
-            halide_jit.items_per_task(groups * problem.filters, work, machine),
+            halide_costs.items_per_task(groups * problem.filters, work, machine),
         )
         return lambda pixels, output, taps, bias: depthwise(pixels, taps, bias, filters_per_group, per_task, output)
-    options = *problem.dilation, filters_per_group, halide_jit.items_per_task(groups, work, machine)
+    options = *problem.dilation, filters_per_group, halide_costs.items_per_task(groups, work, machine)
     if problem.stride == (1, 1):
         filters = _layer_pipeline(problem.dtype)
         return lambda pixels, output, taps, bias: filters(pixels, taps, bias, *options, output)

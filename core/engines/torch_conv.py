@@ -66,8 +66,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     values = problem.batch * (problem.channels * problem.height * problem.width + problem.filters * rows * columns)
     if problem.dtype == "float64":
         return CALL_OVERHEAD_S + _float64_seconds(problem, machine)
-    together = problem.filters // problem.groups
-    rate = min(1.0, together / MIN_FULL_SPEED_FILTERS)
+    filters_per_group = problem.filters // problem.groups
+    rate = min(1.0, filters_per_group / MIN_FULL_SPEED_FILTERS)
     if problem.channels == problem.groups < problem.filters:
         rate *= DEPTHWISE_MULTIPLIER_SPEED
     work = problem.operations / (rate * machine.flops * machine.threads)
@@ -157,10 +157,10 @@ def _convolve_by_strips(
     """Compute the convolution a few images or output rows at a time, which limits the memory of unrolled windows."""
     rows, columns = problem.output_size
     unrolled_row = images.element_size() * problem.taps * columns
-    together = max(1, MAX_UNROLLED_BYTES // (unrolled_row * rows))
-    strip = max(1, MAX_UNROLLED_BYTES // unrolled_row) if together == 1 else rows
+    images_per_call = max(1, MAX_UNROLLED_BYTES // (unrolled_row * rows))
+    strip = max(1, MAX_UNROLLED_BYTES // unrolled_row) if images_per_call == 1 else rows
     options = (problem.stride, border, problem.dilation, problem.groups)
-    if together >= problem.batch and strip >= rows:
+    if images_per_call >= problem.batch and strip >= rows:
         return functional.conv2d(images, weight, bias, *options)
     if any(border) and strip < rows:
         symmetric: Sides = (border[0], border[0], border[1], border[1])
@@ -168,8 +168,8 @@ def _convolve_by_strips(
     step, window = problem.stride[0], dilated_size(problem.kernel_height, problem.dilation[0])
     # Strips are written into one output: a list of strips would fragment the memory that the windows free.
     output = images.new_empty((problem.batch, problem.filters, rows, columns))
-    for first_image in range(0, problem.batch, together):
-        some = slice(first_image, first_image + together)
+    for first_image in range(0, problem.batch, images_per_call):
+        some = slice(first_image, first_image + images_per_call)
         for first in range(0, rows, strip):
             last = min(first + strip, rows)
             needed = slice(None) if strip >= rows else slice(first * step, (last - 1) * step + window)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import core
 from core import ENGINES, MethodUnavailable, Problem
-from core.engines import separable
+from core.engines import low_rank_factors
 from tests import reference
 
 PROBLEM = Problem(batch=1, channels=1, height=8, width=8, filters=1, kernel_height=3, kernel_width=3)
@@ -87,8 +87,8 @@ def test_low_rank_is_searched_only_where_it_pays(rng: np.random.Generator) -> No
         core.correlate(image, rng.normal(size=(9, 9)), method="separable")
 
 
-def factorize(kernel: NDArray[Any]) -> separable.Factors:
-    factors = separable.find_factors(kernel[None, None], 4)
+def factorize(kernel: NDArray[Any]) -> low_rank_factors.Factors:
+    factors = low_rank_factors.find_factors(kernel[None, None], 4)
     assert factors is not None
     return factors
 
@@ -122,7 +122,7 @@ def test_zero_kernel_has_rank_one_and_nonfinite_none() -> None:
     for infinite in (np.nan, np.inf):
         kernel = np.ones((3, 3))
         kernel[1, 2] = infinite
-        assert separable.find_factors(kernel[None, None], 4) is None
+        assert low_rank_factors.find_factors(kernel[None, None], 4) is None
 
 
 def test_other_engines_work_without_halide(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:

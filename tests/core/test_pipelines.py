@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 
 import core
 from core.engines import (
-    block_fft,
+    block_fft_pipelines,
     column_fft,
     compiler_process,
     halide_jit,
     implicit_gemm,
+    implicit_gemm_pipelines,
+    low_rank_factors,
     pipeline_cache,
     pipelines,
     separable,
     stencil,
-    stockham,
+    value_stats,
 )
 from core.engines.pipeline_cache import Argument, ObjectFile
 from core.engines.pipeline_linker import Pipeline
@@ -262,17 +264,17 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     stencil._depthwise_pipeline: [(...,)],
     stencil._layer_pipeline: [(...,)],
     stencil._strided_pipeline: [(...,)],
-    implicit_gemm._rows_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
-    implicit_gemm._bands_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
-    implicit_gemm._polyphase_pipeline: [(...,)],
+    implicit_gemm_pipelines.rows_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
+    implicit_gemm_pipelines.bands_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
+    implicit_gemm_pipelines.polyphase_pipeline: [(...,)],
     separable._passes_pipeline: [(...,)],
-    separable._cross_approximation_pipeline: [()],
+    low_rank_factors.cross_approximation_pipeline: [()],
     column_fft._strip_pipeline: [
         (length, vectors, ...) for length in column_fft.TRANSFORM_RADICES for vectors in column_fft.PRODUCT_TILES
     ],
-    block_fft._block_pipeline: [(block, ...) for block in block_fft.FFT_BLOCKS],
-    block_fft._kernel_spectrum_pipeline: [(block, ...) for block in block_fft.FFT_BLOCKS],
-    stockham._stats_pipeline: [(...,)],
+    block_fft_pipelines.block_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
+    block_fft_pipelines.kernel_spectrum_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
+    value_stats._stats_pipeline: [(...,)],
 }
 """Every compiled pipeline and its arguments; `...` stands for the dtype."""
 

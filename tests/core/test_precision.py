@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import core
 from core import ENGINES, Dtype, MethodUnavailable
-from core.engines import precision, separable
+from core.engines import low_rank_factors, precision, separable
 from tests import precision_contract, reference
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
@@ -195,7 +195,7 @@ def test_named_kernel_has_a_rank(rng: np.random.Generator) -> None:
     image = rng.normal(size=(300, 300))
     for name, family in core.KERNELS.items():
         kernel = core.named_kernel(family.example)
-        factors = separable.find_factors(kernel[None, None], separable.MAX_RANK)
+        factors = low_rank_factors.find_factors(kernel[None, None], separable.MAX_RANK)
         assert family.rank == (None if factors is None else len(factors.rows)) or name == "motion"
     result = core.correlate(image, "gaussian(3.0)")
     assert result.engine == "separable"

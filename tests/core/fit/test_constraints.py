@@ -1,7 +1,5 @@
 """Constrained kernels: Karush-Kuhn-Tucker conditions, checked on the matrix of all windows."""
 
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import core
-from core import FitResult, InvalidOption, Status, fit_kernel
+from core import FitResult, Status, fit_kernel
 from core.fit import active_set, low_rank
 from tests.core.fit.constrained_oracle import (
     assert_optimal,
@@ -247,77 +245,6 @@ def test_unidentified_entries_have_least_norm() -> None:
     assert signed.final_loss == pytest.approx(0, abs=1e-20)
 
 
-@pytest.mark.parametrize(("rank", "shape"), [(1, (5, 5)), (2, (5, 5)), (1, (7, 3)), (2, (3, 6)), (3, (7, 7))])
-@pytest.mark.parametrize("bias", [False, True])
-def test_separable_kernels_are_recovered_from_exact_data(rank: int, shape: tuple[int, int], bias: bool) -> None:
-    rng = np.random.default_rng(rank)
-    layer = Layer(shape, channels=2, filters=2, bias=bias)
-    kernel = rng.normal(size=(2, 2, shape[0], rank)) @ rng.normal(size=(2, 2, rank, shape[1]))
-    images = rng.normal(size=(1, 2, 30, 30))
-    offsets = np.array([1.0, -2.0]) if bias else None
-    fit = fit_kernel(images, layer.output(images, kernel, offsets), bias=bias, solver="exact", separable=rank)
-    np.testing.assert_allclose(fit.kernel, kernel, atol=1e-9)
-    assert (np.linalg.matrix_rank(fit.kernel.numpy(), tol=1e-10) == rank).all()
-    assert fit.best_possible_loss is None
-    assert fit.excess_loss is None
-    assert fit.standard_errors is None
-    assert fit.final_loss <= 1e-18 * fit.loss_history[0]
-    assert "alternating least squares finds a local minimum, which may not be the global one" in fit.message
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_separable_kernels_are_stationary_and_beat_truncation(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    size = int(rng.integers(2, 6)), int(rng.integers(3, 6))
-    rank = min(int(rng.integers(1, 3)), min(size) - 1)
-    layer = Layer(size, channels=int(rng.integers(1, 3)), filters=2, bias=bool(rng.integers(2)))
-    images = rng.normal(size=(2, layer.channels, 12, 13)) + rng.choice([0, 1])
-    if seed % 4 == 0:
-        images = scipy.ndimage.gaussian_filter(images, (0, 0, 1, 1))
-    targets = layer.output(images, rng.normal(size=layer.kernel_shape)) + rng.normal(
-        size=(2, 2, 13 - size[0], 14 - size[1])
-    )
-    options: dict[str, Any] = {"loss": str(rng.choice(["sum", "mean"]))}
-    if seed % 3 == 0:
-        options |= {"smoothness": 0.5, "ridge": 0.1}
-    fit_case = FitCase(layer, [(images, targets, None)])
-    plain = fit_kernel(images, targets, solver="exact", **layer.options, **options)
-    fit = fit_kernel(images, targets, solver="exact", **layer.options, **options, separable=rank)
-    kernel, best = fit.kernel.numpy(), plain.kernel.numpy()
-    left, values, right = np.linalg.svd(best, full_matrices=False)
-    values[..., rank:] = 0
-    truncated = (left * values[..., None, :]) @ right
-    assert (np.linalg.matrix_rank(kernel, tol=1e-10 * np.abs(kernel).max()) <= rank).all()
-    total = 0.0
-    for index, (part, unknowns) in enumerate(
-        zip(build_filter_problems(fit_case, options), stack_unknowns(fit, fit_case), strict=True)
-    ):
-        cut = np.append(truncated[index].ravel(), [] if plain.bias is None else plain.bias[index].numpy())
-        assert part.loss(unknowns) <= part.loss(cut) * (1 + 1e-9)
-        gradient, at_zero = part.gradient(unknowns), np.linalg.norm(part.gradient(np.zeros(len(unknowns))))
-        slopes = gradient[: part.taps].reshape(layer.kernel_shape[1:])
-        rows, _, columns = np.linalg.svd(kernel[index], full_matrices=False)
-        # The gradient in the left factors for fixed right factors, and vice versa.
-        assert np.abs(slopes @ columns[:, :rank].swapaxes(1, 2)).max() <= 1e-6 * at_zero
-        assert np.abs(rows[:, :, :rank].swapaxes(1, 2) @ slopes).max() <= 1e-6 * at_zero
-        assert np.abs(gradient[part.taps :]).sum() <= 1e-6 * at_zero
-        total += part.loss(unknowns)
-    assert fit.final_loss == pytest.approx(total, rel=1e-8)
-    assert fit.final_loss >= plain.final_loss * (1 - 1e-9)
-
-
-def test_full_rank_constraint_has_no_effect() -> None:
-    rng = np.random.default_rng(4)
-    pair = rng.normal(size=(12, 12)), rng.normal(size=(10, 9))
-    fit, plain = fit_kernel(*pair, solver="exact", separable=3), fit_kernel(*pair, solver="exact")
-    assert fit.message == plain.message
-    assert (fit.kernel == plain.kernel).all()
-    assert fit.best_possible_loss == plain.best_possible_loss
-    switched_off: list[dict[str, Any]] = [{"separable": False}, {"nonnegative": False}, {"smoothness": 0.0}]
-    for off in switched_off:
-        assert (fit_kernel(*pair, solver="exact", **off).kernel == plain.kernel).all()
-
-
 @pytest.mark.parametrize("symmetric", SYMMETRIES)
 def test_symmetric_kernel_is_recovered_from_exact_data(symmetric: Any) -> None:
     rng = np.random.default_rng(5)
@@ -388,82 +315,12 @@ def test_interrupted_search_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert "it stopped after the maximum number of sweeps" in fit.message
 
 
-ONE_OPTION: list[dict[str, Any]] = [
-    {"nonnegative": True},
-    {"sum_to": 1},
-    {"symmetric": "both"},
-    {"separable": 1},
-    {"smoothness": 1.0},
-]
-OTHER_SOLVERS: list[dict[str, Any]] = [{"solver": "sgd"}, {"solver": "adam", "loss": "huber"}, {"loss": "l1"}]
-
-PAIR: dict[str, Any] = {"input": np.ones((6, 8)), "target": np.ones((5, 6))}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"nonnegative": 1}, "nonnegative 1 is not true or false"),
-        *[({"sum_to": total}, f"sum_to {total!r} is not a finite number") for total in (math.inf, math.nan, "1", True)],
-        ({"symmetric": "square"}, 'symmetric "square" is not one of: horizontal, vertical, both, rotation, transpose'),
-        *[({"separable": rank}, f"separable {rank!r} is not a rank: an integer from 1") for rank in (0, -1, 1.5, "1")],
-        *[
-            ({"smoothness": value}, f"smoothness {value!r} is not a number from 0 on")
-            for value in (-1.0, math.nan, "1")
-        ],
-        (
-            {"nonnegative": True, "sum_to": -1},
-            "sum_to -1 with nonnegative: entries from 0 on cannot have a negative sum",
-        ),
-        ({"separable": 1, "nonnegative": True}, "separable and nonnegative cannot be combined: leave one of them out"),
-        ({"separable": 1, "sum_to": 1, "symmetric": "both"}, "separable and sum_to and symmetric cannot be combined"),
-        ({"symmetric": "full"}, 'symmetric "full" exchanges rows and columns, but the kernel is (2, 3): use a square'),
-        ({"symmetric": "transpose"}, 'symmetric "transpose" exchanges rows and columns'),
-        (
-            {"nonnegative": True, "ridge": "auto"},
-            'ridge "auto" with nonnegative: with constraints the ridge must be a',
-        ),
-        *[
-            ({**option, **change}, 'constraints need solver "exact" and loss "sum" or "mean"; use these, or leave')
-            for option, change in itertools.product(ONE_OPTION, OTHER_SOLVERS)
-        ],
-    ],
-)
-def test_contradictory_constraints_are_rejected(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidOption) as caught:
-        core.plan_fit_kernel(**PAIR, **{"solver": "exact", **options})
-    assert message in str(caught.value)
-    assert caught.value.field in options
-    assert caught.value.limit is not None
-
-
-def test_too_many_or_no_unknowns_are_rejected_early() -> None:
-    with pytest.raises(
-        InvalidOption, match="nonnegative with 1089 unknowns in each filter: constraints are solved for"
-    ):
-        core.plan_fit_kernel(np.ones((60, 60)), np.ones((28, 28)), solver="exact", nonnegative=True)
-    with pytest.raises(InvalidOption, match="sum_to 1 leaves nothing to learn"):
-        core.plan_fit_kernel(np.ones((6, 6)), np.ones((6, 6)), solver="exact", sum_to=1)
-    with pytest.raises(InvalidOption, match="sum_to 1 leaves nothing to learn"):
-        core.plan_fit_kernel(np.ones((6, 6)), np.ones((6, 5)), solver="exact", sum_to=1, symmetric="horizontal")
-    biased = fit_kernel(np.eye(6), 2 * np.eye(6) + 1, solver="exact", sum_to=2, bias=True)
-    assert biased.kernel.item() == 2
-    assert biased.bias is not None
-    assert biased.bias.item() == pytest.approx(1)
-
-
 def test_no_step_of_a_search_takes_long() -> None:
     rng = np.random.default_rng(10)
     image = rng.normal(size=(60, 60))
     plan = core.plan_fit_kernel(image, rng.normal(size=(44, 44)), solver="exact", nonnegative=True)
     yields = sum(1 for _ in plan.steps())
     assert yields > 10
-
-
-@pytest.mark.parametrize("options", [{"symmetric": "full"}, {"sum_to": 1.0}, {"smoothness": 1.0}, {"separable": 1}])
-def test_kernel_beyond_memory_is_rejected_by_size(options: dict[str, Any]) -> None:
-    with pytest.raises(core.InvalidShape, match="is larger than the input"):
-        core.plan_fit_kernel(**PAIR, kernel_size=2**31 - 1, solver="exact", **options)
 
 
 def build_integer_cases() -> list[tuple[Floats, Floats, tuple[int, int], float, bool]]:
@@ -503,24 +360,3 @@ def test_loss_under_a_sum_is_minimal_at_any_rank(
     rounding = 1e-10 * max(1.0, np.abs(x).max() * max(1.0, abs(total))) ** 2
     assert fit.final_loss == pytest.approx(smallest, rel=1e-6, abs=rounding)
     assert fit.rank == np.linalg.matrix_rank(free, tol=1e-9 * max(1.0, np.abs(free).max()))
-
-
-@pytest.mark.parametrize(
-    ("scale", "options", "field"),
-    [
-        (1e-160, {"ridge": 1.0}, "ridge"),
-        (1e-160, {"ridge": 1.0, "loss": "huber"}, "ridge"),
-        (1e-160, {"smoothness": 1.0}, "smoothness"),
-        (1.0, {"smoothness": 1e30}, "smoothness"),
-        (1.0, {"sum_to": 1e160}, "sum_to"),
-        (1e200, {"ridge": "auto"}, "ridge"),
-        (1e-200, {"ridge": "auto"}, "ridge"),
-    ],
-)
-def test_options_beyond_float64_are_rejected(
-    scale: float, options: dict[str, Any], field: str, rng: np.random.Generator
-) -> None:
-    x, y = scale * rng.normal(size=(9, 9)), rng.normal(size=(7, 7))
-    with pytest.raises(InvalidOption, match="float64 cannot hold") as caught:
-        fit_kernel(x, y, solver="exact", **options)
-    assert caught.value.field == field

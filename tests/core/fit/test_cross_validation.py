@@ -1,4 +1,4 @@
-"""Generalised cross-validation (GCV), ridge paths and covariances, compared with dense linear algebra."""
+"""Generalised cross-validation (GCV) and ridge paths, compared with dense linear algebra."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,50 +10,14 @@ from hypothesis import assume, given, settings
 from PIL import Image
 
 import core
-from core import FitResult, InvalidOption, fit_kernel, fit_kernel_steps, plan_fit_kernel
+from core import InvalidOption, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit import strategy
+from tests.core.fit.hat_matrices import HatMatrices, build_systems, fit_with_ridge
 from tests.core.fit.layers import FitCase, Layer, fit_cases
-from tests.core.fit.least_squares import build_weighted_system, solve_least_squares
+from tests.core.fit.least_squares import solve_least_squares
 from tests.core.fit.test_conditioning import PHOTOGRAPH
 from tests.core.fit.test_exact import CAMERA
 from tests.reference import Floats, correlate_valid_by_windows
-
-
-def build_systems(fit_case: FitCase) -> list[tuple[Floats, Floats]]:
-    """Return the matrix and right-hand side of each filter, multiplied by the square roots of the weights."""
-    layer, found = fit_case.layer, []
-    for filter_ in range(layer.filters):
-        matrix, target, weights = build_weighted_system(fit_case, filter_)
-        counted = weights > 0
-        root = np.sqrt(weights[counted])
-        found.append((matrix[counted] * root[:, None], target[counted] * root))
-    return found
-
-
-class HatMatrices:
-    """GCV from the explicit hat matrix of each filter."""
-
-    def __init__(self, fit_case: FitCase) -> None:
-        self.systems, self.taps = build_systems(fit_case), int(np.prod(fit_case.layer.kernel_shape[1:]))
-        self.count = sum(len(matrix) for matrix, _ in self.systems)
-
-    def __call__(self, ridge: float) -> tuple[float, float, float]:
-        """Return GCV, sum of squares and degrees of freedom."""
-        left = freedom = 0.0
-        for matrix, target in self.systems:
-            penalty = np.sqrt(ridge) * np.eye(self.taps, matrix.shape[1])
-            # Use singular vectors, not QR: Q spans more than the columns of the matrix if its rank is not full.
-            vectors, values, _ = np.linalg.svd(np.vstack([matrix, penalty]), full_matrices=False)
-            basis = vectors[: len(matrix), values > 1e-14 * values.max(initial=0)]
-            hat = basis @ basis.T
-            left += float(np.sum((target - hat @ target) ** 2))
-            freedom += float(np.trace(hat))
-        spare = self.count - freedom
-        return self.count * left / spare**2 if spare > 1e-9 else np.inf, left, freedom
-
-
-def fit_with_ridge(fit_case: FitCase, **options: Any) -> FitResult:
-    return fit_kernel(pairs=fit_case.pairs, **fit_case.layer.options, **{"solver": "exact", **options})
 
 
 @pytest.mark.slow
@@ -348,56 +312,6 @@ def test_hundreds_of_unknowns_are_supported(blur: float) -> None:
     assert fit.covariance is not None
     assert fit.standard_errors is not None
     np.testing.assert_allclose(np.diag(fit.covariance), fit.standard_errors.numpy().ravel() ** 2, rtol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["sum", "mean"])
-@pytest.mark.parametrize("ridge", [0.0, 0.3, "auto"])
-@settings(max_examples=40)
-@given(fit_case=fit_cases())
-def test_covariance_matches_an_inverse(fit_case: FitCase, ridge: Any, loss: str) -> None:
-    scale = 1 if loss == "sum" else fit_case.weight
-    assume(sum(len(matrix) for matrix, _ in build_systems(fit_case)) > 1)
-    fit = fit_with_ridge(fit_case, ridge=ridge, loss=loss, covariance=True)
-    assert (fit.covariance is None) == (fit.standard_errors is None)
-    assert fit.ridge is not None
-    best = solve_least_squares(fit_case, fit.ridge * scale)
-    assume(best.has_clear_rank and min(best.freedom) > 1e-3)
-    if fit.covariance is None:
-        return
-    taps = best.kernel[0].size
-    for number, (matrix, _) in enumerate(build_systems(fit_case)):
-        gram = matrix.T @ matrix
-        penalty = fit.ridge * scale * np.eye(len(gram)) * (np.arange(len(gram)) < taps)
-        assume(np.linalg.cond(gram + penalty) < 1e9)
-        inverse = np.linalg.inv(gram + penalty)
-        expected = best.residual_std[number] ** 2 * inverse @ gram @ inverse
-        found = fit.covariance[number].numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-        np.testing.assert_array_equal(found, found.T)
-        assert fit.standard_errors is not None
-        errors = fit.standard_errors[number].numpy().ravel()
-        if fit.bias_standard_errors is not None:
-            errors = np.append(errors, fit.bias_standard_errors[number])
-        np.testing.assert_allclose(np.diag(found), errors**2, rtol=1e-9, atol=1e-12 * np.abs(found).max())
-
-
-def test_covariance_of_planes_is_a_matrix() -> None:
-    rng = np.random.default_rng(5)
-    pair = rng.normal(size=(8, 9)), rng.normal(size=(7, 7))
-    planes = fit_kernel(*pair, solver="exact", bias=True, covariance=True)
-    images = fit_kernel(pair[0][None], pair[1][None], solver="exact", bias=True, covariance=True)
-    assert planes.covariance is not None
-    assert planes.covariance.shape == (7, 7)
-    assert images.covariance is not None
-    assert images.covariance.shape == (1, 7, 7)
-    np.testing.assert_array_equal(planes.covariance, images.covariance[0])
-    assert fit_kernel(*pair, solver="exact").covariance is None
-    # The covariance is None if the standard errors are.
-    without: list[dict[str, Any]] = [{"loss": "huber"}, {"kernel_size": 8, "padding": [0, 6, 0, 5]}]
-    for options in without:
-        fit = fit_kernel(*pair, covariance=True, seed=0, **options)
-        assert (fit.standard_errors, fit.covariance) == (None, None)
 
 
 REJECTED_OPTIONS: list[tuple[dict[str, Any], str, str]] = [

@@ -1,87 +1,31 @@
-"""Huber fits by reweighted least squares and huber_delta "auto", compared with numpy and scipy on all windows."""
+"""Huber fits by reweighted least squares, compared with numpy, scipy and torch."""
 
-import dataclasses
 import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.optimize
+import scipy.sparse
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import core
-from core import FitResult, InvalidOption, Status, fit_kernel, fit_kernel_steps, plan_fit_kernel
-from core.fit import median, robust, strategy
-from core.fit.interruption import finish
-from core.fit.median import weighted_median
+from core import InvalidOption, Status, fit_kernel, fit_kernel_steps, plan_fit_kernel
+from core.fit import robust, strategy
+from tests.core.fit.huber_oracle import (
+    EXACT_HUBER,
+    build_rows,
+    compute_loss_and_gradient,
+    minimize_huber,
+    stack_unknowns,
+)
 from tests.core.fit.layers import FitCase, Layer, fit_cases
-from tests.core.fit.least_squares import build_weighted_system
 from tests.core.fit.test_conditioning import PHOTOGRAPH
 from tests.reference import Floats, correlate_valid_by_windows
-
-EXACT_HUBER: dict[str, Any] = {"solver": "exact", "loss": "huber"}
-
-
-@dataclasses.dataclass(frozen=True)
-class FilterRows:
-    """Windows, targets and weights of one filter, and a 0/1 mask of the unknowns with a ridge penalty."""
-
-    matrix: Floats
-    target: Floats
-    weights: Floats
-    pulled: Floats
-
-
-def build_rows(fit_case: FitCase) -> list[FilterRows]:
-    layer, filters = fit_case.layer, []
-    taps = int(np.prod(layer.kernel_shape[1:]))
-    for filter_ in range(layer.filters):
-        matrix, target, weights = build_weighted_system(fit_case, filter_)
-        filters.append(FilterRows(matrix, target, weights, (np.arange(matrix.shape[1]) < taps).astype(float)))
-    return filters
-
-
-def compute_loss_and_gradient(
-    rows: FilterRows, at: Floats, delta: float, total: float, ridge: float = 0.0
-) -> tuple[float, Floats]:
-    """Return a filter's part of the mean Huber loss with ridge, and its gradient; `total` is the sum of weights."""
-    residual = rows.matrix @ at - rows.target
-    size = np.abs(residual)
-    values = np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
-    slope = rows.matrix.T @ (rows.weights * np.clip(residual, -delta, delta))
-    penalty = ridge * rows.pulled * at
-    return float(rows.weights @ values) / total + float(penalty @ at), slope / total + 2 * penalty
-
-
-def minimize_huber(rows: FilterRows, delta: float, total: float, ridge: float) -> Floats:
-    """Minimise the Huber loss by reweighted lstsq, then by Newton steps on the residuals below delta."""
-    root = np.sqrt(2 * ridge * total) * np.diag(rows.pulled)
-
-    def solve(weights: Floats, right: Floats) -> Floats:
-        scaled = np.sqrt(weights * rows.weights)
-        solution: Floats = np.linalg.lstsq(
-            np.vstack([scaled[:, None] * rows.matrix, root]), np.append(scaled * right, np.zeros(len(root)))
-        )[0]
-        return solution
-
-    at = solve(np.ones_like(rows.target), rows.target)
-    for _ in range(3000):
-        size = np.abs(rows.matrix @ at - rows.target)
-        new = solve(np.where(size <= delta, 1.0, delta / np.maximum(size, delta)), rows.target)
-        moved, at = np.linalg.norm(new - at), new
-        if moved <= 1e-13 * np.linalg.norm(at):
-            break
-    return at
-
-
-def stack_unknowns(fit: FitResult, fit_case: FitCase) -> list[Floats]:
-    kernels = fit.kernel.numpy().reshape(fit_case.layer.filters, -1)
-    if fit.bias is not None:
-        kernels = np.hstack([kernels, fit.bias.numpy()[:, None]])
-    return list(kernels)
 
 
 def add_outliers(fit_case: FitCase, seed: int, fraction: float = 0.1, size: float = 1e3) -> FitCase:
@@ -185,134 +129,6 @@ def test_small_delta_approaches_least_absolute_differences(delta: float) -> None
     absolute = by_simplex.fun / count
     # delta |r| - delta^2 / 2 <= huber(r) <= delta |r|
     assert absolute - delta / 2 - 1e-9 <= fit.final_loss / delta <= absolute + 1e-9
-
-
-def compute_normalized_mad(residuals: Floats) -> float:
-    return float(np.median(np.abs(residuals - np.median(residuals))) / 0.6745)
-
-
-def fit_auto_with_numpy(matrix: Floats, target: Floats) -> tuple[Floats, float]:
-    """Fit by reweighted least squares with delta from the residuals; integer weights are repeated rows."""
-    at: Any = np.linalg.lstsq(matrix, target)[0]
-    for _ in range(1000):
-        residual = target - matrix @ at
-        delta = 1.345 * compute_normalized_mad(residual)
-        root = np.sqrt(np.minimum(1, delta / np.maximum(np.abs(residual), 1e-300)))
-        at = np.linalg.lstsq(root[:, None] * matrix, root * target)[0]
-    return at, delta
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("counted", [False, True])
-@pytest.mark.parametrize("filters", [1, 2])
-def test_auto_delta_matches_numpy(*, bias: bool, counted: bool, filters: int) -> None:
-    rng = np.random.default_rng(5)
-    layer = Layer((2, 3), filters=filters, bias=bias)
-    image, kernel = rng.normal(size=(1, 1, 21, 19)), rng.normal(size=layer.kernel_shape)
-    clean = layer.output(image, kernel, rng.normal(size=filters) if bias else None)
-    target = clean + 0.2 * rng.standard_t(2, clean.shape)
-    weights = rng.integers(0, 4, clean.shape).astype(float) if counted else None
-    filters_apart = build_rows(FitCase(layer, [(image, target, weights)]))
-    size = filters_apart[0].matrix.shape[1]
-    matrix = np.zeros((0, filters * size))
-    for index, rows in enumerate(filters_apart):
-        block = np.zeros((int(rows.weights.sum()), filters * size))
-        block[:, index * size : (index + 1) * size] = np.repeat(rows.matrix, rows.weights.astype(int), 0)
-        matrix = np.vstack([matrix, block])
-    targets = np.concatenate([np.repeat(rows.target, rows.weights.astype(int)) for rows in filters_apart])
-    expected, delta = fit_auto_with_numpy(matrix, targets)
-    fit = fit_kernel(image, target, weights=weights, **layer.options, **EXACT_HUBER, huber_delta="auto")
-    assert fit.huber_delta == pytest.approx(delta, rel=1e-8)
-    found = np.concatenate(stack_unknowns(fit, FitCase(layer, [(image, target, weights)])))
-    np.testing.assert_allclose(found, expected, atol=1e-8)
-    repeated = fit_kernel(image, target, weights=weights, **layer.options, **EXACT_HUBER, huber_delta=fit.huber_delta)
-    np.testing.assert_allclose(repeated.kernel, fit.kernel, atol=1e-9)
-    options: dict[str, Any] = {**layer.options, "weights": weights, "seed": 0, "loss": "huber"}
-    descent = fit_kernel(image, target, **options, huber_delta="auto")
-    assert descent.huber_delta == fit.huber_delta
-    assert descent.loss_history == fit_kernel(image, target, **options, huber_delta=fit.huber_delta).loss_history
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [30.0, 1e6])
-@pytest.mark.parametrize("bias", [False, True])
-def test_outliers_in_a_tenth_of_the_target_hardly_move_it(size: float, *, bias: bool) -> None:
-    rng = np.random.default_rng(6)
-    image, kernel = rng.normal(size=(100, 90)), rng.normal(size=(5, 5))
-    target = correlate_valid_by_windows(image, kernel) + 0.1 * rng.normal(size=(96, 86))
-    spoiled = np.where(rng.random(target.shape) < 0.1, size * rng.normal(size=target.shape), target)
-
-    def error(of: Floats, **options: Any) -> float:
-        fit = fit_kernel(image, of, kernel_size=5, bias=bias, solver="exact", **options)
-        return float(np.linalg.norm(fit.kernel.numpy() - kernel))
-
-    clean = error(target)
-    assert error(spoiled, loss="huber", huber_delta="auto") < 2 * clean
-    assert error(spoiled) > 20 * clean
-    adam: dict[str, Any] = {
-        "solver": "adam",
-        "learning_rate": 0.05,
-        "steps": 400,
-        "seed": 0,
-        "loss": "huber",
-        "huber_delta": "auto",
-    }
-    descended = fit_kernel(image, spoiled, kernel_size=5, bias=bias, **adam)
-    assert np.linalg.norm(descended.kernel.numpy() - kernel) < 2 * clean
-
-
-@pytest.mark.parametrize("factor", [1 / 255, 1e-200, 1e180])
-def test_auto_delta_scales_with_the_target(factor: float) -> None:
-    rng = np.random.default_rng(7)
-    image = rng.integers(0, 256, (40, 40)).astype(float)
-    target = correlate_valid_by_windows(image, rng.normal(size=(3, 3))) + rng.standard_t(2, (38, 38))
-    whole = fit_kernel(image, target, **EXACT_HUBER, huber_delta="auto")
-    scaled = fit_kernel(image, factor * target, **EXACT_HUBER, huber_delta="auto")
-    assert whole.huber_delta is not None
-    assert scaled.huber_delta == pytest.approx(factor * whole.huber_delta, rel=1e-8)
-    np.testing.assert_allclose(scaled.kernel.numpy() / factor, whole.kernel, rtol=1e-8)
-    assert scaled.status is Status.CONVERGED
-    both = fit_kernel(image / 255, target / 255, **EXACT_HUBER, huber_delta="auto")
-    np.testing.assert_allclose(both.kernel, whole.kernel, rtol=1e-8)
-    by_delta = fit_kernel(image, factor * target, **EXACT_HUBER, huber_delta=scaled.huber_delta)
-    np.testing.assert_allclose(by_delta.kernel, scaled.kernel, rtol=1e-8)
-
-
-def test_default_delta_is_in_units_of_the_target() -> None:
-    rng = np.random.default_rng(8)
-    image = rng.random((30, 30))
-    target = correlate_valid_by_windows(image, rng.normal(size=(2, 2))) + 0.1 * rng.normal(size=(29, 29))
-    fit, squares = fit_kernel(image, target, **EXACT_HUBER), fit_kernel(image, target, solver="exact", loss="mean")
-    assert fit.huber_delta == 1.0
-    np.testing.assert_allclose(fit.kernel, squares.kernel, rtol=1e-12)
-    assert fit.final_loss == pytest.approx(squares.final_loss / 2)
-    assert "0 % of the residuals are above huber_delta 1" in fit.message
-    assert squares.huber_delta is None
-
-
-@pytest.mark.parametrize("solver", ["exact", "adam"])
-def test_exact_data_are_reproduced(solver: Any) -> None:
-    rng = np.random.default_rng(9)
-    image, kernel = rng.normal(size=(30, 30)), rng.normal(size=(3, 3))
-    target = correlate_valid_by_windows(image, kernel)
-    spoiled = np.where(rng.random(target.shape) < 0.2, 1e4, target)
-    for of in (target, spoiled):
-        fit = fit_kernel(image, of, solver=solver, loss="huber", huber_delta="auto", seed=0)
-        assert fit.huber_delta == pytest.approx(1.345e-9 * np.median(np.abs(of)), rel=1e-9)
-        assert "at least half of the residuals are zero, so that huber_delta is" in fit.message
-        if solver == "exact":
-            assert fit.status is Status.CONVERGED
-            np.testing.assert_allclose(fit.kernel, kernel, atol=1e-8)
-
-
-@pytest.mark.parametrize("solver", ["exact", "sgd"])
-def test_zero_target_has_the_default_delta(solver: Any) -> None:
-    fit = fit_kernel(np.ones((5, 5)), np.zeros((4, 4)), solver=solver, loss="huber", huber_delta="auto", seed=0)
-    assert fit.huber_delta == 1.0
-    assert "the target is zero, so that huber_delta is 1" in fit.message
-    if solver == "exact":
-        assert (fit.final_loss, fit.status) == (0, Status.CONVERGED)
 
 
 @pytest.mark.slow
@@ -494,17 +310,6 @@ def test_descents_match_torch_with_that_delta(solver: Any, options: dict[str, An
     assert fit.best_possible_loss is None
 
 
-def test_batches_can_choose_delta() -> None:
-    rng = np.random.default_rng(16)
-    pairs = []
-    for count, side in ((3, 12), (2, 15)):
-        x = rng.normal(size=(count, 1, side, side))
-        pairs.append((x, x[:, :, 1:, 1:] + 0.1 * rng.standard_t(2, (count, 1, side - 1, side - 1))))
-    options: dict[str, Any] = {"kernel_size": 2, "loss": "huber", "huber_delta": "auto", "seed": 0}
-    delta = fit_kernel(pairs=pairs, **options, solver="exact").huber_delta
-    assert fit_kernel(pairs=pairs, **options, batch_size=2).huber_delta == pytest.approx(delta, rel=1e-8)
-
-
 def test_tolerance_ends_the_iterations_early() -> None:
     rng = np.random.default_rng(17)
     image, target = rng.normal(size=(30, 30)), rng.normal(size=(28, 28)) ** 3
@@ -599,23 +404,3 @@ def test_nan_is_rejected() -> None:
     for options in (EXACT_HUBER, {"loss": "huber", "huber_delta": "auto"}):
         with pytest.raises(core.InvalidNumbers):
             fit_kernel(image, np.ones((4, 4)), **options)
-
-
-@pytest.mark.slow
-@given(
-    count=st.integers(1, 60),
-    spread=st.sampled_from([1.0, 1e300, 1e-310]),
-    decimals=st.sampled_from([0, 1, 8]),
-    weighted=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_medians_match_numpy(count: int, spread: float, decimals: int, weighted: bool, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    values = rng.normal(size=count).round(decimals) * spread
-    weights = rng.integers(1, 5, count).astype(float) if weighted else None
-    expected = np.median(values if weights is None else np.repeat(values, weights.astype(int)))
-    for sorted_values in (1 << 19, 3):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(median, "MAX_SORTED_VALUES", sorted_values)
-            patch.setattr(median, "CHUNK_VALUES", 7)
-            assert finish(weighted_median(values, weights)) == pytest.approx(float(expected), rel=1e-15, abs=1e-320)

@@ -1,0 +1,57 @@
+"""Cost of compiled engines: speed of one thread, memory traffic, page faults, and the division of work into tasks."""
+
+import functools
+
+from core.machine import Machine
+from core.problem import Dtype, Problem
+from core.resources import usable_cores
+
+MIN_THREAD_WORK_S = 3e-5
+"""Minimum seconds of work per thread; waking a thread for less work costs more time than it saves."""
+
+LAST_LEVEL_CACHE_BYTES = 1.2e7
+MALLOC_MMAP_BYTES = 2**25
+"""Bytes that stay in the last-level cache, and bytes above which malloc maps new memory for each allocation."""
+
+PAGE_FAULT_S_PER_BYTE = 1e-10
+"""Seconds of one thread for page faults per byte of newly mapped memory; measured."""
+
+
+def operations_per_second(machine: Machine, dtype: Dtype) -> float:
+    """Return one thread's operations per second in a matrix product; float64 has half the speed of float32."""
+    return machine.flops * (1 if dtype == "float32" else 0.5)
+
+
+def choose_thread_count(machine: Machine, seconds: float) -> int:
+    """Return the number of threads to use for work that takes one thread `seconds`."""
+    return min(machine.threads, max(1, int(seconds / MIN_THREAD_WORK_S)))
+
+
+def items_per_task(items: int, seconds: float, machine: Machine) -> int:
+    """Return the number of items per thread, for work that takes one thread `seconds` in total."""
+    return -(-items // choose_thread_count(machine, seconds))
+
+
+def choose_task_count(machine: Machine, each: int) -> int:
+    """Return the number of tasks: `each` per thread, so that threads with faster tasks do not wait long at the end.
+
+    Halide's pool has one thread per core. If `machine` allows fewer, there are only as many tasks as allowed threads.
+    """
+    return machine.threads * each if machine.threads >= _pool_threads() else machine.threads
+
+
+@functools.cache
+def _pool_threads() -> int:
+    return usable_cores()
+
+
+def memory_seconds(problem: Problem, machine: Machine) -> float:
+    """Return the minimum seconds in which one thread reads the images once and writes the output."""
+    moved = problem.input_bytes + problem.output_bytes
+    return moved / ((4 if moved < LAST_LEVEL_CACHE_BYTES else 0.85) * machine.bandwidth)
+
+
+def page_fault_seconds(problem: Problem) -> float:
+    """Return the seconds that one thread spends on page faults of a large output: the system zeroes each new page."""
+    output = problem.output_bytes
+    return PAGE_FAULT_S_PER_BYTE * output if output > MALLOC_MMAP_BYTES else 0.0
