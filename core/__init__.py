@@ -28,12 +28,12 @@ from core.errors import (
     UnknownKernel,
 )
 from core.explain import Candidate, explain
-from core.fit.constraints import Symmetry
+from core.fit.constrained.constraints import Symmetry
 from core.fit.fit import FitPlan, fit_kernel, fit_kernel_steps, plan_fit_kernel, run_to_end
 from core.fit.losses import Loss
 from core.fit.optimizers import Solver
 from core.fit.result import RIDGE_PATH_FIELDS, FitResult, Forecast, Prediction, Progress, Reading, Status, Step
-from core.fit.size_selection import DEFAULT_MAX_KERNEL_SIZE
+from core.fit.size_range import DEFAULT_MAX_KERNEL_SIZE
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits
 from core.machine import Machine, measure_machine, use_one_blas_thread

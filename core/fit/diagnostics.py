@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from core.fit.eigen import Floats, GramSpectrum, Spectrum, decompose_factors, invert
 from core.fit.exact import Minimum, refine_minimum
 from core.fit.interruption import Interruptible
+from core.fit.linear_algebra.dense import Floats
+from core.fit.linear_algebra.inverse import invert
+from core.fit.linear_algebra.singular_values import decompose_factors
+from core.fit.linear_algebra.spectrum import GramSpectrum, Spectrum
 from core.fit.normal_equations import NormalEquations
 from core.fit.objective import FactoredQuadraticTerm, ImageTerm, Objective, QuadraticTerm
 from core.fit.parameters import Unknowns

@@ -9,21 +9,24 @@ from typing import Any, ParamSpec, TypeVar
 from core.arrays import ArrayLike
 from core.device import CPU_DEVICE, resolve_device
 from core.errors import Cost, InvalidArgument, InvalidOption
-from core.fit.constraints import Constraints, Symmetry, parse_rank
-from core.fit.examples import Layer, RawExample, load_examples
+from core.fit.constrained.constraints import Constraints, Symmetry, parse_rank
+from core.fit.cost_model import count_result_megabytes
+from core.fit.examples import Examples, Layer, RawExample, load_examples
 from core.fit.fit_run import FitRun
 from core.fit.fit_spec import FitSpec
+from core.fit.fit_steps import run_fit
 from core.fit.initialization import resolve_initialization, resolve_seed
 from core.fit.losses import Loss
 from core.fit.optimizers import Solver
 from core.fit.options import Auto, Options
 from core.fit.result import FitResult, Progress
-from core.fit.size_selection import SizeSelection, find_size_range, require_size_selection
-from core.fit.strategy import FitMethod, count_result_megabytes
+from core.fit.size_range import SizeRange, find_size_range, require_size_selection
+from core.fit.size_selection import SizeSelection
+from core.fit.strategy import FitMethod
 from core.fit.validation_set import load_validation, make_validation_problem, require_patience
 from core.limits import Limits
 from core.machine import Machine, this_machine
-from core.problem import PaddingMode
+from core.problem import PaddingMode, Problem
 from core.validation import format_value, require_one_of, require_positive
 
 Arguments = ParamSpec("Arguments")
@@ -47,7 +50,7 @@ class FitPlan:
         It yields Readings of the examples, a Forecast, and a Step for each update; in long phases also Readings, so
         that it can be ended about every tenth of a second. It returns the FitResult.
         """
-        return self._run.steps()
+        return run_fit(self._run) if isinstance(self._run, FitRun) else self._run.steps()
 
     def run(self, on_progress: Callable[[Progress], object] | None = None) -> FitResult:
         """Compute the fit, calling `on_progress` with everything that `steps` yields; its exceptions end the fit."""
@@ -166,52 +169,22 @@ def plan_fit_kernel(
         require_size_selection(options, initial_kernel=initial_kernel is not None)
         depth = max(examples.channels // require_positive("groups", layer.groups), 1)
         size_range = find_size_range(examples, layer, max_kernel_size, depth=depth, bias=bias)
-        kernel_size = size_range.outer
-    elif isinstance(kernel_size, str):
-        raise InvalidArgument(
-            f'kernel_size {format_value(kernel_size)} is neither an integer, nor [rows, columns], nor "auto"',
-            field="kernel_size",
-            got=format_value(kernel_size),
-            limit='an integer, [rows, columns], "auto"',
-        )
-    elif max_kernel_size is not None:
-        raise InvalidOption(
-            'max_kernel_size is given, but kernel_size is not "auto": set kernel_size to "auto", or leave it out',
-            field="max_kernel_size",
-            got=format_value(max_kernel_size),
-            limit='null unless kernel_size is "auto"',
-        )
+        given_size: int | Sequence[int] | None = size_range.outer
+    else:
+        given_size = _require_given_size(kernel_size, max_kernel_size)
     initialization = resolve_initialization(
         examples,
         layer,
-        kernel_size=kernel_size,
+        kernel_size=given_size,
         initial_kernel=initial_kernel,
         bias=bias,
         initial_bias=initial_bias,
     )
-    if batch_size is not None:
-        count = sum(len(example.images) for example in examples.pairs)
-        if batch_size > count:
-            raise InvalidOption(
-                f"batch_size {batch_size} is above the number of images, {count}",
-                field="batch_size",
-                got=batch_size,
-                limit=count,
-            )
+    _require_batch_size(batch_size, examples)
     kernel_name = "kernel_size" if initial_kernel is None else "initial_kernel"
-    problems = []
-    for example in examples.pairs:
-        problem = layer.problem(
-            example.images, initialization.kernel_shape, device=torch_device.type, kernel_name=kernel_name
-        )
-        example.require_output_size(problem)
-        problems.append(problem)
-    held_out_problems = [
-        make_validation_problem(
-            pair, layer, initialization.kernel_shape, device=torch_device.type, kernel_name=kernel_name
-        )
-        for pair in (held_out.pairs if held_out else ())
-    ]
+    problems, held_out_problems = _make_problems(
+        examples, held_out, layer, initialization.kernel_shape, device=torch_device.type, kernel_name=kernel_name
+    )
     fit_spec = FitSpec(
         options=options,
         examples=examples,
@@ -224,16 +197,81 @@ def plan_fit_kernel(
         machine=machine,
         limits=limits,
     )
+    return _plan(fit_spec, size_range, problems, held_out_problems)
+
+
+def _plan(
+    fit_spec: FitSpec, size_range: SizeRange | None, problems: Sequence[Problem], held_out_problems: Sequence[Problem]
+) -> FitPlan:
+    """Choose the strategy. Raises TooLarge if its cost exceeds the limits."""
     fit_run: FitRun | SizeSelection
     if size_range is None:
         fit_run, strategy = fit_spec.fit(problems, held_out_problems)
     else:
         fit_run = SizeSelection(fit_spec, size_range, problems, held_out_problems)
         strategy = fit_run.plan()
-    cost = Cost(strategy.megabytes, strategy.gflop, strategy.seconds, count_result_megabytes(fit_spec.layout, options))
-    if limits is not None:
-        limits.check(cost)
+    result_megabytes = count_result_megabytes(fit_spec.layout, fit_spec.options)
+    cost = Cost(strategy.megabytes, strategy.gflop, strategy.seconds, result_megabytes)
+    if fit_spec.limits is not None:
+        fit_spec.limits.check(cost)
     return FitPlan(cost, strategy.method, fit_run)
+
+
+def _require_given_size(
+    kernel_size: int | Sequence[int] | str | None, max_kernel_size: int | Sequence[int] | None
+) -> int | Sequence[int] | None:
+    """Return a kernel_size that is not "auto". Raises InvalidArgument for other strings, and for max_kernel_size."""
+    if isinstance(kernel_size, str):
+        raise InvalidArgument(
+            f'kernel_size {format_value(kernel_size)} is neither an integer, nor [rows, columns], nor "auto"',
+            field="kernel_size",
+            got=format_value(kernel_size),
+            limit='an integer, [rows, columns], "auto"',
+        )
+    if max_kernel_size is not None:
+        raise InvalidOption(
+            'max_kernel_size is given, but kernel_size is not "auto": set kernel_size to "auto", or leave it out',
+            field="max_kernel_size",
+            got=format_value(max_kernel_size),
+            limit='null unless kernel_size is "auto"',
+        )
+    return kernel_size
+
+
+def _require_batch_size(batch_size: int | None, examples: Examples) -> None:
+    """Raise InvalidOption for a batch_size above the number of images."""
+    if batch_size is None:
+        return
+    count = sum(len(example.images) for example in examples.pairs)
+    if batch_size > count:
+        raise InvalidOption(
+            f"batch_size {batch_size} is above the number of images, {count}",
+            field="batch_size",
+            got=batch_size,
+            limit=count,
+        )
+
+
+def _make_problems(
+    examples: Examples,
+    held_out: Examples | None,
+    layer: Layer,
+    kernel_shape: tuple[int, int, int, int],
+    *,
+    device: str,
+    kernel_name: str,
+) -> tuple[list[Problem], list[Problem]]:
+    """Return the convolutions of the examples and of the validation pairs. Raises InvalidShape if sizes differ."""
+    problems = []
+    for example in examples.pairs:
+        problem = layer.problem(example.images, kernel_shape, device=device, kernel_name=kernel_name)
+        example.require_output_size(problem)
+        problems.append(problem)
+    held_out_problems = [
+        make_validation_problem(pair, layer, kernel_shape, device=device, kernel_name=kernel_name)
+        for pair in (held_out.pairs if held_out else ())
+    ]
+    return problems, held_out_problems
 
 
 def make_steps_function(

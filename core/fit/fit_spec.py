@@ -5,13 +5,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from core.fit.examples import Examples
+from core.fit import autocorrelation
+from core.fit.cost_model import predict_pass_seconds
+from core.fit.examples import Example, Examples
 from core.fit.fit_run import FitRun
 from core.fit.initialization import Initialization
+from core.fit.normal_equations import is_autocorrelation_faster
 from core.fit.options import Options
 from core.fit.parameters import ParameterLayout
 from core.fit.ridge_selection import require_equations_for_ridges, require_ridge_search_size
-from core.fit.strategy import Strategy, TiledExample, choose_strategy, tile_example
+from core.fit.strategy import Strategy, choose_strategy
+from core.fit.tiles import TiledExample, split_example
 from core.fit.validation_set import ValidationSet, make_cost_adder, plan_validation
 from core.limits import Limits
 from core.machine import Machine
@@ -46,7 +50,7 @@ class FitSpec:
     def tiled_examples(self, problems: Sequence[Problem], *, separate: bool) -> list[TiledExample]:
         """Divide the examples, of these problems, into tiles; separate: tiles of single images."""
         return [
-            tile_example(example, replace(problem, batch=1) if separate else problem, self.machine, separate=separate)
+            _tile_example(example, replace(problem, batch=1) if separate else problem, self.machine, separate=separate)
             for example, problem in zip(self.examples.pairs, problems, strict=True)
         ]
 
@@ -59,7 +63,7 @@ class FitSpec:
         validation: ValidationSet | None = None
         if self.held_out is not None:
             validated = [
-                tile_example(example, problem, machine, separate=False)
+                _tile_example(example, problem, machine, separate=False)
                 for example, problem in zip(self.held_out.pairs, held_out_problems, strict=True)
             ]
             separate = self.held_out.has_weights_per_filter
@@ -83,3 +87,16 @@ class FitSpec:
             validation=validation,
         )
         return fit_run, strategy
+
+
+def _tile_example(example: Example, problem: Problem, machine: Machine, *, separate: bool) -> TiledExample:
+    """Divide an example into tiles; separate: by image, with the problem of a single image."""
+    weighted = example.weights is not None
+    tiles = split_example(example, problem, lambda part: predict_pass_seconds(part, machine))
+    equation_tiles = tiles
+    if is_autocorrelation_faster(tiles[0].example_problem, machine, weighted=weighted):
+        # The strips along the borders cost as much for a band of rows as for the whole image.
+        equation_tiles = split_example(
+            example, problem, lambda part: autocorrelation.predict_seconds(part, machine), rows=False
+        )
+    return TiledExample(example, len(example.images) if separate else 1, tiles, equation_tiles)

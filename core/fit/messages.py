@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_DOWN, Decimal
 
-from core.fit.constrained_least_squares import ConstrainedAnalysis
+from core.fit.constrained.least_squares import ConstrainedAnalysis
 from core.fit.descent import DescentResult
+from core.fit.diagnostics import Analysis
 from core.fit.options import Options
 from core.fit.result import Forecast, Prediction, Status
 from core.fit.ridge_selection import RidgeOutcome
@@ -306,3 +307,14 @@ def _format_stable_rate(stable: float, rate: float) -> str:
         if rate == stable or (rounded != rate and (rounded > rate) == (stable > rate)):
             break
     return f"{rounded:.{digits}g}"
+
+
+def describe_analysis_rank(analysis: Analysis | None, unknowns: int) -> str | None:
+    """Describe the rank of the examples; None if they determine all unknowns, or without an analysis."""
+    if analysis is None:
+        return None
+    if isinstance(analysis, ConstrainedAnalysis) and analysis.rank == 0 < unknowns:
+        return f"rank 0 of {unknowns}: the examples determine none of the unknowns that the constraints leave free"
+    return describe_rank(
+        analysis.rank, unknowns, precise=analysis.precise, largest_discarded_ratio=analysis.largest_discarded_ratio
+    )

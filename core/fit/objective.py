@@ -15,8 +15,8 @@ from torch import Tensor
 from core.arrays import as_array, as_numpy
 from core.engines import ALL_ENGINES
 from core.engines.run import run_engine
-from core.fit.eigen import multiply_blocks
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, YIELD_INTERVAL_S, Interruptible, pace
+from core.fit.linear_algebra.dense import multiply_blocks
 from core.fit.losses import Criterion
 from core.fit.normal_equations import apply_adjoint
 from core.fit.parameters import ParameterLayout, Unknowns

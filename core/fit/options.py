@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from core.errors import InvalidOption
-from core.fit.constraints import UNCONSTRAINED, Constraints
+from core.fit.constrained.constraints import UNCONSTRAINED, Constraints
 from core.fit.losses import DEFAULT_HUBER_DELTA, LOSSES, Criterion, Loss, huber
 from core.fit.optimizers import Adam, GradientDescent, Momentum, Optimizer, Solver
 from core.validation import format_value, is_real, require_one_of, require_positive

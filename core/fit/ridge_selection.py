@@ -24,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 
 from core.errors import InvalidOption
-from core.fit.eigen import MAX_COLUMN_NORM_RATIO, UNDERFLOW_THRESHOLD, Floats, decompose_factors, multiply_blocks
 from core.fit.interruption import Interruptible
+from core.fit.linear_algebra.dense import UNDERFLOW_THRESHOLD, Floats, multiply_blocks
+from core.fit.linear_algebra.singular_values import MAX_COLUMN_NORM_RATIO, decompose_factors
 from core.fit.options import Options
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.scaling import Scaling

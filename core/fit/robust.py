@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from core.arrays import as_numpy
 from core.fit.descent import DescentResult
 from core.fit.diagnostics import Analysis
-from core.fit.eigen import FactorSpectrum, decompose_factors, invert, multiply_blocks
 from core.fit.interruption import Interruptible, pace
+from core.fit.linear_algebra.dense import multiply_blocks
+from core.fit.linear_algebra.inverse import invert
+from core.fit.linear_algebra.singular_values import FactorSpectrum, decompose_factors
 from core.fit.losses import huber
 from core.fit.median import weighted_median
 from core.fit.normal_equations import EquationsAccumulator

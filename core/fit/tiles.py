@@ -4,7 +4,7 @@ Losses, gradients and normal equations are sums over the target's values, so tha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,3 +115,31 @@ def _tile_problem(problem: Problem, batch: int, height: int) -> Problem:
         return problem
     width = problem.padded_size[1]
     return replace(problem, batch=batch, height=height, width=width, padding=(0, 0, 0, 0), boundary="zeros")
+
+
+@dataclass(frozen=True, slots=True)
+class TiledExample:
+    """An example divided into tiles.
+
+    terms: number of separate sums: 1 or, for batches, one for each image. tiles: those of one term, for a pass.
+    equation_tiles: those of one term, for its normal equations.
+    """
+
+    example: Example
+    terms: int
+    tiles: Sequence[Tile]
+    equation_tiles: Sequence[Tile]
+
+    def separate(self, tiles: Sequence[Tile]) -> Iterator[list[Tile]]:
+        """Return the tiles of each term."""
+        return ([part.for_image(image) for part in tiles] for image in range(self.terms))
+
+    @property
+    def merged(self) -> "TiledExample":
+        """The same example with one sum for all images."""
+        if self.terms == 1:
+            return self
+        tiles, equation_tiles = (
+            [part for some in self.separate(each) for part in some] for each in (self.tiles, self.equation_tiles)
+        )
+        return replace(self, terms=1, tiles=tiles, equation_tiles=equation_tiles)

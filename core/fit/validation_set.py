@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InvalidArgument, InvalidNumbers, InvalidOption, InvalidShape
-from core.fit.eigen import invert
+from core.fit.cost_model import (
+    EIGH_S_PER_CUBE,
+    PRODUCT_S_PER_ENTRY,
+    STEP_HISTORY_MB,
+    STEP_OVERHEAD_S,
+    predict_losses_cost,
+    predict_reading_cost,
+)
 from core.fit.examples import (
     Example,
     Examples,
@@ -24,21 +31,14 @@ from core.fit.examples import (
     require_finite,
 )
 from core.fit.interruption import Interruptible
+from core.fit.linear_algebra.inverse import invert
 from core.fit.normal_equations import EquationsAccumulator
 from core.fit.objective import FactoredQuadraticTerm, ImageTerm, Objective, QuadraticTerm
 from core.fit.options import Options
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.scaling import Scaling
-from core.fit.strategy import (
-    EIGH_S_PER_CUBE,
-    PRODUCT_S_PER_ENTRY,
-    STEP_HISTORY_MB,
-    STEP_OVERHEAD_S,
-    Strategy,
-    TiledExample,
-    predict_losses_cost,
-    predict_reading_cost,
-)
+from core.fit.strategy import Strategy
+from core.fit.tiles import TiledExample
 from core.fit.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator
 from core.machine import Machine
 from core.problem import Problem

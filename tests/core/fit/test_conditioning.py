@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core import FitResult, fit_kernel
-from core.fit import fit_run
+from core.fit import example_analysis
 from tests.core.fit.layers import FitCase, Layer
 from tests.core.fit.test_exact import CAMERA
 from tests.reference import Floats, correlate_valid_by_windows
@@ -187,7 +187,7 @@ def test_losses_of_a_fit_are_consistent(drawn: tuple[FitCase, dict[str, Any]]) -
 
 
 def test_unfactored_unknowns_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_run, "MAX_FACTORED_UNKNOWNS", 8)
+    monkeypatch.setattr(example_analysis, "MAX_FACTORED_UNKNOWNS", 8)
     rng = np.random.default_rng(6)
     image = 1e9 + rng.normal(size=(40, 40))
     fit = fit_kernel(image, rng.normal(size=(38, 38)), solver="exact")

@@ -14,7 +14,7 @@ from PIL import Image
 
 import core
 from core import FitResult, Status, fit_kernel
-from core.fit import active_set, low_rank
+from core.fit.constrained import active_set, low_rank
 from tests.core.fit.constrained_oracle import (
     assert_optimal,
     assert_satisfied,

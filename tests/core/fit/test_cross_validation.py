@@ -11,7 +11,7 @@ from PIL import Image
 
 import core
 from core import InvalidOption, fit_kernel, fit_kernel_steps, plan_fit_kernel
-from core.fit import strategy
+from core.fit import cost_model, strategy
 from tests.core.fit.hat_matrices import HatMatrices, build_systems, fit_with_ridge
 from tests.core.fit.layers import FitCase, Layer, fit_cases
 from tests.core.fit.least_squares import solve_least_squares
@@ -369,7 +369,8 @@ def test_equations_that_are_too_large_are_rejected(monkeypatch: pytest.MonkeyPat
 def test_search_builds_equations_even_if_passes_are_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MAX_DESCENT_EQUATIONS_S", "MAX_EXACT_EQUATIONS_S"):
         monkeypatch.setattr(strategy, name, 0.0)
-    monkeypatch.setattr(strategy, "PRODUCT_S_PER_ENTRY", 1.0)
+    for module in (cost_model, strategy):
+        monkeypatch.setattr(module, "PRODUCT_S_PER_ENTRY", 1.0)
     pair = np.ones((12, 12)), np.ones((8, 8))
     assert plan_fit_kernel(*pair, steps=1).method == "convolutions"
     options: list[dict[str, Any]] = [{"ridge": "auto"}, {"ridge_path": True}, {"covariance": True}]

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from core.fit import cholesky, eigen, strategy
+from core.fit import cost_model
 from core.fit.interruption import finish
-from core.fit.lanczos import lanczos
+from core.fit.linear_algebra import cholesky, dense, eigen, inverse, spectrum
+from core.fit.linear_algebra.lanczos import lanczos
 from tests.core.fit.layers import FitCase, fit_cases
 from tests.core.fit.least_squares import solve_least_squares
 from tests.core.fit.test_exact import assert_close, fit_exact
@@ -62,10 +63,11 @@ def test_large_matrices_are_inverted_like_small_ones(
     found: list[Any] = []
     for largest in (size, 0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(eigen, "MAX_EIGH_SIZE", largest)
-            inverse = finish(eigen.invert(matrices))
-            extremes = finish(eigen.extreme_eigenvalues(matrices, inverse))
-            found.append((inverse, finish(inverse.solve(matrices @ unknowns)), extremes))
+            for module in (inverse, spectrum):
+                patch.setattr(module, "MAX_EIGH_SIZE", largest)
+            inverted = finish(inverse.invert(matrices))
+            extremes = finish(spectrum.extreme_eigenvalues(matrices, inverted))
+            found.append((inverted, finish(inverted.solve(matrices @ unknowns)), extremes))
     (one, solution, ends), (other, solution_too, ends_too) = found
     scale = 1 / np.sqrt(np.maximum(np.diagonal(matrices, axis1=1, axis2=2), 1e-300))
     values = np.linalg.eigvalsh(matrices * scale[:, :, None] * scale[:, None, :])
@@ -93,17 +95,17 @@ def test_few_curvatures_approximate_all() -> None:
 
 def test_lanczos_of_a_zero_matrix_finds_nothing() -> None:
     found = finish(
-        lanczos(lambda vector: eigen.multiply_blocks(draw_gram(0, 4, 4), vector), np.zeros((1, 4, 1)), 10, 0.0)
+        lanczos(lambda vector: dense.multiply_blocks(draw_gram(0, 4, 4), vector), np.zeros((1, 4, 1)), 10, 0.0)
     )
     assert found.largest == 0
 
 
 @pytest.mark.parametrize(("blocks", "columns"), [(1, 1), (3, 2), (1, 50), (7, 50)])
 def test_product_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, blocks: int, columns: int) -> None:
-    monkeypatch.setattr(eigen, "YIELD_INTERVAL_OPERATIONS", 2 * 20**2 * 8)
+    monkeypatch.setattr(dense, "YIELD_INTERVAL_OPERATIONS", 2 * 20**2 * 8)
     matrices, unknowns = draw_gram(6, 20, 20, blocks), np.random.default_rng(7).normal(size=(blocks, 20, columns))
-    np.testing.assert_allclose(finish(eigen.multiply_blocks(matrices, unknowns)), matrices @ unknowns, rtol=1e-12)
-    assert sum(1 for _ in eigen.multiply_blocks(matrices, unknowns)) >= blocks * columns // 8
+    np.testing.assert_allclose(finish(dense.multiply_blocks(matrices, unknowns)), matrices @ unknowns, rtol=1e-12)
+    assert sum(1 for _ in dense.multiply_blocks(matrices, unknowns)) >= blocks * columns // 8
 
 
 @pytest.mark.slow
@@ -113,7 +115,7 @@ def test_large_kernel_matches_lstsq(ridge: float, fit_case: FitCase) -> None:
     best = solve_least_squares(fit_case, ridge)
     assume(best.has_clear_rank)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (eigen, strategy):
+        for module in (eigen, inverse, spectrum, cost_model):
             patch.setattr(module, "MAX_EIGH_SIZE", 0)
         fit = fit_exact(fit_case, ridge=ridge)
     assert_close(fit.kernel, best.kernel, 1e-7)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from core import FitResult, InvalidOption, Status, fit_kernel
 from core.fit import strategy
 from core.fit.interruption import finish
+from core.fit.learning_rate import optimal_learning_rate
 from core.fit.messages import describe_unstable_rate
-from core.fit.optimizers import Momentum, optimal_learning_rate
+from core.fit.optimizers import Momentum
 from core.fit.options import Options
 from tests.core.fit.d2l_example import make_d2l_pair
 from tests.core.fit.layers import FitCase, fit_cases

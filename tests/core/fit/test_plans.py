@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 import core
 from core import FitResult, fit_kernel, plan_fit_kernel, run_to_end
 from core.arrays import as_real_tensor
-from core.fit import exact, examples, strategy, target_statistics, tiles
+from core.fit import conjugate_gradients, cost_model, examples, target_statistics, tiles
 from core.fit.fit_run import FitRun
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS
 from tests.core.fit.d2l_example import make_d2l_pair
@@ -153,4 +153,4 @@ def test_no_step_takes_long(name: str) -> None:
 
 
 def test_conjugate_gradient_estimate_includes_their_limit() -> None:
-    assert exact.MAX_CG_ITERATIONS == 5 * strategy.EXPECTED_CG_PASSES
+    assert conjugate_gradients.MAX_CG_ITERATIONS == 5 * cost_model.EXPECTED_CG_PASSES

@@ -140,7 +140,7 @@ def test_too_few_conjugate_gradient_steps_are_reported(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
     monkeypatch.setattr(strategy, "MAX_UNKNOWNS", 3)
-    monkeypatch.setattr("core.fit.exact.MAX_CG_ITERATIONS", 2)
+    monkeypatch.setattr("core.fit.conjugate_gradients.MAX_CG_ITERATIONS", 2)
     image, target = rng.normal(size=(40, 40)), rng.normal(size=(36, 36))
     fit = fit_kernel(image, target, solver="exact")
     assert (fit.status, fit.steps, fit.best_possible_loss) == (Status.COMPLETED, 2, None)

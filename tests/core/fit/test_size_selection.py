@@ -13,7 +13,7 @@ from PIL import Image
 
 import core
 from core import FitResult, Progress, Reading, fit_kernel, plan_fit_kernel, run_to_end
-from core.fit import diagnostics, size_selection
+from core.fit import diagnostics, size_range
 from tests.core.fit.layers import Layer
 from tests.reference import Floats
 
@@ -215,7 +215,7 @@ def test_blurred_photograph_is_compared_by_factors(photograph: Floats, monkeypat
         factored.append(True)
         return original(*arguments)
 
-    monkeypatch.setattr("core.fit.fit_run.analyse_factors", analyse)
+    monkeypatch.setattr("core.fit.example_analysis.analyse_factors", analyse)
     layer = Layer(kernel_size=(7, 9))
     mean = np.full((5, 5), 1 / 25)
     smooth = Layer(kernel_size=(5, 5)).output(photograph[None, None, 100:170, 100:170], mean[None, None])
@@ -402,7 +402,7 @@ def test_comparison_can_be_stopped_between_heights(rng: np.random.Generator) -> 
     events: list[Progress] = []
     plan = plan_fit_kernel(rng.normal(size=(50, 50)), rng.normal(size=(30, 30)), kernel_size="auto", solver="exact")
     run_to_end(plan.steps(), events.append)
-    heights = len(size_selection.SizeRange((21, 21), (21, 21), open=False).sizes[0])
+    heights = len(size_range.SizeRange((21, 21), (21, 21), open=False).sizes[0])
     assert heights == 11
     # Each of the two phases has a Reading event, and each height is followed by another one.
     assert events.count(Reading(1, 2)) >= heights

@@ -1,9 +1,4 @@
-"""Constraints on a learned kernel: ties between its entries, their sum, their sign, their rank and their smoothness.
-
-Ties and sums are linear: kernels that satisfy them are base + basis @ z for any z. The columns of the basis are
-orthonormal and orthogonal to the base, so that |kernel|^2 = |base|^2 + |z|^2: a ridge on the kernel is one on z, and
-the least norm of z gives the least norm of the kernel.
-"""
+"""Constraints on a learned kernel: ties between its entries, their sum, their sign, their rank and their smoothness."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InvalidOption
+from core.fit.linear_algebra.dense import Floats
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.scaling import Scaling
 from core.validation import format_shape, format_value, is_integer, is_real, require_one_of
-
-Floats = NDArray[np.float64]
 
 Symmetry = Literal["horizontal", "vertical", "both", "rotation", "transpose", "full"]
 
@@ -34,7 +28,6 @@ SYMMETRY_ADJECTIVES: Mapping[Symmetry, str] = {
 
 SQUARE_SYMMETRIES = ("transpose", "full")
 """Symmetries that exchange rows and columns."""
-
 
 MAX_TIED_ENTRIES = 8
 """Maximum number of entries that a symmetry makes equal: those at the eight images of a point of the square."""
@@ -237,66 +230,3 @@ def parse_rank(separable: object) -> int | None:
     if isinstance(separable, bool):
         return 1 if separable else None
     return separable  # type: ignore[return-value]
-
-
-@dataclass(frozen=True, slots=True)
-class TiedUnknowns:
-    """The free unknowns of a filter whose entries are tied: one for each class of entries and, last, the bias.
-
-    basis (size, tied) has orthonormal columns. sums (tied): the sum of a filter's entries is sums @ tied unknowns.
-    """
-
-    classes: NDArray[np.intp]
-    roots: Floats
-    bias: bool
-
-    @staticmethod
-    def of(constraints: Constraints, layout: ParameterLayout) -> "TiedUnknowns":
-        """Return the tied unknowns for the symmetry of the constraints."""
-        classes = constraints.entry_classes(layout)
-        return TiedUnknowns(classes, np.sqrt(np.bincount(classes)), layout.bias)
-
-    @property
-    def basis(self) -> Floats:
-        """Orthonormal columns (size, tied)."""
-        return self.expand(np.eye(len(self.roots) + self.bias))
-
-    @property
-    def sums(self) -> Floats:
-        """Weights of the unknowns in the sum of a filter's entries (tied)."""
-        return np.append(self.roots, np.zeros(int(self.bias)))
-
-    @property
-    def bounded(self) -> NDArray[np.bool_]:
-        """True for unknowns with the sign of kernel entries, False for the bias (tied)."""
-        return self.sums > 0
-
-    def expand(self, tied: Floats) -> Floats:
-        """Return unknowns (size, columns) from tied ones (tied, columns); entries of a class are bitwise equal."""
-        entries = (tied[: len(self.roots)] / self.roots[:, None])[self.classes]
-        return np.vstack([entries, tied[len(self.roots) :]])
-
-    def project_onto_sum(self, tied: Floats, total: float | None) -> Floats:
-        """Return the nearest tied unknowns (tied, columns) whose filters have that sum."""
-        if total is None:
-            return tied
-        sums = self.sums
-        return tied + np.outer(sums / (sums @ sums), total - sums @ tied)
-
-
-def compute_reflector(sums: Floats) -> tuple[Floats, int]:
-    """Return v and i such that the reflection 1 - v v' maps `sums`, which are not all 0, to a multiple of axis i.
-
-    Source: Householder, Unitary triangularization of a nonsymmetric matrix, J. ACM 5, 1958.
-    """
-    vector = sums / np.linalg.norm(sums)
-    pivot = int(np.abs(vector).argmax())
-    vector[pivot] += math.copysign(1.0, vector[pivot])
-    return vector * math.sqrt(2 / float(vector @ vector)), pivot
-
-
-def null_space(sums: Floats) -> Floats:
-    """Return an orthonormal basis (size, size - 1) of all x with sums @ x = 0, for sums that are not all 0."""
-    vector, pivot = compute_reflector(sums)
-    basis: Floats = np.delete(np.eye(len(sums)) - np.outer(vector, vector), pivot, axis=1)
-    return basis

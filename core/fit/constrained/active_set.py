@@ -14,9 +14,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from core.fit.constraints import compute_reflector
-from core.fit.eigen import choose_column_scale, orthonormal_range, solve_least_squares
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, Interruptible
+from core.fit.linear_algebra.dense import choose_column_scale, compute_reflector, orthonormal_range, solve_least_squares
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

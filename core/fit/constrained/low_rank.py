@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.fit.eigen import choose_column_scale, solve_least_squares
 from core.fit.interruption import Interruptible
+from core.fit.linear_algebra.dense import choose_column_scale, solve_least_squares
 
 Floats = NDArray[np.float64]
 
