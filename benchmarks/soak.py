@@ -32,9 +32,9 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
-from engines import get_cpu_model, spread_labels, style_axes
 from matplotlib.figure import Figure
-from wire import format_heading, print_progress
+from plotting import spread_labels, style_axes
+from report import format_heading, get_cpu_model, print_progress
 
 from tests.soak import (
     CLIENT_COUNT,

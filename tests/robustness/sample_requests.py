@@ -6,6 +6,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.robustness.raw_client import build_request_headers
 from tests.sample_files import COMPRESS_BY_CODING, JSON, NPY
 from tests.servers import SendFn
 
@@ -13,6 +14,11 @@ SMALL_INPUT = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 EXAMPLE_PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6}
 SMALL_IMAGE = np.arange(9, dtype=np.float32).reshape(3, 3)
 MEGABYTE = 1_000_000
+BODY_LIMIT_BYTES = 64_000_000
+
+SMALL_BODY = b'{"input": [[1, 2], [3, 4]], "kernel": [[1]]}'
+LIVEZ_LINE = "GET /livez HTTP/1.1"
+SMUGGLED_REQUEST = build_request_headers("GET /kernels HTTP/1.1")
 
 parametrize_codings = pytest.mark.parametrize(
     ("coding", "compress"), COMPRESS_BY_CODING.items(), ids=COMPRESS_BY_CODING

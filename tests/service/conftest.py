@@ -1,3 +1,5 @@
+"""Fixtures that send requests to the application, and that capture its log."""
+
 from collections.abc import Iterator
 
 import pytest
@@ -6,7 +8,7 @@ from structlog.testing import LogCapture
 
 from service.app import create_app
 from service.settings import Settings
-from tests.servers import SendFn, open_client, serve_in_process, start_server
+from tests.servers import SendFn, open_client, serve_in_process, serve_over_tcp, start_server
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,10 @@ def log() -> Iterator[LogCapture]:
     structlog.configure(processors=[capture], cache_logger_on_first_use=False)
     yield capture
     structlog.configure(**before)
+
+
+@pytest.fixture(scope="session", params=[serve_in_process, serve_over_tcp])
+def small(request: pytest.FixtureRequest) -> Iterator[SendFn]:
+    """Send a request to an application with a small limit on bodies and a short request timeout."""
+    with request.param(create_app(Settings(max_body_mb=0.001, request_timeout_s=0.3))) as send:
+        yield send

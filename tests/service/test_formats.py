@@ -1,10 +1,8 @@
 """Tests of arrays in every format, sent to and returned by the whole service, against the formats' own libraries."""
 
-import base64
 import io
 import json
 from collections.abc import Callable
-from typing import Any
 
 import httpx
 import numpy as np
@@ -19,99 +17,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.codecs.header_checks import DTYPES
-from tests.problem_details import assert_first_error, assert_problem
+from tests.problem_details import assert_first_error
 from tests.sample_files import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, save_npy, save_npz
 from tests.servers import SendFn
-
-Array = NDArray[Any]
-Fields = dict[str, Any]
+from tests.service.array_formats import (
+    BODIES,
+    ENDPOINTS,
+    FIT_ARRAYS,
+    RESPONSES,
+    Array,
+    encode_base64,
+    post_and_decode,
+    post_file,
+    read_image,
+    save_image,
+    save_stored_npz,
+)
 
 MAX_EXACT_INTEGER = 2**53
 """The largest integer up to which float64 represents every integer."""
-
-
-def encode_flat(array: Array) -> Fields:
-    return {"shape": array.shape, "dtype": array.dtype.name, "data": array.ravel().tolist()}
-
-
-def encode_base64(array: Array) -> Fields:
-    little = array.astype(array.dtype.newbyteorder("<"))
-    return {"shape": array.shape, "dtype": array.dtype.name, "data": base64.b64encode(little.tobytes()).decode()}
-
-
-def decode_array(described: Fields) -> Array:
-    data = described["data"]
-    dtype = np.dtype(described["dtype"])
-    if isinstance(data, str):
-        return np.frombuffer(base64.b64decode(data), dtype.newbyteorder("<")).reshape(described["shape"])
-    return np.array(data, dtype).reshape(described["shape"])
-
-
-def save_stored_npz(**named: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **named)
-    return buffer.getvalue()
-
-
-def save_image(array: Array, form: str = "png") -> bytes:
-    """Save an image with Pillow, which needs colours last."""
-    buffer = io.BytesIO()
-    Image.fromarray(array if array.ndim == 2 else np.moveaxis(array, 0, 2)).save(buffer, form)
-    return buffer.getvalue()
-
-
-def read_image(content: bytes) -> Array:
-    lines = np.asarray(Image.open(io.BytesIO(content)))
-    return lines if lines.ndim == 2 else np.moveaxis(lines, 2, 0)
-
-
-BODIES: dict[str, tuple[str, Callable[[Array], bytes]]] = {
-    "nested": (JSON, lambda array: json.dumps({"input": array.tolist()}).encode()),
-    "flat": (JSON, lambda array: json.dumps({"input": encode_flat(array)}).encode()),
-    "base64": (JSON, lambda array: json.dumps({"input": encode_base64(array)}).encode()),
-    "npy": (NPY, save_npy),
-    "npy in columns": (NPY, lambda array: save_npy(np.asfortranarray(array))),
-    "npy, big-endian": (NPY, lambda array: save_npy(array.astype(array.dtype.newbyteorder(">")))),
-    "npz": (NPZ, lambda array: save_stored_npz(input=array)),
-    "compressed npz": (NPZ, lambda array: save_npz(input=array)),
-    "safetensors": (SAFETENSORS, lambda array: safetensors.numpy.save({"input": np.ascontiguousarray(array)})),
-}
-"""Formats of an input: the media type, and a function that writes it with the format's own library."""
-
-RESPONSES: dict[str, tuple[str, str, Callable[[bytes], Array]]] = {
-    "nested": (JSON, "nested", lambda content: np.array(json.loads(content)["output"], json.loads(content)["dtype"])),
-    "flat": (JSON, "flat", lambda content: decode_array(json.loads(content)["output"])),
-    "base64": (JSON, "base64", lambda content: decode_array(json.loads(content)["output"])),
-    "npy": (NPY, "nested", lambda content: np.asarray(np.load(io.BytesIO(content)))),
-    "npz": (NPZ, "nested", lambda content: np.asarray(np.load(io.BytesIO(content))["output"])),
-    "safetensors": (SAFETENSORS, "nested", lambda content: safetensors.numpy.load(content)["output"]),
-}
-"""Formats of a response: the media type, the form of arrays in JSON, and a reader from the format's own library."""
-
-ENDPOINTS: dict[str, dict[str, str]] = {
-    "/correlate": {"kernel": "identity"},
-    "/conv2d": {"weight": "[[1]]"},
-    "/train-kernel": {"target": "[[1]]"},
-}
-"""Arrays and options that each endpoint requires in addition to its input."""
-
-
-def post_file(
-    send: SendFn, body: bytes, content_type: str, accept: str = JSON, path: str = "/correlate", **query: str
-) -> Any:
-    headers = {"Content-Type": content_type, "Accept": accept}
-    return send("POST", path, content=body, headers=headers, params=query)
-
-
-def post_and_decode(
-    send: SendFn, body: bytes, content_type: str, response_format: str, path: str = "/correlate", **query: str
-) -> Array:
-    """Post a body and return the output, decoded by the format's own library."""
-    media_type, form, read = RESPONSES[response_format]
-    response = post_file(send, body, content_type, media_type, path, arrays=form, **query)
-    assert response.status_code == 200, response.text[:1000]
-    assert response.headers["content-type"] == media_type
-    return read(response.content)
 
 
 def representable_arrays(dtype: str) -> st.SearchStrategy[Array]:
@@ -348,18 +272,12 @@ def test_archive_with_d2l_names_is_accepted(send: SendFn) -> None:
     np.testing.assert_array_equal(post_and_decode(send, content, NPZ, "npy"), [[19, 25], [37, 43]])
 
 
-D2L_PAIR = {
-    "input": np.array([[1, 1, 0, 0, 0, 0, 1, 1]] * 6, np.float32),
-    "target": np.array([[0, -1, 0, 0, 0, 1, 0]] * 6, np.float32),
-}
-
-
 @pytest.mark.parametrize("bias", ["false", "true"])
 def test_fitted_kernel_is_returned_in_every_format(send: SendFn, bias: str) -> None:
     query = {"seed": "1", "steps": "5", "learning_rate": "0.01", "bias": bias}
 
     def learned(accept: str) -> httpx.Response:
-        response: httpx.Response = post_file(send, save_stored_npz(**D2L_PAIR), NPZ, accept, "/train-kernel", **query)
+        response: httpx.Response = post_file(send, save_stored_npz(**FIT_ARRAYS), NPZ, accept, "/train-kernel", **query)
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == accept
         return response
@@ -459,46 +377,3 @@ def test_nonfinite_values_match_torch(send: SendFn, body: str, dtype: str, value
     assert plain["nonfinite"] == 4
     nulls = np.array([[number is None for number in row] for row in plain["output"]])
     np.testing.assert_array_equal(nulls, ~np.isfinite(expected))
-
-
-def test_nonfinite_output_is_not_an_image(send: SendFn) -> None:
-    problem = assert_problem(post_file(send, save_npy(np.array([[np.nan, 1]])), NPY, PNG, kernel="identity"), 406)
-    assert "not finite" in problem["detail"]
-    assert "application/x-npy" in problem["detail"]
-
-
-@pytest.mark.parametrize("accept", [NPY, NPZ, SAFETENSORS, PNG])
-@pytest.mark.parametrize("explain", ["false", "true"])
-def test_binary_responses_put_other_fields_in_a_header(send: SendFn, accept: str, explain: str) -> None:
-    query = {"kernel": "box(3)", "dtype": "float64", "explain": explain}
-    image = save_npy(np.arange(30.0).reshape(5, 6))
-    header = post_file(send, image, NPY, accept, **query).headers["corr2d-result"]
-    assert header.isascii()
-    assert header.isprintable()
-    metadata = json.loads(header)
-    plain = post_file(send, image, NPY, JSON, **query).json()
-    assert (metadata["shape"], metadata["dtype"], metadata["device"]) == ([3, 4], "float64", "cpu")
-    assert set(metadata) == set(plain) - {"output"}
-    assert metadata["engine"] == plain["engine"]
-    assert ("explanation" in metadata) == (explain == "true")
-    if explain == "true":
-        assert metadata["engine"] in metadata["explanation"]["predicted_ms"]
-
-
-@pytest.mark.parametrize("accept", [NPY, NPZ, SAFETENSORS])
-def test_nonfinite_count_in_the_header_matches_json(send: SendFn, accept: str) -> None:
-    image = save_npy(np.array([[np.nan, 1], [np.inf, 2]]))
-    metadata = json.loads(post_file(send, image, NPY, accept, kernel="identity").headers["corr2d-result"])
-    assert metadata["nonfinite"] == post_file(send, image, NPY, JSON, kernel="identity").json()["nonfinite"] == 2
-
-
-def test_long_history_is_in_the_archive_not_the_header(send: SendFn) -> None:
-    query = {"steps": "2000", "seed": "1", "learning_rate": "0.001"}
-    response = post_file(send, save_stored_npz(**D2L_PAIR), NPZ, NPZ, "/train-kernel", **query)
-    assert len(response.headers["corr2d-result"]) < 5000
-    assert "loss_history" not in json.loads(response.headers["corr2d-result"])
-    assert np.load(io.BytesIO(response.content))["loss_history"].shape == (2000,)
-
-
-def test_json_has_no_result_header(send: SendFn) -> None:
-    assert "corr2d-result" not in post_file(send, save_npy(np.ones((2, 2))), NPY, kernel="identity").headers

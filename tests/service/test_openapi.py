@@ -19,6 +19,7 @@ from PIL import Image
 from service.app import create_app
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.codecs.response_options import ResponseOptions
+from service.middleware.security_headers import SECURITY_HEADERS
 from service.openapi import CONNECTION_ERROR_STATUSES, make_operation_id
 from service.requests import RequestModel
 from service.routes import conv2d, correlate, train_kernel
@@ -43,8 +44,11 @@ SERVED_FORMATS = {
     "/train-kernel": train_kernel.RESPONSE_FORMATS,
 }
 
-COMMON_HEADERS = {"connection", "content-type", "content-length", "vary", "date", "server"}
-"""Headers that HTTP defines, so that the schema need not describe them."""
+COMMON_HEADERS = {
+    *("connection", "content-type", "content-length", "vary", "date", "server"),
+    *(name.decode() for name, _ in SECURITY_HEADERS),
+}
+"""Headers of HTTP and browsers, which the schema need not describe."""
 
 parametrize_endpoints = pytest.mark.parametrize("path", MODELS)
 
@@ -254,3 +258,32 @@ def test_generated_client_computes_the_d2l_example(
     )
     assert called.returncode == 0, called.stderr
     assert json.loads(called.stdout) == {"shape": [2, 2], "output": [[19, 25], [37, 43]]}
+
+
+def test_every_schema_reference_resolves(api_description: dict[str, Any]) -> None:
+    def references(node: Any) -> list[str]:
+        if isinstance(node, dict):
+            own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+            return own + [found for value in node.values() for found in references(value)]
+        return [found for value in node for found in references(value)] if isinstance(node, list) else []
+
+    schemas = api_description["components"]["schemas"]
+    assert {"CorrelateRequest", "Conv2dRequest", "TrainKernelRequest", "ProblemDetails"} <= schemas.keys()
+    for reference in references(api_description):
+        assert reference.removeprefix("#/components/schemas/") in schemas
+
+
+@pytest.mark.parametrize("path", ["/correlate", "/conv2d", "/train-kernel"])
+def test_every_endpoint_has_working_examples(send: SendFn, api_description: dict[str, Any], path: str) -> None:
+    operation = api_description["paths"][path]["post"]
+    examples = operation["requestBody"]["content"]["application/json"]["examples"]
+    assert examples
+    for example in examples.values():
+        response = send("POST", path, json=example["value"])
+        assert response.status_code == 200
+        assert response.json().keys() <= set(
+            api_description["components"]["schemas"][
+                operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+            ]["properties"]
+        )
+    assert {"400", "413", "415", "422", "503", "504"} <= operation["responses"].keys()

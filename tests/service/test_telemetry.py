@@ -15,10 +15,10 @@ from service.app import create_app
 from service.middleware.fast_path import FastPathMiddleware
 from service.settings import Settings
 from tests.servers import open_client, run_serve_command
+from tests.service.sample_requests import D2L_EXAMPLE
 
 pytestmark = pytest.mark.slow
 
-D2L_EXAMPLE = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
 LAYER_REQUEST = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
 FIT_REQUEST = {"input": [[0, 1, 2], [3, 4, 5]], "target": [[0, 1], [3, 4]], "steps": 3}
 

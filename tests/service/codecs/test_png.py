@@ -1,7 +1,6 @@
 """Tests of the PNG codec against Pillow, in both directions, and with damaged files."""
 
 import io
-import struct
 import zlib
 from typing import Any
 
@@ -9,14 +8,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from service.codecs.header_checks import DTYPES
 from service.codecs.pillow_images import STRIP_PIXELS
 from service.codecs.png import SIGNATURE, decode, encode
-from service.errors import BodyTooLarge, InvalidRequest, NotAcceptable, NotParseable
+from service.errors import BodyTooLarge, InvalidRequest, NotParseable
+from tests.service.codecs.png_files import (
+    COLOUR_PIXELS,
+    GREY,
+    GREY_PIXELS,
+    PALETTE,
+    SMALL_PNG,
+    build_chunk,
+    build_data_chunk,
+    build_header,
+    build_png,
+    deflate_lines,
+    save_png,
+)
 from tests.service.codecs.strategies import (
     DECODE_LIMIT_BYTES,
     Array,
@@ -24,49 +34,6 @@ from tests.service.codecs.strategies import (
     assert_single_error,
     measure_peak_bytes,
 )
-
-GREY, COLOUR, PALETTE, GREY_AND_ALPHA, COLOUR_AND_ALPHA = 0, 2, 3, 4, 6
-
-
-def build_chunk(kind: bytes, data: bytes = b"") -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def build_header(width: int, height: int, depth: int = 8, colour: int = GREY, *rest: int) -> bytes:
-    return build_chunk(b"IHDR", struct.pack(">2I5B", width, height, depth, colour, *(rest or (0, 0, 0))))
-
-
-def build_png(*chunks: bytes) -> bytes:
-    return SIGNATURE + b"".join(chunks) + build_chunk(b"IEND")
-
-
-def deflate_lines(rows: Any) -> bytes:
-    """Deflate rows of bytes, each preceded by filter type 0 (none)."""
-    return zlib.compress(b"".join(b"\0" + bytes(row) for row in rows))
-
-
-def build_data_chunk(rows: Any) -> bytes:
-    return build_chunk(b"IDAT", deflate_lines(rows))
-
-
-SMALL_PNG = build_png(build_header(2, 2), build_data_chunk([[1, 2], [3, 4]]))
-
-
-def save_png(image: Image.Image, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", **options)
-    return buffer.getvalue()
-
-
-def encode_and_reread(array: Array, **options: Any) -> Array:
-    """Encode an array and decode it with Pillow; return (H, W) or (3, H, W)."""
-    with Image.open(io.BytesIO(b"".join(encode(array, **options)))) as image:
-        pixels = np.asarray(image)
-    return pixels if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
-
-
-GREY_PIXELS = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)))
-COLOUR_PIXELS = arrays(np.uint8, st.tuples(st.just(3), st.integers(1, 9), st.integers(1, 9)))
 
 
 @pytest.mark.slow
@@ -77,13 +44,6 @@ def test_pillow_images_decode_pixel_for_pixel(pixels: Array, level: int) -> None
     assert decoded.dtype == np.uint8
     assert decoded.flags.c_contiguous
     np.testing.assert_array_equal(decoded, pixels)
-
-
-@pytest.mark.slow
-@given(pixels=GREY_PIXELS | COLOUR_PIXELS)
-def test_clipped_encoding_round_trips(pixels: Array) -> None:
-    np.testing.assert_array_equal(encode_and_reread(pixels, clip=True), pixels)
-    np.testing.assert_array_equal(decode(b"".join(encode(pixels, clip=True)), DECODE_LIMIT_BYTES), pixels)
 
 
 @pytest.mark.slow
@@ -119,111 +79,6 @@ def test_grey_of_every_depth_spans_0_to_255(interlaced: int, depth: int, step: i
                 packed.append([int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)])
     content = build_png(build_header(side + 2, side, depth, GREY, 0, 0, interlaced), build_data_chunk(packed))
     np.testing.assert_array_equal(decode(content, DECODE_LIMIT_BYTES), values * step)
-
-
-@pytest.mark.robustness(46)
-def test_16_bit_grey_keeps_its_depth() -> None:
-    pixels = np.array([[0, 1, 255], [256, 65534, 65535]], np.uint16)
-    decoded = decode(save_png(Image.fromarray(pixels)), DECODE_LIMIT_BYTES)
-    assert decoded.dtype == np.uint16
-    assert decoded.dtype.isnative
-    np.testing.assert_array_equal(decoded, pixels)
-
-
-ADAM7_PASSES = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
-"""First row, first column, row step and column step of each pass (PNG specification, 8.2)."""
-
-
-def predict_paeth(left: int, above: int, corner: int) -> int:
-    estimate = left + above - corner
-    return min((left, above, corner), key=lambda neighbour: abs(estimate - neighbour))
-
-
-def filter_rows(rows: Array, kinds: list[int]) -> bytes:
-    """Filter rows (height, width, bytes of a pixel), each preceded by its filter type (PNG specification, 9.2)."""
-    step = rows.shape[2]
-    lines = [[0] * step + row.ravel().tolist() for row in rows]
-    above = [0] * len(lines[0]) if lines else []
-    packed = bytearray()
-    for line, kind in zip(lines, kinds, strict=False):
-        packed.append(kind)
-        for at in range(step, len(line)):
-            left, over, corner = line[at - step], above[at], above[at - step]
-            predicted = (0, left, over, (left + over) // 2, predict_paeth(left, over, corner))[kind]
-            packed.append((line[at] - predicted) % 256)
-        above = line
-    return bytes(packed)
-
-
-def build_16_bit_png(samples: Array, colour: int, *, interlaced: int, kinds: list[int]) -> bytes:
-    """Return a PNG of 16-bit samples (height, width, samples of a pixel)."""
-    height, width = samples.shape[:2]
-    octets = samples.astype(">u2").view(np.uint8).reshape(height, width, -1)
-    passes = ADAM7_PASSES if interlaced else [(0, 0, 1, 1)]
-    parts = [octets[row::rows, column::columns] for row, column, rows, columns in passes]
-    content = b"".join(filter_rows(part, kinds) for part in parts if part.size)
-    return build_png(
-        build_header(width, height, 16, colour, 0, 0, interlaced), build_chunk(b"IDAT", zlib.compress(content))
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.robustness(46)
-@pytest.mark.parametrize("interlaced", [0, 1])
-@pytest.mark.parametrize(("colour", "count"), [(GREY, 1), (COLOUR, 3), (GREY_AND_ALPHA, 2), (COLOUR_AND_ALPHA, 4)])
-@given(data=st.data())
-def test_16_bit_colour_keeps_its_depth(colour: int, count: int, interlaced: int, data: st.DataObject) -> None:
-    height, width = data.draw(st.tuples(st.integers(1, 11), st.integers(1, 11)))
-    samples = data.draw(arrays(np.uint16, (height, width, count)))
-    kinds = data.draw(st.lists(st.integers(0, 4), min_size=height, max_size=height))
-    decoded = decode(build_16_bit_png(samples, colour, interlaced=interlaced, kinds=kinds), DECODE_LIMIT_BYTES)
-    assert decoded.dtype == np.uint16
-    assert decoded.dtype.isnative
-    assert decoded.flags.c_contiguous
-    expected = np.moveaxis(samples, 2, 0)
-    np.testing.assert_array_equal(decoded, expected[:3] if count >= 3 else expected[0])
-
-
-@pytest.mark.robustness(46)
-@pytest.mark.parametrize(("colour", "count"), [(COLOUR, 3), (GREY_AND_ALPHA, 2), (COLOUR_AND_ALPHA, 4)])
-def test_16_bit_images_of_many_strips(colour: int, count: int, rng: np.random.Generator) -> None:
-    samples = rng.integers(0, 65536, (601, 1001, count), np.uint16)
-    assert samples[..., 0].size > 2 * STRIP_PIXELS
-    content = build_png(
-        build_header(1001, 601, 16, colour), build_data_chunk(samples.astype(">u2").view(np.uint8).reshape(601, -1))
-    )
-    decoded = decode(content, 10_000_000)
-    expected = np.moveaxis(samples, 2, 0)
-    np.testing.assert_array_equal(decoded, expected[:3] if count >= 3 else expected[0])
-
-
-@pytest.mark.robustness(46)
-@pytest.mark.parametrize(
-    ("colour", "count", "size"), [(GREY, 1, 2), (COLOUR, 3, 6), (GREY_AND_ALPHA, 2, 4), (COLOUR_AND_ALPHA, 4, 6)]
-)
-def test_16_bit_size_is_limited(colour: int, count: int, size: int) -> None:
-    content = build_16_bit_png(np.zeros((10, 20, count), np.uint16), colour, interlaced=0, kinds=[0] * 10)
-    assert decode(content, 200 * size).shape[-2:] == (10, 20)
-    error = assert_decode_rejected(decode, content, limit=200 * size - 1)
-    assert isinstance(error, BodyTooLarge)
-    assert f"{200 * size:,} bytes" in error.detail
-
-
-@pytest.mark.robustness(46)
-@pytest.mark.parametrize(("colour", "count"), [(COLOUR, 3), (GREY_AND_ALPHA, 2), (COLOUR_AND_ALPHA, 4)])
-def test_16_bit_damage_is_detected(colour: int, count: int) -> None:
-    content = build_16_bit_png(np.full((3, 5, count), 0x1234, np.uint16), colour, interlaced=0, kinds=[0, 1, 2])
-    for at in range(len(content)):
-        assert isinstance(
-            assert_decode_rejected(decode, content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]), NotParseable
-        )
-    for end in range(len(content)):
-        assert isinstance(assert_decode_rejected(decode, content[:end]), NotParseable)
-    unknown_filter = build_chunk(b"IDAT", zlib.compress((b"\x09" + bytes(10 * count)) * 3))
-    assert (
-        "is a damaged PNG image"
-        in assert_decode_rejected(decode, build_png(build_header(5, 3, 16, colour), unknown_filter)).detail
-    )
 
 
 @pytest.mark.robustness(46)
@@ -421,75 +276,3 @@ def test_data_may_be_split_into_many_or_empty_chunks() -> None:
     pieces = [build_chunk(b"IDAT", packed[at : at + 1]) for at in range(len(packed))]
     content = build_png(build_header(2, 2), build_chunk(b"IDAT"), *pieces, build_chunk(b"IDAT"))
     assert decode(content, DECODE_LIMIT_BYTES).tolist() == [[1, 2], [3, 4]]
-
-
-@pytest.mark.slow
-@given(
-    array=st.sampled_from(DTYPES).flatmap(
-        lambda dtype: arrays(
-            dtype,
-            array_shapes(min_dims=2, max_dims=2, max_side=8)
-            | array_shapes(min_dims=2, max_dims=2, max_side=8).map(lambda sides: (3, *sides)),
-            elements={"allow_nan": False, "allow_infinity": False}
-            if dtype.startswith("float")
-            else {"min_value": -(2**53) if dtype == "int64" else None, "max_value": 2**53 if "64" in dtype else None},
-        )
-    )
-)
-def test_values_are_scaled_from_their_range(array: Array) -> None:
-    exact = array.astype(np.longdouble)
-    span = exact.max() - exact.min()
-    expected = (exact - exact.min()) / span * 255 if span else exact * 0
-    assert np.abs(encode_and_reread(array) - expected).max() <= 0.5 + 1e-3
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.array([[-3e38, 0, 3e38]], np.float32),
-        np.array([[-1.7e308, 0, 1.7e308]]),
-        np.array([[0, 1e-323]]),
-        np.array([[0, 3e-45]], np.float32),
-        np.array([[1, 1 + 2**-52]]),
-        np.array([[-65504, 0, 65504]], np.float16),
-        np.array([[-128, 127]], np.int8),
-        np.array([[0, 2**64 - 1]], np.uint64),
-        np.array([[-(2**63), 2**63 - 1]]),
-    ],
-)
-def test_range_limits_become_black_and_white(array: Array) -> None:
-    assert encode_and_reread(array).tolist() == ([[0, 255]] if array.size == 2 else [[0, 128, 255]])
-
-
-def test_constant_image_is_black() -> None:
-    assert not encode_and_reread(np.full((3, 4), 7.5)).any()
-
-
-@given(array=arrays(np.float64, (2, 3), elements={"allow_nan": False, "allow_infinity": False}))
-def test_clip_rounds_and_clamps(array: Array) -> None:
-    expected = [[max(0, min(255, round(value))) for value in row] for row in array.tolist()]
-    assert encode_and_reread(array, clip=True).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 3, 4), (1, 3, 4), (1, 1, 1, 1), (1, 3, 2, 2), (1, 1, 3, 2, 2), (2, 1), (3, 1, 1)]
-)
-def test_leading_sides_of_1_are_dropped(shape: tuple[int, ...]) -> None:
-    assert encode_and_reread(np.zeros(shape)).shape == (shape[-3:] if shape[-3:-2] == (3,) else shape[-2:])
-
-
-@pytest.mark.parametrize("shape", [(2, 6, 9, 8), (2, 3, 4), (4, 3, 4), (3, 3, 3, 4), (7,), (), (0, 4), (3, 0, 4)])
-def test_non_image_shapes_are_rejected(shape: tuple[int, ...]) -> None:
-    with pytest.raises(NotAcceptable) as caught:
-        encode(np.zeros(shape))
-    assert caught.value.detail == (
-        f"the output {shape} is not an image: a PNG holds one plane (H, W) or three (3, H, W); "
-        "ask for application/x-npy instead"
-    )
-
-
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nonfinite_values_are_rejected(value: float, clip: bool) -> None:
-    with pytest.raises(NotAcceptable, match="a PNG holds finite values only; ask for application/x-npy instead"):
-        encode(np.array([[1, value, 2]]), clip=clip)

@@ -3,64 +3,15 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
 
-import anyio.to_thread
 import pytest
 
 from core import Check, Cost
-from service.errors import BodyTooLarge, Busy, DeadlineExceeded
-from service.scheduling.admission import BODY_MEMORY_FRACTION, REJECTION_CACHE_S, Admission, Reservation
-from service.scheduling.pool import WorkerPool
+from service.errors import Busy, DeadlineExceeded
+from service.scheduling.admission import Reservation
+from tests.service.scheduling.jobs import LONG_COST, MEGABYTE, SHORT_COST, create_pool, hold_jobs, queue_job
 
 pytestmark = pytest.mark.anyio
-
-SHORT_COST, LONG_COST = Cost(1, 0.001, 0.01), Cost(1, 1, 1)
-MEGABYTE = 10**6
-
-
-def create_pool(
-    concurrency: int = 1, queue: int = 9, memory: int = 1000, queue_timeout_s: float = 10, timeout_s: float = 20
-) -> WorkerPool:
-    admission = Admission(memory * MEGABYTE, timeout_s)
-    admission.queue = pool = WorkerPool(
-        admission, concurrency=concurrency, queue=queue, queue_timeout_s=queue_timeout_s
-    )
-    return pool
-
-
-BeginFn = Callable[..., "asyncio.Task[Any]"]
-
-
-@asynccontextmanager
-async def hold_jobs(pool: WorkerPool, *costs: Cost) -> AsyncIterator[threading.Event]:
-    """Run jobs until the yielded event is set, at the latest until the end of the block."""
-    release = threading.Event()
-    tasks = []
-    for cost in costs:
-        begun = threading.Event()
-
-        def hold(check: Check, begun: threading.Event = begun) -> None:
-            begun.set()
-            release.wait(30)
-
-        tasks.append(asyncio.create_task(pool.run(Reservation(pool.admission), cost, hold)))
-        assert await anyio.to_thread.run_sync(begun.wait, 10)
-    try:
-        yield release
-    finally:
-        release.set()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        pool.close()
-
-
-async def queue_job(pool: WorkerPool, cost: Cost, run: Callable[[Check], Any]) -> "asyncio.Task[Any]":
-    """Submit a job and return its task once the job is in the queue."""
-    task = asyncio.create_task(pool.run(Reservation(pool.admission), cost, run))
-    await asyncio.sleep(0)
-    return task
 
 
 async def test_full_queue_rejects_at_once_and_frees_its_slots() -> None:
@@ -337,116 +288,3 @@ async def test_error_propagates_and_releases_everything() -> None:
     assert not pool.busy
     assert pool.admission.used == 0
     pool.close()
-
-
-def test_bodies_are_limited_to_their_memory_fraction() -> None:
-    admission = create_pool(memory=1000, queue=0).admission
-    most = int(BODY_MEMORY_FRACTION * admission.memory)
-    one, other = Reservation(admission), Reservation(admission)
-    one.reserve_body(most - MEGABYTE)
-    with pytest.raises(Busy, match=r"2\.0 MB more do not fit") as caught:
-        other.reserve_body(2 * MEGABYTE)
-    assert caught.value.headers == {"Retry-After": "1"}
-    with pytest.raises(Busy):
-        admission.check_capacity("/", 2 * MEGABYTE)
-    with pytest.raises(BodyTooLarge, match="CORR2D_MEMORY_MB"):
-        other.reserve_body(most + 1)
-    one.reserve_body(MEGABYTE)
-    other.reserve_body(2 * MEGABYTE)
-    other.reserve_result(5 * MEGABYTE)
-    assert admission.used == 8 * MEGABYTE
-    one.close()
-    other.close()
-    assert admission.used == 0
-
-
-async def test_admission_is_limited_to_running_plus_queued() -> None:
-    pool = create_pool(concurrency=2, queue=3)
-    assert pool.slots == 5
-    async with hold_jobs(pool, SHORT_COST):
-        assert pool.slots == 5
-    pool = create_pool(concurrency=2, queue=3)
-    async with hold_jobs(pool, LONG_COST, SHORT_COST) as release:
-        # In addition to the long job, one more short job can run.
-        assert pool.slots == 6
-        release.set()
-    assert pool.slots == 5
-
-
-def test_request_has_one_slot_and_frees_it_once() -> None:
-    admission = create_pool(concurrency=1, queue=1).admission
-    one, other, third = Reservation(admission), Reservation(admission), Reservation(admission)
-    one.take_slot()
-    one.take_slot()
-    other.take_slot()
-    with pytest.raises(Busy, match="all 2 request slots are in use"):
-        third.take_slot()
-    with pytest.raises(Busy):
-        admission.check_capacity("/", MEGABYTE)
-    one.release_slot()
-    one.close()
-    third.take_slot()
-    assert admission.slots_taken == 2
-
-
-async def test_cached_rejection_applies_until_the_queue_moves() -> None:
-    pool = create_pool(concurrency=1, queue=9, queue_timeout_s=5)
-    reservation = Reservation(pool.admission, "/train-kernel")
-    reservation.declared = 1000
-    async with hold_jobs(pool, LONG_COST) as release:
-        reservation.rejected("too many")
-        for path, size in (("/train-kernel", 999), ("/correlate", 1000)):
-            pool.admission.check_capacity(path, size)
-        for size in (1000, 2000):
-            with pytest.raises(Busy, match="too many") as caught:
-                pool.admission.check_capacity("/train-kernel", size)
-            assert caught.value.headers == {"Retry-After": "1"}
-        release.set()
-    pool.admission.check_capacity("/train-kernel", 1000)
-
-
-def test_cached_rejection_expires() -> None:
-    admission = create_pool().admission
-    Reservation(admission, "/correlate").rejected("of no declared length")
-    admission.check_capacity("/correlate", 1000)
-    reservation = Reservation(admission, "/correlate")
-    reservation.declared = 1000
-    reservation.rejected("too many")
-    time.sleep(REJECTION_CACHE_S)
-    admission.check_capacity("/correlate", 1000)
-
-
-def test_one_request_probes_after_a_rejection_expires() -> None:
-    admission = create_pool().admission
-    reservation = Reservation(admission, "/correlate")
-    reservation.declared = 1000
-    reservation.rejected("too many")
-    time.sleep(REJECTION_CACHE_S)
-    admission.check_capacity("/correlate", 1000)
-    with pytest.raises(Busy, match="too many"):
-        admission.check_capacity("/correlate", 1000)
-    reservation.rejected(None)
-    admission.check_capacity("/correlate", 1000)
-
-
-async def test_job_that_fills_the_queue_rejects_by_headers() -> None:
-    pool = create_pool(concurrency=1, queue=9, queue_timeout_s=1.5)
-    async with hold_jobs(pool, LONG_COST):
-        jobs = []
-
-        async def send(requests: int) -> None:
-            for _ in range(requests):
-                pool.admission.check_capacity("/train-kernel", 1000)
-                reservation = Reservation(pool.admission, "/train-kernel")
-                reservation.declared = 1000
-                jobs.append(asyncio.ensure_future(pool.run(reservation, Cost(0, 0, 0.5), lambda _: None)))
-                await asyncio.sleep(0)
-
-        with pytest.raises(Busy, match="the expected wait exceeds"):
-            await send(9)
-        assert pool.depth == len(jobs) >= 1
-        # A cancelled job frees its slot for another one.
-        jobs.pop().cancel()
-        await asyncio.sleep(0.01)
-        pool.admission.check_capacity("/train-kernel", 1000)
-    await asyncio.gather(*jobs)

@@ -12,8 +12,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn
-
-D2L_EXAMPLE = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
+from tests.service.sample_requests import D2L_EXAMPLE
 
 
 def encode_base64(array: np.ndarray[Any, Any]) -> dict[str, object]:

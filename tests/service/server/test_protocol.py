@@ -4,8 +4,7 @@ import pytest
 
 from tests.problem_details import assert_detail, assert_problem
 from tests.robustness.raw_client import RawConnection, build_request_headers, build_upload_headers, send_until_closed
-
-SMALL_BODY = b'{"input": [[1, 2], [3, 4]], "kernel": [[1]]}'
+from tests.service.sample_requests import SMALL_BODY
 
 
 @pytest.mark.parametrize("version", ["0.9", "2.0", "3.0", "9.9"])
@@ -83,32 +82,3 @@ def test_any_spelling_of_chunked_is_accepted(address: str, coding: str) -> None:
         response = connection.read_response()
         assert response.status_code == 400 or response.json()["output"] == [[1, 2], [3, 4]]
         assert response.status_code == 200 or coding.endswith(",") or coding.startswith(",")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/static-offline-docs/nothing.js", 404),
-        ("GET", "/static-offline-docs", 404),
-        ("GET", "/static-offline-docs/", 404),
-        ("GET", "/static-offline-docs/%2e%2e/consts", 404),
-        ("GET", "/static-offline-docs/" + "x" * 5000, 404),
-        ("POST", "/static-offline-docs/favicon.png", 405),
-        ("DELETE", "/static-offline-docs/favicon.png", 405),
-    ],
-)
-def test_static_file_errors_are_problem_details(address: str, method: str, path: str, status: int) -> None:
-    with RawConnection(address) as connection:
-        connection.send(build_request_headers(f"{method} {path} HTTP/1.1"))
-        response = connection.read_response()
-        assert_problem(response, status)
-        assert status != 405 or response.headers["allow"] == "GET, HEAD"
-
-
-@pytest.mark.parametrize("value", ["bytes=999999999-", "bytes=x-", "bytes=0-9", "pages=1-2", "bytes=" + "0-1," * 1000])
-def test_static_files_ignore_range(address: str, value: str) -> None:
-    with RawConnection(address) as connection:
-        connection.send(build_request_headers("GET /static-offline-docs/favicon.png HTTP/1.1", f"Range: {value}"))
-        response = connection.read_response()
-        assert response.status_code == 200
-        assert response.content.startswith(b"\x89PNG")

@@ -1,0 +1,24 @@
+"""Test of /info."""
+
+import re
+
+import pytest
+import torch
+
+import core
+from service.settings import Settings
+from tests.servers import SendFn
+
+
+def test_info_lists_versions_devices_engines_and_limits(send: SendFn) -> None:
+    info = send("GET", "/info").json()
+    assert info["engines"] == {name: engine.METHOD for name, engine in core.ENGINES.items()}
+    assert [device["device"] for device in info["devices"]] == core.available_devices()
+    memory = 0.6 * core.usable_memory() / 1e6
+    in_force = {
+        "memory_mb": pytest.approx(memory, abs=1),
+        "max_compute_mb": pytest.approx(min(2000, memory / 2), abs=1),
+    }
+    assert info["settings"] == {**Settings(device="cpu").model_dump(), **in_force}
+    assert info["threads"] == torch.get_num_threads()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])

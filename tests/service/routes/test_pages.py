@@ -1,0 +1,54 @@
+"""Tests of the pages for people and of their static files."""
+
+import re
+
+import pytest
+
+from tests.problem_details import assert_problem
+from tests.robustness.raw_client import RawConnection, build_request_headers
+from tests.servers import SendFn
+
+
+def test_root_redirects_to_the_docs(send: SendFn) -> None:
+    response = send("GET", "/")
+    assert (response.status_code, response.headers["location"]) == (307, "/docs")
+
+
+def test_docs_load_no_external_files(send: SendFn) -> None:
+    page = send("GET", "/docs").text
+    links = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)["']""", page)
+    assert {link.rsplit(".", 1)[-1] for link in links} >= {"js", "css", "json"}
+    for link in links:
+        assert link.startswith("/")
+        response = send("GET", link)
+        assert response.status_code == 200
+        assert len(response.content) > 500
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/static-offline-docs/nothing.js", 404),
+        ("GET", "/static-offline-docs", 404),
+        ("GET", "/static-offline-docs/", 404),
+        ("GET", "/static-offline-docs/%2e%2e/consts", 404),
+        ("GET", "/static-offline-docs/" + "x" * 5000, 404),
+        ("POST", "/static-offline-docs/favicon.png", 405),
+        ("DELETE", "/static-offline-docs/favicon.png", 405),
+    ],
+)
+def test_static_file_errors_are_problem_details(address: str, method: str, path: str, status: int) -> None:
+    with RawConnection(address) as connection:
+        connection.send(build_request_headers(f"{method} {path} HTTP/1.1"))
+        response = connection.read_response()
+        assert_problem(response, status)
+        assert status != 405 or response.headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("value", ["bytes=999999999-", "bytes=x-", "bytes=0-9", "pages=1-2", "bytes=" + "0-1," * 1000])
+def test_static_files_ignore_range(address: str, value: str) -> None:
+    with RawConnection(address) as connection:
+        connection.send(build_request_headers("GET /static-offline-docs/favicon.png HTTP/1.1", f"Range: {value}"))
+        response = connection.read_response()
+        assert response.status_code == 200
+        assert response.content.startswith(b"\x89PNG")

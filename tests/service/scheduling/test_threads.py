@@ -1,0 +1,47 @@
+"""Tests of the threads that compute while the event loop responds."""
+
+import asyncio
+import threading
+
+import httpx
+import torch
+
+import core
+from service.app import create_app
+from service.app_state import get_app_state
+from service.scheduling.admission import Reservation
+from service.settings import Settings
+from tests.servers import open_client, serve_in_process, start_server
+
+
+def test_event_loop_responds_during_a_computation() -> None:
+    body = {"input": [[1] * 300] * 300, "target": [[0] * 300] * 300, "steps": 300, "learning_rate": 1e-9}
+    with start_server(create_app(Settings(threads=1))) as address, open_client(address) as send:
+        done: list[int] = []
+        thread = threading.Thread(
+            target=lambda: done.append(httpx.post(f"{address}/train-kernel", json=body, timeout=60).status_code)
+        )
+        thread.start()
+        polls = 0
+        while thread.is_alive():
+            assert send("GET", "/livez").status_code == 200
+            polls += not done
+        thread.join()
+    assert done == [200]
+    assert polls > 20
+
+
+def test_torch_uses_the_configured_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        app = create_app(Settings(threads=1))
+        with serve_in_process(app) as send:
+            # torch's thread count is a property of the calling thread: check it in the threads that compute.
+            in_the_pool = asyncio.run(
+                get_app_state(app).pool.run(
+                    Reservation(get_app_state(app).admission), core.Cost(1, 1, 1), lambda _: torch.get_num_threads()
+                )
+            )
+            assert send("GET", "/info").json()["threads"] == in_the_pool == 1
+    finally:
+        torch.set_num_threads(before)
