@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         """Mark the service as not ready, and each response as the last on its connection."""
         self._state.draining = True
         if (state := self._app_state) is not None:
-            state.readiness.mark_unavailable("the service is going down")
+            state.readiness.mark_unavailable("the service is shutting down")
             state.metrics.ready.set(0)
 
     async def on_tick(self, counter: int) -> bool:

@@ -55,7 +55,7 @@ for engine, shape, weight_shape, options in {cases}:
 
 def draw_layers(rng: np.random.Generator) -> list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]]:
     cases = []
-    for number, engine in enumerate(list(ENGINES) * 4):
+    for number, engine in enumerate(list(ENGINES) * 2):
         groups = int(rng.choice([1, 1, 2, 8]))
         depth, each = (int(rng.integers(1, 64 // groups)) for _ in range(2))
         stride, dilation = (tuple(int(step) for step in rng.choice([1, 2], 2)) for _ in range(2))
