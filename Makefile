@@ -18,7 +18,7 @@ test: .venv/dev.stamp  ## run the tests that a commit needs (3 minutes)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: test  ## then run those that start processes, wait, or compute for long
-	$(BIN)/pytest -n 3 --dist worksteal -m slow  # many of them wait
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 coverage: .venv/dev.stamp  ## run all tests with branch coverage
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term

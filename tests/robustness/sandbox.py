@@ -86,7 +86,7 @@ def main(log: str) -> None:
                 **exercise_service(),
             }
             process.terminate()
-            report["exit"] = process.wait(60)
+            report["exit"] = process.wait(180)
         finally:
             process.kill()
     print(json.dumps(report))  # noqa: T201
