@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
     @property
     def off(self) -> bool:
-        """Whether a measurement exceeds the tolerance of its estimate."""
+        """True if a measurement exceeds the tolerance of its estimate."""
         wrong = max(self.times, 1 / self.times) > MAX_TIME_RATIO and max(self.seconds, self.predicted) > MIN_CHECKED_S
         return wrong or self.megabytes > MAX_MEMORY_RATIO * self.estimated + MEMORY_SLACK_MB
 

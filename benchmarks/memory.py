@@ -78,7 +78,7 @@ def draw_convolution(kind: str, rng: np.random.Generator) -> HttpRequest | None:
     shapes: dict[str, Any] = {"input": np.broadcast_to(np.float32(0), request.input)}
     shapes[name] = np.broadcast_to(np.float32(0), request.kernel)
     try:
-        make_plan(**shapes, **options).cost  # noqa: B018 - raises if there is no engine
+        make_plan(**shapes, **options).cost  # noqa: B018 - raises if no engine can compute it
     except core.CoreError:
         return None
     image, kernel = estimates.build_arrays(rng, request, values)

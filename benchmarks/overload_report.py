@@ -12,7 +12,7 @@ from report import Claim, format_heading, format_number, get_cpu_model
 
 
 def compute_percentile(times: Sequence[float], fraction: float) -> float:
-    """Return the quantile of the times, or NaN if there are none."""
+    """Return the quantile of the times, or NaN for an empty list."""
     return sorted(times)[math.ceil(fraction * len(times)) - 1] if times else math.nan
 
 

@@ -62,12 +62,12 @@ class Problem:
 
     @cached_property
     def is_single_plane(self) -> bool:
-        """Whether one kernel is applied to single planes, without stride or dilation; always the case in correlate."""
+        """True if one kernel is applied to single planes without stride or dilation, as in correlate."""
         return self.channels == self.filters == 1 and self.stride == self.dilation == (1, 1)
 
     @cached_property
     def is_padded(self) -> bool:
-        """Whether pixels outside the image are read."""
+        """True if pixels outside the image are read."""
         return any(self.padding)
 
     @cached_property

@@ -32,7 +32,7 @@ class AppState:
     readiness: Readiness
 
     owns_process: bool = False
-    """Whether the application may change the process and end it, because it is the only one in it."""
+    """True if the application may change and end its process, because no other application runs in it."""
 
     @property
     def max_body_bytes(self) -> int:

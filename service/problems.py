@@ -256,7 +256,7 @@ def _handle_http_error(request: Request, error: Exception) -> Response:
     problem_type = ProblemType(status, status.phrase.lower().replace(" ", "-"), status.phrase)
     paths = ", ".join(sorted(request.app.openapi()["paths"]))
     detail = {
-        HTTPStatus.NOT_FOUND: f"there is no endpoint {_truncate(request.url.path)}; endpoints: {paths}",
+        HTTPStatus.NOT_FOUND: f"unknown endpoint {_truncate(request.url.path)}; endpoints: {paths}",
         HTTPStatus.METHOD_NOT_ALLOWED: (
             f"{request.method} is not allowed at {_truncate(request.url.path)}; "
             f"allowed: {(error.headers or {}).get('Allow', 'other methods')}"

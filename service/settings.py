@@ -136,7 +136,7 @@ class Settings(BaseSettings):
 
     @property
     def requires_api_key(self) -> bool:
-        """Whether requests need an API key."""
+        """True if requests need an API key."""
         return self.api_keys is not None or self.api_keys_file is not None
 
     @property

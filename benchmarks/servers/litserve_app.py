@@ -12,7 +12,7 @@ class Correlation(litserve.LitAPI):  # type: ignore[misc]  # litserve is not ins
     """A service with JSON requests and responses, by the hooks of LitServe."""
 
     def setup(self, device: str) -> None:
-        """Do nothing: there is no model to load."""
+        """Load nothing: the server has no model."""
 
     def decode_request(self, request: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Convert nested lists to tensors."""

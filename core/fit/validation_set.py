@@ -290,7 +290,7 @@ class ValidationCurve:
 class ValidationResult:
     """Validation of a fit: the loss before each update, that of the returned kernel, and its number of updates.
 
-    history and best_step are None for solver exact. end_loss: the training loss after the last update.
+    history, best_step: None for solver exact. end_loss: the training loss after the last update.
     """
 
     history: list[float] | None

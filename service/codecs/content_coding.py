@@ -39,11 +39,11 @@ class Decompressor(Protocol):
 
     @property
     def eof(self) -> bool:
-        """Whether the compressed data has ended."""
+        """True if the compressed data has ended."""
 
     @property
     def needs_input(self) -> bool:
-        """Whether all input so far has been decompressed."""
+        """True if all input so far has been decompressed."""
 
     @property
     def unused_data(self) -> bytes:

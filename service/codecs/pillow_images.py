@@ -26,8 +26,8 @@ MAX_SIDE_PIXELS = 1_000_000
 """Longest side of an image, in pixels: Pillow keeps a pointer for every row, eight times the size of one pixel."""
 
 STRIP_PIXELS = 2**18
-"""Pixels that are copied out of an image at a time: there is no second copy of the whole image, and the GIL, which
-Pillow holds meanwhile, is held for a millisecond."""
+"""Pixels that are copied out of an image at a time: this avoids a second copy of the whole image, and Pillow holds the
+GIL for a millisecond at a time."""
 
 PILLOW_ERRORS = (
     ArithmeticError,

@@ -105,7 +105,7 @@ class ImageHeader(NamedTuple):
 
     @property
     def alpha(self) -> bool:
-        """Whether pixels have alpha."""
+        """True if pixels have alpha."""
         return self.colour in (COLOUR_TYPE_GREY_ALPHA, COLOUR_TYPE_RGBA)
 
     @property

@@ -11,16 +11,16 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
-from service.timing import Timing
+from service.timing import RequestPhase, Timing
 
 OTHER_LABEL = "other"
 """Label of every route, status, reason and engine that is not listed, so that requests cannot create new series."""
 
 ROUTES = ("/correlate", "/conv2d", "/train-kernel", "/kernels", "/info", "/livez", "/readyz", "/metrics", OTHER_LABEL)
 STATUSES = (200, 307, 400, 401, 403, 404, 405, 406, 408, 413, 414, 415, 421, 422, 431, 499, 500, 501, 503, 504, 505)
-PHASES = ("parse", "wait", "compute", "encode")
+PHASES = get_args(RequestPhase)
 FIT_METHODS = ("normal equations", "convolutions")
 GAUGE_NAMES = (
     "workers_ready",

@@ -82,7 +82,8 @@ class ConvolutionResponse(BaseModel):
     engine: str
     explanation: Explanation | None = Field(None, description="present if the request has explain true")
     nonfinite: int | None = Field(
-        None, description="number of nulls in the output, which stand for NaN and infinities; absent if there are none"
+        None,
+        description="number of nulls in the output, which stand for NaN and infinities; absent if the output is finite",
     )
 
 

@@ -99,7 +99,7 @@ class Admission:
 
     @property
     def is_low_on_memory(self) -> bool:
-        """Whether more than 3/4 of the memory, or of a partition's limit for responses, is in use."""
+        """True if more than 3/4 of the memory, or of a partition's limit for responses, is in use."""
         return (
             self.used > LOW_MEMORY_FRACTION * self.memory
             or self.computations.results > LOW_MEMORY_FRACTION * self.computations.max_results

@@ -145,7 +145,7 @@ class WorkerPool:
 
     @property
     def busy(self) -> bool:
-        """Whether any job runs or waits, abandoned ones included."""
+        """True if any job runs or waits, abandoned ones included."""
         return bool(self._running or self._waiting or self._abandoned)
 
     @property

@@ -38,7 +38,7 @@ class ConnectionsState(ServerState):
     """State shared by all connections of a server."""
 
     draining = False
-    """Whether the server is shutting down: every response is the last on its connection."""
+    """True if the server is shutting down: every response is the last on its connection."""
 
     closing_connections = 0
     """Number of evicted connections that the event loop has not removed yet."""
