@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import KeysView, Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 from urllib.parse import parse_qsl
 
 import numpy as np
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from service.app_state import get_app_state
 from service.codecs.buffers import Buffer
@@ -19,7 +20,7 @@ from service.codecs.response_options import OutputResponseOptions, ResponseOptio
 from service.context import get_context, get_reservation
 from service.errors import BodyTooLarge, Busy, ClientDisconnected, FieldError, InvalidRequest
 from service.negotiation import HeaderFields, get_body_coding, get_body_format
-from service.pydantic_errors import convert_errors
+from service.pydantic_errors import Location, convert_errors
 from service.scheduling.admission import MIN_TRACKED_BYTES, Reservation
 from service.scheduling.body_memory import BodyBuffer, BodyMemory
 from service.scheduling.codec_jobs import run_codec
@@ -285,15 +286,31 @@ def _validate(model: type[Validated], fields: Any) -> Validated:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        errors = convert_errors(error.errors(include_url=False), known_names=_list_accepted_names(model))
+        errors = convert_errors(error.errors(include_url=False), partial(_list_accepted_names, model))
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise InvalidRequest(errors[0].message + more, errors=errors) from error
 
 
-def _list_accepted_names(model: type[BaseModel]) -> list[str]:
-    """Return the accepted field names, including aliases."""
-    names: list[str] = []
-    for name, field in model.model_fields.items():
-        alias = field.validation_alias
-        names += [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
-    return names
+def _list_accepted_names(model: type[BaseModel], location: Location = ()) -> list[str]:
+    """Return the accepted field names, including aliases, of the object at a location in a model; [] if unknown."""
+    for part in location:
+        if isinstance(part, str):
+            fields = (field for name, field in model.model_fields.items() if part in _list_aliases(name, field))
+            nested = next((_find_model(field.annotation) for field in fields), None)
+            if nested is None:
+                return []
+            model = nested
+    return [alias for name, field in model.model_fields.items() for alias in _list_aliases(name, field)]
+
+
+def _list_aliases(name: str, field: FieldInfo) -> list[str]:
+    """Return the names under which a field is accepted."""
+    alias = field.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
+
+
+def _find_model(annotation: Any) -> type[BaseModel] | None:
+    """Return the model in an annotation such as list[TrainingPair] | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_find_model, get_args(annotation))), None)

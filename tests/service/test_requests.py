@@ -223,6 +223,35 @@ def test_unknown_option_is_rejected_with_a_suggestion(send: SendFn) -> None:
     assert assert_first_error(post_with_query(send, "MODE=same"), 422)["field"] == "MODE"
 
 
+@pytest.mark.parametrize(
+    ("pair", "suggestion"),
+    [({"input": [[1]], "target": [[1]], "weigths": [[1]]}, "weights"), ({"X": [[1]], "taget": [[1]]}, "target")],
+)
+@pytest.mark.parametrize("name", ["pairs", "validation"])
+def test_unknown_name_in_a_pair_is_compared_with_those_of_pairs(
+    send: SendFn, name: str, pair: dict[str, Any], suggestion: str
+) -> None:
+    response = send("POST", "/train-kernel", json={"input": [[1]], "target": [[1]], name: [pair]})
+    errors = [error for error in assert_problem(response, 422)["errors"] if "unknown field" in error["message"]]
+    assert [error["message"].partition("; ")[2] for error in errors] == [f'did you mean "{suggestion}"?']
+    assert errors[0]["limit"] == "input, X, target, Y, weights"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": "many"}, "not 'many'"),
+        ({"seed": 1.5}, "not 1.5"),
+        ({"bias": "maybe"}, "not 'maybe'"),
+        ({"loss": "cubic"}, "'sum', 'mean', 'huber' or 'l1', not 'cubic'"),
+        ({"betas": [1]}, "not a list of 1"),
+    ],
+)
+def test_message_repeats_what_was_received(send: SendFn, options: dict[str, Any], message: str) -> None:
+    response = send("POST", "/train-kernel", json={"input": [[1]], "target": [[1]], **options})
+    assert message in assert_problem(response, 422)["detail"]
+
+
 @pytest.mark.parametrize(("query", "field"), [("kernel=identity", "kernel"), ("mode=same", "mode")])
 def test_option_in_body_and_query_is_rejected(send: SendFn, query: str, field: str) -> None:
     error = assert_first_error(post_with_query(send, query, mode="same"), 422)
