@@ -19,7 +19,7 @@ from peers import (
     create_task,
     list_peers,
 )
-from report import format_milliseconds, format_number
+from reports.tables import format_milliseconds, format_number
 
 import core
 

@@ -35,9 +35,9 @@ from engine_measurement import (
     measure_cell,
     measure_choice_cost,
 )
-from engine_plot import draw_plot
-from engine_report import ResultTable, describe_environment, judge_choices, summarize
 from peers import Cell, CellKind
+from plots.engine import draw_plot
+from reports.engine import ResultTable, describe_environment, judge_choices, summarize
 
 import core
 

@@ -7,9 +7,11 @@ Tables: "Large" requests take tens of milliseconds and wait in the queue: fits w
 128 x 128 pixels, and a filtered image. "Small" requests are 3 x 3 by 2 x 2 correlations in JSON, which are computed
 inline. A line is a level of load: large requests at a multiple of the capacity, and small ones at a constant rate.
 Rates count responses with 200 ("done") and 503 ("rejected"). "Work" is the sum of the times that the large requests
-done take on an idle server: fewer requests per second can be the same work if they are longer. Times are in
-milliseconds: for responses with 200 from when the request was due, for rejections from the first byte sent to the last
-byte received. Another process sends GET /livez every 20 ms.
+done take on an idle server: fewer requests per second can be the same work if they are longer. It varies with the speed
+of the server's core, which the load on the other core can slow down; the CPU time of the computations, that of all
+threads of the server but the event loop's, does not. Times are in milliseconds: for responses with 200 from when the
+request was due, for rejections from the first byte sent to the last byte received. Another process sends GET /livez
+every 20 ms.
 
 Method: `corr2d serve` with default settings and one worker has one core and one thread; the load generator has another
 core. The capacity is the highest rate of large requests in a closed loop of 1 or 8 clients that wait for their
@@ -33,8 +35,8 @@ from pathlib import Path
 
 import uvloop
 from overload_measurement import measure_overload
-from overload_plot import draw_plot
-from overload_report import format_report
+from plots.overload import draw_plot
+from reports.overload import format_report
 from servers import SERVERS, SUBJECT_NAME
 from servers.processes import run_server
 

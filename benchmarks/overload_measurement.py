@@ -22,7 +22,7 @@ from open_loop import (
     send_closed_loop,
     send_open_loop,
 )
-from report import format_number, print_progress
+from reports.tables import format_number, print_progress
 from servers.processes import RunningServer
 
 import core
@@ -67,6 +67,8 @@ class LoadRound:
     large: Sequence[SentRequest]
     small: Sequence[SentRequest]
     probes: Sequence[LivezProbe]
+    computing: float
+    """CPU seconds of the server's threads other than the event loop, in the counted time."""
 
     @property
     def both(self) -> Sequence[SentRequest]:
@@ -81,6 +83,11 @@ class LoadRound:
         """Return the requests whose response with this status was received in the counted time."""
         end = self.begin + self.seconds
         return (sent for sent in requests if sent.status == status and self.begin <= sent.received < end)
+
+    @property
+    def work(self) -> float:
+        """Time of the large requests done on an idle server, in seconds per second."""
+        return sum(sent.seconds for sent in self.with_status(self.large, OK_STATUS)) / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +120,16 @@ class LoadLevel:
     @property
     def work(self) -> float:
         """Time of the large requests done on an idle server, in ms per second."""
-        done = (
-            sum(sent.seconds for sent in one.with_status(one.large, OK_STATUS)) / one.seconds for one in self.rounds
-        )
-        return 1e3 * median(done)
+        return 1e3 * median(one.work for one in self.rounds)
+
+    @property
+    def computing(self) -> float:
+        """CPU time of the computations, in ms per second."""
+        return 1e3 * median(one.computing / one.seconds for one in self.rounds)
+
+    def compare_work(self, other: "LoadLevel") -> float:
+        """Return the work divided by that of another level, as the median of the rounds: a round has one speed."""
+        return median(one.work / two.work for one, two in zip(self.rounds, other.rounds, strict=True))
 
     @property
     def large_times(self) -> list[float]:
@@ -222,40 +235,59 @@ async def time_requests(clients: ConnectionPool, requests: Sequence[bytes]) -> l
     return timed
 
 
+def split_origin(server: RunningServer) -> tuple[str, str]:
+    """Return host and port of the server."""
+    host, _, port = server.origin.removeprefix("http://").rpartition(":")
+    return host, port
+
+
+def connect(server: RunningServer) -> ConnectionPool:
+    """Return a pool of connections to the server."""
+    host, port = split_origin(server)
+    return ConnectionPool(host, int(port))
+
+
 @dataclass(frozen=True, slots=True)
 class LoadGenerator:
     """Load generator for a server, with the large requests and the seconds per level."""
 
-    host: str
-    port: int
+    server: RunningServer
     large: Sequence[TimedRequest]
     seconds: float
+
+    async def measure_computing(self) -> float:
+        """Return the CPU seconds of the computations in the counted time of a level that starts now."""
+        await asyncio.sleep(WARM_UP_S)
+        before = self.server.computing_seconds()
+        await asyncio.sleep(self.seconds)
+        return self.server.computing_seconds() - before
 
     async def closed(self, clients: int) -> LoadRound:
         """Run a closed loop of clients with large requests, and an open loop of small ones."""
         seconds, begin = WARM_UP_S + self.seconds, monotonic() + WARM_UP_S
-        large, small = ConnectionPool(self.host, self.port), ConnectionPool(self.host, self.port)
-        sent = await asyncio.gather(
+        large, small = connect(self.server), connect(self.server)
+        large_sent, small_sent, computing = await asyncio.gather(
             send_closed_loop(large, self.large, clients, seconds, seed=clients),
             send_open_loop(small, RequestStream(SMALL_REQUESTS, SMALL_REQUESTS_PER_S), seconds, seed=clients),
+            self.measure_computing(),
         )
         large.close()
         small.close()
-        return LoadRound(self.seconds, begin, *sent, probes=())
+        return LoadRound(self.seconds, begin, large_sent, small_sent, (), computing)
 
     async def open(self, rate: float, seed: int) -> LoadRound:
         """Run open loops of large requests at a rate (0 for none), of small requests, and of /livez."""
         seconds = WARM_UP_S + self.seconds
-        large, small = ConnectionPool(self.host, self.port), ConnectionPool(self.host, self.port)
+        large, small = connect(self.server), connect(self.server)
         begin = monotonic() + WARM_UP_S
         prober = await asyncio.create_subprocess_exec(
             sys.executable,
             Path(__file__).with_name("livez_probe.py"),
-            self.host,
-            str(self.port),
+            *split_origin(self.server),
             str(seconds),
             stdout=asyncio.subprocess.PIPE,
         )
+        measuring = asyncio.create_task(self.measure_computing())
         streams = [send_open_loop(small, RequestStream(SMALL_REQUESTS, SMALL_REQUESTS_PER_S), seconds, seed=2 * seed)]
         if rate:
             streams.append(send_open_loop(large, RequestStream(self.large, rate), seconds, seed=2 * seed + 1))
@@ -266,18 +298,17 @@ class LoadGenerator:
         probes = [LivezProbe(*map(float, line.split())) for line in printed.decode().splitlines()]
         if not probes:
             sys.exit("/livez did not respond")
-        return LoadRound(self.seconds, begin, sent[1] if rate else (), sent[0], probes)
+        return LoadRound(self.seconds, begin, sent[1] if rate else (), sent[0], probes, await measuring)
 
 
 async def measure_overload(
     one: RunningServer, seconds: float, rounds: int, multiples: Sequence[float]
 ) -> OverloadResults:
     """Measure all levels; the capacity is that of the first round, so that the rates are the same in all rounds."""
-    host, _, port = one.origin.removeprefix("http://").rpartition(":")
-    connections = ConnectionPool(host, int(port))
+    connections = connect(one)
     large = await time_requests(connections, build_large_requests())
     connections.close()
-    load = LoadGenerator(host, int(port), large, seconds)
+    load = LoadGenerator(one, large, seconds)
     results = OverloadResults(
         [1e3 * posted.seconds for posted in large],
         {clients: LoadLevel(f"{clients} clients") for clients in CLOSED_LOOP_CLIENTS},
@@ -296,7 +327,8 @@ async def measure_overload(
             level.rounds.append(await load.open(level.rate, seed=number))
             one.settle()
         done = ", ".join(
-            f"{level.name}: {format_number(level.work)}" for level in (*results.closed.values(), *results.levels)
+            f"{level.name}: {format_number(level.work)} ({format_number(level.computing)})"
+            for level in (*results.closed.values(), *results.levels)
         )
-        print_progress(f"after round {number + 1} of {rounds}, work in ms per second: {done}")
+        print_progress(f"after round {number + 1} of {rounds}, ms of work (of CPU time) per second: {done}")
     return results

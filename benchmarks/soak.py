@@ -33,8 +33,8 @@ from pathlib import Path
 from time import perf_counter
 
 from matplotlib.figure import Figure
-from plotting import spread_labels, style_axes
-from report import format_heading, get_cpu_model, print_progress
+from plots.style import spread_labels, style_axes
+from reports.tables import format_heading, get_cpu_model, print_progress
 
 from tests.soak import (
     CLIENT_COUNT,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, sleep
 
-from report import format_number, print_progress
+from reports.tables import format_number, print_progress
 from servers import SERVERS, SUBJECT_NAME
 from servers.dialects import Dialect, ImageProblem, WireFormat
 from servers.processes import APPS_FOLDER, RunningServer, UnavailableError, run_server

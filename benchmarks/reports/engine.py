@@ -14,9 +14,9 @@ import scipy
 import torch
 from engine_measurement import Row
 from peers import Cell, list_peers
-from report import format_milliseconds, format_number, get_cpu_model
 
 import core
+from reports.tables import format_milliseconds, format_number, get_cpu_model
 
 MIN_COMPARABLE_S = 50e-6
 """Rows whose best peer takes less, in seconds, are summarized separately: the overhead of a Python call dominates."""

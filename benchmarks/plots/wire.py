@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from plotting import spread_labels, style_axes
 from servers import SUBJECT_NAME, BenchmarkedServer
 from servers.dialects import WireFormat
 from wire_measurement import WireCell, WireResults
+
+from plots.style import spread_labels, style_axes
 
 PEER_COLOURS = ("#ff7f0e", "#d62728", "#8c564b", "#7f7f7f", "#9467bd", "#e377c2", "#2ca02c")
 SUBJECT_STYLES: Mapping[WireFormat, Mapping[str, Any]] = {

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from overload_measurement import LoadLevel, OverloadResults
-from overload_report import compute_percentile
-from plotting import spread_labels, style_axes
+from reports.overload import compute_percentile
+
+from plots.style import spread_labels, style_axes
 
 BLUE, LIGHT_BLUE, GREEN, RED, GREY = "#1f6feb", "#63a5f7", "#2ca02c", "#d62728", "#7f7f7f"
 
