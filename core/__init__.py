@@ -12,7 +12,7 @@ from core.correlate import correlate, plan_correlate
 from core.device import available_devices, describe_devices, resolve_device
 from core.engines import CALLING_THREAD_ENGINES, ENGINES
 from core.engines.choice import Choice, Method, choose
-from core.engines.pipelines import NotCompiled, compiled_only
+from core.engines.compilation.pipelines import NotCompiled, compiled_only
 from core.engines.run import Result, warm_up
 from core.engines.slices import Check
 from core.errors import (
@@ -30,10 +30,10 @@ from core.errors import (
 from core.explain import Candidate, explain
 from core.fit.constrained.constraints import Symmetry
 from core.fit.fit import FitPlan, fit_kernel, fit_kernel_steps, plan_fit_kernel, run_to_end
+from core.fit.gradient_descent.optimizers import Solver
 from core.fit.losses import Loss
-from core.fit.optimizers import Solver
 from core.fit.result import RIDGE_PATH_FIELDS, FitResult, Forecast, Prediction, Progress, Reading, Status, Step
-from core.fit.size_range import DEFAULT_MAX_KERNEL_SIZE
+from core.fit.selection.size_range import DEFAULT_MAX_KERNEL_SIZE
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits
 from core.machine import Machine, measure_machine, use_one_blas_thread

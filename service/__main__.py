@@ -1,6 +1,6 @@
 """Run the command line: `python -m service`."""
 
-from service.cli import app
+from service.cli.main import app
 
 if __name__ == "__main__":
     app()

@@ -128,7 +128,7 @@ def run_monitored_server() -> None:
     from starlette.routing import Route
 
     import service.app
-    import service.cli
+    import service.cli.main
     from service.metrics.counters import SharedCounters
     from service.settings import Settings
 
@@ -144,7 +144,7 @@ def run_monitored_server() -> None:
         return app
 
     service.app.create_app = create_monitored_app
-    service.cli.app()
+    service.cli.main.app()
 
 
 async def run_idle_loop() -> None:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service.app
-import service.cli
+import service.cli.main
 from service.metrics.counters import SharedCounters
 from service.settings import Settings
 
@@ -43,4 +43,4 @@ def create_leaky_app(settings: Settings, table: SharedCounters | None = None) ->
 
 if __name__ == "__main__":
     service.app.create_app = create_leaky_app
-    service.cli.app()
+    service.cli.main.app()

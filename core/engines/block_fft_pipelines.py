@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.engines import halide_jit
+from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec
 from core.engines.small_dft import ComplexExpr, SignedExpr, constant
 from core.engines.stockham import Transform, complex_parts, constant_table
@@ -69,7 +70,7 @@ def _parallelize(func: Any, loop: Any, count: Any, tasks: Any) -> None:
     func.parallel(task).never_partition_all()
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def block_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: two parts (rows, P M'), kernel spectrum, middle, its contribution, tasks -> two outputs.
 
@@ -208,7 +209,7 @@ def _fix_output_layout(func: Any, sizes: list[int | None], strides: list[int]) -
                 buffer.dim(axis).set_bounds(0, size)
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def kernel_spectrum_pipeline(block: FFTBlock, dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: kernel (h, columns), tasks -> real and imaginary part of its spectrum (N / 2 + 1, M', P).
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from core.arrays import ConvolveFn
 from core.engines import halide_costs, halide_jit, precision, value_stats
+from core.engines.compilation import pipelines
+from core.engines.compilation.pipeline_linker import Pipeline
 from core.engines.halide_jit import PipelineSpec, Plane
-from core.engines.pipeline_linker import Pipeline
 from core.engines.precision import TransformEstimate, dtype_name
 from core.engines.small_dft import ComplexExpr, constant
 from core.engines.stockham import Transform, complex_parts
@@ -199,7 +200,7 @@ def _choose_transform(
     return length, vectors, work / halide_costs.operations_per_second(machine, dtype)
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _strip_pipeline(length: int, vectors: int, dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: two parts (rows, W), kernel (h, w), tiles per block, blocks per task -> two outputs, stats.
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy
-from core.engines import pipelines
+from core.engines.compilation import pipelines
 from core.problem import Dtype, Problem, SliceUnits
 
 Plane: TypeAlias = NDArray[Any]
@@ -32,11 +32,8 @@ DIRECT_SLICE_UNITS: SliceUnits = {"batch": 1, "groups": 1, "rows": 16, "filters"
 
 @functools.cache
 def import_halide() -> Any:
-    """Return the halide module. Only the process that compiles loads it: see core.engines.pipelines."""
+    """Return the halide module. Only the process that compiles loads it: see core/engines/compilation."""
     return importlib.import_module("halide")
-
-
-cached_pipeline = pipelines.cached_pipeline
 
 
 @functools.cache

@@ -6,11 +6,12 @@ core/engines/implicit_gemm.py explains the algorithm.
 from typing import Any
 
 from core.engines import halide_jit
+from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec
 from core.problem import Dtype
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def rows_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
     """Define a pipeline for rows that are long enough for tiles, whose sums are stored directly in the output.
 
@@ -45,7 +46,7 @@ def rows_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
     return output, inputs
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
     """Define a pipeline for bands of short rows: tiles extend over the ends of rows, and only a band's last is partial.
 
@@ -90,7 +91,7 @@ def bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
     return output, inputs
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def polyphase_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: images (N, C, H, W), strides, planes per task -> (N, C, down, across, rows, columns)."""
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)

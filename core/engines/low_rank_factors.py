@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from core.arrays import Array, as_numpy
 from core.engines import halide_jit, precision
+from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec, Plane
 from core.problem import Problem
 from core.shapes import Pair
@@ -154,7 +155,7 @@ def _find_integer_factors(kernel: Plane, column: NDArray[np.float64]) -> Factors
     return _scale_factors(kernel, columns, rows) if (columns.T * rows == kernel).all() else None
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def cross_approximation_pipeline() -> PipelineSpec:
     """Define a pipeline: matrix (h, w), `share` -> column (h), row (w), remainder (h, w), three numbers.
 

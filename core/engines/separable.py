@@ -13,6 +13,7 @@ import numpy as np
 
 from core.arrays import Array, ConvolveFn
 from core.engines import halide_costs, halide_jit, interior, precision
+from core.engines.compilation import pipelines
 from core.engines.halide_jit import FillFn, PipelineSpec, Plane
 from core.engines.low_rank_factors import Factors, cross_approximation_pipeline, find_factors, rank_check_seconds
 from core.engines.precision import TRANSFORM_ERROR_FACTOR, UNIT_ROUNDOFF, TransformEstimate
@@ -224,7 +225,7 @@ def _tile_shape(dtype: Dtype) -> tuple[int, int]:
     return TILE_ROWS, TILE_VECTORS * halide_jit.vector_lanes(dtype)
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _passes_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: images (N, 1, H, W), columns (r, h), rows (r, w), tile rows per task -> (N, 1, oh, ow).
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit, interior
+from core.engines.compilation import pipelines
 from core.engines.halide_jit import FillFn, PipelineSpec, Plane
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
@@ -194,7 +195,7 @@ def _make_layer_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
     return lambda pixels, output, taps, bias: strided(pixels, taps, bias, *problem.stride, *options, output)
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _tiles_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: images (N, 1, H, W), kernel (1, 1, h, w), tile rows per task -> (N, 1, oh, ow).
 
@@ -211,7 +212,7 @@ def _tiles_pipeline(dtype: Dtype) -> PipelineSpec:
     return output, [images, kernel, tasks]
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _tall_tiles_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline as `_tiles_pipeline`, for kernels of more rows.
 
@@ -229,7 +230,7 @@ def _tall_tiles_pipeline(dtype: Dtype) -> PipelineSpec:
     return output, [images, kernel, tasks]
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _rows_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: images (N, 1, H, W), kernel (1, 1, h, w) -> (N, 1, oh, ow), at least one vector wide."""
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
@@ -241,7 +242,7 @@ def _rows_pipeline(dtype: Dtype) -> PipelineSpec:
     return output, [images, kernel]
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _values_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: images (N, 1, H, W), kernel (1, 1, h, w) -> (N, 1, oh, ow) of any size.
 
@@ -268,7 +269,7 @@ def _values_pipeline(dtype: Dtype) -> PipelineSpec:
     return output, [images, kernel]
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _depthwise_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline for depthwise layers with outputs of at least one tile.
 
@@ -294,7 +295,7 @@ def _depthwise_pipeline(dtype: Dtype) -> PipelineSpec:
     return output, [images, kernel, bias, filters_per_group, tasks]
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _layer_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline for layers with stride 1 and outputs of at least one tile.
 
@@ -312,7 +313,7 @@ def _layer_pipeline(dtype: Dtype) -> PipelineSpec:
     return layer.output, [*layer.arrays, down, across, layer.filters_per_group, layer.tasks]
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _strided_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline as `_layer_pipeline`, with the stride of rows and of columns before the dilations."""
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.engines import halide_jit
+from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec, Plane
 from core.engines.precision import (
     TRANSFORM_ERROR_FACTOR,
@@ -61,7 +62,7 @@ def compute_stats(plane: Plane, kernel: Plane) -> ValueStats:
     return ValueStats(*numbers.tolist())
 
 
-@halide_jit.cached_pipeline
+@pipelines.cached_pipeline
 def _stats_pipeline(dtype: Dtype) -> PipelineSpec:
     """Define a pipeline: plane (H, W), kernel (h, w) -> the values of ValueStats, in float64."""
     hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)

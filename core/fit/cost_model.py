@@ -7,16 +7,16 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from core.engines.choice import choose_before_rank, peak_bytes
-from core.fit import autocorrelation, im2col
 from core.fit.constrained.low_rank import RANDOM_STARTS
-from core.fit.learning_rate import count_tried_rates
+from core.fit.equations import autocorrelation, im2col
+from core.fit.equations.normal_equations import is_autocorrelation_faster
+from core.fit.gradient_descent.learning_rate import count_tried_rates
+from core.fit.gradient_descent.optimizers import GradientDescent
 from core.fit.linear_algebra.eigen import MAX_EIGH_SIZE, MAX_LANCZOS_STEPS, QUADRATURE_NODES
-from core.fit.normal_equations import is_autocorrelation_faster
 from core.fit.objective import UNAPPROXIMATED_ENGINES
-from core.fit.optimizers import GradientDescent
 from core.fit.options import Options
 from core.fit.parameters import ParameterLayout
-from core.fit.ridge_selection import RIDGES_PER_PATH
+from core.fit.selection.ridge_selection import RIDGES_PER_PATH
 from core.fit.tiles import Tile, TiledExample
 from core.machine import Machine
 from core.problem import Problem

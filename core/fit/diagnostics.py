@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from core.fit.exact import Minimum, refine_minimum
+from core.fit.equations.exact import Minimum, refine_minimum
+from core.fit.equations.normal_equations import NormalEquations
+from core.fit.equations.target_statistics import TargetStatistics
+from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, ReducedProblem, add_ridge, combine_problems
 from core.fit.interruption import Interruptible
 from core.fit.linear_algebra.dense import Floats
 from core.fit.linear_algebra.inverse import invert
 from core.fit.linear_algebra.singular_values import decompose_factors
 from core.fit.linear_algebra.spectrum import GramSpectrum, Spectrum
-from core.fit.normal_equations import NormalEquations
 from core.fit.objective import FactoredQuadraticTerm, ImageTerm, Objective, QuadraticTerm
 from core.fit.parameters import Unknowns
-from core.fit.ridge_selection import RidgeSearch, RidgeSelection, factorize_equations
-from core.fit.target_statistics import TargetStatistics
-from core.fit.tsqr import MAX_FACTORED_UNKNOWNS, ReducedProblem, add_ridge, combine_problems
+from core.fit.selection.ridge_selection import RidgeSearch, RidgeSelection, factorize_equations
 
 MIN_DEGREES_OF_FREEDOM = 1e-6
 """Degrees of freedom up to which they may be rounding errors; with a ridge they need not be an integer."""

@@ -9,17 +9,17 @@ import numpy as np
 from core.fit.constrained.least_squares import ConstrainedAnalysis, analyse_constrained
 from core.fit.constrained.reduction import reduce_equations
 from core.fit.diagnostics import Analysis, analyse_equations, analyse_equations_for_ridges, analyse_factors
+from core.fit.equations.normal_equations import EquationsAccumulator
+from core.fit.equations.target_statistics import TargetStatistics, compute_target_statistics
+from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator
 from core.fit.examples import require_finite
 from core.fit.fit_run import FitRun
 from core.fit.interruption import Interruptible
 from core.fit.linear_algebra.lanczos import lanczos
-from core.fit.normal_equations import EquationsAccumulator
 from core.fit.objective import ImageTerm, Objective
 from core.fit.result import Progress, Reading
-from core.fit.ridge_selection import RidgeSearch
 from core.fit.scaling import MAX_SCALED_OPTION, require_scalable
-from core.fit.target_statistics import TargetStatistics, compute_target_statistics
-from core.fit.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator
+from core.fit.selection.ridge_selection import RidgeSearch
 
 Accumulator = TypeVar("Accumulator", EquationsAccumulator, QRAccumulator)
 

@@ -15,15 +15,15 @@ from core.fit.examples import Examples, Layer, RawExample, load_examples
 from core.fit.fit_run import FitRun
 from core.fit.fit_spec import FitSpec
 from core.fit.fit_steps import run_fit
-from core.fit.initialization import resolve_initialization, resolve_seed
+from core.fit.gradient_descent.initialization import resolve_initialization, resolve_seed
+from core.fit.gradient_descent.optimizers import Solver
+from core.fit.gradient_descent.validation_set import load_validation, make_validation_problem, require_patience
 from core.fit.losses import Loss
-from core.fit.optimizers import Solver
 from core.fit.options import Auto, Options
 from core.fit.result import FitResult, Progress
-from core.fit.size_range import SizeRange, find_size_range, require_size_selection
-from core.fit.size_selection import SizeSelection
+from core.fit.selection.size_range import SizeRange, find_size_range, require_size_selection
+from core.fit.selection.size_selection import SizeSelection
 from core.fit.strategy import FitMethod
-from core.fit.validation_set import load_validation, make_validation_problem, require_patience
 from core.limits import Limits
 from core.machine import Machine, this_machine
 from core.problem import PaddingMode, Problem

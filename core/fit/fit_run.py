@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from core.fit.diagnostics import Analysis
+from core.fit.equations.target_statistics import TargetStatistics
 from core.fit.examples import Example
-from core.fit.initialization import Initialization
+from core.fit.gradient_descent.initialization import Initialization
+from core.fit.gradient_descent.validation_set import ValidationCurve, ValidationSet
 from core.fit.interruption import Interruptible, Value
 from core.fit.objective import ImageTerm
 from core.fit.options import Options
@@ -15,9 +17,7 @@ from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.result import Progress, Reading, Step
 from core.fit.scaling import UNSCALED, Scaling, require_scalable
 from core.fit.strategy import FitMethod
-from core.fit.target_statistics import TargetStatistics
 from core.fit.tiles import Tile, TiledExample
-from core.fit.validation_set import ValidationCurve, ValidationSet
 from core.machine import Machine
 
 

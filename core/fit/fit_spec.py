@@ -5,18 +5,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from core.fit import autocorrelation
 from core.fit.cost_model import predict_pass_seconds
+from core.fit.equations import autocorrelation
+from core.fit.equations.normal_equations import is_autocorrelation_faster
 from core.fit.examples import Example, Examples
 from core.fit.fit_run import FitRun
-from core.fit.initialization import Initialization
-from core.fit.normal_equations import is_autocorrelation_faster
+from core.fit.gradient_descent.initialization import Initialization
+from core.fit.gradient_descent.validation_set import ValidationSet, make_cost_adder, plan_validation
 from core.fit.options import Options
 from core.fit.parameters import ParameterLayout
-from core.fit.ridge_selection import require_equations_for_ridges, require_ridge_search_size
+from core.fit.selection.ridge_selection import require_equations_for_ridges, require_ridge_search_size
 from core.fit.strategy import Strategy, choose_strategy
 from core.fit.tiles import TiledExample, split_example
-from core.fit.validation_set import ValidationSet, make_cost_adder, plan_validation
 from core.limits import Limits
 from core.machine import Machine
 from core.problem import Problem

@@ -8,21 +8,21 @@ from dataclasses import replace
 import numpy as np
 
 from core.errors import InvalidOption
-from core.fit.conjugate_gradients import solve_by_conjugate_gradients
-from core.fit.descent import DescentResult, descend
 from core.fit.diagnostics import Analysis
+from core.fit.equations.conjugate_gradients import solve_by_conjugate_gradients
+from core.fit.equations.target_statistics import TargetStatistics, compute_target_statistics
 from core.fit.example_analysis import analyse
 from core.fit.fit_run import FitRun
 from core.fit.forecast import build_forecast
+from core.fit.gradient_descent.descent import DescentResult, descend
+from core.fit.gradient_descent.validation_set import ValidationCurve, ValidationResult
 from core.fit.interruption import Interruptible, suppress_overflow_warnings
 from core.fit.messages import describe_delta, describe_unstable_rate
 from core.fit.objective import Objective
 from core.fit.report import report, report_overflow
 from core.fit.result import FitResult, Forecast, Progress, Status, Step
-from core.fit.robust_fit import choose_huber_delta, minimise_huber, solve_least_squares_first
+from core.fit.robust.huber_fit import choose_huber_delta, minimise_huber, solve_least_squares_first
 from core.fit.scaling import choose_scaling
-from core.fit.target_statistics import TargetStatistics, compute_target_statistics
-from core.fit.validation_set import ValidationCurve, ValidationResult
 
 
 def run_fit(run: FitRun) -> Generator[Progress, None, FitResult]:

@@ -7,10 +7,10 @@ import numpy as np
 from core.fit.diagnostics import Analysis
 from core.fit.example_analysis import IMAGE_LANCZOS_STEPS
 from core.fit.fit_run import FitRun
+from core.fit.gradient_descent.learning_rate import optimal_learning_rate
+from core.fit.gradient_descent.optimizers import GradientDescent, Optimizer
 from core.fit.interruption import Interruptible
-from core.fit.learning_rate import optimal_learning_rate
 from core.fit.messages import describe_analysis_rank, describe_forecast
-from core.fit.optimizers import GradientDescent, Optimizer
 from core.fit.result import Forecast, Prediction
 
 STABILITY_LIMIT_TOLERANCE = 1e-9

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from decimal import ROUND_DOWN, Decimal
 
 from core.fit.constrained.least_squares import ConstrainedAnalysis
-from core.fit.descent import DescentResult
 from core.fit.diagnostics import Analysis
+from core.fit.gradient_descent.descent import DescentResult
+from core.fit.gradient_descent.validation_set import ValidationResult
 from core.fit.options import Options
 from core.fit.result import Forecast, Prediction, Status
-from core.fit.ridge_selection import RidgeOutcome
-from core.fit.validation_set import ValidationResult
+from core.fit.selection.ridge_selection import RidgeOutcome
 
 SOLVER_NAMES = {
     "sgd": "gradient descent",

@@ -15,14 +15,14 @@ from torch import Tensor
 from core.arrays import as_array, as_numpy
 from core.engines import ALL_ENGINES
 from core.engines.run import run_engine
+from core.fit.equations.normal_equations import apply_adjoint
+from core.fit.equations.tsqr import ReducedProblem
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, YIELD_INTERVAL_S, Interruptible, pace
 from core.fit.linear_algebra.dense import multiply_blocks
 from core.fit.losses import Criterion
-from core.fit.normal_equations import apply_adjoint
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.scaling import UNSCALED, Scaling
 from core.fit.tiles import Tile, TileData
-from core.fit.tsqr import ReducedProblem
 from core.machine import Machine
 
 UNAPPROXIMATED_ENGINES = tuple(name for name in ALL_ENGINES if name != "separable")

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from core.errors import InvalidOption
 from core.fit.constrained.constraints import UNCONSTRAINED, Constraints
+from core.fit.gradient_descent.optimizers import Adam, GradientDescent, Momentum, Optimizer, Solver
 from core.fit.losses import DEFAULT_HUBER_DELTA, LOSSES, Criterion, Loss, huber
-from core.fit.optimizers import Adam, GradientDescent, Momentum, Optimizer, Solver
 from core.validation import format_value, is_real, require_one_of, require_positive
 
 Auto = Literal["auto"]

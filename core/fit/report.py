@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from core.fit.constrained.least_squares import ConstrainedAnalysis
-from core.fit.descent import DescentResult
 from core.fit.diagnostics import Analysis, ErrorEstimate
+from core.fit.equations.target_statistics import TargetStatistics
 from core.fit.fit_run import FitRun
+from core.fit.gradient_descent.descent import DescentResult
+from core.fit.gradient_descent.validation_set import ValidationResult
 from core.fit.interruption import Interruptible
 from core.fit.losses import LOSSES
 from core.fit.messages import (
@@ -27,10 +29,8 @@ from core.fit.messages import (
 from core.fit.objective import ImageTerm, Objective
 from core.fit.parameters import Unknowns
 from core.fit.result import CONFIDENCE_LEVEL, Diagnostics, FitResult, Forecast, Progress, Status, Uncertainty
-from core.fit.ridge_selection import RidgePath
 from core.fit.scaling import Scaling
-from core.fit.target_statistics import TargetStatistics
-from core.fit.validation_set import ValidationResult
+from core.fit.selection.ridge_selection import RidgePath
 
 MIN_LOSS_DIFFERENCE_RATIO = 1e-6
 """Difference of two losses, relative to the smaller, up to which it is computed from the distance of the kernels."""

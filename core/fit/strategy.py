@@ -35,11 +35,11 @@ from core.fit.cost_model import (
     predict_reading_cost,
     predict_reweighted_reading,
 )
+from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS
 from core.fit.linear_algebra.eigen import MAX_LANCZOS_STEPS
 from core.fit.options import Options
 from core.fit.parameters import ParameterLayout
 from core.fit.tiles import TiledExample
-from core.fit.tsqr import MAX_FACTORED_UNKNOWNS
 from core.limits import Limits
 from core.machine import Machine
 

@@ -127,7 +127,8 @@ def test_zero_kernel_has_rank_one_and_nonfinite_none() -> None:
 
 def test_other_engines_work_without_halide(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     monkeypatch.setattr(
-        "core.engines.halide_jit.platform_unsupported_reason", lambda: "needs Halide, which is not installed"
+        "core.engines.halide_jit.platform_unsupported_reason",
+        lambda: "needs Halide, which is not installed",
     )
     core.warm_up()
     # No other test uses these sizes: cached choices would ignore the patch.

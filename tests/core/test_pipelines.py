@@ -22,19 +22,17 @@ import core
 from core.engines import (
     block_fft_pipelines,
     column_fft,
-    compiler_process,
     halide_jit,
     implicit_gemm,
     implicit_gemm_pipelines,
     low_rank_factors,
-    pipeline_cache,
-    pipelines,
     separable,
     stencil,
     value_stats,
 )
-from core.engines.pipeline_cache import Argument, ObjectFile
-from core.engines.pipeline_linker import Pipeline
+from core.engines.compilation import compiler_process, pipeline_cache, pipelines
+from core.engines.compilation.pipeline_cache import Argument, ObjectFile
+from core.engines.compilation.pipeline_linker import Pipeline
 
 pytestmark = [
     pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed"),
@@ -291,7 +289,7 @@ def test_every_pipeline_can_be_scheduled(pipeline: Any, dtype: str) -> None:
 
 def test_pipeline_table_is_complete() -> None:
     modules = Path(halide_jit.__file__).parent.glob("*.py")
-    assert sum(module.read_text().count("\n@halide_jit.cached_pipeline\n") for module in modules) == len(PIPELINE_KEYS)
+    assert sum(module.read_text().count("\n@pipelines.cached_pipeline\n") for module in modules) == len(PIPELINE_KEYS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses the mmap flags of Linux")
@@ -321,8 +319,8 @@ def test_objects_link_whatever_the_size_of_their_data() -> None:
     # appears if the data almost fill their pages.
     script = """
 import llvmlite.binding as llvm
-from core.engines.pipeline_cache import ObjectFile
-from core.engines.pipeline_linker import link_pipeline
+from core.engines.compilation.pipeline_cache import ObjectFile
+from core.engines.compilation.pipeline_linker import link_pipeline
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from service.app import create_app
 from service.app_state import get_app_state
-from service.cli_options import format_setting
+from service.cli.options import format_setting
 from service.codecs.content_coding import COMPRESSORS
 from service.codecs.header_checks import DTYPES
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS

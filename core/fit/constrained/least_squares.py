@@ -17,14 +17,14 @@ from core.fit.constrained.constraints import Constraints
 from core.fit.constrained.low_rank import RANDOM_STARTS, LowRankProblem, solve_low_rank
 from core.fit.constrained.reduction import ConstraintReduction
 from core.fit.diagnostics import MIN_DEGREES_OF_FREEDOM, Analysis, ErrorEstimate, is_dominated_by_rounding
-from core.fit.exact import MAX_REFINEMENTS, REFINEMENT_GAIN_TOLERANCE, Minimum
+from core.fit.equations.exact import MAX_REFINEMENTS, REFINEMENT_GAIN_TOLERANCE, Minimum
+from core.fit.equations.target_statistics import TargetStatistics
+from core.fit.equations.tsqr import ReducedProblem
 from core.fit.interruption import Interruptible, pace
 from core.fit.linear_algebra.dense import Floats, null_space
 from core.fit.linear_algebra.singular_values import FactorSpectrum, decompose_factors
 from core.fit.objective import ImageTerm, Objective
 from core.fit.parameters import Unknowns
-from core.fit.target_statistics import TargetStatistics
-from core.fit.tsqr import ReducedProblem
 
 MAX_SMOOTHNESS_RATIO = 1e16
 """Maximum smoothness, relative to the largest sum of squares of a column of the windows."""
@@ -260,7 +260,7 @@ def _refine(
     solver: _ConstrainedSolver,
     solution: _ConstrainedSolution,
 ) -> Interruptible[_ConstrainedSolution]:
-    """Improve a solution by residuals computed from the images, like core.fit.exact.refine_minimum."""
+    """Improve a solution by residuals computed from the images, like core.fit.equations.exact.refine_minimum."""
     layout, constraints = images.layout, solver.reduction.constraints
     for _ in range(MAX_REFINEMENTS):
         losses, gradient = np.zeros((layout.blocks, layout.columns)), layout.zeros

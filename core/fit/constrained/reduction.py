@@ -12,13 +12,13 @@ import torch
 
 from core.fit.constrained.constraints import Constraints
 from core.fit.constrained.tied_unknowns import TiedUnknowns
+from core.fit.equations.normal_equations import NormalEquations
+from core.fit.equations.tsqr import ReducedProblem, combine_problems, reduce_rows
 from core.fit.interruption import Interruptible
 from core.fit.linear_algebra.dense import Floats, choose_column_scale, compute_column_norms, null_space
 from core.fit.linear_algebra.inverse import invert
-from core.fit.normal_equations import NormalEquations
 from core.fit.objective import Objective
 from core.fit.parameters import ParameterLayout
-from core.fit.tsqr import ReducedProblem, combine_problems, reduce_rows
 
 CANCELLATION_TOLERANCE = 16 * np.finfo(np.float64).eps
 """Norm of a sum of columns, relative to the sum of absolute values and divided by the number of rows, up to which it is

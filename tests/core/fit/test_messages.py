@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from core import FitResult, InvalidOption, Status, fit_kernel
 from core.fit import strategy
+from core.fit.gradient_descent.learning_rate import optimal_learning_rate
+from core.fit.gradient_descent.optimizers import Momentum
 from core.fit.interruption import finish
-from core.fit.learning_rate import optimal_learning_rate
 from core.fit.messages import describe_unstable_rate
-from core.fit.optimizers import Momentum
 from core.fit.options import Options
 from tests.core.fit.d2l_example import make_d2l_pair
+from tests.core.fit.equations.test_conditioning import fit_problems
 from tests.core.fit.layers import FitCase, fit_cases
 from tests.core.fit.least_squares import solve_least_squares
-from tests.core.fit.test_conditioning import fit_problems
 from tests.reference import Floats, correlate_valid_by_windows
 
 NUMBER_REGEX = r"([-+0-9.e]+)"

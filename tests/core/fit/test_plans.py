@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 import core
 from core import FitResult, fit_kernel, plan_fit_kernel, run_to_end
 from core.arrays import as_real_tensor
-from core.fit import conjugate_gradients, cost_model, examples, target_statistics, tiles
+from core.fit import cost_model, examples, tiles
+from core.fit.equations import conjugate_gradients, target_statistics
 from core.fit.fit_run import FitRun
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS
 from tests.core.fit.d2l_example import make_d2l_pair

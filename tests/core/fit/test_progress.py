@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from core import Forecast, Progress, Reading, Status, Step, fit_kernel, fit_kernel_steps, run_to_end
-from core.fit import im2col, strategy
+from core.fit import strategy
+from core.fit.equations import im2col
 from tests.core.fit.d2l_example import make_d2l_pair
 
 
@@ -140,7 +141,7 @@ def test_too_few_conjugate_gradient_steps_are_reported(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
     monkeypatch.setattr(strategy, "MAX_UNKNOWNS", 3)
-    monkeypatch.setattr("core.fit.conjugate_gradients.MAX_CG_ITERATIONS", 2)
+    monkeypatch.setattr("core.fit.equations.conjugate_gradients.MAX_CG_ITERATIONS", 2)
     image, target = rng.normal(size=(40, 40)), rng.normal(size=(36, 36))
     fit = fit_kernel(image, target, solver="exact")
     assert (fit.status, fit.steps, fit.best_possible_loss) == (Status.COMPLETED, 2, None)

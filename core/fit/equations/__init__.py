@@ -1,0 +1,1 @@
+"""Normal equations and QR factorizations of the examples, and their solution."""

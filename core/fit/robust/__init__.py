@@ -1,0 +1,1 @@
+"""Fits with the Huber loss by reweighted least squares."""

@@ -1,0 +1,413 @@
+"""The command line: `corr2d --help`.
+
+Each command imports its modules when it runs, so that `--help` and `version` print at once: importing torch takes
+seconds.
+"""
+
+import os
+import platform
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service import exit_codes
+from service.cli.options import (
+    PADDING_HELP,
+    DeviceOption,
+    DilationOption,
+    DtypeOption,
+    InitialArrayOption,
+    InputArgument,
+    MethodOption,
+    OutputOption,
+    PaddingModeOption,
+    PaddingOption,
+    StrideOption,
+    add_settings_options,
+    format_setting,
+    parse_integers,
+    parse_numbers,
+    parse_sizes,
+)
+from service.log_stream import LogStream, open_standard_files
+from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
+from service.version import VERSION
+
+STDOUT_FD, STDERR_FD = 1, 2
+"""File descriptors: Python has no stream for a descriptor that was closed at startup."""
+
+EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
+
+app = typer.Typer(
+    name="corr2d",
+    help="2-D cross-correlation, Conv2d and learned kernels, as an HTTP service or on files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+@add_settings_options
+def serve(**flags: object) -> None:
+    """Serve HTTP requests until SIGINT or SIGTERM. Every flag is also a CORR2D_* environment variable."""
+    # Set before torch is loaded, which takes seconds: the first process of a container receives only signals that it
+    # has a handler for. uvicorn shuts down gracefully, then raises the signal again for this handler.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    open_standard_files()
+    sys.stderr = LogStream(STDERR_FD)
+    settings = _load_settings(flags)
+    listener = _open_listener(settings)
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    from core import CoreError, resolve_device
+    from service.server.run import run
+
+    try:
+        resolve_device(settings.device)
+    except CoreError as error:
+        _exit_with_error(f"{ENV_PREFIX}DEVICE {error}", exit_codes.INVALID_SETTINGS)
+    key = " -H 'X-API-Key: ...'" if settings.requires_api_key else ""
+    greeting = f"corr2d {VERSION} listens on http://{address} (API docs: /docs, stop: Ctrl-C). Try:\n"
+    # A LogStream does not block if stdout is a pipe that is not read.
+    LogStream(STDOUT_FD).write(f"{greeting}  {EXAMPLE_COMMAND % address}{key}\n")
+    run(settings, listener)
+
+
+@app.command()
+def correlate(
+    input: InputArgument,
+    kernel: Annotated[
+        str, typer.Option("--kernel", "-k", help='a kernel name ("corr2d kernels" lists them) or a .npy file')
+    ],
+    output: OutputOption = None,
+    mode: Annotated[str, typer.Option(help="valid, same or full")] = "valid",
+    boundary: Annotated[str, typer.Option(help="zeros, constant, replicate, reflect, symmetric or circular")] = "zeros",
+    fill_value: Annotated[float, typer.Option(help="value outside the input, for boundary constant")] = 0.0,
+    operation: Annotated[
+        str, typer.Option(help="correlate, or convolve (flips the kernel in both axes)")
+    ] = "correlate",
+    method: MethodOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Cross-correlate every plane of a file with one kernel.
+
+    corr2d correlate photo.png --kernel sobel_x --mode same -o edges.png
+    """
+    from service.cli import commands
+
+    with _report_errors():
+        commands.correlate(
+            input,
+            kernel,
+            output,
+            mode=mode,
+            boundary=boundary,
+            fill_value=fill_value,
+            operation=operation,
+            method=method,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@app.command()
+def conv2d(
+    input: InputArgument,
+    weight: Annotated[
+        Path, typer.Argument(help="filters of shape (O, C/groups, h, w) or (h, w)", exists=True, dir_okay=False)
+    ],
+    bias: Annotated[Path | None, typer.Option(help=".npy file of shape (O)", exists=True, dir_okay=False)] = None,
+    output: OutputOption = None,
+    stride: StrideOption = "1",
+    padding: PaddingOption = "0",
+    dilation: DilationOption = "1",
+    groups: int = 1,
+    padding_mode: PaddingModeOption = "zeros",
+    method: MethodOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Apply a Conv2d layer to a file, as torch.nn.functional.conv2d defines it.
+
+    corr2d conv2d images.npy weight.npy --stride 2 --padding same -o features.npy
+    """
+    from service.cli import commands
+
+    with _report_errors():
+        commands.conv2d(
+            input,
+            weight,
+            bias,
+            output,
+            stride=parse_integers(stride),
+            padding=parse_integers(padding),
+            dilation=parse_integers(dilation),
+            groups=groups,
+            padding_mode=padding_mode,
+            method=method,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@app.command()
+def explain(
+    input: Annotated[str, typer.Argument(help="size: 1024, 1080x1920, or NxCxHxW such as 8x3x224x224")],
+    kernel: Annotated[str, typer.Argument(help="size: 15, 3x7, or OxCxhxw such as 64x3x7x7")],
+    stride: StrideOption = "1",
+    padding: PaddingOption = "0",
+    dilation: DilationOption = "1",
+    groups: int = 1,
+    padding_mode: PaddingModeOption = "zeros",
+    rank: Annotated[int | None, typer.Option(help="rank of the kernel; unset: full rank", min=1)] = None,
+    method: MethodOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; unset: all available cores", min=1)] = None,
+) -> None:
+    """Show the predicted and the measured time of every engine for arrays of these sizes, and the choice.
+
+    corr2d explain 1024 15 --rank 1
+    """
+    from service.cli import commands
+
+    with _report_errors():
+        commands.explain(
+            parse_sizes(input),
+            parse_sizes(kernel),
+            rank=rank,
+            threads=threads,
+            method=method,
+            device=device,
+            dtype=dtype,
+            stride=parse_integers(stride),
+            padding=parse_integers(padding),
+            dilation=parse_integers(dilation),
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+
+
+@app.command()
+def train(
+    input: InputArgument,
+    target: Annotated[Path, typer.Argument(help="desired output for the input", exists=True, dir_okay=False)],
+    output: OutputOption = None,
+    plot: Annotated[Path | None, typer.Option(help="write a plot of the loss per step: .svg or .png")] = None,
+    kernel_size: Annotated[
+        str | None, typer.Option(help="an integer, rows,columns, or auto; unset: derived from the sizes of the files")
+    ] = None,
+    max_kernel_size: Annotated[
+        str | None, typer.Option(help="largest size that auto compares: an integer, or rows,columns; unset: 13")
+    ] = None,
+    bias: Annotated[bool, typer.Option("--bias", help="learn a bias as well")] = False,
+    initial_kernel: InitialArrayOption = None,
+    initial_bias: InitialArrayOption = None,
+    weights: Annotated[
+        Path | None, typer.Option(help=".npy file with the weights of the target values", exists=True, dir_okay=False)
+    ] = None,
+    validation_input: Annotated[
+        Path | None,
+        typer.Option(help="input of a validation pair, which the kernel is not fitted to", exists=True, dir_okay=False),
+    ] = None,
+    validation_target: Annotated[
+        Path | None, typer.Option(help="target of the validation pair", exists=True, dir_okay=False)
+    ] = None,
+    validation_weights: Annotated[
+        Path | None, typer.Option(help="weights of the validation target", exists=True, dir_okay=False)
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="stop after this many steps without a smaller validation loss; unset: never")
+    ] = None,
+    solver: Annotated[
+        str, typer.Option(help="sgd (gradient descent), momentum, nesterov, adam, or exact (the minimum)")
+    ] = "sgd",
+    learning_rate: Annotated[str, typer.Option(help="a number, or auto (derived from the curvature)")] = "0.03",
+    steps: Annotated[int, typer.Option(help="updates of the kernel")] = 10,
+    loss: Annotated[str, typer.Option(help="sum or mean (of squared residuals), huber or l1")] = "sum",
+    huber_delta: Annotated[
+        str | None, typer.Option(help="delta of loss huber: a number, or auto (derived from the residuals); unset: 1")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="stop when the gradient falls to this fraction of the first gradient")
+    ] = None,
+    ridge: Annotated[
+        str,
+        typer.Option(help="weight of the sum of squared kernel entries in the loss; or auto (by cross-validation)"),
+    ] = "0",
+    ridge_path: Annotated[
+        Path | None, typer.Option(help="write the kernels of 50 ridges and their cross-validation scores: .npz")
+    ] = None,
+    covariance: Annotated[Path | None, typer.Option(help="write the covariance of the unknowns: .npy")] = None,
+    nonnegative: Annotated[
+        bool, typer.Option("--nonnegative", help="require kernel entries >= 0 (constraints need --solver exact)")
+    ] = False,
+    sum_to: Annotated[float | None, typer.Option(help="required sum of the kernel entries of each filter")] = None,
+    symmetric: Annotated[
+        str | None,
+        typer.Option(help="equal kernel entries: horizontal, vertical, both, rotation, transpose or full"),
+    ] = None,
+    separable: Annotated[int | None, typer.Option(help="maximum rank of each plane of the kernel")] = None,
+    smoothness: Annotated[
+        float, typer.Option(help="weight of the squared differences of neighbouring entries in the loss")
+    ] = 0.0,
+    momentum: Annotated[float | None, typer.Option(help="for solvers momentum and nesterov; unset: 0.9")] = None,
+    betas: Annotated[str | None, typer.Option(help="for solver adam; unset: 0.9,0.999")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images per step; unset: all")] = None,
+    refuse_divergence: Annotated[
+        bool, typer.Option("--refuse-divergence", help="stop with an error if the descent is predicted to diverge")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="seed of initial values and batches; unset: random")] = None,
+    stride: StrideOption = "1",
+    padding: Annotated[
+        str | None,
+        typer.Option(help=f"{PADDING_HELP}; unset: 0, and a target as large as the input is cropped to its interior"),
+    ] = None,
+    padding_mode: PaddingModeOption = "zeros",
+    dilation: DilationOption = "1",
+    groups: int = 1,
+    device: DeviceOption = "auto",
+) -> None:
+    """Learn the kernel that maps one file to another.
+
+    corr2d train before.png after.png --kernel-size 7 --solver exact -o kernel.npy
+
+    corr2d train before.png after.png --kernel-size 7 --loss mean --learning-rate auto --steps 300 --plot loss.svg
+    """
+    from service.cli import commands
+
+    with _report_errors():
+        commands.train(
+            {
+                "input": input,
+                "target": target,
+                "weights": weights,
+                "validation_input": validation_input,
+                "validation_target": validation_target,
+                "validation_weights": validation_weights,
+                "initial_kernel": initial_kernel,
+                "initial_bias": initial_bias,
+            },
+            output,
+            plot=plot,
+            kernel_size=None if kernel_size is None else parse_integers(kernel_size),
+            max_kernel_size=None if max_kernel_size is None else parse_integers(max_kernel_size),
+            bias=bias,
+            patience=patience,
+            solver=solver,
+            learning_rate=parse_numbers(learning_rate),
+            steps=steps,
+            loss=loss,
+            huber_delta=None if huber_delta is None else parse_numbers(huber_delta),
+            tolerance=tolerance,
+            ridge=parse_numbers(ridge),
+            ridge_path=ridge_path,
+            covariance=covariance,
+            nonnegative=nonnegative,
+            sum_to=sum_to,
+            symmetric=symmetric,
+            separable=separable,
+            smoothness=smoothness,
+            momentum=momentum,
+            betas=None if betas is None else parse_numbers(betas),
+            batch_size=batch_size,
+            refuse_divergence=refuse_divergence,
+            seed=seed,
+            stride=parse_integers(stride),
+            padding=None if padding is None else parse_integers(padding),
+            padding_mode=padding_mode,
+            dilation=parse_integers(dilation),
+            groups=groups,
+            device=device,
+        )
+
+
+@app.command()
+def kernels(
+    name: Annotated[
+        str | None, typer.Argument(help='kernel to print, such as "gaussian(2.0)"; unset: list all')
+    ] = None,
+) -> None:
+    """List the named kernels, or print the entries of one."""
+    from core import KERNELS, named_kernel
+
+    if name is not None:
+        with _report_errors():
+            for row in named_kernel(name).tolist():
+                typer.echo("  ".join(f"{value:10.6g}" for value in row))
+        return
+    table = Table("kernel", "description", "example", box=None)
+    for family in KERNELS.values():
+        table.add_row(family.signature, family.description, family.example)
+    Console().print(table)
+
+
+@app.command()
+@add_settings_options
+def config(**flags: object) -> None:
+    """Show every setting: its value, its origin (flag, environment or default) and its meaning."""
+    settings = _load_settings(flags)
+    table = Table("setting", "value", "from", "meaning", box=None)
+    for name, field in Settings.model_fields.items():
+        variable = ENV_PREFIX + name.upper()
+        origin = "flag" if flags[name] is not None else "environment" if variable in os.environ else "default"
+        table.add_row(variable, format_setting(getattr(settings, name)), origin, field.description)
+    Console().print(table)
+
+
+@app.command()
+def version() -> None:
+    """Show the versions of corr2d, Python and torch."""
+    typer.echo(f"corr2d {VERSION} (Python {platform.python_version()}, torch {version_of('torch')})")
+
+
+@contextmanager
+def _report_errors() -> Iterator[None]:
+    """Report errors that the user can fix as one line on stderr, and exit."""
+    from core import CoreError
+
+    try:
+        yield
+    except (CoreError, ValueError, OSError) as error:
+        _exit_with_error(str(error), exit_codes.COMMAND_FAILED)
+    except MemoryError as error:
+        _exit_with_error(f"too large for this machine: {error}", exit_codes.COMMAND_FAILED)
+
+
+def _load_settings(flags: Mapping[str, object]) -> Settings:
+    try:
+        return load_settings(**flags)
+    except SettingsError as error:
+        _exit_with_error(str(error), exit_codes.INVALID_SETTINGS)
+
+
+def _open_listener(settings: Settings) -> socket.socket:
+    """Return a listening socket. Opened before torch is loaded, so that a port in use is reported at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        _exit_with_error(
+            f"cannot listen on {settings.host} port {settings.port}: {reason}; "
+            f"choose another address with {ENV_PREFIX}HOST and {ENV_PREFIX}PORT (--host, --port)",
+            exit_codes.INVALID_SETTINGS,
+        )
+
+
+def _exit_with_error(message: str, code: int) -> NoReturn:
+    typer.echo(f"corr2d: {message}", err=True)
+    raise typer.Exit(code)
