@@ -20,7 +20,9 @@ from core.engines.torch_fft_tiles import (
     FFT_TILE_OVERHEAD_S,
     choose_block_sizes,
     choose_tile_size,
+    count_kernel_transforms,
     count_tiles,
+    product_seconds,
     spectrum_bytes,
     transform_seconds,
 )
@@ -49,11 +51,10 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if problem.device != "cpu":
         return 2e-4 + 2e-11 * problem.batch * images * math.prod(problem.padded_size)
     points = math.prod(tile)
-    products = 8 * points / 2 * problem.filters * problem.channels // problem.groups / (0.04 * machine.flops)
-    each = transform_seconds(points, problem, machine) * images / 2 + products / machine.threads
+    each = transform_seconds(points, problem, machine) * images / 2 + kernels * product_seconds(problem, tile, machine)
     return (
         CALL_OVERHEAD_S
-        + transform_seconds(points, problem, machine) / 2 * kernels
+        + transform_seconds(points, problem, machine) / 2 * count_kernel_transforms(problem, tile)
         + problem.batch * tiles * (FFT_TILE_OVERHEAD_S + each)
     )
 
@@ -64,7 +65,7 @@ def operations(problem: Problem, machine: Machine) -> float:
     tile = choose_tile_size(problem)
     points, tiles = math.prod(tile), problem.batch * count_tiles(problem, tile)
     kernels = problem.filters * problem.channels // problem.groups
-    transforms = tiles * (problem.channels + problem.filters) + kernels
+    transforms = tiles * (problem.channels + problem.filters) + count_kernel_transforms(problem, tile)
     return points * (2.5 * transforms * math.log2(points) + 4.0 * tiles * kernels)
 
 

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from core.arrays import TORCH_DTYPES
 from core.machine import Machine
 from core.problem import Problem
 from core.shapes import Pair
 
-TILE_SIDES = (192, 256, 384, 512, 768, 1024)
+TILE_SIDES = (192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Allowed sides of tiles, in pixels, in addition to the sides of the whole image."""
 
 FAST_SIZES: list[int] = sorted(2**a * 3**b * 5**c for a in range(33) for b in range(21) for c in range(15))
@@ -28,6 +29,14 @@ MAX_SPECTRA_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30, "mps": 1 << 30}
 
 FFT_TILE_OVERHEAD_S = 3e-5
 """Seconds per tile in addition to its transforms; measured."""
+
+PRODUCT_S = {"float32": 3.5e-9, "float64": 9e-9}
+REFERENCE_FLOPS = 6e10
+"""Seconds of a thread to multiply two complex numbers and add the product, measured on a machine of this speed in
+float32 operations per second and thread."""
+
+CACHED_SUMS_BYTES = 8 << 20
+"""Size of an array that stays in the caches while products are added to it."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,8 +84,27 @@ def _tile_step(problem: Problem, tile: Pair) -> Pair:
 def transform_seconds(points: int, problem: Problem, machine: Machine) -> float:
     """Predict the seconds of a forward and inverse transform of one plane, which is slower if it exceeds the caches."""
     flops = 5 * points * math.log2(points)
-    speed = 0.13 * machine.flops * (1 if points < 400_000 else 0.55) * (1 if problem.dtype == "float32" else 0.5)
+    in_caches = 1 if points < 400_000 else 0.55 if points <= 2048 * 2048 else 0.4
+    speed = 0.13 * machine.flops * in_caches * (1 if problem.dtype == "float32" else 0.5)
     return flops / speed / math.pow(machine.threads, 0.7)
+
+
+def product_seconds(problem: Problem, tile: Pair, machine: Machine) -> float:
+    """Predict the seconds to multiply the spectra of one plane and one kernel, and to add the product to an output."""
+    dtype = TORCH_DTYPES[problem.dtype]
+    blocks, bins = choose_block_sizes(problem, dtype, tile), tile[0] * (tile[1] // 2 + 1)
+    sums_bytes = blocks.images * blocks.groups * blocks.filters * spectrum_bytes(tile, dtype)
+    # Sums that exceed the caches are read and written once per channel.
+    seconds = PRODUCT_S[problem.dtype] * (1 if sums_bytes < CACHED_SUMS_BYTES else 3)
+    return bins * seconds * REFERENCE_FLOPS / machine.flops / machine.threads
+
+
+def count_kernel_transforms(problem: Problem, tile: Pair) -> int:
+    """Return how many kernels are transformed, each again for every tile if their spectra are not kept."""
+    blocks = choose_block_sizes(problem, TORCH_DTYPES[problem.dtype], tile)
+    kept = blocks.channels == problem.channels // problem.groups
+    times = 1 if kept else count_tiles(problem, tile) * -(-problem.batch // blocks.images)
+    return times * problem.filters * problem.channels // problem.groups
 
 
 class BlockSizes(NamedTuple):
