@@ -1,7 +1,8 @@
 """Plot of the loss of a fit per step.
 
-The point at step x is the loss of the kernel after x updates; step 0 is the initial loss, and the last point is the
-final loss. loss_history[i], the loss before update i + 1, is plotted at step i.
+The point at step x is the loss of the kernel after x updates; step 0 is the initial loss. loss_history[i], the loss
+before update i + 1, is plotted at step i. The final loss, that of the returned kernel, is the last point or, with
+validation, that at the step with the smallest validation loss, which is a second curve.
 """
 
 import gc
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 PLOTTED_FIELDS = (
     "loss_history",
+    "validation_history",
+    "validation_loss",
+    "best_step",
     "final_loss",
     "best_possible_loss",
     "steps",
@@ -72,10 +76,11 @@ MIN_TICK_EXPONENT, MAX_TICK_EXPONENT = -300.0, 300.0
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-TEXT_COLOR, GRID_COLOR, CURVE_COLOR, BEST_LOSS_COLOR, ERROR_COLOR = (
+TEXT_COLOR, GRID_COLOR, CURVE_COLOR, VALIDATION_COLOR, BEST_LOSS_COLOR, ERROR_COLOR = (
     "#1f2328",
     "#d0d7de",
     "#1f6feb",
+    "#bc4c00",
     "#1a7f37",
     "#cf222e",
 )
@@ -179,27 +184,25 @@ def _create_figure(fields: Mapping[str, Any]) -> "Figure":
 
 
 def _draw_curve(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
-    """Draw the curve, its end and the smallest possible loss; return the artists for the legend."""
+    """Draw the curves, the final losses and the smallest possible loss; return the artists for the legend."""
     from matplotlib.lines import Line2D
 
-    curve, best = _build_curve(fields), fields.get("best_possible_loss")
+    curve, best = _build_curve(fields, "loss_history", "final_loss"), fields.get("best_possible_loss")
+    validation = None
+    if fields.get("validation_history") is not None:
+        validation = _build_curve(fields, "validation_history", "validation_loss")
     if best is not None and not math.isfinite(best):
         best = None
-    scale = _choose_scale(curve, best)
+    scale = _choose_scale(curve.losses if validation is None else np.append(curve.losses, validation.losses), best)
     axes.set_ylim(scale.low, scale.high)
     axes.set_yticks(list(scale.ticks), list(scale.ticks.values()))
-    heights = scale.heights(curve.losses)
-    marker = "o" if len(heights) <= MAX_MARKED_POINTS else ""
-    (line,) = axes.plot(
-        curve.steps, heights, marker + "-", color=CURVE_COLOR, linewidth=1.6, markersize=3.5, clip_on=False
-    )
-    line.set_gid("loss-history")
     key: list[Artist] = []
-    if math.isfinite(curve.final):
-        colour = ERROR_COLOR if fields["status"] == "diverged" else CURVE_COLOR
-        (end,) = axes.plot(curve.steps[-1:], heights[-1:], "o", color=colour, markersize=7, clip_on=False)
-        end.set(gid="final-loss", label=f"final loss {curve.final:.6g}")
-        key.append(end)
+    colour = ERROR_COLOR if fields["status"] == "diverged" else CURVE_COLOR
+    _plot_losses(axes, scale, curve, "loss-history", CURVE_COLOR)
+    key += _plot_final_loss(axes, scale, curve, "final loss", colour)
+    if validation is not None:
+        _plot_losses(axes, scale, validation, "validation-history", VALIDATION_COLOR)
+        key += _plot_final_loss(axes, scale, validation, "validation loss", VALIDATION_COLOR)
     if best is not None:
         name = f"smallest possible loss {best:.6g}"
         if scale.contains(best):
@@ -222,33 +225,51 @@ def _draw_curve(axes: "Axes", fields: Mapping[str, Any]) -> "list[Artist]":
     return key
 
 
+def _plot_losses(axes: "Axes", scale: "LogScale", curve: "Curve", name: str, colour: str) -> None:
+    marker = "o" if len(curve.steps) <= MAX_MARKED_POINTS else ""
+    heights = scale.heights(curve.losses)
+    (line,) = axes.plot(curve.steps, heights, marker + "-", color=colour, linewidth=1.6, markersize=3.5, clip_on=False)
+    line.set_gid(name)
+
+
+def _plot_final_loss(axes: "Axes", scale: "LogScale", curve: "Curve", name: str, colour: str) -> "list[Artist]":
+    """Mark the loss of the returned kernel, unless it is not finite; return the artist for the legend."""
+    if not math.isfinite(curve.final):
+        return []
+    (end,) = axes.plot([curve.final_step], [scale.height(curve.final)], "o", color=colour, markersize=7, clip_on=False)
+    end.set(gid=name.replace(" ", "-"), label=f"{name} {curve.final:.6g}")
+    return [end]
+
+
 class Curve(NamedTuple):
-    """Points of the plot, with NaN for a loss that is not finite; `not_finite` counts them among `total` losses."""
+    """Points of a curve, with NaN for a loss that is not finite, and the loss of the returned kernel with its step.
+
+    `not_finite` is the number of losses that are not finite among all `total` losses.
+    """
 
     steps: NDArray[np.int64]
     losses: NDArray[np.float64]
+    final_step: int
+    final: float
     not_finite: int
     total: int
 
-    @property
-    def final(self) -> float:
-        """The last loss."""
-        return float(self.losses[-1])
 
-
-def _build_curve(fields: Mapping[str, Any]) -> Curve:
-    losses = list_to_array(fields["loss_history"]).astype(np.float64)
+def _build_curve(fields: Mapping[str, Any], history_name: str, final_name: str) -> Curve:
+    losses = list_to_array(fields[history_name]).astype(np.float64)
     losses[~np.isfinite(losses)] = np.nan
     numbers: Sequence[int] | None = fields.get("loss_history_steps")
     steps = np.arange(len(losses)) if numbers is None else np.array(numbers, np.int64) - 1
-    final = fields["final_loss"]
+    final = math.nan if fields[final_name] is None else float(fields[final_name])
+    final_step = fields["steps"] if fields.get("best_step") is None else fields["best_step"]
     # A descent that met non-finite numbers did not make its last update: its last loss is the final loss.
-    if not (fields["status"] == "diverged" and len(losses) and losses[-1] == final):
-        ends = np.array([final], np.float64)
-        losses = np.append(losses, np.where(np.isfinite(ends), ends, np.nan))
-        steps = np.append(steps, fields["steps"])
+    if fields["status"] == "diverged" and len(losses) and losses[-1] == final:
+        final_step = int(steps[-1])
+    elif final_step == fields["steps"]:
+        losses = np.append(losses, final if math.isfinite(final) else math.nan)
+        steps = np.append(steps, final_step)
     selected = _select_points(losses)
-    return Curve(steps[selected], losses[selected], int(np.isnan(losses).sum()), len(losses))
+    return Curve(steps[selected], losses[selected], final_step, final, int(np.isnan(losses).sum()), len(losses))
 
 
 def _select_points(losses: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -294,9 +315,9 @@ class LogScale(NamedTuple):
         return self.low <= self.height(loss) <= self.high
 
 
-def _choose_scale(curve: Curve, best: float | None) -> LogScale:
-    exponents = np.log10(curve.losses[curve.losses > 0])
-    has_zero = bool((curve.losses <= 0).any())
+def _choose_scale(losses: NDArray[np.float64], best: float | None) -> LogScale:
+    exponents = np.log10(losses[losses > 0])
+    has_zero = bool((losses <= 0).any())
     if not exponents.size:
         return LogScale(-AXIS_MARGIN_FRACTION, 1, {0: "0"}, 0) if has_zero else LogScale(0, 1, {}, None)
     low, high = float(exponents.min()), float(exponents.max())

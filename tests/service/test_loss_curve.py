@@ -171,6 +171,41 @@ def test_very_small_best_loss_does_not_flatten_the_curve(best: float) -> None:
     assert line[0][1] - line[-1][1] == pytest.approx(without[0][1] - without[-1][1], rel=0.02)
 
 
+def test_validation_loss_is_a_second_curve_and_the_best_step_is_marked() -> None:
+    validation = [5.0, 3.0, 2.0, 1.5, 1.2, 1.0, 1.1, 1.3, 1.6, 2.0]
+    image = SvgImage(
+        validation_history=validation, validation_loss=1.0, best_step=5, final_loss=LOSS_HISTORY[5], patience=5
+    )
+    for name, history, final in (
+        ("loss-history", LOSS_HISTORY, "final-loss"),
+        ("validation-history", validation, "validation-loss"),
+    ):
+        (line,) = image.points(name)
+        np.testing.assert_allclose(image.losses(*(y for _, y in line)), history, rtol=1e-4)
+        (end,) = image.marks(final)
+        assert end == line[5]
+    assert {"final loss 0.0691753", "validation loss 1"} <= set(image.texts)
+
+
+def test_validation_loss_after_the_last_update_is_drawn() -> None:
+    image = SvgImage(validation_history=LOSS_HISTORY, validation_loss=1e-3, best_step=10)
+    for name, final in (("loss-history", FINAL_LOSS), ("validation-history", 1e-3)):
+        (line,) = image.points(name)
+        np.testing.assert_allclose(image.losses(*(y for _, y in line)), [*LOSS_HISTORY, final], rtol=1e-4)
+
+
+def test_fit_with_validation_is_plotted() -> None:
+    rng = np.random.default_rng(0)
+    images, kernel = rng.normal(size=(2, 20, 20)), rng.normal(size=(3, 3))
+    targets = core.correlate(images, kernel).output.numpy() + rng.normal(size=(2, 18, 18))
+    fit = core.fit_kernel(
+        images[0], targets[0], validation=[(images[1], targets[1])], steps=8, learning_rate="auto", seed=0
+    )
+    assert fit.validation_history is not None
+    drawn = loss_curve.draw_svg({name: getattr(fit, name) for name in loss_curve.PLOTTED_FIELDS}).decode()
+    assert f"validation loss {fit.validation_loss:.6g}" in drawn
+
+
 @pytest.mark.parametrize("best", [None, math.inf, math.nan])
 def test_unknown_best_loss_is_not_shown(best: float | None) -> None:
     assert "smallest" not in SvgImage(best_possible_loss=best).text
