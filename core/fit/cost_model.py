@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from core.engines.choice import choose_before_rank, peak_bytes
 from core.fit.constrained.low_rank import RANDOM_STARTS
-from core.fit.equations import autocorrelation, im2col
+from core.fit.equations import autocorrelation, exact_equations, im2col
+from core.fit.equations.factor_accumulator import are_equations_faster
 from core.fit.equations.normal_equations import is_autocorrelation_faster
 from core.fit.gradient_descent.learning_rate import count_tried_rates
 from core.fit.gradient_descent.optimizers import GradientDescent
@@ -102,16 +103,30 @@ def predict_constrained_search(layout: ParameterLayout, options: Options) -> tup
     return CONSTRAINED_OPERATION_S * operations, operations
 
 
-def predict_reading_cost(tiled_examples: Sequence[TiledExample], machine: Machine) -> tuple[float, float]:
+def predict_reading_cost(
+    tiled_examples: Sequence[TiledExample], layout: ParameterLayout, machine: Machine
+) -> tuple[float, float]:
     """Predict seconds and operations to build the normal equations of examples."""
     seconds, operations = 0.0, 0.0
     for tiled_example in tiled_examples:
         weighted = tiled_example.example.weights is not None
         for part, count in count_distinct_problems(tiled_example.equation_tiles):
             build = autocorrelation if is_autocorrelation_faster(part, machine, weighted=weighted) else im2col
-            seconds += tiled_example.terms * count * (TILE_OVERHEAD_S + build.predict_seconds(part, machine))
-            operations += tiled_example.terms * count * build.count_operations(part)
+            # Filters with weights of their own have equations of their own.
+            times, blocks = tiled_example.terms * count, layout.blocks / part.groups
+            factor = blocks * (WEIGHTED_IM2COL_FACTOR if weighted else 1)
+            seconds += times * (TILE_OVERHEAD_S + factor * build.predict_seconds(part, machine))
+            operations += times * blocks * build.count_operations(part)
     return seconds, operations
+
+
+def predict_factor_megabytes(
+    tiled_examples: Sequence[TiledExample], layout: ParameterLayout, machine: Machine
+) -> float:
+    """Predict the MB of the largest tile whose equations are summed exactly if they are ill-conditioned."""
+    problems = {part.problem for example in tiled_examples for part in example.equation_tiles}
+    exact = (part for part in problems if are_equations_faster(part, layout, machine, begun=True))
+    return max((1e-6 * (16 * part.max_array_values + exact_equations.predict_bytes(part)) for part in exact), default=0)
 
 
 class ReweightedReading(NamedTuple):

@@ -9,9 +9,10 @@ import numpy as np
 from core.fit.constrained.least_squares import ConstrainedAnalysis, analyse_constrained
 from core.fit.constrained.reduction import reduce_equations
 from core.fit.diagnostics import Analysis, analyse_equations, analyse_equations_for_ridges, analyse_factors
+from core.fit.equations.factor_accumulator import FactorAccumulator
 from core.fit.equations.normal_equations import EquationsAccumulator
 from core.fit.equations.target_statistics import TargetStatistics, compute_target_statistics
-from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator
+from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, ReducedProblem
 from core.fit.examples import require_finite
 from core.fit.fit_run import FitRun
 from core.fit.interruption import Interruptible
@@ -21,7 +22,7 @@ from core.fit.result import Progress, Reading
 from core.fit.scaling import MAX_SCALED_OPTION, require_scalable
 from core.fit.selection.ridge_selection import RidgeSearch
 
-Accumulator = TypeVar("Accumulator", EquationsAccumulator, QRAccumulator)
+Accumulator = TypeVar("Accumulator", EquationsAccumulator, FactorAccumulator)
 
 IMAGE_LANCZOS_STEPS = 30
 IMAGE_LANCZOS_TOLERANCE = 1e-4
@@ -88,8 +89,7 @@ def analyse_examples(
         return None
     yield from run.with_progress(require_finite(run.examples), run.term_count)
     del equations, found
-    factorizations = yield from _build_equations(run, lambda: QRAccumulator(run.layout, run.device))
-    problems = [factorization.reduced_problem for factorization in factorizations]
+    problems = yield from _factorize(run)
     return (yield from run.with_progress(analyse_factors(images, terms, problems, search), run.term_count))
 
 
@@ -107,9 +107,18 @@ def _analyse_constrained(
     from_equations = problem is not None
     if problem is None:
         yield from run.with_progress(require_finite(run.examples), run.term_count)
-        problem = (yield from _build_equations(run, lambda: QRAccumulator(run.layout, run.device)))[0].reduced_problem
+        problem = (yield from _factorize(run))[0]
     analysis = analyse_constrained(images, terms, problem, constraints, from_equations=from_equations)
     return (yield from run.with_progress(analysis, run.term_count))
+
+
+def _factorize(run: FitRun) -> Generator[Progress, None, list[ReducedProblem]]:
+    """Return the triangular factors of the windows of all examples or, for batches, of each image."""
+    problems = []
+    for windows in (yield from _build_equations(run, lambda: FactorAccumulator(run.layout, run.machine, run.device))):
+        problem = yield from run.with_progress(windows.reduce(), run.term_count)
+        problems.append(problem)
+    return problems
 
 
 def _build_equations(run: FitRun, create: Callable[[], Accumulator]) -> Generator[Progress, None, list[Accumulator]]:

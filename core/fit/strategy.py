@@ -30,6 +30,7 @@ from core.fit.cost_model import (
     count_windows,
     predict_analysis,
     predict_constrained_search,
+    predict_factor_megabytes,
     predict_pass_bytes,
     predict_pass_seconds,
     predict_reading_cost,
@@ -199,7 +200,7 @@ def _plan_equations(
         for part in tiled_example.tiles
     )
     seconds, operations = predict_analysis(layout, options, min(layout.size, positions))
-    seconds_to_read, operations_to_read = predict_reading_cost(tiled_examples, machine)
+    seconds_to_read, operations_to_read = predict_reading_cost(tiled_examples, layout, machine)
     seconds, operations = seconds + seconds_to_read, operations + operations_to_read
     if options.solver != "exact":
         batch = options.batch_size or 1
@@ -211,6 +212,8 @@ def _plan_equations(
     after = _plan_convolutions(tiled_examples, layout, machine, RESIDUAL_PASSES * (1 + options.searches_ridges))
     copies = count_equation_copies(layout) + terms + RIDGE_SEARCH_EQUATION_COPIES * options.searches_ridges
     megabytes = after.megabytes + 8e-6 * (entries * copies + 4 * terms * layout.unknowns)
+    factor_megabytes = predict_factor_megabytes(tiled_examples, layout, machine)
+    megabytes = max(megabytes, factor_megabytes + 8e-6 * entries * copies)
     megabytes += RESULT_COPIES * count_result_megabytes(layout, options)
     return Strategy(
         "normal equations", FIT_OVERHEAD_S + seconds + after.seconds, operations / 1e9 + after.gflop, megabytes

@@ -1,1 +1,1 @@
-"""Normal equations and QR factorizations of the examples, and their solution."""
+"""Normal equations and triangular factors of the examples, and their solution."""

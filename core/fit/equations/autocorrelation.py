@@ -9,6 +9,7 @@ the diagonals. In exact arithmetic the result is that of multiplying all windows
 
 import bisect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, Interruptible
 from core.machine import Machine
 from core.problem import Problem
 from core.shapes import Pair
+
+CorrelateFn = Callable[[Tensor, Tensor, Pair], Interruptible[Tensor]]
+"""Function that does what correlate_at_lags does."""
 
 TRANSFORM_SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Allowed sides of the transforms of blocks."""
@@ -79,13 +83,16 @@ def count_operations(problem: Problem) -> int:
     return int(2.5 * transforms * points * math.log2(max(points, 2))) + _count_strip_operations(problem)
 
 
-def compute_gram(bordered: Tensor, size: Pair) -> Interruptible[Tensor]:
-    """Sum the outer products of all windows of size (h, w) with themselves: images (N, C, H, W) -> (C h w, C h w)."""
+def compute_gram(bordered: Tensor, size: Pair, correlate: CorrelateFn | None = None) -> Interruptible[Tensor]:
+    """Sum the outer products of all windows of size (h, w) with themselves: images (N, C, H, W) -> (C h w, C h w).
+
+    `correlate` replaces correlate_at_lags.
+    """
     h, w = size
     channels = bordered.shape[1]
     rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
     core = bordered[:, :, h - 1 : rows, w - 1 : columns]
-    of_core = yield from correlate_at_lags(core, bordered[:, :, h - 1 :], (h, 2 * w - 1))
+    of_core = yield from (correlate or correlate_at_lags)(core, bordered[:, :, h - 1 :], (h, 2 * w - 1))
     # For each row lag (0 to h - 1) and each pair of kernel columns: the core, and the strips on its left and right.
     side_strips = yield from _sum_side_strips(bordered[:, :, h - 1 :], (h, w), rows - h + 1, columns)
     lag = torch.arange(w, device=bordered.device)
@@ -103,9 +110,11 @@ def compute_gram(bordered: Tensor, size: Pair) -> Interruptible[Tensor]:
     return upper.reshape(channels * h * w, channels * h * w)
 
 
-def compute_moments(bordered: Tensor, planes: Tensor, size: Pair) -> Interruptible[Tensor]:
+def compute_moments(
+    bordered: Tensor, planes: Tensor, size: Pair, correlate: CorrelateFn | None = None
+) -> Interruptible[Tensor]:
     """Sum the windows times the plane values at their positions: images, planes (N, O, oh, ow) -> (C h w, O)."""
-    sums = yield from correlate_at_lags(planes, bordered, size)
+    sums = yield from (correlate or correlate_at_lags)(planes, bordered, size)
     return sums.flatten(2).permute(1, 2, 0).flatten(0, 1)
 
 

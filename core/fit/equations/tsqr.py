@@ -6,6 +6,7 @@ Source: Demmel, Grigori, Hoemmen and Langou, Communication-optimal parallel and 
 SIAM J. Sci. Comput. 34, 2012.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from core.fit.equations import im2col
 from core.fit.interruption import Interruptible
 from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.tiles import TileData
+from core.machine import Machine
 from core.problem import Problem
 
 MAX_FACTORED_UNKNOWNS = 1024
@@ -32,6 +34,12 @@ one chunk of larger tiles, the fastest size. The windows are copied a few times.
 
 MIN_CHUNK_ROWS_PER_COLUMN = 2
 """Minimum rows of a chunk for each column: with fewer, most of the time is spent on the factor itself."""
+
+
+def predict_seconds(problem: Problem, layout: ParameterLayout, machine: Machine) -> float:
+    """Predict the seconds to factorize the windows of a tile."""
+    values = layout.blocks * problem.batch * math.prod(problem.output_size) * layout.size
+    return 1e-4 + values * (24 / machine.bandwidth + 2 * layout.size / (0.2 * machine.flops * machine.threads))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from core.fit.cost_model import (
     predict_losses_cost,
     predict_reading_cost,
 )
+from core.fit.equations.factor_accumulator import FactorAccumulator
 from core.fit.equations.normal_equations import EquationsAccumulator
-from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator
+from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS
 from core.fit.examples import (
     Example,
     Examples,
@@ -160,9 +161,10 @@ class ValidationSet:
         gram = sums.equations.gram
         term: QuadraticTerm | FactoredQuadraticTerm
         if layout.size <= MAX_FACTORED_UNKNOWNS and not (yield from _is_well_conditioned(gram)):
-            factorization = QRAccumulator(layout, device)
+            factorization = FactorAccumulator(layout, training_term.machine, device)
             yield from self._add_to(factorization, training_term)
-            term = FactoredQuadraticTerm.around(around, factorization.reduced_problem, images.weight)
+            problem = yield from factorization.reduce()
+            term = FactoredQuadraticTerm.around(around, problem, images.weight)
         else:
             losses, gradient = yield from images.evaluate_by_filter(around)
             term = QuadraticTerm(around, float(losses.sum()), gradient, gram, images.weight)
@@ -175,7 +177,7 @@ class ValidationSet:
         return compute_loss
 
     def _add_to(
-        self, accumulator: EquationsAccumulator | QRAccumulator, training_term: ImageTerm
+        self, accumulator: EquationsAccumulator | FactorAccumulator, training_term: ImageTerm
     ) -> Interruptible[None]:
         for tiled_example in self.tiled_examples:
             for tile in tiled_example.equation_tiles:
@@ -250,7 +252,7 @@ def _predict_cost_by_equations(
 ) -> tuple[float, float]:
     """Predict seconds and operations of building the equations, of their analysis, and of a product for each step."""
     entries = layout.blocks * layout.size**2
-    seconds, operations = predict_reading_cost(tiled_examples, machine)
+    seconds, operations = predict_reading_cost(tiled_examples, layout, machine)
     pass_seconds, operations_once, _ = predict_losses_cost(tiled_examples, layout, machine)
     seconds += 3 * pass_seconds + EIGH_S_PER_CUBE * entries * layout.size
     operations += 3 * operations_once + 10.0 * entries * layout.size

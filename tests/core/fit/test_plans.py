@@ -72,6 +72,23 @@ def test_many_small_images_are_planned_quickly() -> None:
     assert seconds(20_000) < 20 * seconds(1)
 
 
+@pytest.mark.parametrize("options", [{}, {"validation": True}])
+def test_estimate_includes_the_equations_of_each_weighted_filter(options: dict[str, Any]) -> None:
+    # Filters with weights of their own have equations of their own.
+    image, target = np.ones((1, 1, 200, 200)), np.ones((1, 6, 200, 200))
+    own = np.random.default_rng(0).random((1, 6, 200, 200))
+    shared = own[0, 0]
+
+    def cost(weights: Any) -> core.Cost:
+        fit_options: dict[str, Any] = {"solver": "exact", "padding": 4}
+        if options:
+            fit_options |= {"solver": "sgd", "validation": [(image, target, weights)]}
+        return plan_fit_kernel(image, target, weights=weights, kernel_size=(9, 9), **fit_options).cost
+
+    assert 2 < cost(own).gflop / cost(shared).gflop < 6
+    assert 2 < cost(own).seconds / cost(shared).seconds < 6
+
+
 def test_plane_weights_are_not_copied_per_filter() -> None:
     weights = torch.ones(10, 10)
     plan = plan_fit_kernel(np.ones((10, 10)), np.ones((4000, 10, 10)), weights=weights)
