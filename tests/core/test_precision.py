@@ -20,7 +20,7 @@ METHODS: dict[str, core.Method] = {"direct": "direct", "fft": "fft", "separable"
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_meets_the_contract(engine: str, dtype: Dtype) -> None:
-    # 60 problems by default; 2000 with HYPOTHESIS_PROFILE=thorough.
+    # 30 problems by default; 2000 with HYPOTHESIS_PROFILE=thorough.
     computed = 0
     for number in range(hypothesis.settings().max_examples):
         case = precision_contract.draw_case(np.random.default_rng([number, 16]), engine, dtype)
@@ -34,7 +34,7 @@ def test_every_engine_meets_the_contract(engine: str, dtype: Dtype) -> None:
             case.kinds,
             case.options,
         )
-    assert computed > 20
+    assert computed > 10
 
 
 def run_every_engine(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "float32") -> dict[str, NDArray[Any]]:
