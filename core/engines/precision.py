@@ -48,14 +48,20 @@ MIN_FULL_PRECISION = {
 """Smallest magnitude at which products keep their full relative precision."""
 
 TRANSFORM_ERROR_FACTOR = 8
-"""Assumed maximum error of a forward and inverse transform, in unit roundoffs times the largest transformed number
-times the kernel's Euclidean norm. The largest measured error was 2, over thousands of random images and kernels."""
+"""Typical maximum error of a forward and inverse transform of a random image, in unit roundoffs times the largest
+transformed number times the kernel's Euclidean norm. Smooth images and kernels have larger errors, proportional to
+their largest output; the terms of the bound for max|Y64| and max S are larger still."""
+
+PIXEL_ERROR_FACTOR, OUTPUT_ERROR_FACTOR = 32, 16
+"""Largest error of a transform: unit roundoffs times PIXEL_ERROR_FACTOR times the largest transformed number and the
+kernel's norm, plus OUTPUT_ERROR_FACTOR times the largest |output|. The largest measured error of random, smooth and
+piecewise constant images was 1.3 times this."""
 
 MAX_DIRECT_TAPS = 1024
 """Maximum number of taps of a direct sum that replaces a transform of insufficient precision."""
 
 MAX_ERROR_TO_ROUND = 0.25
-"""Maximum error at which rounding to the nearest integer is certain to be correct."""
+"""Largest estimated error of integers that are rounded, half of the error at which rounding fails."""
 
 
 class TransformEstimate(NamedTuple):
@@ -76,6 +82,12 @@ TransformFn: TypeAlias = Callable[[Plane, Plane, Plane], Sequence[TransformEstim
 def allowed_error(dtype: np.dtype[Any], taps: int, output: Any, sums: Any) -> Any:
     """Return the allowed error for the largest |output| and the largest sum of |x| |k|; both are numbers or arrays."""
     return OUTPUT_TOLERANCE[dtype] * output + 4 * math.sqrt(taps) * UNIT_ROUNDOFF[dtype] * sums
+
+
+def rounding_error(dtype: np.dtype[Any], transform_error: Any, max_output: Any) -> Any:
+    """Return the largest error of outputs, from the estimated error of random images and the largest |output|."""
+    per_pixel = PIXEL_ERROR_FACTOR / TRANSFORM_ERROR_FACTOR * transform_error
+    return per_pixel + OUTPUT_ERROR_FACTOR * UNIT_ROUNDOFF[dtype] * max_output
 
 
 def max_magnitude(values: NDArray[Any]) -> float:
@@ -193,7 +205,7 @@ def _is_within_bound(
     plane: Plane, kernel: Plane, output: Plane, error: float, bound: np.dtype[Any], *, integers: bool
 ) -> bool:
     """Return whether the error is within the bound, which is estimated from samples of output and input."""
-    if integers and error > MAX_ERROR_TO_ROUND:
+    if integers and rounding_error(plane.dtype, error, max_magnitude(output)) > MAX_ERROR_TO_ROUND:
         return False
     reached = 0.0
     for some in (output[len(output) // 2], output[:: 1 + len(output) // MIN_SAMPLED_ROWS]):

@@ -209,10 +209,12 @@ def _is_within_bound(
 
     The bound is that of the dtype `bound`; it is estimated from the outputs and from samples of the input.
     """
-    if integers and errors.max() > precision.MAX_ERROR_TO_ROUND:
-        return False
     low, high = output[image].amin((1, 2)), output[image].amax((1, 2))
     reached = torch.maximum(-low, high).double().numpy(force=True)
+    if integers:
+        largest = precision.rounding_error(NUMPY_DTYPES[problem.dtype], errors, reached).max()
+        if not largest <= precision.MAX_ERROR_TO_ROUND:
+            return False
     doubtful = errors > precision.allowed_error(bound, problem.taps, reached, reached)
     if not doubtful.any():
         return True

@@ -57,6 +57,21 @@ def assert_contract(image: NDArray[Any], kernel: NDArray[Any], dtype: Dtype = "f
         assert precision_contract.find_violation(case, output[None, None]) is None, name
 
 
+@pytest.mark.parametrize("engine", [name for name, engine in ENGINES.items() if engine.METHOD == "fft"])
+@pytest.mark.parametrize("kernel_size", [(15, 4), (25, 25), (40, 3)])
+def test_sums_of_16_bit_images_are_exact_integers(
+    engine: str, kernel_size: tuple[int, int], rng: np.random.Generator
+) -> None:
+    kernel = np.ones(kernel_size)
+    most = 2**23 // kernel.size
+    for scene in range(12):
+        image = rng.integers(-most, most, (79, 65)) if scene % 2 else np.sign(rng.normal(size=(1, 65)) + 0.2) * most
+        image = np.broadcast_to(image, (79, 65)).astype(np.int64)
+        windows = np.lib.stride_tricks.sliding_window_view(image, kernel_size).sum((2, 3))
+        found = core.correlate(image.astype(np.float32), kernel, method="fft", engines=(engine,)).array
+        np.testing.assert_array_equal(np.asarray(found), windows)
+
+
 def test_small_taps_next_to_a_large_one_count(rng: np.random.Generator) -> None:
     kernel = np.full((31, 31), 4e-7)
     kernel[5, 7] = 1
