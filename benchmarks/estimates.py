@@ -5,7 +5,8 @@
 
 Each request runs twice in this process; the first run compiles and is not counted. The time is the wall time of the
 second run, or its CPU time divided by the cores if that is shorter because other programs use the cores. The memory is
-the increase of the peak resident size (VmHWM in /proc). `--values` selects the values of the images. A request is off
+the increase of the peak resident size (VmHWM in /proc). A request that is off runs twice more, because another program
+may have interfered, and the least time and memory count. `--values` selects the values of the images. A request is off
 if it takes more than 50 ms and its time differs from the prediction by more than a factor of 5, or if its peak memory
 exceeds 1.2 times the estimate plus 50 MB. Such requests are printed, and the exit code is 1 if there are any. The last
 lines are the worst ratios of each engine.
@@ -33,6 +34,7 @@ MIN_CHECKED_S = 0.05
 MAX_TIME_RATIO = 5
 MAX_MEMORY_RATIO = 1.2
 MEMORY_SLACK_MB = 50.0
+REMEASUREMENTS = 2
 
 
 class Request(NamedTuple):
@@ -149,14 +151,25 @@ def measure_request(
         call()
     except core.CoreError:
         return None
+    arrays_mb = (image.nbytes + kernel.nbytes) / 1e6
+    outcome = measure_call(request, call, cost, arrays_mb)
+    for _ in range(REMEASUREMENTS if outcome.off else 0):
+        again = measure_call(request, call, cost, arrays_mb)
+        outcome = outcome._replace(
+            seconds=min(outcome.seconds, again.seconds), megabytes=min(outcome.megabytes, again.megabytes)
+        )
+    return outcome
+
+
+def measure_call(request: Request, call: Callable[[], core.Result], cost: core.Cost, arrays_mb: float) -> Outcome:
+    """Measure one call; arrays_mb: megabytes of its arguments, which the estimate includes."""
     trim_heap()
     before = read_peak_mb(reset=True)
     wall, processor = time.perf_counter(), time.process_time()
     result = call()
     processor, wall = time.process_time() - processor, time.perf_counter() - wall
-    peak = read_peak_mb() - before + (image.nbytes + kernel.nbytes) / 1e6
     seconds = min(wall, max(processor / core.usable_cores(), wall / 20))
-    return Outcome(request, result.engine, cost.seconds, seconds, cost.megabytes, peak)
+    return Outcome(request, result.engine, cost.seconds, seconds, cost.megabytes, read_peak_mb() - before + arrays_mb)
 
 
 def read_peak_mb(*, reset: bool = False) -> float:

@@ -85,6 +85,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         each_pixel = POLYPHASE_S_PER_PIXEL.get(problem.stride[1], DEFAULT_POLYPHASE_S_PER_PIXEL)
         sorted_pixels = math.prod(_phase_count_and_size(problem, 0, rows) + _phase_count_and_size(problem, 1, columns))
         sums += each_pixel * problem.batch * problem.channels * sorted_pixels
+    sums += halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
     threads = halide_costs.choose_thread_count(machine, sums)
     return machine.compile_seconds + calls + sums / threads + interior.border_seconds(problem, (1, lanes))
 
