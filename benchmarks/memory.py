@@ -11,6 +11,7 @@ response has another status.
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import os
@@ -119,8 +120,13 @@ def _format_value(value: Any) -> str:
 
 def read_memory_mb(pid: int, field: str = "VmHWM") -> float:
     """Return a memory field of a process and its children, by default the peak resident memory, in 10^6 bytes."""
-    statuses = (Path(f"/proc/{one}/status").read_text(encoding="ascii") for one in list_process_tree(pid))
-    return sum(int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e6 for status in statuses)
+    total = 0.0
+    for one in list_process_tree(pid):
+        # A process that is ending has no memory fields, and then no file.
+        with contextlib.suppress(FileNotFoundError, IndexError):
+            status = Path(f"/proc/{one}/status").read_text(encoding="ascii")
+            total += int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e6
+    return total
 
 
 def main() -> int:
