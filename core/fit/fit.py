@@ -110,8 +110,9 @@ def plan_fit_kernel(
     itself (of least norm where several are best), for loss "huber" by reweighted least squares; the others descend as
     torch.optim defines them: "sgd" (all examples at once, or `batch_size` images at a time in an order drawn from the
     seed), "momentum" and "nesterov" (`momentum` 0.9), "adam" (`betas` 0.9, 0.999). `learning_rate` "auto" is the rate
-    that leaves the smallest loss after these steps. `tolerance` ends the descent where the gradient is shorter than
-    that share of its first length, or a step lowers the loss by less than that share of it.
+    that leaves the smallest loss after these steps. `tolerance` ends the descent when the excess loss (the loss
+    minus the smallest possible one) or, if that is unknown, the length of the gradient is at most that fraction of its
+    initial value. For solver "exact", it applies to loss "huber" and to conjugate gradients.
 
     Solver "exact" takes constraints on each filter's kernel: `nonnegative` (no entry below 0), `sum_to` (the sum of the
     entries), `symmetric` (equal entries: "horizontal", K[i, j] = K[i, w-1-j]; "vertical", K[i, j] = K[h-1-i, j];

@@ -221,7 +221,9 @@ class TrainKernelRequest(FiniteArraysModel):
         "auto is 1.345 robust standard deviations of the residuals",
     )
     tolerance: Tolerance | None = Field(
-        None, description="stop when the gradient or the relative change of the loss falls below this fraction"
+        None,
+        description="stop when the excess loss or, if the smallest possible loss is unknown, the length of the "
+        "gradient is at most this fraction of its initial value",
     )
     ridge: Ridge = Field(
         0.0,
