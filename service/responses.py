@@ -60,7 +60,11 @@ def estimate_list_seconds(fields: Mapping[str, Any]) -> float:
 
 
 class Responder:
-    """Encoder of the result of one request; created before the computation, so that an invalid Accept fails first."""
+    """Encoder of the result of one request.
+
+    It is created before the computation, so that an Accept that matches no format fails first; an output that the
+    format cannot hold fails after the computation.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class Responder:
         copies = ENCODED_BYTES_PER_BYTE.get(self.media_type, 0.0) + (COMPRESSED_BYTES_PER_BYTE if self._coding else 0.0)
         return result * (1 + copies)
 
-    async def __call__(self, **fields: Any) -> "BufferListResponse":
+    async def respond(self, **fields: Any) -> "BufferListResponse":
         """Return the response with these fields; the first one is the main array."""
         numbers = size = 0
         for value in fields.values():

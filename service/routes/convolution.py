@@ -104,7 +104,7 @@ async def handle_convolution(
     )
     state.metrics.count_engine(result.engine)
     explanation = {"explanation": _format_explanation(result)} if parsed.explain else {}
-    return await responder(
+    return await responder.respond(
         output=as_numpy(result.array),
         shape=list(result.array.shape),
         dtype=parsed.dtype,

@@ -392,7 +392,7 @@ async def train_kernel(request: Request) -> Response:
         )
         await stream.start(run_fit)
         return stream
-    return await responder(**await run_until_disconnect(request.receive, run_fit()))
+    return await responder.respond(**await run_until_disconnect(request.receive, run_fit()))
 
 
 def _collect_fields(fit: core.FitResult, *, thin: bool) -> ResponseFields:
