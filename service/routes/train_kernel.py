@@ -38,7 +38,7 @@ from service.requests import (
 from service.responses import Responder, as_numpy
 from service.routes.raw_route import RawRoute
 from service.scheduling.disconnect import run_until_disconnect
-from service.streaming import EVENT_STREAM, NDJSON, ProgressStream
+from service.streaming import EVENT_FORMATTERS, EVENT_STREAM, NDJSON, ProgressStream
 
 router = APIRouter(tags=["learning"], route_class=RawRoute)
 
@@ -386,7 +386,7 @@ async def train_kernel(request: Request) -> Response:
         state.metrics.count_engine(fields["method"])
         return fields
 
-    if RESPONSE_FORMATS[responder.media_type].encode is None:
+    if responder.media_type in EVENT_FORMATTERS:
         stream = ProgressStream(
             request, responder.media_type, response_options, wait_for_forecast=parsed.refuse_divergence
         )
