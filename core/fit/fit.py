@@ -38,7 +38,11 @@ ExamplePair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLik
 
 @dataclass(frozen=True, slots=True)
 class FitPlan:
-    """A fit whose arguments are checked and whose examples are loaded; nothing is computed yet. `cost` is predicted."""
+    """Planned fit that the caller runs: checked arguments, loaded examples and a predicted `cost`.
+
+    It holds the FitRun of a kernel of a given size, or the SizeSelection that selects the size first. Nothing is
+    computed before steps() or run().
+    """
 
     cost: Cost
     method: FitMethod
@@ -212,7 +216,7 @@ def _plan(
     """Choose the strategy. Raises TooLarge if its cost exceeds the limits."""
     fit_run: FitRun | SizeSelection
     if size_range is None:
-        fit_run, strategy = fit_spec.fit(problems, held_out_problems)
+        fit_run, strategy = fit_spec.make_run(problems, held_out_problems)
     else:
         fit_run = SizeSelection(fit_spec, size_range, problems, held_out_problems)
         strategy = fit_run.plan()

@@ -102,14 +102,14 @@ class SizeSelection:
     def _plan_size(self, size: Pair) -> tuple[FitRun, Strategy]:
         fit_spec = self._spec_of_size(size)
         inner = [shrink_kernel(problem, size) for problem in self.problems]
-        return fit_spec.fit(inner, [shrink_kernel(problem, size) for problem in self.held_out_problems])
+        return fit_spec.make_run(inner, [shrink_kernel(problem, size) for problem in self.held_out_problems])
 
     def _plan_comparison(self) -> FitRun:
         """Return the least squares fit of the largest size, by normal equations of all examples."""
         options = _make_least_squares_options(self.fit_spec.options)
         fit_spec = replace(self._spec_of_size(self.size_range.largest), options=options, held_out=None)
         inner = [shrink_kernel(problem, self.size_range.largest) for problem in self.problems]
-        fit_run, _ = fit_spec.fit(inner, [])
+        fit_run, _ = fit_spec.make_run(inner, [])
         return replace(fit_run, method="normal equations")
 
     def _choose(self, comparison_run: FitRun) -> Generator[Progress, None, tuple[SizeTable, float]]:
