@@ -14,7 +14,7 @@ from core.fit.cost_model import count_result_megabytes
 from core.fit.examples import Examples, Layer, RawExample, load_examples
 from core.fit.fit_run import FitRun
 from core.fit.fit_spec import FitSpec
-from core.fit.fit_steps import run_fit
+from core.fit.fit_steps import generate_fit_steps
 from core.fit.gradient_descent.initialization import resolve_initialization, resolve_seed
 from core.fit.gradient_descent.optimizers import Solver
 from core.fit.gradient_descent.validation_set import load_validation, make_validation_problem, require_patience
@@ -54,7 +54,7 @@ class FitPlan:
         It yields Readings of the examples, a Forecast, and a Step for each update; in long phases also Readings, so
         that it can be ended about every tenth of a second. It returns the FitResult.
         """
-        return run_fit(self._run) if isinstance(self._run, FitRun) else self._run.steps()
+        return generate_fit_steps(self._run) if isinstance(self._run, FitRun) else self._run.steps()
 
     def run(self, on_progress: Callable[[Progress], object] | None = None) -> FitResult:
         """Compute the fit, calling `on_progress` with everything that `steps` yields; its exceptions end the fit."""

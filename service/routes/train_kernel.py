@@ -378,10 +378,10 @@ async def train_kernel(request: Request) -> Response:
     parsed = await read_request(request, headers, options, TrainKernelRequest, always_queued=True)
     state = get_app_state(request.app)
 
-    async def run_fit(report: Callable[[core.Progress], None] | None = None) -> ResponseFields:
+    async def compute_fields(on_progress: Callable[[core.Progress], None] | None = None) -> ResponseFields:
         convert = partial(_collect_fields, thin=response_options.history == "thin")
         fields: ResponseFields = await state.compute.fit(
-            request, responder.estimate_bytes, core.plan_fit_kernel, convert, report, **parsed.arguments()
+            request, responder.estimate_bytes, core.plan_fit_kernel, convert, on_progress, **parsed.arguments()
         )
         state.metrics.count_engine(fields["method"])
         return fields
@@ -390,9 +390,9 @@ async def train_kernel(request: Request) -> Response:
         stream = ProgressStream(
             request, responder.media_type, response_options, wait_for_forecast=parsed.refuse_divergence
         )
-        await stream.start(run_fit)
+        await stream.start(compute_fields)
         return stream
-    return await responder.respond(**await run_until_disconnect(request.receive, run_fit()))
+    return await responder.respond(**await run_until_disconnect(request.receive, compute_fields()))
 
 
 def _collect_fields(fit: core.FitResult, *, thin: bool) -> ResponseFields:

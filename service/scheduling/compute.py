@@ -152,12 +152,12 @@ class Compute:
         plan = await self._codecs.run(reservation, Cost(0, 0, seconds), lambda _: make_plan(**arguments), phase="parse")
 
         def run(check: Check) -> Value:
-            def report(progress: Progress) -> None:
+            def check_and_report(progress: Progress) -> None:
                 check()
                 if on_progress is not None:
                     on_progress(progress)
 
-            return convert(plan.run(report))
+            return convert(plan.run(check_and_report))
 
         histories = 1 if arguments["validation"] is None else 2
         result = max(1e6 * plan.cost.result_megabytes, histories * HISTORY_BYTES_PER_STEP * arguments["steps"])

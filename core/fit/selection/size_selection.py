@@ -15,7 +15,7 @@ from core.fit.example_analysis import analyse_least_squares
 from core.fit.examples import Example
 from core.fit.fit_run import FitRun
 from core.fit.fit_spec import FitSpec
-from core.fit.fit_steps import run_fit
+from core.fit.fit_steps import generate_fit_steps
 from core.fit.interruption import Interruptible, suppress_overflow_warnings
 from core.fit.messages import OVERFLOW_MESSAGE
 from core.fit.options import Options
@@ -80,7 +80,7 @@ class SizeSelection:
         table, scale = yield from _shift_readings(self._choose(comparison_run), 0, total)
         size = table.best
         fit_run, _ = self._plan_size(size)
-        result = yield from _shift_readings(run_fit(fit_run), images, total)
+        result = yield from _shift_readings(generate_fit_steps(fit_run), images, total)
         squares = scale * table.squares if self.fit_spec.options.criterion.mean else table.squares
         offset = compute_kernel_offset(self.problems[0], size)
         return replace(

@@ -1,4 +1,4 @@
-"""Result of a fit, on the unscaled examples."""
+"""Builders of the result of a fit, on the unscaled examples."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -36,7 +36,7 @@ MIN_LOSS_DIFFERENCE_RATIO = 1e-6
 """Difference of two losses, relative to the smaller, up to which it is computed from the distance of the kernels."""
 
 
-def report(
+def build_result(
     run: FitRun,
     descent: DescentResult,
     targets: TargetStatistics,
@@ -169,7 +169,7 @@ def _describe_descent(
     return describe_descent(run.options, forecast, descent, zero_kernel_loss, best_r_squared, best_rate, rank_note)
 
 
-def report_overflow(
+def build_overflow_result(
     run: FitRun, targets: TargetStatistics, terms: Sequence[ImageTerm]
 ) -> Generator[Progress, None, FitResult]:
     """Return the result for sums of squares that overflow float64, with the initial kernel."""
@@ -188,7 +188,7 @@ def report_overflow(
         exact = run.options.solver == "exact"
         validation_result = ValidationResult(None if exact else [loss], loss, None if exact else 0, math.inf)
         descent = replace(descent, validation_result=validation_result)
-    return (yield from report(run, descent, targets, terms, None, forecast, None))
+    return (yield from build_result(run, descent, targets, terms, None, forecast, None))
 
 
 def _describe_uniqueness(run: FitRun, analysis: Analysis | None, rank_note: str | None) -> list[str]:
