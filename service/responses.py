@@ -80,10 +80,10 @@ class Responder:
         self._options = options
         self._request = request
 
-    def estimate_bytes(self, result: float) -> float:
-        """Return the bytes of a result of that size plus those of its encoded response."""
+    def estimate_bytes(self, result_bytes: float) -> float:
+        """Return the bytes of a result, an array in memory, plus those of its encoded response."""
         copies = ENCODED_BYTES_PER_BYTE.get(self.media_type, 0.0) + (COMPRESSED_BYTES_PER_BYTE if self._coding else 0.0)
-        return result * (1 + copies)
+        return result_bytes * (1 + copies)
 
     async def respond(self, **fields: Any) -> "BufferListResponse":
         """Return the response with these fields; the first one is the main array."""
@@ -94,7 +94,7 @@ class Responder:
                 size += value.nbytes
         reservation = get_reservation(self._request.scope)
         needed = self.estimate_bytes(size)
-        if needed > MIN_TRACKED_BYTES and needed > reservation.result:
+        if needed > MIN_TRACKED_BYTES and needed > reservation.result_bytes:
             reservation.reserve_result(int(needed))
         seconds_per_number = self._format.encode_seconds_per_number + (COMPRESS_S_PER_NUMBER if self._coding else 0.0)
         seconds = numbers * seconds_per_number + estimate_list_seconds(fields)
@@ -102,7 +102,7 @@ class Responder:
         # The slot is free while the client reads the response; the memory is not.
         reservation.release_slot()
         reservation.reserve_body(0)
-        if response.size > MIN_TRACKED_BYTES or reservation.result:
+        if response.size > MIN_TRACKED_BYTES or reservation.result_bytes:
             reservation.reserve_result(response.size)
         return response
 
