@@ -158,7 +158,7 @@ async def read_request(
     try:
         parsed = await run_codec(request, seconds, work, "parse")
     except Busy as rejection:
-        reservation.rejected(rejection.detail)
+        reservation.cache_rejection(rejection.detail)
         raise
     if in_thread:
         reservation.reserve_body(len(body) + parsed.count_array_bytes())

@@ -123,18 +123,20 @@ class Admission:
             self._rejections[path] = last._replace(expires_at=now + REJECTION_CACHE_S)
         self.bodies.ensure_available(size)
 
-    def cache_rejection(self, path: str, size: int, reason: str | None) -> None:
-        """Reject bodies of at least that size for that path for REJECTION_CACHE_S; accept them if `reason` is None.
+    def cache_rejection(self, path: str, size: int, reason: str) -> None:
+        """Reject bodies of at least that size for that path for REJECTION_CACHE_S.
 
         This can affect a larger body that costs less than the rejected one; it may be the one that is tried next.
         """
-        if reason is not None:
-            self._rejections[path] = CachedRejection(reason, size, time.monotonic() + REJECTION_CACHE_S)
-        elif self._rejections:
+        self._rejections[path] = CachedRejection(reason, size, time.monotonic() + REJECTION_CACHE_S)
+
+    def clear_rejection(self, path: str) -> None:
+        """Clear the cached rejection for that path, if there is one: a similar request has been accepted."""
+        if self._rejections:
             self._rejections.pop(path, None)
 
     def clear_rejections(self) -> None:
-        """Clear the cached rejections: the queue is empty, or shorter than predicted."""
+        """Clear all cached rejections: the queue is empty, or shorter than predicted."""
         self._rejections.clear()
 
     def fits(
@@ -222,7 +224,7 @@ class Reservation:
         """Bytes reserved for the result and the response."""
         return self._result_bytes
 
-    def count(self, phase: RequestPhase, milliseconds: float) -> None:
+    def add_time(self, phase: RequestPhase, milliseconds: float) -> None:
         """Add time to that of a phase."""
         setattr(self.timing, phase, getattr(self.timing, phase) + milliseconds)
 
@@ -265,10 +267,15 @@ class Reservation:
             self._admission.take_slot()
             self._entered = True
 
-    def rejected(self, reason: str | None) -> None:
-        """Reject similar requests for a moment, for that reason; accept them again if it is None."""
+    def cache_rejection(self, reason: str) -> None:
+        """Reject requests like this one for REJECTION_CACHE_S, for that reason."""
         if self.declared:
             self._admission.cache_rejection(self._path, self.declared, reason)
+
+    def clear_rejection(self) -> None:
+        """Accept requests like this one again."""
+        if self.declared:
+            self._admission.clear_rejection(self._path)
 
     def release_slot(self) -> None:
         """Release the slot."""

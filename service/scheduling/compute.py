@@ -103,7 +103,7 @@ class Compute:
                 # A thread of the pool waits for the compiler.
                 pass
             finally:
-                reservation.count("compute", milliseconds_since(start))
+                reservation.add_time("compute", milliseconds_since(start))
 
         async def run_in_pool() -> Result:
             pooled = plan or await self._plan(reservation, make_plan, arguments)
@@ -178,7 +178,7 @@ class Compute:
         try:
             return await self._pool.run(reservation, cost, run, result_bytes=int(response_bytes))
         except Busy as rejection:
-            reservation.rejected(rejection.detail)
+            reservation.cache_rejection(rejection.detail)
             raise
 
     def _set_device(self, arguments: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ class WorkerPool:
             if not pending.done():
                 if job.started is not None:
                     # The thread counts its time only if it ends before the job is abandoned.
-                    job.reservation.count(job.phase, milliseconds_since(job.started))
+                    job.reservation.add_time(job.phase, milliseconds_since(job.started))
                 raise self._deadline_error()
             value: Value = pending.result()
             return value
@@ -190,7 +190,10 @@ class WorkerPool:
             # Most of the next requests resemble this one: if it would be rejected now, they need not be decoded.
             with self._lock:
                 rejection = self._rejection_reason(job)
-            job.reservation.rejected(self._format_detail(*rejection) if rejection else None)
+            if rejection is None:
+                job.reservation.clear_rejection()
+            else:
+                job.reservation.cache_rejection(self._format_detail(*rejection))
 
     def _clear_rejections(self) -> None:
         if self.admission.queue is self:
@@ -289,7 +292,7 @@ class WorkerPool:
 
     def _run_job(self, job: Job) -> None:
         started = time.perf_counter()
-        job.reservation.count("wait", 1000 * (started - job.arrived))
+        job.reservation.add_time("wait", 1000 * (started - job.arrived))
         try:
             value = job.run(job.check)
         except BaseException as error:  # noqa: BLE001 - run() raises it
@@ -301,7 +304,7 @@ class WorkerPool:
 
     def _finish(self, job: Job, started: float, *, keep_result: bool) -> None:
         if not job.abandoned.is_set():
-            job.reservation.count(job.phase, milliseconds_since(started))
+            job.reservation.add_time(job.phase, milliseconds_since(started))
         with self._lock:
             self._running.discard(job)
             self._abandoned.discard(job)
@@ -327,7 +330,7 @@ class WorkerPool:
             if job not in self._waiting:
                 return False
             self._waiting.remove(job)
-        job.reservation.count("wait", milliseconds_since(job.arrived))
+        job.reservation.add_time("wait", milliseconds_since(job.arrived))
         # The queue is shorter than predicted, and this job may have blocked others.
         self._clear_rejections()
         self._start_waiting()
