@@ -51,8 +51,7 @@ def build_result(
         estimate = analysis.error_estimate(targets, covariance=options.covariance)
         error_estimate = yield from run.with_progress(estimate, run.term_count)
         best_r_squared = _compute_r_squared(run, analysis.minimum.at, analysis.minimum.loss, targets, analysis)
-    best = None if analysis is None else analysis.best_possible_loss
-    descent, excess_loss = yield from _compute_excess_loss(run, descent, analysis, best)
+    descent, excess_loss = yield from _compute_excess_loss(run, descent, analysis)
     if options.criterion.is_quadratic or not math.isfinite(descent.final_loss):
         r_squared = _compute_r_squared(run, descent.unknowns, descent.final_loss, targets, analysis)
     else:
@@ -60,7 +59,6 @@ def build_result(
             _evaluate_r_squared(run, descent.unknowns, terms, targets), run.term_count
         )
     scaling, descent = run.scaling, _unscale_descent(descent, run.scaling)
-    best = None if best is None else scaling.unscale_loss(best)
     excess_loss = None if excess_loss is None else scaling.unscale_loss(excess_loss)
     uncertainty = Uncertainty()
     if analysis is not None and error_estimate is not None:
@@ -68,8 +66,7 @@ def build_result(
     if isinstance(analysis, ConstrainedAnalysis) or options.solver == "exact":
         message = _describe_solution(run, descent, analysis, forecast, r_squared)
     else:
-        forecast_of_best = replace(forecast, best_possible_loss=best)
-        message = _describe_descent(run, descent, targets, analysis, forecast_of_best, best_r_squared, best_rate)
+        message = _describe_descent(run, descent, targets, analysis, forecast, best_r_squared, best_rate)
     selection = analysis.selection if analysis else None
     if selection is not None and selection.chosen is not None:
         ridge = scaling.unscale_curvature(run.resolve_scaled_ridge(analysis))
@@ -79,7 +76,7 @@ def build_result(
     diagnostics |= _ridge_path_fields(run, selection.path if selection else None)
     diagnostics |= _descent_fields(run, descent)
     return FitResult(
-        **{**diagnostics, "best_possible_loss": best},
+        **diagnostics,
         excess_loss=excess_loss,
         message=message,
         solver=options.solver,
@@ -93,9 +90,10 @@ def build_result(
 
 
 def _compute_excess_loss(
-    run: FitRun, descent: DescentResult, analysis: Analysis | None, best: float | None
+    run: FitRun, descent: DescentResult, analysis: Analysis | None
 ) -> Generator[Progress, None, tuple[DescentResult, float | None]]:
     """Return final_loss - best_possible_loss, and the descent with a final loss that agrees with it."""
+    best = None if analysis is None else analysis.best_possible_loss
     if analysis is None or best is None:
         return descent, None
     excess_loss = descent.final_loss - best
