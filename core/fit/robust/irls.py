@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from core.arrays import as_numpy
 from core.fit.diagnostics import Analysis
@@ -23,7 +22,7 @@ from core.fit.equations.normal_equations import EquationsAccumulator
 from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator, ReducedProblem, combine_problems
 from core.fit.gradient_descent.descent import DescentResult
 from core.fit.interruption import Interruptible, pace
-from core.fit.linear_algebra.dense import multiply_blocks
+from core.fit.linear_algebra.dense import Floats, multiply_blocks
 from core.fit.linear_algebra.inverse import invert
 from core.fit.linear_algebra.singular_values import FactorSpectrum, decompose_factors
 from core.fit.losses import huber
@@ -32,8 +31,6 @@ from core.fit.parameters import ParameterLayout, Unknowns
 from core.fit.result import Status, Step
 from core.fit.robust.median import weighted_median
 from core.fit.tiles import TileData
-
-Floats = NDArray[np.float64]
 
 DELTA_PER_SCALE = 1.345
 """Delta, in standard deviations of normal noise, for 95 % efficiency: the kernel's variance is that of least squares
