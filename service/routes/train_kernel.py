@@ -152,7 +152,7 @@ class FiniteArraysModel(RequestModel):
                     "has {count} values that are NaN or infinite: training arrays must be finite",
                     {
                         "count": int(invalid.sum()),
-                        "place": f".{name}{find_first_true(invalid)}",
+                        "position": f".{name}{find_first_true(invalid)}",
                         "limit": "finite numbers",
                     },
                 )
