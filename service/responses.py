@@ -18,7 +18,7 @@ from torch import Tensor
 from service.codecs import json as json_format
 from service.codecs import json_encoder, png
 from service.codecs.buffers import BufferList
-from service.codecs.content_coding import encode as with_coding
+from service.codecs.content_coding import compress
 from service.codecs.registry import ENCODABLE_FORMATS, Format
 from service.codecs.response_options import ResponseOptions
 from service.context import get_reservation
@@ -113,7 +113,7 @@ class Responder:
         if self.media_type != json_format.MEDIA_TYPE:
             headers.append((RESULT_HEADER, _encode_result_header(fields).encode()))
         if self._coding is not None:
-            compressed = with_coding(self._coding, parts)
+            compressed = compress(self._coding, parts)
             if compressed is not parts:
                 parts = compressed
                 headers.append((b"content-encoding", self._coding.encode()))
