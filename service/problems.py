@@ -135,7 +135,10 @@ PROBLEM_NAMES = (
 class ProblemEntry(BaseModel):
     """One invalid field or value."""
 
-    field: str = Field(description="name of the field, or path of a value such as `input[2]`")
+    field: str = Field(
+        description='name of the field, path of a value such as `input[2]`, "(body)" for the whole body, or '
+        '"(estimate)" for the predicted cost'
+    )
     message: str
     got: str | None = Field(None, description="received value")
     limit: str | None = Field(None, description="allowed values")
