@@ -194,7 +194,7 @@ KERNEL_ARGUMENTS = ("kernel", "weight", "bias")
 def _response_too_large_error(error: TooLarge) -> TooLarge:
     message = (
         f"the response and the result take about {error.got} of memory; "
-        f"at most {error.limit} are allowed: ask for application/x-npy"
+        f"at most {error.limit} are allowed: request application/x-npy instead"
     )
     return TooLarge(message, quantity=error.quantity, got=str(error.got), limit=str(error.limit), cost=error.cost)
 

@@ -140,7 +140,7 @@ def test_limit_applies_to_all_members_together() -> None:
 
 def test_more_than_4_gb_suggests_another_format(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.codecs.npz.MAX_ARCHIVE_BYTES", 1000)
-    with pytest.raises(NotAcceptable, match="ask for application/x-safetensors"):
+    with pytest.raises(NotAcceptable, match="request application/x-safetensors instead"):
         encode({"a": np.zeros(100), "b": np.zeros(100)})
 
 
