@@ -65,7 +65,7 @@ def parse_array(value: object, working_dtype: str = "float64") -> NDArray[Any]:
 
 def reject(message: str, *, position: str = "", got: object = None, limit: object = None) -> NoReturn:
     """Raise the error that pydantic reports for this field; `position` is a path inside it, such as `[2][0]`."""
-    context = {"message": message, "place": position, "got": got, "limit": limit}
+    context = {"message": message, "position": position, "got": got, "limit": limit}
     raise PydanticCustomError("corr2d", "{message}", context)
 
 

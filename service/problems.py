@@ -74,7 +74,6 @@ class ProblemType:
 
 
 PROBLEM_TYPES: Mapping[type[Exception], ProblemType] = {
-    CoreError: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "unacceptable", "The request cannot be computed"),
     InvalidArgument: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-argument", "An argument is not valid"),
     InvalidShape: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-shape", "The shapes do not fit together"),
     InvalidOption: ProblemType(
@@ -91,7 +90,6 @@ PROBLEM_TYPES: Mapping[type[Exception], ProblemType] = {
         HTTPStatus.UNPROCESSABLE_ENTITY, "method-unavailable", "No engine supports this problem by that method"
     ),
     TooLarge: ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too-large", "The computation exceeds a limit"),
-    ServiceError: ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "failed", "The request failed"),
     NotParseable: ProblemType(HTTPStatus.BAD_REQUEST, "not-parseable", "The body cannot be parsed"),
     InvalidRequest: ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", "The request is not valid"),
     Unauthorized: ProblemType(HTTPStatus.UNAUTHORIZED, "unauthorized", "A valid API key is required"),
@@ -137,7 +135,10 @@ PROBLEM_NAMES = (
 class ProblemEntry(BaseModel):
     """One invalid field or value."""
 
-    field: str = Field(description="name of the field, or path of a value such as `input[2]`")
+    field: str = Field(
+        description='name of the field, path of a value such as `input[2]`, "(body)" for the whole body, or '
+        '"(estimate)" for the predicted cost'
+    )
     message: str
     got: str | None = Field(None, description="received value")
     limit: str | None = Field(None, description="allowed values")

@@ -27,11 +27,7 @@ def convert_errors(
     # Unknown fields first: they are often the misspelling of one that is missing.
     for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
         context = error.get("ctx") or {}
-        field = (
-            context.get("field")
-            or (_format_path(error["loc"]) + context.get("place", "")).removeprefix(".")
-            or "(body)"
-        )
+        field = (_format_path(error["loc"]) + context.get("position", "")).removeprefix(".") or "(body)"
         if field in by_field:
             continue
         if len(by_field) < MAX_EXPLAINED_ERRORS:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from service.app_state import get_app_state
 from service.codecs.buffers import Buffer
-from service.codecs.content_coding import decode as without_coding
+from service.codecs.content_coding import decompress
 from service.codecs.decode_limits import DecodeCheck
 from service.codecs.registry import Format, predict_decode_seconds
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
@@ -158,7 +158,7 @@ async def read_request(
     try:
         parsed = await run_codec(request, seconds, work, "parse")
     except Busy as rejection:
-        reservation.rejected(rejection.detail)
+        reservation.cache_rejection(rejection.detail)
         raise
     if in_thread:
         reservation.reserve_body(len(body) + parsed.count_array_bytes())
@@ -259,7 +259,7 @@ def _decode_and_validate(
     check: DecodeCheck,
 ) -> Model:
     if coding is not None:
-        body = without_coding(coding, body, limit, check)
+        body = decompress(coding, body, limit, check)
     assert served.decode is not None  # noqa: S101 - get_body_format returns decodable formats only
     return _validate(
         model,

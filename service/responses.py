@@ -18,7 +18,7 @@ from torch import Tensor
 from service.codecs import json as json_format
 from service.codecs import json_encoder, png
 from service.codecs.buffers import BufferList
-from service.codecs.content_coding import encode as with_coding
+from service.codecs.content_coding import compress
 from service.codecs.registry import ENCODABLE_FORMATS, Format
 from service.codecs.response_options import ResponseOptions
 from service.context import get_reservation
@@ -60,7 +60,11 @@ def estimate_list_seconds(fields: Mapping[str, Any]) -> float:
 
 
 class Responder:
-    """Encoder of the result of one request; created before the computation, so that an invalid Accept fails first."""
+    """Encoder of the result of one request.
+
+    It is created before the computation, so that an Accept that matches no format fails first; an output that the
+    format cannot hold fails after the computation.
+    """
 
     def __init__(
         self,
@@ -76,12 +80,12 @@ class Responder:
         self._options = options
         self._request = request
 
-    def estimate_bytes(self, result: float) -> float:
-        """Return the bytes of a result of that size plus those of its encoded response."""
+    def estimate_bytes(self, result_bytes: float) -> float:
+        """Return the bytes of a result, an array in memory, plus those of its encoded response."""
         copies = ENCODED_BYTES_PER_BYTE.get(self.media_type, 0.0) + (COMPRESSED_BYTES_PER_BYTE if self._coding else 0.0)
-        return result * (1 + copies)
+        return result_bytes * (1 + copies)
 
-    async def __call__(self, **fields: Any) -> "BufferListResponse":
+    async def respond(self, **fields: Any) -> "BufferListResponse":
         """Return the response with these fields; the first one is the main array."""
         numbers = size = 0
         for value in fields.values():
@@ -90,7 +94,7 @@ class Responder:
                 size += value.nbytes
         reservation = get_reservation(self._request.scope)
         needed = self.estimate_bytes(size)
-        if needed > MIN_TRACKED_BYTES and needed > reservation.result:
+        if needed > MIN_TRACKED_BYTES and needed > reservation.result_bytes:
             reservation.reserve_result(int(needed))
         seconds_per_number = self._format.encode_seconds_per_number + (COMPRESS_S_PER_NUMBER if self._coding else 0.0)
         seconds = numbers * seconds_per_number + estimate_list_seconds(fields)
@@ -98,7 +102,7 @@ class Responder:
         # The slot is free while the client reads the response; the memory is not.
         reservation.release_slot()
         reservation.reserve_body(0)
-        if response.size > MIN_TRACKED_BYTES or reservation.result:
+        if response.size > MIN_TRACKED_BYTES or reservation.result_bytes:
             reservation.reserve_result(response.size)
         return response
 
@@ -109,7 +113,7 @@ class Responder:
         if self.media_type != json_format.MEDIA_TYPE:
             headers.append((RESULT_HEADER, _encode_result_header(fields).encode()))
         if self._coding is not None:
-            compressed = with_coding(self._coding, parts)
+            compressed = compress(self._coding, parts)
             if compressed is not parts:
                 parts = compressed
                 headers.append((b"content-encoding", self._coding.encode()))

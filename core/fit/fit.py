@@ -14,7 +14,7 @@ from core.fit.cost_model import count_result_megabytes
 from core.fit.examples import Examples, Layer, RawExample, load_examples
 from core.fit.fit_run import FitRun
 from core.fit.fit_spec import FitSpec
-from core.fit.fit_steps import run_fit
+from core.fit.fit_steps import generate_fit_steps
 from core.fit.gradient_descent.initialization import resolve_initialization, resolve_seed
 from core.fit.gradient_descent.optimizers import Solver
 from core.fit.gradient_descent.validation_set import load_validation, make_validation_problem, require_patience
@@ -38,7 +38,11 @@ ExamplePair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLik
 
 @dataclass(frozen=True, slots=True)
 class FitPlan:
-    """A fit whose arguments are checked and whose examples are loaded; nothing is computed yet. `cost` is predicted."""
+    """Planned fit that the caller runs: checked arguments, loaded examples and a predicted `cost`.
+
+    It holds the FitRun of a kernel of a given size, or the SizeSelection that selects the size first. Nothing is
+    computed before steps() or run().
+    """
 
     cost: Cost
     method: FitMethod
@@ -50,7 +54,7 @@ class FitPlan:
         It yields Readings of the examples, a Forecast, and a Step for each update; in long phases also Readings, so
         that it can be ended about every tenth of a second. It returns the FitResult.
         """
-        return run_fit(self._run) if isinstance(self._run, FitRun) else self._run.steps()
+        return generate_fit_steps(self._run) if isinstance(self._run, FitRun) else self._run.steps()
 
     def run(self, on_progress: Callable[[Progress], object] | None = None) -> FitResult:
         """Compute the fit, calling `on_progress` with everything that `steps` yields; its exceptions end the fit."""
@@ -98,47 +102,53 @@ def plan_fit_kernel(
     limits: Limits | None = None,
     machine: Machine | None = None,
 ) -> FitPlan:
-    """Find the kernel (and bias) that brings conv2d(input; kernel, bias) nearest to target.
+    """Check the arguments of a fit, load its examples and return its plan.
 
-    input and target are (H, W), (C, H, W) or (N, C, H, W); `pairs` takes several of different sizes instead. The
-    kernel's size follows from the shapes where stride is 1 and padding 0. `weights` (like target, or one plane for all)
-    say what each of the target's values counts; 0 leaves it out.
+    The fit finds the kernel, and with `bias` a bias, that minimise the loss between conv2d(input, kernel, bias) and
+    target. The plan's steps() or run() compute it; `fit_kernel_steps` plans a fit and returns its steps, `fit_kernel`
+    plans and runs it.
 
-    `loss` is the sum of the squared differences, their mean, or the mean of what torch.nn.HuberLoss or L1Loss makes of
-    them: HuberLoss with `huber_delta` as its delta, 1.0 by default, or "auto": 1.345 robust standard deviations of the
-    residuals. `ridge` times the sum of the kernel's squares is added to it. `solver` "exact" gives the best kernel
-    itself (of least norm where several are best), for loss "huber" by reweighted least squares; the others descend as
-    torch.optim defines them: "sgd" (all examples at once, or `batch_size` images at a time in an order drawn from the
-    seed), "momentum" and "nesterov" (`momentum` 0.9), "adam" (`betas` 0.9, 0.999). `learning_rate` "auto" is the rate
-    that leaves the smallest loss after these steps. `tolerance` ends the descent where the gradient is shorter than
-    that share of its first length, or a step lowers the loss by less than that share of it.
+    Examples: input and target have the shape (H, W), (C, H, W) or (N, C, H, W); `pairs` takes several of them, whose
+    sizes may differ. If stride is 1 and padding 0, `kernel_size` defaults to the size that the shapes determine.
+    `weights`, shaped like target or one plane for all, are the weights of the target values in the loss; values of
+    weight 0 are ignored.
 
-    Solver "exact" takes constraints on each filter's kernel: `nonnegative` (no entry below 0), `sum_to` (the sum of the
-    entries), `symmetric` (equal entries: "horizontal", K[i, j] = K[i, w-1-j]; "vertical", K[i, j] = K[h-1-i, j];
-    "both"; "rotation", K[i, j] = K[h-1-i, w-1-j]; "transpose", K = K'; "full", all eight symmetries of the square) and
-    `separable` (the maximum rank of each plane; True is 1). `smoothness` times the sum of the squared differences of
-    neighbouring entries is added to the loss. All but `separable` can be combined with each other.
+    Losses: `loss` "sum" is the sum of the squared residuals, "mean" their mean, "huber" and "l1" the means that
+    torch.nn.HuberLoss and L1Loss compute. `huber_delta` is the delta of HuberLoss, 1.0 by default; "auto" is 1.345
+    robust standard deviations of the residuals. `ridge` times the sum of the squared kernel entries is added to the
+    loss; for losses "sum" and "mean", "auto" is the ridge that minimises generalised cross-validation (Golub, Heath and
+    Wahba, Technometrics 21, 1979).
 
-    `kernel_size` "auto" compares all sizes, up to `max_kernel_size`, that lie centred in the largest one, and fits that
-    of the smallest Bayesian information criterion (Schwarz, Annals of Statistics 6, 1978), on the same target values.
+    Solvers: "exact" computes the best kernel (of several, that of least norm), for loss "huber" by iteratively
+    reweighted least squares. The other solvers are the optimizers of torch.optim: "sgd" (all examples in each step, or
+    `batch_size` images in a random order from the seed), "momentum" and "nesterov" (`momentum` is 0.9 by default),
+    "adam" (`betas` are 0.9 and 0.999 by default). `learning_rate` "auto" is the rate with the smallest loss after these
+    steps. `tolerance` ends the descent when the excess loss (the loss minus the smallest possible one) or, if that is
+    unknown, the length of the gradient is at most that fraction of its initial value. For solver "exact", `tolerance`
+    applies to loss "huber" and to conjugate gradients.
 
-    `validation` takes pairs like `pairs` that the kernel is not fitted to: their loss (without the ridge) is computed
-    before each update, and the kernel for which it is least is returned. `patience` ends the descent when it has not
-    fallen below its least for that many steps.
+    Constraints: solver "exact" supports constraints on the kernel of each filter: `nonnegative` (no entry below 0),
+    `sum_to` (the sum of the entries), `symmetric` (equal entries: "horizontal", K[i, j] = K[i, w-1-j]; "vertical",
+    K[i, j] = K[h-1-i, j]; "both"; "rotation", K[i, j] = K[h-1-i, w-1-j]; "transpose", K = K'; "full", all eight
+    symmetries of the square) and `separable` (the maximum rank of each plane; True is 1). `smoothness` times the sum of
+    the squared differences of neighbouring entries is added to the loss. All but `separable` can be combined with each
+    other.
 
-    `ridge` "auto" is the one that minimises generalised cross-validation (Golub, Heath and Wahba, Technometrics 21,
-    1979), for a sum or mean of squares. `ridge_path` adds the kernels of ridges of all sizes to the result,
-    `covariance` that of each filter's unknowns.
+    Size selection: `kernel_size` "auto" compares all sizes up to `max_kernel_size` that have the same centre as the
+    largest, on the same target values, and fits a kernel of the size with the smallest Bayesian information criterion
+    (Schwarz, Annals of Statistics 6, 1978).
 
-    Everything is computed in float64 (on the CPU where the device is mps, which has none). A descent that diverges is
-    no error: its forecast and its status say so, and its kernel is the last finite one; `refuse_divergence` makes an
-    InvalidOption of the forecast.
+    Validation: `validation` takes pairs, like `pairs`, that the kernel is not fitted to. Their loss, without the ridge,
+    is computed before each update, and the kernel with the smallest one is returned. `patience` ends the descent after
+    that many steps without a new minimum of the validation loss.
 
-    Raises InvalidArgument and its kind, DeviceUnavailable and, where `limits` are given, TooLarge.
+    Result: `ridge_path` adds the kernels for 50 ridges over their useful range, `covariance` the covariance of the
+    unknowns of each filter. If a descent diverges, its forecast and its status report it, and its kernel is the last
+    finite one; with `refuse_divergence`, the steps raise InvalidOption if the forecast predicts divergence. The fit is
+    computed in float64, on the CPU if the device is mps, which does not support float64.
 
-    This form checks the arguments and loads the examples; the plan's steps() compute. `fit_kernel_steps` does both,
-    `fit_kernel` runs them to their end.
-    Source: for the whole idea, Golub and Van Loan, Matrix Computations, 5.3; for the descents, torch.optim.
+    Raises InvalidArgument or one of its subclasses, DeviceUnavailable and, if `limits` are given, TooLarge.
+    Source: for least squares, Golub and Van Loan, Matrix Computations, 5.3; for the descents, torch.optim.
     """
     options = Options(
         solver,
@@ -206,7 +216,7 @@ def _plan(
     """Choose the strategy. Raises TooLarge if its cost exceeds the limits."""
     fit_run: FitRun | SizeSelection
     if size_range is None:
-        fit_run, strategy = fit_spec.fit(problems, held_out_problems)
+        fit_run, strategy = fit_spec.make_run(problems, held_out_problems)
     else:
         fit_run = SizeSelection(fit_spec, size_range, problems, held_out_problems)
         strategy = fit_run.plan()

@@ -1,4 +1,4 @@
-"""A fit with checked arguments, and what all of its phases use: terms, scaling and progress."""
+"""Input of the computation of one fit, and what all of its phases use: terms, scaling and progress."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,10 @@ from core.machine import Machine
 
 @dataclass(frozen=True, slots=True)
 class FitRun:
-    """A fit with checked arguments."""
+    """Input of the computation of one fit: a kernel of one size, with the strategy (`method`) and tiles chosen for it.
+
+    A FitSpec makes it; generate_fit_steps computes the fit.
+    """
 
     options: Options
     tiled_examples: Sequence[TiledExample]

@@ -24,7 +24,10 @@ from core.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class FitSpec:
-    """Checked arguments of a fit; `initialization` has the kernel's size."""
+    """Checked arguments of a fit, before a strategy is chosen; `initialization` has the kernel's size.
+
+    make_run() makes the FitRun for that size; a selection of the size replaces `initialization` and makes one for each.
+    """
 
     options: Options
     examples: Examples
@@ -54,8 +57,11 @@ class FitSpec:
             for example, problem in zip(self.examples.pairs, problems, strict=True)
         ]
 
-    def fit(self, problems: Sequence[Problem], held_out_problems: Sequence[Problem]) -> tuple[FitRun, Strategy]:
-        """Choose the strategy for the fit; the problems are those of the examples and of the validation pairs."""
+    def make_run(self, problems: Sequence[Problem], held_out_problems: Sequence[Problem]) -> tuple[FitRun, Strategy]:
+        """Choose the strategy and return the run of the fit, which computes nothing yet.
+
+        The problems are the convolutions of the examples and of the validation pairs.
+        """
         layout, machine = self.layout, self.machine
         constraints = self.options.constraints.for_kernel(layout.kernel_shape, bias=layout.bias)
         options = replace(self.options, constraints=constraints)

@@ -19,14 +19,14 @@ from core.fit.gradient_descent.validation_set import ValidationCurve, Validation
 from core.fit.interruption import Interruptible, suppress_overflow_warnings
 from core.fit.messages import describe_delta, describe_unstable_rate
 from core.fit.objective import Objective
-from core.fit.report import report, report_overflow
 from core.fit.result import FitResult, Forecast, Progress, Status, Step
+from core.fit.result_builder import build_overflow_result, build_result
 from core.fit.robust.huber_fit import choose_huber_delta, minimise_huber, solve_least_squares_first
 from core.fit.scaling import choose_scaling
 
 
-def run_fit(run: FitRun) -> Generator[Progress, None, FitResult]:
-    """Read the examples, predict, solve or descend, and return the result."""
+def generate_fit_steps(run: FitRun) -> Generator[Progress, None, FitResult]:
+    """Yield the progress of a fit: read the examples, predict, solve or descend; return the result."""
     return suppress_overflow_warnings(_steps(run))
 
 
@@ -61,7 +61,7 @@ def _run_scaled(run: FitRun) -> Generator[Progress, None, FitResult]:
     images = Objective(terms, run.layout, options.criterion.mean, run.resolve_scaled_ridge(None))
     analysis, largest_eigenvalue = yield from analyse(run, images, terms, targets)
     if _overflows(run, analysis, largest_eigenvalue, targets):
-        return (yield from report_overflow(run, targets, terms))
+        return (yield from build_overflow_result(run, targets, terms))
     forecast, best_rate = yield from run.with_progress(
         build_forecast(run, analysis, largest_eigenvalue), run.term_count
     )
@@ -80,7 +80,7 @@ def _run_scaled(run: FitRun) -> Generator[Progress, None, FitResult]:
     if curve is not None and options.solver == "exact":
         loss = yield from run.with_progress(curve.add(descent.unknowns), run.term_count)
         descent = replace(descent, validation_result=ValidationResult(None, loss, None, descent.final_loss))
-    return (yield from report(run, descent, targets, terms, analysis, forecast, best_rate))
+    return (yield from build_result(run, descent, targets, terms, analysis, forecast, best_rate))
 
 
 def _overflows(

@@ -176,7 +176,7 @@ def describe_delta(kind: str, delta: float) -> str | None:
         )
     if kind == "no target":
         return f"the target is zero, so that huber_delta is {delta:g}"
-    if kind == "unsettled":
+    if kind == "not converged":
         return f"the scale of the residuals did not converge: huber_delta {delta:.6g} is from the last iteration"
     return None
 

@@ -242,7 +242,11 @@ def train(
         str | None, typer.Option(help="delta of loss huber: a number, or auto (derived from the residuals); unset: 1")
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="stop when the gradient falls to this fraction of the first gradient")
+        float | None,
+        typer.Option(
+            help="stop when the excess loss or, if the smallest possible loss is unknown, the length of the gradient "
+            "is at most this fraction of its initial value"
+        ),
     ] = None,
     ridge: Annotated[
         str,

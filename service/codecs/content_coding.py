@@ -53,29 +53,29 @@ class Decompressor(Protocol):
         """Return at most `max_length` decompressed bytes of earlier input and `data`."""
 
 
-def decode(
+def decompress(
     coding: str, content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check
 ) -> memoryview:
     """Return the decompressed content. Raises NotParseable, and BodyTooLarge if it exceeds `limit` bytes."""
     memory = memoryview(content)
     if not memory:
         raise NotParseable(f"the body is empty: it must be {coding} data")
-    decoded: deque[bytes] = deque()
+    decompressed: deque[bytes] = deque()
     size = 0
     try:
-        for piece in _decompress(coding, memory, limit):
+        for piece in _decompress_pieces(coding, memory, limit):
             check()
             size += len(piece)
             if size > limit:
                 raise _too_large_error(coding, limit)
-            decoded.append(piece)
+            decompressed.append(piece)
     except (zlib.error, zstd.ZstdError) as error:
         raise_if_out_of_memory(error)
         raise NotParseable(f"the body is not valid {coding} data: {error}") from error
-    return join_buffers(decoded)
+    return join_buffers(decompressed)
 
 
-def _decompress(coding: str, memory: memoryview, limit: int) -> Iterator[bytes]:
+def _decompress_pieces(coding: str, memory: memoryview, limit: int) -> Iterator[bytes]:
     """Yield the decompressed content in pieces; the caller must stop at the piece that exceeds the limit."""
     decompressor = DECOMPRESSORS[coding](memory)
     data: bytes | memoryview = b""
@@ -99,7 +99,7 @@ def _decompress(coding: str, memory: memoryview, limit: int) -> Iterator[bytes]:
             data = b""
 
 
-def encode(coding: str, parts: BufferList) -> BufferList:
+def compress(coding: str, parts: BufferList) -> BufferList:
     """Return the parts compressed, or unchanged if compression saves too little."""
     size = sum(map(len, parts))
     if size < MIN_BYTES_TO_COMPRESS:
@@ -108,9 +108,9 @@ def encode(coding: str, parts: BufferList) -> BufferList:
         largest = max(parts, key=len)
         middle = len(largest) // 2
         sample = [largest[middle : middle + RATIO_SAMPLE_BYTES]]
-        if not _is_worthwhile(_compress(coding, sample), sample):
+        if not _is_worthwhile(_compress_parts(coding, sample), sample):
             return parts
-    compressed = _compress(coding, parts)
+    compressed = _compress_parts(coding, parts)
     return compressed if _is_worthwhile(compressed, parts) else parts
 
 
@@ -118,7 +118,7 @@ def _is_worthwhile(compressed: BufferList, parts: BufferList) -> bool:
     return sum(map(len, compressed)) <= MAX_COMPRESSED_FRACTION * sum(map(len, parts))
 
 
-def _compress(coding: str, parts: BufferList) -> list[bytes]:
+def _compress_parts(coding: str, parts: BufferList) -> list[bytes]:
     compressor: Any = (
         zstd.ZstdCompressor(COMPRESSION_LEVEL)
         if coding == "zstd"
@@ -157,10 +157,10 @@ class _ZlibDecompressor:
         return self._decompressor.unused_data
 
     def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
-        decoded = self._decompressor.decompress(self._decompressor.unconsumed_tail or data, max_length)
+        decompressed = self._decompressor.decompress(self._decompressor.unconsumed_tail or data, max_length)
         # If the output is full, zlib may have more of it without further input; only the next call shows that.
-        self._full = len(decoded) == max_length
-        return decoded
+        self._full = len(decompressed) == max_length
+        return decompressed
 
 
 def _create_deflate_decompressor(content: memoryview) -> Decompressor:

@@ -117,7 +117,9 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
         padding = -(offset + LOCAL_HEADER.size + len(encoded) + PADDING_FIELD.size) % ALIGNMENT_BYTES
         extra = PADDING_FIELD.pack(PADDING_ID, 2 + padding, ALIGNMENT_BYTES) + bytes(padding)
         if offset + size > MAX_ARCHIVE_BYTES:
-            raise NotAcceptable("the arrays exceed the 4 GB limit of an .npz; ask for application/x-safetensors")
+            raise NotAcceptable(
+                "the arrays exceed the 4 GB limit of an .npz; request application/x-safetensors instead"
+            )
         parts += [LOCAL_HEADER.pack(LOCAL_SIGNATURE, *common, len(extra)) + encoded + extra, *file]
         directory += CENTRAL_HEADER.pack(CENTRAL_SIGNATURE, ZIP_VERSION, *common, 0, 0, 0, 0, 0, offset) + encoded
         offset += LOCAL_HEADER.size + len(encoded) + len(extra) + size

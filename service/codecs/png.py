@@ -182,13 +182,13 @@ def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryvie
     if 0 in planes.shape or (planes.ndim != 2 and planes.shape[:-2] != (RGB_CHANNELS,)):
         raise NotAcceptable(
             f"the output {array.shape} is not an image: a PNG holds one plane (H, W) or three (3, H, W); "
-            "ask for application/x-npy instead"
+            "request application/x-npy instead"
         )
     low, high = float(planes.min()), float(planes.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise NotAcceptable(
             "the output has values that are not finite: a PNG holds finite values only; "
-            "ask for application/x-npy instead"
+            "request application/x-npy instead"
         )
     values = _clip(planes) if clip else _scale(planes, low, high)
     height, width = planes.shape[-2:]

@@ -56,7 +56,7 @@ class ConvolutionRequest(RequestModel):
                 raise PydanticCustomError(
                     "corr2d",
                     'is past the range of float32: send "dtype": "float64" or smaller values',
-                    {"field": name + find_first_true(beyond), "limit": f"{MAX_FLOAT32:.8g}"},
+                    {"position": f".{name}{find_first_true(beyond)}", "limit": f"{MAX_FLOAT32:.8g}"},
                 )
         return self
 
@@ -104,7 +104,7 @@ async def handle_convolution(
     )
     state.metrics.count_engine(result.engine)
     explanation = {"explanation": _format_explanation(result)} if parsed.explain else {}
-    return await responder(
+    return await responder.respond(
         output=as_numpy(result.array),
         shape=list(result.array.shape),
         dtype=parsed.dtype,

@@ -38,7 +38,7 @@ from service.requests import (
 from service.responses import Responder, as_numpy
 from service.routes.raw_route import RawRoute
 from service.scheduling.disconnect import run_until_disconnect
-from service.streaming import EVENT_STREAM, NDJSON, ProgressStream
+from service.streaming import EVENT_FORMATTERS, EVENT_STREAM, NDJSON, ProgressStream
 
 router = APIRouter(tags=["learning"], route_class=RawRoute)
 
@@ -152,7 +152,7 @@ class FiniteArraysModel(RequestModel):
                     "has {count} values that are NaN or infinite: training arrays must be finite",
                     {
                         "count": int(invalid.sum()),
-                        "place": f".{name}{find_first_true(invalid)}",
+                        "position": f".{name}{find_first_true(invalid)}",
                         "limit": "finite numbers",
                     },
                 )
@@ -221,7 +221,9 @@ class TrainKernelRequest(FiniteArraysModel):
         "auto is 1.345 robust standard deviations of the residuals",
     )
     tolerance: Tolerance | None = Field(
-        None, description="stop when the gradient or the relative change of the loss falls below this fraction"
+        None,
+        description="stop when the excess loss or, if the smallest possible loss is unknown, the length of the "
+        "gradient is at most this fraction of its initial value",
     )
     ridge: Ridge = Field(
         0.0,
@@ -376,21 +378,21 @@ async def train_kernel(request: Request) -> Response:
     parsed = await read_request(request, headers, options, TrainKernelRequest, always_queued=True)
     state = get_app_state(request.app)
 
-    async def run_fit(report: Callable[[core.Progress], None] | None = None) -> ResponseFields:
+    async def compute_fields(on_progress: Callable[[core.Progress], None] | None = None) -> ResponseFields:
         convert = partial(_collect_fields, thin=response_options.history == "thin")
         fields: ResponseFields = await state.compute.fit(
-            request, responder.estimate_bytes, core.plan_fit_kernel, convert, report, **parsed.arguments()
+            request, responder.estimate_bytes, core.plan_fit_kernel, convert, on_progress, **parsed.arguments()
         )
         state.metrics.count_engine(fields["method"])
         return fields
 
-    if RESPONSE_FORMATS[responder.media_type].encode is None:
+    if responder.media_type in EVENT_FORMATTERS:
         stream = ProgressStream(
             request, responder.media_type, response_options, wait_for_forecast=parsed.refuse_divergence
         )
-        await stream.start(run_fit)
+        await stream.start(compute_fields)
         return stream
-    return await responder(**await run_until_disconnect(request.receive, run_fit()))
+    return await responder.respond(**await run_until_disconnect(request.receive, compute_fields()))
 
 
 def _collect_fields(fit: core.FitResult, *, thin: bool) -> ResponseFields:

@@ -47,15 +47,15 @@ class MemoryPartition:
         self.used = 0
         self.results = 0
 
-    def fits(self, size: int, result: int) -> bool:
-        """Return whether a computation of `size` bytes, of which `result` stay until the response is read, can start.
+    def fits(self, size: int, result_bytes: int) -> bool:
+        """Return whether a computation of `size` bytes can start; `result_bytes` of them are kept for the response.
 
         A response may take at most half of the memory that other responses leave, so that unread responses, however
         many, leave memory for smaller ones.
         """
         if self.used + size > self.size:
             return False
-        return not result or not self.results or self.results + 2 * result <= self.max_results
+        return not result_bytes or not self.results or self.results + 2 * result_bytes <= self.max_results
 
 
 class ComputeQueue(Protocol):
@@ -123,45 +123,49 @@ class Admission:
             self._rejections[path] = last._replace(expires_at=now + REJECTION_CACHE_S)
         self.bodies.ensure_available(size)
 
-    def cache_rejection(self, path: str, size: int, reason: str | None) -> None:
-        """Reject bodies of at least that size for that path for REJECTION_CACHE_S; accept them if `reason` is None.
+    def cache_rejection(self, path: str, size: int, reason: str) -> None:
+        """Reject bodies of at least that size for that path for REJECTION_CACHE_S.
 
         This can affect a larger body that costs less than the rejected one; it may be the one that is tried next.
         """
-        if reason is not None:
-            self._rejections[path] = CachedRejection(reason, size, time.monotonic() + REJECTION_CACHE_S)
-        elif self._rejections:
+        self._rejections[path] = CachedRejection(reason, size, time.monotonic() + REJECTION_CACHE_S)
+
+    def clear_rejection(self, path: str) -> None:
+        """Clear the cached rejection for that path, if there is one: a similar request has been accepted."""
+        if self._rejections:
             self._rejections.pop(path, None)
 
     def clear_rejections(self) -> None:
-        """Clear the cached rejections: the queue is empty, or shorter than predicted."""
+        """Clear all cached rejections: the queue is empty, or shorter than predicted."""
         self._rejections.clear()
 
-    def fits(self, size: int, result: int, *, is_short: bool, yields_to_long: bool = False) -> MemoryPartition | None:
+    def fits(
+        self, size: int, result_bytes: int, *, is_short: bool, yields_to_long: bool = False
+    ) -> MemoryPartition | None:
         """Return the partition in which a computation of that size can start now, or None.
 
         `yields_to_long`: a long job waits for memory, so a short one may use only the partition for short jobs.
         """
-        if not yields_to_long and self.computations.fits(size, result):
+        if not yields_to_long and self.computations.fits(size, result_bytes):
             return self.computations
-        return self.short_jobs if is_short and self.short_jobs.fits(size, result) else None
+        return self.short_jobs if is_short and self.short_jobs.fits(size, result_bytes) else None
 
     def reserve(
-        self, size: int, result: int, *, is_short: bool, yields_to_long: bool = False
+        self, size: int, result_bytes: int, *, is_short: bool, yields_to_long: bool = False
     ) -> MemoryPartition | None:
         """Reserve memory for a computation and return its partition; None if it does not fit."""
         with self.lock:
-            partition = self.fits(size, result, is_short=is_short, yields_to_long=yields_to_long)
+            partition = self.fits(size, result_bytes, is_short=is_short, yields_to_long=yields_to_long)
             if partition is not None:
                 partition.used += size
-                partition.results += result
+                partition.results += result_bytes
         return partition
 
-    def adjust(self, partition: MemoryPartition, size: int, result: int) -> None:
-        """Add `size` bytes to the use of a partition, and `result` bytes to that of responses; negative to release."""
+    def adjust(self, partition: MemoryPartition, size: int, result_bytes: int) -> None:
+        """Add `size` bytes to the use of a partition, and `result_bytes` to that of responses; negative to release."""
         with self.lock:
             partition.used += size
-            partition.results += result
+            partition.results += result_bytes
 
     def take_slot(self) -> None:
         """Take a request slot. Raises Busy."""
@@ -196,7 +200,7 @@ class Reservation:
         "_entered",
         "_partition",
         "_path",
-        "_result",
+        "_result_bytes",
         "body",
         "deadline",
         "declared",
@@ -211,16 +215,16 @@ class Reservation:
         self._admission = admission
         self._path = path
         self._partition: MemoryPartition | None = None
-        self._result = 0
+        self._result_bytes = 0
         self._entered = False
         self._closed = False
 
     @property
-    def result(self) -> int:
+    def result_bytes(self) -> int:
         """Bytes reserved for the result and the response."""
-        return self._result
+        return self._result_bytes
 
-    def count(self, phase: RequestPhase, milliseconds: float) -> None:
+    def add_time(self, phase: RequestPhase, milliseconds: float) -> None:
         """Add time to that of a phase."""
         setattr(self.timing, phase, getattr(self.timing, phase) + milliseconds)
 
@@ -232,7 +236,7 @@ class Reservation:
         """Keep `size` bytes of a computation's memory for its result. Thread-safe."""
         with self._admission.lock:
             if not self._closed:
-                self._partition, self._result = partition, size
+                self._partition, self._result_bytes = partition, size
                 return
         self._admission.adjust(partition, -size, -size)
 
@@ -241,7 +245,7 @@ class Reservation:
 
         Raises Busy if nothing has been reserved for a result, and there is no memory for it.
         """
-        more = size - self._result
+        more = size - self._result_bytes
         if self._partition is None:
             self._partition = self._admission.reserve(size, size, is_short=True)
             if self._partition is None:
@@ -253,7 +257,7 @@ class Reservation:
         else:
             # The result exists already, so this is never rejected.
             self._admission.adjust(self._partition, more, more)
-        self._result = size
+        self._result_bytes = size
         if more < 0:
             self._admission.queue.start_next()
 
@@ -263,10 +267,15 @@ class Reservation:
             self._admission.take_slot()
             self._entered = True
 
-    def rejected(self, reason: str | None) -> None:
-        """Reject similar requests for a moment, for that reason; accept them again if it is None."""
+    def cache_rejection(self, reason: str) -> None:
+        """Reject requests like this one for REJECTION_CACHE_S, for that reason."""
         if self.declared:
             self._admission.cache_rejection(self._path, self.declared, reason)
+
+    def clear_rejection(self) -> None:
+        """Accept requests like this one again."""
+        if self.declared:
+            self._admission.clear_rejection(self._path)
 
     def release_slot(self) -> None:
         """Release the slot."""
@@ -283,5 +292,5 @@ class Reservation:
             self._closed = True
             partition, self._partition = self._partition, None
         if partition is not None:
-            self._admission.adjust(partition, -self._result, -self._result)
+            self._admission.adjust(partition, -self._result_bytes, -self._result_bytes)
             self._admission.queue.start_next()

@@ -32,7 +32,7 @@ async def run_codec(
         try:
             return work(no_check)
         finally:
-            reservation.count(phase, milliseconds_since(start))
+            reservation.add_time(phase, milliseconds_since(start))
     codecs = get_app_state(request.app).codecs
     job = codecs.run(reservation, Cost(0, 0, seconds), work, phase=phase, may_reject=phase != "encode")
     return await run_until_disconnect(request.receive, job)

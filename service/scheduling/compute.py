@@ -103,10 +103,10 @@ class Compute:
                 # A thread of the pool waits for the compiler.
                 pass
             finally:
-                reservation.count("compute", milliseconds_since(start))
+                reservation.add_time("compute", milliseconds_since(start))
 
         async def run_in_pool() -> Result:
-            pooled = plan or await self._plan_in_thread(reservation, make_plan, arguments)
+            pooled = plan or await self._plan(reservation, make_plan, arguments)
             response_bytes = estimate_bytes(1e6 * pooled.cost.result_megabytes)
 
             def run(check: Check) -> Result:
@@ -119,10 +119,10 @@ class Compute:
     def _runs_inline(self, plan: ConvolutionPlan) -> bool:
         return plan.engine in CALLING_THREAD_ENGINES and self._inline_limits.allow(plan.cost)
 
-    async def _plan_in_thread(
+    async def _plan(
         self, reservation: Reservation, make_plan: Callable[..., ConvolutionPlan], arguments: dict[str, Any]
     ) -> ConvolutionPlan:
-        """Plan a convolution; a large kernel is made from its name, or converted, in a thread."""
+        """Plan a convolution, in a thread if its kernel is large."""
         is_large_name = _is_large_named_kernel(arguments.get("kernel"))
         numbers = _count_numbers(arguments.get(kernel) for kernel in KERNEL_ARGUMENTS)
         if not is_large_name and numbers <= MAX_INLINE_NUMBERS:
@@ -152,23 +152,23 @@ class Compute:
         plan = await self._codecs.run(reservation, Cost(0, 0, seconds), lambda _: make_plan(**arguments), phase="parse")
 
         def run(check: Check) -> Value:
-            def report(progress: Progress) -> None:
+            def check_and_report(progress: Progress) -> None:
                 check()
                 if on_progress is not None:
                     on_progress(progress)
 
-            return convert(plan.run(report))
+            return convert(plan.run(check_and_report))
 
         histories = 1 if arguments["validation"] is None else 2
-        result = max(1e6 * plan.cost.result_megabytes, histories * HISTORY_BYTES_PER_STEP * arguments["steps"])
-        return await self._submit(reservation, plan.cost, estimate_bytes(result), run)
+        result_bytes = max(1e6 * plan.cost.result_megabytes, histories * HISTORY_BYTES_PER_STEP * arguments["steps"])
+        return await self._submit(reservation, plan.cost, estimate_bytes(result_bytes), run)
 
     async def _submit(
-        self, reservation: Reservation, cost: Cost, result: float, run: Callable[[Check], Value]
+        self, reservation: Reservation, cost: Cost, response_bytes: float, run: Callable[[Check], Value]
     ) -> Value:
-        """Run a computation in the pool and reserve `result` bytes for its response."""
+        """Run a computation in the pool and reserve memory for its result and response."""
         self._limits.check(cost)
-        cost = cost._replace(megabytes=max(cost.megabytes, result / 1e6))
+        cost = cost._replace(megabytes=max(cost.megabytes, response_bytes / 1e6))
         try:
             self._limits.check(cost)
         except TooLarge as error:
@@ -176,9 +176,9 @@ class Compute:
 
         reservation.take_slot()
         try:
-            return await self._pool.run(reservation, cost, run, result=int(result))
+            return await self._pool.run(reservation, cost, run, result_bytes=int(response_bytes))
         except Busy as rejection:
-            reservation.rejected(rejection.detail)
+            reservation.cache_rejection(rejection.detail)
             raise
 
     def _set_device(self, arguments: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ KERNEL_ARGUMENTS = ("kernel", "weight", "bias")
 def _response_too_large_error(error: TooLarge) -> TooLarge:
     message = (
         f"the response and the result take about {error.got} of memory; "
-        f"at most {error.limit} are allowed: ask for application/x-npy"
+        f"at most {error.limit} are allowed: request application/x-npy instead"
     )
     return TooLarge(message, quantity=error.quantity, got=str(error.got), limit=str(error.limit), cost=error.cost)
 

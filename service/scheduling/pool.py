@@ -43,15 +43,15 @@ MAX_RETRY_AFTER_S = 3600
 class Job:
     """Job with its predicted cost, its times (time.perf_counter) and the future of its result.
 
-    Its run time is counted in the request phase `phase`, its time in the queue in "wait". `result`: bytes of its memory
-    that stay reserved for the response after the job.
+    Its run time is counted in the request phase `phase`, its time in the queue in "wait". `result_bytes`: bytes of its
+    memory that stay reserved for the response after the job.
     """
 
     run: Callable[[Check], Any]
     cost: Cost
     reservation: Reservation
     phase: RequestPhase
-    result: int
+    result_bytes: int
     is_short: bool
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
@@ -96,7 +96,7 @@ class WorkerPool:
         self._running: set[Job] = set()
         self._abandoned: set[Job] = set()
         self._predicted_s = self._measured_s = 1e-3
-        self._count_slots()
+        self._update_slots()
 
     async def run(
         self,
@@ -105,17 +105,17 @@ class WorkerPool:
         run: Callable[[Check], Value],
         *,
         phase: RequestPhase = "compute",
-        result: int = 0,
+        result_bytes: int = 0,
         may_reject: bool = True,
     ) -> Value:
         """Call `run` in a thread; its argument raises once the deadline has passed or the caller is cancelled.
 
-        A job that waits then is dropped; one that runs ends when it calls its argument. `result` bytes of its memory
+        A job that waits then is dropped; one that runs ends when it calls its argument. `result_bytes` of its memory
         stay reserved. If `may_reject`, raises Busy if the queue is full, if the expected wait exceeds the queue
         timeout, and if the job has not started within it. Raises DeadlineExceeded.
         """
         is_short = cost.seconds <= SHORT_JOB_S and 1e6 * cost.megabytes <= self.admission.short_jobs.size
-        job = Job(run, cost, reservation, phase, result, is_short)
+        job = Job(run, cost, reservation, phase, result_bytes, is_short)
         if job.arrived >= reservation.deadline:
             raise self._deadline_error()
         self._enqueue(job, may_reject=may_reject)
@@ -133,7 +133,7 @@ class WorkerPool:
             if not pending.done():
                 if job.started is not None:
                     # The thread counts its time only if it ends before the job is abandoned.
-                    job.reservation.count(job.phase, milliseconds_since(job.started))
+                    job.reservation.add_time(job.phase, milliseconds_since(job.started))
                 raise self._deadline_error()
             value: Value = pending.result()
             return value
@@ -190,7 +190,10 @@ class WorkerPool:
             # Most of the next requests resemble this one: if it would be rejected now, they need not be decoded.
             with self._lock:
                 rejection = self._rejection_reason(job)
-            job.reservation.rejected(self._format_detail(*rejection) if rejection else None)
+            if rejection is None:
+                job.reservation.clear_rejection()
+            else:
+                job.reservation.cache_rejection(self._format_detail(*rejection))
 
     def _clear_rejections(self) -> None:
         if self.admission.queue is self:
@@ -262,7 +265,7 @@ class WorkerPool:
         return (
             not job.bytes
             or self.admission.fits(
-                job.bytes, job.result, is_short=job.is_short, yields_to_long=self._yields_to_long(job)
+                job.bytes, job.result_bytes, is_short=job.is_short, yields_to_long=self._yields_to_long(job)
             )
             is not None
         )
@@ -270,7 +273,7 @@ class WorkerPool:
     def _reserve_memory(self, job: Job) -> bool:
         if job.bytes:
             job.partition = self.admission.reserve(
-                job.bytes, job.result, is_short=job.is_short, yields_to_long=self._yields_to_long(job)
+                job.bytes, job.result_bytes, is_short=job.is_short, yields_to_long=self._yields_to_long(job)
             )
         return not job.bytes or job.partition is not None
 
@@ -282,14 +285,14 @@ class WorkerPool:
         if job.future.set_running_or_notify_cancel():
             job.started = time.perf_counter()
             self._running.add(job)
-            self._count_slots()
-            self._executor.submit(self._compute, job)
+            self._update_slots()
+            self._executor.submit(self._run_job, job)
         else:
             self._release_memory(job, keep_result=False)
 
-    def _compute(self, job: Job) -> None:
+    def _run_job(self, job: Job) -> None:
         started = time.perf_counter()
-        job.reservation.count("wait", 1000 * (started - job.arrived))
+        job.reservation.add_time("wait", 1000 * (started - job.arrived))
         try:
             value = job.run(job.check)
         except BaseException as error:  # noqa: BLE001 - run() raises it
@@ -301,11 +304,11 @@ class WorkerPool:
 
     def _finish(self, job: Job, started: float, *, keep_result: bool) -> None:
         if not job.abandoned.is_set():
-            job.reservation.count(job.phase, milliseconds_since(started))
+            job.reservation.add_time(job.phase, milliseconds_since(started))
         with self._lock:
             self._running.discard(job)
             self._abandoned.discard(job)
-            self._count_slots()
+            self._update_slots()
             self._predicted_s = PACE_DECAY * self._predicted_s + job.cost.seconds
             self._measured_s = PACE_DECAY * self._measured_s + time.perf_counter() - started
         self._release_memory(job, keep_result=keep_result)
@@ -315,11 +318,11 @@ class WorkerPool:
         """Release the job's memory, except that of its result if `keep_result`."""
         if job.partition is None:
             return
-        if keep_result and job.result:
-            self.admission.adjust(job.partition, job.result - job.bytes, 0)
-            job.reservation.keep_result(job.partition, job.result)
+        if keep_result and job.result_bytes:
+            self.admission.adjust(job.partition, job.result_bytes - job.bytes, 0)
+            job.reservation.keep_result(job.partition, job.result_bytes)
         else:
-            self.admission.adjust(job.partition, -job.bytes, -job.result)
+            self.admission.adjust(job.partition, -job.bytes, -job.result_bytes)
 
     def _withdraw(self, job: Job) -> bool:
         """Remove a job from the queue; return False if it is not in it any more."""
@@ -327,7 +330,7 @@ class WorkerPool:
             if job not in self._waiting:
                 return False
             self._waiting.remove(job)
-        job.reservation.count("wait", milliseconds_since(job.arrived))
+        job.reservation.add_time("wait", milliseconds_since(job.arrived))
         # The queue is shorter than predicted, and this job may have blocked others.
         self._clear_rejections()
         self._start_waiting()
@@ -340,11 +343,11 @@ class WorkerPool:
                 return
             self._running.remove(job)
             self._abandoned.add(job)
-            self._count_slots()
+            self._update_slots()
         self._clear_rejections()
         self._start_waiting()
 
-    def _count_slots(self) -> None:
+    def _update_slots(self) -> None:
         """Update `slots`, the number of requests that can run or wait now: decoding more of them is useless."""
         extra = any(not job.is_short for job in self._running)
         self.slots = self._concurrency + extra + self._queue

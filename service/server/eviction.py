@@ -13,13 +13,13 @@ STALLED_TIME_FRACTION = 3 / 4
 EVICTION_ORDER = {
     ConnectionPhase.LINGERING: 0,
     ConnectionPhase.IDLE: 1,
-    ConnectionPhase.HEAD: 2,
+    ConnectionPhase.HEADERS: 2,
     ConnectionPhase.BODY: 3,
     ConnectionPhase.SENDING: 4,
 }
 """Order in which connections are evicted if there are too many; those that wait for a computation are never evicted."""
 
-ALWAYS_EVICTABLE_PHASES = frozenset({ConnectionPhase.LINGERING, ConnectionPhase.IDLE, ConnectionPhase.HEAD})
+ALWAYS_EVICTABLE_PHASES = frozenset({ConnectionPhase.LINGERING, ConnectionPhase.IDLE, ConnectionPhase.HEADERS})
 """Phases in which a connection may be evicted even if it has not stalled."""
 
 EVICTIONS_PER_SORT = 32

@@ -86,7 +86,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._received_bytes = 0
         self._framing_bytes = 0
         self._transfer_codings = b""
-        self._in_head = False
+        self._in_headers = False
         self._in_body = False
         self._body_bytes = 0
         self._chunks = 0
@@ -207,7 +207,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if not self._rejected:
                 self._reject(NotParseable(f"the request is not valid HTTP/1.1 (RFC 9112): {error}"))
         else:
-            if self._in_head and (self._framing_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADER_FIELDS):
+            if self._in_headers and (self._framing_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADER_FIELDS):
                 self._reject(too_large_error(self.url))
             elif self._framing_bytes > MAX_FRAMING_BYTES:
                 self._reject(
@@ -231,7 +231,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._messages += 1
         self._framing_bytes = 0
         self._transfer_codings = b""
-        self._in_head = True
+        self._in_headers = True
 
     def on_headers_complete(self) -> None:
         """Check the request line and headers, and start or reject the request."""
@@ -240,7 +240,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._reject(error)
             raise RequestRejected
         super().on_headers_complete()
-        self._in_head = False
+        self._in_headers = False
         self._in_body = True
         self._body_bytes = 0
         if self.server_state.draining:
@@ -343,9 +343,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.more_body = False
             self.cycle.message_event.set()
             return
-        if not self._in_head:
+        if not self._in_headers:
             self.on_message_begin()
-        self._in_head = False
+        self._in_headers = False
         path = self.url.partition(b"?")[0][:MAX_SHOWN_TARGET_BYTES]
         scope = cast("dict[str, Any]", self.scope)
         scope.update(method="-", path=path.decode("latin-1"), raw_path=path, query_string=b"")
@@ -384,8 +384,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._acknowledged_bytes = self.transport.count_acknowledged_bytes()
             if self._acknowledged_bytes != self.transport.sent:
                 return ConnectionPhase.SENDING, self._acknowledged_bytes
-        if self._in_head:
-            return ConnectionPhase.HEAD, self._messages
+        if self._in_headers:
+            return ConnectionPhase.HEADERS, self._messages
         if self._in_body and not self._rejected and not self.flow.read_paused:
             return ConnectionPhase.BODY, self._received_bytes
         if self.cycle is None or self.cycle.response_complete:
@@ -395,7 +395,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def expire(self, phase: ConnectionPhase, seconds: float) -> None:
         """End the connection, whose phase has lasted `seconds` without enough progress."""
         match phase:
-            case ConnectionPhase.HEAD:
+            case ConnectionPhase.HEADERS:
                 self._reject(
                     RequestTimeout(
                         f"the request line and headers were not complete after {seconds:g} s: send them faster "

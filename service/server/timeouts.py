@@ -32,7 +32,7 @@ class ConnectionPhase(Enum):
     """Phase of a connection."""
 
     IDLE = "waits for a request"
-    HEAD = "sends the request line and headers"
+    HEADERS = "sends the request line and headers"
     BODY = "sends a body"
     WORKING = "waits for the server"
     SENDING = "receives a response"
@@ -56,7 +56,7 @@ class ConnectionLimits:
         match phase:
             case ConnectionPhase.IDLE:
                 return self.idle_s
-            case ConnectionPhase.HEAD:
+            case ConnectionPhase.HEADERS:
                 return self.header_s
             case ConnectionPhase.BODY:
                 return self.body_s

@@ -77,7 +77,7 @@ def create_coding_target(name: str, seed: bytes) -> FuzzTarget:
 
     def check(content: bytes) -> None:
         with suppress(ServiceError):
-            assert len(content_coding.decode(name, content, DECODE_LIMIT_BYTES)) <= DECODE_LIMIT_BYTES
+            assert len(content_coding.decompress(name, content, DECODE_LIMIT_BYTES)) <= DECODE_LIMIT_BYTES
 
     return FuzzTarget(check, [seed])
 

@@ -9,6 +9,7 @@ from service.cli.options import format_setting
 from service.codecs.content_coding import COMPRESSORS
 from service.codecs.header_checks import DTYPES
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
+from service.errors import ClientDisconnected
 from service.metrics.prometheus import MetricsCollector
 from service.negotiation import CONTENT_CODINGS
 from service.problems import PROBLEM_TYPES
@@ -49,13 +50,20 @@ def test_settings_table_is_complete() -> None:
 
 
 def test_error_table_is_complete() -> None:
-    listed = {
-        (int(status), name)
-        for status, names in parse_table_rows("Errors")
-        for name in re.findall(r"urn:corr2d:error:([\w-]+)", names)
+    listed = [
+        (int(status), name.strip("`").removeprefix("urn:corr2d:error:"), title)
+        for status, name, title in parse_table_rows("Errors")
+    ]
+    without_class = {
+        (404, "not-found", "Not Found"),
+        (405, "method-not-allowed", "Method Not Allowed"),
+        (500, "internal", "Internal error"),
     }
-    from_the_router = {(404, "not-found"), (405, "method-not-allowed"), (500, "internal")}
-    assert listed == {(kind.status, kind.name) for kind in PROBLEM_TYPES.values()} | from_the_router
+    sent = {
+        (kind.status, kind.name, kind.title) for error, kind in PROBLEM_TYPES.items() if error is not ClientDisconnected
+    }
+    assert listed == sorted(listed, key=lambda row: row[0])
+    assert set(listed) == sent | without_class
 
 
 def test_format_tables_are_complete() -> None:

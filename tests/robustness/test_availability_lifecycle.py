@@ -155,7 +155,7 @@ def test_response_size_is_part_of_the_estimate() -> None:
     body, fields = save_npy(np.ones((2350, 2350), np.float32)), {"Content-Type": NPY, "Accept-Encoding": "gzip"}
     with serve_in_process(create_app(Settings(device="cpu", memory_mb=200, max_compute_mb=100))) as send:
         problem = assert_problem(send("POST", "/correlate?kernel=identity", content=body, headers=fields), 413)
-        assert "ask for application/x-npy" in problem["detail"]
+        assert "request application/x-npy instead" in problem["detail"]
         assert "CORR2D_MAX_COMPUTE_MB" in problem["detail"]
         fields |= {"Accept": NPY, "Accept-Encoding": "identity"}
         assert send("POST", "/correlate?kernel=identity", content=body, headers=fields).status_code == 200

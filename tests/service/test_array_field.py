@@ -57,28 +57,28 @@ def test_nested_lists_decode_unchanged(array: np.ndarray[Any, Any]) -> None:
 @given(array=arrays("int64", array_shapes(min_dims=2, max_dims=4, min_side=2, max_side=4)), data=st.data())
 def test_row_of_another_length_is_located(array: np.ndarray[Any, Any], data: st.DataObject) -> None:
     rows = array.tolist()
-    place, node = "", rows
+    position, node = "", rows
     for side in array.shape[:-1]:
-        index = data.draw(st.integers(1 if not place else 0, side - 1))
-        place, node = f"{place}[{index}]", node[index]
+        index = data.draw(st.integers(1 if not position else 0, side - 1))
+        position, node = f"{position}[{index}]", node[index]
     node.append(1)
     with pytest.raises(PydanticCustomError) as caught:
         parse_array(rows)
     assert caught.value.context is not None
-    assert caught.value.context["place"] == place
+    assert caught.value.context["position"] == position
 
 
 @pytest.mark.parametrize("value", [True, None, "7", {}, (), 1j])
 @given(array=arrays("int64", array_shapes(min_dims=1, max_dims=3, max_side=4)), data=st.data())
 def test_non_number_is_located(value: object, array: np.ndarray[Any, Any], data: st.DataObject) -> None:
     rows = array.tolist()
-    place, node = "", rows
+    position, node = "", rows
     for side in array.shape[:-1]:
         index = data.draw(st.integers(0, side - 1))
-        place, node = f"{place}[{index}]", node[index]
+        position, node = f"{position}[{index}]", node[index]
     last = data.draw(st.integers(0, array.shape[-1] - 1))
     node[last] = value
     with pytest.raises(PydanticCustomError) as caught:
         parse_array(rows)
     assert caught.value.context is not None
-    assert caught.value.context["place"] == f"{place}[{last}]"
+    assert caught.value.context["position"] == f"{position}[{last}]"

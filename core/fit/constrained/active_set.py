@@ -15,9 +15,14 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, Interruptible
-from core.fit.linear_algebra.dense import choose_column_scale, compute_reflector, orthonormal_range, solve_least_squares
+from core.fit.linear_algebra.dense import (
+    Floats,
+    choose_column_scale,
+    compute_reflector,
+    orthonormal_range,
+    solve_least_squares,
+)
 
-Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 MAX_RELEASES_PER_UNKNOWN = 30

@@ -11,12 +11,9 @@ filters, IEEE Trans. Geosci. Electron. 9, 1971.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.fit.interruption import Interruptible
-from core.fit.linear_algebra.dense import choose_column_scale, solve_least_squares
-
-Floats = NDArray[np.float64]
+from core.fit.linear_algebra.dense import Floats, choose_column_scale, solve_least_squares
 
 MAX_SWEEPS = 1000
 """Maximum sweeps from one start; each solves for both factors."""

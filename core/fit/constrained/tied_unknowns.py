@@ -19,11 +19,12 @@ from core.fit.parameters import ParameterLayout
 class TiedUnknowns:
     """The free unknowns of a filter whose entries are tied: one for each class of entries and, last, the bias.
 
-    basis (size, tied) has orthonormal columns. sums (tied): the sum of a filter's entries is sums @ tied unknowns.
+    classes (taps): class number of each entry. class_roots (classes): square root of the number of entries in each
+    class. bias: whether the last unknown is a bias.
     """
 
     classes: NDArray[np.intp]
-    roots: Floats
+    class_roots: Floats
     bias: bool
 
     @staticmethod
@@ -35,12 +36,12 @@ class TiedUnknowns:
     @property
     def basis(self) -> Floats:
         """Orthonormal columns (size, tied)."""
-        return self.expand(np.eye(len(self.roots) + self.bias))
+        return self.expand(np.eye(len(self.class_roots) + self.bias))
 
     @property
     def sums(self) -> Floats:
-        """Weights of the unknowns in the sum of a filter's entries (tied)."""
-        return np.append(self.roots, np.zeros(int(self.bias)))
+        """Weights of the unknowns (tied): the sum of a filter's entries is sums @ tied unknowns."""
+        return np.append(self.class_roots, np.zeros(int(self.bias)))
 
     @property
     def bounded(self) -> NDArray[np.bool_]:
@@ -49,8 +50,8 @@ class TiedUnknowns:
 
     def expand(self, tied: Floats) -> Floats:
         """Return unknowns (size, columns) from tied ones (tied, columns); entries of a class are bitwise equal."""
-        entries = (tied[: len(self.roots)] / self.roots[:, None])[self.classes]
-        return np.vstack([entries, tied[len(self.roots) :]])
+        entries = (tied[: len(self.class_roots)] / self.class_roots[:, None])[self.classes]
+        return np.vstack([entries, tied[len(self.class_roots) :]])
 
     def project_onto_sum(self, tied: Floats, total: float | None) -> Floats:
         """Return the nearest tied unknowns (tied, columns) whose filters have that sum."""

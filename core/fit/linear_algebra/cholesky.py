@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.fit.interruption import Interruptible
-
-Floats = NDArray[np.float64]
+from core.fit.linear_algebra.dense import Floats
 
 PANEL_COLUMNS = 64
 """Number of columns that are factorized before the rest of the matrix is updated."""

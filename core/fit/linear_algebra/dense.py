@@ -10,6 +10,7 @@ from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, Interruptible
 from core.fit.parameters import Unknowns
 
 Floats = NDArray[np.float64]
+"""Array of float64 numbers of any shape."""
 
 EIGENVALUE_ROUNDING_RATIO = 100 * np.finfo(np.float64).eps
 """Eigenvalue of normal equations, relative to the largest, up to which it may be a rounding error."""

@@ -7,11 +7,9 @@ A floating-point technique for extending the available precision, Numer. Math. 1
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.fit.interruption import Interruptible
-
-Floats = NDArray[np.float64]
+from core.fit.linear_algebra.dense import Floats
 
 SPLITTER = 2.0**27 + 1
 """Factor that splits a double into two halves of 26 bits."""

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.fit.interruption import Interruptible
+from core.fit.linear_algebra.dense import Floats
 from core.fit.parameters import Unknowns
-
-Floats = NDArray[np.float64]
 
 MatrixProductFn = Callable[[Unknowns], Interruptible[Unknowns]]
 """Multiplies the matrix by a vector of any shape; it yields between parts of bounded time."""

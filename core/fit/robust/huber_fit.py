@@ -17,8 +17,8 @@ from core.fit.messages import describe_analysis_rank, describe_robust
 from core.fit.objective import Objective
 from core.fit.options import Options
 from core.fit.parameters import Unknowns, repack
-from core.fit.report import make_uncertainty, report
 from core.fit.result import FitResult, Forecast, Progress, Uncertainty
+from core.fit.result_builder import build_result, make_uncertainty
 from core.fit.robust.irls import ResidualStatistics, ReweightedLeastSquares
 from core.fit.scaling import choose_scaling
 
@@ -99,7 +99,7 @@ def minimise_huber(start: RobustStart, options: Options) -> Generator[Progress, 
     if curve is not None:
         loss = yield from run.with_progress(curve.add(at), count)
         descent = replace(descent, validation_result=ValidationResult(None, loss, None, descent.final_loss))
-    result = yield from report(run, descent, start.targets, terms, None, forecast, None)
+    result = yield from build_result(run, descent, start.targets, terms, None, forecast, None)
     uncertainty = Uncertainty()
     if analysis is not None and found.best and not options.ridge:
         uncertainty = yield from run.with_progress(

@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from core.arrays import as_numpy
 from core.fit.diagnostics import Analysis
@@ -23,7 +22,7 @@ from core.fit.equations.normal_equations import EquationsAccumulator
 from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, QRAccumulator, ReducedProblem, combine_problems
 from core.fit.gradient_descent.descent import DescentResult
 from core.fit.interruption import Interruptible, pace
-from core.fit.linear_algebra.dense import multiply_blocks
+from core.fit.linear_algebra.dense import Floats, multiply_blocks
 from core.fit.linear_algebra.inverse import invert
 from core.fit.linear_algebra.singular_values import FactorSpectrum, decompose_factors
 from core.fit.losses import huber
@@ -33,8 +32,6 @@ from core.fit.result import Status, Step
 from core.fit.robust.median import weighted_median
 from core.fit.tiles import TileData
 
-Floats = NDArray[np.float64]
-
 DELTA_PER_SCALE = 1.345
 """Delta, in standard deviations of normal noise, for 95 % efficiency: the kernel's variance is that of least squares
 divided by 0.95."""
@@ -43,8 +40,10 @@ MAD_OF_STANDARD_NORMAL = 0.6745
 """Median absolute deviation of normal noise, in standard deviations."""
 
 MAX_IRLS_ITERATIONS = 200
+"""Maximum number of iterations for the kernel; each solves a weighted least squares problem."""
+
 MAX_SCALE_ITERATIONS = 50
-"""Maximum number of weighted least squares problems that one fit solves for the kernel, and for delta."""
+"""Maximum number of iterations for delta; each solves a weighted least squares problem."""
 
 SCALE_TOLERANCE = 1e-9
 """Relative change of the scale of residuals up to which it has converged."""
@@ -53,8 +52,11 @@ ZERO_SCALE_RATIO = 1e-9
 """Scale of residuals, relative to the median size of the target's values, up to which it counts as zero."""
 
 LOSS_CHANGE_TOLERANCE = 1e-12
+"""Predicted decrease of the loss, relative to the loss, up to which it is below rounding errors."""
+
 KERNEL_CHANGE_TOLERANCE = 1e-10
-"""Relative decrease of the loss, and change of the kernel, up to which an iteration is the last one."""
+"""Length of a step, relative to that of the unknowns, up to which the iterations end, if the predicted decrease of the
+loss is also within LOSS_CHANGE_TOLERANCE."""
 
 CONVERGED_GRADIENT_RATIO = 1e-13
 """Length of the gradient, relative to that at a kernel of zeros, up to which it is dominated by rounding errors."""
@@ -69,10 +71,14 @@ ROUNDED_LOSS_RATIO = 1e-25
 MIN_GAIN_RATIO = 0.1
 """Minimum decrease of the loss, relative to that of the quadratic model, for an iteration to be accepted."""
 
-MIN_DAMPING_FACTOR, MAX_DAMPING_DIVISOR = 0.1, 0.3
+MIN_DAMPING_FACTOR = 0.1
+"""Minimum factor by which an accepted iteration multiplies the damping."""
+
+MAX_DAMPING_DIVISOR = 0.3
+"""Maximum number, below 1, by which a rejected iteration divides the damping, so that it increases."""
+
 MIN_DAMPING = 1e-7
-"""Minimum factor of the damping after an accepted iteration, maximum divisor of it after a rejected one, and minimum
-damping."""
+"""Minimum damping, the factor of the weights of residuals above delta."""
 
 
 class WeightedResiduals(NamedTuple):
@@ -86,13 +92,13 @@ class WeightedResiduals(NamedTuple):
 class ChosenDelta:
     """A delta chosen from the residuals of the kernel `at`.
 
-    kind: "settled" (the scale converged), "unsettled" (it did not), "zero" (at least half of the residuals are zero:
+    kind: "converged" (the scale did), "not converged" (it did not), "zero" (at least half of the residuals are zero:
     delta is the smallest allowed value), or "no target" (the target is zero: delta is 1).
     """
 
     value: float
     at: Unknowns
-    kind: Literal["settled", "unsettled", "zero", "no target"]
+    kind: Literal["converged", "not converged", "zero", "no target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +189,10 @@ class ReweightedLeastSquares:
                 return ChosenDelta(DELTA_PER_SCALE * floor, unknowns, "zero")
             before, delta = delta, DELTA_PER_SCALE * scale
             if abs(delta - before) <= SCALE_TOLERANCE * delta:
-                return ChosenDelta(delta, unknowns, "settled")
+                return ChosenDelta(delta, unknowns, "converged")
             _, gradient = yield from self.objective(delta)(unknowns)
             unknowns = unknowns + (yield from self._compute_step(unknowns, gradient, delta, damping=1.0))
-        return ChosenDelta(delta, unknowns, "unsettled")
+        return ChosenDelta(delta, unknowns, "not converged")
 
     def minimize(
         self, start: Unknowns, delta: float, tolerance: float | None
@@ -230,10 +236,8 @@ class ReweightedLeastSquares:
             best = best and accepted
             if not accepted and damping == 1:
                 # With damping 1, only rounding errors can prevent a decrease: check if the gradient is one of them.
-                left = yield from objective.hessian_product(unknowns)
-                best = length <= max(
-                    ROUNDED_GRADIENT_RATIO * first, ROUNDED_GRADIENT_RATIO * float(np.linalg.norm(left))
-                )
+                hessian_product = yield from objective.hessian_product(unknowns)
+                best = length <= ROUNDED_GRADIENT_RATIO * max(first, float(np.linalg.norm(hessian_product)))
                 if not best:
                     break
             if accepted:
@@ -259,16 +263,14 @@ class ReweightedLeastSquares:
                 yield
                 continue
             data = tile.load(self.images.device, self.images.scaling)
-            left = self.images.residuals(tile, data, unknowns)
-            value_counts = torch.ones_like(left) if data.weights is None else (data.weights > 0).to(left)
-            inside, squared_derivatives = (
-                (left.abs() <= delta) * value_counts,
-                left.clamp(-delta, delta).square() * value_counts,
-            )
-            sums += as_numpy(torch.stack([value_counts, inside, squared_derivatives]).sum((1, 3, 4)).cpu())
-            weights = value_counts if data.weights is None else data.weights
-            light = weights.where(weights > 0, math.inf).amin((0, 2, 3))
-            min_weight = np.minimum(min_weight, as_numpy(light.cpu()))
+            residuals = self.images.residuals(tile, data, unknowns)
+            is_counted = torch.ones_like(residuals) if data.weights is None else (data.weights > 0).to(residuals)
+            inside = (residuals.abs() <= delta) * is_counted
+            squared_derivatives = residuals.clamp(-delta, delta).square() * is_counted
+            sums += as_numpy(torch.stack([is_counted, inside, squared_derivatives]).sum((1, 3, 4)).cpu())
+            weights = is_counted if data.weights is None else data.weights
+            min_positive_weight = weights.where(weights > 0, math.inf).amin((0, 2, 3))
+            min_weight = np.minimum(min_weight, as_numpy(min_positive_weight.cpu()))
             max_weight = np.maximum(max_weight, as_numpy(weights.amax((0, 2, 3)).cpu()))
         return ResidualStatistics(sums[0], sums[1], sums[2], np.where(min_weight == max_weight, max_weight, np.nan))
 
@@ -353,12 +355,12 @@ class ReweightedLeastSquares:
                 continue
             data = tile.load(self.images.device, self.images.scaling)
             residuals = self.images.residuals(tile, data, unknowns).flatten()
-            counts = None if data.weights is None else data.weights.flatten()
-            if counts is not None:
-                residuals, counts = residuals[counts > 0], counts[counts > 0]
+            tile_weights = None if data.weights is None else data.weights.flatten()
+            if tile_weights is not None:
+                residuals, tile_weights = residuals[tile_weights > 0], tile_weights[tile_weights > 0]
             values.append(as_numpy(residuals.cpu()))
             if weighted:
-                weights.append(np.ones(len(values[-1])) if counts is None else as_numpy(counts.cpu()))
+                weights.append(np.ones(len(values[-1])) if tile_weights is None else as_numpy(tile_weights.cpu()))
         return WeightedResiduals(np.concatenate(values), np.concatenate(weights) if weighted else None)
 
 

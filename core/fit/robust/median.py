@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.fit.interruption import Interruptible
-
-Floats = NDArray[np.float64]
+from core.fit.linear_algebra.dense import Floats
 
 MAX_SORTED_VALUES = 1 << 19
 """Maximum number of values sorted in one call; more values are first counted by the leading bits of their codes."""

@@ -15,7 +15,7 @@ from core.fit.example_analysis import analyse_least_squares
 from core.fit.examples import Example
 from core.fit.fit_run import FitRun
 from core.fit.fit_spec import FitSpec
-from core.fit.fit_steps import run_fit
+from core.fit.fit_steps import generate_fit_steps
 from core.fit.interruption import Interruptible, suppress_overflow_warnings
 from core.fit.messages import OVERFLOW_MESSAGE
 from core.fit.options import Options
@@ -80,7 +80,7 @@ class SizeSelection:
         table, scale = yield from _shift_readings(self._choose(comparison_run), 0, total)
         size = table.best
         fit_run, _ = self._plan_size(size)
-        result = yield from _shift_readings(run_fit(fit_run), images, total)
+        result = yield from _shift_readings(generate_fit_steps(fit_run), images, total)
         squares = scale * table.squares if self.fit_spec.options.criterion.mean else table.squares
         offset = compute_kernel_offset(self.problems[0], size)
         return replace(
@@ -102,14 +102,14 @@ class SizeSelection:
     def _plan_size(self, size: Pair) -> tuple[FitRun, Strategy]:
         fit_spec = self._spec_of_size(size)
         inner = [shrink_kernel(problem, size) for problem in self.problems]
-        return fit_spec.fit(inner, [shrink_kernel(problem, size) for problem in self.held_out_problems])
+        return fit_spec.make_run(inner, [shrink_kernel(problem, size) for problem in self.held_out_problems])
 
     def _plan_comparison(self) -> FitRun:
         """Return the least squares fit of the largest size, by normal equations of all examples."""
         options = _make_least_squares_options(self.fit_spec.options)
         fit_spec = replace(self._spec_of_size(self.size_range.largest), options=options, held_out=None)
         inner = [shrink_kernel(problem, self.size_range.largest) for problem in self.problems]
-        fit_run, _ = fit_spec.fit(inner, [])
+        fit_run, _ = fit_spec.make_run(inner, [])
         return replace(fit_run, method="normal equations")
 
     def _choose(self, comparison_run: FitRun) -> Generator[Progress, None, tuple[SizeTable, float]]:

@@ -138,7 +138,7 @@ def test_serve_has_a_flag_for_every_setting() -> None:
         (["correlate", "{pickled}", "-k", "box(1)"], "pickled.npy: "),
         (
             ["correlate", "{deep}", "-k", "box(1)", "-o", "{tmp}/y.png"],
-            "a PNG holds one plane (H, W) or three (3, H, W); ask for",
+            "a PNG holds one plane (H, W) or three (3, H, W); request",
         ),
         (["correlate", "{nan}", "-k", "box(1)", "-o", "{tmp}/y.png"], "finite"),
         (["conv2d", "{x}", "{x}", "--stride", "0"], "stride 0 is neither"),

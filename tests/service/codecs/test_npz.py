@@ -140,7 +140,7 @@ def test_limit_applies_to_all_members_together() -> None:
 
 def test_more_than_4_gb_suggests_another_format(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.codecs.npz.MAX_ARCHIVE_BYTES", 1000)
-    with pytest.raises(NotAcceptable, match="ask for application/x-safetensors"):
+    with pytest.raises(NotAcceptable, match="request application/x-safetensors instead"):
         encode({"a": np.zeros(100), "b": np.zeros(100)})
 
 
@@ -170,7 +170,9 @@ def test_bomb_with_a_false_size_stops_at_that_size() -> None:
     assert measure_peak_bytes(lambda: assert_decode_rejected(decode, lying)) < 1_000_000
     error = assert_decode_rejected(decode, lying)
     assert isinstance(error, NotParseable)
-    assert error.detail == "'input.npy' in the archive is damaged: inflates to more than the declared 1,000 bytes"
+    assert error.detail == (
+        "'input.npy' in the archive is damaged: the compressed data expand to more than the declared 1,000 bytes"
+    )
 
 
 @pytest.mark.robustness(42)

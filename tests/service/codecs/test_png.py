@@ -253,6 +253,10 @@ def test_trailing_bytes_are_rejected() -> None:
         ),
         (build_png(build_header(1, 1), build_data_chunk([[1], [2]])), "more than the declared 2 bytes"),
         (
+            build_png(build_header(1, 1), build_chunk(b"IDAT", deflate_lines([[1]])[:-4])),
+            "the compressed data are cut off before their end",
+        ),
+        (
             build_png(build_header(1, 1), build_data_chunk([[1]]), build_data_chunk([[1]])),
             "bytes follow the end of the compressed data",
         ),

@@ -81,12 +81,12 @@ def test_non_image_shapes_are_rejected(shape: tuple[int, ...]) -> None:
         encode(np.zeros(shape))
     assert caught.value.detail == (
         f"the output {shape} is not an image: a PNG holds one plane (H, W) or three (3, H, W); "
-        "ask for application/x-npy instead"
+        "request application/x-npy instead"
     )
 
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_values_are_rejected(value: float, clip: bool) -> None:
-    with pytest.raises(NotAcceptable, match="a PNG holds finite values only; ask for application/x-npy instead"):
+    with pytest.raises(NotAcceptable, match="a PNG holds finite values only; request application/x-npy instead"):
         encode(np.array([[1, value, 2]]), clip=clip)

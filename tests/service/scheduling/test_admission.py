@@ -76,7 +76,7 @@ async def test_cached_rejection_applies_until_the_queue_moves() -> None:
     reservation = Reservation(pool.admission, "/train-kernel")
     reservation.declared = 1000
     async with hold_jobs(pool, LONG_COST) as release:
-        reservation.rejected("too many")
+        reservation.cache_rejection("too many")
         for path, size in (("/train-kernel", 999), ("/correlate", 1000)):
             pool.admission.check_capacity(path, size)
         for size in (1000, 2000):
@@ -89,11 +89,11 @@ async def test_cached_rejection_applies_until_the_queue_moves() -> None:
 
 def test_cached_rejection_expires() -> None:
     admission = create_pool().admission
-    Reservation(admission, "/correlate").rejected("of no declared length")
+    Reservation(admission, "/correlate").cache_rejection("of no declared length")
     admission.check_capacity("/correlate", 1000)
     reservation = Reservation(admission, "/correlate")
     reservation.declared = 1000
-    reservation.rejected("too many")
+    reservation.cache_rejection("too many")
     time.sleep(REJECTION_CACHE_S)
     admission.check_capacity("/correlate", 1000)
 
@@ -102,12 +102,12 @@ def test_one_request_probes_after_a_rejection_expires() -> None:
     admission = create_pool().admission
     reservation = Reservation(admission, "/correlate")
     reservation.declared = 1000
-    reservation.rejected("too many")
+    reservation.cache_rejection("too many")
     time.sleep(REJECTION_CACHE_S)
     admission.check_capacity("/correlate", 1000)
     with pytest.raises(Busy, match="too many"):
         admission.check_capacity("/correlate", 1000)
-    reservation.rejected(None)
+    reservation.clear_rejection()
     admission.check_capacity("/correlate", 1000)
 
 

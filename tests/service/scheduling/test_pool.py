@@ -214,13 +214,13 @@ async def test_abandoned_job_frees_worker_at_once_memory_at_end() -> None:
 async def test_result_memory_is_held_until_the_request_ends() -> None:
     pool = create_pool(memory=1000)
     reservation, reader = Reservation(pool.admission), Reservation(pool.admission)
-    await pool.run(reservation, Cost(400, 1, 1), lambda _: None, result=200 * MEGABYTE)
+    await pool.run(reservation, Cost(400, 1, 1), lambda _: None, result_bytes=200 * MEGABYTE)
     assert pool.admission.used == 200 * MEGABYTE
     # The encoded result is smaller.
     reservation.reserve_result(150 * MEGABYTE)
     pending = await queue_job(pool, Cost(400, 1, 1), lambda _: "has memory")
     assert pool.depth == 1
-    short = await pool.run(reader, Cost(100, 1, 0.01), lambda _: "short", result=10 * MEGABYTE)
+    short = await pool.run(reader, Cost(100, 1, 0.01), lambda _: "short", result_bytes=10 * MEGABYTE)
     assert short == "short"
     reservation.close()
     assert await pending == "has memory"
@@ -235,7 +235,7 @@ async def test_unread_results_leave_memory_for_smaller_ones() -> None:
 
     async def run_unread_job(size: int, seconds: float) -> None:
         reservation = Reservation(pool.admission)
-        await pool.run(reservation, Cost(size, 1, seconds), lambda _: None, result=size * MEGABYTE)
+        await pool.run(reservation, Cost(size, 1, seconds), lambda _: None, result_bytes=size * MEGABYTE)
         readers.append(reservation)
 
     for seconds in (1, 0.01):
@@ -256,7 +256,9 @@ async def test_unread_results_leave_memory_for_smaller_ones() -> None:
 async def test_late_result_is_released() -> None:
     pool, release = create_pool(memory=1000), threading.Event()
     reservation = Reservation(pool.admission)
-    task = asyncio.create_task(pool.run(reservation, Cost(100, 1, 1), lambda _: release.wait(30), result=50 * MEGABYTE))
+    task = asyncio.create_task(
+        pool.run(reservation, Cost(100, 1, 1), lambda _: release.wait(30), result_bytes=50 * MEGABYTE)
+    )
     await asyncio.sleep(0.05)
     reservation.close()
     release.set()

@@ -98,7 +98,9 @@ def test_eviction_order() -> None:
         FakeConnection(ConnectionPhase.IDLE, last_progress=ConnectionProgress(ConnectionPhase.IDLE, 0, now + left))
         for left in (1, 7)
     )
-    asking = FakeConnection(ConnectionPhase.HEAD, last_progress=ConnectionProgress(ConnectionPhase.HEAD, 0, now + 1))
+    asking = FakeConnection(
+        ConnectionPhase.HEADERS, last_progress=ConnectionProgress(ConnectionPhase.HEADERS, 0, now + 1)
+    )
     slow, slower = (
         FakeConnection(ConnectionPhase.BODY, last_progress=ConnectionProgress(ConnectionPhase.BODY, 0, now + left))
         for left in (7, 3)

@@ -1,4 +1,4 @@
-"""Result of a fit, on the unscaled examples."""
+"""Builders of the result of a fit, on the unscaled examples."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -36,7 +36,7 @@ MIN_LOSS_DIFFERENCE_RATIO = 1e-6
 """Difference of two losses, relative to the smaller, up to which it is computed from the distance of the kernels."""
 
 
-def report(
+def build_result(
     run: FitRun,
     descent: DescentResult,
     targets: TargetStatistics,
@@ -51,8 +51,7 @@ def report(
         estimate = analysis.error_estimate(targets, covariance=options.covariance)
         error_estimate = yield from run.with_progress(estimate, run.term_count)
         best_r_squared = _compute_r_squared(run, analysis.minimum.at, analysis.minimum.loss, targets, analysis)
-    best = None if analysis is None else analysis.best_possible_loss
-    descent, excess_loss = yield from _compute_excess_loss(run, descent, analysis, best)
+    descent, excess_loss = yield from _compute_excess_loss(run, descent, analysis)
     if options.criterion.is_quadratic or not math.isfinite(descent.final_loss):
         r_squared = _compute_r_squared(run, descent.unknowns, descent.final_loss, targets, analysis)
     else:
@@ -60,7 +59,6 @@ def report(
             _evaluate_r_squared(run, descent.unknowns, terms, targets), run.term_count
         )
     scaling, descent = run.scaling, _unscale_descent(descent, run.scaling)
-    best = None if best is None else scaling.unscale_loss(best)
     excess_loss = None if excess_loss is None else scaling.unscale_loss(excess_loss)
     uncertainty = Uncertainty()
     if analysis is not None and error_estimate is not None:
@@ -68,8 +66,7 @@ def report(
     if isinstance(analysis, ConstrainedAnalysis) or options.solver == "exact":
         message = _describe_solution(run, descent, analysis, forecast, r_squared)
     else:
-        forecast_of_best = replace(forecast, best_possible_loss=best)
-        message = _describe_descent(run, descent, targets, analysis, forecast_of_best, best_r_squared, best_rate)
+        message = _describe_descent(run, descent, targets, analysis, forecast, best_r_squared, best_rate)
     selection = analysis.selection if analysis else None
     if selection is not None and selection.chosen is not None:
         ridge = scaling.unscale_curvature(run.resolve_scaled_ridge(analysis))
@@ -79,7 +76,7 @@ def report(
     diagnostics |= _ridge_path_fields(run, selection.path if selection else None)
     diagnostics |= _descent_fields(run, descent)
     return FitResult(
-        **{**diagnostics, "best_possible_loss": best},
+        **diagnostics,
         excess_loss=excess_loss,
         message=message,
         solver=options.solver,
@@ -93,9 +90,10 @@ def report(
 
 
 def _compute_excess_loss(
-    run: FitRun, descent: DescentResult, analysis: Analysis | None, best: float | None
+    run: FitRun, descent: DescentResult, analysis: Analysis | None
 ) -> Generator[Progress, None, tuple[DescentResult, float | None]]:
     """Return final_loss - best_possible_loss, and the descent with a final loss that agrees with it."""
+    best = None if analysis is None else analysis.best_possible_loss
     if analysis is None or best is None:
         return descent, None
     excess_loss = descent.final_loss - best
@@ -169,7 +167,7 @@ def _describe_descent(
     return describe_descent(run.options, forecast, descent, zero_kernel_loss, best_r_squared, best_rate, rank_note)
 
 
-def report_overflow(
+def build_overflow_result(
     run: FitRun, targets: TargetStatistics, terms: Sequence[ImageTerm]
 ) -> Generator[Progress, None, FitResult]:
     """Return the result for sums of squares that overflow float64, with the initial kernel."""
@@ -188,7 +186,7 @@ def report_overflow(
         exact = run.options.solver == "exact"
         validation_result = ValidationResult(None if exact else [loss], loss, None if exact else 0, math.inf)
         descent = replace(descent, validation_result=validation_result)
-    return (yield from report(run, descent, targets, terms, None, forecast, None))
+    return (yield from build_result(run, descent, targets, terms, None, forecast, None))
 
 
 def _describe_uniqueness(run: FitRun, analysis: Analysis | None, rank_note: str | None) -> list[str]:
