@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -114,8 +115,10 @@ def _analyse_constrained(
 
 def _factorize(run: FitRun) -> Generator[Progress, None, list[ReducedProblem]]:
     """Return the triangular factors of the windows of all examples or, for batches, of each image."""
+    # Batches have an accumulator for each image.
+    create = partial(FactorAccumulator, allow_equations=run.options.batch_size is None)
     problems = []
-    for windows in (yield from _build_equations(run, lambda: FactorAccumulator(run.layout, run.machine, run.device))):
+    for windows in (yield from _build_equations(run, lambda: create(run.layout, run.machine, run.device))):
         problem = yield from run.with_progress(windows.reduce(), run.term_count)
         problems.append(problem)
     return problems

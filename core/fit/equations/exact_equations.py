@@ -22,7 +22,7 @@ from core.arrays import as_numpy
 from core.fit.equations import autocorrelation
 from core.fit.equations.tsqr import ReducedProblem
 from core.fit.interruption import Interruptible
-from core.fit.linear_algebra.double_double import DoubleDouble, add, dot, factorize, multiply, subtract, widen
+from core.fit.linear_algebra.double_double import DoubleDouble, Exponents, add, dot, factorize, subtract, widen
 from core.fit.parameters import ParameterLayout
 from core.fit.tiles import TileData
 from core.machine import Machine
@@ -35,14 +35,24 @@ EXACT_INTEGER_BITS = 53
 VALUE_BITS = 64
 """Bits of the largest value down to which values are kept: 11 more than its own."""
 
-MAX_SIZE = 512
-"""Maximum unknowns of one filter: factorizing more with 106 bits takes several seconds."""
+MAX_VALUE_BITS = 192
+"""Maximum number of such bits, for images of which some taps only see much smaller values."""
+
+MAX_SIZE = 256
+MAX_KERNEL_SIDE = 32
+"""Maximum unknowns of one filter, and kernel rows and columns: larger ones would take long without a pause."""
+
+EXPONENT_LIMIT = 1000
+"""Largest power of two by which a channel is scaled; its inverse is a normal number."""
 
 MAX_SPLIT_VALUES = 1 << 19
 """Maximum values of one array that are split into slices at once."""
 
 SPLIT_COPIES = 20
 """Copies of such an array in memory: slices of images and targets, and shifted slices."""
+
+SUM_COPIES = 5
+"""Copies of the sums of products of all pairs of slices in memory."""
 
 CHUNK_BYTES = 4_000_000
 """Memory of the shifted copies that are multiplied at once."""
@@ -58,6 +68,10 @@ def unsupported_reason(problem: Problem, layout: ParameterLayout) -> str | None:
         return f"works for at most {MAX_SIZE} unknowns of a filter"
     if problem.device != "cpu":
         return f"runs on the CPU, not on {problem.device}"
+    if max(problem.kernel_height, problem.kernel_width) > MAX_KERNEL_SIDE:
+        return f"works for kernels of at most {MAX_KERNEL_SIDE} rows and columns"
+    if 2 * problem.kernel_height * problem.width * max(problem.channels, problem.filters) > MAX_SPLIT_VALUES:
+        return "works if twice the kernel's rows of all channels can be split into slices at once"
     return autocorrelation.unsupported_reason(problem)
 
 
@@ -69,12 +83,15 @@ def predict_seconds(problem: Problem, layout: ParameterLayout, machine: Machine)
     lags = depth * depth * h * (2 * w - 1) + depth * filters * h * w
     strips = 6 * problem.taps**2 * problem.batch * sum(problem.output_size)
     operations = layout.blocks * slices**2 * (2 * positions * lags + strips)
-    return 2e-3 + operations / (0.2 * machine.flops * machine.threads)
+    copied = layout.blocks * slices * positions * (depth * (h + 3 * w) + filters * h)
+    return 2e-3 + 24 * copied / machine.bandwidth + operations / (0.2 * machine.flops * machine.threads)
 
 
 def predict_bytes(problem: Problem) -> int:
     """Predict the bytes for a tile, in addition to its data."""
-    return 8 * SPLIT_COPIES * min(problem.max_array_values, MAX_SPLIT_VALUES) + 4 * CHUNK_BYTES
+    values = min(problem.max_array_values, MAX_SPLIT_VALUES)
+    sums = (problem.taps * VALUE_BITS // _slice_bits(values)) ** 2
+    return 8 * (SPLIT_COPIES * values + SUM_COPIES * sums) + 4 * CHUNK_BYTES
 
 
 def predict_factorization(layout: ParameterLayout) -> float:
@@ -82,41 +99,86 @@ def predict_factorization(layout: ParameterLayout) -> float:
     return layout.blocks * (FACTORIZE_S_PER_CUBE * layout.size**3 + OVERHEAD_S_PER_UNKNOWN * layout.size)
 
 
+class Sums(NamedTuple):
+    """Normal equations A'A (size, size), A'y (size, columns) and y'y (columns)."""
+
+    gram: DoubleDouble
+    moments: DoubleDouble
+    squares: DoubleDouble
+
+    def scaled(self, unknowns: Exponents, columns: Exponents) -> "Sums":
+        """Return the equations with the columns of A and of y multiplied by powers of two."""
+        exponents = unknowns[:, None] + unknowns, unknowns[:, None] + columns, 2 * columns
+        return Sums(*(number.scaled(exponent) for number, exponent in zip(self, exponents, strict=True)))
+
+
+class ScaledSums:
+    """Normal equations with 106 bits of one block, with every channel and filter divided by a power of two.
+
+    The scale of a channel is that of its largest value so far, so that squares of small values do not underflow.
+    """
+
+    def __init__(self, size: int, columns: int) -> None:
+        zeros = DoubleDouble.zeros
+        self.sums = Sums(zeros(size, size), zeros(size, columns), zeros(columns))
+        self.exponents = np.full(size, -EXPONENT_LIMIT), np.full(columns, -EXPONENT_LIMIT)
+
+    def add(self, more: Sums, unknowns: Exponents, columns: Exponents) -> None:
+        """Add equations whose columns are divided by powers of two."""
+        kept_unknowns, kept_columns = self.exponents
+        of_unknowns, of_columns = np.maximum(kept_unknowns, unknowns), np.maximum(kept_columns, columns)
+        kept = self.sums.scaled(kept_unknowns - of_unknowns, kept_columns - of_columns)
+        added = more.scaled(unknowns - of_unknowns, columns - of_columns)
+        self.sums, self.exponents = Sums(*map(add, kept, added)), (of_unknowns, of_columns)
+
+
 class ExactEquations:
-    """Normal equations A'A, A'y and y'y of tiles without weights, with 106 bits."""
+    """Normal equations of tiles without weights, for each block."""
 
     def __init__(self, layout: ParameterLayout) -> None:
         self._layout = layout
-        blocks, size, columns = layout.blocks, layout.size, layout.columns
-        self.gram = [DoubleDouble.zeros(size, size) for _ in range(blocks)]
-        self.moments = [DoubleDouble.zeros(size, columns) for _ in range(blocks)]
-        self.squares = [DoubleDouble.zeros(columns) for _ in range(blocks)]
+        self.blocks = [ScaledSums(layout.size, layout.columns) for _ in range(layout.blocks)]
         self.rows = 0
+        self._bias_input = 1.0
 
     def add(self, tile: TileData, problem: Problem) -> Interruptible[None]:
         """Add the windows of a tile."""
         layout, size = self._layout, (problem.kernel_height, problem.kernel_width)
-        bias_input = tile.bias_input if layout.bias else None
         for images, targets in _split_tile(tile, problem):
-            for block in range(layout.blocks):
-                pixels, values = images[:, layout.block_channels(block)], targets[:, layout.block_filters(block)]
-                sums = yield from _sum_products(pixels, values, size, bias_input)
-                for accumulated, more in zip((self.gram, self.moments, self.squares), sums, strict=True):
-                    accumulated[block] = add(accumulated[block], more)
+            for block, sums in enumerate(self.blocks):
+                pixels, of_pixels = normalize(images[:, layout.block_channels(block)])
+                values, of_values = normalize(targets[:, layout.block_filters(block)])
+                more = yield from _sum_products(pixels, values, size, bias=layout.bias)
+                of_taps = np.append(np.repeat(of_pixels, math.prod(size)), np.zeros(int(layout.bias), np.int64))
+                sums.add(more, of_taps, of_values)
                 yield
         self.rows += tile.targets[:, 0].numel()
+        self._bias_input = tile.bias_input
 
     def reduce(self) -> Interruptible[ReducedProblem]:
         """Return the factor of all windows added so far, rounded to float64."""
         layout = self._layout
         factor = np.zeros((layout.blocks, layout.size, layout.size))
         right, rest = layout.zeros, np.zeros((layout.blocks, layout.columns))
-        for block in range(layout.blocks):
-            upper, values = yield from factorize(self.gram[block], self.moments[block])
-            residuals = subtract(self.squares[block], dot(values, values))
-            factor[block], right[block] = upper.high, values.high
-            rest[block] = np.maximum(residuals.high, 0)
+        for block, accumulated in enumerate(self.blocks):
+            sums, (unknowns, columns) = accumulated.sums, accumulated.exponents
+            upper, values = yield from factorize(sums.gram, sums.moments)
+            residuals = subtract(sums.squares, dot(values, values))
+            factor[block] = np.ldexp(upper.high, unknowns)
+            right[block] = np.ldexp(values.high, columns)
+            rest[block] = np.ldexp(np.maximum(residuals.high, 0), 2 * columns)
+        if layout.bias:
+            factor[:, :, -1] *= self._bias_input
         return ReducedProblem(factor, right, rest, self.rows)
+
+
+def normalize(planes: Tensor) -> tuple[Tensor, Exponents]:
+    """Divide each channel (N, C, H, W) by a power of two, so that its largest value is at most 1; return these (C)."""
+    largest = planes.abs().amax((0, 2, 3))
+    exponents = torch.frexp(largest)[1].clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
+    exponents.masked_fill_(largest == 0, -EXPONENT_LIMIT)
+    factors = torch.ldexp(torch.ones_like(exponents, dtype=planes.dtype), -exponents)
+    return planes * factors[:, None, None], as_numpy(exponents).astype(np.int64)
 
 
 class Slices(NamedTuple):
@@ -131,18 +193,23 @@ class Slices(NamedTuple):
         return self.integers.flatten(1, 2)
 
 
-def split_into_slices(values: Tensor, bits: int) -> Slices:
-    """Split values (N, C, H, W) into slices of integers up to 2^bits, down to VALUE_BITS below the largest value."""
-    top = math.frexp(float(values.abs().amax()))[1]
+def split_into_slices(values: Tensor, bits: int, value_bits: int = VALUE_BITS) -> Slices:
+    """Split values (N, C, H, W) up to 1 into slices of integers up to 2^bits; the bits below 2^-value_bits are lost."""
     rest, exponents = values.clone(), list[int]()
-    integers = values.new_empty((*values.shape[:2], -(-VALUE_BITS // bits), *values.shape[2:]))
+    integers = values.new_empty((*values.shape[:2], -(-value_bits // bits), *values.shape[2:]))
     while not exponents or (len(exponents) < integers.shape[2] and rest.any()):
-        unit = math.ldexp(1.0, top - bits * (len(exponents) + 1))
-        part = integers[:, :, len(exponents)]
+        exponents.append(-bits * (len(exponents) + 1))
+        unit, part = math.ldexp(1.0, exponents[-1]), integers[:, :, len(exponents) - 1]
         torch.div(rest, unit, out=part).round_()
         rest.sub_(part, alpha=unit)
-        exponents.append(top - bits * (len(exponents) + 1))
     return Slices(integers[:, :, : len(exponents)], tuple(exponents))
+
+
+def count_value_bits(images: Tensor, size: Pair) -> int:
+    """Return the bits that are needed for values up to 1, so that each tap sees its values with 53 bits."""
+    squares = autocorrelation.sum_windows(images.square(), size) / max(1, images[:, 0].numel())
+    weakest = float(squares.masked_fill(squares == 0, 1).amin())
+    return min(MAX_VALUE_BITS, VALUE_BITS + max(0, math.ceil(-math.log2(weakest) / 2) - (VALUE_BITS - 53)))
 
 
 def correlate_directly(first: Tensor, second: Tensor, lags: Pair) -> Interruptible[Tensor]:
@@ -180,12 +247,10 @@ def _split_tile(tile: TileData, problem: Problem) -> Iterator[tuple[Tensor, Tens
             yield tile.images[some, :, top : bottom + problem.kernel_height - 1], tile.targets[some, :, top:bottom]
 
 
-def _sum_products(
-    images: Tensor, targets: Tensor, size: Pair, bias_input: float | None
-) -> Interruptible[tuple[DoubleDouble, DoubleDouble, DoubleDouble]]:
-    """Return gram (size, size), moments (size, columns) and squares (columns) of images and targets of one block."""
+def _sum_products(images: Tensor, targets: Tensor, size: Pair, *, bias: bool) -> Interruptible[Sums]:
+    """Return the equations of images and targets of one block, whose values are at most 1."""
     bits = _slice_bits(targets[:, 0].numel())
-    pixels, values = split_into_slices(images, bits), split_into_slices(targets, bits)
+    pixels, values = split_into_slices(images, bits, count_value_bits(images, size)), split_into_slices(targets, bits)
     (_, depth, slices), (_, filters, value_slices) = pixels.integers.shape[:3], values.integers.shape[:3]
     yield
     products = yield from autocorrelation.compute_gram(pixels.planes, size, correlate_directly)
@@ -197,17 +262,16 @@ def _sum_products(
     moments = _combine(by_slices.flatten(2, 3), pixels.exponents, values.exponents)
     products = torch.einsum("nosij,notij->sto", values.integers, values.integers)
     squares = _combine(products, values.exponents, values.exponents)
-    if bias_input is None:
-        return gram, moments, squares
+    if not bias:
+        return Sums(gram, moments, squares)
+    # A column of ones; the factor's column is multiplied by the input of the bias at the end.
     windows = autocorrelation.sum_windows(pixels.planes, size).reshape(depth, slices, -1).transpose(0, 1)
-    window_sums = _combine(windows.reshape(slices, 1, -1), pixels.exponents, (0,))
-    value_sums = _combine(values.integers.sum((0, 3, 4)).T[:, None], values.exponents, (0,))
-    factor, count = widen(np.array(bias_input)), widen(np.array(float(targets[:, 0].numel())))
-    edge, last = multiply(window_sums, factor), multiply(value_sums, factor)
-    corner = multiply(count, multiply(factor, factor))
+    edge = _combine(windows.reshape(slices, 1, -1), pixels.exponents, (0,))
+    last = _combine(values.integers.sum((0, 3, 4)).T[:, None], values.exponents, (0,))
+    corner = widen(np.array([float(targets[:, 0].numel())]))
     bordered = (np.block([[a, b[:, None]], [b, c]]) for a, b, c in zip(gram, edge, corner, strict=True))
     extended = (np.vstack(pair) for pair in zip(moments, last, strict=True))
-    return DoubleDouble(*bordered), DoubleDouble(*extended), squares
+    return Sums(DoubleDouble(*bordered), DoubleDouble(*extended), squares)
 
 
 def _combine(sums: Tensor, exponents: Sequence[int], others: Sequence[int]) -> DoubleDouble:

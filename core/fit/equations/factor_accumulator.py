@@ -13,21 +13,35 @@ from core.problem import Problem
 
 
 class FactorAccumulator:
-    """Triangular factor of the windows of tiles, by exact normal equations or by QR factorization."""
+    """Triangular factor of the windows of tiles, by QR factorization or, if allowed, by exact normal equations.
 
-    def __init__(self, layout: ParameterLayout, machine: Machine, device: torch.device) -> None:
-        self._layout, self._machine = layout, machine
-        self._equations, self._windows = ExactEquations(layout), QRAccumulator(layout, device)
+    Exact equations take three times the memory of the factor.
+    """
+
+    def __init__(
+        self, layout: ParameterLayout, machine: Machine, device: torch.device, *, allow_equations: bool = True
+    ) -> None:
+        self._layout, self._machine, self._allow_equations = layout, machine, allow_equations
+        self._equations: ExactEquations | None = None
+        self._windows = QRAccumulator(layout, device)
 
     def add(self, tile: TileData, problem: Problem) -> Interruptible[None]:
         """Add the windows of a tile."""
-        begun = self._equations.rows > 0
-        exact = tile.weights is None and are_equations_faster(problem, self._layout, self._machine, begun=begun)
-        yield from (self._equations if exact else self._windows).add(tile, problem)
+        begun = self._equations is not None
+        if (
+            self._allow_equations
+            and tile.weights is None
+            and are_equations_faster(problem, self._layout, self._machine, begun=begun)
+        ):
+            if self._equations is None:
+                self._equations = ExactEquations(self._layout)
+            yield from self._equations.add(tile, problem)
+        else:
+            yield from self._windows.add(tile, problem)
 
     def reduce(self) -> Interruptible[ReducedProblem]:
         """Return the factor of all windows added so far."""
-        if not self._equations.rows:
+        if self._equations is None:
             return self._windows.reduced_problem
         equations = yield from self._equations.reduce()
         problems = [equations, self._windows.reduced_problem]

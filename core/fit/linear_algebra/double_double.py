@@ -7,9 +7,12 @@ A floating-point technique for extending the available precision, Numer. Math. 1
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.fit.interruption import Interruptible
 from core.fit.linear_algebra.dense import Floats
+
+Exponents = NDArray[np.int64]
 
 SPLITTER = 2.0**27 + 1
 """Factor that splits a double into two halves of 26 bits."""
@@ -32,6 +35,10 @@ class DoubleDouble(NamedTuple):
     def at(self, index: Any) -> "DoubleDouble":
         """Return the numbers at an index, as views."""
         return DoubleDouble(self.high[index], self.low[index])
+
+    def scaled(self, exponents: Exponents) -> "DoubleDouble":
+        """Return the numbers times powers of two."""
+        return DoubleDouble(np.ldexp(self.high, exponents), np.ldexp(self.low, exponents))
 
     def put(self, index: Any, values: "DoubleDouble") -> None:
         """Replace the numbers at an index."""
