@@ -16,7 +16,7 @@ from core.fit.equations.tsqr import MAX_FACTORED_UNKNOWNS, ReducedProblem, add_r
 from core.fit.interruption import Interruptible
 from core.fit.linear_algebra.dense import Floats
 from core.fit.linear_algebra.inverse import invert
-from core.fit.linear_algebra.singular_values import decompose_factors
+from core.fit.linear_algebra.singular_values import FactorSpectrum, decompose_factors
 from core.fit.linear_algebra.spectrum import GramSpectrum, Spectrum
 from core.fit.objective import FactoredQuadraticTerm, ImageTerm, Objective, QuadraticTerm
 from core.fit.parameters import Unknowns
@@ -51,6 +51,7 @@ class Analysis:
     vanish. rank: that of the examples, without the ridge. precise: the rank is that of the windows, not only of their
     normal equations. largest_discarded_ratio: the largest singular value that counts as zero, relative to the largest.
     objective: the loss, computed without the images. gram: the matrix of the normal equations, without the ridge.
+    factor: its triangular factor, if the examples are ill-conditioned.
     selection: the result of a search for ridges, if one was requested.
     """
 
@@ -63,6 +64,7 @@ class Analysis:
     largest_discarded_ratio: float
     objective: Objective
     gram: Floats
+    factor: Floats | None = None
     selection: RidgeSelection | None = None
 
     @property
@@ -102,11 +104,7 @@ class Analysis:
         if self.spectrum.ranks.min() != layout.size or (self.objective.ridge and layout.size > MAX_FACTORED_UNKNOWNS):
             return None
         if self.objective.ridge:
-            inverses = 2 * scale * (yield from self.spectrum.inverses())
-            images = self.gram @ inverses
-            parameters = np.trace(images, axis1=1, axis2=2)
-            diagonals = np.einsum("bij,bij->bj", inverses, images)
-            matrices = inverses @ images if covariance else None
+            parameters, diagonals, matrices = yield from self._invert_with_ridge(covariance=covariance)
         else:
             parameters = np.full(layout.blocks, float(layout.size))
             matrices = 2 * scale * (yield from self.spectrum.inverses()) if covariance else None
@@ -127,6 +125,18 @@ class Analysis:
                 np.multiply(deviation * deviation, symmetric, out=covariances[block, column])
                 yield
         return ErrorEstimate(degrees_of_freedom, residual_std, errors, covariances)
+
+    def _invert_with_ridge(self, *, covariance: bool) -> Interruptible[tuple[Floats, Floats, Floats | None]]:
+        """Return effective parameters, and diagonals and all entries of the covariances for residuals of variance 1."""
+        scale = self.objective.scale
+        if self.factor is not None and isinstance(self.spectrum, FactorSpectrum):
+            images, by_roots = yield from self.spectrum.multiply_by_inverses(self.factor)
+            images, parameters = 2 * scale * images, 2 * scale * np.square(by_roots).sum((1, 2))
+            return parameters, np.square(images).sum(1), images.swapaxes(1, 2) @ images if covariance else None
+        inverses = 2 * scale * (yield from self.spectrum.inverses())
+        images = self.gram @ inverses
+        diagonals = np.einsum("bij,bij->bj", inverses, images)
+        return np.trace(images, axis1=1, axis2=2), diagonals, inverses @ images if covariance else None
 
 
 def analyse_equations(
@@ -249,5 +259,6 @@ def analyse_factors(
         largest_discarded_ratio=left_out,
         objective=objective,
         gram=gram,
+        factor=together.factor,
         selection=selection,
     )

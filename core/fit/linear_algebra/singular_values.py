@@ -101,10 +101,26 @@ class FactorSpectrum:
 
     def inverses(self) -> Interruptible[Floats]:
         """Return the inverse matrices, (blocks, size, size)."""
-        roots = self._scale * (self._inverse * self._right).swapaxes(1, 2)
+        roots = self._inverse_roots
         yield
         inverses: Floats = roots @ roots.swapaxes(1, 2)
         return inverses
+
+    def multiply_by_inverses(self, factors: Floats) -> Interruptible[tuple[Floats, Floats]]:
+        """Multiply factors (blocks, size, size) of other matrices by the inverse matrices and by their roots.
+
+        The inverse matrix is root root'. Multiplying by the root first loses no digits if the factors are small where
+        the inverse is large.
+        """
+        roots = self._inverse_roots
+        by_roots = factors @ roots
+        yield
+        return by_roots @ roots.swapaxes(1, 2), by_roots
+
+    @property
+    def _inverse_roots(self) -> Floats:
+        roots: Floats = self._scale * (self._inverse * self._right).swapaxes(1, 2)
+        return roots
 
     def extreme_eigenvalues(self) -> Interruptible[tuple[float, float]]:
         """Return the largest and the smallest eigenvalue, without the scaling of columns."""

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -216,3 +217,28 @@ def test_exact_fit_is_scale_invariant(input_size: float, target_size: float, bia
         assert fit.bias is not None
         assert plain.bias is not None
         assert fit.bias.item() / target_size == pytest.approx(plain.bias.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1e2])
+def test_standard_errors_with_a_ridge_match_high_precision(ridge: float) -> None:
+    # Two channels that are nearly equal: without the ridge the condition number of the windows is 1e9.
+    rng = np.random.default_rng(12)
+    layer = Layer((2, 2), channels=2)
+    image = 1e5 + rng.normal(size=(1, 1, 20, 20))
+    images = np.concatenate([image, image + 1e-4 * rng.normal(size=image.shape)], 1)
+    targets = layer.output(images, rng.normal(size=layer.kernel_shape)) + 0.1 * rng.normal(size=(1, 1, 19, 19))
+    fit = fit_kernel(images, targets, kernel_size=(2, 2), solver="exact", ridge=ridge, covariance=True)
+    with mpmath.workdps(60):
+        windows = mpmath.matrix(layer.windows(images).tolist())
+        gram = windows.T * windows
+        inverse = (gram + ridge * mpmath.eye(8)) ** -1
+        kernel = inverse * windows.T * mpmath.matrix(targets.ravel().tolist())
+        residuals = windows * kernel - mpmath.matrix(targets.ravel().tolist())
+        freedom = targets.size - sum((inverse * gram)[i, i] for i in range(8))
+        variance = (residuals.T * residuals)[0] / freedom
+        expected = np.array((variance * inverse * gram * inverse).tolist(), dtype=float)
+    assert fit.standard_errors is not None
+    assert fit.covariance is not None
+    np.testing.assert_allclose(fit.standard_errors.numpy().ravel(), np.sqrt(np.diag(expected)), rtol=1e-4)
+    found = fit.covariance.numpy().reshape(8, 8)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.diag(expected).max())
