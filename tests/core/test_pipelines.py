@@ -129,7 +129,8 @@ def test_compilation_does_not_block_other_threads(folder: Path) -> None:
 
 def test_compiled_pipeline_is_reused_by_the_next_process(folder: Path) -> None:
     expected = run_pipeline(load_rows_pipeline())
-    command = "import sys; from core.engines import compiler_process, stencil; import numpy as np\n"
+    command = "import sys; from core.engines.compilation import compiler_process\n"
+    command += "from core.engines import stencil; import numpy as np\n"
     command += "compiler_process._start_compiler = lambda: sys.exit('it compiles again')\n"
     command += "images, output = np.arange(64.0).reshape(1, 1, 2, 32), np.empty((1, 1, 2, 31))\n"
     command += (
@@ -242,7 +243,7 @@ def test_idle_child_process_exits_and_the_next_is_started(folder: Path) -> None:
 
 
 def test_child_process_ends_with_its_parent(tmp_path: Path) -> None:
-    command = "import os; from core.engines import compiler_process\n"
+    command = "import os; from core.engines.compilation import compiler_process\n"
     command += "compiler_process.compiler.build('core.engines.stencil', '_rows_pipeline', ('float32',))\n"
     command += "print(compiler_process.compiler._process.pid, flush=True); os.kill(os.getpid(), 9)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

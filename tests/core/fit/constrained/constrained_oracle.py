@@ -185,7 +185,9 @@ def solve_linear(part: FilterProblem, layer: Layer, options: dict[str, Any]) -> 
     unknowns = base + basis @ free
     values = np.linalg.svd(examples, compute_uv=False)
     shares = values / values.max() if values.size and values.max() > 0 else values
-    has_clear_rank = bool(((shares < 1e-13) | (shares > 1e-3)).all())
+    # If all free combinations cancel, what remains is rounding errors.
+    cancels = bool(values.size) and values.max() < 1e-3 * np.linalg.norm(part.matrix, 2)
+    has_clear_rank = bool(((shares < 1e-13) | (shares > 1e-3)).all()) and not cancels
     rank = int((shares > 1e-8).sum())
     left = float(np.sum((part.matrix @ unknowns - part.target)[: len(examples)] ** 2))
     errors, freedom, deviation = np.full(size, np.nan), np.nan, np.nan
