@@ -1,8 +1,10 @@
 """Commands that run core on files, without a server."""
 
 import math
+import signal
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,8 @@ def run_with_progress(
 
         def show(progress: core.Progress) -> None:
             nonlocal last_drawn_at
+            if interrupts:
+                raise KeyboardInterrupt
             if isinstance(progress, core.Forecast):
                 if warn_divergence and progress.prediction == "diverges":
                     console.print(progress.message, markup=False, highlight=False, soft_wrap=True)
@@ -275,9 +279,30 @@ def run_with_progress(
                     bar.update(task, completed=progress.number, loss=f"loss {progress.loss:.6g}{shown}")
                 last_drawn_at = time.monotonic()
 
-        result = core.run_to_end(fit, show)
+        with _record_interrupts() as interrupts:
+            result = core.run_to_end(fit, show)
         bar.update(task, completed=result.steps, total=steps or result.steps, loss=f"loss {result.final_loss:.6g}")
     return result
+
+
+@contextmanager
+def _record_interrupts() -> Iterator[list[int]]:
+    """Yield a list that SIGINT appends to. A second SIGINT raises KeyboardInterrupt.
+
+    Python ignores a KeyboardInterrupt that is raised in a callback, such as those of weak references.
+    """
+    interrupts: list[int] = []
+
+    def record(number: int, _: object) -> None:
+        interrupts.append(number)
+        if len(interrupts) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, record)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _summarize(result: core.FitResult) -> str:
