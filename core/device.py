@@ -61,7 +61,7 @@ def require_dtype_support(device: torch.device, dtype: Dtype) -> None:
 
 
 def describe_devices() -> list[dict[str, object]]:
-    """Return name, model and memory in bytes of each device; model and memory are None if torch does not know them."""
+    """Return the name, model and memory (bytes) of each device; None for what torch does not report."""
     described: list[dict[str, object]] = []
     for name in available_devices():
         if name.startswith("cuda"):

@@ -8,11 +8,15 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from backports import zstd
 from PIL import Image
+
+CAMERA = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
+"""Photograph of 512 x 512 grey pixels."""
 
 JSON = "application/json"
 NPY = "application/x-npy"

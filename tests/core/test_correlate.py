@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -14,8 +13,7 @@ from PIL import Image
 import core
 from core import Boundary, Mode, correlate
 from tests import precision_contract, reference
-
-CAMERA = Path(__file__).parents[2] / "docs" / "images" / "camera.png"
+from tests.sample_files import CAMERA
 
 KERNEL_SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 3), (3, 5), (1, 7)]
 MODES_AND_BOUNDARIES = [("valid", "zeros")] + [

@@ -83,50 +83,6 @@ def count_operations(problem: Problem) -> int:
     return int(2.5 * transforms * points * math.log2(max(points, 2))) + _count_strip_operations(problem)
 
 
-def compute_gram(bordered: Tensor, size: Pair, correlate: CorrelateFn | None = None) -> Interruptible[Tensor]:
-    """Sum the outer products of all windows of size (h, w) with themselves: images (N, C, H, W) -> (C h w, C h w).
-
-    `correlate` replaces correlate_at_lags.
-    """
-    h, w = size
-    channels = bordered.shape[1]
-    rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
-    core = bordered[:, :, h - 1 : rows, w - 1 : columns]
-    of_core = yield from (correlate or correlate_at_lags)(core, bordered[:, :, h - 1 :], (h, 2 * w - 1))
-    # For each row lag (0 to h - 1) and each pair of kernel columns: the core, and the strips on its left and right.
-    side_strips = yield from _sum_side_strips(bordered[:, :, h - 1 :], (h, w), rows - h + 1, columns)
-    lag = torch.arange(w, device=bordered.device)
-    by_rows = of_core[..., lag - lag[:, None] + w - 1] + side_strips
-    upper = yield from _sum_top_and_bottom_strips(bordered, size, rows, columns)
-    for row_lag in range(h):
-        for row in range(h - row_lag):
-            upper[:, row, :, :, row + row_lag] += by_rows[:, :, row_lag].transpose(1, 2)
-        yield
-    # The matrix is symmetric: if the second tap is above the first, copy the entry across the diagonal.
-    for row in range(1, h):
-        for other in range(row):
-            upper[:, row, :, :, other] = upper[:, other, :, :, row].permute(2, 3, 0, 1)
-        yield
-    return upper.reshape(channels * h * w, channels * h * w)
-
-
-def compute_moments(
-    bordered: Tensor, planes: Tensor, size: Pair, correlate: CorrelateFn | None = None
-) -> Interruptible[Tensor]:
-    """Sum the windows times the plane values at their positions: images, planes (N, O, oh, ow) -> (C h w, O)."""
-    sums = yield from (correlate or correlate_at_lags)(planes, bordered, size)
-    return sums.flatten(2).permute(1, 2, 0).flatten(0, 1)
-
-
-def sum_windows(bordered: Tensor, size: Pair) -> Tensor:
-    """Sum all windows: images (N, C, H, W) -> (C h w)."""
-    h, w = size
-    rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
-    by_row = _sum_sliding_rows(bordered.sum(0), h, rows).transpose(1, 2)
-    sums: Tensor = _sum_sliding_rows(by_row, w, columns).transpose(1, 2).flatten()
-    return sums
-
-
 def correlate_at_lags(first: Tensor, second: Tensor, lags: Pair) -> Interruptible[Tensor]:
     """Sum first[n, a, i, j] * second[n, b, i + y, j + x] over n, i and j, for all y and x below `lags`.
 
@@ -150,6 +106,50 @@ def correlate_at_lags(first: Tensor, second: Tensor, lags: Pair) -> Interruptibl
                 for channel in range(first.shape[1]):
                     spectrum[channel] += (spectra[0][:, channel, None] * spectra[1]).sum(0)
     sums: Tensor = torch.fft.irfft2(spectrum, s=sides)[..., : lags[0], : lags[1]].contiguous()
+    return sums
+
+
+def compute_gram(bordered: Tensor, size: Pair, correlate: CorrelateFn = correlate_at_lags) -> Interruptible[Tensor]:
+    """Sum the outer products of all windows of size (h, w) with themselves: images (N, C, H, W) -> (C h w, C h w).
+
+    `correlate` computes the lagged sums of the core.
+    """
+    h, w = size
+    channels = bordered.shape[1]
+    rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
+    core = bordered[:, :, h - 1 : rows, w - 1 : columns]
+    of_core = yield from correlate(core, bordered[:, :, h - 1 :], (h, 2 * w - 1))
+    # For each row lag (0 to h - 1) and each pair of kernel columns: the core, and the strips on its left and right.
+    side_strips = yield from _sum_side_strips(bordered[:, :, h - 1 :], (h, w), rows - h + 1, columns)
+    lag = torch.arange(w, device=bordered.device)
+    by_rows = of_core[..., lag - lag[:, None] + w - 1] + side_strips
+    upper = yield from _sum_top_and_bottom_strips(bordered, size, rows, columns)
+    for row_lag in range(h):
+        for row in range(h - row_lag):
+            upper[:, row, :, :, row + row_lag] += by_rows[:, :, row_lag].transpose(1, 2)
+        yield
+    # The matrix is symmetric: if the second tap is above the first, copy the entry across the diagonal.
+    for row in range(1, h):
+        for other in range(row):
+            upper[:, row, :, :, other] = upper[:, other, :, :, row].permute(2, 3, 0, 1)
+        yield
+    return upper.reshape(channels * h * w, channels * h * w)
+
+
+def compute_moments(
+    bordered: Tensor, planes: Tensor, size: Pair, correlate: CorrelateFn = correlate_at_lags
+) -> Interruptible[Tensor]:
+    """Sum the windows times the plane values at their positions: images, planes (N, O, oh, ow) -> (C h w, O)."""
+    sums = yield from correlate(planes, bordered, size)
+    return sums.flatten(2).permute(1, 2, 0).flatten(0, 1)
+
+
+def sum_windows(bordered: Tensor, size: Pair) -> Tensor:
+    """Sum all windows: images (N, C, H, W) -> (C h w)."""
+    h, w = size
+    rows, columns = bordered.shape[2] - h + 1, bordered.shape[3] - w + 1
+    by_row = _sum_sliding_rows(bordered.sum(0), h, rows).transpose(1, 2)
+    sums: Tensor = _sum_sliding_rows(by_row, w, columns).transpose(1, 2).flatten()
     return sums
 
 

@@ -24,9 +24,9 @@ from tests.core.fit.constrained.constrained_oracle import (
     solve_linear,
     stack_unknowns,
 )
-from tests.core.fit.equations.test_exact import CAMERA
 from tests.core.fit.layers import FitCase, Layer, fit_cases
 from tests.reference import Floats, correlate_valid_by_windows
+from tests.sample_files import CAMERA
 
 PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)
 

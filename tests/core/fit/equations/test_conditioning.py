@@ -13,9 +13,9 @@ from PIL import Image
 
 from core import FitResult, fit_kernel
 from core.fit import example_analysis
-from tests.core.fit.equations.test_exact import CAMERA
 from tests.core.fit.layers import FitCase, Layer
 from tests.reference import Floats, correlate_valid_by_windows
+from tests.sample_files import CAMERA
 
 PHOTOGRAPH = np.asarray(Image.open(CAMERA), np.float64)[:180, :180]
 

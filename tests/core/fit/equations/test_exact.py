@@ -1,6 +1,5 @@
 """The exact solver and its statistics, compared with numpy.linalg.lstsq on the matrix of all windows."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from tests.core.fit.d2l_example import make_d2l_pair
 from tests.core.fit.layers import FitCase, Layer, fit_cases
 from tests.core.fit.least_squares import LeastSquaresSolution, solve_least_squares
 from tests.reference import Floats, correlate_valid_by_windows
-
-CAMERA = Path(__file__).parents[4] / "docs" / "images" / "camera.png"
+from tests.sample_files import CAMERA
 
 
 def fit_exact(fit_case: FitCase, **options: Any) -> FitResult:

@@ -13,11 +13,11 @@ import core
 from core import InvalidOption, fit_kernel, fit_kernel_steps, plan_fit_kernel
 from core.fit import cost_model, strategy
 from tests.core.fit.equations.test_conditioning import PHOTOGRAPH
-from tests.core.fit.equations.test_exact import CAMERA
 from tests.core.fit.hat_matrices import HatMatrices, build_systems, fit_with_ridge
 from tests.core.fit.layers import FitCase, Layer, fit_cases
 from tests.core.fit.least_squares import solve_least_squares
 from tests.reference import Floats, correlate_valid_by_windows
+from tests.sample_files import CAMERA
 
 
 @pytest.mark.slow

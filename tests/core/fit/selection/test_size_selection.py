@@ -1,7 +1,6 @@
 """kernel_size "auto": every candidate is compared with lstsq on all windows, and the true size is found."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ from core.fit import diagnostics
 from core.fit.selection import size_range
 from tests.core.fit.layers import Layer
 from tests.reference import Floats
-
-CAMERA = Path(__file__).parents[4] / "docs" / "images" / "camera.png"
+from tests.sample_files import CAMERA
 
 Pairs = list[tuple[Floats, Floats, Floats | None]]
 
