@@ -27,7 +27,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import ConvolveFn
-from core.engines import halide_costs, halide_jit, precision, value_stats
+from core.engines import halide_costs, halide_jit, interior, precision, value_stats
 from core.engines.block_fft_pipelines import (
     BLOCK_ROW_RADICES,
     COLUMN_PHASES,
@@ -39,6 +39,7 @@ from core.engines.block_fft_pipelines import (
     scratch_strides,
 )
 from core.engines.halide_jit import Plane
+from core.engines.interior import Borders
 from core.engines.precision import TransformEstimate, dtype_name
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
@@ -73,6 +74,9 @@ BLOCK_PAIR_OVERHEAD_S = 1.5e-5
 SPEEDUP_PER_EXTRA_THREAD = 0.4
 """Speedup by each additional thread, as a fraction of the speed of one thread."""
 
+MAX_PADDED_COPY_BYTES = 2**25
+"""Maximum bytes of images that are copied as a whole to pad them; measured."""
+
 MAX_IDLE_SCRATCHES = 2
 """Maximum number of idle scratch buffers to reuse: page faults of new memory take twice the time of the computation."""
 
@@ -100,6 +104,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         machine.compile_seconds
         + CALL_OVERHEAD_S
         + problem.batch * work / (1 + SPEEDUP_PER_EXTRA_THREAD * (threads - 1))
+        + interior.border_seconds(problem, _borders(problem))
         + memory
     )
 
@@ -114,16 +119,14 @@ def operations(problem: Problem, machine: Machine) -> float:
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """Return a function that computes the convolution."""
-    return precision.plan_within_bound(
-        problem, _min_border_size(problem), functools.partial(_correlate_by_blocks, machine)
-    )
+    return precision.plan_within_bound(problem, _borders(problem), functools.partial(_correlate_by_blocks, machine))
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of the scratch buffers of both dtypes, and of the error bound's recomputation."""
     del machine
     return 7 * (4 + 8) * FFT_BLOCKS[-1].rows * FFT_BLOCKS[-1].columns + precision.temporary_bytes(
-        problem, _min_border_size(problem)
+        problem, _borders(problem)
     )
 
 
@@ -135,9 +138,8 @@ def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
     return {"batch": 1, "rows": block.rows - h + 1, "columns": 4 * (block.columns - w + 1)}
 
 
-def _min_border_size(problem: Problem) -> Pair:
-    """Return the minimum rows and columns of a side that is computed apart; narrower sides are not faster."""
-    return 8, 2 * column_lanes(problem.dtype)
+def _borders(problem: Problem) -> Borders:
+    return Borders((8, 2 * column_lanes(problem.dtype)), MAX_PADDED_COPY_BYTES)
 
 
 def warm_up() -> None:
@@ -162,7 +164,7 @@ def _fits_in_block(h: int, w: int, block: FFTBlock) -> bool:
 def _choose_block(rows: int, columns: int, h: int, w: int, dtype: Dtype, machine: Machine) -> _BlockPlan:
     plans = []
     # The formula was fitted to a machine of 1e11 float32 operations per second.
-    slower = 1e-9 * 1e11 / machine.flops * (1 if dtype == "float32" else 2)
+    slower = 1e-9 * 1e11 / halide_costs.operations_per_second(machine, dtype)
     for block, (points, down, across) in BLOCK_COSTS_NS.items():
         if not _fits_in_block(h, w, block):
             continue

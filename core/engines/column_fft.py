@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.arrays import ConvolveFn
-from core.engines import halide_costs, halide_jit, precision, value_stats
+from core.engines import halide_costs, halide_jit, interior, precision, value_stats
 from core.engines.compilation import pipelines
 from core.engines.compilation.pipeline_linker import Pipeline
 from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines.interior import Borders
 from core.engines.precision import TransformEstimate, dtype_name
 from core.engines.small_dft import ComplexExpr, constant
 from core.engines.stockham import Transform, complex_parts
 from core.engines.value_stats import ValueStats
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
-from core.shapes import Pair
 
 METHOD = "fft"
 
@@ -38,6 +38,9 @@ narrow tile wastes less time on narrow outputs."""
 
 BLOCK_COLUMNS = 256
 """Columns that are transformed together; the transforms of more columns exceed the first cache levels."""
+
+MAX_PADDED_COPY_BYTES = 8e6
+"""Maximum bytes of images that are copied as a whole to pad them; measured."""
 
 CALL_OVERHEAD_S = 7e-6
 """Seconds per call from Python, with its preparation; measured."""
@@ -88,7 +91,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     memory = (
         halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
     ) / machine.threads
-    return machine.compile_seconds + CALL_OVERHEAD_S + problem.batch * strips * each + memory
+    borders = interior.border_seconds(problem, _borders(problem))
+    return machine.compile_seconds + CALL_OVERHEAD_S + problem.batch * strips * each + borders + memory
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -101,15 +105,13 @@ def operations(problem: Problem, machine: Machine) -> float:
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """Return a function that computes the convolution."""
-    return precision.plan_within_bound(
-        problem, _min_border_size(problem), functools.partial(_correlate_by_strips, machine)
-    )
+    return precision.plan_within_bound(problem, _borders(problem), functools.partial(_correlate_by_strips, machine))
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of a strip's spectra for each thread, and of the error bound's recomputation."""
     of_a_thread = 4 * 8 * max(TRANSFORM_RADICES) * (BLOCK_COLUMNS + problem.kernel_width)
-    return machine.threads * of_a_thread + precision.temporary_bytes(problem, _min_border_size(problem))
+    return machine.threads * of_a_thread + precision.temporary_bytes(problem, _borders(problem))
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
@@ -119,9 +121,8 @@ def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
     return {"batch": 1, "rows": length - problem.kernel_height + 1, "columns": 8 * BLOCK_COLUMNS}
 
 
-def _min_border_size(problem: Problem) -> Pair:
-    """Return the minimum rows and columns of a side that is computed apart; narrower sides are not faster."""
-    return 8, 2 * halide_jit.vector_lanes(problem.dtype)
+def _borders(problem: Problem) -> Borders:
+    return Borders((8, 2 * halide_jit.vector_lanes(problem.dtype)), MAX_PADDED_COPY_BYTES)
 
 
 def warm_up() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 
+from core.engines.compilation import pipelines
 from core.machine import Machine
 from core.problem import Dtype, Problem
 from core.resources import usable_cores
@@ -17,9 +18,14 @@ PAGE_FAULT_S_PER_BYTE = 1e-10
 """Seconds of one thread for page faults per byte of newly mapped memory; measured."""
 
 
+SPEED_BY_VECTOR_BYTES = {64: 1.0, 32: 0.6, 16: 0.6}
+"""Speed of compiled code by the size of the vector registers, relative to torch's matrix product; measured with 32 and
+64 bytes. The engines' own constants are for 64 bytes."""
+
+
 def operations_per_second(machine: Machine, dtype: Dtype) -> float:
-    """Return one thread's operations per second in a matrix product; float64 has half the speed of float32."""
-    return machine.flops * (1 if dtype == "float32" else 0.5)
+    """Return one thread's operations per second in compiled code; float64 has half the speed of float32."""
+    return SPEED_BY_VECTOR_BYTES[pipelines.vector_bytes()] * machine.flops * (1 if dtype == "float32" else 0.5)
 
 
 def choose_thread_count(machine: Machine, seconds: float) -> int:

@@ -19,6 +19,7 @@ from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit, interior
 from core.engines.halide_jit import Plane
 from core.engines.implicit_gemm_pipelines import bands_pipeline, polyphase_pipeline, rows_pipeline
+from core.engines.interior import Borders
 from core.machine import Machine
 from core.problem import Problem, SliceUnits
 from core.shapes import Pair
@@ -87,7 +88,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         sums += each_pixel * problem.batch * problem.channels * sorted_pixels
     sums += halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
     threads = halide_costs.choose_thread_count(machine, sums)
-    return machine.compile_seconds + calls + sums / threads + interior.border_seconds(problem, (1, lanes))
+    return machine.compile_seconds + calls + sums / threads + interior.border_seconds(problem, _borders(problem))
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -107,9 +108,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
             source = _polyphase(problem, pixels, (output.shape[2], output.shape[3]), machine)
         _run_gemm(problem, source, weight, offsets, output, machine)
 
-    fill = interior.split_interior_and_borders(
-        problem, (1, halide_jit.vector_lanes(problem.dtype)), lambda _: fill_part
-    )
+    fill = interior.split_interior_and_borders(problem, _borders(problem), lambda _: fill_part)
 
     def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else out
@@ -125,7 +124,7 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of copies (padded, contiguous or split into polyphase components) and of the offset table."""
     del machine
     lanes, (rows, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
-    copies = interior.border_bytes(problem, (1, lanes))
+    copies = interior.border_bytes(problem, _borders(problem))
     if problem.stride != (1, 1):
         (down, pitch_rows), (across, pitch) = (
             _phase_count_and_size(problem, axis, (rows, columns)[axis]) for axis in (0, 1)
@@ -156,6 +155,10 @@ class _PixelSource(NamedTuple):
     pitch: int
     taps: NDArray[np.int32]
     furthest: int
+
+
+def _borders(problem: Problem) -> Borders:
+    return Borders((1, halide_jit.vector_lanes(problem.dtype)), interior.MAX_PADDED_LAYER_COPY_BYTES)
 
 
 def _view_in_place(problem: Problem, pixels: Plane, columns: int) -> _PixelSource:

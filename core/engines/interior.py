@@ -13,22 +13,37 @@ from core.shapes import Pair, dilated_size
 PADDED_COPY_S_PER_VALUE = 2.5e-9
 """Seconds to copy one value of a padded image to new memory; measured."""
 
-MAX_WHOLE_COPY_PIXELS = 40_000
-"""Maximum pixels of an image that is copied as a whole to pad it; of larger ones, only strips at the border are."""
+PART_OVERHEAD_S = 3e-5
+"""Seconds to call an engine for one part of the output; measured."""
 
 
-def split_interior_and_borders(problem: Problem, tile: Pair, make_fill: Callable[[Pair], FillFn]) -> FillFn:
+MAX_PADDED_LAYER_COPY_BYTES = 1.6e7
+"""Maximum bytes of a layer's images that are copied as a whole to pad them; measured."""
+
+
+class Borders(NamedTuple):
+    """How an engine computes the outputs that read pixels outside the images.
+
+    min_side: minimum rows and columns of a side that is computed apart. max_copied_bytes: if all padded images together
+    take at most this, they are copied as a whole, because computing the sides apart would take longer.
+    """
+
+    min_side: Pair
+    max_copied_bytes: float
+
+
+def split_interior_and_borders(problem: Problem, borders: Borders, make_fill: Callable[[Pair], FillFn]) -> FillFn:
     """Return a function that fills an output (N, O, oh, ow) from unpadded images (N, C, H, W).
 
     `make_fill` returns the function for an output of the given rows and columns, which receives all pixels that the
     output reads. A large output is filled in five parts: the interior, which reads the images without a copy, and four
-    sides, at least one tile (rows, columns) wide, each of which reads a padded copy of the pixels that it needs.
+    sides, each of which reads a padded copy of the pixels that it needs.
     """
     if not problem.is_padded:
         return make_fill(problem.output_size)
     parts = [
         (part, make_fill((part.rows.stop - part.rows.start, part.columns.stop - part.columns.start)))
-        for part in _split_output(problem, tile)
+        for part in _split_output(problem, borders)
     ]
     boundary, fill_value = problem.boundary, problem.fill_value
 
@@ -41,27 +56,27 @@ def split_interior_and_borders(problem: Problem, tile: Pair, make_fill: Callable
     return fill
 
 
-def border_seconds(problem: Problem, tile: Pair) -> float:
-    """Return the seconds that the copies of `split_interior_and_borders` take."""
+def border_seconds(problem: Problem, borders: Borders) -> float:
+    """Return the seconds that the copies and the additional calls of `split_interior_and_borders` take."""
     if not problem.is_padded:
         return 0.0
-    planes = problem.batch * problem.channels
-    return PADDED_COPY_S_PER_VALUE * planes * sum(_copied_pixels(problem, tile))
+    copied, planes = _copied_pixels(problem, borders), problem.batch * problem.channels
+    return PADDED_COPY_S_PER_VALUE * planes * sum(copied) + PART_OVERHEAD_S * len(copied)
 
 
-def border_bytes(problem: Problem, tile: Pair) -> int:
+def border_bytes(problem: Problem, borders: Borders) -> int:
     """Return the peak bytes of the copies of `split_interior_and_borders`: up to two copies of the largest side."""
     if not problem.is_padded:
         return 0
     planes = problem.batch * problem.channels
-    return 2 * problem.itemsize * planes * max(_copied_pixels(problem, tile), default=0)
+    return 2 * problem.itemsize * planes * max(_copied_pixels(problem, borders), default=0)
 
 
-def _copied_pixels(problem: Problem, tile: Pair) -> list[int]:
+def _copied_pixels(problem: Problem, borders: Borders) -> list[int]:
     """Return the number of pixels of each part of a plane that is copied with its border."""
     return [
         (last_row - first_row) * (last_column - first_column)
-        for *_, (first_row, last_row), (first_column, last_column) in _split_output(problem, tile)
+        for *_, (first_row, last_row), (first_column, last_column) in _split_output(problem, borders)
         if min(first_row, first_column) < 0 or last_row > problem.height or last_column > problem.width
     ]
 
@@ -75,13 +90,14 @@ class _OutputPart(NamedTuple):
     read_columns: Pair
 
 
-def _split_output(problem: Problem, tile: Pair) -> list[_OutputPart]:
+def _split_output(problem: Problem, borders: Borders) -> list[_OutputPart]:
+    tile = borders.min_side
     rows, columns = problem.output_size
     top, _, left, _ = problem.padding
     first_row, last_row = _interior_range(rows, top, problem.height, problem.kernel_height, problem, 0, tile[0])
     first_column, last_column = _interior_range(columns, left, problem.width, problem.kernel_width, problem, 1, tile[1])
     narrow = last_row - first_row < 4 * tile[0] or last_column - first_column < 4 * tile[1]
-    if narrow or problem.height * problem.width <= MAX_WHOLE_COPY_PIXELS:
+    if narrow or problem.padded_bytes <= borders.max_copied_bytes:
         sides = [(slice(0, rows), slice(0, columns))]
     else:
         sides = [

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from core.arrays import ConvolveFn
 from core.engines import halide_jit, interior, nonfinite
 from core.engines.halide_jit import Plane
+from core.engines.interior import Borders
 from core.problem import Dtype, Problem
 from core.shapes import Pair
 
@@ -53,9 +54,9 @@ transformed number times the kernel's Euclidean norm. Smooth images and kernels 
 their largest output; the terms of the bound for max|Y64| and max S are larger still."""
 
 PIXEL_ERROR_FACTOR, OUTPUT_ERROR_FACTOR = 32, 16
-"""Largest error of a transform: unit roundoffs times PIXEL_ERROR_FACTOR times the largest transformed number and the
-kernel's norm, plus OUTPUT_ERROR_FACTOR times the largest |output|. The largest measured error of random, smooth and
-piecewise constant images was 1.3 times this."""
+"""Estimated largest error of a transform: unit roundoffs times PIXEL_ERROR_FACTOR times the largest transformed number
+and the kernel's norm, plus OUTPUT_ERROR_FACTOR times the largest |output|. The largest measured error of random, smooth
+and piecewise constant images was 1.3 times this; MAX_ERROR_TO_ROUND allows for it."""
 
 MAX_DIRECT_TAPS = 1024
 """Maximum number of taps of a direct sum that replaces a transform of insufficient precision."""
@@ -104,26 +105,26 @@ def can_subtract_middle(low: Any, high: Any) -> Any:
     return ((high > 0) & (low + low >= high)) | ((low < 0) & (high + high <= low))
 
 
-def plan_within_bound(problem: Problem, tile: Pair, transform: TransformFn) -> ConvolveFn:
-    """Return a convolution within the error bound, computed plane by plane; borders are at least one tile wide."""
+def plan_within_bound(problem: Problem, borders: Borders, transform: TransformFn) -> ConvolveFn:
+    """Return a convolution within the error bound, computed plane by plane."""
 
     def fill_part(pixels: Plane, output: Plane, weight: Plane) -> None:
         for plane, target in zip(pixels[:, 0], output[:, 0], strict=True):
             correlate_within_bound(plane, weight[0, 0], target, transform)
 
     return halide_jit.allocate_and_fill(
-        problem, interior.split_interior_and_borders(problem, tile, lambda _: fill_part)
+        problem, interior.split_interior_and_borders(problem, borders, lambda _: fill_part)
     )
 
 
-def temporary_bytes(problem: Problem, tile: Pair) -> int:
+def temporary_bytes(problem: Problem, borders: Borders) -> int:
     """Return the bytes of padded copies and of a recomputation."""
     rows = problem.output_size[0]
     slab = 2 * max(SLAB_VALUES, 4 * problem.kernel_height * problem.padded_size[1])
     again = SLAB_TEMPORARY_ARRAYS * 4 * min(slab, (rows + problem.kernel_height) * problem.padded_size[1])
     if problem.dtype == "float64":
         again *= 3
-    return interior.border_bytes(problem, tile) + again
+    return interior.border_bytes(problem, borders) + again
 
 
 def correlate_within_bound(

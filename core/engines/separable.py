@@ -15,6 +15,7 @@ from core.arrays import Array, ConvolveFn
 from core.engines import halide_costs, halide_jit, interior, precision
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import FillFn, PipelineSpec, Plane
+from core.engines.interior import Borders
 from core.engines.low_rank_factors import Factors, cross_approximation_pipeline, find_factors, rank_check_seconds
 from core.engines.precision import TRANSFORM_ERROR_FACTOR, UNIT_ROUNDOFF, TransformEstimate
 from core.machine import Machine
@@ -29,6 +30,9 @@ MAX_RANK = 4
 TILE_ROWS = 4
 TILE_VECTORS = 2
 TAP_ROWS_PER_STEP = 4
+
+MAX_PADDED_COPY_BYTES = 6e6
+"""Maximum bytes of images that are copied as a whole to pad them; measured."""
 
 CALL_OVERHEAD_S = 5e-6
 PASS_OVERHEAD_TAPS = 0.7
@@ -77,6 +81,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         machine.compile_seconds
         + CALL_OVERHEAD_S
         + found
+        + interior.border_seconds(problem, _borders(problem))
         + (max(arithmetic, memory) + halide_costs.page_fault_seconds(problem)) / threads
     )
 
@@ -92,9 +97,7 @@ def operations(problem: Problem, machine: Machine) -> float:
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """Return a function that computes the convolution; its weight may be Factors, to avoid computing them again."""
     product, sum_of_products = (
-        interior.split_interior_and_borders(
-            problem, _tile_shape(problem.dtype), functools.partial(make_fill, problem, machine)
-        )
+        interior.split_interior_and_borders(problem, _borders(problem), functools.partial(make_fill, problem, machine))
         for make_fill in (_make_rank1_fill, _make_low_rank_fill)
     )
 
@@ -115,8 +118,8 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
     filled = problem.padded_bytes + problem.output_bytes if rows < tile[0] or columns < tile[1] else 0
     again = 2 * (problem.padded_bytes + problem.output_bytes) // problem.batch
     if (problem.rank or 1) > 1:
-        again = max(again, precision.temporary_bytes(problem, tile))
-    return interior.border_bytes(problem, tile) + 2 * tile[0] * tile[1] * filled + again
+        again = max(again, precision.temporary_bytes(problem, _borders(problem)))
+    return interior.border_bytes(problem, _borders(problem)) + 2 * tile[0] * tile[1] * filled + again
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
@@ -130,6 +133,10 @@ def warm_up() -> None:
     if halide_jit.platform_unsupported_reason() is None:
         _passes_pipeline("float32")
         cross_approximation_pipeline()
+
+
+def _borders(problem: Problem) -> Borders:
+    return Borders(_tile_shape(problem.dtype), MAX_PADDED_COPY_BYTES)
 
 
 def _make_rank1_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:

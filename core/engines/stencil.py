@@ -16,6 +16,7 @@ from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit, interior
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import FillFn, PipelineSpec, Plane
+from core.engines.interior import Borders
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits
 from core.shapes import Pair, dilated_size
@@ -29,6 +30,9 @@ MAX_SHORT_KERNEL_ROWS = 5
 
 L2_CACHE_BYTES = 1e6
 """Maximum bytes of input or output that stay in the second-level cache."""
+
+MAX_PADDED_PLANE_COPY_BYTES = 3e6
+"""Maximum bytes of single planes that are copied as a whole to pad them; measured."""
 
 CALL_OVERHEAD_S = 2e-6
 """Seconds per call from Python; measured."""
@@ -78,9 +82,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         # Tiles read few pixels of many rows and channels: the time depends on the latency of memory, not on bandwidth.
         size = np.dtype(problem.dtype).itemsize * problem.max_array_values
         work = arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
-    fixed = (
-        machine.compile_seconds + calls * CALL_OVERHEAD_S + interior.border_seconds(problem, _tile_shape(problem.dtype))
-    )
+    fixed = machine.compile_seconds + calls * CALL_OVERHEAD_S + interior.border_seconds(problem, _borders(problem))
     return fixed + (work + halide_costs.page_fault_seconds(problem)) / threads
 
 
@@ -96,7 +98,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     dtype = np.dtype(problem.dtype)
     if not problem.is_single_plane:
         fill = interior.split_interior_and_borders(
-            problem, _tile_shape(problem.dtype), functools.partial(_make_layer_fill, problem, machine)
+            problem, _borders(problem), functools.partial(_make_layer_fill, problem, machine)
         )
 
         def convolve_layer(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
@@ -107,7 +109,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
         return convolve_layer
     fill = interior.split_interior_and_borders(
-        problem, _tile_shape(problem.dtype), functools.partial(_make_plane_fill, problem, machine)
+        problem, _borders(problem), functools.partial(_make_plane_fill, problem, machine)
     )
     return halide_jit.allocate_and_fill(problem, fill)
 
@@ -117,7 +119,7 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
     del machine
     narrow = problem.is_single_plane and problem.output_size[1] < halide_jit.vector_lanes(problem.dtype)
     transposed = problem.padded_bytes + problem.output_bytes if narrow else 0
-    return interior.border_bytes(problem, _tile_shape(problem.dtype)) + transposed
+    return interior.border_bytes(problem, _borders(problem)) + transposed
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
@@ -138,6 +140,11 @@ def warm_up() -> None:
 
 def _tile_shape(dtype: Dtype) -> tuple[int, int]:
     return TILE_ROWS, TILE_VECTORS * halide_jit.vector_lanes(dtype)
+
+
+def _borders(problem: Problem) -> Borders:
+    most = MAX_PADDED_PLANE_COPY_BYTES if problem.is_single_plane else interior.MAX_PADDED_LAYER_COPY_BYTES
+    return Borders(_tile_shape(problem.dtype), most)
 
 
 def _is_smaller_than_tile(problem: Problem) -> bool:
