@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
+import torch
 from hypothesis import HealthCheck, settings
 
 # 30 random examples per test by default; 2000 with `HYPOTHESIS_PROFILE=thorough make test`.
@@ -15,6 +16,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 # The tests must not depend on the CORR2D_* variables of the shell that runs them.
 for variable in [name for name in os.environ if name.startswith("CORR2D_")]:
     del os.environ[variable]
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of torch wait for each other, many times longer if other processes use the cores.
+    torch.set_num_threads(1)
 
 # Log entries are not printed; tests of the log configure structlog themselves.
 structlog.configure(logger_factory=structlog.ReturnLoggerFactory())

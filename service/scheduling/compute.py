@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from fastapi import Request
 
 from core import (
@@ -57,7 +58,11 @@ HISTORY_BYTES_PER_STEP = 64
 
 
 class Compute:
-    """Runs core inline or in the pool, within the limits, on the device and machine of the settings."""
+    """Runs core inline or in the pool, within the limits, on the device and machine of the settings.
+
+    The fits that run at the same time share torch's threads: threads of torch wait for each other at the end of every
+    operation, and if there are more of them than free cores, a fit takes up to ten times as long.
+    """
 
     def __init__(self, settings: Settings, pool: WorkerPool, codecs: WorkerPool, machine: Machine) -> None:
         self.machine = machine
@@ -110,6 +115,7 @@ class Compute:
             response_bytes = estimate_bytes(1e6 * pooled.cost.result_megabytes)
 
             def run(check: Check) -> Result:
+                torch.set_num_threads(self.machine.threads)
                 return pooled.run(check, error_bound=error_bound)
 
             return await self._submit(reservation, pooled.cost, response_bytes, run)
@@ -145,6 +151,8 @@ class Compute:
         fit ends at the step at which its deadline passes or it is cancelled.
         """
         self._set_device(arguments)
+        machine = _limit_threads(self.machine, max(1, self.machine.threads // self._pool.concurrency))
+        arguments["machine"] = machine
         reservation = get_reservation(request.scope)
         arrays, images = _collect_examples(arguments)
         # Loading many examples takes long, so it is not done on the event loop.
@@ -157,6 +165,8 @@ class Compute:
                 if on_progress is not None:
                     on_progress(progress)
 
+            # The setting holds for operations that this thread starts.
+            torch.set_num_threads(machine.threads)
             return convert(plan.run(check_and_report))
 
         histories = 1 if arguments["validation"] is None else 2
@@ -222,6 +232,12 @@ def _collect_examples(arguments: Mapping[str, Any]) -> tuple[list[Any], int]:
             arrays += pair
     inputs = [array for array in arrays if isinstance(array, np.ndarray)]
     return inputs, sum(len(array) if array.ndim == 4 else 1 for array in inputs)
+
+
+@lru_cache(maxsize=4)
+def _limit_threads(machine: Machine, threads: int) -> Machine:
+    """Return the machine with this number of threads. It is cached, because machines are keys of core's caches."""
+    return replace(machine, threads=threads)
 
 
 @lru_cache(maxsize=64)

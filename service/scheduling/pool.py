@@ -86,7 +86,7 @@ class WorkerPool:
 
     def __init__(self, admission: Admission, *, concurrency: int, queue: int, queue_timeout_s: float) -> None:
         self.admission = admission
-        self._concurrency = concurrency
+        self.concurrency = concurrency
         self._queue = queue
         self._queue_timeout_s = queue_timeout_s
         self._threads = 2 * (concurrency + 1)
@@ -161,7 +161,7 @@ class WorkerPool:
     def retry_headers(self) -> Mapping[str, str]:
         """Return a Retry-After header: the predicted seconds until the current jobs are done, at the recent pace."""
         with self._lock:
-            seconds = self._estimate_s(self._waiting, self._running) / self._concurrency
+            seconds = self._estimate_s(self._waiting, self._running) / self.concurrency
         return {"Retry-After": str(max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds))))}
 
     def start_next(self) -> None:
@@ -228,7 +228,7 @@ class WorkerPool:
     def _estimate_wait_s(self, job: Job) -> float:
         """Return the predicted seconds until a job starts; a short one may use the worker reserved for short jobs."""
         ahead = [other for other in self._waiting if other.priority <= job.priority]
-        seconds = self._estimate_s(ahead, self._running) / self._concurrency
+        seconds = self._estimate_s(ahead, self._running) / self.concurrency
         if job.is_short:
             short = [other for other in ahead if other.is_short]
             seconds = min(seconds, self._estimate_s(short, [other for other in self._running if other.is_short]))
@@ -254,12 +254,12 @@ class WorkerPool:
 
     def _has_free_worker(self, job: Job, *, after_long_job: bool) -> bool:
         """Return whether the job can have a worker now; `after_long_job`: a long one is before it in the queue."""
-        if len(self._running) > self._concurrency or len(self._running) + len(self._abandoned) >= self._threads:
+        if len(self._running) > self.concurrency or len(self._running) + len(self._abandoned) >= self._threads:
             return False
         long = sum(not other.is_short for other in self._running)
         if job.is_short:
-            return len(self._running) - long < self._concurrency
-        return not after_long_job and long < self._concurrency
+            return len(self._running) - long < self.concurrency
+        return not after_long_job and long < self.concurrency
 
     def _fits(self, job: Job) -> bool:
         return (
@@ -350,4 +350,4 @@ class WorkerPool:
     def _update_slots(self) -> None:
         """Update `slots`, the number of requests that can run or wait now: decoding more of them is useless."""
         extra = any(not job.is_short for job in self._running)
-        self.slots = self._concurrency + extra + self._queue
+        self.slots = self.concurrency + extra + self._queue

@@ -2,13 +2,18 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import httpx
+import numpy as np
+import pytest
 import torch
+from starlette.requests import Request
 
 import core
 from service.app import create_app
 from service.app_state import get_app_state
+from service.context import get_context
 from service.scheduling.admission import Reservation
 from service.settings import Settings
 from tests.servers import open_client, serve_in_process, start_server
@@ -45,3 +50,22 @@ def test_torch_uses_the_configured_threads() -> None:
             assert send("GET", "/info").json()["threads"] == in_the_pool == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("threads", "of_a_fit"), [(1, 1), (2, 1), (8, 4)])
+def test_fits_at_the_same_time_share_the_threads_of_torch(threads: int, of_a_fit: int) -> None:
+    before = torch.get_num_threads()
+    state = get_app_state(create_app(Settings(threads=threads, device="cpu")))
+    request = Request({"type": "http", "headers": [], "state": {}})
+    get_context(request.scope).reservation = Reservation(state.admission)
+    arguments: dict[str, Any] = {"input": np.eye(8), "target": np.eye(7), "steps": 1, "device": "cpu"}
+    arguments |= {"weights": None, "pairs": None, "validation": None}
+    try:
+        fitted = state.compute.fit(
+            request, lambda _: 0.0, core.plan_fit_kernel, lambda _: torch.get_num_threads(), **arguments
+        )
+        assert asyncio.run(fitted) == of_a_fit
+    finally:
+        torch.set_num_threads(before)
+        for pool in (state.pool, state.codecs):
+            pool.close()
