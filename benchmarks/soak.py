@@ -5,10 +5,10 @@
 
 The control is the same service with an added leak: it keeps some bytes for each request. "Memory" is the resident
 memory of the server process (Rss in /proc/PID/smaps_rollup), read every 100 requests while none is running. "Growth" is
-measured from request 2000 to the last one, by a least squares line and by the medians of the first and last fifth. The
-verdict is "flat" if both are at most 5 MiB and "leaks" if both are larger. Before request 2000, engines are compiled
-and caches of shapes fill up. After it, the memory of the service still rises in rare steps, when larger requests than
-before run at the same time. "Anonymous" memory is not backed by a file: resident memory also grows when pages of
+measured over the second half of the requests, by a least squares line and by the medians of the first and last fifth.
+The verdict is "flat" if both are at most 5 MiB and "leaks" if both are larger. During the first half, pipelines are
+loaded and caches of shapes fill up. After it, the memory of the service still rises in rare steps, when larger requests
+than before run at the same time. "Anonymous" memory is not backed by a file: resident memory also grows when pages of
 libraries are used for the first time.
 
 The traffic is that of tests/traffic. Every third request is a random valid one, for any endpoint and format, plain or
@@ -63,7 +63,7 @@ PLOT_MARGIN_MIB, MIN_LABEL_GAP = 15, 0.12
 WARM_UP_FRACTION = 0.05
 """Fraction of the requests before the first invalid one."""
 
-GROWTH_START_FRACTION = 0.1
+GROWTH_START_FRACTION = 0.5
 """Fraction of the requests after which growth is measured."""
 
 

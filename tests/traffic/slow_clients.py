@@ -35,7 +35,7 @@ SLOW_CLIENT_KINDS: Sequence[SlowClientKind] = (
         gets_response=True,
     ),
     SlowClientKind(
-        "4 responses that are not read", b"GET /openapi.json HTTP/1.1\r\nHost: corr2d\r\n\r\n" * 200, 50, reads=False
+        "4 responses that are not read", b"GET /openapi.json HTTP/1.1\r\nHost: corr2d\r\n\r\n" * 200, 110, reads=False
     ),
 )
 
