@@ -38,6 +38,7 @@ from service.cli.options import (
     parse_numbers,
     parse_sizes,
 )
+from service.imports import without_garbage_collection
 from service.log_stream import LogStream, open_standard_files
 from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
 from service.version import VERSION
@@ -71,8 +72,9 @@ def serve(**flags: object) -> None:
     host, port = listener.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    from core import CoreError, resolve_device
-    from service.server.run import run
+    with without_garbage_collection():
+        from core import CoreError, resolve_device
+        from service.server.run import run
 
     try:
         resolve_device(settings.device)
@@ -106,7 +108,8 @@ def correlate(
 
     corr2d correlate photo.png --kernel sobel_x --mode same -o edges.png
     """
-    from service.cli import commands
+    with without_garbage_collection():
+        from service.cli import commands
 
     with _report_errors():
         commands.correlate(
@@ -144,7 +147,8 @@ def conv2d(
 
     corr2d conv2d images.npy weight.npy --stride 2 --padding same -o features.npy
     """
-    from service.cli import commands
+    with without_garbage_collection():
+        from service.cli import commands
 
     with _report_errors():
         commands.conv2d(
@@ -182,7 +186,8 @@ def explain(
 
     corr2d explain 1024 15 --rank 1
     """
-    from service.cli import commands
+    with without_garbage_collection():
+        from service.cli import commands
 
     with _report_errors():
         commands.explain(
@@ -291,7 +296,8 @@ def train(
 
     corr2d train before.png after.png --kernel-size 7 --loss mean --learning-rate auto --steps 300 --plot loss.svg
     """
-    from service.cli import commands
+    with without_garbage_collection():
+        from service.cli import commands
 
     with _report_errors():
         commands.train(
@@ -346,7 +352,8 @@ def kernels(
     ] = None,
 ) -> None:
     """List the named kernels, or print the entries of one."""
-    from core import KERNELS, named_kernel
+    with without_garbage_collection():
+        from core import KERNELS, named_kernel
 
     if name is not None:
         with _report_errors():

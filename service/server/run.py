@@ -8,6 +8,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
+from service.imports import without_garbage_collection
 from service.log import configure_logging, exit_now
 from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig
@@ -40,7 +41,8 @@ def run(settings: Settings, listener: socket.socket) -> None:
 
 def _load_application(settings: Settings, table: SharedCounters) -> FastAPI:
     """Create the application, in each worker; the local import spares the supervisor from loading torch."""
-    from service.app import create_worker_app
+    with without_garbage_collection():
+        from service.app import create_worker_app
 
     return create_worker_app(settings, table)
 
