@@ -13,6 +13,7 @@ SHORT_TIMEOUTS = {
     "CORR2D_HEADER_TIMEOUT_S": "1",
     "CORR2D_BODY_TIMEOUT_S": "2",
     "CORR2D_SEND_TIMEOUT_S": "2",
+    "CORR2D_REQUEST_TIMEOUT_S": "60",
     # A long queue timeout, so that no request is rejected.
     "CORR2D_QUEUE_TIMEOUT_S": "600",
 }

@@ -56,13 +56,18 @@ def read_resident_bytes(pid: int) -> int:
     return 4096 * int(statm.read_text().split()[1])
 
 
+DEFAULT_VARIABLES = {
+    "CORR2D_LOG_FORMAT": "json",
+    "CORR2D_DEVICE": "cpu",
+    # On a busy machine, compilations and predicted times of fits take many times longer.
+    "CORR2D_REQUEST_TIMEOUT_S": "600",
+}
+
+
 @contextmanager
 def start_server_process(log: Path, *flags: str, **variables: str) -> Iterator[ServerProcess]:
     """Start a service with these flags and environment variables; kill it at the end, even if it is busy."""
-    with run_serve_command(log, *flags, **{"CORR2D_LOG_FORMAT": "json", "CORR2D_DEVICE": "cpu", **variables}) as (
-        process,
-        address,
-    ):
+    with run_serve_command(log, *flags, **{**DEFAULT_VARIABLES, **variables}) as (process, address):
         with open_client(address):
             pass
         yield ServerProcess(address, process, log)

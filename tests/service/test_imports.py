@@ -7,12 +7,17 @@ import pytest
 from service.imports import without_garbage_collection
 
 
+def fail_to_import() -> None:
+    with without_garbage_collection():
+        assert not gc.isenabled()
+        raise ImportError
+
+
 def test_garbage_collection_pauses_for_imports_and_continues_after_errors() -> None:
     assert gc.isenabled()
     try:
-        with pytest.raises(ImportError), without_garbage_collection():
-            assert not gc.isenabled()
-            raise ImportError
+        with pytest.raises(ImportError):
+            fail_to_import()
         assert gc.isenabled()
         assert gc.get_freeze_count() > 0
     finally:
