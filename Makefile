@@ -54,7 +54,7 @@ soak: .venv/bench.stamp  ## send twenty thousand valid and invalid requests and 
 
 fuzz: .venv/fuzz.stamp  ## send random requests from the OpenAPI schema, then fuzz every decoder for FUZZ_SECONDS (60)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q tests/service/test_schema_fuzz.py
-	for format in json npy npz safetensors png jpeg gzip deflate zstd; do \
+	formats=$$($(BIN)/python tests/fuzz/decoders.py --list) || exit 1; for format in $$formats; do \
 		$(BIN)/python tests/fuzz/decoders.py $$format --seconds $(FUZZ_SECONDS) || exit 1; done
 
 gpu: .venv/dev.stamp  ## check and time the engines on a GPU, if there is one

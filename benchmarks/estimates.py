@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 import core
 from service.server.malloc import limit_malloc_arenas
+from tests.engine_properties import supports_steps
 
 VALUE_KINDS = ("normal", "infinite", "huge", "subnormal", "offset")
 MAX_REQUEST_S = 3.0
@@ -90,8 +91,8 @@ def draw_layer(rng: np.random.Generator, engine: str, dtype: str) -> Request:
     depth, each = (int(channels) for channels in np.exp(rng.uniform(0, np.log(128 if groups == 1 else 8), 2)))
     height, width = (int(side) for side in np.exp(rng.uniform(np.log(8), np.log(500), 2)))
     h, w = (int(side) for side in np.exp(rng.uniform(0, np.log(9), 2)))
-    plain = engine == "torch_fft"
-    stride, dilation = ((1, 1), (1, 1)) if plain else (tuple(map(int, rng.choice([1, 1, 2, 3], 2))) for _ in range(2))
+    steps = [1, 1, 2, 3] if supports_steps(engine) else [1]
+    stride, dilation = (tuple(map(int, rng.choice(steps, 2))) for _ in range(2))
     padding = tuple(int(side) for side in rng.choice([0, 1, 2, 5], 4))
     size = max(height, dilation[0] * h), max(width, dilation[1] * w)
     options: dict[str, Any] = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups}

@@ -23,6 +23,9 @@ MAX_NAMED_KERNEL_SIDE = 1023
 MAX_KERNEL_NAME_CHARS = 200
 """Maximum length of a kernel name with its arguments, in characters."""
 
+KERNEL_NAME_PATTERN = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(([^()]*)\))?\s*")
+"""A name, and optionally its arguments in parentheses."""
+
 KERNEL_CACHE_BYTES = 1 << 25
 """Maximum memory of cached kernels, in bytes; a request resolves its kernel name more than once."""
 
@@ -33,7 +36,8 @@ Kernel = NDArray[np.float64]
 class KernelFamily:
     """A named kernel and its parameters: signature and example for messages, and `make`, which builds the array (h, w).
 
-    `rank` is the rank of its kernels as matrices if it is low, otherwise None.
+    `make` raises ValueError with the allowed range if an argument is invalid. `rank` is the rank of its kernels as
+    matrices if it is known, otherwise None.
     """
 
     signature: str
@@ -88,7 +92,7 @@ def named_kernel(text: str) -> Kernel:
 
 
 def _build_named_kernel(text: str) -> Kernel:
-    call = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text) if len(text) <= MAX_KERNEL_NAME_CHARS else None
+    call = KERNEL_NAME_PATTERN.fullmatch(text) if len(text) <= MAX_KERNEL_NAME_CHARS else None
     name = call[1] if call else text[:60]
     family = KERNELS.get(name)
     if call is None or family is None:
@@ -207,7 +211,7 @@ def _require_side(name: str, value: float) -> int:
 
 
 def named_kernel_rank(text: str) -> int | None:
-    """Return the rank of a named kernel as a matrix if it is low, otherwise None. The name must be valid."""
+    """Return the rank of a named kernel as a matrix if it is known, otherwise None. The name must be valid."""
     return KERNELS[text.partition("(")[0].strip()].rank
 
 

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from service.codecs import json as json_format
-from service.codecs import json_encoder, png
+from service.codecs import json_encoder
 from service.codecs.buffers import BufferList
 from service.codecs.content_coding import compress
 from service.codecs.registry import ENCODABLE_FORMATS, Format
@@ -36,9 +36,6 @@ COMPRESS_S_PER_NUMBER = 100e-9
 
 ENCODE_S_PER_LISTED_NUMBER = 200e-9
 """Seconds to encode and free one number of a list, a Python object."""
-
-ENCODED_BYTES_PER_BYTE = {json_format.MEDIA_TYPE: 3.25, png.MEDIA_TYPE: 1.0}
-"""Encoded bytes per byte of an array, by media type; other formats send the array's own memory."""
 
 COMPRESSED_BYTES_PER_BYTE = 0.8
 
@@ -82,7 +79,7 @@ class Responder:
 
     def estimate_bytes(self, result_bytes: float) -> float:
         """Return the bytes of a result, an array in memory, plus those of its encoded response."""
-        copies = ENCODED_BYTES_PER_BYTE.get(self.media_type, 0.0) + (COMPRESSED_BYTES_PER_BYTE if self._coding else 0.0)
+        copies = self._format.encoded_bytes_per_byte + (COMPRESSED_BYTES_PER_BYTE if self._coding else 0.0)
         return result_bytes * (1 + copies)
 
     async def respond(self, **fields: Any) -> "BufferListResponse":

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core import ENGINES, Dtype
+from tests.engine_properties import supports_layers, supports_steps
 from tests.reference import NUMPY_PAD_MODES
 
 Array = NDArray[Any]
 
-DIRECT_ENGINES = ("stencil", "implicit_gemm", "torch")
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
 OUTPUT_TOLERANCE = {"float32": 1e-6, "float64": 1e-14}
 WIDER_DTYPES = {"float32": np.float64, "float64": np.longdouble}
@@ -48,12 +48,11 @@ class Case:
 
 def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
     """Draw a random problem that the engine supports."""
-    single = engine in ("separable", "column_fft", "block_fft") or rng.random() < 0.3
-    direct = engine in DIRECT_ENGINES
+    single = not supports_layers(engine) or rng.random() < 0.3
     groups = 1 if single else int(rng.choice([1, 1, 2, 3]))
     depth, each = (1, 1) if single else (int(rng.integers(1, 5)), int(rng.integers(1, 4)))
     options: dict[str, Any] = {"groups": groups, "padding": tuple(int(side) for side in rng.choice([0, 0, 1, 4], 4))}
-    if direct and not single:
+    if supports_steps(engine) and not single:
         for name in ("stride", "dilation"):
             options[name] = tuple(int(step) for step in rng.choice([1, 1, 2, 3], 2))
     if any(options["padding"]):
@@ -67,7 +66,8 @@ def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
     )
     batch = int(rng.integers(1, 4))
     images, of_images = _draw_images(rng, (batch, groups * depth, *sides), dtype)
-    weight, of_weight = _draw_weight(rng, (groups * each, depth, *kernel), dtype, low_rank=engine == "separable")
+    low_rank = ENGINES[engine].METHOD == "separable"
+    weight, of_weight = _draw_weight(rng, (groups * each, depth, *kernel), dtype, low_rank=low_rank)
     return Case(engine, dtype, images.astype(dtype), weight.astype(dtype), options, (of_images, of_weight))
 
 
@@ -226,7 +226,7 @@ def find_violation(case: Case, output: Array) -> str | None:
     if whole and reach < 0.5 / unit and errors.any():
         return f"outputs of integers are off by up to {float(errors.max()):.3g}; they must be exact"
     taps = truth.taps.reshape(1, -1, 1, 1) + 1
-    if case.engine in DIRECT_ENGINES:
+    if ENGINES[case.engine].METHOD == "direct":
         bounds = taps * unit * sums
     else:
         largest, most = (each.max((2, 3), keepdims=True) for each in (np.abs(values), sums))

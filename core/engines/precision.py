@@ -77,7 +77,8 @@ class TransformEstimate(NamedTuple):
 
 
 TransformFn: TypeAlias = Callable[[Plane, Plane, Plane], Sequence[TransformEstimate]]
-"""Plane (H, W), kernel (h, w), output (oh, ow) to fill -> estimates of the whole plane, or of each of its parts."""
+"""Plane (H, W), kernel (h, w), output (oh, ow) to fill -> estimates of the whole plane, or of each of its parts.
+If a value is not finite or an intermediate result overflows, the output is replaced; the function must not warn."""
 
 
 def allowed_error(dtype: np.dtype[Any], taps: int, output: Any, sums: Any) -> Any:

@@ -20,9 +20,10 @@ ResponseFields: TypeAlias = Mapping[str, Any]
 
 UNLIMITED_BYTES = 1 << 62
 
-
 DecodeFn: TypeAlias = Callable[..., Any]
 """Function decode(body, limit, check); `check` is optional."""
+
+EncodeFn: TypeAlias = Callable[[ResponseFields, ResponseOptions], BufferList]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +36,20 @@ class Format:
     is not supported in that direction. estimate_decode_seconds: takes a body and that limit; predicts the seconds on
     one core from a small part of the body, in a few microseconds. encode_seconds_per_number: predicted seconds per
     number of a response (`benchmarks/formats.py` measures both). content_doc: the part of a response that the format
-    holds. has_named_arrays: whether a body names its arrays. headers: sent with a response.
+    holds. has_named_arrays: whether a body names its arrays. headers: sent with a response. encoded_bytes_per_byte:
+    encoded bytes per byte of an array; 0 if its own memory is sent. suffixes: of the files with one array that the
+    command line reads and writes.
     """
 
     decode: DecodeFn | None
-    encode: Callable[[ResponseFields, ResponseOptions], BufferList] | None
+    encode: EncodeFn | None
     estimate_decode_seconds: Callable[[Buffer, int], float] = lambda *_: 0.0
     encode_seconds_per_number: float = 0.0
     content_doc: str = "the first array alone"
     has_named_arrays: bool = False
     headers: Sequence[tuple[bytes, bytes]] = ()
+    encoded_bytes_per_byte: float = 0.0
+    suffixes: Sequence[str] = ()
 
 
 def _wrap_as_input(decode: DecodeFn) -> DecodeFn:
@@ -96,11 +101,13 @@ FORMATS: Mapping[str, Format] = {
         25e-9,
         "everything",
         has_named_arrays=True,
+        encoded_bytes_per_byte=3.25,
     ),
     npy.MEDIA_TYPE: Format(
         _wrap_as_input(lambda body, limit, *_: npy.decode(body, limit)),
         lambda fields, _: npy.encode(_first_array(fields)),
         lambda body, _: npy.estimate_decode_seconds(body),
+        suffixes=(".npy",),
     ),
     npz.MEDIA_TYPE: Format(
         npz.decode,
@@ -118,9 +125,19 @@ FORMATS: Mapping[str, Format] = {
         has_named_arrays=True,
     ),
     png.MEDIA_TYPE: Format(
-        _wrap_as_input(png.decode), _encode_png, lambda body, _: png.estimate_decode_seconds(body), 12e-9
+        _wrap_as_input(png.decode),
+        _encode_png,
+        lambda body, _: png.estimate_decode_seconds(body),
+        12e-9,
+        encoded_bytes_per_byte=1.0,
+        suffixes=(".png",),
     ),
-    jpeg.MEDIA_TYPE: Format(_wrap_as_input(jpeg.decode), None, lambda body, _: jpeg.estimate_decode_seconds(body)),
+    jpeg.MEDIA_TYPE: Format(
+        _wrap_as_input(jpeg.decode),
+        None,
+        lambda body, _: jpeg.estimate_decode_seconds(body),
+        suffixes=(".jpg", ".jpeg"),
+    ),
 }
 """Formats of request and response bodies by media type, the preferred one first."""
 
@@ -155,16 +172,28 @@ ENCODABLE_FORMATS: Mapping[str, Format] = {
     media_type: media_format for media_type, media_format in FORMATS.items() if media_format.encode
 }
 
+
+def _decode_file(decode: DecodeFn, content: Buffer) -> NDArray[Any]:
+    array: NDArray[Any] = decode(content, UNLIMITED_BYTES)["input"]
+    return array
+
+
+def _encode_file(encode: EncodeFn, array: NDArray[Any]) -> BufferList:
+    return encode({"output": array}, ResponseOptions())
+
+
 FILE_READERS: Mapping[str, Callable[[Buffer], NDArray[Any]]] = {
-    ".npy": partial(npy.decode, limit=UNLIMITED_BYTES),
-    ".png": partial(png.decode, limit=UNLIMITED_BYTES),
-    ".jpg": partial(jpeg.decode, limit=UNLIMITED_BYTES),
-    ".jpeg": partial(jpeg.decode, limit=UNLIMITED_BYTES),
+    suffix: partial(_decode_file, media_format.decode)
+    for media_format in FORMATS.values()
+    for suffix in media_format.suffixes
+    if media_format.decode
 }
 """Decoders of the files that the command line reads, by suffix."""
 
 FILE_WRITERS: Mapping[str, Callable[[NDArray[Any]], BufferList]] = {
-    ".npy": npy.encode,
-    ".png": png.encode,
+    suffix: partial(_encode_file, media_format.encode)
+    for media_format in FORMATS.values()
+    for suffix in media_format.suffixes
+    if media_format.encode
 }
 """Encoders of the files that the command line writes, by suffix."""

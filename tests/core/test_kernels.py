@@ -23,6 +23,11 @@ def test_examples_are_valid_names_of_their_family(name: str) -> None:
     assert named_kernel(f"  {KERNELS[name].example} ").ndim == 2
 
 
+def test_names_may_contain_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "laplacian2", KERNELS["laplacian"])
+    assert named_kernel("laplacian2").tolist() == named_kernel("laplacian").tolist()
+
+
 @pytest.mark.parametrize(("name", "axis"), [("x", 1), ("y", 0)])
 def test_derivatives_match_scipy(name: str, axis: int) -> None:
     for family, filtered in (("sobel", scipy.ndimage.sobel), ("prewitt", scipy.ndimage.prewitt)):

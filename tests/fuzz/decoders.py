@@ -137,13 +137,19 @@ def fuzz(name: str, seconds: int, corpus: Path, findings: Path) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("format", choices=TARGETS)
+    parser.add_argument("format", nargs="?", choices=TARGETS)
+    parser.add_argument("--list", action="store_true", help="print the formats")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument(
         "--corpus", type=Path, help="folder with initial inputs; inputs that reach new branches are added"
     )
     parser.add_argument("--again", type=Path, metavar="FILE", help="only check the bytes of this file")
     arguments = parser.parse_args()
+    if arguments.list:
+        print(*TARGETS)  # noqa: T201 - for `make fuzz`
+        return
+    if arguments.format is None:
+        parser.error("name a format, or --list")
     if arguments.again:
         TARGETS[arguments.format].check(arguments.again.read_bytes())
         return

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from core import ENGINES
 from service.app import create_app
 from service.app_state import get_app_state
 from service.cli.options import format_setting
@@ -20,6 +21,8 @@ API_PAGE = (ROOT / "docs" / "http-api.md").read_text()
 ARCHITECTURE_PAGE = (ROOT / "docs" / "architecture.md").read_text()
 FORMATS_PAGE = (ROOT / "docs" / "formats.md").read_text()
 MONITORING_PAGE = (ROOT / "docs" / "monitoring.md").read_text()
+PERFORMANCE_PAGE = (ROOT / "docs" / "performance.md").read_text()
+PRECISION_PAGE = (ROOT / "docs" / "precision.md").read_text()
 
 
 def parse_table_rows(heading: str, page: str = API_PAGE) -> list[list[str]]:
@@ -73,6 +76,15 @@ def test_format_tables_are_complete() -> None:
         assert (body != "none") == (media_type.strip("`") in DECODABLE_MEDIA_TYPES)
         assert (response != "none") == (media_type.strip("`") in ENCODABLE_FORMATS)
     assert dict(parse_table_rows("Data types", FORMATS_PAGE))["dtypes"] == ", ".join(f"`{dtype}`" for dtype in DTYPES)
+
+
+def test_engine_tables_are_complete() -> None:
+    methods = {name: engine.METHOD for name, engine in ENGINES.items()}
+    listed = parse_table_rows("Engines", PERFORMANCE_PAGE)
+    assert {name.strip("`"): method for name, method, *_ in listed} == methods
+    direct, others = re.findall(r"^\| (`.*?) \| every", PRECISION_PAGE, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", direct)) == {name for name in methods if methods[name] == "direct"}
+    assert set(re.findall(r"`(\w+)`", others)) == {name for name in methods if methods[name] != "direct"}
 
 
 def test_content_codings_are_listed() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from backports import zstd
 
+from service.codecs.registry import ENCODABLE_FORMATS
 from tests.problem_details import assert_problem
 from tests.sample_files import JSON, NPY, NPZ, PNG, SAFETENSORS, save_npy
 from tests.servers import SendFn
@@ -16,7 +17,7 @@ from tests.service.array_formats import FIT_ARRAYS, post_file, save_stored_npz
 from tests.service.json_requests import COMPRESSIBLE_BODY, post_json, send_raw_request
 
 
-@pytest.mark.parametrize("accept", [JSON, NPY, PNG])
+@pytest.mark.parametrize("accept", ENCODABLE_FORMATS)
 @pytest.mark.parametrize("coding", ["identity", "gzip"])
 def test_every_response_has_vary(send: SendFn, accept: str, coding: str) -> None:
     vary = post_json(send, {"Accept": accept, "Accept-Encoding": coding}).headers["vary"]
@@ -54,7 +55,7 @@ def test_nonfinite_output_is_not_an_image(send: SendFn) -> None:
     assert "application/x-npy" in problem["detail"]
 
 
-@pytest.mark.parametrize("accept", [NPY, NPZ, SAFETENSORS, PNG])
+@pytest.mark.parametrize("accept", [media_type for media_type in ENCODABLE_FORMATS if media_type != JSON])
 @pytest.mark.parametrize("explain", ["false", "true"])
 def test_binary_responses_put_other_fields_in_a_header(send: SendFn, accept: str, explain: str) -> None:
     query = {"kernel": "box(3)", "dtype": "float64", "explain": explain}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import core
+from service.codecs.registry import FILE_READERS, FILE_WRITERS
 from service.settings import Settings
 from tests.service.cli.command_line import CAMERA, run_corr2d, save_npy
 
@@ -130,9 +131,12 @@ def test_serve_has_a_flag_for_every_setting() -> None:
         (["correlate", "{x}", "-k", "missing.npy"], "missing.npy"),
         (["correlate", "{x}", "-k", "box(9)"], 'mode "valid" requires it to fit'),
         (["correlate", "{x}", "-k", "box(1)", "--mode", "most"], 'mode "most" is not one of'),
-        (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.jpg"], "cannot write .jpg; supported: .npy, .png"),
+        (
+            ["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.jpg"],
+            f"cannot write .jpg; supported: {', '.join(FILE_WRITERS)}",
+        ),
         (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/none/y.npy"], "No such file"),
-        (["correlate", "{text}", "-k", "box(1)"], "cannot read .txt; supported: .npy, .png, .jpg, .jpeg"),
+        (["correlate", "{text}", "-k", "box(1)"], f"cannot read .txt; supported: {', '.join(FILE_READERS)}"),
         (["correlate", "{broken}", "-k", "box(1)"], "broken.png: the PNG image is cut off after 200 bytes"),
         (["correlate", "{broken_npy}", "-k", "box(1)"], "broken.npy: "),
         (["correlate", "{pickled}", "-k", "box(1)"], "pickled.npy: "),
