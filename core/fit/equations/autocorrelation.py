@@ -8,6 +8,7 @@ the diagonals. In exact arithmetic the result is that of multiplying all windows
 """
 
 import bisect
+import functools
 import math
 from collections.abc import Callable
 
@@ -220,6 +221,7 @@ def _sum_sliding_rows(values: Tensor, taps: int, count: int) -> Tensor:
     return shared + torch.cat([before, none], 1) + torch.cat([none, after], 1)
 
 
+@functools.lru_cache(maxsize=1024)
 def _choose_transform_side(outputs: int, lags: int) -> int:
     """Return the side of the blocks' transforms with the least cost for this number of outputs."""
     whole = TRANSFORM_SIDES[min(bisect.bisect_left(TRANSFORM_SIDES, outputs + lags - 1), len(TRANSFORM_SIDES) - 1)]

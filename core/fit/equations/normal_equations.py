@@ -5,6 +5,7 @@ they are A'W A and A'W y. Memory is needed for one chunk of windows and for the 
 pairs.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class NormalEquations:
     moments: Unknowns
 
 
+@functools.lru_cache(maxsize=256)
 def is_autocorrelation_faster(problem: Problem, machine: Machine, *, weighted: bool) -> bool:
     """Return whether autocorrelation builds the equations faster than im2col; it does not support weights."""
     if weighted or autocorrelation.unsupported_reason(problem) is not None:
