@@ -17,7 +17,7 @@ def njit_cached(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # a read-only installation: compilation takes three seconds at every start
+    except RuntimeError:  # a read-only installation: compilation takes seconds at every start
         return njit(nogil=True)(function)
 
 
