@@ -291,7 +291,7 @@ DISCONNECTED_METRIC = 'corr2d_requests_total{route="/train-kernel",status="499"}
 @pytest.mark.robustness(53)
 def test_disconnection_cancels_the_job_and_is_counted(server_process: ServerProcess) -> None:
     counted = server_process.measured(DISCONNECTED_METRIC)
-    body = json.dumps(build_fit_request(32, ENDLESS_STEPS // 2)).encode()
+    body = json.dumps(build_fit_request(32, ENDLESS_STEPS // 5)).encode()
     ids = [f"left-{number}" for number in range(4)]
     fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     deadline = time.monotonic() + CLIENT_TIMEOUT_S
