@@ -10,6 +10,10 @@ from core.fit.parameters import Unknowns
 SingularValueThreshold = float | Floats
 """Threshold relative to the largest singular value: one number for all blocks, or an array (blocks, 1)."""
 
+MAX_RESIDUAL_INCREASE, RESIDUAL_ROUNDING = 1e-6, 1e-18
+"""Largest increase of a residual's square by a projection to the least norm, relative to it, and relative to the square
+of the values."""
+
 MAX_COLUMN_NORM_RATIO = 128.0
 """Ratio of the largest to the smallest norm of a factor's columns up to which they are not scaled."""
 
@@ -66,14 +70,21 @@ class FactorSpectrum:
             return solved
         solution = yield from self._pseudoinverse(values)
         deficient = np.flatnonzero(~self._identified.all(1) & (self._scale != 1).any((1, 2)))
+        if not deficient.size:
+            return solution
+        shortest = solution.copy()
         for block in deficient:
             free = ~self._identified[block]
             null = yield from orthonormalize(self._scale[block] * self._right[block][free].T)
-            solution[block] -= null @ (null.T @ solution[block])
-        if deficient.size:
-            # The projection has rounding errors relative to the largest unknowns: correct them by the residuals.
-            solution += yield from self._pseudoinverse(values - (yield from multiply_blocks(factors, solution)))
-        return solution
+            shortest[block] -= null @ (null.T @ solution[block])
+        # The projection has rounding errors relative to the largest unknowns: correct them by the residuals.
+        shortest += yield from self._pseudoinverse(values - (yield from multiply_blocks(factors, shortest)))
+        # Singular values that count as zero are not zero: a projection that increases the residual is not used.
+        before = np.square(values - (yield from multiply_blocks(factors, solution))).sum((1, 2), keepdims=True)
+        after = np.square(values - (yield from multiply_blocks(factors, shortest))).sum((1, 2), keepdims=True)
+        allowed = (1 + MAX_RESIDUAL_INCREASE) * before
+        allowed += RESIDUAL_ROUNDING * np.square(values).sum((1, 2), keepdims=True)
+        return np.where(after <= allowed, shortest, solution)
 
     def null_space_projections(self) -> Interruptible[Floats]:
         """Return the projections onto the null spaces, (blocks, size, size)."""

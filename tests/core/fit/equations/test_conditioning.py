@@ -187,6 +187,20 @@ def test_losses_of_a_fit_are_consistent(drawn: tuple[FitCase, dict[str, Any]]) -
         assert fit.best_possible_loss <= min(fit.loss_history) + rounding
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_an_offset_beyond_float64_leaves_the_mean_to_the_bias(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = scipy.ndimage.gaussian_filter(rng.normal(size=(2, 1, 9, 9)), (0, 0, 6, 6)) * 1e1 + 1e9
+    layer = Layer((4, 1), bias=True)
+    targets = layer.output(images, rng.normal(size=layer.kernel_shape), rng.normal(size=1))
+    targets = targets + np.abs(targets).max() * rng.normal(size=targets.shape)
+    fit = fit_kernel(pairs=[(images, targets)], **layer.options, solver="exact")
+    # Some combinations of the kernel's entries cannot be determined; omitting them must not increase the loss.
+    assert fit.final_loss <= np.square(targets - targets.mean()).sum() * (1 + 1e-9)
+    assert fit.r_squared is not None
+    assert fit.r_squared >= -1e-9
+
+
 def test_unfactored_unknowns_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(example_analysis, "MAX_FACTORED_UNKNOWNS", 8)
     rng = np.random.default_rng(6)
