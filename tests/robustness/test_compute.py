@@ -146,13 +146,13 @@ def post_fit(address: str, side: int, steps: int) -> httpx.Response:
 @pytest.mark.robustness(50)
 def test_job_waits_for_memory(small_server_address: str) -> None:
     with (
-        start_streaming_fit(small_server_address, build_fit_request(1000, 40)) as events,
+        start_streaming_fit(small_server_address, build_fit_request(1000, 200)) as events,
         ThreadPoolExecutor(1) as client,
     ):
         # Both are long: a short job could use the memory that is reserved for short jobs.
         second = client.submit(post_fit, small_server_address, 1000, 12)
         *_, last = events
-        assert last["steps"] == 40
+        assert last["steps"] == 200
         response = second.result()
     assert response.status_code == 200, response.text
     waited = re.search(r"wait;dur=([\d.]+)", response.headers["server-timing"])
