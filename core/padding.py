@@ -1,5 +1,6 @@
 """Padding of images: numpy.pad's semantics on tensors, for borders of any width."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -43,7 +44,14 @@ def extract_window(images: Tensor, rows: Pair, columns: Pair, boundary: Boundary
     left, right = (min(max(0, column), width) for column in columns)
     border = left - columns[0], columns[1] - right, top - rows[0], rows[1] - bottom
     inside = images[..., top:bottom, left:right]
-    return functional.pad(inside, border, value=fill_value) if any(border) else inside
+    if not any(border):
+        return inside
+    if images.device.type != "cpu" or images.requires_grad:
+        return functional.pad(inside, border, value=fill_value)
+    # torch would copy a large image with several threads, which wait for each other if other programs use the cores.
+    window = np.full((*images.shape[:-2], rows[1] - rows[0], columns[1] - columns[0]), fill_value, inside.numpy().dtype)
+    window[..., border[2] : border[2] + bottom - top, border[0] : border[0] + right - left] = inside.numpy()
+    return torch.from_numpy(window)
 
 
 def _source_indices(size: int, positions: Pair, boundary: Boundary, device: torch.device) -> Tensor:

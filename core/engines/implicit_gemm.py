@@ -71,6 +71,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
             + CALL_OVERHEAD_S
             + (idle + halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem))
             / machine.threads
+            + interior.border_seconds(problem, _borders(problem))
         )
     lanes = halide_jit.vector_lanes(problem.dtype)
     rows, columns = problem.output_size
