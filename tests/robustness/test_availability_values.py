@@ -281,6 +281,7 @@ def test_computation_stops_soon_after_its_check_raises(engine: str) -> None:
 
 
 @pytest.mark.robustness(73)
+@pytest.mark.needs_halide
 def test_deadline_stops_a_computation_from_another_thread() -> None:
     abandoned = threading.Event()
 
@@ -298,6 +299,7 @@ def test_deadline_stops_a_computation_from_another_thread() -> None:
 
 
 @pytest.mark.robustness(76)
+@pytest.mark.needs_halide
 def test_offset_tables_are_bounded_in_bytes() -> None:
     implicit_gemm.cached_offset_table.cache_clear()
     rng = np.random.default_rng(0)

@@ -31,6 +31,7 @@ def test_deadline_stops_the_computation_with_504(serve: ServeFn) -> None:
             time.sleep(0.01)
 
 
+@pytest.mark.needs_halide
 def test_queued_request_past_its_deadline_is_504() -> None:
     app, release = create_app(Settings(request_timeout_s=3)), threading.Event()
 
