@@ -13,7 +13,7 @@ from core.shapes import Pair, dilated_size
 PADDED_COPY_S_PER_VALUE = 2.5e-9
 """Seconds to copy one value of a padded image to new memory; measured."""
 
-PART_OVERHEAD_S = 3e-5
+PART_OVERHEAD_S = 1e-5
 """Seconds to call an engine for one part of the output; measured."""
 
 
