@@ -17,7 +17,6 @@ MALLOC_MMAP_BYTES = 2**25
 PAGE_FAULT_S_PER_BYTE = 1e-10
 """Seconds of one thread for page faults per byte of newly mapped memory; measured."""
 
-
 SPEED_BY_VECTOR_BYTES = {64: 1.0, 32: 0.6, 16: 0.6}
 """Speed of compiled code by the size of the vector registers, relative to torch's matrix product; measured with 32 and
 64 bytes. The engines' own constants are for 64 bytes."""

@@ -22,7 +22,7 @@ MAX_PADDED_LAYER_COPY_BYTES = 1.6e7
 
 
 class Borders(NamedTuple):
-    """How an engine computes the outputs that read pixels outside the images.
+    """Sizes that decide how an engine divides a padded output into its interior and its sides.
 
     min_side: minimum rows and columns of a side that is computed apart. max_copied_bytes: if all padded images together
     take at most this, they are copied as a whole, because computing the sides apart would take longer.

@@ -61,7 +61,8 @@ class Compute:
     """Runs core inline or in the pool, within the limits, on the device and machine of the settings.
 
     The fits that run at the same time share torch's threads: threads of torch wait for each other at the end of every
-    operation, and if there are more of them than free cores, a fit takes up to ten times as long.
+    operation, and if there are more of them than free cores, a fit takes up to ten times as long. The number of threads
+    that torch uses is a property of the thread that computes, so each job sets it.
     """
 
     def __init__(self, settings: Settings, pool: WorkerPool, codecs: WorkerPool, machine: Machine) -> None:
@@ -165,7 +166,6 @@ class Compute:
                 if on_progress is not None:
                     on_progress(progress)
 
-            # The setting holds for operations that this thread starts.
             torch.set_num_threads(machine.threads)
             return convert(plan.run(check_and_report))
 
