@@ -25,6 +25,9 @@ from core.fit.selection.ridge_selection import RidgeSearch, RidgeSelection, fact
 MIN_DEGREES_OF_FREEDOM = 1e-6
 """Degrees of freedom up to which they may be rounding errors; with a ridge they need not be an integer."""
 
+MAX_NULL_COMPONENT_RATIO = 1e-6
+"""Largest component of a solution of least norm in the null space, relative to its norm: rounding errors."""
+
 MAX_OUTPUT_ROUNDING_RATIO = 1e-2
 """Maximum rounding error of a kernel's output, relative to the part of the target that the kernel is fitted to."""
 
@@ -86,6 +89,20 @@ class Analysis:
         """Return the loss there minus the smallest possible one."""
         displacement = unknowns - self.minimum.at
         return max(0.0, 0.5 * float(np.vdot(displacement, (yield from self.objective.hessian_product(displacement)))))
+
+    def has_least_norm(self) -> Interruptible[bool]:
+        """Return whether no kernel with the same loss, to within rounding errors, has a smaller norm."""
+        spectrum = self.spectrum
+        if not isinstance(spectrum, FactorSpectrum):
+            return True
+        components = yield from spectrum.null_component_norms(self.minimum_along_free_directions)
+        norms = np.linalg.norm(self.minimum.at, axis=(1, 2))
+        return bool((components <= MAX_NULL_COMPONENT_RATIO * norms).all())
+
+    @property
+    def minimum_along_free_directions(self) -> Unknowns:
+        """The best unknowns in the coordinates of the spectrum."""
+        return self.minimum.at
 
     def errors_along_eigenvectors(self, unknowns: Unknowns) -> Interruptible[tuple[Floats, Floats]]:
         """Return curvatures, and the errors of the unknowns along the eigenvectors of each."""

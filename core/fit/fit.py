@@ -18,6 +18,7 @@ from core.fit.fit_steps import generate_fit_steps
 from core.fit.gradient_descent.initialization import resolve_initialization, resolve_seed
 from core.fit.gradient_descent.optimizers import Solver
 from core.fit.gradient_descent.validation_set import load_validation, make_validation_problem, require_patience
+from core.fit.interruption import ignore_overflow, suppress_overflow_warnings
 from core.fit.losses import Loss
 from core.fit.options import Auto, Options
 from core.fit.result import FitResult, Progress
@@ -54,11 +55,18 @@ class FitPlan:
         It yields Readings of the examples, a Forecast, and a Step for each update; in long phases also Readings, so
         that it can be ended about every tenth of a second. It returns the FitResult.
         """
-        return generate_fit_steps(self._run) if isinstance(self._run, FitRun) else self._run.steps()
+        return suppress_overflow_warnings(self._generate_steps())
 
     def run(self, on_progress: Callable[[Progress], object] | None = None) -> FitResult:
-        """Compute the fit, calling `on_progress` with everything that `steps` yields; its exceptions end the fit."""
-        return run_to_end(self.steps(), on_progress)
+        """Compute the fit, calling `on_progress` with everything that `steps` yields; its exceptions end the fit.
+
+        `on_progress` runs without numpy's warnings of overflow and invalid values, as the fit does.
+        """
+        with ignore_overflow():
+            return run_to_end(self._generate_steps(), on_progress)
+
+    def _generate_steps(self) -> Generator[Progress, None, FitResult]:
+        return generate_fit_steps(self._run) if isinstance(self._run, FitRun) else self._run.generate_steps()
 
 
 def plan_fit_kernel(

@@ -16,7 +16,7 @@ from core.fit.fit_run import FitRun
 from core.fit.forecast import build_forecast
 from core.fit.gradient_descent.descent import DescentResult, descend
 from core.fit.gradient_descent.validation_set import ValidationCurve, ValidationResult
-from core.fit.interruption import Interruptible, suppress_overflow_warnings
+from core.fit.interruption import Interruptible
 from core.fit.messages import describe_delta, describe_unstable_rate
 from core.fit.objective import Objective
 from core.fit.result import FitResult, Forecast, Progress, Status, Step
@@ -27,10 +27,6 @@ from core.fit.scaling import choose_scaling
 
 def generate_fit_steps(run: FitRun) -> Generator[Progress, None, FitResult]:
     """Yield the progress of a fit: read the examples, predict, solve or descend; return the result."""
-    return suppress_overflow_warnings(_steps(run))
-
-
-def _steps(run: FitRun) -> Generator[Progress, None, FitResult]:
     if run.options.reweighted:
         return (yield from _run_reweighted(run))
     if not run.options.criterion.is_quadratic:

@@ -40,10 +40,15 @@ def pace(items: Iterable[TimedItem]) -> Iterator[TimedItem | None]:
         yield item
 
 
+def ignore_overflow() -> np.errstate:
+    """Return a context without numpy's warnings of overflow; a fit checks for values that are not finite."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def suppress_overflow_warnings(steps: Generator[Event, None, Value]) -> Generator[Event, None, Value]:
-    """Run the steps without numpy's overflow warnings; the callers check for values that are not finite."""
+    """Run the steps without numpy's warnings of overflow, and the code between them with its own settings."""
     while True:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with ignore_overflow():
             try:
                 event = next(steps)
             except StopIteration as finished:

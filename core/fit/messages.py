@@ -31,6 +31,9 @@ ROUNDED_SINGULAR_VALUE_RATIO = 1e-14
 POOR_R_SQUARED = 0.5
 """R squared of the best kernel below which the message reports that no kernel of this size fits well."""
 
+LEAST_NORM_NOTE = "this is the solution of least norm"
+OTHER_SOLUTIONS_NOTE = "other kernels have the same loss to within rounding errors"
+
 OVERFLOW_MESSAGE = "the values are too large to square, the loss is not finite: scale them down"
 
 
@@ -182,9 +185,15 @@ def describe_delta(kind: str, delta: float) -> str | None:
 
 
 def describe_constrained(
-    options: Options, analysis: ConstrainedAnalysis, loss: float, r_squared: float | None, rank_note: str | None
+    options: Options,
+    analysis: ConstrainedAnalysis,
+    loss: float,
+    r_squared: float | None,
+    rank_note: str | None,
+    *,
+    least_norm: bool,
 ) -> str:
-    """Describe the best kernel under the constraints and whether it is unique."""
+    """Describe the best kernel under the constraints and whether it is unique or, if not, of least norm."""
     constraints = options.constraints
     summary = f"{constraints.kernel_description}: loss {loss:.6g}"
     if r_squared is not None:
@@ -199,11 +208,11 @@ def describe_constrained(
             f"a kernel that satisfies the constraints: loss {loss:.6g}; the search stopped before it found the best one"
         )
     if rank_note is not None:
-        notes += [rank_note, *_describe_uniqueness(options, analysis)]
+        notes += [rank_note, *_describe_uniqueness(options, analysis, least_norm=least_norm)]
     return "; ".join(notes)
 
 
-def _describe_uniqueness(options: Options, analysis: ConstrainedAnalysis) -> list[str]:
+def _describe_uniqueness(options: Options, analysis: ConstrainedAnalysis, *, least_norm: bool) -> list[str]:
     """Describe whether the best kernel is unique, for examples that do not determine all of it."""
     constraints = options.constraints
     if constraints.separable is not None:
@@ -214,7 +223,7 @@ def _describe_uniqueness(options: Options, analysis: ConstrainedAnalysis) -> lis
         return [f"the {' and the '.join(used)} make{'' if len(used) > 1 else 's'} the solution unique"]
     if constraints.nonnegative:
         return ["other kernels that satisfy the constraints may have the same loss"]
-    return ["this is the solution of least norm"]
+    return [LEAST_NORM_NOTE if least_norm else OTHER_SOLUTIONS_NOTE]
 
 
 def describe_descent(

@@ -19,6 +19,8 @@ from core.fit.gradient_descent.validation_set import ValidationResult
 from core.fit.interruption import Interruptible
 from core.fit.losses import LOSSES
 from core.fit.messages import (
+    LEAST_NORM_NOTE,
+    OTHER_SOLUTIONS_NOTE,
     OVERFLOW_MESSAGE,
     describe_analysis_rank,
     describe_constrained,
@@ -29,7 +31,7 @@ from core.fit.messages import (
 from core.fit.objective import ImageTerm, Objective
 from core.fit.parameters import Unknowns
 from core.fit.result import CONFIDENCE_LEVEL, Diagnostics, FitResult, Forecast, Progress, Status, Uncertainty
-from core.fit.scaling import Scaling
+from core.fit.scaling import UNSCALED, Scaling
 from core.fit.selection.ridge_selection import RidgePath
 
 MIN_LOSS_DIFFERENCE_RATIO = 1e-6
@@ -64,7 +66,9 @@ def build_result(
     if analysis is not None and error_estimate is not None:
         uncertainty = _estimate_least_squares_uncertainty(run, analysis, error_estimate)
     if isinstance(analysis, ConstrainedAnalysis) or options.solver == "exact":
-        message = _describe_solution(run, descent, analysis, forecast, r_squared)
+        message = yield from run.with_progress(
+            _describe_solution(run, descent, analysis, forecast, r_squared), run.term_count
+        )
     else:
         message = _describe_descent(run, descent, targets, analysis, forecast, best_r_squared, best_rate)
     selection = analysis.selection if analysis else None
@@ -105,6 +109,8 @@ def _compute_excess_loss(
 
 
 def _unscale_descent(descent: DescentResult, scaling: Scaling) -> DescentResult:
+    if scaling == UNSCALED:
+        return descent
     return replace(
         descent,
         unknowns=scaling.unscale_unknowns(descent.unknowns),
@@ -142,13 +148,18 @@ def _describe_overflow(descent: DescentResult) -> str | None:
 
 def _describe_solution(
     run: FitRun, descent: DescentResult, analysis: Analysis | None, forecast: Forecast, r_squared: float | None
-) -> str:
+) -> Interruptible[str]:
     if overflow := _describe_overflow(descent):
         return overflow
     rank_note = describe_analysis_rank(analysis, forecast.unknowns)
+    least_norm = analysis is not None and (yield from analysis.has_least_norm())
     if isinstance(analysis, ConstrainedAnalysis):
-        return describe_constrained(run.options, analysis, descent.final_loss, r_squared, rank_note)
-    return describe_exact(forecast, descent, r_squared, _describe_uniqueness(run, analysis, rank_note))
+        return describe_constrained(
+            run.options, analysis, descent.final_loss, r_squared, rank_note, least_norm=least_norm
+        )
+    return describe_exact(
+        forecast, descent, r_squared, _describe_uniqueness(run, analysis, rank_note, least_norm=least_norm)
+    )
 
 
 def _describe_descent(
@@ -189,13 +200,15 @@ def build_overflow_result(
     return (yield from build_result(run, descent, targets, terms, None, forecast, None))
 
 
-def _describe_uniqueness(run: FitRun, analysis: Analysis | None, rank_note: str | None) -> list[str]:
+def _describe_uniqueness(
+    run: FitRun, analysis: Analysis | None, rank_note: str | None, *, least_norm: bool
+) -> list[str]:
     """Describe the returned kernel if the examples do not determine the best one."""
     if analysis is None or rank_note is None:
         return []
     if bool((analysis.spectrum.ranks == run.layout.size).all()):
         return [rank_note, "the ridge makes the solution unique"]
-    return [rank_note, "this is the solution of least norm"]
+    return [rank_note, LEAST_NORM_NOTE if least_norm else OTHER_SOLUTIONS_NOTE]
 
 
 def _estimate_least_squares_uncertainty(run: FitRun, analysis: Analysis, error_estimate: ErrorEstimate) -> Uncertainty:

@@ -65,6 +65,12 @@ class ConstrainedAnalysis(Analysis):
         """True if no other kernel under the same ties and sum has the same loss."""
         return bool((self.spectrum.ranks == self.basis.shape[1]).all())
 
+    @property
+    def minimum_along_free_directions(self) -> Unknowns:
+        """The best unknowns in the coordinates of the spectrum."""
+        free: Unknowns = self.basis.T @ self.minimum.at
+        return free
+
     def excess_loss(self, unknowns: Unknowns) -> Interruptible[float]:
         """Return 0: constraints require the solver "exact", which finds the best kernel."""
         del unknowns

@@ -1,5 +1,7 @@
 """Spectrum of the Hessian of a loss, from the singular values of a factor of the normal equations."""
 
+from typing import SupportsIndex
+
 import numpy as np
 import torch
 
@@ -74,8 +76,7 @@ class FactorSpectrum:
             return solution
         shortest = solution.copy()
         for block in deficient:
-            free = ~self._identified[block]
-            null = yield from orthonormalize(self._scale[block] * self._right[block][free].T)
+            null = yield from self._null_space(block)
             shortest[block] -= null @ (null.T @ solution[block])
         # The projection has rounding errors relative to the largest unknowns: correct them by the residuals.
         shortest += yield from self._pseudoinverse(values - (yield from multiply_blocks(factors, shortest)))
@@ -90,10 +91,22 @@ class FactorSpectrum:
         """Return the projections onto the null spaces, (blocks, size, size)."""
         projections = np.zeros_like(self._right)
         for block in np.flatnonzero(~self._identified.all(1)):
-            free = ~self._identified[block]
-            null = yield from orthonormalize(self._scale[block] * self._right[block][free].T)
+            null = yield from self._null_space(block)
             projections[block] = null @ null.T
         return projections
+
+    def null_component_norms(self, unknowns: Unknowns) -> Interruptible[Floats]:
+        """Return the norms (blocks) of the components of unknowns (blocks, size, columns) in the null spaces."""
+        norms = np.zeros(len(unknowns))
+        for block in np.flatnonzero(~self._identified.all(1)):
+            null = yield from self._null_space(block)
+            norms[block] = np.linalg.norm(null.T @ unknowns[block])
+        return norms
+
+    def _null_space(self, block: SupportsIndex) -> Interruptible[Floats]:
+        """Return an orthonormal basis of a block's null space, in columns."""
+        free = ~self._identified[block]
+        return (yield from orthonormalize(self._scale[block] * self._right[block][free].T))
 
     def _pseudoinverse(self, values: Unknowns) -> Interruptible[Unknowns]:
         """Apply the pseudoinverse of F, of least norm in scaled units."""

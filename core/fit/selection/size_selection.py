@@ -16,7 +16,7 @@ from core.fit.examples import Example
 from core.fit.fit_run import FitRun
 from core.fit.fit_spec import FitSpec
 from core.fit.fit_steps import generate_fit_steps
-from core.fit.interruption import Interruptible, suppress_overflow_warnings
+from core.fit.interruption import Interruptible
 from core.fit.messages import OVERFLOW_MESSAGE
 from core.fit.options import Options
 from core.fit.result import FitResult, Progress, Reading
@@ -64,11 +64,8 @@ class SizeSelection:
             max(largest.megabytes, reading.megabytes + copies),
         )
 
-    def steps(self) -> Generator[Progress, None, FitResult]:
+    def generate_steps(self) -> Generator[Progress, None, FitResult]:
         """Read the examples for the largest size, choose one, and fit it."""
-        return suppress_overflow_warnings(self._steps())
-
-    def _steps(self) -> Generator[Progress, None, FitResult]:
         comparison_run = self._plan_comparison()
         images = len(self.fit_spec.examples.pairs)
         count = (

@@ -263,6 +263,10 @@ class MessageOracle:
         if self.best.has_decided_rank:
             assert np.linalg.norm(self.fit.kernel.numpy()) <= np.linalg.norm(self.best.kernel) * (1 + 1e-6)
 
+    def other_solutions(self, _: re.Match[str]) -> None:
+        assert self.fit.rank is not None
+        assert self.fit.rank < self.fit.unknowns
+
     def ridge(self, _: re.Match[str]) -> None:
         assert self.fit.ridge
 
@@ -287,6 +291,7 @@ CLAIMS = {
     r"rank (\d+) of (\d+): .*": MessageOracle.rank,
     rf"no kernel of this size explains more than {NUMBER_REGEX} of the target's variance": MessageOracle.explained,
     "this is the solution of least norm$": MessageOracle.least_norm,
+    "other kernels have the same loss to within rounding errors$": MessageOracle.other_solutions,
     "the ridge makes the solution unique$": MessageOracle.ridge,
     rf"ridge {NUMBER_REGEX} minimises generalised cross-validation$": MessageOracle.cross_validation,
     rf"ridge {NUMBER_REGEX} is the largest that was tried: by generalised": MessageOracle.cross_validation,
