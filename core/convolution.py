@@ -53,21 +53,11 @@ class ConvolutionPlan(NamedTuple):
         `check` is called between slices of a long computation, of about 0.05 s of predicted time each; an exception
         that it raises ends the computation. Raises InvalidNumbers if the input cannot be converted.
         """
-        problem = self.problem
-        images = as_array("input", self.input, problem.dtype, self.device).reshape(self.input_shape)
-        result = run_engine(
-            problem,
-            images,
-            self.filters,
-            self.bias,
-            self.output_shape,
-            self.method,
-            self.machine,
-            self.engines,
-            check,
-        )
+        problem, received, input_shape, filters, bias, output_shape, method, device, machine, engines = self
+        images = as_array("input", received, problem.dtype, device).reshape(input_shape)
+        result = run_engine(problem, images, filters, bias, output_shape, method, machine, engines, check)
         if error_bound:
-            bound = compute_error_bound(result, problem, images, self.filters, self.bias)
+            bound = compute_error_bound(result, problem, images, filters, bias)
             result = result._replace(error_bound=bound)
         return result
 

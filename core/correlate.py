@@ -89,17 +89,18 @@ def plan_correlate(
     case = _build_problem(tuple(images.shape), taps.shape, mode, boundary, fill_value, operation, dtype, kind, rank)
     if operation == "convolve":
         taps = taps[::-1, ::-1].copy() if isinstance(taps, np.ndarray) else taps.flip(0, 1)
+    # Keyword arguments take 10 % of the time of a small image.
     return ConvolutionPlan(
-        problem=case.problem,
-        input=images,
-        input_shape=case.planes_shape,
-        filters=taps[None, None],
-        bias=None,
-        output_shape=case.output_shape,
-        method=method,
-        device=resolved,
-        machine=machine or this_machine(),
-        engines=engines,
+        case.problem,
+        images,
+        case.planes_shape,
+        taps[None, None],
+        None,
+        case.output_shape,
+        method,
+        resolved,
+        machine or this_machine(),
+        engines,
     )
 
 

@@ -43,11 +43,11 @@ class RequestContext:
 
 def get_context(scope: Scope) -> RequestContext:
     """Return the context of a request; the first call, by the server or by RequestLogMiddleware, creates it."""
-    state = scope.setdefault("state", {})
-    context: RequestContext | None = state.get(CONTEXT_KEY)
-    if context is None:
+    try:
+        context: RequestContext = scope["state"][CONTEXT_KEY]
+    except KeyError:
         request_id = _read_request_id(scope) or f"{REQUEST_ID_PREFIX}{next(REQUEST_NUMBERS):016x}"
-        context = state[CONTEXT_KEY] = RequestContext(request_id)
+        context = scope.setdefault("state", {})[CONTEXT_KEY] = RequestContext(request_id)
     return context
 
 

@@ -25,10 +25,9 @@ class SecurityHeadersMiddleware:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = list(message.get("headers", ()))
+                headers = message.get("headers", ())
                 names = {name for name, _ in headers}
-                headers += [header for header in SECURITY_HEADERS if header[0] not in names]
-                message["headers"] = headers
+                message["headers"] = [*headers, *(header for header in SECURITY_HEADERS if header[0] not in names)]
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
