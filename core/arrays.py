@@ -86,8 +86,8 @@ def as_array(field: str, value: ArrayLike, dtype: Dtype, device: torch.device) -
 def as_shaped_array(field: str, value: ArrayLike) -> Array:
     """Return the value itself if it is a valid array, so that its shape can be checked before anything is copied.
 
-    Other values, masked arrays and empty arrays go through `as_real_tensor`, which converts them or raises. numpy arrays
-    are returned first, as in `as_array`.
+    Other values, masked arrays and empty arrays go through `as_real_tensor`, which converts them or raises. Arrays of
+    numpy are returned first, as in `as_array`.
     """
     if type(value) is np.ndarray and value.size:
         return value

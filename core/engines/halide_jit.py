@@ -69,6 +69,17 @@ def vector_lanes(dtype: Dtype) -> int:
     return pipelines.vector_bytes() // np.dtype(dtype).itemsize
 
 
+def magnitude_bits(value: Any, bits: int) -> Any:
+    """Return |value| of a Halide expression of a float type with so many bits, as a bit pattern.
+
+    As integers, these patterns compare NaN > Inf > finite values. The sign bit is cleared explicitly: hl.abs may return
+    -0.0 for 0.0, whose bit pattern is above all others.
+    """
+    hl = import_halide()
+    pattern = hl.UInt(bits)
+    return hl.reinterpret(pattern, value) & hl.cast(pattern, hl.u64((1 << (bits - 1)) - 1))
+
+
 def allocate_and_fill(problem: Problem, fill: FillFn) -> ConvolveFn:
     """Return a convolution with one filter that fills a new output, or `out`, and adds the bias."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)

@@ -161,7 +161,7 @@ def cross_approximation_pipeline() -> PipelineSpec:
 
     The remainder is the matrix minus the product of column and row. They cross in the largest value (the pivot), by
     which the column is divided. The numbers are the largest |value| of the matrix and of the remainder, and the maximum
-    of |remainder| - share * |matrix|. Absolute values are compared as bit patterns, in which NaN > Inf > finite values.
+    of |remainder| - share * |matrix|. Absolute values are compared as bit patterns, see halide_jit.magnitude_bits.
     """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes("float64")
     matrix, share = hl.ImageParam(hl.Float(64), 2, "matrix"), hl.Param(hl.Float(64), "share")
@@ -169,9 +169,7 @@ def cross_approximation_pipeline() -> PipelineSpec:
     width, height = matrix.dim(0).extent(), matrix.dim(1).extent()
     across, down = hl.RDom([hl.Range(0, width)], "across"), hl.RDom([hl.Range(0, height)], "down")
 
-    def size(number: Any) -> Any:
-        return hl.reinterpret(hl.UInt(64), hl.abs(number))
-
+    size = functools.partial(halide_jit.magnitude_bits, bits=64)
     largest, pivot, column, row = hl.Func("largest"), hl.Func("pivot"), hl.Func("column"), hl.Func("row")
     remainder, residual, above, sizes = hl.Func("less"), hl.Func("left"), hl.Func("above"), hl.Func("sizes")
     largest[x] = hl.u64(0)

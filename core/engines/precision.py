@@ -137,19 +137,19 @@ def correlate_within_bound(
     """
     bound = bound or plane.dtype
     estimates = transform(plane, kernel, output)
-    size, norm = max(each.max_pixel for each in estimates), estimates[0].kernel_norm
-    error = max(each.error for each in estimates)
-    if not all(math.isfinite(each.max_pixel) for each in estimates) or not math.isfinite(norm):
+    sizes, norm = [each.max_pixel for each in estimates], estimates[0].kernel_norm
+    if max(sizes) <= MIN_FULL_PRECISION[plane.dtype]:
+        # Compiled comparisons may treat subnormal numbers as zero.
+        sizes = [max_magnitude(plane)]
+    if norm <= MIN_FULL_PRECISION[plane.dtype]:
+        # Squares of the smallest numbers underflow to zero.
+        norm = max_magnitude(kernel)
+    size, error = max(sizes), max(each.error for each in estimates)
+    if not all(map(math.isfinite, (*sizes, norm))):
         if not (np.isfinite(plane).all() and np.isfinite(kernel).all()):
             _fill_by_slabs(_fill_with_nonfinite, plane, kernel, output, transform)
             return
         size, norm, error = math.inf, math.inf, math.inf
-    if size <= MIN_FULL_PRECISION[plane.dtype]:
-        # Compiled comparisons may treat subnormal numbers as zero.
-        size = max_magnitude(plane)
-    if norm <= MIN_FULL_PRECISION[plane.dtype]:
-        # Squares of the smallest numbers underflow to zero.
-        norm = max_magnitude(kernel)
     integers = _yields_exact_integers(plane, kernel, size)
     if not _is_in_safe_range(size, norm, max(plane.shape) ** 2, plane.dtype):
         _fill_by_slabs(_fill_with_more_range, plane, kernel, output, transform)

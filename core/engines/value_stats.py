@@ -97,7 +97,7 @@ def build_stats(parts: Sequence[Any], kernel: Any, number: Any, lanes: int) -> t
 def _build_extremes(parts: Sequence[Any], number: Any, lanes: int) -> tuple[Any, Any, Any]:
     """Return the smallest value, the largest value and the largest |value| of all parts.
 
-    Absolute values are compared as bit patterns, in which NaN > Inf > finite values.
+    Absolute values are compared as bit patterns, see halide_jit.magnitude_bits.
     """
     hl = halide_jit.import_halide()
     lane, row = hl.Var("lane"), hl.Var("row")
@@ -117,7 +117,7 @@ def _build_extremes(parts: Sequence[Any], number: Any, lanes: int) -> tuple[Any,
     for part in parts:
         # The last block is shifted inwards; reading pixels twice does not change the result.
         pixel = part[hl.min(block.x * lanes, width - lanes) + lane, hl.min(block.y * rows + row, height - 1)]
-        found[lane, row] = extended(found[lane, row], pixel, pixel, hl.reinterpret(pattern, hl.abs(pixel)))
+        found[lane, row] = extended(found[lane, row], pixel, pixel, halide_jit.magnitude_bits(pixel, number.bits()))
     extremes[()] = initial
     partial = found[every.x, every.y]
     extremes[()] = extended(extremes[()], partial[0], partial[1], partial[2])

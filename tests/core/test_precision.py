@@ -142,6 +142,22 @@ def test_nonfinite_pixel_affects_only_its_outputs(
             assert off < (1e-4 if dtype == "float32" else 1e-12), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_nonfinite_pixel_among_zeros(dtype: Dtype, zero: float, rng: np.random.Generator) -> None:
+    # The magnitudes of all pixels are compared as bit patterns, in which -0.0 is above infinity.
+    image = np.full((90, 130), zero)
+    image[10:80, 10:120] = rng.normal(size=(70, 110))
+    image[40, 50] = np.inf
+    kernel = rng.normal(size=(5, 33))
+    with np.errstate(invalid="ignore"):
+        expected = reference.correlate_valid_by_windows(image, kernel)
+    for name, output in run_every_engine(image, kernel, dtype).items():
+        np.testing.assert_array_equal(classify_values(output), classify_values(expected), name)
+        finite = np.isfinite(expected)
+        np.testing.assert_allclose(output[finite], expected[finite], 0, 1e-4 if dtype == "float32" else 1e-12, name)
+
+
 def test_integers_give_integers(rng: np.random.Generator) -> None:
     image, kernel = rng.integers(0, 256, (90, 90)), rng.integers(0, 6, (25, 25))
     for dtype in DTYPES:
