@@ -40,6 +40,7 @@ from service.cli.options import (
 )
 from service.imports import without_garbage_collection
 from service.log_stream import LogStream, open_standard_files
+from service.server.malloc import limit_malloc_arenas
 from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
 from service.version import VERSION
 
@@ -65,6 +66,7 @@ def serve(**flags: object) -> None:
     # has a handler for. uvicorn shuts down gracefully, then raises the signal again for this handler.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    limit_malloc_arenas()
     open_standard_files()
     sys.stderr = LogStream(STDERR_FD)
     settings = _load_settings(flags)

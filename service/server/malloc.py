@@ -14,10 +14,11 @@ The libraries read these environment variables at the first convolution; the def
 
 
 def limit_malloc_arenas() -> None:
-    """Limit glibc to one arena, and torch's caches of compiled convolutions. Call this before torch is used.
+    """Limit glibc to one arena, and torch's caches of compiled convolutions.
 
     glibc has eight arenas per core, so that threads need not wait for each other's allocations, and keeps up to 64 MB
-    of freed memory in each of them. Compute threads allocate little.
+    of freed memory in each of them. Compute threads allocate little. Call this before torch is imported and before
+    threads start: an arena that exists is used for good.
     """
     for name, shapes in TORCH_CACHE_CAPACITIES.items():
         os.environ.setdefault(name, shapes)

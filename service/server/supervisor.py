@@ -19,6 +19,7 @@ from service.log import configure_logging, exit_now
 from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig
 from service.server.listener import stop_accepting
+from service.server.malloc import limit_malloc_arenas
 from service.server.server import Server
 from service.server.signals import QUIT_SIGNAL, ignore_signals
 
@@ -59,6 +60,7 @@ class Worker(Process):
 
     def target(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve, in the process of the worker."""
+        limit_malloc_arenas()
         config = cast("ServerConfig", self.config)
         configure_logging(config.log_format)
         # The supervisor stops the workers, but a terminal sends these signals to all processes.

@@ -1,5 +1,6 @@
 """Tests of `corr2d serve` as a process: its address, its first responses, its exit code."""
 
+import itertools
 import json
 import signal
 import socket
@@ -14,6 +15,29 @@ from tests.service.sample_requests import D2L_EXAMPLE
 pytestmark = pytest.mark.slow
 
 
+ARENA_BYTES = 1 << 26
+"""Alignment and reserved size of glibc's arenas other than the first."""
+
+
+def list_processes(pid: int) -> list[int]:
+    """Return a process and its children, on Linux."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [pid, *map(int, children.read_text().split())] if children.exists() else []
+
+
+def count_secondary_arenas(pid: int) -> int:
+    """Return the number of glibc's arenas besides the first; each keeps freed memory of its own."""
+    regions = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        addresses, access, *_ = line.split()
+        first, _, last = addresses.partition("-")
+        regions.append((int(first, 16), int(last, 16), access))
+    return sum(
+        start % ARENA_BYTES == 0 and access[:2] == "rw" and reserved == end and stop == start + ARENA_BYTES
+        for (start, end, access), (reserved, stop, _) in itertools.pairwise(regions)
+    )
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_serve_prints_its_address_responds_and_stops(tmp_path: Path, workers: str) -> None:
     log = tmp_path / "log"
@@ -21,6 +45,7 @@ def test_serve_prints_its_address_responds_and_stops(tmp_path: Path, workers: st
         with open_client(address) as send:
             assert send("POST", "/correlate", json=D2L_EXAMPLE).json()["output"] == [[19, 25], [37, 43]]
             assert send("GET", "/info").json()["settings"]["queue"] == 5
+        assert not any(map(count_secondary_arenas, list_processes(process.pid)))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
