@@ -23,6 +23,7 @@ from service.metrics.counters import Metrics, SharedCounters
 from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware
 from service.middleware.cors import CrossOriginMiddleware
 from service.middleware.fast_path import FastPathMiddleware
+from service.middleware.head import HeadMiddleware
 from service.middleware.request_log import RequestLogMiddleware
 from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.openapi import extend_schema
@@ -34,7 +35,6 @@ from service.scheduling.admission import COMPUTE_MEMORY_FRACTION, Admission
 from service.scheduling.compute import Compute
 from service.scheduling.pool import WorkerPool
 from service.scheduling.threads import run_at_low_priority
-from service.server.malloc import limit_malloc_arenas
 from service.settings import Settings
 from service.version import VERSION
 
@@ -80,6 +80,7 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
     settings = state.settings
     set_app_state(app, state)
     # Each middleware wraps those added before it.
+    app.add_middleware(HeadMiddleware)
     if not has_telemetry:
         # Not with telemetry: it names spans by the route that FastAPI finds.
         routes = (route for resource in (correlate, conv2d, train_kernel) for route in resource.router.routes)
@@ -90,7 +91,12 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
         listed = settings.api_keys.get_secret_value() if settings.api_keys else None
         app.add_middleware(APIKeyMiddleware, keys=KeyRing(listed, settings.api_keys_file))
     if settings.origins:
-        app.add_middleware(CrossOriginMiddleware, origins=settings.origins, credentials=settings.cors_credentials)
+        app.add_middleware(
+            CrossOriginMiddleware,
+            origins=settings.origins,
+            headers=settings.allowed_headers,
+            credentials=settings.cors_credentials,
+        )
     app.add_middleware(RequestLogMiddleware, metrics=state.metrics, protocol_error_app=respond_to_protocol_error)
     add_error_handlers(app)
     for resource in (health, metrics, info, kernels, train_kernel, conv2d, correlate):
@@ -146,8 +152,7 @@ def _resolve_memory_settings(settings: Settings) -> tuple[Settings, int]:
 
 
 def create_worker_app(settings: Settings, table: SharedCounters) -> FastAPI:
-    """Return the application for a worker process of its own, and configure malloc and the interpreter for it."""
-    limit_malloc_arenas()
+    """Return the application for a worker process of its own, and configure the interpreter for it."""
     # The event loop waits this long for the GIL, once for each thread that runs Python code.
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     app = create_app(settings, table)

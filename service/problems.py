@@ -255,15 +255,18 @@ def _handle_http_error(request: Request, error: Exception) -> Response:
     error = cast("HTTPException", error)
     status = HTTPStatus(error.status_code)
     problem_type = ProblemType(status, status.phrase.lower().replace(" ", "-"), status.phrase)
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"  # see HeadMiddleware
     paths = ", ".join(sorted(request.app.openapi()["paths"]))
     detail = {
         HTTPStatus.NOT_FOUND: f"unknown endpoint {_truncate(request.url.path)}; endpoints: {paths}",
         HTTPStatus.METHOD_NOT_ALLOWED: (
             f"{request.method} is not allowed at {_truncate(request.url.path)}; "
-            f"allowed: {(error.headers or {}).get('Allow', 'other methods')}"
+            f"allowed: {headers.get('Allow', 'other methods')}"
         ),
     }.get(status, str(error.detail))
-    return create_problem_response(request, problem_type, detail, headers=error.headers)
+    return create_problem_response(request, problem_type, detail, headers=headers)
 
 
 def create_internal_error_response(request: Request, headers: Mapping[str, str] | None = None) -> Response:

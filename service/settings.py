@@ -14,6 +14,7 @@ from service.api_keys import parse_keys, read_keys
 ENV_PREFIX = "CORR2D_"
 
 ORIGIN_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+HEADER_NAME_PATTERN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 DEFAULT_PORT_PATTERN = re.compile(r"http://.*:80|https://.*:443")
 
 
@@ -94,6 +95,10 @@ class Settings(BaseSettings):
     cors_origins: str | None = Field(
         None, description="comma-separated origins whose pages may call the API from a browser, or *; unset: none"
     )
+    cors_headers: str | None = Field(
+        None,
+        description="comma-separated names of further request headers that these pages may send; unset: none",
+    )
     cors_credentials: bool = Field(
         default=False,
         description="allow pages of CORR2D_CORS_ORIGINS to send credentials: cookies or logins of a proxy in front "
@@ -125,6 +130,14 @@ class Settings(BaseSettings):
                 )
         return origins
 
+    @field_validator("cors_headers")
+    @classmethod
+    def _check_headers(cls, headers: str | None) -> str | None:
+        for header in () if headers is None else _split_list(headers):
+            if not HEADER_NAME_PATTERN.fullmatch(header):
+                raise ValueError(f"{header!r} is not a valid header name: use letters, digits and hyphens")
+        return headers
+
     @model_validator(mode="after")
     def _check_credentials(self) -> Self:
         if self.cors_credentials and self.cors_origins in (None, "*"):
@@ -143,6 +156,11 @@ class Settings(BaseSettings):
     def origins(self) -> list[str]:
         """The origins in cors_origins, as a list."""
         return [] if self.cors_origins is None else _split_list(self.cors_origins)
+
+    @property
+    def allowed_headers(self) -> list[str]:
+        """The header names in cors_headers, as a list."""
+        return [] if self.cors_headers is None else _split_list(self.cors_headers)
 
     @model_validator(mode="after")
     def _check_compute_memory(self) -> Self:

@@ -26,7 +26,10 @@ EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
 
 MIN_EVENT_INTERVAL_S = 0.05
-"""Minimum seconds between progress events."""
+"""Minimum seconds between progress events, except for the forecast, the first FIRST_STEPS steps and the last one."""
+
+FIRST_STEPS = 200
+"""Number of steps at the start of a descent whose events are all sent."""
 
 KEEPALIVE_INTERVAL_S = 15.0
 """Seconds without an event after which a keep-alive is sent, so that proxies do not close the connection."""
@@ -80,12 +83,13 @@ class ProgressStream(Response):
         self._events: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._last_event_at = 0.0
+        self._skipped_step: Step | None = None
         self._task: asyncio.Task[ResponseFields] | None = None
 
     async def start(self, work: ReportingWork) -> None:
         """Start the work and wait for its first event. Raises errors of the work that precede it."""
         self._task = asyncio.create_task(work(self._report))
-        self._task.add_done_callback(lambda _: self._events.put_nowait(None))
+        self._task.add_done_callback(lambda _: self._end())
         try:
             first = await run_until_disconnect(self._request.receive, self._events.get())
         except BaseException:
@@ -144,11 +148,21 @@ class ProgressStream(Response):
         self._last_event_at = self._last_event_at or now
         if self._wait_for_forecast and isinstance(progress, Reading):
             return
-        if not isinstance(progress, Forecast) and now - self._last_event_at < MIN_EVENT_INTERVAL_S:
+        is_kept = isinstance(progress, Forecast) or (isinstance(progress, Step) and progress.number <= FIRST_STEPS)
+        if not is_kept and now - self._last_event_at < MIN_EVENT_INTERVAL_S:
+            self._skipped_step = progress if isinstance(progress, Step) else None
             return
-        self._last_event_at = now
+        self._last_event_at, self._skipped_step = now, None
+        self._loop.call_soon_threadsafe(self._events.put_nowait, self._format_progress(progress))
+
+    def _end(self) -> None:
+        """Send the last step, if it was skipped, and end the events."""
+        if self._skipped_step is not None:
+            self._events.put_nowait(self._format_progress(self._skipped_step))
+        self._events.put_nowait(None)
+
+    def _format_progress(self, progress: Progress) -> bytes:
         fields = asdict(progress)
         if isinstance(progress, Step) and progress.validation_loss is None:
             del fields["validation_loss"]
-        event = self._format_event(type(progress).__name__.lower(), orjson.dumps(fields))
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        return self._format_event(type(progress).__name__.lower(), orjson.dumps(fields))

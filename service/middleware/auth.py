@@ -7,7 +7,7 @@ from service.api_keys import KeyRing
 from service.errors import Unauthorized
 from service.problems import respond_to_error
 
-PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz"})
+PUBLIC_PATHS = frozenset({"/", "/docs", "/favicon.ico", "/openapi.json", "/livez", "/readyz"})
 """Paths that need no API key: health checks and documentation."""
 
 

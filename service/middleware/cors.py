@@ -10,16 +10,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import InvalidRequest
 from service.problems import create_internal_error_response, respond_to_error
 
+ALLOWED_HEADERS = (
+    "Accept",
+    "Authorization",
+    "Content-Encoding",
+    "Content-Type",
+    "traceparent",
+    "tracestate",
+    "X-API-Key",
+    "X-Request-ID",
+)
+"""Request headers that pages may send; traceparent and tracestate are those of W3C Trace Context."""
+
 
 class CrossOriginMiddleware:
     """CORS for pages from these origins ("*": any origin), including error responses."""
 
-    def __init__(self, app: ASGIApp, origins: Sequence[str], *, credentials: bool) -> None:
+    def __init__(self, app: ASGIApp, origins: Sequence[str], headers: Sequence[str] = (), *, credentials: bool) -> None:
+        """headers: names of request headers that pages may send in addition to ALLOWED_HEADERS."""
         self._cors = CORSMiddleware(
             InternalErrorMiddleware(app),
             allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Accept", "Authorization", "Content-Encoding", "Content-Type", "X-API-Key", "X-Request-ID"],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=[*ALLOWED_HEADERS, *headers],
             allow_credentials=credentials,
             expose_headers=["Corr2d-Result", "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Request-ID"],
         )
@@ -34,7 +47,9 @@ class CrossOriginMiddleware:
         response = self._cors.preflight_response(headers)  # type: ignore[arg-type]  # they are Headers
         if response.status_code >= 400:
             cors_headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
-            detail = f"{bytes(response.body).decode()} (setting: CORR2D_CORS_ORIGINS)"
+            reason = bytes(response.body).decode()
+            setting = "CORR2D_CORS_HEADERS" if reason.endswith("headers") else "CORR2D_CORS_ORIGINS"
+            detail = f"{reason} (setting: {setting})"
             response = respond_to_error(Request(scope), InvalidRequest(detail, headers=cors_headers))
         await response(scope, receive, send)
 

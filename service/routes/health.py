@@ -24,13 +24,18 @@ class ReadinessStatus(BaseModel):
     device: str
 
 
-@router.get("/livez", summary="Liveness: is the process running?", responses=success_docs())
+@router.get("/livez", operation_id="livez", summary="Liveness: is the process running?", responses=success_docs())
 async def livez() -> LivenessStatus:
     """Return 200 while the process runs, without further checks."""
     return LivenessStatus()
 
 
-@router.get("/readyz", summary="Readiness: can the service compute?", responses={**success_docs(), **problem_docs(503)})
+@router.get(
+    "/readyz",
+    operation_id="readyz",
+    summary="Readiness: can the service compute?",
+    responses={**success_docs(), **problem_docs(503)},
+)
 async def readyz(request: Request) -> ReadinessStatus:
     """Return 200 after a successful warm-up computation on the configured device, otherwise 503 with the reason."""
     readiness = get_app_state(request.app).readiness

@@ -33,7 +33,9 @@ class ServiceInfo(BaseModel):
     settings: dict[str, Any]
 
 
-@router.get("/info", summary="Version, devices, engines and every limit in force", responses=success_docs())
+@router.get(
+    "/info", operation_id="info", summary="Version, devices, engines and every limit in force", responses=success_docs()
+)
 async def info(request: Request) -> ServiceInfo:
     """Return versions, devices, engines and settings; `engines` maps each engine to its `method`."""
     return ServiceInfo(

@@ -34,7 +34,7 @@ class NamedKernels(BaseModel):
     kernels: list[NamedKernel]
 
 
-@router.get("/kernels", summary="The named kernels", responses=success_docs(LINKS))
+@router.get("/kernels", operation_id="kernels", summary="The named kernels", responses=success_docs(LINKS))
 async def kernels() -> NamedKernels:
     """Return every kernel name for /correlate, with its arguments and the entries of an example."""
     return NamedKernels(

@@ -13,6 +13,7 @@ router = APIRouter(tags=["operations"])
 
 @router.get(
     "/metrics",
+    operation_id="metrics",
     summary="Metrics for Prometheus",
     response_class=Response,
     responses={

@@ -1,12 +1,13 @@
-"""HTML pages: the redirect from /, and /docs, Swagger UI with locally served files."""
+"""HTML pages: the redirect from /, and /docs, Swagger UI with locally served files; their icon."""
 
 import re
 from base64 import b64encode
 from hashlib import sha256
+from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -29,6 +30,8 @@ class DocsAssets(StaticFiles):
 
 INLINE_SCRIPT_PATTERN = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
+FAVICON = (Path(__file__).parent / "favicon.ico").read_bytes()
+
 SWAGGER_UI_PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
 
 
@@ -36,6 +39,12 @@ SWAGGER_UI_PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
 async def redirect_to_docs() -> RedirectResponse:
     """Redirect browsers to the documentation."""
     return RedirectResponse("/docs")
+
+
+@router.get("/favicon.ico")
+async def favicon() -> Response:
+    """Return the icon that browsers show next to the title of a page."""
+    return Response(FAVICON, media_type="image/x-icon", headers={"Cache-Control": "max-age=86400"})
 
 
 @router.get("/docs")
@@ -47,7 +56,7 @@ async def docs(request: Request) -> HTMLResponse:
         title=f"{request.app.title} - Swagger UI",
         swagger_js_url=f"{root}{DOCS_ASSETS_PATH}/swagger-ui-bundle.js",
         swagger_css_url=f"{root}{DOCS_ASSETS_PATH}/swagger-ui.css",
-        swagger_favicon_url=f"{root}{DOCS_ASSETS_PATH}/favicon.png",
+        swagger_favicon_url=f"{root}/favicon.ico",
         swagger_ui_parameters=SWAGGER_UI_PARAMETERS,
     )
     scripts = " ".join(f"'sha256-{_hash_script(script)}'" for script in INLINE_SCRIPT_PATTERN.findall(page.body))

@@ -25,6 +25,7 @@ from service.server.request_checks import (
     MAX_HEADER_FIELDS,
     MAX_SHOWN_TARGET_BYTES,
     MAX_TARGET_BYTES,
+    check_host,
     check_transfer_coding,
     get_content_length,
     too_large_error,
@@ -253,8 +254,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             error = HTTPVersionNotSupported(
                 f"the request has version HTTP/{version}; supported are HTTP/1.1 and HTTP/1.0: use one of them"
             )
-        elif self._transfer_codings:
-            error = check_transfer_coding(self._transfer_codings, version)
+        else:
+            error = check_host(self.headers, version)
+            if error is None and self._transfer_codings:
+                error = check_transfer_coding(self._transfer_codings, version)
+        if version == "1.0":
+            # It does not know 100 Continue (RFC 9110, 10.1.1).
+            self.expect_100_continue = False
         if error is None and self.url[:1] != b"/":
             error = self._check_target()
         return error or self._check_limits()

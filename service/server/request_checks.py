@@ -1,6 +1,7 @@
 """Limits on the request line and headers of a request, and checks that need only these."""
 
 import math
+import re
 
 from service.errors import (
     HeaderTooLarge,
@@ -17,6 +18,9 @@ MAX_HEADER_FIELDS = 100
 
 MAX_SHOWN_TARGET_BYTES = 200
 """Bytes of a rejected target that the log shows."""
+
+HOST_PATTERN = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+"""uri-host [":" port] of RFC 9110, 7.2; it may be empty."""
 
 
 def check_transfer_coding(listed: bytes, version: str) -> ServiceError | None:
@@ -36,6 +40,19 @@ def check_transfer_coding(listed: bytes, version: str) -> ServiceError | None:
         return TransferCodingNotSupported(
             f"the request has Transfer-Encoding {shown}; only chunked is supported: compress with Content-Encoding"
         )
+    return None
+
+
+def check_host(headers: list[tuple[bytes, bytes]], version: str) -> ServiceError | None:
+    """Return an error if Host is missing (except in HTTP/1.0), repeated or not valid (RFC 9112, 3.2)."""
+    hosts = [value for name, value in headers if name == b"host"]
+    if not hosts:
+        return None if version == "1.0" else NotParseable("the request has no Host header, which HTTP/1.1 requires")
+    if len(hosts) > 1:
+        return NotParseable(f"the request has {len(hosts)} Host headers: send one")
+    if not HOST_PATTERN.fullmatch(hosts[0]):
+        shown = hosts[0][:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
+        return NotParseable(f"the Host header {shown!r} is not a host with an optional port, such as example.com:8000")
     return None
 
 

@@ -75,6 +75,8 @@ def test_every_setting_is_described() -> None:
         ({"api_keys_file": "/dev/null"}, "is not a regular file"),
         ({"cors_origins": "*", "cors_credentials": "true"}, "CORR2D_CORS_ORIGINS is *"),
         ({"cors_credentials": "true", "api_keys": f"{ALICE_KEY}-secret"}, "CORR2D_CORS_ORIGINS is unset"),
+        ({"cors_headers": "X-A, X B"}, "'X B' is not a valid header name"),
+        ({"cors_headers": ""}, "'' is not a valid header name"),
         ({"cors_credentials": "maybe"}, "CORR2D_CORS_CREDENTIALS 'maybe'"),
         *(
             ({"cors_origins": origins}, "is not a valid origin")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from service.app_state import get_app_state
-from service.streaming import EVENT_STREAM, NDJSON
+from service.streaming import EVENT_STREAM, FIRST_STEPS, NDJSON
 from tests.problem_details import assert_first_error
 from tests.servers import SendFn, create_unlimited_app, start_server
 
@@ -48,19 +48,31 @@ def test_stream_ends_with_the_json_response(send: SendFn, media_type: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("media_type", [EVENT_STREAM, NDJSON])
-def test_steps_are_sent_at_most_twenty_times_a_second(send: SendFn, media_type: str) -> None:
+def test_long_descent_sends_first_and_last_steps_and_twenty_a_second(send: SendFn, media_type: str) -> None:
     body = {**D2L_PAIR, "steps": 60_000, "learning_rate": 1e-6}
     start = time.perf_counter()
     response = send("POST", "/train-kernel?history=thin", json=body, headers={"Accept": media_type})
     seconds = time.perf_counter() - start
     steps = [content for name, content in parse_events(response) if name == "step"]
-    assert 1 <= len(steps) <= 20 * seconds + 1
-    assert [step["number"] for step in steps] == sorted({step["number"] for step in steps})
+    numbers = [step["number"] for step in steps]
+    assert numbers == sorted(set(numbers))
+    assert numbers[:FIRST_STEPS] == list(range(1, FIRST_STEPS + 1))
+    assert numbers[-1] == 60_000
+    assert len(steps) <= FIRST_STEPS + 20 * seconds + 2
     *_, (name, result) = parse_events(response)
     assert name == "result"
     assert result["steps"] == 60_000
     by_number = dict(zip(result["loss_history_steps"], result["loss_history"], strict=True))
     assert all(by_number.get(step["number"], step["loss"]) == step["loss"] for step in steps)
+
+
+@pytest.mark.parametrize("steps", [1, 10, FIRST_STEPS])
+def test_short_descent_sends_every_step(send: SendFn, steps: int) -> None:
+    response = send("POST", "/train-kernel", json={**D2L_PAIR, "steps": steps}, headers={"Accept": NDJSON})
+    events = list(parse_events(response))
+    losses = [content["loss"] for name, content in events if name == "step"]
+    assert losses == events[-1][1]["loss_history"]
+    assert len(losses) == steps
 
 
 def test_streamed_arrays_have_the_requested_form(send: SendFn) -> None:

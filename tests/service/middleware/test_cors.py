@@ -36,9 +36,21 @@ def test_preflight_needs_no_key(send_locked: SendFn, path: str) -> None:
     response = send_locked("OPTIONS", path, headers=PREFLIGHT_HEADERS)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == PAGE_ORIGIN
-    assert response.headers["access-control-allow-methods"] == "GET, POST"
+    assert response.headers["access-control-allow-methods"] == "GET, HEAD, POST"
     assert "access-control-allow-credentials" not in response.headers
     assert "x-request-id" in response.headers
+
+
+def test_pages_may_send_trace_context_and_configured_headers() -> None:
+    settings = Settings(device="cpu", cors_origins=PAGE_ORIGIN, cors_headers="X-Tenant, x-session")
+    with serve_in_process(create_app(settings)) as send:
+        for names, status in [("traceparent,tracestate,x-tenant,X-Session", 200), ("x-other", 422)]:
+            headers = {**PREFLIGHT_HEADERS, "Access-Control-Request-Headers": names}
+            response = send("OPTIONS", "/correlate", headers=headers)
+            assert response.status_code == status
+        assert "(setting: CORR2D_CORS_HEADERS)" in response.json()["detail"]
+        allowed = send("OPTIONS", "/correlate", headers=PREFLIGHT_HEADERS).headers["access-control-allow-headers"]
+        assert {"traceparent", "tracestate", "X-Tenant", "x-session"} <= set(allowed.split(", "))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tests of HTTP versions, request targets and transfer codings against RFC 9112."""
 
+import httpx
 import pytest
 
 from tests.problem_details import assert_detail, assert_problem
@@ -82,3 +83,54 @@ def test_any_spelling_of_chunked_is_accepted(address: str, coding: str) -> None:
         response = connection.read_response()
         assert response.status_code == 400 or response.json()["output"] == [[1, 2], [3, 4]]
         assert response.status_code == 200 or coding.endswith(",") or coding.startswith(",")
+
+
+def send_with_hosts(address: str, version: str, *hosts: str) -> httpx.Response:
+    lines = [f"GET /livez HTTP/{version}", *(f"Host: {host}" for host in hosts), "Connection: close", "", ""]
+    return send_until_closed(address, "\r\n".join(lines).encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        [],
+        ["a", "b"],
+        ["a", "a"],
+        ["a b"],
+        ["a/b"],
+        ["a@b"],
+        ["http://a"],
+        ["a:x"],
+        ["[::1"],
+        ["::1"],
+        ["a,b", "c"],
+        ["\xe4"],
+    ],
+)
+def test_missing_repeated_or_invalid_host_is_400(address: str, hosts: list[str]) -> None:
+    detail = assert_detail(send_with_hosts(address, "1.1", *hosts), 400)
+    assert "Host header" in detail
+
+
+@pytest.mark.parametrize(
+    "host", ["", "example.com", "example.com:8000", "127.0.0.1:", "[::1]:8000", "a_b", "x%20y", "EXAMPLE"]
+)
+def test_valid_host_is_accepted(address: str, host: str) -> None:
+    assert send_with_hosts(address, "1.1", host).json() == {"status": "alive"}
+
+
+def test_http_1_0_needs_no_host_but_not_two(address: str) -> None:
+    assert send_with_hosts(address, "1.0").status_code == 200
+    assert_problem(send_with_hosts(address, "1.0", "a", "b"), 400)
+
+
+@pytest.mark.parametrize(("version", "continues"), [("1.0", False), ("1.1", True)])
+def test_only_http_1_1_receives_100_continue(address: str, version: str, continues: bool) -> None:
+    with RawConnection(address) as connection:
+        headers = build_upload_headers(f"Content-Length: {len(SMALL_BODY)}", "Expect: 100-continue")
+        connection.send(headers.replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
+        assert connection.is_readable(30 if continues else 0.5) == continues
+        if continues:
+            assert connection.read_response().status_code == 100
+        connection.send(SMALL_BODY)
+        assert connection.read_response().json()["output"] == [[1, 2], [3, 4]]
