@@ -155,7 +155,7 @@ def test_nonfinite_pixel_among_zeros(dtype: Dtype, zero: float, rng: np.random.G
     for name, output in run_every_engine(image, kernel, dtype).items():
         np.testing.assert_array_equal(classify_values(output), classify_values(expected), name)
         finite = np.isfinite(expected)
-        np.testing.assert_allclose(output[finite], expected[finite], 0, 1e-4 if dtype == "float32" else 1e-12, name)
+        assert np.abs(output[finite] - expected[finite]).max() < (1e-4 if dtype == "float32" else 1e-12), name
 
 
 def test_integers_give_integers(rng: np.random.Generator) -> None:
