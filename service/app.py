@@ -35,6 +35,7 @@ from service.scheduling.admission import COMPUTE_MEMORY_FRACTION, Admission
 from service.scheduling.compute import Compute
 from service.scheduling.pool import WorkerPool
 from service.scheduling.threads import run_at_low_priority
+from service.server.malloc import trim_regularly
 from service.settings import Settings
 from service.version import VERSION
 
@@ -165,9 +166,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = get_app_state(app)
     torch.set_num_threads(state.compute.machine.threads)
     use_one_blas_thread()
-    warming = asyncio.create_task(_warm_up_in_background(state))
+    tasks = [asyncio.create_task(_warm_up_in_background(state))]
+    if state.owns_process:
+        tasks.append(asyncio.create_task(trim_regularly()))
     yield
-    warming.cancel()
+    for task in tasks:
+        task.cancel()
     state.readiness.mark_unavailable("the service is shutting down")
     state.metrics.ready.set(0)
     pools = (state.pool, state.codecs)
