@@ -64,7 +64,9 @@ class FitSpec:
         """
         layout, machine = self.layout, self.machine
         constraints = self.options.constraints.for_kernel(layout.kernel_shape, bias=layout.bias)
-        options = replace(self.options, constraints=constraints)
+        options = self.options
+        if constraints != options.constraints:
+            options = replace(options, constraints=constraints)
         tiled_examples = self.tiled_examples(problems, separate=options.batch_size is not None)
         validation: ValidationSet | None = None
         if self.held_out is not None:

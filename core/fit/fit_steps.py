@@ -22,7 +22,7 @@ from core.fit.objective import Objective
 from core.fit.result import FitResult, Forecast, Progress, Status, Step
 from core.fit.result_builder import build_overflow_result, build_result
 from core.fit.robust.huber_fit import choose_huber_delta, minimise_huber, solve_least_squares_first
-from core.fit.scaling import choose_scaling
+from core.fit.scaling import UNSCALED, choose_scaling
 
 
 def generate_fit_steps(run: FitRun) -> Generator[Progress, None, FitResult]:
@@ -32,7 +32,7 @@ def generate_fit_steps(run: FitRun) -> Generator[Progress, None, FitResult]:
     if not run.options.criterion.is_quadratic:
         return (yield from _run_scaled(run))
     scaling = yield from run.with_progress(choose_scaling(run.examples), 0)
-    return (yield from _run_scaled(replace(run, scaling=scaling)))
+    return (yield from _run_scaled(run if scaling == UNSCALED else replace(run, scaling=scaling)))
 
 
 def _run_reweighted(run: FitRun) -> Generator[Progress, None, FitResult]:
