@@ -49,7 +49,7 @@ wire: .venv/bench.stamp  ## compare the service with other servers over HTTP (12
 overload: .venv/bench.stamp  ## send up to ten times the load that the service can process (7 minutes)
 	$(BIN)/python benchmarks/overload.py --output benchmarks/overload.md --plot docs/images/overload.png
 
-soak: .venv/bench.stamp  ## send twenty thousand valid and invalid requests and measure the memory (8 minutes)
+soak: .venv/bench.stamp  ## send forty thousand valid and invalid requests and measure the memory (12 minutes)
 	$(BIN)/python benchmarks/soak.py --output benchmarks/soak.md --plot docs/images/soak.png
 
 fuzz: .venv/fuzz.stamp  ## send random requests from the OpenAPI schema, then fuzz every decoder for FUZZ_SECONDS (60)

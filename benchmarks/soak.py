@@ -1,4 +1,4 @@
-"""Measure whether the memory of corr2d grows over twenty thousand valid and invalid requests.
+"""Measure whether the memory of corr2d grows over forty thousand valid and invalid requests.
 
     make soak                                     everything, in about 8 minutes
     .venv/bin/python benchmarks/soak.py --help    fewer requests, another leak, a Markdown file, a plot
@@ -183,9 +183,9 @@ def draw_plot(seen: Mapping[SoakSubject, SoakOutcome], since: int, path: Path) -
 def parse_arguments() -> argparse.Namespace:
     """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=20_000, help="number for each service (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=40_000, help="number for each service (default: %(default)s)")
     parser.add_argument(
-        "--since", type=int, help="measure growth from this request on (default: a tenth of --requests)"
+        "--since", type=int, help="measure growth from this request on (default: half of --requests)"
     )
     parser.add_argument(
         "--leak", type=int, default=1000, help="leak of the control in bytes per request (default: %(default)s)"
