@@ -32,7 +32,7 @@ NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 PREFIX = "/corr2d"
 
 NGINX_ADDRESS, CLIENT_ADDRESS = "127.0.0.2", "127.0.0.3"
-"""Addresses of this machine from which nginx and the client connect; Linux answers on every 127.x.y.z."""
+"""Addresses from which nginx and the client connect; the loopback interface of Linux has all of 127.0.0.0/8."""
 
 MAX_BODY_BYTES = 3_000_000
 
