@@ -23,6 +23,7 @@ from service.metrics.counters import Metrics, SharedCounters
 from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware
 from service.middleware.cors import CrossOriginMiddleware
 from service.middleware.fast_path import FastPathMiddleware
+from service.middleware.forwarded import ForwardedMiddleware
 from service.middleware.head import HeadMiddleware
 from service.middleware.request_log import RequestLogMiddleware
 from service.middleware.security_headers import SecurityHeadersMiddleware
@@ -99,6 +100,8 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
             credentials=settings.cors_credentials,
         )
     app.add_middleware(RequestLogMiddleware, metrics=state.metrics, protocol_error_app=respond_to_protocol_error)
+    if settings.root_path is not None or settings.trusted_proxies is not None:
+        app.add_middleware(ForwardedMiddleware, options=settings.proxy_options)
     add_error_handlers(app)
     for resource in (health, metrics, info, kernels, train_kernel, conv2d, correlate):
         # The routes themselves, not include_router: FastAPI resolves the routes of an included router at every

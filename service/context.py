@@ -31,6 +31,9 @@ class RequestContext:
     request_id: str
     timing: Timing = field(default_factory=Timing)
 
+    path: str = ""
+    """Path below the prefix of the service; RequestLogMiddleware sets it."""
+
     reservation: "Reservation | None" = None
     """Resources of the request. Created by check_admission, closed at the end of the request."""
 

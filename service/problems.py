@@ -258,7 +258,10 @@ def _handle_http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if headers.get("Allow") == "GET":
         headers["Allow"] = "GET, HEAD"  # see HeadMiddleware
-    paths = ", ".join(sorted(request.app.openapi()["paths"]))
+    scope = request.scope
+    # A mounted application has a prefix of its own.
+    prefix = scope.get("app_root_path", scope.get("root_path", ""))
+    paths = ", ".join(prefix + path for path in sorted(request.app.openapi()["paths"]))
     detail = {
         HTTPStatus.NOT_FOUND: f"unknown endpoint {_truncate(request.url.path)}; endpoints: {paths}",
         HTTPStatus.METHOD_NOT_ALLOWED: (

@@ -121,14 +121,14 @@ def check_admission(request: Request, headers: HeaderFields, *, always_queued: b
     Raises BodyTooLarge and Busy.
     """
     state, context = get_app_state(request.app), get_context(request.scope)
-    context.reservation = reservation = Reservation(state.admission, request.scope["path"], context.timing)
+    context.reservation = reservation = Reservation(state.admission, context.path, context.timing)
     limit = state.max_body_bytes
     length = headers.get(b"content-length", b"")
     declared = int(length) if length.isdigit() else 0
     if declared > limit:
         raise _body_too_large_error(f"{declared:,} bytes", limit)
     if always_queued or declared > MIN_TRACKED_BYTES:
-        state.admission.check_capacity(request.scope["path"], declared)
+        state.admission.check_capacity(context.path, declared)
         reservation.declared = declared
 
 

@@ -10,6 +10,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.api_keys import parse_keys, read_keys
+from service.certificates import check_certificate
+from service.forwarding import UNIX_PEER, ProxyOptions, TrustedProxies, is_valid_prefix, parse_trusted_proxies
 
 ENV_PREFIX = "CORR2D_"
 
@@ -29,6 +31,23 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    uds: Path | None = Field(
+        None, description="Unix socket to listen on instead of CORR2D_HOST and CORR2D_PORT: a path; unset: none"
+    )
+    ssl_certfile: Path | None = Field(
+        None, description="file with the certificate chain for TLS, in PEM format; unset: no TLS"
+    )
+    ssl_keyfile: Path | None = Field(
+        None, description="file with the private key for TLS, in PEM format; unset: it is in CORR2D_SSL_CERTFILE"
+    )
+    root_path: str | None = Field(
+        None, description="path prefix below which a proxy publishes the service, such as /corr2d; unset: none"
+    )
+    trusted_proxies: str | None = Field(
+        None,
+        description="comma-separated addresses and networks of proxies whose X-Forwarded-* headers are used, and unix "
+        "for those that connect to CORR2D_UDS; unset: none",
+    )
     workers: int = Field(1, ge=1, le=64, description="worker processes that serve the port")
     device: str = Field("auto", description="device for requests with device auto: auto, cpu, cuda, cuda:1 or mps")
     threads: int | None = Field(
@@ -105,6 +124,40 @@ class Settings(BaseSettings):
         "of the service",
     )
 
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, prefix: str | None) -> str | None:
+        if prefix is not None and not is_valid_prefix(prefix):
+            raise ValueError(
+                "not a valid path prefix: use segments of letters, digits and -._~ after a slash, without a slash at "
+                "the end, such as /corr2d"
+            )
+        return prefix
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_trusted_proxies(cls, proxies: str | None) -> str | None:
+        if proxies is not None:
+            parse_trusted_proxies(proxies)
+        return proxies
+
+    @model_validator(mode="after")
+    def _check_unix_proxies(self) -> Self:
+        if self.proxy_options.trusted.has_unix_peers and self.uds is None:
+            raise ValueError(
+                f"{ENV_PREFIX}TRUSTED_PROXIES contains {UNIX_PEER}, which requires {ENV_PREFIX}UDS: set it, or remove "
+                f"{UNIX_PEER}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_certificate(self) -> Self:
+        if self.ssl_certfile is None and self.ssl_keyfile is not None:
+            raise ValueError(f"{ENV_PREFIX}SSL_KEYFILE requires {ENV_PREFIX}SSL_CERTFILE: set both")
+        if self.ssl_certfile is not None:
+            check_certificate(self.ssl_certfile, self.ssl_keyfile)
+        return self
+
     @field_validator("api_keys")
     @classmethod
     def _check_api_keys(cls, keys: SecretStr | None) -> SecretStr | None:
@@ -151,6 +204,12 @@ class Settings(BaseSettings):
     def requires_api_key(self) -> bool:
         """True if requests need an API key."""
         return self.api_keys is not None or self.api_keys_file is not None
+
+    @property
+    def proxy_options(self) -> ProxyOptions:
+        """The path prefix and the trusted proxies."""
+        trusted = TrustedProxies() if self.trusted_proxies is None else parse_trusted_proxies(self.trusted_proxies)
+        return ProxyOptions(self.root_path or "", trusted)
 
     @property
     def origins(self) -> list[str]:

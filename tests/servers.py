@@ -98,7 +98,7 @@ def run_serve_command(log: Path, *flags: str, **variables: str) -> Iterator[tupl
     ):
         assert process.stdout is not None
         try:
-            address = re.search(r"listens on (http://[\w.:\[\]]+)", process.stdout.readline())
+            address = re.search(r"listens on (https?://[\w.:\[\]]+)", process.stdout.readline())
             assert address, log.read_text()
             yield process, address[1]
         finally:

@@ -6,6 +6,7 @@ seconds.
 
 import os
 import platform
+import shlex
 import signal
 import socket
 import sys
@@ -40,6 +41,7 @@ from service.cli.options import (
 )
 from service.imports import without_garbage_collection
 from service.log_stream import LogStream, open_standard_files
+from service.server.listener import open_unix_listener, stop_accepting
 from service.server.malloc import limit_malloc_arenas
 from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
 from service.version import VERSION
@@ -47,7 +49,10 @@ from service.version import VERSION
 STDOUT_FD, STDERR_FD = 1, 2
 """File descriptors: Python has no stream for a descriptor that was closed at startup."""
 
-EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
+LISTEN_BACKLOG = 2048
+"""Number of connections that the system queues until the service accepts them."""
+
+EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' %s/correlate"""
 
 app = typer.Typer(
     name="corr2d",
@@ -71,9 +76,15 @@ def serve(**flags: object) -> None:
     sys.stderr = LogStream(STDERR_FD)
     settings = _load_settings(flags)
     listener = _open_listener(settings)
-    host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        _serve(settings, listener)
+    finally:
+        if listener.fileno() != -1:
+            # Not closed by a graceful stop: remove the file of a Unix socket.
+            stop_accepting(listener)
 
+
+def _serve(settings: Settings, listener: socket.socket) -> None:
     with without_garbage_collection():
         from core import CoreError, resolve_device
         from service.server.run import run
@@ -82,11 +93,29 @@ def serve(**flags: object) -> None:
         resolve_device(settings.device)
     except CoreError as error:
         _exit_with_error(f"{ENV_PREFIX}DEVICE {error}", exit_codes.INVALID_SETTINGS)
-    key = " -H 'X-API-Key: ...'" if settings.requires_api_key else ""
-    greeting = f"corr2d {VERSION} listens on http://{address} (API docs: /docs, stop: Ctrl-C). Try:\n"
     # A LogStream does not block if stdout is a pipe that is not read.
-    LogStream(STDOUT_FD).write(f"{greeting}  {EXAMPLE_COMMAND % address}{key}\n")
+    LogStream(STDOUT_FD).write(_format_greeting(settings, listener.getsockname()))
     run(settings, listener)
+
+
+def _format_greeting(settings: Settings, name: str | tuple[str, int]) -> str:
+    """Return the address of the service and a command that tries it; `name` is that of the listening socket."""
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    options = ""
+    if isinstance(name, str):
+        address, url = f"unix:{name}", f"{scheme}://localhost"
+        options += f" --unix-socket {shlex.quote(name)}"
+    else:
+        host, port = name[:2]
+        address = url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    if settings.ssl_certfile is not None:
+        options += f" --cacert {shlex.quote(str(settings.ssl_certfile))}"
+    if settings.requires_api_key:
+        options += " -H 'X-API-Key: ...'"
+    return (
+        f"corr2d {VERSION} listens on {address} (API docs: /docs, stop: Ctrl-C). Try:\n"
+        f"  {EXAMPLE_COMMAND % url}{options}\n"
+    )
 
 
 @app.command()
@@ -409,9 +438,18 @@ def _load_settings(flags: Mapping[str, object]) -> Settings:
 
 def _open_listener(settings: Settings) -> socket.socket:
     """Return a listening socket. Opened before torch is loaded, so that a port in use is reported at once."""
+    if settings.uds is not None:
+        try:
+            return open_unix_listener(settings.uds, LISTEN_BACKLOG)
+        except OSError as error:
+            _exit_with_error(
+                f"cannot listen on the Unix socket {settings.uds}: {(error.strerror or str(error)).lower()}; "
+                f"choose another path with {ENV_PREFIX}UDS (--uds)",
+                exit_codes.INVALID_SETTINGS,
+            )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        return socket.create_server((settings.host, settings.port), family=family, backlog=LISTEN_BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
         _exit_with_error(

@@ -4,6 +4,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api_keys import KeyRing
+from service.context import get_context
 from service.errors import Unauthorized
 from service.problems import respond_to_error
 
@@ -33,7 +34,7 @@ class APIKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http" or is_public(scope["path"]):
+        if scope["type"] != "http" or is_public(get_context(scope).path):
             await self._app(scope, receive, send)
             return
         sent = _read_keys(scope)

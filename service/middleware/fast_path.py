@@ -7,6 +7,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.context import get_context
 from service.problems import HANDLED_ERRORS, respond_to_error
 
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -26,7 +27,7 @@ class FastPathMiddleware:
         """Handle one request."""
         endpoint = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            endpoint = self._endpoints.get(scope["path"])
+            endpoint = self._endpoints.get(get_context(scope).path)
         if endpoint is None:
             await self._app(scope, receive, send)
             return

@@ -28,6 +28,7 @@ class RequestLogMiddleware:
             return
         context = get_context(scope)
         request_id, timing = context.request_id, context.timing
+        path = context.path = scope["path"].removeprefix(scope.get("root_path", ""))
         app = self._app if context.protocol_error is None else self._protocol_error_app
         self._metrics.start_request()
         status, size, start = 500, 0, time.perf_counter()
@@ -55,12 +56,12 @@ class RequestLogMiddleware:
             if context.reservation is not None:
                 context.reservation.close()
             elapsed = milliseconds_since(start)
-            self._metrics.finish_request(scope["path"], status, timing, elapsed / 1000, size, context.rejection)
+            self._metrics.finish_request(path, status, timing, elapsed / 1000, size, context.rejection)
             client = scope.get("client")
             self._log.info(
                 "request",
                 method=scope["method"],
-                path=scope["path"],
+                path=path,
                 status=status,
                 ms=elapsed,
                 parse_ms=timing.parse,

@@ -36,9 +36,9 @@ SWAGGER_UI_PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
 
 
 @router.get("/")
-async def redirect_to_docs() -> RedirectResponse:
+async def redirect_to_docs(request: Request) -> RedirectResponse:
     """Redirect browsers to the documentation."""
-    return RedirectResponse("/docs")
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
 
 
 @router.get("/favicon.ico")

@@ -4,6 +4,7 @@ The application reports a violation like any other error, with a request ID and 
 """
 
 import asyncio
+import ssl
 from typing import Any, cast
 
 import httptools
@@ -31,6 +32,7 @@ from service.server.request_checks import (
     too_large_error,
 )
 from service.server.timeouts import ConnectionPhase, ConnectionProgress
+from service.server.tls import TLSTransport
 from service.server.transport import CoalescingTransport, ParsingFlowControl
 
 MAX_FRAMING_BYTES = 1 << 17
@@ -82,6 +84,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # _check_request decides which versions are supported: the strict parser accepts 2.0 and rejects 1.2.
         self.parser.set_dangerous_leniencies(lenient_version=True)
         self.limits = config.limits
+        self.proxy_options = config.proxy_options
+        self.tls = config.tls
         self.last_progress = ConnectionProgress(ConnectionPhase.IDLE, 0, self.loop.time() + self.limits.idle_s)
         self._messages = 0
         self._received_bytes = 0
@@ -277,26 +281,34 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # The parser treats everything after the headers as the other protocol.
             return NotParseable("a body with Upgrade is not supported: send it without Upgrade (curl: --http1.1)")
         too_many = self._over_limit and len(self.connections) > self.limits.connections
-        if too_many and self.url.partition(b"?")[0] not in ALWAYS_SERVED_PATHS:
+        if too_many and not self._is_always_served():
             return Busy(
                 f"all {self.limits.connections} connections are in use: retry later (limit: CORR2D_CONNECTIONS)",
                 headers={"Retry-After": "1"},
             )
         return None
 
+    def _is_always_served(self) -> bool:
+        """Return whether the path is one of a health check, with or without the prefix of the service."""
+        path = self.url.partition(b"?")[0]
+        if path in ALWAYS_SERVED_PATHS:
+            return True
+        prefix = self.proxy_options.find_prefix(self.client[0] if self.client else None, self.headers)
+        return path.removeprefix(prefix.encode()) in ALWAYS_SERVED_PATHS
+
     def _check_target(self) -> ServiceError | None:
         """Check a target in absolute form, and give it a path if it has none (RFC 9112, 3.2.2; RFC 9110, 4.2, 7.4)."""
         scheme, separator, _ = self.url.partition(b"://")
         if not separator:
             return None
-        if scheme.lower() != b"http":
+        if scheme.lower().decode("latin-1") != self.scheme:
             shown = scheme[:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
             return MisdirectedRequest(
-                f"the request target has scheme {shown}; only http is supported: send a path alone"
+                f"the request target has scheme {shown}; only {self.scheme} is supported: send a path alone"
             )
         parsed = httptools.parse_url(self.url)
         if parsed.userinfo:
-            return NotParseable("the request target names a user, which http does not allow: remove it")
+            return NotParseable("the request target names a user, which HTTP does not allow: remove it")
         if not parsed.path:
             self.url = b"/?" + parsed.query if parsed.query else b"/"
         return None
@@ -428,3 +440,43 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
         else:
             self.cycle.keep_alive = False
+
+
+class TLSHttpProtocol(LimitedHttpProtocol):
+    """One HTTP connection with TLS."""
+
+    _tls: TLSTransport
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start a connection; its first data are those of the TLS handshake."""
+        assert self.tls is not None  # noqa: S101 - create_config chooses this class only with a certificate
+        self._tls = TLSTransport(transport, self.tls)
+        super().connection_made(cast("asyncio.Transport", self._tls))
+
+    def data_received(self, data: bytes) -> None:
+        """Decrypt received data, and parse or discard their content."""
+        if self.transport.is_lingering:
+            super().data_received(data)
+            return
+        if self.transport.is_closing():
+            return
+        try:
+            content, is_end = self._tls.decrypt(data)
+        except ssl.SSLError:
+            # Not TLS, a client that does not trust the certificate, or a damaged connection.
+            self._tls.close()
+            return
+        if content:
+            super().data_received(content)
+        if is_end:
+            self._tls.close()
+
+    def pause_writing(self) -> None:
+        """Pause the response: the system accepts no more of it."""
+        self._tls.pause_writing()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Send what waits, and resume the response once that is sent."""
+        if self._tls.resume_writing():
+            super().resume_writing()

@@ -14,7 +14,7 @@ from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig
 from service.server.descriptors import fit_descriptor_limit
 from service.server.listener import limit_send_buffers
-from service.server.protocol import LimitedHttpProtocol
+from service.server.protocol import LimitedHttpProtocol, TLSHttpProtocol
 from service.server.server import Server
 from service.server.signals import QUIT_SIGNAL, ignore_signals
 from service.server.supervisor import Supervisor
@@ -65,8 +65,9 @@ def create_config(
     )
     return ServerConfig(
         app,
-        http=LimitedHttpProtocol,
+        http=LimitedHttpProtocol if settings.ssl_certfile is None else TLSHttpProtocol,
         limits=limits,
+        proxy_options=settings.proxy_options,
         drain_s=settings.drain_s,
         log_format=settings.log_format,
         factory=factory,
@@ -75,7 +76,9 @@ def create_config(
         log_config=None,
         access_log=False,
         server_header=False,
-        # Any client can set X-Forwarded-For: it does not identify a client.
+        # ForwardedMiddleware reads X-Forwarded-*, from trusted proxies.
         proxy_headers=False,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
     )

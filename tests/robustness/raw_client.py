@@ -2,6 +2,7 @@
 
 import select
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +15,7 @@ import httpx
 CLIENT_TIMEOUT_S = 30
 """Timeout for a response or a close, in seconds: long, because the machine may be busy."""
 
-CONNECTION_CLOSED_ERRORS = (BrokenPipeError, ConnectionResetError)
+CONNECTION_CLOSED_ERRORS = (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 def build_request_headers(first_line: str, *fields: str) -> bytes:
@@ -28,7 +29,10 @@ def build_upload_headers(*fields: str) -> bytes:
 
 
 class RawConnection:
-    """TCP connection to the server at an address such as http://127.0.0.1:8000."""
+    """TCP connection to the server at an address such as http://127.0.0.1:8000, with TLS if that is https.
+
+    The certificate of the server must be one of those in the file SSL_CERT_FILE, an environment variable of OpenSSL.
+    """
 
     def __init__(self, address: str, *, receive_buffer: int | None = None) -> None:
         url = urlsplit(address)
@@ -37,6 +41,8 @@ class RawConnection:
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect((url.hostname, url.port))
+        if url.scheme == "https":
+            self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=url.hostname)
         self._received = self.socket.makefile("rb")
 
     def __enter__(self) -> Self:
