@@ -4,12 +4,14 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.api_keys import parse_keys, read_keys
+from service.kubernetes_variables import is_kubernetes_variable
 
 ENV_PREFIX = "CORR2D_"
 
@@ -20,6 +22,16 @@ DEFAULT_PORT_PATTERN = re.compile(r"http://.*:80|https://.*:443")
 
 class SettingsError(Exception):
     """Invalid setting; the message is one line."""
+
+
+class EnvironmentSource(EnvSettingsSource):
+    """Environment variables, without those that Kubernetes sets: CORR2D_PORT may be one of them."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Return the value of a setting, or None if it is not set."""
+        value, key, is_complex = super().get_field_value(field, field_name)
+        is_foreign = isinstance(value, str) and is_kubernetes_variable(ENV_PREFIX + field_name.upper(), value)
+        return None if is_foreign else value, key, is_complex
 
 
 class Settings(BaseSettings):
@@ -104,6 +116,19 @@ class Settings(BaseSettings):
         description="allow pages of CORR2D_CORS_ORIGINS to send credentials: cookies or logins of a proxy in front "
         "of the service",
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources, the most important first: flags and environment; no files."""
+        del env_settings, dotenv_settings, file_secret_settings
+        return init_settings, EnvironmentSource(settings_cls)
 
     @field_validator("api_keys")
     @classmethod
@@ -201,10 +226,19 @@ def _split_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
+def list_variables() -> dict[str, str]:
+    """Return the CORR2D_* variables of the environment by name, in upper case; without those of Kubernetes."""
+    return {
+        name.upper(): value
+        for name, value in sorted(os.environ.items())
+        if name.upper().startswith(ENV_PREFIX) and not is_kubernetes_variable(name, value)
+    }
+
+
 def _reject_unknown_variables() -> None:
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    for variable in sorted(os.environ):
-        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
-            near = difflib.get_close_matches(variable.upper(), known, n=1)
+    for variable in list_variables():
+        if variable not in known:
+            near = difflib.get_close_matches(variable, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"valid settings: {', '.join(sorted(known))}"
             raise SettingsError(f"{variable} is not a setting; {hint}")

@@ -41,7 +41,7 @@ from service.cli.options import (
 from service.imports import without_garbage_collection
 from service.log_stream import LogStream, open_standard_files
 from service.server.malloc import limit_malloc_arenas
-from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
+from service.settings import ENV_PREFIX, Settings, SettingsError, list_variables, load_settings
 from service.version import VERSION
 
 STDOUT_FD, STDERR_FD = 1, 2
@@ -373,10 +373,11 @@ def kernels(
 def config(**flags: object) -> None:
     """Show every setting: its value, its origin (flag, environment or default) and its meaning."""
     settings = _load_settings(flags)
+    variables = list_variables()
     table = Table("setting", "value", "from", "meaning", box=None)
     for name, field in Settings.model_fields.items():
         variable = ENV_PREFIX + name.upper()
-        origin = "flag" if flags[name] is not None else "environment" if variable in os.environ else "default"
+        origin = "flag" if flags[name] is not None else "environment" if variable in variables else "default"
         table.add_row(variable, format_setting(getattr(settings, name)), origin, field.description)
     Console().print(table)
 
