@@ -14,10 +14,11 @@ import torch
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
-from core import ENGINES, Machine, usable_cores, usable_memory, use_one_blas_thread
+from core import ENGINES, Machine, use_one_blas_thread
 from service import exit_codes
 from service.api_keys import KeyRing
 from service.app_state import AppState, get_app_state, set_app_state
+from service.computed_settings import compute_defaults, find_limit_settings
 from service.log import exit_now
 from service.metrics.counters import Metrics, SharedCounters
 from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware
@@ -31,7 +32,7 @@ from service.problems import PROBLEM_NAMES, add_error_handlers, respond_to_proto
 from service.readiness import Readiness, warm_up_service
 from service.routes import conv2d, correlate, health, info, kernels, metrics, pages, train_kernel
 from service.routes.raw_route import RawRoute
-from service.scheduling.admission import COMPUTE_MEMORY_FRACTION, Admission
+from service.scheduling.admission import Admission
 from service.scheduling.compute import Compute
 from service.scheduling.pool import WorkerPool
 from service.scheduling.threads import run_at_low_priority
@@ -49,11 +50,6 @@ COMPUTE_CONCURRENCY = 2
 computation may run in addition. The pool of codec jobs, which take one thread each, has the same limit."""
 
 GIL_SWITCH_INTERVAL_S = 5e-4
-
-REQUEST_MEMORY_FRACTION = 0.6
-"""Fraction of the memory of the machine or container; the rest is for Python, torch and compiled code."""
-
-DEFAULT_MAX_COMPUTE_MB = 2000
 
 TELEMETRY_DISABLED: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
@@ -110,12 +106,14 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
     return app
 
 
-def _create_state(settings: Settings, table: SharedCounters | None) -> AppState:
-    settings, memory = _resolve_memory_settings(settings)
+def _create_state(given: Settings, table: SharedCounters | None) -> AppState:
+    settings = compute_defaults(given)
+    assert settings.threads is not None  # noqa: S101 - they are computed
+    assert settings.memory_mb is not None  # noqa: S101
     metrics = Metrics(table, engines=ENGINES, reasons=PROBLEM_NAMES)
     metrics.queue_limit.set(settings.queue)
-    machine = Machine(max(1, (settings.threads or usable_cores()) // settings.workers))
-    admission = Admission(memory, settings.request_timeout_s)
+    machine = Machine(max(1, settings.threads // settings.workers))
+    admission = Admission(int(1e6 * settings.memory_mb / settings.workers), settings.request_timeout_s)
     concurrency, queue_timeout_s = min(COMPUTE_CONCURRENCY, machine.threads), settings.queue_timeout_s
     # Every codec job belongs to a request that holds a slot of the compute pool, so this queue is never full.
     codecs = WorkerPool(
@@ -128,6 +126,7 @@ def _create_state(settings: Settings, table: SharedCounters | None) -> AppState:
     admission.queue = pool
     return AppState(
         settings=settings,
+        limit_settings=find_limit_settings(given, settings),
         metrics=metrics,
         admission=admission,
         pool=pool,
@@ -135,20 +134,6 @@ def _create_state(settings: Settings, table: SharedCounters | None) -> AppState:
         compute=Compute(settings, pool, codecs, machine),
         readiness=Readiness(),
     )
-
-
-def _resolve_memory_settings(settings: Settings) -> tuple[Settings, int]:
-    """Return the settings with the memory limits filled in, and the bytes for the requests of one worker."""
-    megabytes = settings.memory_mb
-    if megabytes is None:
-        megabytes = max(
-            REQUEST_MEMORY_FRACTION * usable_memory() / 1e6,
-            settings.workers * (settings.max_compute_mb or 0) / COMPUTE_MEMORY_FRACTION,
-        )
-    worker_megabytes = megabytes / settings.workers
-    largest = settings.max_compute_mb or min(DEFAULT_MAX_COMPUTE_MB, COMPUTE_MEMORY_FRACTION * worker_megabytes)
-    resolved = {"memory_mb": round(megabytes, 3), "max_compute_mb": round(largest, 3)}
-    return settings.model_copy(update=resolved), int(1e6 * worker_megabytes)
 
 
 def create_worker_app(settings: Settings, table: SharedCounters) -> FastAPI:

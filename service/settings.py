@@ -39,7 +39,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface", min_length=1)
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; 0.0.0.0 for every interface, :: for IPv6 and IPv4", min_length=1
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     workers: int = Field(1, ge=1, le=64, description="worker processes that serve the port")
     device: str = Field("auto", description="device for requests with device auto: auto, cpu, cuda, cuda:1 or mps")

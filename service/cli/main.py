@@ -371,14 +371,24 @@ def kernels(
 @app.command()
 @add_settings_options
 def config(**flags: object) -> None:
-    """Show every setting: its value, its origin (flag, environment or default) and its meaning."""
-    settings = _load_settings(flags)
+    """Show every setting: its value, its origin (flag, environment, default or computed) and its meaning."""
+    given = _load_settings(flags)
+    with without_garbage_collection():
+        from service.computed_settings import compute_defaults
+
+    in_force = compute_defaults(given)
     variables = list_variables()
     table = Table("setting", "value", "from", "meaning", box=None)
     for name, field in Settings.model_fields.items():
         variable = ENV_PREFIX + name.upper()
-        origin = "flag" if flags[name] is not None else "environment" if variable in variables else "default"
-        table.add_row(variable, format_setting(getattr(settings, name)), origin, field.description)
+        value = getattr(in_force, name)
+        if flags[name] is not None:
+            origin = "flag"
+        elif variable in variables:
+            origin = "environment"
+        else:
+            origin = "default" if value == field.default else "computed"
+        table.add_row(variable, format_setting(value), origin, field.description)
     Console().print(table)
 
 
@@ -410,9 +420,15 @@ def _load_settings(flags: Mapping[str, object]) -> Settings:
 
 def _open_listener(settings: Settings) -> socket.socket:
     """Return a listening socket. Opened before torch is loaded, so that a port in use is reported at once."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    is_ipv6 = ":" in settings.host
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        return socket.create_server(
+            (settings.host, settings.port),
+            family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+            backlog=2048,
+            # The address :: accepts IPv4 too, whatever net.ipv6.bindv6only is.
+            dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
+        )
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
         _exit_with_error(

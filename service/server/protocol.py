@@ -20,6 +20,7 @@ from service.errors import (
 )
 from service.server.config import ServerConfig
 from service.server.eviction import ALWAYS_EVICTABLE_PHASES, EVICTION_ORDER, ConnectionsState
+from service.server.listener import convert_mapped_address
 from service.server.request_checks import (
     MAX_HEADER_BYTES,
     MAX_HEADER_FIELDS,
@@ -107,6 +108,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         coalescing = CoalescingTransport(transport, self.loop, self._is_incomplete, self._is_last)
         super().connection_made(cast("asyncio.Transport", coalescing))
         self.flow = ParsingFlowControl(cast("asyncio.Transport", self.transport))
+        if self.client is not None:
+            self.client = convert_mapped_address(self.client[0]), self.client[1]
         above = len(self.connections) - self.server_state.closing_connections - self.limits.connections
         if above > 0:
             evicted = self.server_state.evict(self.limits, self.loop.time(), exclude=self)
