@@ -54,10 +54,11 @@ GIL_SWITCH_INTERVAL_S = 5e-4
 TELEMETRY_DISABLED: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
-def create_app(settings: Settings, table: SharedCounters | None = None) -> FastAPI:
-    """Return the application with these settings. Without `table`, its metrics are counted in a table of its own.
+def create_app(settings: Settings, table: SharedCounters | None = None, keys: KeyRing | None = None) -> FastAPI:
+    """Return the application with these settings.
 
-    Call it once per process: it sets the number of torch threads, which is global.
+    Without `table`, its metrics are counted in a table of its own; without `keys`, the API keys are read. Call it once
+    per process: it sets the number of torch threads, which is global.
     """
     has_telemetry = any(name.startswith("OTEL_") for name in os.environ)
     app = FastAPI(
@@ -83,9 +84,9 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
         endpoints = {route.path: route.endpoint for route in routes if isinstance(route, RawRoute)}
         app.add_middleware(FastPathMiddleware, endpoints=endpoints)
     app.add_middleware(SecurityHeadersMiddleware)
-    if settings.requires_api_key:
-        listed = settings.api_keys.get_secret_value() if settings.api_keys else None
-        app.add_middleware(APIKeyMiddleware, keys=KeyRing(listed, settings.api_keys_file))
+    keys = keys or settings.read_api_keys()
+    if keys is not None:
+        app.add_middleware(APIKeyMiddleware, keys=keys)
     if settings.origins:
         app.add_middleware(
             CrossOriginMiddleware,
@@ -136,11 +137,11 @@ def _create_state(given: Settings, table: SharedCounters | None) -> AppState:
     )
 
 
-def create_worker_app(settings: Settings, table: SharedCounters) -> FastAPI:
+def create_worker_app(settings: Settings, table: SharedCounters, keys: KeyRing | None) -> FastAPI:
     """Return the application for a worker process of its own, and configure the interpreter for it."""
     # The event loop waits this long for the GIL, once for each thread that runs Python code.
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
-    app = create_app(settings, table)
+    app = create_app(settings, table, keys)
     get_app_state(app).owns_process = True
     return app
 

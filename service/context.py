@@ -37,6 +37,9 @@ class RequestContext:
     rejection: str | None = None
     """Name of the problem type of the error response, if the response is one."""
 
+    key_name: str | None = None
+    """Name of the API key of the request, if it has a valid one."""
+
     protocol_error: ServiceError | None = None
     """Error for which the server rejects the request; the server may set it until the body is complete."""
 

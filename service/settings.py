@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.api_keys import parse_keys, read_keys
+from service.api_keys import KeyRing, parse_keys, read_keys
 from service.kubernetes_variables import is_kubernetes_variable
 
 ENV_PREFIX = "CORR2D_"
@@ -101,7 +101,8 @@ class Settings(BaseSettings):
         "console", description="log format, one line per request: console (readable text) or json"
     )
     api_keys: SecretStr | None = Field(
-        None, description="comma-separated API keys; every request must present one. Unset: no authentication"
+        None,
+        description="comma-separated API keys, or NAME:KEY; every request must present one. Unset: no authentication",
     )
     api_keys_file: Path | None = Field(
         None, description="file with more API keys, one per line, read again when it changes"
@@ -178,6 +179,12 @@ class Settings(BaseSettings):
     def requires_api_key(self) -> bool:
         """True if requests need an API key."""
         return self.api_keys is not None or self.api_keys_file is not None
+
+    def read_api_keys(self) -> KeyRing | None:
+        """Return the API keys, None if requests need none. Raises InvalidKeys."""
+        if not self.requires_api_key:
+            return None
+        return KeyRing(self.api_keys.get_secret_value() if self.api_keys else None, self.api_keys_file)
 
     @property
     def origins(self) -> list[str]:

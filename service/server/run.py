@@ -8,6 +8,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
+from service.api_keys import KeyRing
 from service.imports import without_garbage_collection
 from service.log import configure_logging, exit_now
 from service.metrics.counters import SharedCounters
@@ -29,22 +30,22 @@ def run(settings: Settings, listener: socket.socket) -> None:
     limit_send_buffers(listener)
     connections, reserved = fit_descriptor_limit(settings.connections)
     settings = settings.model_copy(update={"connections": connections})
-    table = SharedCounters(settings.workers)
-    config = create_config(partial(_load_application, settings, table), settings, reserved=reserved, factory=True)
+    table, keys = SharedCounters(settings.workers), settings.read_api_keys()
+    config = create_config(partial(_load_application, settings, table, keys), settings, reserved=reserved, factory=True)
     if settings.workers == 1:
         if QUIT_SIGNAL is not None:
             signal.signal(QUIT_SIGNAL, lambda number, _: exit_now(128 + number))
         Server(config).run(sockets=[listener])
     else:
-        Supervisor(config, listener, table).run()
+        Supervisor(config, listener, table, keys).run()
 
 
-def _load_application(settings: Settings, table: SharedCounters) -> FastAPI:
+def _load_application(settings: Settings, table: SharedCounters, keys: KeyRing | None) -> FastAPI:
     """Create the application, in each worker; the local import spares the supervisor from loading torch."""
     with without_garbage_collection():
         from service.app import create_worker_app
 
-    return create_worker_app(settings, table)
+    return create_worker_app(settings, table, keys)
 
 
 def create_config(

@@ -15,6 +15,7 @@ from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.multiprocess import Process
 
 from service import exit_codes
+from service.api_keys import KeyRing
 from service.log import configure_logging, exit_now
 from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig
@@ -105,12 +106,16 @@ class Supervisor(Multiprocess):
 
     config: ServerConfig
 
-    def __init__(self, config: ServerConfig, listener: socket.socket, table: SharedCounters) -> None:
+    def __init__(
+        self, config: ServerConfig, listener: socket.socket, table: SharedCounters, keys: KeyRing | None
+    ) -> None:
+        """Create a supervisor; `keys`: API keys, which `config` passes to the workers."""
         super().__init__(config, [listener])
         # uvicorn has set handlers; workers inherit ignored signals, but not handlers.
         ignore_signals()
         self._listener = listener
         self._table = table
+        self._keys = keys
         self._log = structlog.get_logger("corr2d")
         self._stop_requested = False
         self._close_at = 0.0
@@ -128,6 +133,8 @@ class Supervisor(Multiprocess):
 
     def keep_subprocess_alive(self) -> None:
         """Replace workers that have ended: at once, or after growing pauses if they end early."""
+        if self._keys is not None:
+            self._keys.check_file()
         for index, worker in enumerate(self.processes):
             if self.should_exit.is_set():
                 return
@@ -135,6 +142,8 @@ class Supervisor(Multiprocess):
                 self._schedule_restart(worker)
             if worker.restart_at is not None and time.monotonic() >= worker.restart_at:
                 self._table.restarts += 1
+                if self._keys is not None and self._keys.last_problem is not None:
+                    self._log.warning("the new worker gets the last valid API keys", reason=self._keys.last_problem)
                 self.processes[index] = Worker(self.config, self._listener, worker.early_exits)
 
     def _schedule_restart(self, worker: Worker) -> None:

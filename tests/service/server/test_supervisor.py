@@ -1,16 +1,39 @@
-"""Test of the supervisor of several workers."""
+"""Tests of the supervisor of several workers."""
 
 import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.servers import list_workers, open_client, run_serve_command
+from tests.service.locked_app import ALICE_KEY, BOB_KEY
 
 pytestmark = pytest.mark.slow
+
+
+def read_events(log: Path, event: str) -> list[dict[str, Any]]:
+    """Return the log lines of an event."""
+    return [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == event]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def kill_workers(supervisor: int) -> None:
+    """Kill all workers and wait for their replacements."""
+    victims = set(list_workers(supervisor))
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: len(set(list_workers(supervisor)) - victims) == len(victims))
 
 
 def test_crashing_worker_is_restarted_after_a_pause(tmp_path: Path) -> None:
@@ -29,7 +52,33 @@ def test_crashing_worker_is_restarted_after_a_pause(tmp_path: Path) -> None:
                 time.sleep(0.02)
             # The new worker is killed long before it reports any metric.
             (victim,) = new
-        died = [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "worker died"]
+        died = read_events(log, "worker died")
         assert [line["restart_in_s"] for line in died] == [0, 1, 2]
         assert [line["exit_code"] for line in died] == [-signal.SIGKILL] * 3
         assert "corr2d_worker_restarts_total 3.0\n" in send("GET", "/metrics").text
+
+
+@pytest.mark.robustness(60)
+def test_new_workers_get_the_last_valid_keys(tmp_path: Path) -> None:
+    log, file = tmp_path / "log", tmp_path / "keys"
+    file.write_text(ALICE_KEY)
+    flags = ("--workers", "2", "--api-keys-file", str(file), "--log-format", "json")
+    with run_serve_command(log, *flags) as (process, address), open_client(address) as send:
+
+        def get_status(key: str) -> int:
+            return send("GET", "/info", headers={"X-API-Key": key, "Connection": "close"}).status_code
+
+        # The supervisor knows the keys that were valid last, not only those of the start.
+        file.write_text(BOB_KEY)
+        wait_for(lambda: read_events(log, "API keys read again"))
+        file.write_text("damaged")
+        wait_for(lambda: read_events(log, "API keys not read again, the last ones stay in force"))
+        kill_workers(process.pid)
+        with open_client(address):
+            assert [get_status(BOB_KEY) for _ in range(8)] == [200] * 8
+            assert [get_status(ALICE_KEY) for _ in range(8)] == [401] * 8
+        assert len(read_events(log, "the new worker gets the last valid API keys")) == 2
+        assert len(read_events(log, "worker died")) == 2
+        file.write_text(ALICE_KEY)
+        wait_for(lambda: [get_status(ALICE_KEY) for _ in range(8)] == [200] * 8)
+        assert process.poll() is None
