@@ -94,7 +94,12 @@ def create_app(settings: Settings, table: SharedCounters | None = None, keys: Ke
             headers=settings.allowed_headers,
             credentials=settings.cors_credentials,
         )
-    app.add_middleware(RequestLogMiddleware, metrics=state.metrics, protocol_error_app=respond_to_protocol_error)
+    app.add_middleware(
+        RequestLogMiddleware,
+        metrics=state.metrics,
+        protocol_error_app=respond_to_protocol_error,
+        log_probes=settings.log_probes,
+    )
     add_error_handlers(app)
     for resource in (health, metrics, info, kernels, train_kernel, conv2d, correlate):
         # The routes themselves, not include_router: FastAPI resolves the routes of an included router at every

@@ -37,6 +37,15 @@ class RequestContext:
     rejection: str | None = None
     """Name of the problem type of the error response, if the response is one."""
 
+    bytes_in: int = 0
+    """Bytes of the body received so far."""
+
+    engine: str | None = None
+    """Engine that computed the output, or method of the fit."""
+
+    is_disconnected: bool = False
+    """True if the connection was lost before the response was complete."""
+
     key_name: str | None = None
     """Name of the API key of the request, if it has a valid one."""
 

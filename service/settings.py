@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="log format, one line per request: console (readable text) or json"
     )
+    log_probes: bool = Field(default=True, description="log successful requests for /livez, /readyz and /metrics, too")
     api_keys: SecretStr | None = Field(
         None,
         description="comma-separated API keys, or NAME:KEY; every request must present one. Unset: no authentication",

@@ -15,6 +15,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import structlog
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -39,13 +40,14 @@ from service.cli.options import (
     parse_sizes,
 )
 from service.imports import without_garbage_collection
+from service.log import configure_logging, is_json_log
 from service.log_stream import LogStream, open_standard_files
 from service.server.malloc import limit_malloc_arenas
 from service.settings import ENV_PREFIX, Settings, SettingsError, list_variables, load_settings
 from service.version import VERSION
 
-STDOUT_FD, STDERR_FD = 1, 2
-"""File descriptors: Python has no stream for a descriptor that was closed at startup."""
+STDOUT_FD = 1
+"""File descriptor of stdout; Python has no stream for it if it was closed at startup."""
 
 EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' http://%s/correlate"""
 
@@ -68,7 +70,9 @@ def serve(**flags: object) -> None:
         signal.signal(number, lambda *_: sys.exit(0))
     limit_malloc_arenas()
     open_standard_files()
-    sys.stderr = LogStream(STDERR_FD)
+    # Before the settings are valid: the error of an invalid one is a line of the log.
+    log_format = flags["log_format"] or list_variables().get(f"{ENV_PREFIX}LOG_FORMAT")
+    configure_logging("json" if log_format == "json" else "console")
     settings = _load_settings(flags)
     listener = _open_listener(settings)
     host, port = listener.getsockname()[:2]
@@ -439,5 +443,8 @@ def _open_listener(settings: Settings) -> socket.socket:
 
 
 def _exit_with_error(message: str, code: int) -> NoReturn:
-    typer.echo(f"corr2d: {message}", err=True)
+    if is_json_log():
+        structlog.get_logger("corr2d").error(message)
+    else:
+        typer.echo(f"corr2d: {message}", err=True)
     raise typer.Exit(code)

@@ -7,6 +7,7 @@ import asyncio
 from typing import Any, cast
 
 import httptools
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.context import get_context
@@ -98,6 +99,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._discarded_bytes = 0
         self._acknowledged_bytes = 0
         self._unparsed = b""
+        self._running_cycle: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start a connection; if there are too many, evict the one that is first in the eviction order.
@@ -143,6 +145,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End a connection, and break reference cycles that would keep it until garbage collection."""
         super().connection_lost(exc)
+        cycle, self._running_cycle = self._running_cycle, None
+        if cycle is not None and not cycle.response_complete:
+            # uvicorn does this for the last request only, which may be in the pipeline.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            get_context(cast("dict[str, Any]", cycle.scope)).is_disconnected = True
         if self._is_evicted:
             self.server_state.closing_connections -= 1
         self._unparsed = b""
@@ -315,6 +323,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """End a request."""
         self._in_body = False
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running_cycle = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Start the next request, or resume reading, after a response."""

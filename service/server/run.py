@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from service.api_keys import KeyRing
 from service.imports import without_garbage_collection
-from service.log import configure_logging, exit_now
+from service.log import exit_now
 from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig
 from service.server.descriptors import fit_descriptor_limit
@@ -25,7 +25,6 @@ from service.settings import Settings
 
 def run(settings: Settings, listener: socket.socket) -> None:
     """Serve on the listening socket until SIGINT or SIGTERM, then finish the pending requests."""
-    configure_logging(settings.log_format)
     ignore_signals()
     limit_send_buffers(listener)
     connections, reserved = fit_descriptor_limit(settings.connections)

@@ -71,7 +71,13 @@ class Worker(Process):
         # uvicorn raises SIGTERM again at the end; the default action would lose the last lines of the log.
         signal.signal(signal.SIGTERM, lambda *_: exit_now(0))
         threading.Thread(target=_exit_with_supervisor, args=(self.server, config), daemon=True).start()
-        super().target(sockets)
+        log = structlog.get_logger("corr2d")
+        try:
+            super().target(sockets)
+        except Exception:
+            # Python would print the traceback as text.
+            log.exception("the worker failed")
+            exit_now(exit_codes.COMMAND_FAILED)
 
     def is_healthy(self) -> bool:
         """Return whether the process is alive and has recently replied to a ping."""
