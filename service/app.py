@@ -157,6 +157,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(state.compute.machine.threads)
     use_one_blas_thread()
     warming = asyncio.create_task(_warm_up_in_background(state))
+    if state.metrics.table.ready_workers():
+        # Other workers serve: this one accepts connections once it is ready, so that no health check fails.
+        await warming
     yield
     warming.cancel()
     state.readiness.mark_unavailable("the service is shutting down")

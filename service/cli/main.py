@@ -43,6 +43,7 @@ from service.imports import without_garbage_collection
 from service.log import configure_logging, is_json_log
 from service.log_stream import LogStream, open_standard_files
 from service.server.malloc import limit_malloc_arenas
+from service.server.signals import ignore_signals
 from service.settings import ENV_PREFIX, Settings, SettingsError, list_variables, load_settings
 from service.version import VERSION
 
@@ -68,6 +69,7 @@ def serve(**flags: object) -> None:
     # has a handler for. uvicorn shuts down gracefully, then raises the signal again for this handler.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    ignore_signals()
     limit_malloc_arenas()
     open_standard_files()
     # Before the settings are valid: the error of an invalid one is a line of the log.

@@ -17,7 +17,7 @@ from service.server.descriptors import fit_descriptor_limit
 from service.server.listener import limit_send_buffers
 from service.server.protocol import LimitedHttpProtocol
 from service.server.server import Server
-from service.server.signals import QUIT_SIGNAL, ignore_signals
+from service.server.signals import QUIT_SIGNAL, RELOAD_SIGNAL
 from service.server.supervisor import Supervisor
 from service.server.timeouts import RESERVED_CONNECTIONS, ConnectionLimits
 from service.settings import Settings
@@ -25,13 +25,14 @@ from service.settings import Settings
 
 def run(settings: Settings, listener: socket.socket) -> None:
     """Serve on the listening socket until SIGINT or SIGTERM, then finish the pending requests."""
-    ignore_signals()
     limit_send_buffers(listener)
     connections, reserved = fit_descriptor_limit(settings.connections)
     settings = settings.model_copy(update={"connections": connections})
     table, keys = SharedCounters(settings.workers), settings.read_api_keys()
     config = create_config(partial(_load_application, settings, table, keys), settings, reserved=reserved, factory=True)
     if settings.workers == 1:
+        if RELOAD_SIGNAL is not None and keys is not None:
+            signal.signal(RELOAD_SIGNAL, lambda *_: keys.reload())
         if QUIT_SIGNAL is not None:
             signal.signal(QUIT_SIGNAL, lambda number, _: exit_now(128 + number))
         Server(config).run(sockets=[listener])
