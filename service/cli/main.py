@@ -76,6 +76,8 @@ def serve(**flags: object) -> None:
     log_format = flags["log_format"] or list_variables().get(f"{ENV_PREFIX}LOG_FORMAT")
     configure_logging("json" if log_format == "json" else "console")
     settings = _load_settings(flags)
+    # Here, and not after torch is loaded: the file has just been checked.
+    keys = settings.read_api_keys()
     listener = _open_listener(settings)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -92,7 +94,7 @@ def serve(**flags: object) -> None:
     greeting = f"corr2d {VERSION} listens on http://{address} (API docs: /docs, stop: Ctrl-C). Try:\n"
     # A LogStream does not block if stdout is a pipe that is not read.
     LogStream(STDOUT_FD).write(f"{greeting}  {EXAMPLE_COMMAND % address}{key}\n")
-    run(settings, listener)
+    run(settings, listener, keys)
 
 
 @app.command()

@@ -23,12 +23,15 @@ from service.server.timeouts import RESERVED_CONNECTIONS, ConnectionLimits
 from service.settings import Settings
 
 
-def run(settings: Settings, listener: socket.socket) -> None:
-    """Serve on the listening socket until SIGINT or SIGTERM, then finish the pending requests."""
+def run(settings: Settings, listener: socket.socket, keys: KeyRing | None) -> None:
+    """Serve on the listening socket until SIGINT or SIGTERM, then finish the pending requests.
+
+    `keys`: the API keys, None if requests need none.
+    """
     limit_send_buffers(listener)
     connections, reserved = fit_descriptor_limit(settings.connections)
     settings = settings.model_copy(update={"connections": connections})
-    table, keys = SharedCounters(settings.workers), settings.read_api_keys()
+    table = SharedCounters(settings.workers)
     config = create_config(partial(_load_application, settings, table, keys), settings, reserved=reserved, factory=True)
     if settings.workers == 1:
         if RELOAD_SIGNAL is not None and keys is not None:
