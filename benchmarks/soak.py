@@ -184,9 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=40_000, help="number for each service (default: %(default)s)")
-    parser.add_argument(
-        "--since", type=int, help="measure growth from this request on (default: half of --requests)"
-    )
+    parser.add_argument("--since", type=int, help="measure growth from this request on (default: half of --requests)")
     parser.add_argument(
         "--leak", type=int, default=1000, help="leak of the control in bytes per request (default: %(default)s)"
     )

@@ -14,10 +14,11 @@ import torch
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
-from core import ENGINES, Machine, usable_cores, usable_memory, use_one_blas_thread
+from core import ENGINES, Machine, use_one_blas_thread
 from service import exit_codes
 from service.api_keys import KeyRing
 from service.app_state import AppState, get_app_state, set_app_state
+from service.computed_settings import compute_defaults, find_limit_settings
 from service.log import exit_now
 from service.metrics.counters import Metrics, SharedCounters
 from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware
@@ -32,7 +33,7 @@ from service.problems import PROBLEM_NAMES, add_error_handlers, respond_to_proto
 from service.readiness import Readiness, warm_up_service
 from service.routes import conv2d, correlate, health, info, kernels, metrics, pages, train_kernel
 from service.routes.raw_route import RawRoute
-from service.scheduling.admission import COMPUTE_MEMORY_FRACTION, Admission
+from service.scheduling.admission import Admission
 from service.scheduling.compute import Compute
 from service.scheduling.pool import WorkerPool
 from service.scheduling.threads import run_at_low_priority
@@ -52,18 +53,14 @@ computation may run in addition. The pool of codec jobs, which take one thread e
 
 GIL_SWITCH_INTERVAL_S = 5e-4
 
-REQUEST_MEMORY_FRACTION = 0.6
-"""Fraction of the memory of the machine or container; the rest is for Python, torch and compiled code."""
-
-DEFAULT_MAX_COMPUTE_MB = 2000
-
 TELEMETRY_DISABLED: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
-def create_app(settings: Settings, table: SharedCounters | None = None) -> FastAPI:
-    """Return the application with these settings. Without `table`, its metrics are counted in a table of its own.
+def create_app(settings: Settings, table: SharedCounters | None = None, keys: KeyRing | None = None) -> FastAPI:
+    """Return the application with these settings.
 
-    Call it once per process: it sets the number of torch threads, which is global.
+    Without `table`, its metrics are counted in a table of its own; without `keys`, the API keys are read. Call it once
+    per process: it sets the number of torch threads, which is global.
     """
     has_telemetry = any(name.startswith("OTEL_") for name in os.environ)
     app = FastAPI(
@@ -89,9 +86,9 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
         endpoints = {route.path: route.endpoint for route in routes if isinstance(route, RawRoute)}
         app.add_middleware(FastPathMiddleware, endpoints=endpoints)
     app.add_middleware(SecurityHeadersMiddleware)
-    if settings.requires_api_key:
-        listed = settings.api_keys.get_secret_value() if settings.api_keys else None
-        app.add_middleware(APIKeyMiddleware, keys=KeyRing(listed, settings.api_keys_file))
+    keys = keys or settings.read_api_keys()
+    if keys is not None:
+        app.add_middleware(APIKeyMiddleware, keys=keys)
     if settings.origins:
         app.add_middleware(
             CrossOriginMiddleware,
@@ -99,7 +96,12 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
             headers=settings.allowed_headers,
             credentials=settings.cors_credentials,
         )
-    app.add_middleware(RequestLogMiddleware, metrics=state.metrics, protocol_error_app=respond_to_protocol_error)
+    app.add_middleware(
+        RequestLogMiddleware,
+        metrics=state.metrics,
+        protocol_error_app=respond_to_protocol_error,
+        log_probes=settings.log_probes,
+    )
     if settings.root_path is not None or settings.trusted_proxies is not None:
         app.add_middleware(ForwardedMiddleware, options=settings.proxy_options)
     add_error_handlers(app)
@@ -114,12 +116,14 @@ def create_app(settings: Settings, table: SharedCounters | None = None) -> FastA
     return app
 
 
-def _create_state(settings: Settings, table: SharedCounters | None) -> AppState:
-    settings, memory = _resolve_memory_settings(settings)
+def _create_state(given: Settings, table: SharedCounters | None) -> AppState:
+    settings = compute_defaults(given)
+    assert settings.threads is not None  # noqa: S101 - they are computed
+    assert settings.memory_mb is not None  # noqa: S101
     metrics = Metrics(table, engines=ENGINES, reasons=PROBLEM_NAMES)
     metrics.queue_limit.set(settings.queue)
-    machine = Machine(max(1, (settings.threads or usable_cores()) // settings.workers))
-    admission = Admission(memory, settings.request_timeout_s)
+    machine = Machine(max(1, settings.threads // settings.workers))
+    admission = Admission(int(1e6 * settings.memory_mb / settings.workers), settings.request_timeout_s)
     concurrency, queue_timeout_s = min(COMPUTE_CONCURRENCY, machine.threads), settings.queue_timeout_s
     # Every codec job belongs to a request that holds a slot of the compute pool, so this queue is never full.
     codecs = WorkerPool(
@@ -132,6 +136,7 @@ def _create_state(settings: Settings, table: SharedCounters | None) -> AppState:
     admission.queue = pool
     return AppState(
         settings=settings,
+        limit_settings=find_limit_settings(given, settings),
         metrics=metrics,
         admission=admission,
         pool=pool,
@@ -141,25 +146,11 @@ def _create_state(settings: Settings, table: SharedCounters | None) -> AppState:
     )
 
 
-def _resolve_memory_settings(settings: Settings) -> tuple[Settings, int]:
-    """Return the settings with the memory limits filled in, and the bytes for the requests of one worker."""
-    megabytes = settings.memory_mb
-    if megabytes is None:
-        megabytes = max(
-            REQUEST_MEMORY_FRACTION * usable_memory() / 1e6,
-            settings.workers * (settings.max_compute_mb or 0) / COMPUTE_MEMORY_FRACTION,
-        )
-    worker_megabytes = megabytes / settings.workers
-    largest = settings.max_compute_mb or min(DEFAULT_MAX_COMPUTE_MB, COMPUTE_MEMORY_FRACTION * worker_megabytes)
-    resolved = {"memory_mb": round(megabytes, 3), "max_compute_mb": round(largest, 3)}
-    return settings.model_copy(update=resolved), int(1e6 * worker_megabytes)
-
-
-def create_worker_app(settings: Settings, table: SharedCounters) -> FastAPI:
+def create_worker_app(settings: Settings, table: SharedCounters, keys: KeyRing | None) -> FastAPI:
     """Return the application for a worker process of its own, and configure the interpreter for it."""
     # The event loop waits this long for the GIL, once for each thread that runs Python code.
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
-    app = create_app(settings, table)
+    app = create_app(settings, table, keys)
     get_app_state(app).owns_process = True
     return app
 
@@ -169,7 +160,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = get_app_state(app)
     torch.set_num_threads(state.compute.machine.threads)
     use_one_blas_thread()
-    tasks = [asyncio.create_task(_warm_up_in_background(state))]
+    warming = asyncio.create_task(_warm_up_in_background(state))
+    if state.metrics.table.ready_workers():
+        # Other workers serve: this one accepts connections once it is ready, so that no health check fails.
+        await warming
+    tasks = [warming]
     if state.owns_process:
         tasks.append(asyncio.create_task(trim_regularly()))
     yield

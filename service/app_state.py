@@ -1,5 +1,6 @@
 """State of the application: the objects that exist once per process."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -17,7 +18,10 @@ class AppState:
     """State of the application, on which all requests of a process depend."""
 
     settings: Settings
-    """Settings, with the memory limits filled in."""
+    """Settings, with computed defaults."""
+
+    limit_settings: Mapping[str, str]
+    """Name of the setting that limits each quantity of a computation: memory, compute and time."""
 
     metrics: Metrics
     admission: Admission

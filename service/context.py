@@ -40,6 +40,18 @@ class RequestContext:
     rejection: str | None = None
     """Name of the problem type of the error response, if the response is one."""
 
+    bytes_in: int = 0
+    """Bytes of the body received so far."""
+
+    engine: str | None = None
+    """Engine that computed the output, or method of the fit."""
+
+    is_disconnected: bool = False
+    """True if the connection was lost before the response was complete."""
+
+    key_name: str | None = None
+    """Name of the API key of the request, if it has a valid one."""
+
     protocol_error: ServiceError | None = None
     """Error for which the server rejects the request; the server may set it until the body is complete."""
 

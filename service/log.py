@@ -1,10 +1,13 @@
-"""Logging for the service and uvicorn, as readable text or JSON."""
+"""Logging for the service, uvicorn and Python itself, as readable text or JSON."""
 
+import json
 import logging
 import os
 import sys
+import threading
 import time
 from functools import lru_cache
+from types import TracebackType
 from typing import Literal, NoReturn, TextIO, TypeAlias, cast
 
 import orjson
@@ -23,7 +26,7 @@ TRACEBACK_TRANSFORMER = structlog.tracebacks.ExceptionDictTransformer(show_local
 
 
 def configure_logging(log_format: LogFormat) -> None:
-    """Send structlog's lines, the standard library's (uvicorn's) and tracebacks to stderr in one format.
+    """Send structlog's lines, the standard library's (uvicorn's), warnings and tracebacks to stderr in one format.
 
     No caller waits for the reader of stderr: `sys.stderr` is a LogStream from then on.
     """
@@ -48,13 +51,22 @@ def configure_logging(log_format: LogFormat) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[_add_timestamp],
+            foreign_pre_chain=[_add_timestamp, _strip_message],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    logging.captureWarnings(True)  # noqa: FBT003 - it takes no name
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda uncaught: _log_uncaught(uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback)
+    sys.unraisablehook = lambda uncaught: _log_uncaught(uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback)
+
+
+def is_json_log() -> bool:
+    """Return whether `configure_logging` has selected JSON."""
+    return structlog.get_config()["processors"][-1] is _render_json
 
 
 def count_dropped_lines() -> int:
@@ -71,6 +83,21 @@ def exit_now(code: int) -> NoReturn:
 
 def _report_dropped(lines: int) -> None:
     structlog.get_logger("corr2d").warning("log lines dropped: the reader of stderr fell behind", lines=lines)
+
+
+def _log_uncaught(
+    exception_type: type[BaseException], exception: BaseException | None, traceback: TracebackType | None
+) -> None:
+    """Log an exception that no code handles, instead of Python's own lines."""
+    exception = exception or exception_type()
+    structlog.get_logger("corr2d").critical("uncaught exception", exc_info=(exception_type, exception, traceback))
+
+
+def _strip_message(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Return the event without the line break at the end of its message; some of uvicorn's have one."""
+    del logger, method
+    event["event"] = event["event"].rstrip()
+    return event
 
 
 def _add_timestamp(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -90,7 +117,11 @@ def _format_second(seconds: int) -> str:
 def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
     del logger, method
     rounded = {name: round(value, 3) if type(value) is float else value for name, value in event.items()}
-    return orjson.dumps(rounded, default=str).decode()
+    try:
+        return orjson.dumps(rounded, default=str).decode()
+    except orjson.JSONEncodeError:
+        # A text that UTF-8 cannot encode, or a larger integer than 64 bits.
+        return json.dumps(rounded, default=str)
 
 
 def _render_plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
@@ -101,6 +132,8 @@ def _render_plain(logger: WrappedLogger, method: str, event: EventDict) -> str:
     line = f"{event.pop('timestamp')} [{event.pop('level')}] {event.pop('event')}"
     for name, value in event.items():
         # Kept simple: every request logs one line, which counts in the latency of small requests.
+        if value is None:
+            continue
         if type(value) is float:
             line += f" {name}={value:.3f}"
         else:

@@ -25,6 +25,7 @@ from core import (
     TooLarge,
     UnknownKernel,
 )
+from service.app_state import get_app_state
 from service.context import get_common_headers, get_context
 from service.errors import (
     BodyTooLarge,
@@ -56,12 +57,6 @@ MAX_TEXT_CHARS = 300
 
 INTERNAL_PROBLEM = "internal"
 """Name of the problem type of internal errors."""
-
-LIMIT_SETTINGS = {
-    "memory": "CORR2D_MAX_COMPUTE_MB",
-    "compute": "CORR2D_MAX_COMPUTE_GFLOP",
-    "time": "CORR2D_REQUEST_TIMEOUT_S",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +229,7 @@ def _handle_core_error(request: Request, error: Exception) -> Response:
     error = cast("CoreError", error)
     detail, field = error.message, error.field
     if isinstance(error, TooLarge):
-        detail += f" (limit: {LIMIT_SETTINGS[error.quantity]})"
+        detail += f" (limit: {get_app_state(request.app).limit_settings[error.quantity]})"
         field = "(estimate)"
     errors = [FieldError(field, error.message, error.got, error.limit)] if field else []
     return create_problem_response(request, PROBLEM_TYPES[type(error)], detail, errors)

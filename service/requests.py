@@ -225,6 +225,7 @@ async def _receive_body(request: Request, reservation: Reservation, bodies: Body
             raise context.protocol_error
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
+        context.bytes_in += len(chunk)
         metrics.add_received_bytes(len(chunk))
         size = len(chunk) if buffer is None else buffer.size + len(chunk)
         if size > limit:

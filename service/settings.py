@@ -4,14 +4,16 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.api_keys import parse_keys, read_keys
+from service.api_keys import KeyRing, parse_keys, read_keys
 from service.certificates import check_certificate
 from service.forwarding import UNIX_PEER, ProxyOptions, TrustedProxies, is_valid_prefix, parse_trusted_proxies
+from service.kubernetes_variables import is_kubernetes_variable
 
 ENV_PREFIX = "CORR2D_"
 
@@ -24,12 +26,24 @@ class SettingsError(Exception):
     """Invalid setting; the message is one line."""
 
 
+class EnvironmentSource(EnvSettingsSource):
+    """Environment variables, without those that Kubernetes sets: CORR2D_PORT may be one of them."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Return the value of a setting, or None if it is not set."""
+        value, key, is_complex = super().get_field_value(field, field_name)
+        is_foreign = isinstance(value, str) and is_kubernetes_variable(ENV_PREFIX + field_name.upper(), value)
+        return None if is_foreign else value, key, is_complex
+
+
 class Settings(BaseSettings):
     """Settings; each description is the help of a flag, a line of `corr2d config` and a row of docs/http-api.md."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface", min_length=1)
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; 0.0.0.0 for every interface, :: for IPv6 and IPv4", min_length=1
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     uds: Path | None = Field(
         None, description="Unix socket to listen on instead of CORR2D_HOST and CORR2D_PORT: a path; unset: none"
@@ -105,8 +119,10 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="log format, one line per request: console (readable text) or json"
     )
+    log_probes: bool = Field(default=True, description="log successful requests for /livez, /readyz and /metrics, too")
     api_keys: SecretStr | None = Field(
-        None, description="comma-separated API keys; every request must present one. Unset: no authentication"
+        None,
+        description="comma-separated API keys, or NAME:KEY; every request must present one. Unset: no authentication",
     )
     api_keys_file: Path | None = Field(
         None, description="file with more API keys, one per line, read again when it changes"
@@ -123,6 +139,19 @@ class Settings(BaseSettings):
         description="allow pages of CORR2D_CORS_ORIGINS to send credentials: cookies or logins of a proxy in front "
         "of the service",
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources, the most important first: flags and environment; no files."""
+        del env_settings, dotenv_settings, file_secret_settings
+        return init_settings, EnvironmentSource(settings_cls)
 
     @field_validator("root_path")
     @classmethod
@@ -205,6 +234,12 @@ class Settings(BaseSettings):
         """True if requests need an API key."""
         return self.api_keys is not None or self.api_keys_file is not None
 
+    def read_api_keys(self) -> KeyRing | None:
+        """Return the API keys, None if requests need none. Raises InvalidKeys."""
+        if not self.requires_api_key:
+            return None
+        return KeyRing(self.api_keys.get_secret_value() if self.api_keys else None, self.api_keys_file)
+
     @property
     def proxy_options(self) -> ProxyOptions:
         """The path prefix and the trusted proxies."""
@@ -260,10 +295,19 @@ def _split_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
+def list_variables() -> dict[str, str]:
+    """Return the CORR2D_* variables of the environment by name, in upper case; without those of Kubernetes."""
+    return {
+        name.upper(): value
+        for name, value in sorted(os.environ.items())
+        if name.upper().startswith(ENV_PREFIX) and not is_kubernetes_variable(name, value)
+    }
+
+
 def _reject_unknown_variables() -> None:
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    for variable in sorted(os.environ):
-        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
-            near = difflib.get_close_matches(variable.upper(), known, n=1)
+    for variable in list_variables():
+        if variable not in known:
+            near = difflib.get_close_matches(variable, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"valid settings: {', '.join(sorted(known))}"
             raise SettingsError(f"{variable} is not a setting; {hint}")

@@ -129,6 +129,7 @@ def run_monitored_server() -> None:
 
     import service.app
     import service.cli.main
+    from service.api_keys import KeyRing
     from service.metrics.counters import SharedCounters
     from service.settings import Settings
 
@@ -138,8 +139,10 @@ def run_monitored_server() -> None:
         del request
         return JSONResponse(monitor.longest())
 
-    def create_monitored_app(settings: Settings, table: SharedCounters | None = None) -> FastAPI:
-        app = create_plain_app(settings, table)
+    def create_monitored_app(
+        settings: Settings, table: SharedCounters | None = None, keys: KeyRing | None = None
+    ) -> FastAPI:
+        app = create_plain_app(settings, table, keys)
         app.router.routes.insert(0, Route("/pauses", pauses))
         return app
 

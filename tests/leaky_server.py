@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service.app
 import service.cli.main
+from service.api_keys import KeyRing
 from service.metrics.counters import SharedCounters
 from service.settings import Settings
 
@@ -34,9 +35,9 @@ class LeakMiddleware:
         await self._app(scope, receive, send)
 
 
-def create_leaky_app(settings: Settings, table: SharedCounters | None = None) -> FastAPI:
+def create_leaky_app(settings: Settings, table: SharedCounters | None = None, keys: KeyRing | None = None) -> FastAPI:
     """Return the application with LeakMiddleware."""
-    app = create_app_without_leak(settings, table)
+    app = create_app_without_leak(settings, table, keys)
     app.add_middleware(LeakMiddleware, size=int(os.environ[LEAK_BYTES_VARIABLE]))
     return app
 

@@ -16,11 +16,13 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import structlog
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from service import exit_codes
+from service.api_keys import KeyRing
 from service.cli.options import (
     PADDING_HELP,
     DeviceOption,
@@ -40,14 +42,16 @@ from service.cli.options import (
     parse_sizes,
 )
 from service.imports import without_garbage_collection
+from service.log import configure_logging, is_json_log
 from service.log_stream import LogStream, open_standard_files
 from service.server.listener import open_unix_listener, stop_accepting
 from service.server.malloc import limit_malloc_arenas
-from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
+from service.server.signals import ignore_signals
+from service.settings import ENV_PREFIX, Settings, SettingsError, list_variables, load_settings
 from service.version import VERSION
 
-STDOUT_FD, STDERR_FD = 1, 2
-"""File descriptors: Python has no stream for a descriptor that was closed at startup."""
+STDOUT_FD = 1
+"""File descriptor of stdout; Python has no stream for it if it was closed at startup."""
 
 LISTEN_BACKLOG = 2048
 """Number of connections that the system queues until the service accepts them."""
@@ -71,20 +75,25 @@ def serve(**flags: object) -> None:
     # has a handler for. uvicorn shuts down gracefully, then raises the signal again for this handler.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    ignore_signals()
     limit_malloc_arenas()
     open_standard_files()
-    sys.stderr = LogStream(STDERR_FD)
+    # Before the settings are valid: the error of an invalid one is a line of the log.
+    log_format = flags["log_format"] or list_variables().get(f"{ENV_PREFIX}LOG_FORMAT")
+    configure_logging("json" if log_format == "json" else "console")
     settings = _load_settings(flags)
+    # Here, and not after torch is loaded: the file has just been checked.
+    keys = settings.read_api_keys()
     listener = _open_listener(settings)
     try:
-        _serve(settings, listener)
+        _serve(settings, listener, keys)
     finally:
         if listener.fileno() != -1:
             # Not closed by a graceful stop: remove the file of a Unix socket.
             stop_accepting(listener)
 
 
-def _serve(settings: Settings, listener: socket.socket) -> None:
+def _serve(settings: Settings, listener: socket.socket, keys: KeyRing | None) -> None:
     with without_garbage_collection():
         from core import CoreError, resolve_device
         from service.server.run import run
@@ -95,7 +104,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         _exit_with_error(f"{ENV_PREFIX}DEVICE {error}", exit_codes.INVALID_SETTINGS)
     # A LogStream does not block if stdout is a pipe that is not read.
     LogStream(STDOUT_FD).write(_format_greeting(settings, listener.getsockname()))
-    run(settings, listener)
+    run(settings, listener, keys)
 
 
 def _format_greeting(settings: Settings, name: str | tuple[str, int]) -> str:
@@ -400,13 +409,24 @@ def kernels(
 @app.command()
 @add_settings_options
 def config(**flags: object) -> None:
-    """Show every setting: its value, its origin (flag, environment or default) and its meaning."""
-    settings = _load_settings(flags)
+    """Show every setting: its value, its origin (flag, environment, default or computed) and its meaning."""
+    given = _load_settings(flags)
+    with without_garbage_collection():
+        from service.computed_settings import compute_defaults
+
+    in_force = compute_defaults(given)
+    variables = list_variables()
     table = Table("setting", "value", "from", "meaning", box=None)
     for name, field in Settings.model_fields.items():
         variable = ENV_PREFIX + name.upper()
-        origin = "flag" if flags[name] is not None else "environment" if variable in os.environ else "default"
-        table.add_row(variable, format_setting(getattr(settings, name)), origin, field.description)
+        value = getattr(in_force, name)
+        if flags[name] is not None:
+            origin = "flag"
+        elif variable in variables:
+            origin = "environment"
+        else:
+            origin = "default" if value == field.default else "computed"
+        table.add_row(variable, format_setting(value), origin, field.description)
     Console().print(table)
 
 
@@ -447,9 +467,15 @@ def _open_listener(settings: Settings) -> socket.socket:
                 f"choose another path with {ENV_PREFIX}UDS (--uds)",
                 exit_codes.INVALID_SETTINGS,
             )
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    is_ipv6 = ":" in settings.host
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=LISTEN_BACKLOG)
+        return socket.create_server(
+            (settings.host, settings.port),
+            family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+            backlog=LISTEN_BACKLOG,
+            # The address :: accepts IPv4 too, whatever net.ipv6.bindv6only is.
+            dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
+        )
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
         _exit_with_error(
@@ -460,5 +486,8 @@ def _open_listener(settings: Settings) -> socket.socket:
 
 
 def _exit_with_error(message: str, code: int) -> NoReturn:
-    typer.echo(f"corr2d: {message}", err=True)
+    if is_json_log():
+        structlog.get_logger("corr2d").error(message)
+    else:
+        typer.echo(f"corr2d: {message}", err=True)
     raise typer.Exit(code)

@@ -93,6 +93,10 @@ class SharedCounters:
         """Return the rows of running workers."""
         return [row for row in self.rows() if _is_alive(row)]
 
+    def ready_workers(self) -> set[int]:
+        """Return the process IDs of the workers that can compute."""
+        return {int(row[PID_CELL]) for row in self.live_rows() if row[READY_CELL]}
+
     def claim_row(self) -> Row:
         """Return a free row for this process, or a private row if none is free, so that counting never fails."""
         with self._hold_lock():
@@ -218,6 +222,7 @@ class Metrics:
         self._row[self.engines.get(name) or self.engines[OTHER_LABEL]] += 1
 
 
+READY_CELL = FIRST_GAUGE_CELL + GAUGE_NAMES.index("workers_ready")
 IN_PROGRESS_CELL = FIRST_GAUGE_CELL + GAUGE_NAMES.index("requests_in_progress")
 
 

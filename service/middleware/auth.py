@@ -38,9 +38,12 @@ class APIKeyMiddleware:
             await self._app(scope, receive, send)
             return
         sent = _read_keys(scope)
-        if any(map(self._keys.is_valid, sent)):
-            await self._app(scope, receive, send)
-            return
+        for key in sent:
+            name = self._keys.find_name(key)
+            if name is not None:
+                get_context(scope).key_name = name
+                await self._app(scope, receive, send)
+                return
         headers = {
             "WWW-Authenticate": f'{WWW_AUTHENTICATE_CHALLENGE}, error="invalid_token"'
             if sent

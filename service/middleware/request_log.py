@@ -1,21 +1,32 @@
 """ASGI middleware for request IDs, timing of request phases, metrics, and one log line per request."""
 
 import time
+from http import HTTPStatus
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import get_context
+from service.errors import ClientDisconnected
 from service.metrics.counters import Metrics
-from service.problems import INTERNAL_PROBLEM
+from service.problems import INTERNAL_PROBLEM, PROBLEM_TYPES
 from service.timing import milliseconds_since
+
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
+"""Paths that load balancers and Prometheus request all the time."""
+
+DISCONNECTED = PROBLEM_TYPES[ClientDisconnected]
 
 
 class RequestLogMiddleware:
     """Middleware that opens and closes the context of a request, adds the common headers, logs and counts."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, protocol_error_app: ASGIApp) -> None:
-        """protocol_error_app responds to requests that the server rejects itself, see service/server/protocol.py."""
+    def __init__(self, app: ASGIApp, metrics: Metrics, protocol_error_app: ASGIApp, *, log_probes: bool = True) -> None:
+        """protocol_error_app responds to requests that the server rejects itself, see service/server/protocol.py.
+
+        log_probes: log successful requests for PROBE_PATHS, too.
+        """
+        self._unlogged_paths = frozenset() if log_probes else PROBE_PATHS
         self._app = app
         self._protocol_error_app = protocol_error_app
         self._metrics = metrics
@@ -49,6 +60,8 @@ class RequestLogMiddleware:
 
         try:
             await app(scope, receive, send_with_headers)
+            if context.is_disconnected:
+                status, context.rejection = DISCONNECTED.status, DISCONNECTED.name
         except Exception:
             context.rejection = INTERNAL_PROBLEM
             raise
@@ -57,18 +70,23 @@ class RequestLogMiddleware:
                 context.reservation.close()
             elapsed = milliseconds_since(start)
             self._metrics.finish_request(path, status, timing, elapsed / 1000, size, context.rejection)
-            client = scope.get("client")
-            self._log.info(
-                "request",
-                method=scope["method"],
-                path=path,
-                status=status,
-                ms=elapsed,
-                parse_ms=timing.parse,
-                wait_ms=timing.wait,
-                compute_ms=timing.compute,
-                encode_ms=timing.encode,
-                bytes_out=size,
-                client=client[0] if client else None,
-                request_id=request_id,
-            )
+            if status >= HTTPStatus.BAD_REQUEST or path not in self._unlogged_paths:
+                client = scope.get("client")
+                self._log.info(
+                    "request",
+                    method=scope["method"],
+                    path=path,
+                    status=status,
+                    problem=context.rejection,
+                    engine=context.engine,
+                    ms=elapsed,
+                    parse_ms=timing.parse,
+                    wait_ms=timing.wait,
+                    compute_ms=timing.compute,
+                    encode_ms=timing.encode,
+                    bytes_in=context.bytes_in,
+                    bytes_out=size,
+                    key=context.key_name,
+                    client=client[0] if client else None,
+                    request_id=request_id,
+                )

@@ -15,6 +15,7 @@ from service.app_state import get_app_state
 from service.array_field import Array, find_first_true
 from service.codecs.buffers import all_within
 from service.codecs.response_options import OutputResponseOptions
+from service.context import get_context
 from service.negotiation import collect_headers
 from service.requests import Device, RequestModel, check_admission, parse_query, read_request, take_response_options
 from service.responses import Responder, as_numpy
@@ -103,6 +104,7 @@ async def handle_convolution(
         request, responder.estimate_bytes, make_plan, error_bound=parsed.explain, **arguments
     )
     state.metrics.count_engine(result.engine)
+    get_context(request.scope).engine = result.engine
     explanation = {"explanation": _format_explanation(result)} if parsed.explain else {}
     return await responder.respond(
         output=as_numpy(result.array),

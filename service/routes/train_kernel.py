@@ -20,6 +20,7 @@ from service.codecs import png
 from service.codecs.buffers import all_within
 from service.codecs.registry import ENCODABLE_FORMATS, Format, ResponseFields
 from service.codecs.response_options import FitResponseOptions
+from service.context import get_context
 from service.negotiation import collect_headers
 from service.openapi import endpoint_docs, make_link
 from service.requests import (
@@ -384,6 +385,7 @@ async def train_kernel(request: Request) -> Response:
             request, responder.estimate_bytes, core.plan_fit_kernel, convert, on_progress, **parsed.arguments()
         )
         state.metrics.count_engine(fields["method"])
+        get_context(request.scope).engine = fields["method"]
         return fields
 
     if responder.media_type in EVENT_FORMATTERS:

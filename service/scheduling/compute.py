@@ -70,7 +70,7 @@ class Compute:
         self._pool = pool
         self._codecs = codecs
         self._device = settings.device
-        assert settings.max_compute_mb is not None  # noqa: S101 - app.py has settled it
+        assert settings.max_compute_mb is not None  # noqa: S101 - it is computed
         self._limits = Limits(settings.max_compute_mb, settings.max_compute_gflop, settings.request_timeout_s)
         inline_s = min(threads.INLINE_THRESHOLD_S, settings.request_timeout_s)
         self._inline_limits = replace(self._limits, seconds=inline_s)

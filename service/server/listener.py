@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from ipaddress import IPv6Address
 from pathlib import Path
 
 SO_ATTACH_FILTER = 26
@@ -23,6 +24,8 @@ MAX_UNSENT_BYTES = 1 << 19
 
 CONNECT_TIMEOUT_S = 1
 """Seconds that a process with a full queue of connections has to accept one, before its socket counts as in use."""
+MAPPED_ADDRESS_PREFIX = "::ffff:"
+"""Prefix of the IPv6 address of a client with IPv4, on a socket that accepts both (RFC 4291, 2.5.5.2)."""
 
 TCP_FLAGS_OFFSET, TCP_SYN, TCP_ACK = 13, 0x02, 0x10
 """Offset of the flags in a TCP segment, and the flags of connection requests (RFC 9293, 3.1)."""
@@ -65,6 +68,12 @@ def limit_send_buffers(listener: socket.socket) -> None:
     if sys.platform == "linux":
         with suppress(OSError):
             listener.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
+
+
+def convert_mapped_address(host: str) -> str:
+    """Return the IPv4 address in an IPv4-mapped IPv6 address, and other addresses unchanged."""
+    mapped = IPv6Address(host).ipv4_mapped if host.startswith(MAPPED_ADDRESS_PREFIX) else None
+    return str(mapped or host)
 
 
 def stop_accepting(listener: socket.socket) -> None:

@@ -8,6 +8,7 @@ import ssl
 from typing import Any, cast
 
 import httptools
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.context import get_context
@@ -21,6 +22,7 @@ from service.errors import (
 )
 from service.server.config import ServerConfig
 from service.server.eviction import ALWAYS_EVICTABLE_PHASES, EVICTION_ORDER, ConnectionsState
+from service.server.listener import convert_mapped_address
 from service.server.request_checks import (
     MAX_HEADER_BYTES,
     MAX_HEADER_FIELDS,
@@ -101,6 +103,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._discarded_bytes = 0
         self._acknowledged_bytes = 0
         self._unparsed = b""
+        self._running_cycle: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start a connection; if there are too many, evict the one that is first in the eviction order.
@@ -111,6 +114,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         coalescing = CoalescingTransport(transport, self.loop, self._is_incomplete, self._is_last)
         super().connection_made(cast("asyncio.Transport", coalescing))
         self.flow = ParsingFlowControl(cast("asyncio.Transport", self.transport))
+        if self.client is not None:
+            self.client = convert_mapped_address(self.client[0]), self.client[1]
         above = len(self.connections) - self.server_state.closing_connections - self.limits.connections
         if above > 0:
             evicted = self.server_state.evict(self.limits, self.loop.time(), exclude=self)
@@ -144,6 +149,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End a connection, and break reference cycles that would keep it until garbage collection."""
         super().connection_lost(exc)
+        cycle, self._running_cycle = self._running_cycle, None
+        if cycle is not None and not cycle.response_complete:
+            # uvicorn does this for the last request only, which may be in the pipeline.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            get_context(cast("dict[str, Any]", cycle.scope)).is_disconnected = True
         if self._is_evicted:
             self.server_state.closing_connections -= 1
         self._unparsed = b""
@@ -324,6 +335,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """End a request."""
         self._in_body = False
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running_cycle = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Start the next request, or resume reading, after a response."""

@@ -8,43 +8,47 @@ from functools import partial
 
 from fastapi import FastAPI
 
+from service.api_keys import KeyRing
 from service.imports import without_garbage_collection
-from service.log import configure_logging, exit_now
+from service.log import exit_now
 from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig
 from service.server.descriptors import fit_descriptor_limit
 from service.server.listener import limit_send_buffers
 from service.server.protocol import LimitedHttpProtocol, TLSHttpProtocol
 from service.server.server import Server
-from service.server.signals import QUIT_SIGNAL, ignore_signals
+from service.server.signals import QUIT_SIGNAL, RELOAD_SIGNAL
 from service.server.supervisor import Supervisor
 from service.server.timeouts import RESERVED_CONNECTIONS, ConnectionLimits
 from service.settings import Settings
 
 
-def run(settings: Settings, listener: socket.socket) -> None:
-    """Serve on the listening socket until SIGINT or SIGTERM, then finish the pending requests."""
-    configure_logging(settings.log_format)
-    ignore_signals()
+def run(settings: Settings, listener: socket.socket, keys: KeyRing | None) -> None:
+    """Serve on the listening socket until SIGINT or SIGTERM, then finish the pending requests.
+
+    `keys`: the API keys, None if requests need none.
+    """
     limit_send_buffers(listener)
     connections, reserved = fit_descriptor_limit(settings.connections)
     settings = settings.model_copy(update={"connections": connections})
     table = SharedCounters(settings.workers)
-    config = create_config(partial(_load_application, settings, table), settings, reserved=reserved, factory=True)
+    config = create_config(partial(_load_application, settings, table, keys), settings, reserved=reserved, factory=True)
     if settings.workers == 1:
+        if RELOAD_SIGNAL is not None and keys is not None:
+            signal.signal(RELOAD_SIGNAL, lambda *_: keys.reload())
         if QUIT_SIGNAL is not None:
             signal.signal(QUIT_SIGNAL, lambda number, _: exit_now(128 + number))
         Server(config).run(sockets=[listener])
     else:
-        Supervisor(config, listener, table).run()
+        Supervisor(config, listener, table, keys).run()
 
 
-def _load_application(settings: Settings, table: SharedCounters) -> FastAPI:
+def _load_application(settings: Settings, table: SharedCounters, keys: KeyRing | None) -> FastAPI:
     """Create the application, in each worker; the local import spares the supervisor from loading torch."""
     with without_garbage_collection():
         from service.app import create_worker_app
 
-    return create_worker_app(settings, table)
+    return create_worker_app(settings, table, keys)
 
 
 def create_config(

@@ -47,6 +47,8 @@ class Server(uvicorn.Server):
         self._state = self.server_state = ConnectionsState()
         self._is_worker = is_worker
         self.supervisor_is_gone = False
+        self.has_successor = False
+        """True if another worker has taken the place of this one: it ends, while the service goes on."""
         self._close_at: float | None = None
         self._next_check_at = 0.0
         self._dropped_lines = 0
@@ -73,9 +75,9 @@ class Server(uvicorn.Server):
         return get_app_state(cast("FastAPI", self.config.loaded_app))
 
     def drain(self) -> None:
-        """Mark the service as not ready, and each response as the last on its connection."""
+        """Mark each response as the last on its connection, and the service as not ready unless other workers go on."""
         self._state.draining = True
-        if (state := self._app_state) is not None:
+        if (state := self._app_state) is not None and not self.has_successor:
             state.readiness.mark_unavailable("the service is shutting down")
             state.metrics.ready.set(0)
 
@@ -84,6 +86,8 @@ class Server(uvicorn.Server):
         self._check_connections()
         if self.supervisor_is_gone and not self._captured_signals:
             self.handle_exit(signal.SIGTERM, None)
+        if self.has_successor and self._close_at is None:
+            self._close_at = time.monotonic()
         if (state := self._app_state) is not None:
             self._update_gauges(state)
         if self._close_at is not None and time.monotonic() >= self._close_at:

@@ -6,8 +6,9 @@ import re
 import core
 import core.errors
 import service.errors
+from service.computed_settings import find_limit_settings
 from service.errors import ServiceError
-from service.problems import LIMIT_SETTINGS, PROBLEM_TYPES
+from service.problems import PROBLEM_TYPES
 from service.settings import ENV_PREFIX, Settings
 
 
@@ -33,5 +34,5 @@ def test_docstrings_show_the_class_trees() -> None:
 
 
 def test_limits_name_existing_settings() -> None:
-    for setting in LIMIT_SETTINGS.values():
+    for setting in find_limit_settings(Settings(), Settings(max_compute_mb=2000)).values():
         assert setting.removeprefix(ENV_PREFIX).lower() in Settings.model_fields

@@ -1,6 +1,7 @@
 """Tests of API keys from the setting and from a key file that changes."""
 
 import os
+import pickle
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_keys_of_both_sources_are_accepted(tmp_path: Path) -> None:
         ("", False),
         ("x" * 9999, False),
     ):
-        assert ring.is_valid(key.encode()) is right
+        assert (ring.find_name(key.encode()) is not None) is right
 
 
 def test_keys_are_stored_as_hashes_only() -> None:
@@ -97,8 +98,8 @@ def test_last_valid_keys_are_kept_if_the_file_is_invalid(
             os.mkfifo(file)
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        assert ring.is_valid(ALICE_KEY.encode())
-        assert not ring.is_valid(BOB_KEY.encode())
+        assert ring.find_name(ALICE_KEY.encode())
+        assert not ring.find_name(BOB_KEY.encode())
         time.sleep(0.05)
     (warning,) = log.entries
     assert warning["log_level"] == "warning"
@@ -110,8 +111,8 @@ def test_last_valid_keys_are_kept_if_the_file_is_invalid(
     else:
         file.unlink(missing_ok=True)
     file.write_text(BOB_KEY)
-    assert wait_for(lambda: ring.is_valid(BOB_KEY.encode()))
-    assert not ring.is_valid(ALICE_KEY.encode())
+    assert wait_for(lambda: ring.find_name(BOB_KEY.encode()))
+    assert not ring.find_name(ALICE_KEY.encode())
 
 
 def test_key_file_being_written_is_read_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +123,11 @@ def test_key_file_being_written_is_read_when_complete(tmp_path: Path, monkeypatc
     time.sleep(0.6)
     half = CAROL_KEY[:18]
     file.write_text(half)
-    assert not ring.is_valid(half.encode())
+    assert not ring.find_name(half.encode())
     file.write_text(CAROL_KEY)
-    assert not ring.is_valid(half.encode())
-    assert wait_for(lambda: ring.is_valid(CAROL_KEY.encode()))
-    assert not ring.is_valid(half.encode())
+    assert not ring.find_name(half.encode())
+    assert wait_for(lambda: ring.find_name(CAROL_KEY.encode()))
+    assert not ring.find_name(half.encode())
 
 
 def test_key_file_is_not_checked_on_every_request(tmp_path: Path) -> None:
@@ -136,9 +137,47 @@ def test_key_file_is_not_checked_on_every_request(tmp_path: Path) -> None:
     file.unlink()
     start = time.monotonic()
     for _ in range(1000):
-        ring.is_valid(WRONG_KEY.encode())
+        ring.find_name(WRONG_KEY.encode())
     assert time.monotonic() - start < 0.9, "this machine is too busy for the measurement"
-    assert ring._last_warning is None  # noqa: SLF001
+    assert ring.last_problem is None
+
+
+def test_keys_have_the_names_of_their_entries(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# keys\n{BOB_KEY}\nteam-b_2:{CAROL_KEY}  # Carol\n")
+    ring = KeyRing(f"alice:{ALICE_KEY}, {WRONG_KEY}", file)
+    names = {ALICE_KEY: "alice", WRONG_KEY: "key 2", BOB_KEY: "line 2", CAROL_KEY: "team-b_2"}
+    for key, name in names.items():
+        assert ring.find_name(key.encode()) == name
+    assert ring.find_name(f"alice:{ALICE_KEY}".encode()) is None
+    # Only the first colon separates.
+    assert KeyRing(f"a:b:{ALICE_KEY}", None).find_name(f"b:{ALICE_KEY}".encode()) == "a"
+
+
+@pytest.mark.parametrize(
+    "entry", [f":{ALICE_KEY}", f"two words:{ALICE_KEY}", f"é:{ALICE_KEY}", f"{'n' * 65}:{ALICE_KEY}"]
+)
+def test_invalid_name_is_rejected_and_not_shown(entry: str) -> None:
+    with pytest.raises(InvalidKeys, match="key 2 is not a valid key: the text before the first colon") as caught:
+        KeyRing(f"{BOB_KEY},{entry}", None)
+    assert ALICE_KEY not in str(caught.value)
+    assert "words" not in str(caught.value)
+
+
+def test_another_process_starts_with_the_last_valid_keys(tmp_path: Path, log: LogCapture) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{ALICE_KEY}")
+    ring = KeyRing(None, file)
+    file.write_text("damaged")
+    ring.reload()
+    assert ring.last_problem is not None
+    passed: KeyRing = pickle.loads(pickle.dumps(ring))  # noqa: S301 - it is ours
+    assert passed.find_name(ALICE_KEY.encode()) == "alice"
+    file.write_text(BOB_KEY)
+    passed.reload()
+    assert passed.find_name(BOB_KEY.encode()) == "line 1"
+    assert passed.find_name(ALICE_KEY.encode()) is None
+    assert [line["log_level"] for line in log.entries] == ["warning", "info"]
 
 
 @pytest.mark.parametrize(
@@ -165,5 +204,5 @@ def test_bom_and_crlf_are_not_part_of_a_key(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_bytes(f"\ufeff{ALICE_KEY}\r\n{BOB_KEY}#x # Köln\r\n".encode())
     ring = KeyRing(None, file)
-    assert ring.is_valid(ALICE_KEY.encode())
-    assert ring.is_valid(f"{BOB_KEY}#x".encode())
+    assert ring.find_name(ALICE_KEY.encode())
+    assert ring.find_name(f"{BOB_KEY}#x".encode())

@@ -1,13 +1,18 @@
-"""Tests that the log contains no secrets."""
+"""Tests of the format of the log, and that it contains no secrets."""
 
+import json
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.servers import open_client, run_serve_command
+from tests.servers import CORR2D_COMMAND, list_workers, open_client, run_serve_command
 from tests.service.locked_app import ALICE_KEY, CAROL_KEY, WRONG_KEY
 from tests.service.sample_requests import D2L_EXAMPLE
 
@@ -66,3 +71,92 @@ for log in (structlog.get_logger("corr2d"), logging.getLogger("uvicorn.error")):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.count("an internal error") == 2
     assert ALICE_KEY not in done.stderr
+
+
+TIMESTAMP_PATTERN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+
+
+def read_json_lines(text: str) -> list[dict[str, object]]:
+    """Return the lines of a log, all of which must be JSON with a time in the same format."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        assert TIMESTAMP_PATTERN.fullmatch(line["timestamp"])
+        assert line["level"] in ("info", "warning", "error", "critical")
+        assert line["event"] == line["event"].strip() != ""
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_warnings_and_tracebacks_are_in_the_format_of_the_log(log_format: str) -> None:
+    script = f"""
+import logging, threading, warnings, structlog
+from service.log import configure_logging
+configure_logging({log_format!r})
+warnings.warn("a warning of a library")
+structlog.get_logger("corr2d").info("unusual", text="\\ud800", number=2**70)
+logging.getLogger("uvicorn.error").error("a message\\n")
+class Faulty:
+    def __del__(self):
+        raise ValueError("in a finalizer")
+Faulty()
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+raise KeyError("in the main thread")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    for part in ("a warning of a library", "in a finalizer", "division by zero", "in the main thread"):
+        assert part in done.stderr
+    if log_format == "json":
+        events = [line["event"] for line in read_json_lines(done.stderr)]
+        assert events[1:] == ["unusual", "a message", *["uncaught exception"] * 3]
+    else:
+        assert len(re.findall(f"^{TIMESTAMP_PATTERN.pattern} ", done.stderr, re.MULTILINE)) == 6
+
+
+def wait_for_text(log: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_every_line_of_workers_and_their_supervisor_is_json(tmp_path: Path) -> None:
+    log, file = tmp_path / "log", tmp_path / "keys"
+    file.write_text(f"alice:{ALICE_KEY}")
+    flags = ("--workers", "2", "--log-format", "json", "--log-probes", "false", "--api-keys-file", str(file))
+    with run_serve_command(log, *flags, CORR2D_CONNECTIONS="900000") as (process, address):
+        with open_client(address) as send:
+            good = send("POST", "/correlate", json=D2L_EXAMPLE, headers={"X-API-Key": ALICE_KEY})
+            assert send("POST", "/correlate", json=D2L_EXAMPLE).status_code == 401
+            assert send("GET", "/readyz").status_code == 200
+        wait_for_text(log, '"status":401')
+        file.write_text("damaged")
+        os.kill(list_workers(process.pid)[0], signal.SIGKILL)
+        wait_for_text(log, "worker died")
+        process.terminate()
+        assert process.wait(60) == 0
+    lines = read_json_lines(log.read_text())
+    first, second = (line for line in lines if line["event"] == "request" and line["status"] != 503)
+    assert (first["status"], first["engine"], first["key"], first["problem"]) == (200, "stencil", "alice", None)
+    assert first["bytes_in"] == len(good.request.content)
+    assert first["bytes_out"] == len(good.content)
+    assert (second["status"], second["engine"], second["key"], second["problem"]) == (401, None, None, "unauthorized")
+
+
+@pytest.mark.slow
+def test_error_at_the_start_is_json() -> None:
+    for variables, message in (
+        ({"CORR2D_LOG_FORMAT": "json", "CORR2D_QUEUE": "many"}, "CORR2D_QUEUE 'many'"),
+        ({"CORR2D_LOG_FORMAT": "json", "CORR2D_HOST": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),
+    ):
+        done = subprocess.run(
+            [CORR2D_COMMAND, "serve"], capture_output=True, text=True, check=False, env={**os.environ, **variables}
+        )
+        assert done.returncode == 3
+        (line,) = read_json_lines(done.stderr)
+        assert message in str(line["event"])
+        assert line["level"] == "error"

@@ -65,11 +65,11 @@ def test_every_setting_is_described() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"api_keys": ""}, "CORR2D_API_KEYS: key 1 of 1 is not a valid key"),
-        ({"api_keys": "tooshort-secret"}, "CORR2D_API_KEYS: key 1 of 1 is not a valid key: a key has 16 to 256"),
-        ({"api_keys": f"{ALICE_KEY},"}, "key 2 of 2"),
-        ({"api_keys": f"{ALICE_KEY}, two words-of-a-secret"}, "key 2 of 2"),
-        ({"api_keys": "geheimschlüssel-secret"}, "key 1 of 1"),
+        ({"api_keys": ""}, "CORR2D_API_KEYS: key 1 is not a valid key"),
+        ({"api_keys": "tooshort-secret"}, "CORR2D_API_KEYS: key 1 is not a valid key: a key has 16 to 256"),
+        ({"api_keys": f"{ALICE_KEY},"}, "key 2"),
+        ({"api_keys": f"{ALICE_KEY}, two words-of-a-secret"}, "key 2"),
+        ({"api_keys": "geheimschlüssel-secret"}, "key 1"),
         ({"api_keys_file": "/nowhere/keys"}, "CORR2D_API_KEYS_FILE '/nowhere/keys': cannot be read: no such file"),
         ({"api_keys_file": ""}, "is not a regular file"),
         ({"api_keys_file": "/dev/null"}, "is not a regular file"),

@@ -101,7 +101,25 @@ def test_config_shows_every_setting_and_its_source(monkeypatch: pytest.MonkeyPat
     assert shown["CORR2D_PORT"] == ["81", "flag"]
     assert shown["CORR2D_QUEUE"] == ["5", "environment"]
     assert shown["CORR2D_HOST"] == ["127.0.0.1", "default"]
-    assert shown["CORR2D_THREADS"] == ["unset", "default"]
+    assert shown["CORR2D_API_KEYS"] == ["unset", "default"]
+
+
+def test_config_shows_computed_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("CORR2D_PORT", "tcp://10.0.0.7:8000")
+
+    def read_config(*flags: str) -> dict[str, list[str]]:
+        return {line.split()[0]: line.split()[1:3] for line in run_corr2d("config", *flags).stdout.splitlines()}
+
+    shown = read_config("--workers", "2", "--memory-mb", "100")
+    assert shown["CORR2D_THREADS"] == [str(core.usable_cores()), "computed"]
+    assert shown["CORR2D_MEMORY_MB"] == ["100.0", "flag"]
+    assert shown["CORR2D_MAX_COMPUTE_MB"] == ["25.0", "computed"]
+    # The variable of Kubernetes is not a setting.
+    assert shown["CORR2D_PORT"] == ["8000", "default"]
+    megabytes, origin = read_config()["CORR2D_MEMORY_MB"]
+    assert float(megabytes) == pytest.approx(0.6 * core.usable_memory() / 1e6, abs=1)
+    assert origin == "computed"
 
 
 def test_version_lists_its_dependencies() -> None:

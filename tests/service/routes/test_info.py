@@ -16,6 +16,7 @@ def test_info_lists_versions_devices_engines_and_limits(send: SendFn) -> None:
     assert [device["device"] for device in info["devices"]] == core.available_devices()
     memory = 0.6 * core.usable_memory() / 1e6
     in_force = {
+        "threads": core.usable_cores(),
         "memory_mb": pytest.approx(memory, abs=1),
         "max_compute_mb": pytest.approx(min(2000, memory / 2), abs=1),
     }

@@ -1,4 +1,4 @@
-"""Tests of a listening socket that stops accepting before it is closed."""
+"""Tests of a listening socket that stops accepting before it is closed, and of its clients' addresses."""
 
 import socket
 import sys
@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from service.server.listener import stop_accepting
+from service.server.listener import convert_mapped_address, stop_accepting
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can")
 
@@ -35,6 +35,14 @@ def test_blocked_connection_fails_when_the_socket_closes() -> None:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(listener.getsockname(), timeout=30)
         closing.join()
+
+
+@pytest.mark.parametrize(
+    ("host", "converted"),
+    [("::ffff:10.0.0.7", "10.0.0.7"), ("::1", "::1"), ("10.0.0.7", "10.0.0.7"), ("::ffff:0:10.0.0.7",) * 2],
+)
+def test_ipv4_address_of_a_client_on_an_ipv6_socket(host: str, converted: str) -> None:
+    assert convert_mapped_address(host) == converted
 
 
 def test_unsupported_socket_is_left_unchanged() -> None:

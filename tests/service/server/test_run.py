@@ -71,3 +71,18 @@ def test_ipv6_addresses_are_printed_as_urls(tmp_path: Path) -> None:
     with run_serve_command(tmp_path / "log", "--host", "::1") as (_, address), open_client(address) as send:
         assert address.startswith("http://[::1]:")
         assert send("GET", "/livez").status_code == 200
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_unspecified_ipv6_address_accepts_both_protocols(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with run_serve_command(log, "--host", "::", CORR2D_LOG_FORMAT="json") as (process, address):
+        port = address.rpartition(":")[2]
+        assert address == f"http://[::]:{port}"
+        for host in ("127.0.0.1", "[::1]"):
+            with open_client(f"http://{host}:{port}") as send:
+                assert send("POST", "/correlate", json=D2L_EXAMPLE).status_code == 200
+        process.terminate()
+        assert process.wait(20) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["client"] for line in lines if line["event"] == "request"} == {"127.0.0.1", "::1"}
