@@ -32,7 +32,8 @@ RUN python3 -m venv --without-pip /opt/corr2d \
 
 FROM dependencies AS project
 
-COPY README.md LICENSE ./
+COPY README.md LICENSE hatch_build.py ./
+COPY corr2d corr2d
 COPY core core
 COPY service service
 RUN pip --python /opt/corr2d/bin/python3 install --no-deps --prefix /project .
@@ -60,7 +61,7 @@ ENV PATH=/opt/corr2d/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 CORR
 ENV MPLCONFIGDIR=/dev/shm/matplotlib XDG_CACHE_HOME=/dev/shm/cache
 
 # Fail the build, not the start, if the service needs a removed file.
-RUN python3 -c 'import service.app; from matplotlib.figure import Figure; Figure().savefig("/dev/null", format="svg")'
+RUN python3 -c 'import corr2d.service.app; from matplotlib.figure import Figure; Figure().savefig("/dev/null", format="svg")'
 
 # A numeric user, because Kubernetes' runAsNonRoot cannot resolve a name.
 USER 10001:10001

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("core", "service", "tests", "docs", "benchmarks", "monitoring")
+FOLDERS = ("corr2d", "core", "service", "tests", "docs", "benchmarks", "monitoring")
 FILES = (
+    "hatch_build.py",
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
