@@ -1,3 +1,3 @@
 """Version of corr2d, which `pyproject.toml` reads too."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
