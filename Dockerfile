@@ -9,6 +9,9 @@ FROM base AS dependencies
 # The CPU build of torch. For CUDA (5 GB): https://download.pytorch.org/whl/cu130, or empty for the CUDA build on PyPI.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+# Optional features, separated by spaces: plot (75 MB), telemetry.
+ARG EXTRAS
+
 # For builds behind a package mirror. pip ignores empty values.
 ARG PIP_INDEX_URL
 ARG PIP_FIND_LINKS
@@ -20,19 +23,23 @@ COPY pyproject.toml constraints.txt ./
 
 # Only the dependencies: this layer, nearly all of the image, is cached until a dependency changes.
 RUN python3 -m venv --without-pip /opt/corr2d \
-    && python3 -c 'import sys, tomllib; print(*tomllib.load(sys.stdin.buffer)["project"]["dependencies"], sep="\n")' \
-        < pyproject.toml > dependencies.txt \
+    && python3 -c 'import sys, tomllib; \
+project = tomllib.load(sys.stdin.buffer)["project"]; \
+extras = [line for name in sys.argv[1:] for line in project["optional-dependencies"][name]]; \
+print(*project["dependencies"], *extras, sep="\n")' ${EXTRAS} < pyproject.toml > dependencies.txt \
     && pip --python /opt/corr2d/bin/python3 install --constraint constraints.txt --requirement dependencies.txt \
-    # A quarter of the size is tests, C++ headers and tools. torch_shm_manager stays: importing torch requires it.
+    # A quarter of the size is tests, C++ headers, tools, and packages that only the compiler of torch imports.
+    # torch_shm_manager stays: importing torch requires it.
     && cd /opt/corr2d/lib/python3*/site-packages \
-    && rm -rf torch/include torch/test \
+    && rm -rf torch/include torch/test sympy* isympy* networkx* mpmath* \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
     && find . -type d -name tests -prune -exec rm -rf {} +
 
 
 FROM dependencies AS project
 
-COPY README.md LICENSE ./
+COPY README.md LICENSE hatch_build.py ./
+COPY corr2d corr2d
 COPY core core
 COPY service service
 RUN pip --python /opt/corr2d/bin/python3 install --no-deps --prefix /project .
@@ -54,13 +61,13 @@ COPY --from=project /project /opt/corr2d
 # pip has compiled all bytecode above. The container writes nothing to the root, which may be read-only.
 ENV PATH=/opt/corr2d/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 CORR2D_HOST=0.0.0.0 CORR2D_PORT=8000
 
-# matplotlib needs a writable directory for its font list, which the first plot creates in a quarter of a second.
 # Shared memory is writable for any user even if the root is read-only. Compiled engines and the compiled JSON parser
-# are cached there, too, for the next start of the same container.
+# are cached there for the next start of the same container, and the font list of matplotlib, if it is installed.
 ENV MPLCONFIGDIR=/dev/shm/matplotlib XDG_CACHE_HOME=/dev/shm/cache
 
 # Fail the build, not the start, if the service needs a removed file.
-RUN python3 -c 'import service.app; from matplotlib.figure import Figure; Figure().savefig("/dev/null", format="svg")'
+RUN python3 -c 'import corr2d.service.app; from corr2d import conv2d, correlate; \
+assert correlate([[1, 2]], [[3]]).output.tolist() == conv2d([[1, 2]], [[3]], engines=("torch",)).output.tolist()'
 
 # A numeric user, because Kubernetes' runAsNonRoot cannot resolve a name.
 USER 10001:10001

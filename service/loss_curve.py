@@ -6,6 +6,7 @@ validation, that at the step with the smallest validation loss, which is a secon
 """
 
 import gc
+import importlib.util
 import math
 import os
 import tempfile
@@ -107,6 +108,13 @@ _matplotlib_lock = Lock()
 """Lock for matplotlib, which is not thread-safe."""
 
 FALLBACK_CONFIG_DIR = "/dev/shm/matplotlib"  # noqa: S108 - with a read-only root, nothing else is writable
+
+
+def unsupported_reason() -> str | None:
+    """Return the reason why nothing can be plotted, or None: matplotlib is an optional dependency."""
+    if importlib.util.find_spec("matplotlib"):
+        return None
+    return 'plots need matplotlib, which is not installed: install it with pip install "corr2d[plot]"'
 
 
 def draw_svg(fields: Mapping[str, Any]) -> bytes:

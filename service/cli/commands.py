@@ -123,6 +123,8 @@ def train(
     for path, suffixes in outputs:
         if path is not None:
             _check_writable(path, suffixes)
+    if plot is not None and (reason := loss_curve.unsupported_reason()):
+        raise ValueError(f"{plot} cannot be written: {reason}")
     arrays: dict[str, Any] = {name: read_array(path) for name, path in files.items() if path is not None}
     held_out = _pop_validation_pair(arrays)
     size = arrays["target"].shape[-2:]

@@ -2,8 +2,8 @@
 
 One pass over the bytes finds every list of numbers, checks that it is rectangular, and writes its numbers as float64;
 long strings (base64 of an array) are found as well. The rest of the text, a few dozen bytes, is left to a JSON parser.
-The code is compiled by Numba and releases the GIL; it is twice as fast as simdjson, which neither checks rows nor
-releases the GIL.
+The code is compiled by Numba and releases the GIL. simdjson is faster, but holds the GIL for the whole body, does not
+report positions within an array, and rounds twice to float32: docs/performance.md has the figures.
 
 Digits are read eight at a time (Lemire, "Quickly parsing eight digits", 2018) and rounded to the nearest float64, ties
 to even, as in Lemire, "Number parsing at a gigabyte per second" (2021). A number of more than 19 digits that could lie

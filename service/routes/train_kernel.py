@@ -21,6 +21,7 @@ from service.codecs.buffers import all_within
 from service.codecs.registry import ENCODABLE_FORMATS, Format, ResponseFields
 from service.codecs.response_options import FitResponseOptions
 from service.context import get_context
+from service.errors import NotAcceptable
 from service.negotiation import collect_headers
 from service.openapi import endpoint_docs, make_link
 from service.requests import (
@@ -44,6 +45,8 @@ from service.streaming import EVENT_FORMATTERS, EVENT_STREAM, NDJSON, ProgressSt
 router = APIRouter(tags=["learning"], route_class=RawRoute)
 
 SVG_MEDIA_TYPE = "image/svg+xml"
+
+PLOT_MEDIA_TYPES = (SVG_MEDIA_TYPE, png.MEDIA_TYPE)
 
 CURVE_DOC = "plot of the loss per step"
 EVENTS_DOC = "events `reading`, `forecast` and `step` during the fit, then `result` with the full response, or `error`"
@@ -376,6 +379,8 @@ async def train_kernel(request: Request) -> Response:
     options = parse_query(request)
     response_options = take_response_options(options, FitResponseOptions)
     responder = Responder(request, headers, response_options, RESPONSE_FORMATS)
+    if responder.media_type in PLOT_MEDIA_TYPES and (reason := loss_curve.unsupported_reason()):
+        raise NotAcceptable(f"{responder.media_type} is not available: {reason}")
     parsed = await read_request(request, headers, options, TrainKernelRequest, always_queued=True)
     state = get_app_state(request.app)
 

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("core", "service", "tests", "docs", "benchmarks", "monitoring")
+FOLDERS = ("corr2d", "core", "service", "tests", "docs", "benchmarks", "monitoring", ".github")
 FILES = (
+    "hatch_build.py",
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
+    "CITATION.cff",
+    ".pre-commit-config.yaml",
     "Makefile",
     "Dockerfile",
     "docker-compose.yml",

@@ -164,8 +164,24 @@ def test_panel_ids_and_positions_are_unique() -> None:
     assert len(set(ids)) == len(ids) == len(places)
 
 
+def test_compose_mounts_files_that_exist_and_scrapes_the_service() -> None:
+    services = yaml.safe_load((MONITORING.parent / "docker-compose.yml").read_text())["services"]
+    mounts = [volume for service in services.values() for volume in service.get("volumes", ()) if volume[0] == "."]
+    assert mounts
+    for mount in mounts:
+        assert (MONITORING.parent / mount.split(":")[0]).exists(), mount
+    (job,) = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    assert job["job_name"] == "corr2d"
+    assert target.split(":")[0] in services
+    assert services["corr2d"]["ports"] == [f"127.0.0.1:8000:{target.split(':')[1]}"]
+
+
 @needs_promtool
-@pytest.mark.parametrize("command", [["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]])
+@pytest.mark.parametrize(
+    "command",
+    [["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]],
+)
 def test_promtool_accepts_the_alerts_and_their_tests(command: list[str]) -> None:
     done = subprocess.run(["promtool", *command], cwd=MONITORING, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

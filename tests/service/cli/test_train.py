@@ -316,6 +316,18 @@ def test_unwritable_output_is_rejected_before_training(tmp_path: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
+def test_plot_without_matplotlib_is_rejected_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    x, plot = save_npy(tmp_path / "x.npy", np.ones((9, 9))), tmp_path / "loss.svg"
+    result = run_corr2d("train", x, x, "--kernel-size", 3, "--plot", plot)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"corr2d: {plot} cannot be written: plots need matplotlib, which is not installed: "
+        'install it with pip install "corr2d[plot]"\n'
+    )
+    assert not plot.exists()
+
+
 def test_terminal_shows_progress(tmp_path: Path) -> None:
     files = save_npy(tmp_path / "x.npy", np.eye(9)), save_npy(tmp_path / "y.npy", np.eye(9)[1:-1, 1:-1])
     terminal = {"COLUMNS": "200", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}

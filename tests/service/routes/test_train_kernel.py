@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,20 @@ def test_binary_responses_contain_every_array_and_series(send: SendFn) -> None:
     assert arrays["confidence_intervals"].shape == (2, 1, 2)
     assert arrays["loss_history_steps"].tolist() == list(range(1, len(arrays["loss_history"]) + 1))
     assert json.loads(response.headers["Corr2d-Result"])["kernel_shape"] == [1, 2]
+
+
+@pytest.mark.parametrize("media_type", ["image/svg+xml", "image/png"])
+def test_plot_without_matplotlib_is_not_acceptable(
+    send: SendFn, monkeypatch: pytest.MonkeyPatch, media_type: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    response = send("POST", "/train-kernel", json=D2L_PAIR, headers={"Accept": media_type})
+    assert response.status_code == 406
+    assert response.json()["detail"] == (
+        f"{media_type} is not available: plots need matplotlib, which is not installed: "
+        'install it with pip install "corr2d[plot]"'
+    )
+    assert send("POST", "/train-kernel", json=D2L_PAIR).status_code == 200
 
 
 @pytest.mark.slow
