@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from service.codecs import json_scanner
 from service.codecs.decimals import MAX_EXACT_INTEGER, MidpointArray, MidpointFloat, round_to_odd
 from service.codecs.header_checks import DTYPES, MAX_DIMENSIONS
-from service.codecs.json import InvalidArray
+from service.codecs.json_scan import InvalidArray
 
 ARRAY_FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
 NUMBER_TYPES = {int, float, MidpointFloat}
