@@ -1,7 +1,7 @@
 """Tests of the command line without a server: core on local files."""
 
 import json
-import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 import core
-from service.codecs.registry import FILE_READERS, FILE_WRITERS
+from service.codecs.registry import READABLE_SUFFIXES, WRITABLE_SUFFIXES
 from service.settings import Settings
 from tests.service.cli.command_line import CAMERA, run_corr2d, save_npy
+
+HTTP_WORDS = re.compile(r"\b(request|body|query|send|http|content-type|accept)\b", re.IGNORECASE)
 
 
 def test_image_edges_as_array_match_scipy(tmp_path: Path) -> None:
@@ -104,8 +106,16 @@ def test_config_shows_every_setting_and_its_source(monkeypatch: pytest.MonkeyPat
     assert shown["CORR2D_THREADS"] == ["unset", "default"]
 
 
-def test_version_lists_its_dependencies() -> None:
-    assert f"torch {version('torch')}" in run_corr2d("version").stdout
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version_lists_its_dependencies(argument: str) -> None:
+    assert f"torch {version('torch')}" in run_corr2d(argument).stdout
+
+
+def test_help_lists_the_formats_of_the_registry() -> None:
+    text = run_corr2d("correlate", "--help").stdout
+    for suffixes in (READABLE_SUFFIXES, WRITABLE_SUFFIXES):
+        assert f"({', '.join(suffix.removeprefix('.') for suffix in suffixes)})" in text
+    assert "jpeg" in text
 
 
 @pytest.mark.parametrize("command", ["serve", "correlate", "conv2d", "train", "kernels", "config", "version"])
@@ -132,17 +142,17 @@ def test_serve_has_a_flag_for_every_setting() -> None:
         (["correlate", "{x}", "-k", "box(9)"], 'mode "valid" requires it to fit'),
         (["correlate", "{x}", "-k", "box(1)", "--mode", "most"], 'mode "most" is not one of'),
         (
-            ["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.jpg"],
-            f"cannot write .jpg; supported: {', '.join(FILE_WRITERS)}",
+            ["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.txt"],
+            f"cannot write .txt; supported: {', '.join(WRITABLE_SUFFIXES)}",
         ),
         (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/none/y.npy"], "No such file"),
-        (["correlate", "{text}", "-k", "box(1)"], f"cannot read .txt; supported: {', '.join(FILE_READERS)}"),
+        (["correlate", "{text}", "-k", "box(1)"], f"cannot read .txt; supported: {', '.join(READABLE_SUFFIXES)}"),
         (["correlate", "{broken}", "-k", "box(1)"], "broken.png: the PNG image is cut off after 200 bytes"),
         (["correlate", "{broken_npy}", "-k", "box(1)"], "broken.npy: "),
         (["correlate", "{pickled}", "-k", "box(1)"], "pickled.npy: "),
         (
             ["correlate", "{deep}", "-k", "box(1)", "-o", "{tmp}/y.png"],
-            "a PNG holds one plane (H, W) or three (3, H, W); request",
+            "a PNG holds one plane (H, W) or three (3, H, W); use .npy",
         ),
         (["correlate", "{nan}", "-k", "box(1)", "-o", "{tmp}/y.png"], "finite"),
         (["conv2d", "{x}", "{x}", "--stride", "0"], "stride 0 is neither"),
@@ -201,12 +211,23 @@ def test_errors_are_one_line_on_stderr(arguments: list[str], message: str, tmp_p
     assert result.stderr.startswith("corr2d: ")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    assert not HTTP_WORDS.search(result.stderr)
 
 
 @pytest.mark.slow
-def test_help_and_version_do_not_load_torch() -> None:
-    script = "import sys; from service.cli.main import app; assert not {'torch', 'fastapi'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
+def test_commands_load_only_the_packages_they_need(tmp_path: Path) -> None:
+    script = """
+import sys
+from service.cli.main import app
+assert not {"torch", "core"} & set(sys.modules)
+app(sys.argv[1:], standalone_mode=False)
+assert "core" in sys.modules
+unneeded = {"fastapi", "starlette", "uvicorn", "prometheus_client", "numba", "matplotlib"}
+assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
+"""
+    output = tmp_path / "edges.png"
+    subprocess.run([sys.executable, "-c", script, "correlate", CAMERA, "-k", "sobel_x", "-o", output], check=True)
+    assert np.asarray(Image.open(output)).shape == (510, 510)
 
 
 @pytest.mark.slow
