@@ -222,7 +222,7 @@ from service.cli.main import app
 assert not {"torch", "core"} & set(sys.modules)
 app(sys.argv[1:], standalone_mode=False)
 assert "core" in sys.modules
-unneeded = {"fastapi", "starlette", "uvicorn", "prometheus_client", "numba", "matplotlib"}
+unneeded = {"fastapi", "starlette", "uvicorn", "prometheus_client", "numba", "matplotlib", "scipy.linalg"}
 assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
 """
     output = tmp_path / "edges.png"
