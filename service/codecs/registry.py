@@ -84,7 +84,8 @@ def _first_array(fields: ResponseFields) -> NDArray[Any]:
 
 
 def _encode_png(fields: ResponseFields, options: ResponseOptions) -> BufferList:
-    return png.encode(_first_array(fields), clip=isinstance(options, OutputResponseOptions) and options.png == "clip")
+    values = options.png if isinstance(options, OutputResponseOptions) else "scale"
+    return png.encode(_first_array(fields), clip=values != "scale", deep=values == "clip16")
 
 
 ARRAYS_BY_NAME_DOC = "the arrays by name"

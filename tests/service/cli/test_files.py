@@ -75,8 +75,14 @@ def test_png_clip_keeps_the_values(tmp_path: Path) -> None:
     assert run_corr2d("correlate", image, "-k", "identity", "-o", scaled).exit_code == 0
     assert np.asarray(Image.open(clipped)).tolist() == [[0, 10, 100], [254, 255, 255]]
     assert np.asarray(Image.open(scaled)).tolist()[0][0] == 0
+    deep = tmp_path / "deep.png"
+    assert run_corr2d("correlate", image, "-k", "[[300]]", "--png", "clip16", "-o", deep).exit_code == 0
+    with Image.open(deep) as image_16_bit:
+        assert image_16_bit.mode == "I;16"
+        pixels = np.asarray(image_16_bit)
+    assert pixels.tolist() == [[0, 3120, 29880], [65535, 65535, 65535]]
     for options, message in (
-        (("--png", "round", "-o", scaled), '--png "round" is not one of: scale, clip'),
+        (("--png", "round", "-o", scaled), '--png "round" is not one of: scale, clip, clip16'),
         (("--png", "clip", "-o", tmp_path / "y.npy"), "--png clip does not apply to .npy: it selects"),
         (("--png", "clip"), "--png needs an output"),
         (("--format", "npy"), "--format needs an output"),
