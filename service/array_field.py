@@ -20,10 +20,9 @@ from pydantic import BeforeValidator, GetJsonSchemaHandler, ValidationInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
-from service.codecs import json_scanner
 from service.codecs.decimals import MAX_EXACT_INTEGER, MidpointArray, MidpointFloat, round_to_odd
 from service.codecs.header_checks import DTYPES, MAX_DIMENSIONS
-from service.codecs.json_scan import InvalidArray
+from service.codecs.json_errors import InvalidArray
 
 ARRAY_FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
 ARRAY_OBJECT_KEYS = {"shape", "dtype", "data"}
@@ -88,6 +87,8 @@ def find_first_true(invalid: NDArray[np.bool_]) -> str:
 
 
 def _reject_invalid_array(invalid: InvalidArray) -> NoReturn:
+    from service.codecs import json_scanner
+
     position = "".join(f"[{index}]" for index in invalid.position)
     match invalid.reason:
         case json_scanner.INVALID_RAGGED:

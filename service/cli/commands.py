@@ -23,7 +23,7 @@ from torch import Tensor
 import core
 from service import loss_curve
 from service.cli.batch import process_files
-from service.cli.files import STDIO, Target, check_writable, parse_format, read_array, read_kernel
+from service.cli.files import STDIO, Target, check_writable, name_input, parse_format, read_array, read_kernel
 from service.cli.printing import draw_sparkline, print_array, round_significant
 from service.codecs import json_encoder, npy, npz
 
@@ -153,7 +153,7 @@ def train(
         rows, columns = (part.stop - part.start for part in region)
         report(
             f"learning from the inner {rows} x {columns} of {size[0]} x {size[1]} pixels: "
-            f"the values outside {files['input']} are unknown (use --padding same to assume zeros)"
+            f"the values outside {name_input(files['input'])} are unknown (use --padding same to assume zeros)"
         )
         _crop(arrays, region, size)
     if padding is None and held_out:

@@ -72,7 +72,7 @@ class Source:
         return "stdin" if self.path == STDIO else self.path.stem
 
     def __str__(self) -> str:
-        return "stdin" if self.path == STDIO else str(self.path)
+        return name_input(self.path)
 
     def read_array(self, argument: str, dtype: str = "float64") -> NDArray[Any]:
         """Return the array for an argument of a command. Raises ValueError if the file cannot be decoded.
@@ -93,6 +93,11 @@ class Source:
         except (ServiceError, ValueError) as error:
             raise ValueError(f"{self}: {replace_http_words(str(error), argument)}") from error
         return array
+
+
+def name_input(path: Path | None) -> str:
+    """Return the name of an input for messages."""
+    return "stdin" if path == STDIO else str(path)
 
 
 def read_array(path: Path, argument: str) -> NDArray[Any]:

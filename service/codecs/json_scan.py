@@ -1,31 +1,15 @@
 """Scan of one JSON text: its arrays and long strings as Python values, one span after the other."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from service.codecs import json_scanner as scanner
 from service.codecs.decimals import MidpointArray
-from service.codecs.json_errors import malformed_error
+from service.codecs.json_errors import InvalidArray, malformed_error
 
 SPANS_PER_SCAN = 64
 TYPICAL_NDIM = 4
-
-
-@dataclass(frozen=True, slots=True)
-class InvalidArray:
-    """Long list that is not a valid array of numbers, and the reason.
-
-    `reason` is one of json_scanner's codes INVALID_...; `position` the index of the invalid part; `found` the JSON type
-    there; `got` and `expected` are lengths (-1: not known).
-    """
-
-    reason: int
-    position: tuple[int, ...]
-    found: str
-    got: int
-    expected: int
 
 
 class Scan:

@@ -327,10 +327,12 @@ def test_result_on_stdout_is_separate_from_messages(tmp_path: Path, rng: np.rand
     result = run_corr2d("train", *files, "--kernel-size", 3, "--solver", "exact", "-o", "-")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["message"] in result.stderr
-    kernel = run_corr2d("train", *files, "--kernel-size", 3, "--solver", "exact", "-o", "-", "--format", "npy")
+    options = ("--kernel-size", 3, "--solver", "exact", "-o", "-", "--format", "npy")
+    kernel = run_corr2d("train", "-", files[1], *options, stdin=files[0].read_bytes())
+    assert "the values outside stdin are unknown" in kernel.stderr
     assert kernel.stdout_bytes.startswith(b"\x93NUMPY")
-    for options in (("-o", tmp_path / "k.npy"), ()):
-        rejected = run_corr2d("train", *files, "--format", "npy", *options)
+    for output in (("-o", tmp_path / "k.npy"), ()):
+        rejected = run_corr2d("train", *files, "--format", "npy", *output)
         assert rejected.stderr == "corr2d: --format applies to -o - only: the suffix of a file names its format\n"
 
 

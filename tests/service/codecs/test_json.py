@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from service.codecs import json, json_encoder, json_scan, json_scanner
 from service.codecs.decimals import MidpointArray
-from service.codecs.json_scan import InvalidArray
+from service.codecs.json_errors import InvalidArray
 from service.codecs.response_options import ResponseOptions
 from service.errors import InvalidRequest, NotParseable
 from tests.service.codecs.json_oracle import assert_matches_orjson
