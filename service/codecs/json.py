@@ -81,7 +81,6 @@ def _extract_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
 
     Raises NotParseable, and InvalidRequest if there is too much outside of the arrays.
     """
-    from service.codecs import json_scanner as scanner
     from service.codecs.json_scan import Scan
 
     pieces: list[bytes | memoryview] = []
@@ -89,13 +88,13 @@ def _extract_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
     begin = size = 0
     scan = Scan(view)
     while True:
-        for span in scan.spans():
+        for array_begin, array_end, value in scan.read_values():
             # Spaces separate it from adjacent digits.
             placeholder = b" %de-300 " % (FIRST_PLACEHOLDER + len(cut))
-            cut[float(placeholder)] = scan.value(span)
-            pieces += (view[begin : span[scanner.SPAN_BEGIN]], placeholder)
-            size += span[scanner.SPAN_BEGIN] - begin
-            begin = span[scanner.SPAN_END]
+            cut[float(placeholder)] = value
+            pieces += (view[begin:array_begin], placeholder)
+            size += array_begin - begin
+            begin = array_end
         if scan.done:
             size += len(view) - begin
         if size > MAX_NON_ARRAY_BYTES:

@@ -1,6 +1,7 @@
-"""Scan of one JSON text: its arrays and long strings as Python values, one span after the other."""
+"""Scan of one JSON text: its arrays and long strings as Python values, one after the other."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -35,8 +36,12 @@ class Scan:
         """Number of names that are left to the JSON parser in the text scanned so far."""
         return int(self._state[scanner.STATE_NAME_COUNT])
 
-    def spans(self) -> list[list[int]]:
-        """Scan on and return the spans found. Raises NotParseable."""
+    def read_values(self) -> Iterator[tuple[int, int, object]]:
+        """Scan on and yield the begin, the end and the value of each array and long string. Raises NotParseable."""
+        for span in self._find_spans():
+            yield span[scanner.SPAN_BEGIN], span[scanner.SPAN_END], self._read_value(span)
+
+    def _find_spans(self) -> list[list[int]]:
         outcome = scanner.scan(self._text, self._state, self._values, self._counts, self._sides, self._spans)
         found = int(self._state[scanner.STATE_SPAN_COUNT])
         self._state[scanner.STATE_SPAN_COUNT] = 0
@@ -51,8 +56,7 @@ class Scan:
                 spans[at] = self._spans[at].tolist()
         return spans
 
-    def value(self, span: list[int]) -> object:
-        """Return the value of a span."""
+    def _read_value(self, span: list[int]) -> object:
         if span[scanner.SPAN_KIND] == scanner.KIND_STRING:
             return self._view[span[scanner.SPAN_BEGIN] + 1 : span[scanner.SPAN_END] - 1]
         sides = tuple(span[scanner.SPAN_SHAPE : scanner.SPAN_SHAPE + span[scanner.SPAN_NDIM]])

@@ -1,5 +1,6 @@
 """Tests of the command line without a server: core on local files."""
 
+import io
 import json
 import re
 import subprocess
@@ -215,7 +216,7 @@ def test_errors_are_one_line_on_stderr(arguments: list[str], message: str, tmp_p
 
 
 @pytest.mark.slow
-def test_commands_load_only_the_packages_they_need(tmp_path: Path) -> None:
+def test_piped_command_loads_only_the_packages_it_needs() -> None:
     script = """
 import sys
 from service.cli.main import app
@@ -225,9 +226,10 @@ assert "core" in sys.modules
 unneeded = {"fastapi", "starlette", "uvicorn", "prometheus_client", "numba", "matplotlib", "scipy.linalg"}
 assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
 """
-    output = tmp_path / "edges.png"
-    subprocess.run([sys.executable, "-c", script, "correlate", CAMERA, "-k", "[[1,0,-1]]", "-o", output], check=True)
-    assert np.asarray(Image.open(output)).shape == (512, 510)
+    command = [sys.executable, "-c", script, "correlate", "-", "-k", "[[1,0,-1]]", "-o", "-"]
+    done = subprocess.run(command, input=CAMERA.read_bytes(), capture_output=True, check=True)
+    assert np.asarray(Image.open(io.BytesIO(done.stdout))).shape == (512, 510)
+    assert done.stderr.startswith(b"stdin (512, 512) -> stdout (512, 510), engine torch on ")
 
 
 @pytest.mark.slow
