@@ -26,10 +26,17 @@ ComputeFn = Callable[[NDArray[Any], core.Machine], core.Result]
 
 
 def process_files(
-    inputs: Sequence[Path], output: str | None, compute: ComputeFn, *, file_format: str | None, png: str | None
+    inputs: Sequence[Path],
+    output: str | None,
+    compute: ComputeFn,
+    *,
+    dtype: str,
+    file_format: str | None,
+    png: str | None,
 ) -> None:
     """Compute the result of every input, and write it to the output, a file or folder, or print it.
 
+    dtype: that of the computation.
     A single input that fails raises its error. Of several, those that fail are reported on stderr; at the end,
     ValueError is raised with their number.
     """
@@ -37,13 +44,13 @@ def process_files(
     targets = resolve_targets(sources, output, file_format, png)
     machine = core.Machine(core.usable_cores(), compile_seconds=COMPILE_COST_S / len(sources))
     if len(sources) == 1:
-        _process_file(sources[0], targets[0], compute, machine)
+        _process_file(sources[0], targets[0], compute, machine, dtype)
         return
     failed = 0
     with _show_progress(len(sources)) as advance:
         for source, target in zip(sources, targets, strict=True):
             try:
-                _process_file(source, target, compute, machine)
+                _process_file(source, target, compute, machine, dtype)
             except EXPECTED_ERRORS as error:
                 message = describe_error(error)
                 if message is None:
@@ -55,8 +62,8 @@ def process_files(
         raise ValueError(f"{failed} of {len(sources)} files failed")
 
 
-def _process_file(source: Source, target: Target | None, compute: ComputeFn, machine: core.Machine) -> None:
-    images = source.read_array("input")
+def _process_file(source: Source, target: Target | None, compute: ComputeFn, machine: core.Machine, dtype: str) -> None:
+    images = source.read_array("input", dtype)
     start = time.perf_counter()
     result = compute(images, machine)
     array = np.asarray(result.output.cpu())

@@ -58,7 +58,7 @@ def correlate(
     def compute(images: NDArray[Any], machine: core.Machine) -> core.Result:
         return core.correlate(images, taps, **options, machine=machine)
 
-    process_files(inputs, output, compute, file_format=file_format, png=png)
+    process_files(inputs, output, compute, dtype=options["dtype"], file_format=file_format, png=png)
 
 
 def conv2d(
@@ -72,13 +72,13 @@ def conv2d(
     **options: Any,
 ) -> None:
     """Apply a Conv2d layer to files, with weight and bias from files, and write or print the outputs."""
-    filters = read_array(weight, "weight")
-    offsets = None if bias is None else read_array(bias, "bias")
+    filters = read_array(weight, "weight", options["dtype"])
+    offsets = None if bias is None else read_array(bias, "bias", options["dtype"])
 
     def compute(images: NDArray[Any], machine: core.Machine) -> core.Result:
         return core.conv2d(images, filters, offsets, **options, machine=machine)
 
-    process_files(inputs, output, compute, file_format=file_format, png=png)
+    process_files(inputs, output, compute, dtype=options["dtype"], file_format=file_format, png=png)
 
 
 def explain(

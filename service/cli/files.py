@@ -100,9 +100,9 @@ def name_input(path: Path | None) -> str:
     return "stdin" if path == STDIO else str(path)
 
 
-def read_array(path: Path, argument: str) -> NDArray[Any]:
-    """Return the array of a file, or of stdin, for an argument of a command. Raises ValueError and OSError."""
-    return Source.open(path).read_array(argument)
+def read_array(path: Path, argument: str, dtype: str = "float64") -> NDArray[Any]:
+    """Return the array of a file, or of stdin, as Source.read_array does. Raises ValueError and OSError."""
+    return Source.open(path).read_array(argument, dtype)
 
 
 def read_kernel(text: str, dtype: str) -> NDArray[Any] | str:
@@ -113,8 +113,8 @@ def read_kernel(text: str, dtype: str) -> NDArray[Any] | str:
         except (ServiceError, ValueError) as error:
             raise ValueError(replace_http_words(str(error), "kernel", "--kernel")) from error
     path = Path(text)
-    if path == STDIO or path.suffix.lower() in FILE_FORMATS or path.is_file():
-        return Source.open(path).read_array("kernel", dtype)
+    if path == STDIO or path.suffix.lower() in FILE_FORMATS or (path.suffix and path.is_file()):
+        return read_array(path, "kernel", dtype)
     return text
 
 

@@ -127,6 +127,19 @@ def test_large_json_list_is_read(tmp_path: Path, rng: np.random.Generator) -> No
     assert ragged.stderr == f"corr2d: {tmp_path}/x.json: input[60] is ragged: length 2, expected 50\n"
 
 
+def test_numbers_in_json_are_rounded_once(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[[16777217.0000000001]]")
+    number, one = tmp_path / "x.json", save_npy(tmp_path / "one.npy", [[1.0]])
+    for arguments in (
+        ("correlate", number, "-k", "identity"),
+        ("correlate", one, "-k", "[[16777217.0000000001]]"),
+        ("correlate", one, "-k", number),
+        ("conv2d", number, one),
+        ("conv2d", one, number),
+    ):
+        assert json.loads(run_corr2d(*arguments).stdout) == [[16777218]]
+
+
 def test_many_files_are_written_to_a_folder(tmp_path: Path) -> None:
     images = [save_png(tmp_path / f"{number}.png", IMAGE + number) for number in range(5)]
     (tmp_path / "notes.txt").write_text("1 2")
@@ -194,6 +207,7 @@ def test_progress_bar_counts_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         inputs,
         None,
         lambda images, machine: core.correlate(images, KERNEL, machine=machine),
+        dtype="float32",
         file_format=None,
         png=None,
     )
@@ -232,7 +246,9 @@ def test_binary_output_to_a_terminal_is_rejected(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sys, "stdout", Terminal())
     image = save_npy(tmp_path / "x.npy", IMAGE)
     with pytest.raises(ValueError, match="stdout is a terminal, which cannot show"):
-        batch.process_files([image], "-", lambda images, _: core.correlate(images, KERNEL), file_format=None, png=None)
+        batch.process_files(
+            [image], "-", lambda images, _: core.correlate(images, KERNEL), dtype="float32", file_format=None, png=None
+        )
 
 
 def test_large_array_is_summarised_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
