@@ -4,16 +4,16 @@ from pathlib import Path
 
 import core
 from service import loss_curve
-from service.codecs.registry import FILE_READERS, FILE_WRITERS
+from service.cli.files import Target, read_array
 
 IMAGES = Path(__file__).parent / "images"
 
 
 def main() -> None:
     """Write edges.png and loss.png to docs/images."""
-    camera = FILE_READERS[".png"]((IMAGES / "camera.png").read_bytes())
+    camera = read_array(IMAGES / "camera.png", "input")
     edges = core.correlate(camera, "sobel_x", mode="same", boundary="symmetric").output
-    (IMAGES / "edges.png").write_bytes(b"".join(FILE_WRITERS[".png"](edges.numpy())))
+    Target.open(IMAGES / "edges.png", ".png").write({"output": edges.numpy()})
 
     target = core.correlate(camera, "sobel_x").output
     fit = core.fit_kernel(camera, target, loss="mean", learning_rate=4.5e-6, steps=300, seed=0)

@@ -20,12 +20,12 @@ from pydantic import BeforeValidator, GetJsonSchemaHandler, ValidationInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
-from service.codecs import json_scanner
 from service.codecs.decimals import MAX_EXACT_INTEGER, MidpointArray, MidpointFloat, round_to_odd
 from service.codecs.header_checks import DTYPES, MAX_DIMENSIONS
-from service.codecs.json import InvalidArray
+from service.codecs.json_errors import InvalidArray
 
 ARRAY_FORMS = 'nested lists of numbers, or {"shape", "dtype", "data"}'
+ARRAY_OBJECT_KEYS = {"shape", "dtype", "data"}
 NUMBER_TYPES = {int, float, MidpointFloat}
 INTEGER_TYPES = {int}
 LIST_TYPES = {list}
@@ -63,6 +63,13 @@ def parse_array(value: object, working_dtype: str = "float64") -> NDArray[Any]:
     return reject(f"is {name_json_type(value)}, expected {ARRAY_FORMS}", got=name_json_type(value), limit=ARRAY_FORMS)
 
 
+def is_array_form(value: object) -> bool:
+    """Return whether a JSON value is an array in one of its forms, valid or not."""
+    if isinstance(value, dict):
+        return value.keys() == ARRAY_OBJECT_KEYS
+    return isinstance(value, list | np.ndarray | MidpointArray | InvalidArray)
+
+
 def reject(message: str, *, position: str = "", got: object = None, limit: object = None) -> NoReturn:
     """Raise the error that pydantic reports for this field; `position` is a path inside it, such as `[2][0]`."""
     context = {"message": message, "position": position, "got": got, "limit": limit}
@@ -80,6 +87,8 @@ def find_first_true(invalid: NDArray[np.bool_]) -> str:
 
 
 def _reject_invalid_array(invalid: InvalidArray) -> NoReturn:
+    from service.codecs import json_scanner
+
     position = "".join(f"[{index}]" for index in invalid.position)
     match invalid.reason:
         case json_scanner.INVALID_RAGGED:
@@ -180,7 +189,7 @@ def _convert_numbers(values: list[Any], shape: tuple[int, ...], dtype: str, *, p
 
 
 def _parse_object(array_object: dict[str, Any], working_dtype: str) -> NDArray[Any]:
-    if array_object.keys() != {"shape", "dtype", "data"}:
+    if array_object.keys() != ARRAY_OBJECT_KEYS:
         found = ", ".join(sorted(array_object)[:10]) or "nothing"
         reject(f'has the keys {found}, expected "shape", "dtype" and "data"', got=found, limit="shape, dtype, data")
     shape = _parse_shape(array_object["shape"])

@@ -20,8 +20,12 @@ ServiceError
 └── DeadlineExceeded
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+OUT_OF_MEMORY_MESSAGE = re.compile("out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+"""Messages of RuntimeErrors with which torch reports a lack of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +116,10 @@ class ClientDisconnected(ServiceError):
 
 class DeadlineExceeded(ServiceError):
     """Request not finished by its deadline."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether numpy, torch or Python failed to allocate memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY_MESSAGE.search(str(error)) is not None
+    )

@@ -1,6 +1,5 @@
 """Problem details for every error (RFC 9457, application/problem+json), at most 8 KiB each."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -47,6 +46,7 @@ from service.errors import (
     TransferCodingNotSupported,
     Unauthorized,
     UnsupportedMediaType,
+    is_out_of_memory,
 )
 from service.pydantic_errors import convert_errors
 
@@ -163,8 +163,6 @@ def add_error_handlers(app: FastAPI) -> None:
 HANDLED_ERRORS = CoreError, ServiceError, MemoryError, RuntimeError
 """Errors handled by respond_to_error; of RuntimeErrors, only those that report a lack of memory."""
 
-OUT_OF_MEMORY_MESSAGE = re.compile("out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
-
 
 def respond_to_error(request: Request, error: Exception) -> Response:
     """Return the response to one of HANDLED_ERRORS and clear its traceback; raise other errors again.
@@ -179,7 +177,7 @@ def respond_to_error(request: Request, error: Exception) -> Response:
 
 
 def _handle_out_of_memory(request: Request, error: Exception) -> Response:
-    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY_MESSAGE.search(str(error)):
+    if not is_out_of_memory(error):
         raise error
     error.__traceback__ = None
     out_of_memory = OutOfMemory(

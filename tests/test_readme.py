@@ -4,27 +4,33 @@ import doctest
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, chdir, suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from service.app import create_app
+from service.cli.main import app
 from service.settings import Settings, load_settings
 from tests.servers import open_client, start_server
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+IN_PROCESS_COMMANDS = tuple(f"corr2d {name} " for name in ("correlate", "conv2d", "train", "kernels"))
+"""Beginnings of commands that run in this process; the others, such as `corr2d explain`, run in one of their own."""
+
 RUNNERS = {"sh": ["bash", "-e"], "python": [sys.executable, "-"], "js": ["node", "--input-type=module", "-"]}
 
 
@@ -73,10 +79,48 @@ def start_described_service(command: str) -> AbstractContextManager[str]:
 
 
 def run_block(block: CodeBlock, address: str, folder: Path) -> str:
-    script = block.text.replace("http://localhost:8000", address).replace("localhost:8000", address)
+    text = block.text.replace("http://localhost:8000", address).replace("localhost:8000", address)
+    if block.language != "sh":
+        return run_script(RUNNERS[block.language], text, folder)
+    output = ""
+    for in_process, commands in groupby(split_commands(text), is_offline_command):
+        if in_process:
+            output += "".join(run_offline_command(command, folder) for command in commands)
+        else:
+            output += run_script(RUNNERS["sh"], "".join(commands), folder)
+    return output
+
+
+def split_commands(text: str) -> Iterator[str]:
+    """Yield the commands of a shell script; one continues on the next line after a backslash or inside quotes."""
+    command = ""
+    for line in text.splitlines(keepends=True):
+        command += line
+        with suppress(ValueError):
+            shlex.split(command)
+            if not command.endswith("\\\n"):
+                yield command
+                command = ""
+    assert not command
+
+
+def is_offline_command(command: str) -> bool:
+    """Return whether a line is a command of corr2d alone, without other shell syntax, that needs no process."""
+    return command.startswith(IN_PROCESS_COMMANDS) and not re.search(r"[|<>;&$`*]", command)
+
+
+def run_offline_command(command: str, folder: Path) -> str:
+    """Run a corr2d command in this process: the start of a process, with torch, takes seconds."""
+    with chdir(folder):
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_script(runner: list[str], script: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        RUNNERS[block.language],
+        runner,
         input=script,
         cwd=folder,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},

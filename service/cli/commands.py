@@ -1,11 +1,13 @@
 """Commands that run core on files, without a server."""
 
+import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,19 @@ from torch import Tensor
 
 import core
 from service import loss_curve
+from service.cli.batch import process_files
+from service.cli.files import STDIO, Target, check_writable, name_input, parse_format, read_array, read_kernel
+from service.cli.printing import draw_sparkline, print_array, round_significant
 from service.codecs import json_encoder, npy, npz
-from service.codecs.registry import FILE_READERS, FILE_WRITERS
-from service.errors import ServiceError
-
-COMPILE_COST_S = 1.0
-"""Seconds to compile an engine; a command computes once, so the choice of engine includes them."""
-
-SPARKLINE_BARS = "▁▂▃▄▅▆▇█"
-SPARKLINE_WIDTH = 60
 
 REDRAW_INTERVAL_S = 0.05
 """Seconds between updates of the progress bar; a step may take only microseconds."""
 
 PAIR_FIELDS = ("input", "target", "weights")
 """Arrays of a pair, in the order of core's tuples."""
+
+ReportFn = Callable[[str], None]
+"""Function that prints a line about the result."""
 
 PLOT_WRITERS: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {
     ".svg": loss_curve.draw_svg,
@@ -43,22 +43,42 @@ PLOT_WRITERS: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {
 """Functions that plot a loss history, by file suffix."""
 
 
-def correlate(input: Path, kernel: str, output: Path | None, **options: Any) -> None:
-    """Correlate a file with a kernel, named or in a .npy file, and write or print the result."""
-    taps = read_array(Path(kernel)) if Path(kernel).suffix.lower() in FILE_READERS else kernel
-    images = read_array(input)
-    start = time.perf_counter()
-    result = core.correlate(images, taps, **options, machine=_create_machine())
-    _write_result(result, output, f"{input} {images.shape}", start)
+def correlate(
+    inputs: Sequence[Path],
+    kernel: str,
+    output: str | None,
+    *,
+    file_format: str | None,
+    png: str | None,
+    **options: Any,
+) -> None:
+    """Correlate files with one kernel, a name, a JSON matrix or a file, and write or print the results."""
+    taps = read_kernel(kernel, options["dtype"])
+
+    def compute(images: NDArray[Any], machine: core.Machine) -> core.Result:
+        return core.correlate(images, taps, **options, machine=machine)
+
+    process_files(inputs, output, compute, dtype=options["dtype"], file_format=file_format, png=png)
 
 
-def conv2d(input: Path, weight: Path, bias: Path | None, output: Path | None, **options: Any) -> None:
-    """Apply a Conv2d layer to a file, with weight and bias from files, and write or print the output."""
-    images = read_array(input)
-    offsets = None if bias is None else read_array(bias)
-    start = time.perf_counter()
-    result = core.conv2d(images, read_array(weight), offsets, **options, machine=_create_machine())
-    _write_result(result, output, f"{input} {images.shape}", start)
+def conv2d(
+    inputs: Sequence[Path],
+    weight: Path,
+    bias: Path | None,
+    output: str | None,
+    *,
+    file_format: str | None,
+    png: str | None,
+    **options: Any,
+) -> None:
+    """Apply a Conv2d layer to files, with weight and bias from files, and write or print the outputs."""
+    filters = read_array(weight, "weight", options["dtype"])
+    offsets = None if bias is None else read_array(bias, "bias", options["dtype"])
+
+    def compute(images: NDArray[Any], machine: core.Machine) -> core.Result:
+        return core.conv2d(images, filters, offsets, **options, machine=machine)
+
+    process_files(inputs, output, compute, dtype=options["dtype"], file_format=file_format, png=png)
 
 
 def explain(
@@ -106,6 +126,7 @@ def train(
     files: Mapping[str, Path | None],
     output: Path | None,
     *,
+    file_format: str | None,
     plot: Path | None,
     ridge_path: Path | None,
     covariance: Path | None,
@@ -119,21 +140,22 @@ def train(
     as the input, the target is cropped to the pixels that depend on the input alone.
     """
     # Checked first: a long fit whose result cannot be written would be lost.
-    outputs = (output, FILE_WRITERS), (plot, PLOT_WRITERS), (ridge_path, {".npz"}), (covariance, {".npy"})
-    for path, suffixes in outputs:
+    target = _open_target(output, file_format)
+    for path, suffixes in (plot, PLOT_WRITERS), (ridge_path, {".npz"}), (covariance, {".npy"}):
         if path is not None:
-            _check_writable(path, suffixes)
+            check_writable(path, suffixes)
     if plot is not None and (reason := loss_curve.unsupported_reason()):
         raise ValueError(f"{plot} cannot be written: {reason}")
-    arrays: dict[str, Any] = {name: read_array(path) for name, path in files.items() if path is not None}
+    report = partial(typer.echo, err=target is not None and target.path == STDIO)
+    arrays: dict[str, Any] = {name: read_array(path, name) for name, path in files.items() if path is not None}
     held_out = _pop_validation_pair(arrays)
     size = arrays["target"].shape[-2:]
     region = _find_valid_region(arrays, **options) if padding is None and arrays["input"].shape[-2:] == size else None
     if region is not None:
         rows, columns = (part.stop - part.start for part in region)
-        typer.echo(
+        report(
             f"learning from the inner {rows} x {columns} of {size[0]} x {size[1]} pixels: "
-            f"the values outside {files['input']} are unknown (use --padding same to assume zeros)"
+            f"the values outside {name_input(files['input'])} are unknown (use --padding same to assume zeros)"
         )
         _crop(arrays, region, size)
     if padding is None and held_out:
@@ -153,24 +175,51 @@ def train(
         # With refuse_divergence, the error message reports it.
         warn_divergence=not options["refuse_divergence"],
     )
-    typer.echo(result.message)
-    typer.echo(f"loss {draw_sparkline([*result.loss_history, result.final_loss])} (log scale)")
-    kernel = result.kernel.cpu().numpy()
-    if output is None:
-        typer.echo(json_encoder.dumps(kernel.round(6)))
-    else:
-        write_array(output, kernel)
-        typer.echo(f"kernel {kernel.shape} -> {output}")
-    if result.bias is not None:
-        typer.echo(f"bias {json_encoder.dumps(result.bias.cpu().numpy().round(6)).decode()}")
-    if summary := _summarize(result):
-        typer.echo(summary)
-    _write_analysis(result, ridge_path, covariance)
+    _write_fit(result, target, report)
+    _write_analysis(result, ridge_path, covariance, report)
     if plot is not None:
         plot.write_bytes(
             PLOT_WRITERS[plot.suffix.lower()]({name: getattr(result, name) for name in loss_curve.PLOTTED_FIELDS})
         )
-        typer.echo(f"loss per step -> {plot}")
+        report(f"loss per step -> {plot}")
+
+
+def _write_fit(result: core.FitResult, target: Target | None, report: ReportFn) -> None:
+    """Write a fit, or print its kernel with standard errors, and report its message, loss and diagnostics."""
+    report(result.message)
+    report(f"loss {draw_sparkline([*result.loss_history, result.final_loss])} (log scale)")
+    kernel = _to_numpy(result.kernel)
+    if target is None:
+        print_array(kernel.round(6))
+    elif target.holds_names:
+        fields = _collect_fields(result)
+        target.write(fields if target.suffix == ".json" else _as_lists(fields))
+        report(f"kernel {kernel.shape} and diagnostics -> {target}")
+    else:
+        target.write({"kernel": kernel})
+        report(f"kernel {kernel.shape} -> {target}")
+    if result.standard_errors is not None:
+        errors = _to_numpy(result.standard_errors)
+        if target is None:
+            print_array(round_significant(errors), "standard errors of the best kernel")
+        else:
+            report(f"standard errors of the best kernel {errors.min():.4g} to {errors.max():.4g}")
+    if result.bias is not None:
+        report(f"bias {json_encoder.dumps(_to_numpy(result.bias).round(6)).decode()}")
+        if result.bias_standard_errors is not None:
+            errors = round_significant(_to_numpy(result.bias_standard_errors))
+            report(f"standard errors of the best bias {json_encoder.dumps(errors).decode()}")
+    if summary := _summarize(result):
+        report(summary)
+
+
+def _open_target(output: Path | None, file_format: str | None) -> Target | None:
+    """Return the target of a fit, None if it is printed; stdout receives JSON unless a format is given."""
+    if output == STDIO:
+        return Target.open(output, ".json" if file_format is None else parse_format(file_format))
+    if file_format is not None:
+        raise ValueError("--format applies to -o - only: the suffix of a file names its format")
+    return None if output is None else Target.open(output, output.suffix.lower())
 
 
 def _pop_validation_pair(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -196,18 +245,18 @@ def _crop(arrays: dict[str, NDArray[Any]], region: tuple[slice, slice], size: Se
             arrays[name] = arrays[name][(..., *region)]
 
 
-def _write_analysis(result: core.FitResult, ridge_path: Path | None, covariance: Path | None) -> None:
+def _write_analysis(result: core.FitResult, ridge_path: Path | None, covariance: Path | None, report: ReportFn) -> None:
     """Write the ridge path and the covariance of a fit, if their files are given."""
     if ridge_path is not None:
         arrays_of_path = {name: getattr(result, name) for name in core.RIDGE_PATH_FIELDS}
         found = {name: _to_numpy(array) for name, array in arrays_of_path.items() if array is not None}
-        _write_buffers(ridge_path, npz.encode(found), f"kernels of {len(found['ridge_path'])} ridges")
+        _write_buffers(ridge_path, npz.encode(found), f"kernels of {len(found['ridge_path'])} ridges", report)
     if covariance is not None:
         if result.covariance is None:
-            typer.echo(f"the examples do not determine a covariance: {covariance} is not written")
+            report(f"the examples do not determine a covariance: {covariance} is not written")
         else:
             matrix = _to_numpy(result.covariance)
-            _write_buffers(covariance, npy.encode(matrix), f"covariance {matrix.shape}")
+            _write_buffers(covariance, npy.encode(matrix), f"covariance {matrix.shape}", report)
 
 
 def _find_valid_region(
@@ -325,67 +374,24 @@ def _summarize(result: core.FitResult) -> str:
     return ", ".join(facts)
 
 
-def read_array(path: Path) -> NDArray[Any]:
-    """Return the array in a file of a format in FILE_READERS. Raises ValueError if the file cannot be decoded."""
-    reader = FILE_READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; supported: {', '.join(FILE_READERS)}"
-        )
-    try:
-        return reader(path.read_bytes())
-    except (ServiceError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write the array in the format of the suffix. Raises ValueError if that format cannot hold it."""
-    _check_writable(path, FILE_WRITERS)
-    try:
-        path.write_bytes(b"".join(FILE_WRITERS[path.suffix.lower()](array)))
-    except (ServiceError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _write_buffers(path: Path, parts: Sequence[bytes | memoryview], content: str) -> None:
+def _write_buffers(path: Path, parts: Sequence[bytes | memoryview], content: str, report: ReportFn) -> None:
     """Write a file and report its content."""
     path.write_bytes(b"".join(parts))
-    typer.echo(f"{content} -> {path}")
+    report(f"{content} -> {path}")
 
 
-def _check_writable(path: Path, suffixes: Collection[str]) -> None:
-    """Raise ValueError for an unsupported suffix, FileNotFoundError for a missing folder."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(
-            f"{path}: cannot write {path.suffix or 'a file without a suffix'}; supported: {', '.join(suffixes)}"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: No such file or directory: {path.parent}")
+def _collect_fields(result: core.FitResult) -> dict[str, Any]:
+    """Return all fields of a fit, with arrays as numpy arrays; the first is the kernel."""
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    first = {name: fields.pop(name) for name in ("kernel", "bias")}
+    return {
+        name: _to_numpy(value) if isinstance(value, Tensor) else value for name, value in {**first, **fields}.items()
+    }
 
 
-def draw_sparkline(values: Sequence[float]) -> str:
-    """Return positive numbers as one line of bars on a log scale, thinned to SPARKLINE_WIDTH."""
-    step = max(1, math.ceil(len(values) / SPARKLINE_WIDTH))
-    heights = [math.log(value) for value in values[::step] if value > 0 and math.isfinite(value)]
-    if not heights:
-        return ""
-    low, high = min(heights), max(heights)
-    scale = (len(SPARKLINE_BARS) - 1) / (high - low) if high > low else 0
-    return "".join(SPARKLINE_BARS[round((height - low) * scale)] for height in heights)
-
-
-def _create_machine() -> core.Machine:
-    return core.Machine(core.usable_cores(), compile_seconds=COMPILE_COST_S)
-
-
-def _write_result(result: core.Result, output: Path | None, source: str, start: float) -> None:
-    array = _to_numpy(result.output)
-    milliseconds = 1000 * (time.perf_counter() - start)
-    if output is None:
-        typer.echo(json_encoder.dumps(array))
-        return
-    write_array(output, array)
-    typer.echo(f"{source} -> {output} {array.shape}, engine {result.engine} on {result.device}, {milliseconds:.1f} ms")
+def _as_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields with each number as a list of one: binary formats hold arrays and lists of numbers."""
+    return {name: [value] if isinstance(value, int | float) else value for name, value in fields.items()}
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:

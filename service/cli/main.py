@@ -24,16 +24,21 @@ from rich.table import Table
 from service import exit_codes
 from service.api_keys import KeyRing
 from service.cli.options import (
+    EXISTING_FILE,
     PADDING_HELP,
+    WRITABLE_FORMATS,
     DeviceOption,
     DilationOption,
     DtypeOption,
+    FormatOption,
     InitialArrayOption,
     InputArgument,
+    InputsArgument,
     MethodOption,
     OutputOption,
     PaddingModeOption,
     PaddingOption,
+    PngOption,
     StrideOption,
     add_settings_options,
     format_setting,
@@ -60,7 +65,6 @@ EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel":
 
 app = typer.Typer(
     name="corr2d",
-    help="2-D cross-correlation, Conv2d and learned kernels, as an HTTP service or on files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -129,11 +133,18 @@ def _format_greeting(settings: Settings, name: str | tuple[str, int]) -> str:
 
 @app.command()
 def correlate(
-    input: InputArgument,
+    inputs: InputsArgument,
     kernel: Annotated[
-        str, typer.Option("--kernel", "-k", help='a kernel name ("corr2d kernels" lists them) or a .npy file')
+        str,
+        typer.Option(
+            "--kernel",
+            "-k",
+            help='a name ("corr2d kernels" lists them), a JSON matrix such as "[[1,0,-1]]", or a file',
+        ),
     ],
     output: OutputOption = None,
+    format: FormatOption = None,
+    png: PngOption = None,
     mode: Annotated[str, typer.Option(help="valid, same or full")] = "valid",
     boundary: Annotated[str, typer.Option(help="zeros, constant, replicate, reflect, symmetric or circular")] = "zeros",
     fill_value: Annotated[float, typer.Option(help="value outside the input, for boundary constant")] = 0.0,
@@ -144,18 +155,22 @@ def correlate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Cross-correlate every plane of a file with one kernel.
+    """Cross-correlate every plane of a file, or of many files, with one kernel.
 
     corr2d correlate photo.png --kernel sobel_x --mode same -o edges.png
+
+    corr2d correlate photos/*.jpg --kernel 'gaussian(2.0)' --mode same --png clip --format png -o blurred/
     """
     with without_garbage_collection():
         from service.cli import commands
 
     with _report_errors():
         commands.correlate(
-            input,
+            inputs,
             kernel,
             output,
+            file_format=format,
+            png=png,
             mode=mode,
             boundary=boundary,
             fill_value=fill_value,
@@ -168,12 +183,12 @@ def correlate(
 
 @app.command()
 def conv2d(
-    input: InputArgument,
-    weight: Annotated[
-        Path, typer.Argument(help="filters of shape (O, C/groups, h, w) or (h, w)", exists=True, dir_okay=False)
-    ],
-    bias: Annotated[Path | None, typer.Option(help=".npy file of shape (O)", exists=True, dir_okay=False)] = None,
+    inputs: InputsArgument,
+    weight: Annotated[Path, typer.Argument(help="filters of shape (O, C/groups, h, w) or (h, w)", **EXISTING_FILE)],
+    bias: Annotated[Path | None, typer.Option(help="file with an array of shape (O)", **EXISTING_FILE)] = None,
     output: OutputOption = None,
+    format: FormatOption = None,
+    png: PngOption = None,
     stride: StrideOption = "1",
     padding: PaddingOption = "0",
     dilation: DilationOption = "1",
@@ -183,7 +198,7 @@ def conv2d(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Apply a Conv2d layer to a file, as torch.nn.functional.conv2d defines it.
+    """Apply a Conv2d layer to a file, or to many files, as torch.nn.functional.conv2d defines it.
 
     corr2d conv2d images.npy weight.npy --stride 2 --padding same -o features.npy
     """
@@ -192,10 +207,12 @@ def conv2d(
 
     with _report_errors():
         commands.conv2d(
-            input,
+            inputs,
             weight,
             bias,
             output,
+            file_format=format,
+            png=png,
             stride=parse_integers(stride),
             padding=parse_integers(padding),
             dilation=parse_integers(dilation),
@@ -249,8 +266,19 @@ def explain(
 @app.command()
 def train(
     input: InputArgument,
-    target: Annotated[Path, typer.Argument(help="desired output for the input", exists=True, dir_okay=False)],
-    output: OutputOption = None,
+    target: Annotated[Path, typer.Argument(help="desired output for the input", **EXISTING_FILE)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="file for the whole result with standard errors (.json, .npz, .safetensors), or for the kernel alone "
+            "(.npy, .png, ...); - for stdout; unset: the kernel and its standard errors are printed",
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"format of stdout with -o -: {WRITABLE_FORMATS}; unset: json")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="write a plot of the loss per step: .svg or .png")] = None,
     kernel_size: Annotated[
         str | None, typer.Option(help="an integer, rows,columns, or auto; unset: derived from the sizes of the files")
@@ -262,17 +290,17 @@ def train(
     initial_kernel: InitialArrayOption = None,
     initial_bias: InitialArrayOption = None,
     weights: Annotated[
-        Path | None, typer.Option(help=".npy file with the weights of the target values", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="file with the weights of the target values", **EXISTING_FILE)
     ] = None,
     validation_input: Annotated[
         Path | None,
-        typer.Option(help="input of a validation pair, which the kernel is not fitted to", exists=True, dir_okay=False),
+        typer.Option(help="input of a validation pair, which the kernel is not fitted to", **EXISTING_FILE),
     ] = None,
     validation_target: Annotated[
-        Path | None, typer.Option(help="target of the validation pair", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="target of the validation pair", **EXISTING_FILE)
     ] = None,
     validation_weights: Annotated[
-        Path | None, typer.Option(help="weights of the validation target", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="weights of the validation target", **EXISTING_FILE)
     ] = None,
     patience: Annotated[
         int | None, typer.Option(help="stop after this many steps without a smaller validation loss; unset: never")
@@ -352,6 +380,7 @@ def train(
                 "initial_bias": initial_bias,
             },
             output,
+            file_format=format,
             plot=plot,
             kernel_size=None if kernel_size is None else parse_integers(kernel_size),
             max_kernel_size=None if max_kernel_size is None else parse_integers(max_kernel_size),
@@ -433,20 +462,37 @@ def config(**flags: object) -> None:
 @app.command()
 def version() -> None:
     """Show the versions of corr2d, Python and torch."""
-    typer.echo(f"corr2d {VERSION} (Python {platform.python_version()}, torch {version_of('torch')})")
+    _print_version(requested=True)
+
+
+def _print_version(*, requested: bool) -> None:
+    if requested:
+        typer.echo(f"corr2d {VERSION} (Python {platform.python_version()}, torch {version_of('torch')})")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=lambda value: _print_version(requested=value), is_eager=True)
+    ] = False,
+) -> None:
+    """2-D cross-correlation, Conv2d and learned kernels, as an HTTP service or on files."""
 
 
 @contextmanager
 def _report_errors() -> Iterator[None]:
     """Report errors that the user can fix as one line on stderr, and exit."""
-    from core import CoreError
+    from service.cli.error_messages import EXPECTED_ERRORS, describe_error
 
     try:
         yield
-    except (CoreError, ValueError, OSError) as error:
-        _exit_with_error(str(error), exit_codes.COMMAND_FAILED)
-    except MemoryError as error:
-        _exit_with_error(f"too large for this machine: {error}", exit_codes.COMMAND_FAILED)
+    except EXPECTED_ERRORS as error:
+        message = describe_error(error)
+        if message is None:
+            raise
+        _exit_with_error(message, exit_codes.COMMAND_FAILED)
 
 
 def _load_settings(flags: Mapping[str, object]) -> Settings:

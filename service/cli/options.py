@@ -3,20 +3,47 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
+from service.codecs.registry import READABLE_SUFFIXES, WRITABLE_SUFFIXES
+from service.codecs.response_options import OutputResponseOptions
 from service.settings import ENV_PREFIX, Settings
 
 Number = TypeVar("Number", int, float)
 
-InputArgument = Annotated[
-    Path, typer.Argument(help="a .npy array or a .png image (values 0..255)", exists=True, dir_okay=False)
+READABLE_FORMATS, WRITABLE_FORMATS = (
+    ", ".join(suffix.removeprefix(".") for suffix in suffixes) for suffixes in (READABLE_SUFFIXES, WRITABLE_SUFFIXES)
+)
+PNG_FIELD = OutputResponseOptions.model_fields["png"]
+
+EXISTING_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "allow_dash": True}
+"""Options of an argument that is a file, or - for stdin."""
+
+INPUT_HELP = f"an array or image ({READABLE_FORMATS}), or - for stdin; in a file of several arrays: input"
+InputArgument = Annotated[Path, typer.Argument(help=INPUT_HELP, **EXISTING_FILE)]
+InputsArgument = Annotated[
+    list[Path], typer.Argument(help=f"{INPUT_HELP}. Of many files, those that fail are reported", show_default=False)
 ]
 OutputOption = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="a .npy file, or .png (scaled from minimum to maximum); unset: printed"),
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help=f"a file ({WRITABLE_FORMATS}), a folder/ for many inputs, or - for stdout; unset: printed as JSON, "
+        "one line per input (a large array on a terminal: as a summary)",
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(help=f"format of stdout and of the files in a folder: {WRITABLE_FORMATS}; unset: that of the input"),
+]
+PngOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{PNG_FIELD.description} ({', '.join(get_args(PNG_FIELD.annotation))}); unset: {PNG_FIELD.default}"
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or float64")]
@@ -27,7 +54,7 @@ PADDING_HELP = "an integer, rows,columns, top,bottom,left,right, valid or same"
 PaddingOption = Annotated[str, typer.Option(help=PADDING_HELP)]
 PaddingModeOption = Annotated[str, typer.Option(help="zeros, reflect, replicate or circular")]
 InitialArrayOption = Annotated[
-    Path | None, typer.Option(help=".npy file with the initial values; unset: random", exists=True, dir_okay=False)
+    Path | None, typer.Option(help="file with the initial values; unset: random", **EXISTING_FILE)
 ]
 
 

@@ -2,7 +2,8 @@
 
 JSON parsers round decimals to float64. Rounding the result to float32 again goes wrong if the float64 lies in the
 middle between two float32 and the decimal does not. Such numbers are rare. They are marked, as MidpointFloat or
-MidpointArray, until the requested dtype is known. service/codecs/json_scanner.py explains the method.
+MidpointArray, until the requested dtype is known. service/codecs/json_scanner.py explains the method; it is imported
+when a text may have such a number, because Numba takes 0.1 s to load.
 """
 
 import json
@@ -16,10 +17,6 @@ from typing import Any, Self
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-
-from service.codecs import json_scanner as scanner
-
-COARSE_MASK = int(scanner.COARSE_MASK)
 
 MAX_EXACT_INTEGER = 2**53
 """Integers up to this magnitude are float64 numbers themselves."""
@@ -58,7 +55,9 @@ class MidpointArray:
 
     def round_to_odd(self) -> NDArray[np.float64]:
         """Round numbers that must not be rounded twice to odd, as MidpointFloat's `to_odd`; return the array itself."""
-        scanner.round_to_odd(self.text, self.values.reshape(-1))
+        from service.codecs import json_scanner
+
+        json_scanner.round_to_odd(self.text, self.values.reshape(-1))
         return self.values
 
 
@@ -91,14 +90,18 @@ def _round_exact_to_odd(nearest: float, exact: int | Decimal) -> float:
 
 
 def _has_inexact_coarse(text: bytes) -> bool:
+    from service.codecs import json_scanner
+
     # The scanner needs a character after the last digit.
-    count: int = scanner.round_to_odd(np.frombuffer(text + b" ", np.uint8), EMPTY_VALUES)
+    count: int = json_scanner.round_to_odd(np.frombuffer(text + b" ", np.uint8), EMPTY_VALUES)
     return count > 0
 
 
 def _parse_number(text: str) -> float:
+    from service.codecs import json_scanner
+
     value: float = orjson.loads(text)
-    if type(value) is float and value != 0 and not _float_to_bits(value) & COARSE_MASK:
+    if type(value) is float and value != 0 and not _float_to_bits(value) & int(json_scanner.COARSE_MASK):
         to_odd = _round_exact_to_odd(value, Decimal(text))
         if to_odd != value:
             return MidpointFloat(value, to_odd)

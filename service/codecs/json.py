@@ -1,22 +1,19 @@
 """Decoder of JSON as in RFC 8259: UTF-8 without a byte order mark, finite float64 numbers, unique names.
 
-Arrays are read by compiled code (service/codecs/json_scanner.py), everything else by orjson.
+Arrays are read by compiled code (service/codecs/json_scanner.py), everything else by orjson. The compiled code is
+imported for the first text above MAX_UNSCANNED_BYTES, because Numba takes 0.1 s to load.
 """
 
 import json
-import math
 import secrets
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
 from service.codecs import decimals
-from service.codecs import json_scanner as scanner
-from service.codecs.decimals import MidpointArray
-from service.codecs.json_errors import MAX_REPARSED_BYTES, malformed_error, orjson_error, remainder_error
+from service.codecs.json_errors import MAX_REPARSED_BYTES, orjson_error, remainder_error
 from service.errors import FieldError, InvalidRequest, NotParseable
 
 MEDIA_TYPE = "application/json"
@@ -42,46 +39,31 @@ SECONDS_PER_TOKEN = 0.5e-6
 TOKEN_SAMPLE_BYTES = 1 << 17
 """Bytes at the beginning of a text in which brackets, colons and quotes are counted to predict the time."""
 
-SPANS_PER_SCAN = 64
-TYPICAL_NDIM = 4
 BASE64_FIELD = "data"
-CLOSING_BRACE = ord("}")
+CLOSING_BRACE, CLOSING_BRACKET = b"}]"
 
 FIRST_PLACEHOLDER = secrets.randbelow(9 * 10**9) + 10**9
 """First placeholder of an extracted array, times 10^300; random, so that no client sends the same number."""
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidArray:
-    """Long list that is not a valid array of numbers, and the reason.
-
-    `reason` is one of json_scanner's codes INVALID_...; `position` the index of the invalid part; `found` the JSON type
-    there; `got` and `expected` are lengths (-1: not known).
-    """
-
-    reason: int
-    position: tuple[int, ...]
-    found: str
-    got: int
-    expected: int
-
-
-def decode(content: bytes | bytearray | memoryview) -> Any:
+def decode(content: bytes | bytearray | memoryview, *, allow_list: bool = False) -> Any:
     """Return the value: lists of numbers as float64 arrays, long strings named "data" as memoryviews of their bytes.
 
     Short lists stay lists. A number that must not be rounded twice is a MidpointFloat, or in a MidpointArray. A long
-    list that is not a valid array becomes an InvalidArray. Raises NotParseable with the reason and the position, and
-    InvalidRequest for a duplicate name.
+    list that is not a valid array becomes an InvalidArray. allow_list: a text above MAX_REPARSED_BYTES may also be a
+    list. Raises NotParseable with the reason and the position, and InvalidRequest for a duplicate name.
     """
     view = memoryview(content)
     if not view:
         raise NotParseable("the body is empty: send a JSON object")
     if len(view) <= MAX_UNSCANNED_BYTES:
         return _decode_unscanned(view)
+    from service.codecs import json_scanner as scanner
+
     text = np.frombuffer(view, np.uint8)
     text.flags.writeable = False
     view = view[: len(view) - scanner.count_trailing_space(text)]
-    if not view or view[-1] != CLOSING_BRACE:
+    if not view or not (view[-1] == CLOSING_BRACE or (allow_list and view[-1] == CLOSING_BRACKET)):
         return _decode_non_object(view)
     remainder, cut, total = _extract_arrays(view)
     try:
@@ -99,18 +81,20 @@ def _extract_arrays(view: memoryview) -> tuple[bytes, dict[float, object], int]:
 
     Raises NotParseable, and InvalidRequest if there is too much outside of the arrays.
     """
+    from service.codecs.json_scan import Scan
+
     pieces: list[bytes | memoryview] = []
     cut: dict[float, object] = {}
     begin = size = 0
     scan = Scan(view)
     while True:
-        for span in scan.spans():
+        for array_begin, array_end, value in scan.read_values():
             # Spaces separate it from adjacent digits.
             placeholder = b" %de-300 " % (FIRST_PLACEHOLDER + len(cut))
-            cut[float(placeholder)] = scan.value(span)
-            pieces += (view[begin : span[scanner.SPAN_BEGIN]], placeholder)
-            size += span[scanner.SPAN_BEGIN] - begin
-            begin = span[scanner.SPAN_END]
+            cut[float(placeholder)] = value
+            pieces += (view[begin:array_begin], placeholder)
+            size += array_begin - begin
+            begin = array_end
         if scan.done:
             size += len(view) - begin
         if size > MAX_NON_ARRAY_BYTES:
@@ -129,6 +113,8 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
     """Return the predicted seconds for numbers, and for lists, objects, names and strings as if all became objects."""
     seconds = SECONDS_PER_BYTE * len(content)
     if len(content) > MAX_UNSCANNED_BYTES:
+        from service.codecs import json_scanner as scanner
+
         text = np.frombuffer(memoryview(content)[:TOKEN_SAMPLE_BYTES], np.uint8)
         text.flags.writeable = False
         marks = scanner.count_structural_characters(text) * (len(content) / len(text))
@@ -154,69 +140,6 @@ def _decode_non_object(view: memoryview) -> Any:
     if len(view) > MAX_REPARSED_BYTES:
         raise NotParseable(f"the body is not a JSON object: it ends with {bytes(view[-20:])!r}, not with a brace")
     return _decode_unscanned(view)
-
-
-class Scan:
-    """Scanner of one text, with its state."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-        self._text = np.frombuffer(view, np.uint8)
-        self._text.flags.writeable = False
-        self._state = np.zeros(scanner.STATE_FIELD_COUNT, np.int64)
-        self._values = np.empty(len(view) // 2 + 1)
-        self._counts, self._sides = np.empty((2, scanner.MAX_DIMENSIONS), np.int64)
-        self._spans = np.empty((SPANS_PER_SCAN, scanner.SPAN_FIELD_COUNT), np.int64)
-        self.done = False
-
-    @property
-    def parts(self) -> int:
-        """Number of tokens that are left to the JSON parser in the text scanned so far."""
-        return int(self._state[scanner.STATE_TOKEN_COUNT])
-
-    @property
-    def names(self) -> int:
-        """Number of names that are left to the JSON parser in the text scanned so far."""
-        return int(self._state[scanner.STATE_NAME_COUNT])
-
-    def spans(self) -> list[list[int]]:
-        """Scan on and return the spans found. Raises NotParseable."""
-        outcome = scanner.scan(self._text, self._state, self._values, self._counts, self._sides, self._spans)
-        found = int(self._state[scanner.STATE_SPAN_COUNT])
-        self._state[scanner.STATE_SPAN_COUNT] = 0
-        if outcome == scanner.SCAN_DONE:
-            self.done = True
-        elif outcome == scanner.SCAN_MALFORMED:
-            raise malformed_error(self._view, int(self._state[scanner.STATE_POSITION]))
-        # Few arrays have more sides; converting all columns takes longer than parsing the rest of a small body.
-        spans: list[list[int]] = self._spans[:found, : scanner.SPAN_SHAPE + TYPICAL_NDIM].tolist()
-        for at, span in enumerate(spans):
-            if span[scanner.SPAN_NDIM] > TYPICAL_NDIM:
-                spans[at] = self._spans[at].tolist()
-        return spans
-
-    def value(self, span: list[int]) -> object:
-        """Return the value of a span."""
-        if span[scanner.SPAN_KIND] == scanner.KIND_STRING:
-            return self._view[span[scanner.SPAN_BEGIN] + 1 : span[scanner.SPAN_END] - 1]
-        sides = tuple(span[scanner.SPAN_SHAPE : scanner.SPAN_SHAPE + span[scanner.SPAN_NDIM]])
-        if span[scanner.SPAN_KIND] == scanner.KIND_ARRAY:
-            values = self._values[span[scanner.SPAN_OFFSET] : span[scanner.SPAN_OFFSET] + math.prod(sides)].reshape(
-                sides
-            )
-            if not span[scanner.SPAN_CODE]:
-                return values
-            return MidpointArray(values, self._text[span[scanner.SPAN_BEGIN] : span[scanner.SPAN_END]])
-        found = KIND_BY_FIRST_BYTE.get(self._view[span[scanner.SPAN_OFFSET]], "a number")
-        return InvalidArray(span[scanner.SPAN_CODE], sides, found, span[scanner.SPAN_GOT], span[scanner.SPAN_EXPECTED])
-
-
-KIND_BY_FIRST_BYTE = {
-    ord('"'): "a string",
-    ord("{"): "an object",
-    ord("["): "a list",
-    ord("n"): "null",
-} | dict.fromkeys(b"tf", "a boolean")
 
 
 def _restore_arrays(value: Any, cut: dict[float, object]) -> tuple[Any, int]:

@@ -1,6 +1,10 @@
-"""Errors for a text that is not valid JSON: the position, what was found there, and a hint for NaN and Infinity."""
+"""Errors for a text that is not valid JSON: the position, what was found there, and a hint for NaN and Infinity.
+
+A long list that is valid JSON but not an array becomes an InvalidArray, which the field that it belongs to rejects.
+"""
 
 import re
+from dataclasses import dataclass
 
 import orjson
 
@@ -15,6 +19,21 @@ NONFINITE_PATTERN = re.compile(rb"NaN|-?Infinity")
 
 SEARCH_CHUNK_BYTES = 1 << 20
 """Bytes of an invalid text that are searched at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidArray:
+    """Long list that is not a valid array of numbers, and the reason.
+
+    `reason` is one of json_scanner's codes INVALID_...; `position` the index of the invalid part; `found` the JSON type
+    there; `got` and `expected` are lengths (-1: not known).
+    """
+
+    reason: int
+    position: tuple[int, ...]
+    found: str
+    got: int
+    expected: int
 
 
 def malformed_error(view: memoryview, at: int) -> NotParseable:

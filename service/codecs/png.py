@@ -1,7 +1,7 @@
 """PNG images: grey as (H, W), colour as (3, H, W), values 0..255, or 0..65535 for 16 bits.
 
 Alpha is dropped, a palette is resolved, and only the still image of an animation is read. The encoder writes grey and
-colour of 8 bits.
+colour of 8 bits, and of 16 bits if the values are not scaled.
 """
 
 import math
@@ -170,10 +170,11 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
     return 4e-9 * reads * (len(memory) + header.size) + 7e-9 * decoded + 1e-7 * min(lines, 2 * MAX_SIDE_PIXELS)
 
 
-def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryview]:
+def encode(array: NDArray[Any], *, clip: bool = False, deep: bool = False) -> list[bytes | memoryview]:
     """Return the parts of a file: a plane (H, W) as grey or (3, H, W) as colour; leading sides of 1 are dropped.
 
-    The values are scaled from their own minimum and maximum to 0..255 or, with `clip`, rounded and clamped to it.
+    The values are scaled from their own minimum and maximum to 0..255 or, with `clip`, rounded and clamped to it; with
+    `clip` and `deep`, to 0..65535, in 16 bits.
     Raises NotAcceptable for any other shape, and for values that are not finite.
     """
     planes = array
@@ -190,11 +191,14 @@ def encode(array: NDArray[Any], *, clip: bool = False) -> list[bytes | memoryvie
             "the output has values that are not finite: a PNG holds finite values only; "
             "request application/x-npy instead"
         )
-    values = _clip(planes) if clip else _scale(planes, low, high)
+    depth = DEPTH_16_BITS if clip and deep else 8
+    values = _clip(planes, 2**depth - 1) if clip else _scale(planes, low, high)
     height, width = planes.shape[-2:]
     lines = values if planes.ndim == 2 else np.moveaxis(values, 0, 2).reshape(height, -1)
     colour = COLOUR_TYPE_GREY if planes.ndim == 2 else COLOUR_TYPE_RGB
-    header = HEADER_STRUCT.pack(width, height, 8, colour, 0, 0, 0)
+    if depth == DEPTH_16_BITS:
+        lines = lines.astype(">u2").view(np.uint8)
+    header = HEADER_STRUCT.pack(width, height, depth, colour, 0, 0, 0)
     data = chain.from_iterable(_build_chunk(b"IDAT", piece) for piece in _deflate(lines) if piece)
     return [SIGNATURE, *_build_chunk(b"IHDR", header), *data, *_build_chunk(b"IEND", b"")]
 
@@ -272,8 +276,11 @@ def _extract_payload(chunk: memoryview) -> memoryview:
     return chunk[CHUNK_HEADER.size : -CRC_STRUCT.size]
 
 
-def _clip(planes: NDArray[Any]) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = np.clip(np.rint(planes), 0, 255).astype(np.uint8)
+def _clip(planes: NDArray[Any], white: int) -> NDArray[Any]:
+    """Return the values rounded and clamped to 0..white, in the smallest dtype."""
+    # float16, in which numpy rounds small integers, cannot hold 65535.
+    rounded = np.rint(planes, dtype=np.promote_types(planes.dtype, np.float32))
+    pixels: NDArray[Any] = np.clip(rounded, 0, white).astype(np.min_scalar_type(white))
     return pixels
 
 

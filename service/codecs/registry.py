@@ -5,7 +5,6 @@ To add a format, write its module and list it here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,8 +36,8 @@ class Format:
     one core from a small part of the body, in a few microseconds. encode_seconds_per_number: predicted seconds per
     number of a response (`benchmarks/formats.py` measures both). content_doc: the part of a response that the format
     holds. has_named_arrays: whether a body names its arrays. headers: sent with a response. encoded_bytes_per_byte:
-    encoded bytes per byte of an array; 0 if its own memory is sent. suffixes: of the files with one array that the
-    command line reads and writes.
+    encoded bytes per byte of an array; 0 if its own memory is sent. suffixes: of the files that the command line reads
+    and writes.
     """
 
     decode: DecodeFn | None
@@ -85,7 +84,8 @@ def _first_array(fields: ResponseFields) -> NDArray[Any]:
 
 
 def _encode_png(fields: ResponseFields, options: ResponseOptions) -> BufferList:
-    return png.encode(_first_array(fields), clip=isinstance(options, OutputResponseOptions) and options.png == "clip")
+    values = options.png if isinstance(options, OutputResponseOptions) else "scale"
+    return png.encode(_first_array(fields), clip=values != "scale", deep=values == "clip16")
 
 
 ARRAYS_BY_NAME_DOC = "the arrays by name"
@@ -102,6 +102,7 @@ FORMATS: Mapping[str, Format] = {
         "everything",
         has_named_arrays=True,
         encoded_bytes_per_byte=3.25,
+        suffixes=(".json",),
     ),
     npy.MEDIA_TYPE: Format(
         _wrap_as_input(lambda body, limit, *_: npy.decode(body, limit)),
@@ -116,6 +117,7 @@ FORMATS: Mapping[str, Format] = {
         1.5e-9,
         ARRAYS_BY_NAME_DOC,
         has_named_arrays=True,
+        suffixes=(".npz",),
     ),
     safetensors.MEDIA_TYPE: Format(
         lambda body, limit, *_: _decode_safetensors(body, limit),
@@ -123,6 +125,7 @@ FORMATS: Mapping[str, Format] = {
         lambda body, _: CHECK_SECONDS_PER_BYTE * len(body),
         content_doc=ARRAYS_BY_NAME_DOC,
         has_named_arrays=True,
+        suffixes=(".safetensors",),
     ),
     png.MEDIA_TYPE: Format(
         _wrap_as_input(png.decode),
@@ -173,27 +176,10 @@ ENCODABLE_FORMATS: Mapping[str, Format] = {
 }
 
 
-def _decode_file(decode: DecodeFn, content: Buffer) -> NDArray[Any]:
-    array: NDArray[Any] = decode(content, UNLIMITED_BYTES)["input"]
-    return array
-
-
-def _encode_file(encode: EncodeFn, array: NDArray[Any]) -> BufferList:
-    return encode({"output": array}, ResponseOptions())
-
-
-FILE_READERS: Mapping[str, Callable[[Buffer], NDArray[Any]]] = {
-    suffix: partial(_decode_file, media_format.decode)
-    for media_format in FORMATS.values()
-    for suffix in media_format.suffixes
-    if media_format.decode
+FILE_FORMATS: Mapping[str, Format] = {
+    suffix: media_format for media_format in FORMATS.values() for suffix in media_format.suffixes
 }
-"""Decoders of the files that the command line reads, by suffix."""
+"""Formats of the files of the command line, by suffix."""
 
-FILE_WRITERS: Mapping[str, Callable[[NDArray[Any]], BufferList]] = {
-    suffix: partial(_encode_file, media_format.encode)
-    for media_format in FORMATS.values()
-    for suffix in media_format.suffixes
-    if media_format.encode
-}
-"""Encoders of the files that the command line writes, by suffix."""
+READABLE_SUFFIXES = tuple(suffix for suffix, media_format in FILE_FORMATS.items() if media_format.decode)
+WRITABLE_SUFFIXES = tuple(suffix for suffix, media_format in FILE_FORMATS.items() if media_format.encode)

@@ -22,9 +22,10 @@ class ResponseOptions(BaseModel):
 class OutputResponseOptions(ResponseOptions):
     """Options for a response whose output may be sent as an image."""
 
-    png: Literal["scale", "clip"] = Field(
+    png: Literal["scale", "clip", "clip16"] = Field(
         "scale",
-        description="values in PNG: scaled from their own minimum and maximum to 0..255, or clipped to 0..255",
+        description="values in PNG: scaled from their own minimum and maximum to 0..255, clipped to 0..255, "
+        "or clipped to 0..65535 with 16 bits",
     )
 
 

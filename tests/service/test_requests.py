@@ -282,7 +282,7 @@ def test_response_options_belong_in_the_query(send: SendFn, path: str, name: str
 def test_response_options_have_few_values(send: SendFn, name: str, value: str) -> None:
     error = assert_first_error(post_with_query(send, f"{name}={value}"), 422)
     assert error["field"] == name
-    assert ("'scale' or 'clip'" if name == "png" else "'nested', 'base64' or 'flat'") in error["limit"]
+    assert ("'scale', 'clip' or 'clip16'" if name == "png" else "'nested', 'base64' or 'flat'") in error["limit"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.linalg
+import scipy
 
 from core.errors import InvalidOption
 from core.fit.constrained.active_set import NonnegativeProblem, solve_nonnegative

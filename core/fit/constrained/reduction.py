@@ -7,7 +7,7 @@ ridge and smoothness add rows.
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
+import scipy
 import torch
 
 from core.fit.constrained.constraints import Constraints

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-import scipy.linalg
+import scipy
 from numpy.typing import NDArray
 
 from core.fit.interruption import YIELD_INTERVAL_OPERATIONS, Interruptible

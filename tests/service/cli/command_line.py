@@ -11,8 +11,8 @@ from service.cli.main import app
 CAMERA = Path("docs/images/camera.png")
 
 
-def run_corr2d(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+def run_corr2d(*arguments: object, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, env={"COLUMNS": "200"})
 
 
 def save_npy(path: Path, array: object) -> Path:

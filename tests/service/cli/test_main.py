@@ -1,7 +1,8 @@
 """Tests of the command line without a server: core on local files."""
 
+import io
 import json
-import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,9 +16,11 @@ import torch
 from PIL import Image
 
 import core
-from service.codecs.registry import FILE_READERS, FILE_WRITERS
+from service.codecs.registry import READABLE_SUFFIXES, WRITABLE_SUFFIXES
 from service.settings import Settings
 from tests.service.cli.command_line import CAMERA, run_corr2d, save_npy
+
+HTTP_WORDS = re.compile(r"\b(request|body|query|send|http|content-type|accept)\b", re.IGNORECASE)
 
 
 def test_image_edges_as_array_match_scipy(tmp_path: Path) -> None:
@@ -122,8 +125,16 @@ def test_config_shows_computed_defaults(monkeypatch: pytest.MonkeyPatch) -> None
     assert origin == "computed"
 
 
-def test_version_lists_its_dependencies() -> None:
-    assert f"torch {version('torch')}" in run_corr2d("version").stdout
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version_lists_its_dependencies(argument: str) -> None:
+    assert f"torch {version('torch')}" in run_corr2d(argument).stdout
+
+
+def test_help_lists_the_formats_of_the_registry() -> None:
+    text = run_corr2d("correlate", "--help").stdout
+    for suffixes in (READABLE_SUFFIXES, WRITABLE_SUFFIXES):
+        assert f"({', '.join(suffix.removeprefix('.') for suffix in suffixes)})" in text
+    assert "jpeg" in text
 
 
 @pytest.mark.parametrize("command", ["serve", "correlate", "conv2d", "train", "kernels", "config", "version"])
@@ -150,17 +161,17 @@ def test_serve_has_a_flag_for_every_setting() -> None:
         (["correlate", "{x}", "-k", "box(9)"], 'mode "valid" requires it to fit'),
         (["correlate", "{x}", "-k", "box(1)", "--mode", "most"], 'mode "most" is not one of'),
         (
-            ["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.jpg"],
-            f"cannot write .jpg; supported: {', '.join(FILE_WRITERS)}",
+            ["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.txt"],
+            f"cannot write .txt; supported: {', '.join(WRITABLE_SUFFIXES)}",
         ),
         (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/none/y.npy"], "No such file"),
-        (["correlate", "{text}", "-k", "box(1)"], f"cannot read .txt; supported: {', '.join(FILE_READERS)}"),
+        (["correlate", "{text}", "-k", "box(1)"], f"cannot read .txt; supported: {', '.join(READABLE_SUFFIXES)}"),
         (["correlate", "{broken}", "-k", "box(1)"], "broken.png: the PNG image is cut off after 200 bytes"),
         (["correlate", "{broken_npy}", "-k", "box(1)"], "broken.npy: "),
         (["correlate", "{pickled}", "-k", "box(1)"], "pickled.npy: "),
         (
             ["correlate", "{deep}", "-k", "box(1)", "-o", "{tmp}/y.png"],
-            "a PNG holds one plane (H, W) or three (3, H, W); request",
+            "a PNG holds one plane (H, W) or three (3, H, W); use .npy",
         ),
         (["correlate", "{nan}", "-k", "box(1)", "-o", "{tmp}/y.png"], "finite"),
         (["conv2d", "{x}", "{x}", "--stride", "0"], "stride 0 is neither"),
@@ -219,12 +230,24 @@ def test_errors_are_one_line_on_stderr(arguments: list[str], message: str, tmp_p
     assert result.stderr.startswith("corr2d: ")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    assert not HTTP_WORDS.search(result.stderr)
 
 
 @pytest.mark.slow
-def test_help_and_version_do_not_load_torch() -> None:
-    script = "import sys; from service.cli.main import app; assert not {'torch', 'fastapi'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
+def test_piped_command_loads_only_the_packages_it_needs() -> None:
+    script = """
+import sys
+from service.cli.main import app
+assert not {"torch", "core"} & set(sys.modules)
+app(sys.argv[1:], standalone_mode=False)
+assert "core" in sys.modules
+unneeded = {"fastapi", "starlette", "uvicorn", "prometheus_client", "numba", "matplotlib", "scipy.linalg"}
+assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
+"""
+    command = [sys.executable, "-c", script, "correlate", "-", "-k", "[[1,0,-1]]", "-o", "-"]
+    done = subprocess.run(command, input=CAMERA.read_bytes(), capture_output=True, check=True)
+    assert np.asarray(Image.open(io.BytesIO(done.stdout))).shape == (512, 510)
+    assert done.stderr.startswith(b"stdin (512, 512) -> stdout (512, 510), engine torch on ")
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Tests of `corr2d train` on local files."""
 
+import dataclasses
+import json
 import re
 import signal
 import subprocess
@@ -18,8 +20,9 @@ from typer.testing import CliRunner
 
 import core
 from service.cli import commands
-from service.cli.commands import draw_sparkline
 from service.cli.main import app
+from service.cli.printing import draw_sparkline
+from service.codecs.registry import FILE_FORMATS, UNLIMITED_BYTES
 from tests.service.cli.command_line import CAMERA, run_corr2d, save_npy, save_png
 
 
@@ -49,12 +52,13 @@ def test_blur_is_fitted_from_images_before_and_after(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     np.testing.assert_allclose(np.load(kernel), np.pad(np.full((3, 3), 1 / 9), 1), atol=2e-3)
-    first, message, sparks, written, known, drawn = result.stdout.splitlines()
+    first, message, sparks, written, errors, known, drawn = result.stdout.splitlines()
     assert first.startswith("learning from the inner 508 x 508 of 512 x 512 pixels: the values outside")
     assert message.startswith("the best kernel: loss ")
     assert sparks == "loss █▁ (log scale)"
     assert written == f"kernel (5, 5) -> {kernel}"
     number = r"[\d.e+-]+"
+    assert re.fullmatch(rf"standard errors of the best kernel {number} to {number}", errors)
     assert re.fullmatch(
         rf"smallest possible loss {number}, rank 25 of 25, condition number {number}, "
         rf"residual standard deviation {number}",
@@ -283,6 +287,55 @@ def test_ridge_path_and_covariance_are_written(tmp_path: Path, rng: np.random.Ge
     assert "cannot write .npy; supported: .npz" in wrong.stderr
 
 
+def test_standard_errors_are_printed_with_the_kernel(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = rng.normal(size=(9, 9)), rng.normal(size=(8, 7))
+    files = save_npy(tmp_path / "x.npy", x), save_npy(tmp_path / "y.npy", y)
+    expected = core.fit_kernel(x, y, solver="exact", bias=True)
+    result = run_corr2d("train", *files, "--solver", "exact", "--bias")
+    found = re.findall(r"^(standard errors[^\[]*) (\[.*)$", result.stdout, re.MULTILINE)
+    printed = {name: json.loads(text) for name, text in found}
+    assert expected.standard_errors is not None
+    assert expected.bias_standard_errors is not None
+    np.testing.assert_allclose(printed["standard errors of the best kernel"], expected.standard_errors, rtol=1e-3)
+    np.testing.assert_allclose(printed["standard errors of the best bias"], expected.bias_standard_errors, rtol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz", ".safetensors"])
+def test_whole_result_is_saved_and_usable_as_kernel(tmp_path: Path, rng: np.random.Generator, suffix: str) -> None:
+    x, y = rng.normal(size=(9, 9)), rng.normal(size=(8, 7))
+    files = save_npy(tmp_path / "x.npy", x), save_npy(tmp_path / "y.npy", y)
+    output = tmp_path / f"fit{suffix}"
+    result = run_corr2d("train", *files, "--solver", "exact", "--bias", "-o", output)
+    assert result.exit_code == 0, result.output
+    assert f"kernel (2, 3) and diagnostics -> {output}" in result.stdout
+    assert "standard errors of the best bias [" in result.stdout
+    expected = core.fit_kernel(x, y, solver="exact", bias=True)
+    saved = FILE_FORMATS[suffix].decode(output.read_bytes(), UNLIMITED_BYTES)  # type: ignore[misc]
+    for name in ("kernel", "standard_errors", "confidence_intervals", "bias", "loss_history"):
+        np.testing.assert_allclose(saved[name], getattr(expected, name), rtol=1e-12)
+    for name in ("final_loss", "condition_number", "rank", "r_squared"):
+        np.testing.assert_allclose(saved[name], getattr(expected, name), rtol=1e-12)
+    if suffix == ".json":
+        assert saved["message"] == expected.message
+        assert saved.keys() == {field.name for field in dataclasses.fields(expected)}
+    correlated = run_corr2d("correlate", files[0], "--kernel", output, "--dtype", "float64")
+    np.testing.assert_allclose(json.loads(correlated.stdout), core.correlate(x, expected.kernel).output, rtol=1e-5)
+
+
+def test_result_on_stdout_is_separate_from_messages(tmp_path: Path, rng: np.random.Generator) -> None:
+    files = [save_npy(tmp_path / f"{name}.npy", rng.normal(size=(5, 5))) for name in "xy"]
+    result = run_corr2d("train", *files, "--kernel-size", 3, "--solver", "exact", "-o", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["message"] in result.stderr
+    options = ("--kernel-size", 3, "--solver", "exact", "-o", "-", "--format", "npy")
+    kernel = run_corr2d("train", "-", files[1], *options, stdin=files[0].read_bytes())
+    assert "the values outside stdin are unknown" in kernel.stderr
+    assert kernel.stdout_bytes.startswith(b"\x93NUMPY")
+    for output in (("-o", tmp_path / "k.npy"), ()):
+        rejected = run_corr2d("train", *files, "--format", "npy", *output)
+        assert rejected.stderr == "corr2d: --format applies to -o - only: the suffix of a file names its format\n"
+
+
 def test_divergence_is_predicted_and_can_be_rejected(tmp_path: Path, rng: np.random.Generator) -> None:
     files = [save_npy(tmp_path / f"{name}.npy", rng.normal(size=(9, 9))) for name in "xy"]
     output = tmp_path / "k.npy"
@@ -306,7 +359,7 @@ def test_unwritable_output_is_rejected_before_training(tmp_path: Path) -> None:
         ("--plot", "loss.gif", "loss.gif: cannot write .gif; supported: .svg, .png"),
         ("--plot", "loss", "loss: cannot write a file without a suffix; supported: .svg, .png"),
         ("--plot", "none/loss.svg", "No such file or directory"),
-        ("-o", "kernel.jpg", "kernel.jpg: cannot write .jpg; supported: .npy, .png"),
+        ("-o", "kernel.txt", "kernel.txt: cannot write .txt; supported: .json, .npy"),
         ("-o", "none/kernel.npy", "No such file or directory"),
     ):
         result = run_corr2d("train", x, x, "--kernel-size", 3, option, tmp_path / name)

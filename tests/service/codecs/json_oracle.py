@@ -8,7 +8,7 @@ import orjson
 
 from service.codecs import json
 from service.codecs.decimals import MidpointArray, MidpointFloat
-from service.codecs.json import InvalidArray
+from service.codecs.json_errors import InvalidArray
 from service.errors import InvalidRequest, NotParseable
 
 

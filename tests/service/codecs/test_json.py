@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from service.codecs import json, json_encoder, json_scanner
+from service.codecs import json, json_encoder, json_scan, json_scanner
 from service.codecs.decimals import MidpointArray
-from service.codecs.json import InvalidArray
+from service.codecs.json_errors import InvalidArray
 from service.codecs.response_options import ResponseOptions
 from service.errors import InvalidRequest, NotParseable
 from tests.service.codecs.json_oracle import assert_matches_orjson
@@ -251,7 +251,7 @@ def test_colons_in_strings_and_short_lists_are_not_names() -> None:
 
 
 def test_more_spans_than_fit_in_one_scan() -> None:
-    pairs = [{"input": [[number, 1]] * 40, "target": [[number]] * 50} for number in range(3 * json.SPANS_PER_SCAN)]
+    pairs = [{"input": [[number, 1]] * 40, "target": [[number]] * 50} for number in range(3 * json_scan.SPANS_PER_SCAN)]
     read = decode_scanned(standard.dumps({"pairs": pairs}))["pairs"]
     assert len(read) == len(pairs)
     for pair, expected in zip(read, pairs, strict=True):

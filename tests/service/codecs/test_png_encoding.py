@@ -20,6 +20,19 @@ def test_clipped_encoding_round_trips(pixels: Array) -> None:
     np.testing.assert_array_equal(decode(b"".join(encode(pixels, clip=True)), DECODE_LIMIT_BYTES), pixels)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 4, 6), (1, 3, 2, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_16_bit_encoding_round_trips(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> None:
+    white = 2**16 - 1
+    values = rng.integers(0, min(white, int(np.iinfo(dtype).max) if "int" in dtype else 2048), shape, endpoint=True)
+    pixels = decode(b"".join(encode(values.astype(dtype), clip=True, deep=True)), DECODE_LIMIT_BYTES)
+    assert pixels.dtype == np.uint16
+    np.testing.assert_array_equal(pixels, values.reshape(pixels.shape))
+    outside = np.array([[-1e9, -0.6, 0.4, 1.6, 65534.4, 65535.6, 1e9]])
+    clamped = decode(b"".join(encode(outside, clip=True, deep=True)), DECODE_LIMIT_BYTES)
+    assert clamped.tolist() == [[0, 0, 0, 2, 65534, white, white]]
+
+
 @pytest.mark.slow
 @given(
     array=st.sampled_from(DTYPES).flatmap(
