@@ -34,11 +34,12 @@ def run(settings: Settings, listener: socket.socket, keys: KeyRing | None) -> No
     table = SharedCounters(settings.workers)
     config = create_config(partial(_load_application, settings, table, keys), settings, reserved=reserved, factory=True)
     if settings.workers == 1:
-        if RELOAD_SIGNAL is not None and keys is not None:
-            signal.signal(RELOAD_SIGNAL, lambda *_: keys.reload())
+        server = Server(config, on_reload=None if keys is None else keys.reload)
+        if RELOAD_SIGNAL is not None:
+            signal.signal(RELOAD_SIGNAL, lambda *_: server.request_reload())
         if QUIT_SIGNAL is not None:
             signal.signal(QUIT_SIGNAL, lambda number, _: exit_now(128 + number))
-        Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     else:
         Supervisor(config, listener, table, keys).run()
 

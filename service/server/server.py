@@ -41,9 +41,13 @@ class Server(uvicorn.Server):
 
     config: ServerConfig
 
-    def __init__(self, config: ServerConfig, *, is_worker: bool = False) -> None:
-        """Create a server; `is_worker`: a supervisor stops it, and may itself be gone."""
+    def __init__(
+        self, config: ServerConfig, *, is_worker: bool = False, on_reload: Callable[[], None] | None = None
+    ) -> None:
+        """Create a server; `is_worker`: a supervisor stops it, and may itself be gone. See `request_reload`."""
         super().__init__(config)
+        self._on_reload = on_reload
+        self._reload_requested = False
         self._state = self.server_state = ConnectionsState()
         self._is_worker = is_worker
         self.supervisor_is_gone = False
@@ -81,9 +85,16 @@ class Server(uvicorn.Server):
             state.readiness.mark_unavailable("the service is shutting down")
             state.metrics.ready.set(0)
 
+    def request_reload(self) -> None:
+        """Call `on_reload` at the next tick: a signal handler may interrupt code that holds a lock, as of the log."""
+        self._reload_requested = True
+
     async def on_tick(self, counter: int) -> bool:
         """Check the connections, update the gauges and stop if it is time, ten times a second."""
         self._check_connections()
+        if self._reload_requested and self._on_reload is not None:
+            self._reload_requested = False
+            self._on_reload()
         if self.supervisor_is_gone and not self._captured_signals:
             self.handle_exit(signal.SIGTERM, None)
         if self.has_successor and self._close_at is None:
