@@ -261,10 +261,12 @@ def _decode_and_validate(
     if coding is not None:
         body = decompress(coding, body, limit, check)
     assert served.decode is not None  # noqa: S101 - get_body_format returns decodable formats only
-    return _validate(
-        model,
-        _merge_options(served.decode(body, limit, check), options, model.RESPONSE_OPTIONS.__pydantic_fields__.keys()),
-    )
+    fields = served.decode(body, limit, check)
+    response_options = model.RESPONSE_OPTIONS.__pydantic_fields__.keys()
+    if served.has_metadata:
+        names = {*_list_accepted_names(model), *response_options}
+        fields = {name: value for name, value in fields.items() if name in names or isinstance(value, np.ndarray)}
+    return _validate(model, _merge_options(fields, options, response_options))
 
 
 def _merge_options(fields: Any, options: Mapping[str, Any], response_options: KeysView[str]) -> Any:

@@ -36,7 +36,8 @@ class Format:
     is not supported in that direction. estimate_decode_seconds: takes a body and that limit; predicts the seconds on
     one core from a small part of the body, in a few microseconds. encode_seconds_per_number: predicted seconds per
     number of a response (`benchmarks/formats.py` measures both). content_doc: the part of a response that the format
-    holds. has_named_arrays: whether a body names its arrays. headers: sent with a response. encoded_bytes_per_byte:
+    holds. has_named_arrays: whether a body names its arrays. has_metadata: whether other programs write entries into a
+    body that are not arrays: of these, only options are read. headers: sent with a response. encoded_bytes_per_byte:
     encoded bytes per byte of an array; 0 if its own memory is sent. suffixes: of the files with one array that the
     command line reads and writes.
     """
@@ -47,6 +48,7 @@ class Format:
     encode_seconds_per_number: float = 0.0
     content_doc: str = "the first array alone"
     has_named_arrays: bool = False
+    has_metadata: bool = False
     headers: Sequence[tuple[bytes, bytes]] = ()
     encoded_bytes_per_byte: float = 0.0
     suffixes: Sequence[str] = ()
@@ -57,16 +59,11 @@ def _wrap_as_input(decode: DecodeFn) -> DecodeFn:
     return lambda *arguments: {"input": decode(*arguments)}
 
 
-FOREIGN_METADATA_KEY = "format"
-"""Metadata key that safetensors' own libraries write, {"format": "pt"}: it is ignored."""
-
-
 def _decode_safetensors(body: Buffer, limit: int) -> ResponseFields:
     """Return the arrays of a safetensors file, and its metadata as options like those of a query string."""
     return {
         name: parse_option(value) if isinstance(value, str) else value
         for name, value in safetensors.decode(body, limit).items()
-        if not (name == FOREIGN_METADATA_KEY and isinstance(value, str))
     }
 
 
@@ -123,6 +120,7 @@ FORMATS: Mapping[str, Format] = {
         lambda body, _: CHECK_SECONDS_PER_BYTE * len(body),
         content_doc=ARRAYS_BY_NAME_DOC,
         has_named_arrays=True,
+        has_metadata=True,
     ),
     png.MEDIA_TYPE: Format(
         _wrap_as_input(png.decode),
