@@ -18,6 +18,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.codecs import json
 from service.codecs.content_coding import COMPRESSORS
+from service.codecs.image_options import ImageOptions
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS, Format
 from service.middleware.auth import is_public
 from service.negotiation import CONTENT_CODINGS
@@ -212,8 +213,9 @@ def _document_parameters(model: type[RequestModel]) -> Iterator[dict[str, Any]]:
     for name, schema in _collect_definitions(model)[model.__name__]["properties"].items():
         if name != INPUT_FIELD and not _contains_model(model.model_fields[name].annotation):
             yield _document_option(name, schema, is_array=name in arrays)
-    for name, schema in model.RESPONSE_OPTIONS.model_json_schema()["properties"].items():
-        yield _document_option(name, schema)
+    for options in (ImageOptions, model.RESPONSE_OPTIONS):
+        for name, schema in options.model_json_schema()["properties"].items():
+            yield _document_option(name, schema)
     yield {
         "name": "X-Request-ID",
         "in": "header",

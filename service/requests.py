@@ -15,6 +15,7 @@ from service.app_state import get_app_state
 from service.codecs.buffers import Buffer
 from service.codecs.content_coding import decompress
 from service.codecs.decode_limits import DecodeCheck
+from service.codecs.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
 from service.codecs.registry import Format, predict_decode_seconds
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 from service.context import get_context, get_reservation
@@ -110,7 +111,7 @@ class RequestModel(BaseModel):
 
 Model = TypeVar("Model", bound=RequestModel)
 Validated = TypeVar("Validated", bound=BaseModel)
-OptionsModel = TypeVar("OptionsModel", bound=ResponseOptions)
+OptionsModel = TypeVar("OptionsModel", bound=BaseModel)
 
 
 def check_admission(request: Request, headers: HeaderFields, *, always_queued: bool = False) -> None:
@@ -191,8 +192,8 @@ def parse_query(request: Request) -> dict[str, Any]:
     return options
 
 
-def take_response_options(options: dict[str, Any], model: type[OptionsModel]) -> OptionsModel:
-    """Remove the response options from `options` and return them as a model. Raises InvalidRequest."""
+def take_options(options: dict[str, Any], model: type[OptionsModel]) -> OptionsModel:
+    """Remove the fields of a model from `options` and return them as that model. Raises InvalidRequest."""
     taken = {name: options.pop(name) for name in model.__pydantic_fields__ if name in options}
     return _validate(model, taken)
 
@@ -261,7 +262,12 @@ def _decode_and_validate(
     if coding is not None:
         body = decompress(coding, body, limit, check)
     assert served.decode is not None  # noqa: S101 - get_body_format returns decodable formats only
-    fields = served.decode(body, limit, check)
+    if served.is_image:
+        remaining = dict(options)
+        image_options = take_options(remaining, ImageOptions) if options else DEFAULT_IMAGE_OPTIONS
+        fields, options = served.decode(body, limit, check, image_options), remaining
+    else:
+        fields = served.decode(body, limit, check)
     response_options = model.RESPONSE_OPTIONS.__pydantic_fields__.keys()
     if served.has_metadata:
         names = {*_list_accepted_names(model), *response_options}

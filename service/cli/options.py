@@ -12,11 +12,18 @@ from service.settings import ENV_PREFIX, Settings
 Number = TypeVar("Number", int, float)
 
 InputArgument = Annotated[
-    Path, typer.Argument(help="a .npy array or a .png image (values 0..255)", exists=True, dir_okay=False)
+    Path,
+    typer.Argument(
+        help="a .npy array, or a .png, .jpg, .webp (values 0..255) or .tif image", exists=True, dir_okay=False
+    ),
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="a .npy file, or .png (scaled from minimum to maximum); unset: printed"),
+    typer.Option(
+        "--output",
+        "-o",
+        help="a .npy or .tif file, or .png, .jpg or .webp (scaled from minimum to maximum); unset: printed",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or float64")]

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs import jpeg, json, json_encoder, npy, npz, png, safetensors
+from service.codecs import jpeg, json, json_encoder, npy, npz, png, safetensors, tiff, webp
 from service.codecs.buffers import Buffer, BufferList
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 
@@ -21,7 +21,7 @@ ResponseFields: TypeAlias = Mapping[str, Any]
 UNLIMITED_BYTES = 1 << 62
 
 DecodeFn: TypeAlias = Callable[..., Any]
-"""Function decode(body, limit, check); `check` is optional."""
+"""Function decode(body, limit, check); `check` is optional. Those of images also take their ImageOptions."""
 
 EncodeFn: TypeAlias = Callable[[ResponseFields, ResponseOptions], BufferList]
 
@@ -38,7 +38,8 @@ class Format:
     number of a response (`benchmarks/formats.py` measures both). content_doc: the part of a response that the format
     holds. has_named_arrays: whether a body names its arrays. has_metadata: whether other programs write entries into a
     body that are not arrays: of these, only options are read. headers: sent with a response. encoded_bytes_per_byte:
-    encoded bytes per byte of an array; 0 if its own memory is sent. suffixes: of the files with one array that the
+    encoded bytes per byte of an array; 0 if its own memory is sent. is_image: whether `decode` takes ImageOptions.
+    suffixes: of the files with one array that the
     command line reads and writes.
     """
 
@@ -51,6 +52,7 @@ class Format:
     has_metadata: bool = False
     headers: Sequence[tuple[bytes, bytes]] = ()
     encoded_bytes_per_byte: float = 0.0
+    is_image: bool = False
     suffixes: Sequence[str] = ()
 
 
@@ -81,8 +83,11 @@ def _first_array(fields: ResponseFields) -> NDArray[Any]:
     return next(value for value in fields.values() if isinstance(value, np.ndarray))
 
 
-def _encode_png(fields: ResponseFields, options: ResponseOptions) -> BufferList:
-    return png.encode(_first_array(fields), clip=isinstance(options, OutputResponseOptions) and options.png == "clip")
+def _encode_pixels(encode: Callable[..., BufferList]) -> EncodeFn:
+    """Return an encoder of an image of bytes, to which the values are scaled or clipped."""
+    return lambda fields, options: encode(
+        _first_array(fields), clip=isinstance(options, OutputResponseOptions) and options.png == "clip"
+    )
 
 
 ARRAYS_BY_NAME_DOC = "the arrays by name"
@@ -124,17 +129,37 @@ FORMATS: Mapping[str, Format] = {
     ),
     png.MEDIA_TYPE: Format(
         _wrap_as_input(png.decode),
-        _encode_png,
+        _encode_pixels(png.encode),
         lambda body, _: png.estimate_decode_seconds(body),
         12e-9,
         encoded_bytes_per_byte=1.0,
+        is_image=True,
         suffixes=(".png",),
     ),
     jpeg.MEDIA_TYPE: Format(
         _wrap_as_input(jpeg.decode),
-        None,
+        _encode_pixels(jpeg.encode),
         lambda body, _: jpeg.estimate_decode_seconds(body),
+        20e-9,
+        encoded_bytes_per_byte=1.0,
+        is_image=True,
         suffixes=(".jpg", ".jpeg"),
+    ),
+    webp.MEDIA_TYPE: Format(
+        _wrap_as_input(webp.decode),
+        _encode_pixels(webp.encode),
+        lambda body, _: webp.estimate_decode_seconds(body),
+        60e-9,
+        encoded_bytes_per_byte=1.5,
+        is_image=True,
+        suffixes=(".webp",),
+    ),
+    tiff.MEDIA_TYPE: Format(
+        _wrap_as_input(tiff.decode),
+        lambda fields, _: tiff.encode(_first_array(fields)),
+        tiff.estimate_decode_seconds,
+        is_image=True,
+        suffixes=(".tif", ".tiff"),
     ),
 }
 """Formats of request and response bodies by media type, the preferred one first."""

@@ -94,6 +94,8 @@ TARGETS: Mapping[str, FuzzTarget] = {
     "safetensors": create_target("safetensors", checksums.repair_safetensors),
     "png": create_target("png", checksums.repair_png),
     "jpeg": create_target("jpeg"),
+    "webp": create_target("webp"),
+    "tiff": create_target("tiff"),
     "json": FuzzTarget(assert_matches_orjson, JSON_SEEDS),
     "gzip": create_coding_target("gzip", gzip.compress(JSON_SEEDS[0])),
     "deflate": create_coding_target("deflate", zlib.compress(JSON_SEEDS[0])),

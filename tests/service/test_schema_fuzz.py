@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from schemathesis import Case, HookContext
 
 from service.app import create_app
-from service.codecs import jpeg, json
+from service.codecs import json
 from service.codecs.registry import FORMATS
 from service.codecs.response_options import ResponseOptions
 from service.settings import Settings
 from tests.servers import open_client, start_server
-from tests.service.codecs.valid_files import VALID_FILES as FILES_OF_ALL_KINDS
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +74,6 @@ INPUT_FILES: Mapping[str, bytes] = {
         for media_type, served in FORMATS.items()
         if served.encode and media_type != json.MEDIA_TYPE
     },
-    jpeg.MEDIA_TYPE: FILES_OF_ALL_KINDS["jpeg"][1],
 }
 """The body with `IMAGE` in every binary format, by media type."""
 

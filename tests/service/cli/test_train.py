@@ -306,7 +306,7 @@ def test_unwritable_output_is_rejected_before_training(tmp_path: Path) -> None:
         ("--plot", "loss.gif", "loss.gif: cannot write .gif; supported: .svg, .png"),
         ("--plot", "loss", "loss: cannot write a file without a suffix; supported: .svg, .png"),
         ("--plot", "none/loss.svg", "No such file or directory"),
-        ("-o", "kernel.jpg", "kernel.jpg: cannot write .jpg; supported: .npy, .png"),
+        ("-o", "kernel.bmp", "kernel.bmp: cannot write .bmp; supported: .npy, .png"),
         ("-o", "none/kernel.npy", "No such file or directory"),
     ):
         result = run_corr2d("train", x, x, "--kernel-size", 3, option, tmp_path / name)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from service.codecs import jpeg, npy, npz, png, safetensors
+from service.codecs import jpeg, npy, npz, png, safetensors, tiff, webp
 from service.codecs.header_checks import DTYPES
 
 INPUT_ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -22,10 +22,18 @@ def save_compressed_npz() -> bytes:
     return buffer.getvalue()
 
 
-def save_image(mode: str, suffix: str, **options: bool) -> bytes:
+def save_image(mode: str, suffix: str, **options: Any) -> bytes:
     pixels = np.random.default_rng(1).integers(0, 256, (7, 9, 4), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, suffix, **options)
+    Image.fromarray(pixels).convert("L" if mode == "F" else "RGBA").convert(mode).save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+def save_animation() -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 7, 9, 3), np.uint8)
+    first, second = map(Image.fromarray, pixels)
+    buffer = io.BytesIO()
+    first.save(buffer, "webp", save_all=True, append_images=[second], lossless=True)
     return buffer.getvalue()
 
 
@@ -68,6 +76,14 @@ VALID_FILES: Mapping[str, tuple[Callable[[bytes, int], object], bytes]] = {
     "jpeg": (jpeg.decode, save_image("L", "jpeg")),
     "jpeg in colour": (jpeg.decode, save_image("RGB", "jpeg", progressive=True)),
     "jpeg of four colours": (jpeg.decode, save_image("CMYK", "jpeg")),
+    "webp": (webp.decode, save_image("RGB", "webp")),
+    "lossless webp": (webp.decode, save_image("RGBA", "webp", lossless=True)),
+    "webp with alpha": (webp.decode, save_image("RGBA", "webp")),
+    "webp animation": (webp.decode, save_animation()),
+    "tiff": (tiff.decode, b"".join(tiff.encode(np.stack([INPUT_ARRAY, INPUT_ARRAY])))),
+    "lzw tiff": (tiff.decode, save_image("RGB", "tiff", compression="tiff_lzw")),
+    "deflated tiff": (tiff.decode, save_image("RGBA", "tiff", compression="tiff_adobe_deflate")),
+    "tiff of floating point": (tiff.decode, save_image("F", "tiff", compression="packbits")),
 }
 
 
