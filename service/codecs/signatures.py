@@ -1,6 +1,6 @@
 """Detection of formats by their first bytes, to report a wrong media type."""
 
-from service.errors import NotParseable
+from service.errors import NotParseable, ServiceError, UnsupportedMediaType
 
 SIGNATURES = (
     (b"\x93NUMPY", "a .npy file", "application/x-npy"),
@@ -10,18 +10,32 @@ SIGNATURES = (
     (b"{", "JSON", "application/json"),
     (b"[", "JSON", "application/json"),
     (b"GIF8", "a GIF image", ""),
-    (b"RIFF", "a WebP image", ""),
-    (b"II*\x00", "a TIFF image", ""),
-    (b"MM\x00*", "a TIFF image", ""),
+    (b"RIFF", "a WebP image", "image/webp"),
+    (b"II*\x00", "a TIFF image", "image/tiff"),
+    (b"MM\x00*", "a TIFF image", "image/tiff"),
+    (b"II+\x00", "a TIFF image", "image/tiff"),
+    (b"MM\x00+", "a TIFF image", "image/tiff"),
     (b"\x1f\x8b", "gzip", ""),
 )
 """First bytes of a format, its name, and its media type (empty if it is not supported)."""
 
+HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1", b"ftypheim", b"ftypheis", b"ftypavif")
+"""Bytes 4 to 12 of HEIC and AVIF images."""
 
-def format_mismatch_error(memory: memoryview, expected: str, source: str = "the body") -> NotParseable:
-    """Return the error for data that is not `expected`; it names the actual format if the first bytes show it."""
+HEIF_ADVICE = (
+    "convert it to JPEG, PNG, WebP or TIFF; an iPhone takes JPEG photos with Camera > Formats > Most Compatible"
+)
+
+
+def format_mismatch_error(memory: memoryview, expected: str, source: str = "the body") -> ServiceError:
+    """Return the error for data that is not `expected`; it names the actual format if the first bytes show it.
+
+    It is NotParseable, but UnsupportedMediaType for HEIC and AVIF images, which phones send under other media types.
+    """
     if not memory:
         return NotParseable(f"{source} is empty: it must be {expected}")
+    if bytes(memory[4:12]) in HEIF_BRANDS:
+        return UnsupportedMediaType(f"{source} is a HEIC or AVIF image, which is not supported: {HEIF_ADVICE}")
     start = bytes(memory[:8])
     for signature, name, media_type in SIGNATURES:
         if start.startswith(signature):
