@@ -27,6 +27,14 @@ HEIF_ADVICE = (
 )
 
 
+def detect_media_type(memory: memoryview) -> str:
+    """Return the media type that the first bytes show; empty if they show none."""
+    start = bytes(memory[:12])
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < len(memory):
+        return "application/x-safetensors"
+    return next((media_type for signature, _, media_type in SIGNATURES if start.startswith(signature)), "")
+
+
 def format_mismatch_error(memory: memoryview, expected: str, source: str = "the body") -> ServiceError:
     """Return the error for data that is not `expected`; it names the actual format if the first bytes show it.
 

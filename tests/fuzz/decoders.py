@@ -96,6 +96,7 @@ TARGETS: Mapping[str, FuzzTarget] = {
     "jpeg": create_target("jpeg"),
     "webp": create_target("webp"),
     "tiff": create_target("tiff"),
+    "multipart": create_target("multipart"),
     "json": FuzzTarget(assert_matches_orjson, JSON_SEEDS),
     "gzip": create_coding_target("gzip", gzip.compress(JSON_SEEDS[0])),
     "deflate": create_coding_target("deflate", zlib.compress(JSON_SEEDS[0])),

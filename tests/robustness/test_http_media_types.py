@@ -16,7 +16,7 @@ from tests.servers import SendFn
 UNKNOWN_TYPES = [
     "text/plain",
     "application/x-www-form-urlencoded",
-    "multipart/form-data; boundary=x",
+    "multipart/mixed; boundary=x",
     "image/gif",
     "application/x-numpy",
     "application/*",

@@ -120,7 +120,8 @@ def test_every_option_is_described_without_sent_defaults(api_description: dict[s
 
 @parametrize_endpoints
 @pytest.mark.parametrize(
-    "media_type", [media_type for media_type in DECODABLE_MEDIA_TYPES if media_type != "application/json"]
+    "media_type",
+    [name for name in DECODABLE_MEDIA_TYPES if name not in ("application/json", "multipart/form-data")],
 )
 def test_every_binary_format_has_a_working_command(
     send: SendFn, api_description: dict[str, Any], path: str, media_type: str
@@ -138,6 +139,20 @@ def test_every_binary_format_has_a_working_command(
     # WebP has no grey, so the input has three channels, which the weight of the example does not fit.
     expected = 422 if (media_type, path) == ("image/webp", "/conv2d") else 200
     assert response.status_code == expected, response.text
+
+
+@parametrize_endpoints
+def test_form_has_a_working_command(send: SendFn, api_description: dict[str, Any], path: str) -> None:
+    described = get_operation(api_description, path)["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert described["properties"]["input"]["format"] == "binary"
+    _, *parts, address = shlex.split(re.findall("`(curl .*)`", described["description"])[0])
+    file, *fields = [part.removeprefix("-F").partition("=")[::2] for part in parts]
+    assert file == ("input", "@input.npy")
+    content = encode_example("application/x-npy", get_example(path))
+    response = send(
+        "POST", address.removeprefix("localhost:8000"), files={"input": ("input.npy", content)}, data=dict(fields)
+    )
+    assert response.status_code == 200, response.text
 
 
 @parametrize_endpoints

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from schemathesis import Case, HookContext
 
 from service.app import create_app
-from service.codecs import json
+from service.codecs import json, multipart, npy
 from service.codecs.registry import FORMATS
 from service.codecs.response_options import ResponseOptions
 from service.settings import Settings
@@ -111,12 +111,15 @@ def valid_cases(draw: st.DrawFn, case: AnyCase) -> AnyCase:
     """Draw a case with arrays of compatible shapes, few options, and any response format that is served."""
     responses = case.operation.definition.raw["responses"]["200"]["content"]
     case.headers["Accept"] = draw(st.just(json.MEDIA_TYPE) | st.sampled_from(sorted(responses)))
-    if isinstance(case.body, dict):
+    if isinstance(case.body, dict) and case.media_type == json.MEDIA_TYPE:
         image = draw(array_shapes(min_dims=2, max_dims=4, max_side=6).flatmap(lambda shape: float32_arrays(*shape)))
         arrays = {"input": image, **draw(matching_arrays(case.path, image.shape))}
         case.body = {**draw_few(draw, case.body, arrays), **{name: array.tolist() for name, array in arrays.items()}}
         case.query = draw_few(draw, case.query, case.body)
     else:
+        if case.media_type == multipart.MEDIA_TYPE:
+            form: dict[str, Any] = {"input": INPUT_FILES[npy.MEDIA_TYPE]}
+            case.body = form
         in_query = {name: str(array.tolist()) for name, array in draw(matching_arrays(case.path, IMAGE.shape)).items()}
         case.query = {**draw_few(draw, case.query, in_query), **in_query}
     return case
