@@ -4,14 +4,17 @@ The directories are parsed here (TIFF 6.0, and BigTIFF). Pillow only decompresse
 bytes, so that samples of every type are decoded exactly. The encoder writes the values themselves, one plane per page.
 """
 
+import ctypes
 import math
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import _imaging
 from PIL.TiffImagePlugin import TiffImageFile
 
 from service.codecs.buffers import as_little_endian_bytes, join_buffers
@@ -68,6 +71,12 @@ MAX_FILE_BYTES = 2**32 - 1
 
 PAGE_FIELDS = 10
 DATA_ALIGNMENT_BYTES = 16
+
+
+# libtiff prints a line about each damaged file to stderr, between the log lines; Pillow raises the error anyway. Some
+# builds of Pillow do not export the function.
+with suppress(AttributeError, OSError):
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 class Page(NamedTuple):

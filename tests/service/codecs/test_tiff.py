@@ -290,6 +290,12 @@ def test_non_images_and_damaged_images_are_reported(content: bytes, message: str
     assert message in error.detail
 
 
+@pytest.mark.parametrize("compression", [5, 8, 32773])
+def test_damaged_data_print_nothing(compression: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert_decode_rejected(decode, build_tiff((build_fields(draw_samples("uint8"), tag_259=compression), [b"noise"])))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_repeated_directory_is_rejected() -> None:
     array = draw_samples("uint8")
     content = bytearray(b"".join(encode(array[..., 0])))
