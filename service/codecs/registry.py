@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from service.codecs import jpeg, json, json_encoder, multipart, npy, npz, png, safetensors, tiff, webp
 from service.codecs.buffers import Buffer, BufferList
 from service.codecs.decode_limits import DecodeCheck, no_check
+from service.codecs.header_checks import quote_name
 from service.codecs.image_options import ImageOptions
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 from service.codecs.signatures import detect_media_type, format_mismatch_error
@@ -142,7 +143,7 @@ def _get_file_format(file: multipart.FilePart) -> "Format":
     found = FORMATS.get(media_type)
     if found is None or found.decode is None or media_type == multipart.MEDIA_TYPE:
         supported = ", ".join(name for name in DECODABLE_MEDIA_TYPES if name != multipart.MEDIA_TYPE)
-        raise UnsupportedMediaType(f'the file has Content-Type "{media_type[:100]}"; supported: {supported}')
+        raise UnsupportedMediaType(f"the file has Content-Type {quote_name(media_type)}; supported: {supported}")
     return found
 
 

@@ -20,7 +20,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 from service.codecs.buffers import as_little_endian_bytes, join_buffers
 from service.codecs.decode_limits import DecodeCheck, check_size, no_check
 from service.codecs.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
-from service.codecs.image_transforms import UPRIGHT, apply_alpha, apply_orientation, drop_single_planes
+from service.codecs.image_transforms import (
+    UPRIGHT,
+    apply_alpha,
+    apply_orientation,
+    drop_single_planes,
+    iterate_row_blocks,
+)
 from service.codecs.image_values import RGB_CHANNELS
 from service.codecs.pillow_images import check_image_size, read_strips
 from service.codecs.signatures import format_mismatch_error
@@ -372,6 +378,14 @@ def _read_samples(
     memory: memoryview, page: Page, chunks: NDArray[np.int64], check: DecodeCheck
 ) -> Iterator[tuple[int, NDArray[Any]]]:
     """Yield the first row and the samples, (rows, W, samples), of parts of a page, from top to bottom."""
+    ends = chunks.sum(axis=1)
+    if page.compression == UNCOMPRESSED and not page.is_tiled and (chunks[1:, 0] == ends[:-1]).all():
+        shape = (page.height, page.width, 1 if page.is_planar else page.samples)
+        image = np.frombuffer(memory, page.dtype, math.prod(shape), int(chunks[0, 0])).reshape(shape)
+        for rows in iterate_row_blocks(page.height, page.width):
+            check()
+            yield rows.start, image[rows]
+        return
     across = -(-page.width // page.chunk_width)
     file = _build_byte_image(memory, page, across * page.chunk_width * _bytes_per_pixel(page), chunks)
     for _, top, strip in read_strips(TiffImageFile, file, check):

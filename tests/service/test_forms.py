@@ -136,7 +136,7 @@ def test_invalid_fields_are_named(send: SendFn, fields: dict[str, str], path: st
     [
         (b"GIF89a", OCTETS, 400, "the file is not in a supported format: it begins like a GIF image"),
         (b"noise", OCTETS, 400, "its first bytes are b'noise'"),
-        (b"noise", "text/csv", 415, 'the file has Content-Type "text/csv"; supported: application/json'),
+        (b"noise", "text/csv", 415, "the file has Content-Type 'text/csv'; supported: application/json"),
         (b"noise", multipart.MEDIA_TYPE, 415, "the file has Content-Type"),
         (b"\0\0\0\x18ftypheic", OCTETS, 415, "is a HEIC or AVIF image"),
         (b"noise", JPEG, 400, "is not a JPEG image"),
