@@ -1,11 +1,10 @@
 """Requests through a proxy: the path prefix of the service, and the X-Forwarded-* headers of trusted proxies."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-
-from starlette.types import Scope
+from typing import Any
 
 from service.server.request_checks import HOST_PATTERN
 
@@ -27,6 +26,9 @@ ADDRESS_WITH_PORT_PATTERN = re.compile(r"(?P<v4>[0-9.]+):[0-9]{1,5}|\[(?P<v6>[0-
 
 Address = IPv4Address | IPv6Address
 Headers = Iterable[tuple[bytes, bytes]]
+
+Scope = MutableMapping[str, Any]
+"""ASGI scope of a request; as in starlette.types, which commands that read the settings do not load."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from service.codecs.content_coding import COMPRESSORS, DECOMPRESSORS
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, FORMATS, Format
+from service.codecs.signatures import HEIF_ADVICE
 from service.errors import HeaderTooLarge, NotAcceptable, UnsupportedMediaType
 
 MEDIA_TYPE_PATTERN = re.compile(r'\s*([^\s;,"]+)\s*(?:;(?:[^",]|"(?:[^"\\]|\\.)*")*)?')
@@ -17,6 +18,19 @@ MEDIA_TYPE_PATTERN = re.compile(r'\s*([^\s;,"]+)\s*(?:;(?:[^",]|"(?:[^"\\]|\\.)*
 
 CONTENT_CODINGS = ", ".join(name for name in DECOMPRESSORS if not name.startswith("x-"))
 
+
+DEFAULT_ADVICE = "with curl, use --json '{...}' instead of -d, or -H 'Content-Type: image/png' --data-binary @image.png"
+
+MEDIA_TYPE_ADVICE = {
+    "image/jpg": "the media type of JPEG is image/jpeg",
+    "image/pjpeg": "the media type of JPEG is image/jpeg",
+    "image/tif": "the media type of TIFF is image/tiff",
+    "image/x-png": "the media type of PNG is image/png",
+    **dict.fromkeys(
+        ("image/heic", "image/heif", "image/heic-sequence", "image/heif-sequence", "image/avif"), HEIF_ADVICE
+    ),
+}
+"""How to send a body whose media type is not supported."""
 
 MAX_ACCEPT_BYTES = 8192
 MAX_ACCEPT_PARTS = 200
@@ -46,9 +60,9 @@ def get_body_format(headers: HeaderFields) -> Format:
     served = FORMATS.get(found[1].lower() if found else sent or "")
     if served is None or served.decode is None:
         received = "no Content-Type" if sent is None else f'Content-Type "{sent[:100]}"'
+        advice = MEDIA_TYPE_ADVICE.get(found[1].lower() if found else "", DEFAULT_ADVICE)
         raise UnsupportedMediaType(
-            f"the request has {received}; supported: {', '.join(DECODABLE_MEDIA_TYPES)} "
-            "(with curl, use --json '{...}' instead of -d, or -H 'Content-Type: image/png' --data-binary @image.png)",
+            f"the request has {received}; supported: {', '.join(DECODABLE_MEDIA_TYPES)} ({advice})",
             headers={"Accept": ", ".join(DECODABLE_MEDIA_TYPES)},
         )
     return served

@@ -16,8 +16,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.codecs import json
+from service.codecs import json, multipart
 from service.codecs.content_coding import COMPRESSORS
+from service.codecs.image_options import ImageOptions
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS, Format
 from service.middleware.auth import is_public
 from service.negotiation import CONTENT_CODINGS
@@ -212,8 +213,9 @@ def _document_parameters(model: type[RequestModel]) -> Iterator[dict[str, Any]]:
     for name, schema in _collect_definitions(model)[model.__name__]["properties"].items():
         if name != INPUT_FIELD and not _contains_model(model.model_fields[name].annotation):
             yield _document_option(name, schema, is_array=name in arrays)
-    for name, schema in model.RESPONSE_OPTIONS.model_json_schema()["properties"].items():
-        yield _document_option(name, schema)
+    for options in (ImageOptions, model.RESPONSE_OPTIONS):
+        for name, schema in options.model_json_schema()["properties"].items():
+            yield _document_option(name, schema)
     yield {
         "name": "X-Request-ID",
         "in": "header",
@@ -256,6 +258,9 @@ def _document_body(model: type[BaseModel], examples: Mapping[str, Mapping[str, A
                 "examples": {summary: {"value": value} for summary, value in examples.items()},
             }
             continue
+        if media_type == multipart.MEDIA_TYPE:
+            content[media_type] = {"schema": _document_form(path, first)}
+            continue
         carried = arrays if FORMATS[media_type].has_named_arrays else [INPUT_FIELD]
         named = ", ".join(f"`{name}`" for name in carried)
         options = {name: value for name, value in first.items() if name not in carried}
@@ -263,6 +268,18 @@ def _document_body(model: type[BaseModel], examples: Mapping[str, Mapping[str, A
             "schema": {**BINARY_SCHEMA, "description": f"{named}: `{_format_curl_command(media_type, path, options)}`"},
         }
     return {"required": True, "content": content}
+
+
+def _document_form(path: str, example: Mapping[str, Any]) -> dict[str, Any]:
+    fields = " ".join(
+        shlex.quote(f"-F{name}={_format_query_value(value)}") for name, value in example.items() if name != INPUT_FIELD
+    )
+    command = f"curl -F{INPUT_FIELD}=@{INPUT_FIELD}.npy {fields} {shlex.quote(f'localhost:8000{path}')}"
+    return {
+        "type": "object",
+        "properties": {INPUT_FIELD: {**BINARY_SCHEMA, "description": "a file in any of the other formats"}},
+        "description": f"one file, and options as text fields, as an HTML form sends them: `{command}`",
+    }
 
 
 def _format_curl_command(media_type: str, path: str, options: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ from service.app_state import get_app_state
 from service.codecs.buffers import Buffer
 from service.codecs.content_coding import decompress
 from service.codecs.decode_limits import DecodeCheck
-from service.codecs.registry import Format, predict_decode_seconds
+from service.codecs.image_options import ImageOptions
+from service.codecs.registry import Format, MetadataOption, check_image_options, predict_decode_seconds
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 from service.context import get_context, get_reservation
 from service.errors import BodyTooLarge, Busy, ClientDisconnected, FieldError, InvalidRequest
@@ -110,7 +111,7 @@ class RequestModel(BaseModel):
 
 Model = TypeVar("Model", bound=RequestModel)
 Validated = TypeVar("Validated", bound=BaseModel)
-OptionsModel = TypeVar("OptionsModel", bound=ResponseOptions)
+OptionsModel = TypeVar("OptionsModel", bound=BaseModel)
 
 
 def check_admission(request: Request, headers: HeaderFields, *, always_queued: bool = False) -> None:
@@ -191,8 +192,8 @@ def parse_query(request: Request) -> dict[str, Any]:
     return options
 
 
-def take_response_options(options: dict[str, Any], model: type[OptionsModel]) -> OptionsModel:
-    """Remove the response options from `options` and return them as a model. Raises InvalidRequest."""
+def take_options(options: dict[str, Any], model: type[OptionsModel]) -> OptionsModel:
+    """Remove the fields of a model from `options` and return them as that model. Raises InvalidRequest."""
     taken = {name: options.pop(name) for name in model.__pydantic_fields__ if name in options}
     return _validate(model, taken)
 
@@ -262,10 +263,29 @@ def _decode_and_validate(
     if coding is not None:
         body = decompress(coding, body, limit, check)
     assert served.decode is not None  # noqa: S101 - get_body_format returns decodable formats only
-    return _validate(
-        model,
-        _merge_options(served.decode(body, limit, check), options, model.RESPONSE_OPTIONS.__pydantic_fields__.keys()),
-    )
+    if served.is_image:
+        try:
+            fields = served.decode(body, limit, check, options)
+        except ValidationError as error:
+            raise _convert_validation_error(error, ImageOptions) from error
+        options = {name: value for name, value in options.items() if name not in ImageOptions.model_fields}
+    else:
+        if options:
+            check_image_options(served, options)
+        fields = served.decode(body, limit, check)
+    response_options = model.RESPONSE_OPTIONS.__pydantic_fields__.keys()
+    if served.has_metadata and isinstance(fields, dict):
+        fields = _select_metadata(fields, {*_list_accepted_names(model), *response_options})
+    return _validate(model, _merge_options(fields, options, response_options))
+
+
+def _select_metadata(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return the fields without the entries of a file's metadata that are not options."""
+    return {
+        name: value.value if isinstance(value, MetadataOption) else value
+        for name, value in fields.items()
+        if name in names or not isinstance(value, MetadataOption)
+    }
 
 
 def _merge_options(fields: Any, options: Mapping[str, Any], response_options: KeysView[str]) -> Any:
@@ -287,9 +307,13 @@ def _validate(model: type[Validated], fields: Any) -> Validated:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        errors = convert_errors(error.errors(include_url=False), partial(_list_accepted_names, model))
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise InvalidRequest(errors[0].message + more, errors=errors) from error
+        raise _convert_validation_error(error, model) from error
+
+
+def _convert_validation_error(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    errors = convert_errors(error.errors(include_url=False), partial(_list_accepted_names, model))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return InvalidRequest(errors[0].message + more, errors=errors)
 
 
 def _list_accepted_names(model: type[BaseModel], location: Location = ()) -> list[str]:

@@ -24,6 +24,8 @@ NPZ = "application/x-npz"
 SAFETENSORS = "application/x-safetensors"
 PNG = "image/png"
 JPEG = "image/jpeg"
+WEBP = "image/webp"
+TIFF = "image/tiff"
 
 COMPRESS_BY_CODING: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,

@@ -489,7 +489,10 @@ def round_to_odd(text, values):
 
 @njit_cached
 def _find_string_end(text, at):
-    """Return the offset of the quote that closes the string with contents at `at` (-1: none), and if it has escapes."""
+    """Return the offset of the quote that closes the string with contents at `at`, -1 if there is none.
+
+    Also return whether it has escapes other than line breaks, which base64 may have.
+    """
     escapes = False
     while at < len(text):
         while at + 8 <= len(text):
@@ -509,8 +512,9 @@ def _find_string_end(text, at):
         if character < 32:
             return -1, escapes
         if character == 92:
-            escapes = True
             at += 1
+            if at >= len(text) or (text[at] != 110 and text[at] != 114):
+                escapes = True
         at += 1
     return -1, escapes
 

@@ -31,6 +31,9 @@ MAX_NPY_HEADER_BYTES = 16_384
 DTYPE_CODES = {np.dtype(name).str[1:]: name for name in DTYPES}
 """Name of a dtype by its code in a header, which is without byte order: "f4"."""
 
+DESCR_PATTERN = re.compile(r"([<>=|]?)([a-z]+\d+)")
+"""Byte order, of which `=`, `|` and none are that of the machine, and the code or the name of a dtype."""
+
 
 def _compile_pattern(written: bytes) -> re.Pattern[bytes]:
     """Compile a pattern in which an underscore matches any whitespace that Python allows between tokens."""
@@ -41,7 +44,8 @@ WHITESPACE = b" \t\r\n"
 
 # No two parts can match the same whitespace, so matching takes linear time on any bytes.
 FIELD_REGEX = rb"""_('\w+'|"\w+")_:_('[^'\\]*'|"[^"\\]*"|True|False|\([^()]*\))_"""
-SIDE_REGEX = rb"(?:0|[1-9]\d{0,18})_"
+# Python 2 wrote long integers with an L, (3L, 4L).
+SIDE_REGEX = rb"(?:0|[1-9]\d{0,18})L?_"
 HEADER_PATTERN = _compile_pattern(rb"\{" + b",".join([FIELD_REGEX] * 3) + rb"(?:,_)?\}")
 STRUCTURED_PATTERN = _compile_pattern(rb"""['"]descr['"]_:_[\[(]""")
 SHAPE_PATTERN = _compile_pattern(rb"\(_(?:(?:" + SIDE_REGEX + rb",_)+(?:" + SIDE_REGEX + rb")?)?\)")
@@ -148,16 +152,15 @@ def _parse_header(header: bytes, field: str, source: str) -> ArrayHeader:
             f"{source} has a .npy header that is not like {{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }}"
             f" with sides from 1 to 19 digits: {quote_name(header.strip(WHITESPACE).decode('latin-1'))}"
         )
-    sides = tuple(map(int, shape.strip(b"()").replace(b",", b" ").split()))
+    sides = tuple(map(int, shape.strip(b"()").replace(b",", b" ").replace(b"L", b"").split()))
     return ArrayHeader(_parse_dtype(descr[1:-1].decode("latin-1"), field), fortran_order == b"True", sides)
 
 
 def _parse_dtype(descr: str, field: str) -> np.dtype[Any]:
-    order, code = descr[:1], descr[1:]
-    meaning = UNSUPPORTED_KINDS.get(code[:1])
-    dtype = resolve_dtype(
-        DTYPE_CODES.get(code, "") if order in ("<", ">") or (order == "|" and code.endswith("1")) else "",
-        field,
-        received=quote_name(descr) + (f" ({meaning})" if meaning else ""),
-    )
-    return dtype.newbyteorder(">" if order == ">" else "<")
+    found = DESCR_PATTERN.fullmatch(descr)
+    order, code = found.groups() if found else ("", "")
+    name = code if code in DTYPES and not order else DTYPE_CODES.get(code, "")
+    meaning = UNSUPPORTED_KINDS.get(descr.lstrip("<>=|")[:1])
+    received = quote_name(descr) + (f" ({meaning})" if meaning else "")
+    dtype = resolve_dtype(name, field, received=received)
+    return dtype if order not in ("<", ">") else dtype.newbyteorder("<" if order == "<" else ">")

@@ -1,4 +1,4 @@
-"""Decoding of PNG and JPEG by Pillow, from validated parts of the file.
+"""Decoding of images by Pillow, from validated parts of the file.
 
 The module of each format parses the chunks or segments, checks the size against the limit, and passes to Pillow only
 the parts that define the pixels: no text, no profile, no Exif, no animation. Pillow's readers are called directly:
@@ -10,17 +10,18 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from PIL.ImageFile import ImageFile
 
 from service.codecs.decode_limits import DecodeCheck, check_size, raise_if_out_of_memory
-from service.errors import FieldError, InvalidRequest, NotParseable
+from service.errors import FieldError, InvalidRequest, NotAcceptable, NotParseable
 
-RGB_CHANNELS = 3
+PixelMode: TypeAlias = Literal["L", "LA", "I;16", "RGB", "RGBA"]
+"""Pillow's names of the pixels of a decoded image."""
 
 MAX_SIDE_PIXELS = 1_000_000
 """Longest side of an image, in pixels: Pillow keeps a pointer for every row, eight times the size of one pixel."""
@@ -80,20 +81,37 @@ class _MemoryFile(io.RawIOBase):
         return len(part)
 
 
+def check_side(array: NDArray[Any], longest: int, form: str) -> None:
+    """Raise NotAcceptable if a side of an image to encode is longer than the format allows, in pixels."""
+    if max(array.shape[-2:]) > longest:
+        raise NotAcceptable(
+            f"the output {array.shape} is too large: a {form} holds sides of at most {longest:,} pixels; "
+            "request image/png or application/x-npy instead"
+        )
+
+
+def encode_pixels(pixels: NDArray[np.uint8], form: str, **options: Any) -> list[bytes | memoryview]:
+    """Return a file in a format of Pillow, from grey (H, W) or colour (3, H, W)."""
+    lines = pixels if pixels.ndim == 2 else np.ascontiguousarray(np.moveaxis(pixels, 0, 2))
+    file = io.BytesIO()
+    fromarray(lines).save(file, form, **options)
+    return [file.getbuffer()]
+
+
 def decode_pixels(
-    reader: type[ImageFile], image_bytes: memoryview, mode: Literal["L", "I;16", "RGB"], check: DecodeCheck
+    reader: type[ImageFile], image_bytes: memoryview, mode: PixelMode, check: DecodeCheck
 ) -> NDArray[Any]:
-    """Return the image as (H, W), or as (3, H, W) if the mode is RGB. Raises NotParseable if Pillow cannot read it."""
+    """Return the image as (planes, H, W). Raises NotParseable if Pillow cannot read it."""
     planes: NDArray[Any] | None = None
     for height, top, strip in read_strips(reader, image_bytes, check):
         lines = np.asarray(strip if strip.mode == mode else strip.convert(mode))
-        lines = lines if mode == "RGB" else lines[..., None]
+        lines = lines if lines.ndim == 3 else lines[..., None]
         if planes is None:
             dtype = np.uint16 if mode == "I;16" else np.uint8
             planes = np.empty((lines.shape[2], height, lines.shape[1]), dtype)
         planes[:, top : top + len(lines)] = np.moveaxis(lines, 2, 0)
     assert planes is not None  # noqa: S101 - an image has rows
-    return planes if mode == "RGB" else planes[0]
+    return planes
 
 
 def read_strips(

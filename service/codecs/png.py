@@ -1,17 +1,17 @@
 """PNG images: grey as (H, W), colour as (3, H, W), values 0..255, or 0..65535 for 16 bits.
 
-Alpha is dropped, a palette is resolved, and only the still image of an animation is read. The encoder writes grey and
-colour of 8 bits, and of 16 bits if the values are not scaled.
+A palette is resolved, and only the still image of an animation is read. As by libpng, ancillary chunks whose checksum
+is wrong, and bytes after the end of the image, are ignored. The encoder writes grey and colour of 8 bits, or of 16 bits
+if the values are not scaled.
 """
 
-import math
 import struct
 import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,20 @@ from PIL.PngImagePlugin import PngImageFile
 
 from service.codecs.buffers import join_buffers
 from service.codecs.decode_limits import DecodeCheck, no_check, raise_if_out_of_memory
+from service.codecs.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
+from service.codecs.image_transforms import (
+    UPRIGHT,
+    apply_alpha,
+    apply_orientation,
+    drop_single_planes,
+    iterate_row_blocks,
+    read_orientation,
+)
+from service.codecs.image_values import RGB_CHANNELS, convert_to_pixels
 from service.codecs.inflate import inflate
-from service.codecs.pillow_images import MAX_SIDE_PIXELS, RGB_CHANNELS, check_image_size, decode_pixels, read_strips
+from service.codecs.pillow_images import MAX_SIDE_PIXELS, PixelMode, check_image_size, decode_pixels, read_strips
 from service.codecs.signatures import format_mismatch_error
-from service.errors import NotAcceptable, NotParseable
+from service.errors import NotParseable
 
 MEDIA_TYPE = "image/png"
 
@@ -31,8 +41,10 @@ CHUNK_HEADER = struct.Struct(">I4s")
 HEADER_STRUCT = struct.Struct(">2I5B")
 CRC_STRUCT = struct.Struct(">I")
 
-PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-"""Chunks that define the pixels; all others are dropped, and rejected if they are critical."""
+TRANSPARENCY_CHUNK, EXIF_CHUNK = b"tRNS", b"eXIf"
+
+READ_CHUNKS = (b"IHDR", b"PLTE", TRANSPARENCY_CHUNK, EXIF_CHUNK, b"IDAT", b"IEND")
+"""Chunks that are read; all others are dropped, and rejected if they are critical."""
 
 MAX_CHUNKS, BYTES_PER_EXTRA_CHUNK = 4096, 256
 """Maximum number of chunks, and bytes of the file that allow one more: libpng writes chunks of 8 KiB."""
@@ -86,12 +98,13 @@ class ImageHeader(NamedTuple):
     filters: int
     interlaced: int
 
-    @property
-    def mode(self) -> Literal["L", "I;16", "RGB"]:
-        """Pillow's mode for the decoded image. It reduces samples of 16 bits to 8, except those of grey."""
+    def mode(self, *, with_alpha: bool) -> PixelMode:
+        """Return Pillow's mode for the decoded image. It reduces samples of 16 bits to 8, except those of grey."""
         if self.planes == RGB_CHANNELS:
-            return "RGB"
-        return "I;16" if (self.colour, self.depth) == (COLOUR_TYPE_GREY, DEPTH_16_BITS) else "L"
+            return "RGBA" if with_alpha else "RGB"
+        if (self.colour, self.depth) == (COLOUR_TYPE_GREY, DEPTH_16_BITS):
+            return "I;16"
+        return "LA" if with_alpha else "L"
 
     @property
     def planes(self) -> int:
@@ -99,9 +112,9 @@ class ImageHeader(NamedTuple):
         return 1 if self.colour in (COLOUR_TYPE_GREY, COLOUR_TYPE_GREY_ALPHA) else RGB_CHANNELS
 
     @property
-    def bytes_per_pixel(self) -> int:
-        """Bytes of a decoded pixel."""
-        return self.planes * (2 if self.depth == DEPTH_16_BITS else 1)
+    def bytes_per_sample(self) -> int:
+        """Bytes of one sample of a decoded pixel."""
+        return 2 if self.depth == DEPTH_16_BITS else 1
 
     @property
     def alpha(self) -> bool:
@@ -120,35 +133,55 @@ class ImageHeader(NamedTuple):
         return size
 
 
-def decode(content: bytes | bytearray | memoryview, limit: int, check: DecodeCheck = no_check) -> NDArray[Any]:
+def decode(
+    content: bytes | bytearray | memoryview,
+    limit: int,
+    check: DecodeCheck = no_check,
+    options: ImageOptions = DEFAULT_IMAGE_OPTIONS,
+) -> NDArray[Any]:
     """Return the image. Raises NotParseable, BodyTooLarge, and InvalidRequest if a side is too long."""
     memory = memoryview(content)
     if bytes(memory[: len(SIGNATURE)]) != SIGNATURE:
         raise format_mismatch_error(memory, "a PNG image")
-    chunks: dict[bytes, list[memoryview]] = {kind: [] for kind in PIXEL_CHUNKS}
+    chunks: dict[bytes, list[memoryview]] = {kind: [] for kind in READ_CHUNKS}
     for kind, chunk in _iter_chunks(memory):
         chunks[kind].append(chunk)
     header = _parse_header(chunks[b"IHDR"][0])
-    bytes_per_pixel = GREY_ALPHA_BYTES_PER_PIXEL if header.colour == COLOUR_TYPE_GREY_ALPHA else header.bytes_per_pixel
+    orientation = read_orientation(_extract_payload(chunks[EXIF_CHUNK][0])) if chunks[EXIF_CHUNK] else UPRIGHT
+    has_palette = header.colour == COLOUR_TYPE_PALETTE
+    transparency = chunks[TRANSPARENCY_CHUNK] if options.alpha != "drop" else []
+    colour_key = None if has_palette or not transparency else _parse_colour_key(header, transparency[0])
+    with_alpha = (header.alpha and options.alpha != "drop") or (has_palette and bool(transparency))
+    planes = header.planes + (with_alpha or colour_key is not None)
+    bytes_per_pixel = planes * header.bytes_per_sample
+    if header.colour == COLOUR_TYPE_GREY_ALPHA:
+        bytes_per_pixel = GREY_ALPHA_BYTES_PER_PIXEL
     check_image_size(header.height, header.width, bytes_per_pixel, limit)
-    if header.colour == COLOUR_TYPE_PALETTE:
+    if has_palette:
         _check_palette(chunks[b"PLTE"])
+    _check_rows(header, chunks[b"IDAT"], check)
+    # A palette in other images is a suggestion for displays with 256 colours.
+    colours = [*chunks[b"PLTE"], *transparency] if has_palette else []
+    image_bytes = join_buffers([SIGNATURE, *chunks[b"IHDR"], *colours, *chunks[b"IDAT"], *chunks[b"IEND"]])
+    del chunks
+    if header.depth == DEPTH_16_BITS and header.colour != COLOUR_TYPE_GREY:
+        image = _decode_16_bit_samples(header, image_bytes, check, with_alpha=with_alpha)
     else:
-        # A palette in other images is a suggestion for displays with 256 colours.
-        chunks[b"PLTE"] = []
+        image = decode_pixels(PngImageFile, image_bytes, header.mode(with_alpha=with_alpha), check)
+    if colour_key is not None:
+        image = _append_alpha(image, colour_key, check)
+    if planes > header.planes:
+        image = apply_alpha(image, options, check)
+    return drop_single_planes(apply_orientation(image, orientation, options, check))
+
+
+def _check_rows(header: ImageHeader, chunks: list[memoryview], check: DecodeCheck) -> None:
+    """Raise NotParseable if the rows do not have the declared size: Pillow would fill missing ones with black."""
     try:
-        # Check the size of the rows: Pillow would fill missing ones with black.
-        deque(
-            inflate((_extract_payload(chunk) for chunk in chunks[b"IDAT"]), zlib.MAX_WBITS, header.size, check),
-            maxlen=0,
-        )
+        deque(inflate(map(_extract_payload, chunks), zlib.MAX_WBITS, header.size, check), maxlen=0)
     except zlib.error as error:
         raise_if_out_of_memory(error)
         raise NotParseable(f"the PNG image is damaged: {error}") from error
-    image_bytes = join_buffers([SIGNATURE, *chain.from_iterable(chunks.values())])
-    if header.depth == DEPTH_16_BITS and header.colour != COLOUR_TYPE_GREY:
-        return _decode_16_bit_samples(header, image_bytes, check)
-    return decode_pixels(PngImageFile, image_bytes, header.mode, check)
 
 
 def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
@@ -165,65 +198,71 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
         return 0.0
     pixels = header.width * header.height
     lines = header.height * (2 if header.interlaced else 1)
-    decoded = pixels * header.bytes_per_pixel
+    decoded = pixels * header.planes * header.bytes_per_sample
     reads = 2 if header.depth == DEPTH_16_BITS and header.planes == RGB_CHANNELS else 1
     return 4e-9 * reads * (len(memory) + header.size) + 7e-9 * decoded + 1e-7 * min(lines, 2 * MAX_SIDE_PIXELS)
 
 
 def encode(array: NDArray[Any], *, clip: bool = False, deep: bool = False) -> list[bytes | memoryview]:
-    """Return the parts of a file: a plane (H, W) as grey or (3, H, W) as colour; leading sides of 1 are dropped.
+    """Return the parts of a file, as `convert_to_pixels` converts the values: grey (H, W) or colour (3, H, W).
 
-    The values are scaled from their own minimum and maximum to 0..255 or, with `clip`, rounded and clamped to it; with
-    `clip` and `deep`, to 0..65535, in 16 bits.
-    Raises NotAcceptable for any other shape, and for values that are not finite.
+    With `clip` and `deep`, the pixels have 16 bits.
     """
-    planes = array
-    while planes.ndim > 2 and len(planes) == 1:
-        planes = planes[0]
-    if 0 in planes.shape or (planes.ndim != 2 and planes.shape[:-2] != (RGB_CHANNELS,)):
-        raise NotAcceptable(
-            f"the output {array.shape} is not an image: a PNG holds one plane (H, W) or three (3, H, W); "
-            "request application/x-npy instead"
-        )
-    low, high = float(planes.min()), float(planes.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise NotAcceptable(
-            "the output has values that are not finite: a PNG holds finite values only; "
-            "request application/x-npy instead"
-        )
-    depth = DEPTH_16_BITS if clip and deep else 8
-    values = _clip(planes, 2**depth - 1) if clip else _scale(planes, low, high)
-    height, width = planes.shape[-2:]
-    lines = values if planes.ndim == 2 else np.moveaxis(values, 0, 2).reshape(height, -1)
-    colour = COLOUR_TYPE_GREY if planes.ndim == 2 else COLOUR_TYPE_RGB
-    if depth == DEPTH_16_BITS:
+    pixels = convert_to_pixels(array, "PNG", clip=clip, white=65535 if clip and deep else 255)
+    height, width = pixels.shape[-2:]
+    lines = pixels if pixels.ndim == 2 else np.moveaxis(pixels, 0, 2).reshape(height, -1)
+    if pixels.dtype == np.uint16:
         lines = lines.astype(">u2").view(np.uint8)
-    header = HEADER_STRUCT.pack(width, height, depth, colour, 0, 0, 0)
+    colour = COLOUR_TYPE_GREY if pixels.ndim == 2 else COLOUR_TYPE_RGB
+    header = HEADER_STRUCT.pack(width, height, 8 * pixels.itemsize, colour, 0, 0, 0)
     data = chain.from_iterable(_build_chunk(b"IDAT", piece) for piece in _deflate(lines) if piece)
     return [SIGNATURE, *_build_chunk(b"IHDR", header), *data, *_build_chunk(b"IEND", b"")]
 
 
-def _decode_16_bit_samples(header: ImageHeader, image_bytes: memoryview, check: DecodeCheck) -> NDArray[np.uint16]:
-    """Return an image of 16 bits that Pillow would reduce to 8: colour, or grey with alpha."""
-    planes = np.empty((header.planes, header.height, header.width), np.uint16)
+def _decode_16_bit_samples(
+    header: ImageHeader, image_bytes: memoryview, check: DecodeCheck, *, with_alpha: bool
+) -> NDArray[np.uint16]:
+    """Return the planes of an image of 16 bits that Pillow would reduce to 8: colour, or grey with alpha."""
+    planes = np.empty((header.planes + with_alpha, header.height, header.width), np.uint16)
     halves = planes.view(np.uint8)
     first, second = (1, 0) if sys.byteorder == "little" else (0, 1)
     high, low = halves[..., first::2], halves[..., second::2]
     if header.planes == 1:
+        # The bytes of a pixel: high and low of grey, high and low of alpha.
         for _, top, strip in read_strips(PngImageFile, image_bytes, check, FOUR_BYTE_RAW_MODE):
             lines = np.asarray(strip)
-            high[0, top : top + len(lines)] = lines[..., 0]
-            low[0, top : top + len(lines)] = lines[..., 1]
+            high[:, top : top + len(lines)] = np.moveaxis(lines[..., 0 : 2 * len(planes) : 2], 2, 0)
+            low[:, top : top + len(lines)] = np.moveaxis(lines[..., 1 : 2 * len(planes) : 2], 2, 0)
     else:
         for half, raw_modes in ((high, HIGH_BYTE_RAW_MODES), (low, LOW_BYTE_RAW_MODES)):
             for _, top, strip in read_strips(PngImageFile, image_bytes, check, raw_modes[header.alpha]):
                 lines = np.asarray(strip)
-                half[:, top : top + len(lines)] = np.moveaxis(lines[..., :RGB_CHANNELS], 2, 0)
-    return planes if header.planes > 1 else planes[0]
+                half[:, top : top + len(lines)] = np.moveaxis(lines[..., : len(planes)], 2, 0)
+    return planes
+
+
+def _parse_colour_key(header: ImageHeader, chunk: memoryview) -> NDArray[np.uint16] | None:
+    """Return the colour whose pixels are transparent, as decoded, (planes, 1, 1); None if its chunk is damaged."""
+    payload = _extract_payload(chunk)
+    if header.alpha or len(payload) != 2 * header.planes:
+        return None
+    scale = 1 if header.depth == DEPTH_16_BITS else 255 // (2**header.depth - 1)
+    samples = np.frombuffer(payload, ">u2").astype(np.uint16) & np.uint16(2**header.depth - 1)
+    return (samples * np.uint16(scale)).reshape(-1, 1, 1)
+
+
+def _append_alpha(planes: NDArray[Any], colour_key: NDArray[np.uint16], check: DecodeCheck) -> NDArray[Any]:
+    """Return the image with a plane of alpha: 0 for pixels of that colour, opaque for all others."""
+    image = np.empty((len(planes) + 1, *planes.shape[1:]), planes.dtype)
+    for rows in iterate_row_blocks(*planes.shape[1:]):
+        check()
+        image[:-1, rows] = planes[:, rows]
+        image[-1, rows] = (planes[:, rows] != colour_key).any(axis=0) * planes.dtype.type(np.iinfo(planes.dtype).max)
+    return image
 
 
 def _iter_chunks(memory: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield the kind and the bytes of each chunk that defines the pixels."""
+    """Yield the kind and the bytes of each chunk that is read."""
     at = len(SIGNATURE)
     max_chunks = MAX_CHUNKS + len(memory) // BYTES_PER_EXTRA_CHUNK
     for _ in range(max_chunks):
@@ -232,21 +271,22 @@ def _iter_chunks(memory: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         if end > len(memory):
             raise NotParseable(f"the PNG image is cut off after {len(memory):,} bytes")
         chunk = memory[at:end]
-        if zlib.crc32(chunk[4 : -CRC_STRUCT.size]) != CRC_STRUCT.unpack(chunk[-CRC_STRUCT.size :])[0]:
+        is_intact = zlib.crc32(chunk[4 : -CRC_STRUCT.size]) == CRC_STRUCT.unpack(chunk[-CRC_STRUCT.size :])[0]
+        is_ancillary = kind.isalpha() and kind[:1].islower()
+        if not (is_intact or is_ancillary):
             raise NotParseable(f"the PNG image is damaged: the CRC of its chunk {kind!r} does not match")
         if (kind == b"IHDR") != (at == len(SIGNATURE)):
             raise NotParseable("the PNG image does not have its header as its first chunk, once")
-        if kind in PIXEL_CHUNKS:
-            yield kind, chunk
-        elif kind[:1].isupper() or not kind.isalpha():
+        if kind in READ_CHUNKS:
+            if is_intact:
+                yield kind, chunk
+        elif not is_ancillary:
             raise NotParseable(f"the PNG image has the unknown critical chunk {kind!r}")
         at = end
         if kind == b"IEND":
             break
     else:
         raise NotParseable(f"the PNG image of {len(memory):,} bytes has more than {max_chunks:,} chunks")
-    if at != len(memory):
-        raise NotParseable(f"the PNG image has {len(memory) - at:,} bytes after its end")
 
 
 def _parse_header(chunk: memoryview) -> ImageHeader:
@@ -274,31 +314,6 @@ def _check_palette(chunks: list[memoryview]) -> None:
 def _extract_payload(chunk: memoryview) -> memoryview:
     """Return the data of a chunk, without its length, kind and CRC."""
     return chunk[CHUNK_HEADER.size : -CRC_STRUCT.size]
-
-
-def _clip(planes: NDArray[Any], white: int) -> NDArray[Any]:
-    """Return the values rounded and clamped to 0..white, in the smallest dtype."""
-    # float16, in which numpy rounds small integers, cannot hold 65535.
-    rounded = np.rint(planes, dtype=np.promote_types(planes.dtype, np.float32))
-    pixels: NDArray[Any] = np.clip(rounded, 0, white).astype(np.min_scalar_type(white))
-    return pixels
-
-
-def _scale(planes: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    if high == low:
-        return np.zeros(planes.shape, np.uint8)
-    span = high - low
-    if not 1e-30 < span < 1e30:
-        # Scale the numbers to near 1: nothing below can overflow then, and no precision is lost.
-        exponent = -math.frexp(max(abs(low), abs(high)))[1]
-        planes = np.ldexp(planes.astype(np.float64), exponent)
-        low, high = math.ldexp(low, exponent), math.ldexp(high, exponent)
-        span = high - low
-    # float32 for dtypes that it holds exactly, float64 for wider ones.
-    values = np.subtract(planes, low, dtype=np.promote_types(planes.dtype, np.float32))
-    values *= 255 / span
-    scaled: NDArray[np.uint8] = np.rint(values, out=values).astype(np.uint8)
-    return scaled
 
 
 def _deflate(lines: NDArray[np.uint8]) -> Iterator[bytes]:

@@ -5,14 +5,20 @@ To add a format, write its module and list it here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs import jpeg, json, json_encoder, npy, npz, png, safetensors
+from service.codecs import jpeg, json, json_encoder, multipart, npy, npz, png, safetensors, tiff, webp
 from service.codecs.buffers import Buffer, BufferList
+from service.codecs.decode_limits import DecodeCheck, no_check
+from service.codecs.header_checks import quote_name
+from service.codecs.image_options import ImageOptions
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
+from service.codecs.signatures import detect_media_type, format_mismatch_error
+from service.errors import FieldError, InvalidRequest, UnsupportedMediaType
 
 ResponseFields: TypeAlias = Mapping[str, Any]
 """Fields of a response by name: numpy arrays, numbers, strings, lists and objects; the main array is the first."""
@@ -20,7 +26,11 @@ ResponseFields: TypeAlias = Mapping[str, Any]
 UNLIMITED_BYTES = 1 << 62
 
 DecodeFn: TypeAlias = Callable[..., Any]
-"""Function decode(body, limit, check); `check` is optional."""
+"""Function decode(body, limit, check); `check` is optional.
+
+Those of images, and of forms, which may contain one, take the options of the query string in addition, and use those of
+ImageOptions. They raise pydantic's ValidationError for invalid ones.
+"""
 
 EncodeFn: TypeAlias = Callable[[ResponseFields, ResponseOptions], BufferList]
 
@@ -35,9 +45,10 @@ class Format:
     is not supported in that direction. estimate_decode_seconds: takes a body and that limit; predicts the seconds on
     one core from a small part of the body, in a few microseconds. encode_seconds_per_number: predicted seconds per
     number of a response (`benchmarks/formats.py` measures both). content_doc: the part of a response that the format
-    holds. has_named_arrays: whether a body names its arrays. headers: sent with a response. encoded_bytes_per_byte:
-    encoded bytes per byte of an array; 0 if its own memory is sent. suffixes: of the files that the command line reads
-    and writes.
+    holds. has_named_arrays: whether a body names its arrays. has_metadata: whether other programs write entries into a
+    body that are not arrays: of these, only options are read. headers: sent with a response. encoded_bytes_per_byte:
+    encoded bytes per byte of an array; 0 if its own memory is sent. is_image: whether `decode` takes options. suffixes:
+    of the files that the command line reads and writes.
     """
 
     decode: DecodeFn | None
@@ -46,8 +57,10 @@ class Format:
     encode_seconds_per_number: float = 0.0
     content_doc: str = "the first array alone"
     has_named_arrays: bool = False
+    has_metadata: bool = False
     headers: Sequence[tuple[bytes, bytes]] = ()
     encoded_bytes_per_byte: float = 0.0
+    is_image: bool = False
     suffixes: Sequence[str] = ()
 
 
@@ -56,16 +69,40 @@ def _wrap_as_input(decode: DecodeFn) -> DecodeFn:
     return lambda *arguments: {"input": decode(*arguments)}
 
 
-FOREIGN_METADATA_KEY = "format"
-"""Metadata key that safetensors' own libraries write, {"format": "pt"}: it is ignored."""
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+def _decode_image(decode: Callable[..., NDArray[Any]]) -> DecodeFn:
+    """Return a decoder that reads ImageOptions among the options, and names the image "input"."""
+
+    def decode_image(
+        body: Buffer, limit: int, check: DecodeCheck = no_check, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> ResponseFields:
+        chosen = {name: value for name, value in options.items() if name in ImageOptions.model_fields}
+        return {"input": decode(body, limit, check, ImageOptions.model_validate(chosen))}
+
+    return decode_image
+
+
+def check_image_options(media_format: "Format", options: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest if there are options of images, and the format is not one."""
+    names = [] if media_format.is_image else [name for name in ImageOptions.model_fields if name in options]
+    if names:
+        errors = [FieldError(name, f'"{name}" applies to images only: remove it, or send an image') for name in names]
+        raise InvalidRequest(errors[0].message, errors=errors)
+
+
+class MetadataOption(NamedTuple):
+    """Option in the metadata of a file, where other programs write entries of their own."""
+
+    value: Any
 
 
 def _decode_safetensors(body: Buffer, limit: int) -> ResponseFields:
     """Return the arrays of a safetensors file, and its metadata as options like those of a query string."""
     return {
-        name: parse_option(value) if isinstance(value, str) else value
+        name: MetadataOption(parse_option(value)) if isinstance(value, str) else value
         for name, value in safetensors.decode(body, limit).items()
-        if not (name == FOREIGN_METADATA_KEY and isinstance(value, str))
     }
 
 
@@ -83,9 +120,81 @@ def _first_array(fields: ResponseFields) -> NDArray[Any]:
     return next(value for value in fields.values() if isinstance(value, np.ndarray))
 
 
+def _encode_pixels(encode: Callable[..., BufferList]) -> EncodeFn:
+    """Return an encoder of an image of bytes, to which the values are scaled or clipped."""
+    return lambda fields, options: encode(_first_array(fields), clip=_get_png_option(options) != "scale")
+
+
 def _encode_png(fields: ResponseFields, options: ResponseOptions) -> BufferList:
-    values = options.png if isinstance(options, OutputResponseOptions) else "scale"
+    values = _get_png_option(options)
     return png.encode(_first_array(fields), clip=values != "scale", deep=values == "clip16")
+
+
+def _get_png_option(options: ResponseOptions) -> str:
+    return options.png if isinstance(options, OutputResponseOptions) else "scale"
+
+
+UNSPECIFIC_MEDIA_TYPES = ("", "application/octet-stream", "application/zip", "application/x-zip-compressed")
+"""Media types that browsers send for files whose type they do not know."""
+
+
+def _get_file_format(file: multipart.FilePart) -> "Format":
+    """Return the format of the file of a form: that of its media type, or of its first bytes."""
+    media_type = file.media_type
+    if media_type in UNSPECIFIC_MEDIA_TYPES:
+        media_type = detect_media_type(file.content)
+        if media_type not in FORMATS:
+            raise format_mismatch_error(file.content, "in a supported format", "the file")
+    found = FORMATS.get(media_type)
+    if found is None or found.decode is None or media_type == multipart.MEDIA_TYPE:
+        supported = ", ".join(name for name in DECODABLE_MEDIA_TYPES if name != multipart.MEDIA_TYPE)
+        raise UnsupportedMediaType(f"the file has Content-Type {quote_name(media_type)}; supported: {supported}")
+    return found
+
+
+def _decode_form(
+    body: Buffer, limit: int, check: DecodeCheck = no_check, options: Mapping[str, Any] = NO_OPTIONS
+) -> Any:
+    """Return the fields of a form, and those of its file; an array without a name gets that of the file's part."""
+    form = multipart.parse(body, check)
+    fields = {name: parse_option(text) for name, text in form.fields.items()}
+    if form.file is None:
+        return fields
+    file_format = _get_file_format(form.file)
+    assert file_format.decode is not None  # noqa: S101 - _get_file_format returns decodable formats only
+    arguments: tuple[Any, ...] = (form.file.content, limit, check)
+    if file_format.is_image:
+        _check_unrepeated(fields.keys() & options.keys() & ImageOptions.model_fields.keys(), "the query string")
+        chosen = {name: fields.pop(name) for name in ImageOptions.model_fields if name in fields}
+        arguments += ({**options, **chosen},)
+    check_image_options(file_format, {**options, **fields})
+    decoded = file_format.decode(*arguments)
+    if not isinstance(decoded, dict):
+        return decoded
+    if not file_format.has_named_arrays:
+        decoded = {form.file.name: decoded["input"]}
+    _check_unrepeated(fields.keys() & decoded.keys(), "its file")
+    return {**fields, **decoded}
+
+
+def _check_unrepeated(names: set[str], place: str) -> None:
+    if names:
+        errors = [FieldError(name, f'"{name}" is in the form and in {place}: send it once') for name in sorted(names)]
+        raise InvalidRequest(errors[0].message, errors=errors)
+
+
+def _estimate_form_seconds(body: Buffer, limit: int) -> float:
+    """Return the predicted seconds to parse a form and decode its file, whose format is read from its first bytes."""
+    seconds = 5e-5 + 1e-9 * len(body)
+    file = multipart.find_file(body)
+    if file is None:
+        is_short = len(body) <= multipart.INSPECTED_BYTES
+        return seconds + (0 if is_short else DECODE_SECONDS_PER_DECOMPRESSED_BYTE * limit)
+    media_type = file.media_type
+    found = FORMATS.get(detect_media_type(file.content) if media_type in UNSPECIFIC_MEDIA_TYPES else media_type)
+    if found is None or media_type == multipart.MEDIA_TYPE:
+        return seconds
+    return seconds + found.estimate_decode_seconds(file.content, limit)
 
 
 ARRAYS_BY_NAME_DOC = "the arrays by name"
@@ -125,21 +234,50 @@ FORMATS: Mapping[str, Format] = {
         lambda body, _: CHECK_SECONDS_PER_BYTE * len(body),
         content_doc=ARRAYS_BY_NAME_DOC,
         has_named_arrays=True,
+        has_metadata=True,
         suffixes=(".safetensors",),
     ),
     png.MEDIA_TYPE: Format(
-        _wrap_as_input(png.decode),
+        _decode_image(png.decode),
         _encode_png,
         lambda body, _: png.estimate_decode_seconds(body),
         12e-9,
         encoded_bytes_per_byte=1.0,
+        is_image=True,
         suffixes=(".png",),
     ),
     jpeg.MEDIA_TYPE: Format(
-        _wrap_as_input(jpeg.decode),
-        None,
+        _decode_image(jpeg.decode),
+        _encode_pixels(jpeg.encode),
         lambda body, _: jpeg.estimate_decode_seconds(body),
+        20e-9,
+        encoded_bytes_per_byte=1.0,
+        is_image=True,
         suffixes=(".jpg", ".jpeg"),
+    ),
+    webp.MEDIA_TYPE: Format(
+        _decode_image(webp.decode),
+        _encode_pixels(webp.encode),
+        lambda body, _: webp.estimate_decode_seconds(body),
+        60e-9,
+        encoded_bytes_per_byte=1.5,
+        is_image=True,
+        suffixes=(".webp",),
+    ),
+    tiff.MEDIA_TYPE: Format(
+        _decode_image(tiff.decode),
+        lambda fields, _: tiff.encode(_first_array(fields)),
+        tiff.estimate_decode_seconds,
+        is_image=True,
+        suffixes=(".tif", ".tiff"),
+    ),
+    multipart.MEDIA_TYPE: Format(
+        _decode_form,
+        None,
+        _estimate_form_seconds,
+        has_named_arrays=True,
+        has_metadata=True,
+        is_image=True,
     ),
 }
 """Formats of request and response bodies by media type, the preferred one first."""

@@ -17,7 +17,7 @@ from service.codecs.buffers import all_within
 from service.codecs.response_options import OutputResponseOptions
 from service.context import get_context
 from service.negotiation import collect_headers
-from service.requests import Device, RequestModel, check_admission, parse_query, read_request, take_response_options
+from service.requests import Device, RequestModel, check_admission, parse_query, read_request, take_options
 from service.responses import Responder, as_numpy
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -95,7 +95,7 @@ async def handle_convolution(
     headers = collect_headers(request.scope)
     check_admission(request, headers)
     options = parse_query(request)
-    responder = Responder(request, headers, take_response_options(options, OutputResponseOptions))
+    responder = Responder(request, headers, take_options(options, OutputResponseOptions))
     parsed = await read_request(request, headers, options, model)
     arguments = parsed.arguments()
     del arguments["explain"]

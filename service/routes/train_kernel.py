@@ -35,7 +35,7 @@ from service.requests import (
     check_admission,
     parse_query,
     read_request,
-    take_response_options,
+    take_options,
 )
 from service.responses import Responder, as_numpy
 from service.routes.raw_route import RawRoute
@@ -61,7 +61,7 @@ SVG_HEADERS = [
 """Headers for SVG, which browsers open as a document: it may not run scripts or load resources."""
 
 RESPONSE_FORMATS: Mapping[str, Format] = {
-    **{media_type: served for media_type, served in ENCODABLE_FORMATS.items() if media_type != png.MEDIA_TYPE},
+    **{media_type: served for media_type, served in ENCODABLE_FORMATS.items() if not served.is_image},
     SVG_MEDIA_TYPE: Format(
         None,
         lambda fields, _: [loss_curve.draw_svg(fields)],
@@ -377,7 +377,7 @@ async def train_kernel(request: Request) -> Response:
     headers = collect_headers(request.scope)
     check_admission(request, headers, always_queued=True)
     options = parse_query(request)
-    response_options = take_response_options(options, FitResponseOptions)
+    response_options = take_options(options, FitResponseOptions)
     responder = Responder(request, headers, response_options, RESPONSE_FORMATS)
     if responder.media_type in PLOT_MEDIA_TYPES and (reason := loss_curve.unsupported_reason()):
         raise NotAcceptable(f"{responder.media_type} is not available: {reason}")

@@ -20,7 +20,7 @@ from backports import zstd
 from PIL import Image
 
 from service import loss_curve
-from service.codecs import content_coding, jpeg, json, npy, npz, png, safetensors
+from service.codecs import content_coding, jpeg, json, multipart, npy, npz, png, safetensors, tiff, webp
 from service.codecs.decode_limits import raise_if_out_of_memory
 from service.codecs.registry import FORMATS, predict_decode_seconds
 from service.codecs.response_options import ResponseOptions
@@ -71,6 +71,12 @@ def build_long_scan_jpeg() -> bytes:
     return save_image(draw_noise(64, 64), "jpeg")[:-2] + b"\xff\x00" * 16_000_000 + b"\xff\xd9"
 
 
+def build_form(file: bytes, fields: int = 1) -> bytes:
+    begin = b"--boundary\r\nContent-Disposition: form-data; name="
+    options = b"".join(begin + b'"a%d"\r\n\r\n%d\r\n' % (at, at) for at in range(fields))
+    return options + begin + b'input; filename="a"\r\n\r\n' + file + b"\r\n--boundary--\r\n"
+
+
 BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "numbers": (json.MEDIA_TYPE, lambda: b'{"input": [' + b"0.123456789, " * 2_000_000 + b"1]}"),
     "digits": (json.MEDIA_TYPE, lambda: b'{"input": [' + b"9" * 16_000_000 + b"]}"),
@@ -95,6 +101,23 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "png in colour": (png.MEDIA_TYPE, lambda: save_image(draw_noise(2500, 2500, 3), "png", compress_level=0)),
     "png with alpha": (png.MEDIA_TYPE, lambda: save_image(draw_noise(3000, 3000, 2), "png", compress_level=0)),
     "jpeg": (jpeg.MEDIA_TYPE, lambda: save_image(draw_noise(3000, 3000, 3), "jpeg", quality=98)),
+    "webp": (webp.MEDIA_TYPE, lambda: save_image(draw_noise(2000, 2000, 3), "webp", quality=90, method=0)),
+    "lossless webp": (webp.MEDIA_TYPE, lambda: save_image(draw_noise(1000, 1000, 3), "webp", lossless=True, method=0)),
+    "tiff": (tiff.MEDIA_TYPE, lambda: save_image(draw_noise(4000, 4000, 3), "tiff")),
+    "deflated tiff": (
+        tiff.MEDIA_TYPE,
+        lambda: save_image(draw_noise(2500, 2500, 3), "tiff", compression="tiff_adobe_deflate"),
+    ),
+    "tiff of many strips": (
+        tiff.MEDIA_TYPE,
+        lambda: save_image(draw_noise(60_000, 100), "tiff", compression="tiff_lzw", strip_size=100),
+    ),
+    "form": (
+        multipart.MEDIA_TYPE,
+        lambda: build_form(save_image(draw_noise(5000, 5000), "png", compress_level=0)),
+    ),
+    "form of boundaries": (multipart.MEDIA_TYPE, lambda: build_form(b"\r\n--boundar" * 5_000_000)),
+    "form of fields": (multipart.MEDIA_TYPE, lambda: build_form(b"", 10_000)),
     "jpeg of one long scan": (jpeg.MEDIA_TYPE, build_long_scan_jpeg),
     "jpeg of fill bytes": (jpeg.MEDIA_TYPE, lambda: save_image(draw_noise(64, 64), "jpeg")[:2] + b"\xff" * 60_000_000),
 }
@@ -255,7 +278,8 @@ def test_image_of_many_scans_is_rejected_before_decoding() -> None:
 
 
 PREDICTED_BODIES = [
-    "numbers", "npy in columns", "deflated", "png", "png in colour", "png with alpha", "jpeg",
+    "numbers", "npy in columns", "deflated", "png", "png in colour", "png with alpha", "jpeg", "webp", "tiff",
+    "deflated tiff", "form",
 ]  # fmt: skip
 
 
@@ -285,7 +309,7 @@ class TimeIsOverError(Exception):
 
 
 @pytest.mark.robustness(75)
-@pytest.mark.parametrize("name", ["deflated", "png", "jpeg"])
+@pytest.mark.parametrize("name", ["deflated", "png", "jpeg", "webp", "deflated tiff", "form"])
 def test_decoding_stops_when_its_check_raises(name: str) -> None:
     media_type, make = BODIES[name]
     decode = FORMATS[media_type].decode

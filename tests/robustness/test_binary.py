@@ -252,7 +252,6 @@ def test_duplicate_entries_are_rejected(send: SendFn) -> None:
         (NPY, save_npy(SMALL_IMAGE)),
         (NPZ, save_npz(input=SMALL_IMAGE)),
         (SAFETENSORS, safetensors.numpy.save({"input": SMALL_IMAGE})),
-        (PNG, save_image()),
         (JSON, b'{"input": [[1]], "kernel": [[1]]}'),
     ],
 )

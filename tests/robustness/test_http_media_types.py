@@ -16,7 +16,7 @@ from tests.servers import SendFn
 UNKNOWN_TYPES = [
     "text/plain",
     "application/x-www-form-urlencoded",
-    "multipart/form-data; boundary=x",
+    "multipart/mixed; boundary=x",
     "image/gif",
     "application/x-numpy",
     "application/*",
@@ -37,6 +37,30 @@ def test_unknown_media_type_is_415_with_supported_types(send: SendFn, content_ty
     detail = assert_detail(response, 415)
     assert all(media_type in detail for media_type in DECODABLE_MEDIA_TYPES)
     assert response.headers["accept"] == ", ".join(DECODABLE_MEDIA_TYPES)
+
+
+@pytest.mark.robustness(18)
+@pytest.mark.parametrize(
+    ("content_type", "advice"),
+    [
+        ("image/jpg", "the media type of JPEG is image/jpeg"),
+        ("IMAGE/JPG; q=1", "the media type of JPEG is image/jpeg"),
+        ("image/heic", "convert it to JPEG, PNG, WebP or TIFF"),
+        ("image/avif", "convert it to JPEG, PNG, WebP or TIFF"),
+    ],
+)
+def test_common_mistakes_get_advice(send: SendFn, content_type: str, advice: str) -> None:
+    assert advice in assert_detail(post_body(send, b"image", content_type=content_type), 415)
+
+
+@pytest.mark.robustness(18)
+@pytest.mark.parametrize("content_type", ["image/jpeg", "image/png", "image/webp", "image/tiff", NPY])
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+def test_heic_under_another_media_type_is_415(send: SendFn, content_type: str, brand: bytes) -> None:
+    body = b"\0\0\0\x18ftyp" + brand + bytes(99)
+    detail = assert_detail(send("POST", "/correlate", content=body, headers={"Content-Type": content_type}), 415)
+    assert "HEIC" in detail
+    assert "convert it to JPEG, PNG, WebP or TIFF" in detail
 
 
 @pytest.mark.robustness(18)
@@ -61,7 +85,7 @@ def post_accepting(send: SendFn, *accept: str, path: str = "/correlate", body: b
 UNACCEPTABLE_TYPES = [
     "text/html",
     "image/gif",
-    "image/jpeg",
+    "image/jpg",
     "text/*",
     "application/problem+json",
     "application/json;q=0",

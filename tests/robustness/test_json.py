@@ -218,6 +218,8 @@ def test_mixed_depth_is_rejected(send: SendFn, array: list[Any], place: str) -> 
         ({"shape": [1, 1], "dtype": "float32", "data": "not base64!"}, ".data", "is not valid base64"),
         ({"shape": [1, 1], "dtype": "float32", "data": "AAAAA"}, ".data", "is not valid base64"),
         ({"shape": [1, 1], "dtype": "float32", "data": "é"}, ".data", "is not valid base64"),
+        ({"shape": [1, 1], "dtype": "float32", "data": "AA=AAA=="}, ".data", "is not valid base64"),
+        ({"shape": [1, 1], "dtype": "float32", "data": "AA==\nAAAA"}, ".data", "is not valid base64"),
         ({"shape": [1, 1], "dtype": "float32", "data": "AADAfw=="}, ".data[0]", "NaN, infinite"),
         ({"shape": [1, 1], "dtype": "float32", "data": [1e39]}, ".data[0]", "outside the range of float32"),
         ({"shape": [1, 1], "dtype": "float32", "data": [[1]]}, ".data[0]", "is a list, expected a number"),

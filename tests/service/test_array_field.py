@@ -1,6 +1,7 @@
 """Tests of the array field alone: an array in any of its JSON forms is decoded unchanged."""
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,21 @@ def test_base64_decodes_bit_for_bit(array: np.ndarray[Any, Any]) -> None:
     assert parsed.dtype == little.dtype
     assert parsed.tobytes() == little.tobytes()
     assert parsed.shape == array.shape
+
+
+@pytest.mark.parametrize("encode", [base64.encodebytes, base64.b64encode])
+@pytest.mark.parametrize("line_break", [b"\n", b"\r\n", b"\r\n\t", b""])
+@pytest.mark.parametrize("padding", [b"=", b""])
+@pytest.mark.parametrize("length", [1, 2, 3, 58, 200, 1_100_003])
+def test_base64_may_have_line_breaks_and_no_padding(
+    encode: Callable[[bytes], bytes], line_break: bytes, padding: bytes, length: int
+) -> None:
+    content = np.random.default_rng(0).bytes(length)
+    text = encode(content).replace(b"\n", line_break).replace(b"=", padding)
+    escaped = text.replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+    for data in (text.decode(), memoryview(escaped)):
+        parsed = parse_array({"shape": [length], "dtype": "uint8", "data": data})
+        assert parsed.tobytes() == content
 
 
 @given(array=ARRAYS)

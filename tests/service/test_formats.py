@@ -239,8 +239,9 @@ def test_metadata_options_work_on_every_endpoint(send: SendFn, rng: np.random.Ge
     assert len(learned["bias"]) == 1
 
 
-def test_torch_metadata_is_not_an_option(send: SendFn) -> None:
-    content = safetensors.numpy.save({"input": np.ones((2, 2))}, metadata={"format": "pt"})
+@pytest.mark.parametrize("metadata", [{"format": "pt"}, {"ss_tag": "{}", "title": "a kernel", "mod": "same"}])
+def test_metadata_of_other_programs_is_ignored(send: SendFn, metadata: dict[str, str]) -> None:
+    content = safetensors.numpy.save({"input": np.ones((2, 2))}, metadata=metadata)
     assert post_file(send, content, SAFETENSORS, kernel="identity").json()["output"] == [[1, 1], [1, 1]]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.sample_files import JSON, NPY, NPZ, PNG, SAFETENSORS
+from tests.sample_files import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, TIFF, WEBP
 from tests.servers import SendFn
 from tests.service.json_requests import COMPRESSIBLE_BODY, post_json, send_raw_request
 
@@ -37,9 +37,14 @@ TYPE_BY_ACCEPT = {
     "application/json;q=0, */*": NPY,
     "application/*;q=0, */*": PNG,
     "application/*;q=0, application/x-npz;q=0.1": NPZ,
-    "text/html, application/xhtml+xml, application/xml;q=0.9, image/avif, image/webp, image/apng, */*;q=0.8": JSON,
+    "image/jpeg": JPEG,
+    "image/webp": WEBP,
+    "image/tiff": TIFF,
+    "image/tiff, image/webp": WEBP,
+    "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8": JSON,
+    "text/html, application/xhtml+xml, application/xml;q=0.9, image/avif, image/webp, image/apng, */*;q=0.8": WEBP,
     "image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5": PNG,
-    "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2": JSON,
+    "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2": JPEG,
     "application/x-nonsense, application/x-npy;q=0.1": NPY,
     "application/json, application/problem+json": JSON,
     "  image/png  ": PNG,

@@ -12,10 +12,10 @@ import numpy as np
 import safetensors.numpy
 from backports import zstd
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tests import reference
-from tests.sample_files import COMPRESS_BY_CODING, JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, save_npy
+from tests.sample_files import COMPRESS_BY_CODING, JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, TIFF, WEBP, save_npy
 from tests.traffic.exchanges import Request
 
 Array = NDArray[Any]
@@ -38,9 +38,9 @@ def draw_request(rng: np.random.Generator) -> Request:
 
 def draw_correlate(rng: np.random.Generator) -> Request:
     """Draw a correlation of one plane, or of three colour planes, in any format."""
-    media_type = choose(rng, JSON, JSON, NPY, NPZ, SAFETENSORS, PNG, JPEG)
+    media_type = choose(rng, JSON, JSON, NPY, NPZ, SAFETENSORS, PNG, JPEG, WEBP, TIFF)
     rows, columns = draw_side(rng), draw_side(rng)
-    if media_type in (PNG, JPEG):
+    if media_type in (PNG, JPEG, WEBP, TIFF):
         pixels = rng.integers(0, 256, (rows, columns, 3)[: choose(rng, 2, 3)], np.uint8)
         content = save_image(pixels, media_type)
         shown = np.asarray(Image.open(io.BytesIO(content)))
@@ -65,7 +65,7 @@ def draw_correlate(rng: np.random.Generator) -> Request:
         ]
     )
     expected = expected.reshape(*image.shape[:-2], *expected.shape[-2:])
-    accept = choose(rng, JSON, NPY, NPZ, SAFETENSORS, PNG)
+    accept = choose(rng, JSON, NPY, NPZ, SAFETENSORS, PNG, JPEG, WEBP, TIFF)
     return build_request(
         rng, "/correlate", media_type, body, query, accept, lambda response: assert_output(response, expected)
     )
@@ -236,6 +236,9 @@ def parse_arrays(response: httpx.Response) -> dict[str, Any]:
     content, media_type = decode_content(response), response.headers["content-type"]
     if media_type == NPY:
         return {"output": np.load(io.BytesIO(content))}
+    if media_type == TIFF:
+        pages = [np.array(page) for page in ImageSequence.Iterator(Image.open(io.BytesIO(content)))]
+        return {"output": np.stack(pages) if len(pages) > 1 else pages[0]}
     if media_type == NPZ:
         return dict(np.load(io.BytesIO(content)))
     if media_type == SAFETENSORS:
@@ -259,8 +262,17 @@ def decode_json_array(value: Any) -> Array:
 
 
 def assert_output(response: httpx.Response, expected: Array) -> None:
-    """Assert that the output is right to float32 accuracy; in a PNG, to half a grey level and a margin."""
-    if response.headers["content-type"] == PNG:
+    """Assert that the output is right to float32 accuracy, in a PNG to half a grey level and a margin.
+
+    Of JPEG and WebP, only the size is checked.
+    """
+    media_type = response.headers["content-type"]
+    if media_type in (JPEG, WEBP):
+        # Both are lossy, and WebP has no grey.
+        shown = np.asarray(Image.open(io.BytesIO(decode_content(response))))
+        assert shown.shape[:2] == expected.shape[-2:]
+        return
+    if media_type == PNG:
         expected = expected - expected.min()
         if expected.max() > 0:
             expected = expected * (255 / expected.max())

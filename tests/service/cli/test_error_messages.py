@@ -13,7 +13,7 @@ from service.cli.error_messages import replace_http_words
 HTTP_WORDS = re.compile(r"\b(request|response|body|query|send|sent|header field|content-type|accept)\b", re.IGNORECASE)
 
 FOLDER = Path(codecs.__path__[0])
-HTTP_MODULES = {"content_coding.py", "response_options.py", "registry.py", "__init__.py"}
+HTTP_MODULES = {"content_coding.py", "multipart.py", "response_options.py", "registry.py", "__init__.py"}
 """Modules whose messages no command shows."""
 
 

@@ -161,8 +161,8 @@ def test_serve_has_a_flag_for_every_setting() -> None:
         (["correlate", "{x}", "-k", "box(9)"], 'mode "valid" requires it to fit'),
         (["correlate", "{x}", "-k", "box(1)", "--mode", "most"], 'mode "most" is not one of'),
         (
-            ["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.txt"],
-            f"cannot write .txt; supported: {', '.join(WRITABLE_SUFFIXES)}",
+            ["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/y.bmp"],
+            f"cannot write .bmp; supported: {', '.join(WRITABLE_SUFFIXES)}",
         ),
         (["correlate", "{x}", "-k", "box(1)", "-o", "{tmp}/none/y.npy"], "No such file"),
         (["correlate", "{text}", "-k", "box(1)"], f"cannot read .txt; supported: {', '.join(READABLE_SUFFIXES)}"),

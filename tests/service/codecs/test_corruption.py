@@ -29,7 +29,8 @@ def test_damage_raises_only_service_errors(name: str, data: st.DataObject) -> No
 @pytest.mark.parametrize("name", VALID_FILES)
 def test_truncation_anywhere_is_rejected(name: str) -> None:
     decode, content = VALID_FILES[name]
-    for end in range(len(content)):
+    # The end marker of a JPEG may be missing.
+    for end in range(len(content) - (len(b"\xff\xd9") if name.startswith("jpeg") else 0)):
         with pytest.raises(ServiceError):
             decode(content[:end], DECODE_LIMIT_BYTES)
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.codecs.jpeg import decode
-from service.errors import BodyTooLarge, InvalidRequest, NotParseable
+from service.codecs.jpeg import decode, encode
+from service.errors import BodyTooLarge, InvalidRequest, NotAcceptable, NotParseable
 from tests.service.codecs.strategies import (
     DECODE_LIMIT_BYTES,
     Array,
@@ -79,15 +79,6 @@ def test_pixels_match_pillow(mode: str, width: int, height: int, options: dict[s
     np.testing.assert_array_equal(decoded, read_with_pillow(content))
 
 
-def test_exif_orientation_is_not_applied() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = save_jpeg(build_photo("RGB"), exif=exif)
-    np.testing.assert_array_equal(
-        decode(content, DECODE_LIMIT_BYTES), decode(save_jpeg(build_photo("RGB")), DECODE_LIMIT_BYTES)
-    )
-
-
 def test_data_appended_by_phones_is_ignored() -> None:
     np.testing.assert_array_equal(
         decode(SMALL_JPEG + b"\0\0\0\x18ftypmp42" + SMALL_JPEG, DECODE_LIMIT_BYTES),
@@ -137,10 +128,29 @@ def test_bomb_of_scans_is_rejected() -> None:
 
 @pytest.mark.robustness(46)
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
-def test_truncation_anywhere_is_rejected(options: dict[str, Any]) -> None:
-    content = save_jpeg(build_photo("L", 9, 8), **options)
-    for end in range(len(content)):
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_truncation_anywhere_but_in_the_end_marker_is_rejected(mode: str, options: dict[str, Any]) -> None:
+    content = save_jpeg(build_photo(mode, 21, 13), **options)
+    for end in range(len(content) - len(b"\xff\xd9")):
         assert isinstance(assert_decode_rejected(decode, content[:end]), NotParseable)
+    for end in range(len(content) - len(b"\xff\xd9"), len(content)):
+        np.testing.assert_array_equal(decode(content[:end], DECODE_LIMIT_BYTES), read_with_pillow(content))
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((1, 1, 40, 30), (40, 30)), ((3, 40, 30), (3, 40, 30))])
+@pytest.mark.parametrize("clip", [False, True])
+def test_encoded_images_are_scaled_or_clipped(shape: tuple[int, ...], expected: tuple[int, ...], clip: bool) -> None:
+    row, column = np.mgrid[:40, :30]
+    values = np.broadcast_to(40 + 100 * np.sin((row + column) / 9), shape).astype(np.float32)
+    decoded = read_with_pillow(b"".join(encode(values, clip=clip))).astype(float)
+    assert decoded.shape == expected
+    pixels = np.clip(values, 0, 255) if clip else (values - values.min()) * (255 / np.ptp(values))
+    assert np.abs(decoded - pixels.reshape(expected)).max() < 6
+
+
+def test_side_longer_than_the_maximum_is_not_acceptable() -> None:
+    with pytest.raises(NotAcceptable, match="sides of at most 65,500 pixels"):
+        encode(np.zeros((1, 65_501), np.float32))
 
 
 @pytest.mark.robustness(46)

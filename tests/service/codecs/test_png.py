@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from service.codecs.image_options import ImageOptions
 from service.codecs.pillow_images import STRIP_PIXELS
 from service.codecs.png import SIGNATURE, decode, encode
 from service.errors import BodyTooLarge, InvalidRequest, NotParseable
@@ -209,8 +210,24 @@ def test_jpeg_sent_as_png_is_named_in_the_error() -> None:
 
 
 @pytest.mark.robustness(43)
-def test_trailing_bytes_are_rejected() -> None:
-    assert assert_decode_rejected(decode, SMALL_PNG + b"\n").detail == "the PNG image has 1 bytes after its end"
+@pytest.mark.parametrize("trailing", [b"\n", b"\0" * 99, SMALL_PNG])
+def test_trailing_bytes_are_ignored_as_by_libpng(trailing: bytes) -> None:
+    np.testing.assert_array_equal(decode(SMALL_PNG + trailing, DECODE_LIMIT_BYTES), Image.open(io.BytesIO(SMALL_PNG)))
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"gAMA", b"tRNS", b"eXIf"])
+def test_damaged_ancillary_chunks_are_ignored_as_by_libpng(kind: bytes) -> None:
+    damaged = build_chunk(kind, bytes(4))[:-1] + b"!"
+    content = build_png(build_header(2, 2), damaged, build_data_chunk([[1, 2], [3, 4]]))
+    for alpha in ("drop", "keep"):
+        options = ImageOptions.model_validate({"alpha": alpha})
+        assert decode(content, DECODE_LIMIT_BYTES, options=options).tolist() == [[1, 2], [3, 4]]
+
+
+def test_damaged_critical_chunk_is_rejected() -> None:
+    damaged = build_data_chunk([[1]])[:-1] + b"!"
+    error = assert_decode_rejected(decode, build_png(build_header(1, 1), damaged))
+    assert error.detail == "the PNG image is damaged: the CRC of its chunk b'IDAT' does not match"
 
 
 @pytest.mark.parametrize(
