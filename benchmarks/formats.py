@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from core import Cost
-from service.codecs import json, png
+from service.codecs import json
+from service.codecs.images import png
 from service.codecs.registry import FORMATS, Format
 from service.codecs.response_options import ResponseOptions
 from service.scheduling import threads

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import core
-from service import loss_curve
 from service.cli.files import Target, read_array
+from service.codecs import loss_curve
 
 IMAGES = Path(__file__).parent / "images"
 

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.codecs import json, multipart
 from service.codecs.content_coding import COMPRESSORS
-from service.codecs.image_options import ImageOptions
+from service.codecs.images.options import ImageOptions
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS, Format
 from service.middleware.auth import is_public
 from service.negotiation import CONTENT_CODINGS

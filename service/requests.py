@@ -15,7 +15,7 @@ from service.app_state import get_app_state
 from service.codecs.buffers import Buffer
 from service.codecs.content_coding import decompress
 from service.codecs.decode_limits import DecodeCheck
-from service.codecs.image_options import ImageOptions
+from service.codecs.images.options import ImageOptions
 from service.codecs.registry import Format, MetadataOption, check_image_options, predict_decode_seconds
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 from service.context import get_context, get_reservation

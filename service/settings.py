@@ -11,9 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.api_keys import KeyRing, parse_keys, read_keys
-from service.certificates import check_certificate
-from service.forwarding import UNIX_PEER, ProxyOptions, TrustedProxies, is_valid_prefix, parse_trusted_proxies
 from service.kubernetes_variables import is_kubernetes_variable
+from service.server.certificates import check_certificate
+from service.server.forwarding import UNIX_PEER, ProxyOptions, TrustedProxies, is_valid_prefix, parse_trusted_proxies
 
 ENV_PREFIX = "CORR2D_"
 

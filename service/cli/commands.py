@@ -21,11 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 import core
-from service import loss_curve
 from service.cli.batch import process_files
 from service.cli.files import STDIO, Target, check_writable, name_input, parse_format, read_array, read_kernel
 from service.cli.printing import draw_sparkline, print_array, round_significant
-from service.codecs import json_encoder, npy, npz
+from service.codecs import json_encoder, loss_curve, npy, npz
 
 REDRAW_INTERVAL_S = 0.05
 """Seconds between updates of the progress bar; a step may take only microseconds."""

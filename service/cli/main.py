@@ -4,25 +4,16 @@ Each command imports its modules when it runs, so that `--help` and `version` pr
 seconds.
 """
 
-import os
 import platform
-import shlex
-import signal
-import socket
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
-import structlog
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from service import exit_codes
-from service.api_keys import KeyRing
+from service.cli.exits import load_settings_or_exit, report_errors
 from service.cli.options import (
     EXISTING_FILE,
     PADDING_HELP,
@@ -47,21 +38,8 @@ from service.cli.options import (
     parse_sizes,
 )
 from service.imports import without_garbage_collection
-from service.log import configure_logging, is_json_log
-from service.log_stream import LogStream, open_standard_files
-from service.server.listener import open_unix_listener, stop_accepting
-from service.server.malloc import limit_malloc_arenas
-from service.server.signals import ignore_signals
-from service.settings import ENV_PREFIX, Settings, SettingsError, list_variables, load_settings
+from service.settings import ENV_PREFIX, Settings, list_variables
 from service.version import VERSION
-
-STDOUT_FD = 1
-"""File descriptor of stdout; Python has no stream for it if it was closed at startup."""
-
-LISTEN_BACKLOG = 2048
-"""Number of connections that the system queues until the service accepts them."""
-
-EXAMPLE_COMMAND = """curl --json '{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}' %s/correlate"""
 
 app = typer.Typer(
     name="corr2d",
@@ -75,60 +53,9 @@ app = typer.Typer(
 @add_settings_options
 def serve(**flags: object) -> None:
     """Serve HTTP requests until SIGINT or SIGTERM. Every flag is also a CORR2D_* environment variable."""
-    # Set before torch is loaded, which takes seconds: the first process of a container receives only signals that it
-    # has a handler for. uvicorn shuts down gracefully, then raises the signal again for this handler.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    ignore_signals()
-    limit_malloc_arenas()
-    open_standard_files()
-    # Before the settings are valid: the error of an invalid one is a line of the log.
-    log_format = flags["log_format"] or list_variables().get(f"{ENV_PREFIX}LOG_FORMAT")
-    configure_logging("json" if log_format == "json" else "console")
-    settings = _load_settings(flags)
-    # Here, and not after torch is loaded: the file has just been checked.
-    keys = settings.read_api_keys()
-    listener = _open_listener(settings)
-    try:
-        _serve(settings, listener, keys)
-    finally:
-        if listener.fileno() != -1:
-            # Not closed by a graceful stop: remove the file of a Unix socket.
-            stop_accepting(listener)
+    from service.cli.serve import serve as serve_settings
 
-
-def _serve(settings: Settings, listener: socket.socket, keys: KeyRing | None) -> None:
-    with without_garbage_collection():
-        from core import CoreError, resolve_device
-        from service.server.run import run
-
-    try:
-        resolve_device(settings.device)
-    except CoreError as error:
-        _exit_with_error(f"{ENV_PREFIX}DEVICE {error}", exit_codes.INVALID_SETTINGS)
-    # A LogStream does not block if stdout is a pipe that is not read.
-    LogStream(STDOUT_FD).write(_format_greeting(settings, listener.getsockname()))
-    run(settings, listener, keys)
-
-
-def _format_greeting(settings: Settings, name: str | tuple[str, int]) -> str:
-    """Return the address of the service and a command that tries it; `name` is that of the listening socket."""
-    scheme = "http" if settings.ssl_certfile is None else "https"
-    options = ""
-    if isinstance(name, str):
-        address, url = f"unix:{name}", f"{scheme}://localhost"
-        options += f" --unix-socket {shlex.quote(name)}"
-    else:
-        host, port = name[:2]
-        address = url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-    if settings.ssl_certfile is not None:
-        options += f" --cacert {shlex.quote(str(settings.ssl_certfile))}"
-    if settings.requires_api_key:
-        options += " -H 'X-API-Key: ...'"
-    return (
-        f"corr2d {VERSION} listens on {address} (API docs: /docs, stop: Ctrl-C). Try:\n"
-        f"  {EXAMPLE_COMMAND % url}{options}\n"
-    )
+    serve_settings(flags)
 
 
 @app.command()
@@ -164,7 +91,7 @@ def correlate(
     with without_garbage_collection():
         from service.cli import commands
 
-    with _report_errors():
+    with report_errors():
         commands.correlate(
             inputs,
             kernel,
@@ -205,7 +132,7 @@ def conv2d(
     with without_garbage_collection():
         from service.cli import commands
 
-    with _report_errors():
+    with report_errors():
         commands.conv2d(
             inputs,
             weight,
@@ -246,7 +173,7 @@ def explain(
     with without_garbage_collection():
         from service.cli import commands
 
-    with _report_errors():
+    with report_errors():
         commands.explain(
             parse_sizes(input),
             parse_sizes(kernel),
@@ -367,7 +294,7 @@ def train(
     with without_garbage_collection():
         from service.cli import commands
 
-    with _report_errors():
+    with report_errors():
         commands.train(
             {
                 "input": input,
@@ -425,7 +352,7 @@ def kernels(
         from core import KERNELS, named_kernel
 
     if name is not None:
-        with _report_errors():
+        with report_errors():
             for row in named_kernel(name).tolist():
                 typer.echo("  ".join(f"{value:10.6g}" for value in row))
         return
@@ -439,7 +366,7 @@ def kernels(
 @add_settings_options
 def config(**flags: object) -> None:
     """Show every setting: its value, its origin (flag, environment, default or computed) and its meaning."""
-    given = _load_settings(flags)
+    given = load_settings_or_exit(flags)
     with without_garbage_collection():
         from service.computed_settings import compute_defaults
 
@@ -479,61 +406,3 @@ def main(
     ] = False,
 ) -> None:
     """2-D cross-correlation, Conv2d and learned kernels, as an HTTP service or on files."""
-
-
-@contextmanager
-def _report_errors() -> Iterator[None]:
-    """Report errors that the user can fix as one line on stderr, and exit."""
-    from service.cli.error_messages import EXPECTED_ERRORS, describe_error
-
-    try:
-        yield
-    except EXPECTED_ERRORS as error:
-        message = describe_error(error)
-        if message is None:
-            raise
-        _exit_with_error(message, exit_codes.COMMAND_FAILED)
-
-
-def _load_settings(flags: Mapping[str, object]) -> Settings:
-    try:
-        return load_settings(**flags)
-    except SettingsError as error:
-        _exit_with_error(str(error), exit_codes.INVALID_SETTINGS)
-
-
-def _open_listener(settings: Settings) -> socket.socket:
-    """Return a listening socket. Opened before torch is loaded, so that a port in use is reported at once."""
-    if settings.uds is not None:
-        try:
-            return open_unix_listener(settings.uds, LISTEN_BACKLOG)
-        except OSError as error:
-            _exit_with_error(
-                f"cannot listen on the Unix socket {settings.uds}: {(error.strerror or str(error)).lower()}; "
-                f"choose another path with {ENV_PREFIX}UDS (--uds)",
-                exit_codes.INVALID_SETTINGS,
-            )
-    is_ipv6 = ":" in settings.host
-    try:
-        return socket.create_server(
-            (settings.host, settings.port),
-            family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
-            backlog=LISTEN_BACKLOG,
-            # The address :: accepts IPv4 too, whatever net.ipv6.bindv6only is.
-            dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
-        )
-    except OSError as error:
-        reason = os.strerror(error.errno).lower() if error.errno else str(error)
-        _exit_with_error(
-            f"cannot listen on {settings.host} port {settings.port}: {reason}; "
-            f"choose another address with {ENV_PREFIX}HOST and {ENV_PREFIX}PORT (--host, --port)",
-            exit_codes.INVALID_SETTINGS,
-        )
-
-
-def _exit_with_error(message: str, code: int) -> NoReturn:
-    if is_json_log():
-        structlog.get_logger("corr2d").error(message)
-    else:
-        typer.echo(f"corr2d: {message}", err=True)
-    raise typer.Exit(code)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs import jpeg, json, json_encoder, multipart, npy, npz, png, safetensors, tiff, webp
+from service.codecs import json, json_encoder, multipart, npy, npz, safetensors
 from service.codecs.buffers import Buffer, BufferList
 from service.codecs.decode_limits import DecodeCheck, no_check
 from service.codecs.header_checks import quote_name
-from service.codecs.image_options import ImageOptions
+from service.codecs.images import jpeg, png, tiff, webp
+from service.codecs.images.options import ImageOptions
 from service.codecs.response_options import OutputResponseOptions, ResponseOptions, parse_option
 from service.codecs.signatures import detect_media_type, format_mismatch_error
 from service.errors import FieldError, InvalidRequest, UnsupportedMediaType

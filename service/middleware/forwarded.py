@@ -2,7 +2,7 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.forwarding import ProxyOptions
+from service.server.forwarding import ProxyOptions
 
 
 class ForwardedMiddleware:

@@ -38,11 +38,12 @@ class ServiceInfo(BaseModel):
 )
 async def info(request: Request) -> ServiceInfo:
     """Return versions, devices, engines and settings; `engines` maps each engine to its `method`."""
+    state = get_app_state(request.app)
     return ServiceInfo(
         version=VERSION,
         torch=torch.__version__,
         devices=[DeviceInfo.model_validate(device) for device in describe_devices()],
         engines={name: engine.METHOD for name, engine in ENGINES.items()},
-        threads=torch.get_num_threads(),
-        settings=get_app_state(request.app).settings.model_dump(),
+        threads=state.compute.machine.threads,
+        settings=state.settings.model_dump(),
     )

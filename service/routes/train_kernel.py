@@ -13,11 +13,11 @@ from starlette.responses import Response
 from torch import Tensor
 
 import core
-from service import loss_curve
 from service.app_state import get_app_state
 from service.array_field import Array, ArrayOrNumber, find_first_true
-from service.codecs import png
+from service.codecs import loss_curve
 from service.codecs.buffers import all_within
+from service.codecs.images import png
 from service.codecs.registry import ENCODABLE_FORMATS, Format, ResponseFields
 from service.codecs.response_options import FitResponseOptions
 from service.context import get_context

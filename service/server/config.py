@@ -5,8 +5,8 @@ from typing import Any
 
 from uvicorn.config import Config
 
-from service.forwarding import ProxyOptions
 from service.log import LogFormat
+from service.server.forwarding import ProxyOptions
 from service.server.timeouts import ConnectionLimits
 
 

@@ -4,7 +4,6 @@ The application reports a violation like any other error, with a request ID and 
 """
 
 import asyncio
-import ssl
 from typing import Any, cast
 
 import httptools
@@ -15,7 +14,6 @@ from service.context import get_context
 from service.errors import (
     Busy,
     HTTPVersionNotSupported,
-    MisdirectedRequest,
     NotParseable,
     RequestTimeout,
     ServiceError,
@@ -31,10 +29,10 @@ from service.server.request_checks import (
     check_host,
     check_transfer_coding,
     get_content_length,
+    resolve_target,
     too_large_error,
 )
 from service.server.timeouts import ConnectionPhase, ConnectionProgress
-from service.server.tls import TLSTransport
 from service.server.transport import CoalescingTransport, ParsingFlowControl
 
 MAX_FRAMING_BYTES = 1 << 17
@@ -277,7 +275,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # It does not know 100 Continue (RFC 9110, 10.1.1).
             self.expect_100_continue = False
         if error is None and self.url[:1] != b"/":
-            error = self._check_target()
+            resolved = resolve_target(self.url, self.scheme or "http")
+            if isinstance(resolved, ServiceError):
+                error = resolved
+            else:
+                self.url = resolved
         return error or self._check_limits()
 
     def _check_limits(self) -> ServiceError | None:
@@ -306,23 +308,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return True
         prefix = self.proxy_options.find_prefix(self.client[0] if self.client else None, self.headers)
         return path.removeprefix(prefix.encode()) in ALWAYS_SERVED_PATHS
-
-    def _check_target(self) -> ServiceError | None:
-        """Check a target in absolute form, and give it a path if it has none (RFC 9112, 3.2.2; RFC 9110, 4.2, 7.4)."""
-        scheme, separator, _ = self.url.partition(b"://")
-        if not separator:
-            return None
-        if scheme.lower().decode("latin-1") != self.scheme:
-            shown = scheme[:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
-            return MisdirectedRequest(
-                f"the request target has scheme {shown}; only {self.scheme} is supported: send a path alone"
-            )
-        parsed = httptools.parse_url(self.url)
-        if parsed.userinfo:
-            return NotParseable("the request target names a user, which HTTP does not allow: remove it")
-        if not parsed.path:
-            self.url = b"/?" + parsed.query if parsed.query else b"/"
-        return None
 
     def on_body(self, body: bytes) -> None:
         """Count a part of a body and pass it on."""
@@ -455,43 +440,3 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
         else:
             self.cycle.keep_alive = False
-
-
-class TLSHttpProtocol(LimitedHttpProtocol):
-    """One HTTP connection with TLS."""
-
-    _tls: TLSTransport
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start a connection; its first data are those of the TLS handshake."""
-        assert self.tls is not None  # noqa: S101 - create_config chooses this class only with a certificate
-        self._tls = TLSTransport(transport, self.tls)
-        super().connection_made(cast("asyncio.Transport", self._tls))
-
-    def data_received(self, data: bytes) -> None:
-        """Decrypt received data, and parse or discard their content."""
-        if self.transport.is_lingering:
-            super().data_received(data)
-            return
-        if self.transport.is_closing():
-            return
-        try:
-            content, is_end = self._tls.decrypt(data)
-        except ssl.SSLError:
-            # Not TLS, a client that does not trust the certificate, or a damaged connection.
-            self._tls.close()
-            return
-        if content:
-            super().data_received(content)
-        if is_end:
-            self._tls.close()
-
-    def pause_writing(self) -> None:
-        """Pause the response: the system accepts no more of it."""
-        self._tls.pause_writing()
-        super().pause_writing()
-
-    def resume_writing(self) -> None:
-        """Send what waits, and resume the response once that is sent."""
-        if self._tls.resume_writing():
-            super().resume_writing()

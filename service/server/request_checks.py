@@ -3,8 +3,11 @@
 import math
 import re
 
+import httptools
+
 from service.errors import (
     HeaderTooLarge,
+    MisdirectedRequest,
     NotParseable,
     ServiceError,
     TargetTooLong,
@@ -54,6 +57,27 @@ def check_host(headers: list[tuple[bytes, bytes]], version: str) -> ServiceError
         shown = hosts[0][:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
         return NotParseable(f"the Host header {shown!r} is not a host with an optional port, such as example.com:8000")
     return None
+
+
+def resolve_target(target: bytes, scheme: str) -> bytes | ServiceError:
+    """Return a target in absolute form with a path, if it has none, or an error (RFC 9112, 3.2.2; RFC 9110, 4.2, 7.4).
+
+    Other targets are returned unchanged. `scheme` is that of the connection.
+    """
+    given, separator, _ = target.partition(b"://")
+    if not separator:
+        return target
+    if given.lower().decode("latin-1") != scheme:
+        shown = given[:MAX_SHOWN_TARGET_BYTES].decode("latin-1")
+        return MisdirectedRequest(
+            f"the request target has scheme {shown}; only {scheme} is supported: send a path alone"
+        )
+    parsed = httptools.parse_url(target)
+    if parsed.userinfo:
+        return NotParseable("the request target names a user, which HTTP does not allow: remove it")
+    if parsed.path:
+        return target
+    return b"/?" + parsed.query if parsed.query else b"/"
 
 
 def get_content_length(headers: list[tuple[bytes, bytes]]) -> float:

@@ -15,11 +15,12 @@ from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig
 from service.server.descriptors import fit_descriptor_limit
 from service.server.listener import limit_send_buffers
-from service.server.protocol import LimitedHttpProtocol, TLSHttpProtocol
+from service.server.protocol import LimitedHttpProtocol
 from service.server.server import Server
 from service.server.signals import QUIT_SIGNAL, RELOAD_SIGNAL
 from service.server.supervisor import Supervisor
 from service.server.timeouts import RESERVED_CONNECTIONS, ConnectionLimits
+from service.server.tls_protocol import TLSHttpProtocol
 from service.settings import Settings
 
 

@@ -19,9 +19,9 @@ import pytest
 from backports import zstd
 from PIL import Image
 
-from service import loss_curve
-from service.codecs import content_coding, jpeg, json, multipart, npy, npz, png, safetensors, tiff, webp
+from service.codecs import content_coding, json, loss_curve, multipart, npy, npz, safetensors
 from service.codecs.decode_limits import raise_if_out_of_memory
+from service.codecs.images import jpeg, png, tiff, webp
 from service.codecs.registry import FORMATS, predict_decode_seconds
 from service.codecs.response_options import ResponseOptions
 from service.errors import InvalidRequest, NotParseable, ServiceError
@@ -342,7 +342,7 @@ def test_memory_shortage_is_not_a_client_error() -> None:
     script = (
         "import io, resource\n"
         "from PIL import Image\n"
-        "from service.codecs import jpeg\n"
+        "from service.codecs.images import jpeg\n"
         "file = io.BytesIO()\n"
         "Image.new('L', (8000, 8000)).save(file, 'jpeg')\n"
         "jpeg.decode(file.getvalue(), 1 << 40)\n"

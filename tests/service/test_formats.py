@@ -20,7 +20,7 @@ from service.codecs.header_checks import DTYPES
 from tests.problem_details import assert_first_error
 from tests.sample_files import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, save_npy, save_npz
 from tests.servers import SendFn
-from tests.service.array_formats import (
+from tests.service.samples.array_formats import (
     BODIES,
     ENDPOINTS,
     FIT_ARRAYS,

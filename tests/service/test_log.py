@@ -14,7 +14,7 @@ import pytest
 
 from tests.servers import CORR2D_COMMAND, list_workers, open_client, run_serve_command
 from tests.service.locked_app import ALICE_KEY, CAROL_KEY, WRONG_KEY
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 
 @pytest.mark.slow

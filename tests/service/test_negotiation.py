@@ -6,7 +6,7 @@ import pytest
 
 from tests.sample_files import JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, TIFF, WEBP
 from tests.servers import SendFn
-from tests.service.json_requests import COMPRESSIBLE_BODY, post_json, send_raw_request
+from tests.service.samples.json_requests import COMPRESSIBLE_BODY, post_json, send_raw_request
 
 TYPE_BY_ACCEPT = {
     "": JSON,

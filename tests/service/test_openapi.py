@@ -17,7 +17,7 @@ from openapi_spec_validator import validate
 from PIL import Image
 
 from service.app import create_app
-from service.codecs.image_options import ImageOptions
+from service.codecs.images.options import ImageOptions
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.codecs.response_options import ResponseOptions
 from service.middleware.security_headers import SECURITY_HEADERS

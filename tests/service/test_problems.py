@@ -7,7 +7,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, serve_in_process
-from tests.service.json_requests import post_json
+from tests.service.samples.json_requests import post_json
 
 
 @pytest.mark.parametrize("path", ["/nope", "/correlate/", "/" + "x" * 5000, "/%ff%fe", "/..%2f..%2fetc/passwd"])

@@ -21,8 +21,8 @@ from service.routes.train_kernel import TrainKernelRequest
 from tests.problem_details import assert_first_error, assert_problem
 from tests.sample_files import JSON, NPY, NPZ, SAFETENSORS, save_npy
 from tests.servers import SendFn
-from tests.service.json_requests import ARRAYS, post_with_query
-from tests.service.sample_requests import SMALL_BODY
+from tests.service.samples.json_requests import ARRAYS, post_with_query
+from tests.service.samples.sample_requests import SMALL_BODY
 
 
 def send_headers_only(address: str, request: str) -> bytes:

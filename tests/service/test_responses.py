@@ -13,8 +13,8 @@ from service.codecs.registry import ENCODABLE_FORMATS
 from tests.problem_details import assert_problem
 from tests.sample_files import JSON, NPY, NPZ, PNG, SAFETENSORS, save_npy
 from tests.servers import SendFn
-from tests.service.array_formats import FIT_ARRAYS, post_file, save_stored_npz
-from tests.service.json_requests import COMPRESSIBLE_BODY, post_json, send_raw_request
+from tests.service.samples.array_formats import FIT_ARRAYS, post_file, save_stored_npz
+from tests.service.samples.json_requests import COMPRESSIBLE_BODY, post_json, send_raw_request
 
 
 @pytest.mark.parametrize("accept", ENCODABLE_FORMATS)

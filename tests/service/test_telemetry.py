@@ -15,7 +15,7 @@ from service.app import create_app
 from service.middleware.fast_path import FastPathMiddleware
 from service.settings import Settings
 from tests.servers import open_client, run_serve_command
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from service.codecs import jpeg, multipart, npy, npz, png, safetensors, tiff, webp
+from service.codecs import multipart, npy, npz, safetensors
 from service.codecs.header_checks import DTYPES
+from service.codecs.images import jpeg, png, tiff, webp
 from service.codecs.registry import FORMATS
 
 INPUT_ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)

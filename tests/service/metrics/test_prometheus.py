@@ -24,7 +24,7 @@ from tests.servers import (
     serve_in_process,
     serve_over_tcp,
 )
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 LAYER_REQUEST = {"input": [[1, 2], [3, 4]], "weight": [[1]]}
 FIT_REQUEST = {"input": [[0, 1, 2], [3, 4, 5]], "target": [[0, 1], [3, 4]], "steps": 3}

@@ -9,7 +9,7 @@ from openapi_spec_validator import validate
 from tests.problem_details import assert_problem
 from tests.servers import SendFn
 from tests.service.locked_app import ALICE_KEY, BOB_KEY, OPEN_PATHS, WRONG_KEY
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 LOCKED_PATHS = [
     "/correlate",

@@ -11,7 +11,7 @@ from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, serve_in_process
 from tests.service.locked_app import ALICE_KEY, PAGE_ORIGIN
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 PREFLIGHT_HEADERS = {
     "Origin": PAGE_ORIGIN,

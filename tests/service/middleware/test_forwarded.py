@@ -13,7 +13,7 @@ from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, ServeFn, serve_in_process, serve_over_tcp
 from tests.service.locked_app import ALICE_KEY, OPEN_PATHS, create_locked_app
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 PREFIX = "/api/corr2d"
 PROXY = "127.0.0.1"

@@ -13,7 +13,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.servers import SendFn, open_client, serve_in_process, start_server
 from tests.service.locked_app import ALICE_KEY, BOB_KEY, WRONG_KEY
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 FIT_REQUEST = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "target": [[19, 25], [37, 43]]}
 

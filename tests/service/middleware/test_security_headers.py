@@ -9,7 +9,7 @@ import pytest
 
 from tests.servers import SendFn
 from tests.service.locked_app import OPEN_PATHS
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 
 def parse_policy(response: Any) -> dict[str, str]:

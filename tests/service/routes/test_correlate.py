@@ -12,7 +12,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 
 def encode_base64(array: np.ndarray[Any, Any]) -> dict[str, object]:

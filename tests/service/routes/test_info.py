@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 
 import core
 from service.settings import Settings
@@ -21,5 +20,5 @@ def test_info_lists_versions_devices_engines_and_limits(send: SendFn) -> None:
         "max_compute_mb": pytest.approx(min(2000, memory / 2), abs=1),
     }
     assert info["settings"] == {**Settings(device="cpu").model_dump(), **in_force}
-    assert info["threads"] == torch.get_num_threads()
+    assert info["threads"] == core.usable_cores()
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])

@@ -16,7 +16,7 @@ from service.routes.train_kernel import TrainKernelResponse
 from tests import reference
 from tests.problem_details import assert_first_error
 from tests.servers import SendFn
-from tests.service.sample_requests import D2L_PAIR
+from tests.service.samples.sample_requests import D2L_PAIR
 
 
 def test_d2l_example(send: SendFn) -> None:

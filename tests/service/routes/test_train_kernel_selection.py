@@ -11,7 +11,7 @@ from service.codecs import npz
 from tests import reference
 from tests.problem_details import assert_first_error
 from tests.servers import SendFn
-from tests.service.sample_requests import D2L_PAIR
+from tests.service.samples.sample_requests import D2L_PAIR
 
 
 def test_ridge_path_and_covariance_are_returned_on_request(send: SendFn, rng: np.random.Generator) -> None:

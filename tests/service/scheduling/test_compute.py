@@ -13,7 +13,7 @@ from service.scheduling.admission import Reservation
 from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, ServeFn, create_unlimited_app, serve_in_process, serve_over_tcp
-from tests.service.sample_requests import SMALL_BODY
+from tests.service.samples.sample_requests import SMALL_BODY
 
 
 @pytest.mark.parametrize("serve", [serve_in_process, serve_over_tcp])

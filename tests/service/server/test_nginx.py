@@ -23,7 +23,7 @@ from tests.problem_details import assert_problem
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S
 from tests.robustness.server_process import ServerProcess, start_server_process
 from tests.servers import CORR2D_COMMAND
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 from tests.service.streams import assert_events_arrive_one_by_one
 
 PAGE = (Path(__file__).parents[3] / "docs" / "deployment.md").read_text()

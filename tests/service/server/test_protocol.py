@@ -5,7 +5,7 @@ import pytest
 
 from tests.problem_details import assert_detail, assert_problem
 from tests.robustness.raw_client import RawConnection, build_request_headers, build_upload_headers, send_until_closed
-from tests.service.sample_requests import SMALL_BODY
+from tests.service.samples.sample_requests import SMALL_BODY
 
 
 @pytest.mark.parametrize("version", ["0.9", "2.0", "3.0", "9.9"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import open_client, run_serve_command
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 pytestmark = pytest.mark.slow
 

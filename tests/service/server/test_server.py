@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.servers import CORR2D_COMMAND, list_workers, open_client, run_serve_command
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 
 pytestmark = pytest.mark.slow
 

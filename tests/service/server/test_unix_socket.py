@@ -17,7 +17,7 @@ import pytest
 
 from service.server.listener import open_unix_listener, stop_accepting
 from tests.servers import CORR2D_COMMAND, get_startup_error, list_workers, wait_until_ready
-from tests.service.sample_requests import D2L_EXAMPLE
+from tests.service.samples.sample_requests import D2L_EXAMPLE
 from tests.service.streams import assert_events_arrive_one_by_one
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="the system has no Unix sockets")

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from service.codecs.header_checks import DTYPES
-from service.codecs.png import decode, encode
+from service.codecs.images.png import decode, encode
 from service.errors import NotAcceptable
-from tests.service.codecs.png_files import COLOUR_PIXELS, GREY_PIXELS, encode_and_reread
+from tests.service.codecs.images.png_files import COLOUR_PIXELS, GREY_PIXELS, encode_and_reread
 from tests.service.codecs.strategies import DECODE_LIMIT_BYTES, Array
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from service.codecs.image_options import ImageOptions
-from service.codecs.pillow_images import STRIP_PIXELS
-from service.codecs.png import SIGNATURE, decode, encode
+from service.codecs.images.options import ImageOptions
+from service.codecs.images.pillow_images import STRIP_PIXELS
+from service.codecs.images.png import SIGNATURE, decode, encode
 from service.errors import BodyTooLarge, InvalidRequest, NotParseable
-from tests.service.codecs.png_files import (
+from tests.service.codecs.images.png_files import (
     COLOUR_PIXELS,
     GREY,
     GREY_PIXELS,

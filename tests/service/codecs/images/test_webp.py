@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.codecs.webp import decode, encode
+from service.codecs.images.webp import decode, encode
 from service.errors import BodyTooLarge, InvalidRequest, NotAcceptable, NotParseable
 from tests.service.codecs.strategies import (
     DECODE_LIMIT_BYTES,

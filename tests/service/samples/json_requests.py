@@ -8,7 +8,7 @@ import httpx
 
 from tests.sample_files import JSON
 from tests.servers import SendFn
-from tests.service.sample_requests import SMALL_BODY
+from tests.service.samples.sample_requests import SMALL_BODY
 
 ARRAYS = {
     "/correlate": {"input": [[1, 2], [3, 4]], "kernel": [[1]]},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from service.codecs.png import SIGNATURE, encode
+from service.codecs.images.png import SIGNATURE, encode
 from tests.service.codecs.strategies import Array
 
 GREY, COLOUR, PALETTE, GREY_AND_ALPHA, COLOUR_AND_ALPHA = 0, 2, 3, 4, 6

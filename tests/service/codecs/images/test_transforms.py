@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from service.codecs import jpeg, png, tiff, webp
-from service.codecs.image_options import ImageOptions
-from service.codecs.image_transforms import apply_alpha, read_orientation
-from tests.service.codecs.png_files import build_chunk, build_data_chunk, build_header, build_png
+from service.codecs.images import jpeg, png, tiff, webp
+from service.codecs.images.options import ImageOptions
+from service.codecs.images.transforms import apply_alpha, read_orientation
+from tests.service.codecs.images.png_files import build_chunk, build_data_chunk, build_header, build_png
 from tests.service.codecs.strategies import DECODE_LIMIT_BYTES, Array
 from tests.service.codecs.valid_files import build_16_bit_png
 

@@ -19,16 +19,16 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from service.codecs.buffers import as_little_endian_bytes, join_buffers
 from service.codecs.decode_limits import DecodeCheck, check_size, no_check
-from service.codecs.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
-from service.codecs.image_transforms import (
+from service.codecs.images.options import DEFAULT_IMAGE_OPTIONS, ImageOptions
+from service.codecs.images.pillow_images import check_image_size, read_strips
+from service.codecs.images.transforms import (
     UPRIGHT,
     apply_alpha,
     apply_orientation,
     drop_single_planes,
     iterate_row_blocks,
 )
-from service.codecs.image_values import RGB_CHANNELS
-from service.codecs.pillow_images import check_image_size, read_strips
+from service.codecs.images.values import RGB_CHANNELS
 from service.codecs.signatures import format_mismatch_error
 from service.errors import FieldError, InvalidRequest, NotAcceptable, NotParseable
 

@@ -16,10 +16,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from service.codecs.buffers import join_buffers
 from service.codecs.decode_limits import DecodeCheck, no_check
-from service.codecs.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
-from service.codecs.image_transforms import UPRIGHT, apply_orientation, drop_single_planes, read_orientation
-from service.codecs.image_values import RGB_CHANNELS, convert_to_pixels
-from service.codecs.pillow_images import check_image_size, check_side, decode_pixels, encode_pixels
+from service.codecs.images.options import DEFAULT_IMAGE_OPTIONS, ImageOptions
+from service.codecs.images.pillow_images import check_image_size, check_side, decode_pixels, encode_pixels
+from service.codecs.images.transforms import UPRIGHT, apply_orientation, drop_single_planes, read_orientation
+from service.codecs.images.values import RGB_CHANNELS, convert_to_pixels
 from service.codecs.signatures import format_mismatch_error
 from service.errors import FieldError, InvalidRequest, NotParseable
 

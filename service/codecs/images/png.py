@@ -19,8 +19,9 @@ from PIL.PngImagePlugin import PngImageFile
 
 from service.codecs.buffers import join_buffers
 from service.codecs.decode_limits import DecodeCheck, no_check, raise_if_out_of_memory
-from service.codecs.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
-from service.codecs.image_transforms import (
+from service.codecs.images.options import DEFAULT_IMAGE_OPTIONS, ImageOptions
+from service.codecs.images.pillow_images import MAX_SIDE_PIXELS, PixelMode, check_image_size, decode_pixels, read_strips
+from service.codecs.images.transforms import (
     UPRIGHT,
     apply_alpha,
     apply_orientation,
@@ -28,9 +29,8 @@ from service.codecs.image_transforms import (
     iterate_row_blocks,
     read_orientation,
 )
-from service.codecs.image_values import RGB_CHANNELS, convert_to_pixels
+from service.codecs.images.values import RGB_CHANNELS, convert_to_pixels
 from service.codecs.inflate import inflate
-from service.codecs.pillow_images import MAX_SIDE_PIXELS, PixelMode, check_image_size, decode_pixels, read_strips
 from service.codecs.signatures import format_mismatch_error
 from service.errors import NotParseable
 

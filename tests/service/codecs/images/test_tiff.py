@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image, ImageSequence
 
-from service.codecs import tiff
 from service.codecs.header_checks import DTYPES
-from service.codecs.image_options import ImageOptions
-from service.codecs.tiff import decode, encode
+from service.codecs.images import tiff
+from service.codecs.images.options import ImageOptions
+from service.codecs.images.tiff import decode, encode
 from service.errors import BodyTooLarge, InvalidRequest, NotAcceptable, NotParseable
 from tests.service.codecs.strategies import (
     DECODE_LIMIT_BYTES,

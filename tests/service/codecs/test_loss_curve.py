@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import core
-from service import loss_curve
+from service.codecs import loss_curve
 
 pytestmark = pytest.mark.slow
 
@@ -384,7 +384,7 @@ def test_matplotlibrc_has_no_effect(tmp_path: Path) -> None:
         "font.size: 30\nsvg.fonttype: path\nlines.linewidth: 20\nbackend: template\n"
     )
     script = (
-        "import sys; from service import loss_curve; assert 'matplotlib' not in sys.modules; "
+        "import sys; from service.codecs import loss_curve; assert 'matplotlib' not in sys.modules; "
         f"fields = {build_fields()!r}; "
         "sys.stdout.buffer.write(loss_curve.draw_svg(fields) + loss_curve.draw_png(fields)); "
         "assert 'matplotlib.pyplot' not in sys.modules"

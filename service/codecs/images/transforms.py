@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs.decode_limits import DecodeCheck
-from service.codecs.image_options import ImageOptions
+from service.codecs.images.options import ImageOptions
 
 BLOCK_PIXELS = 2**18
 """Pixels that are processed at a time."""

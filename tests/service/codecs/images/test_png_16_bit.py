@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from service.codecs.pillow_images import STRIP_PIXELS
-from service.codecs.png import decode
+from service.codecs.images.pillow_images import STRIP_PIXELS
+from service.codecs.images.png import decode
 from service.errors import BodyTooLarge, NotParseable
-from tests.service.codecs.png_files import (
+from tests.service.codecs.images.png_files import (
     COLOUR,
     COLOUR_AND_ALPHA,
     GREY,

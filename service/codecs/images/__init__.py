@@ -1,0 +1,1 @@
+"""Codecs of images: PNG, JPEG, WebP and TIFF."""
