@@ -105,7 +105,7 @@ def estimate_decode_seconds(content: bytes | bytearray | memoryview) -> float:
         if FORTRAN_ORDER_PATTERN.search(header):
             size = ITEM_SIZE_PATTERN.search(header)
             numbers = len(content) / int(size[1] if size else 1)
-            seconds += numbers * (15e-9 if header.count(b",") <= MAX_COMMAS_UP_TO_4D else 45e-9)
+            seconds += numbers * (8e-9 if header.count(b",") <= MAX_COMMAS_UP_TO_4D else 25e-9)
     return seconds
 
 

@@ -45,7 +45,7 @@ def measure_slowest_livez(address: str, **request: Any) -> tuple[float, float]:
 def test_compiling_for_a_request_pauses_nothing(cold_server: ServerProcess, size: int) -> None:
     body = {"input": [[1.0] * size] * size, "kernel": [[1.0, 2.0]] * (size // 2), "dtype": "float64"}
     slowest, seconds = measure_slowest_livez(cold_server.address, url=f"{cold_server.address}/correlate", json=body)
-    assert seconds > 0.2  # includes a compilation
+    assert seconds > 0.05  # includes a compilation
     assert slowest < 0.5 * seconds
 
 

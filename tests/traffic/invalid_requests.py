@@ -51,9 +51,9 @@ def http_errors() -> Iterator[Request]:
     for path in ("/nope", "/correlate/", "/%ff%fe", "/..%2f..%2fetc/passwd", "/" + "x" * 5000):
         yield Request(f"no path {path[:20]}", path, method="GET", status=404)
     good = '{"input": [[1]], "kernel": [[1]]}'
-    for media_type in ("text/plain", "multipart/form-data; boundary=x", "image/gif", ";"):
+    for media_type in ("text/plain", "multipart/mixed; boundary=x", "image/gif", ";"):
         yield build_rejected_request(f"18 {media_type}", 415, good, media_type)
-    for accept in ("text/html", "image/webp", "application/pdf;q=1"):
+    for accept in ("text/html", "image/avif", "application/pdf;q=1"):
         yield build_rejected_request(f"19 {accept}", 406, good, Accept=accept)
     for coding in ("br", "compress", "gzip, gzip"):
         yield build_rejected_request(f"20 {coding}", 415, good, Content_Encoding=coding)
@@ -136,7 +136,6 @@ def invalid_binary_bodies() -> Iterator[Request]:
         ("42 ../", 400, NPZ, build_zip(("../input.npy", plain))),
         ("42 twice", 400, NPZ, build_zip(("input.npy", plain), ("input.npy", plain))),
         ("43 trailing", 400, NPY, plain + b"\x00"),
-        ("43 trailing", 400, PNG, save_image(pixels, PNG) + b"x" * 1000),
         ("44 complex", 422, NPY, save_npy(np.ones((3, 3), np.complex64))),
         ("44 named fields", 422, NPY, save_npy(np.ones((3, 3), [("x", "<f4"), ("y", "<f4")]))),
         ("45 2^63", 400, SAFETENSORS, build_safetensors({"input": build_tensor_entry([1], 0, 4)}, bytes(4), 2**63)),
