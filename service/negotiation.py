@@ -30,7 +30,7 @@ MEDIA_TYPE_ADVICE = {
         ("image/heic", "image/heif", "image/heic-sequence", "image/heif-sequence", "image/avif"), HEIF_ADVICE
     ),
 }
-"""How to send a body whose media type is not supported."""
+"""Advice for bodies by their media type, which is not supported."""
 
 MAX_ACCEPT_BYTES = 8192
 MAX_ACCEPT_PARTS = 200

@@ -152,7 +152,9 @@ def _describe_solution(
     if overflow := _describe_overflow(descent):
         return overflow
     rank_note = describe_analysis_rank(analysis, forecast.unknowns)
-    least_norm = analysis is not None and (yield from analysis.has_least_norm())
+    least_norm = False
+    if analysis is not None and rank_note is not None:
+        least_norm = yield from analysis.has_least_norm()
     if isinstance(analysis, ConstrainedAnalysis):
         return describe_constrained(
             run.options, analysis, descent.final_loss, r_squared, rank_note, least_norm=least_norm

@@ -183,7 +183,7 @@ class Target:
 
     @property
     def holds_names(self) -> bool:
-        """Whether the format holds several arrays by name."""
+        """True if the format holds several arrays by name."""
         return FILE_FORMATS[self.suffix].has_named_arrays
 
     def __str__(self) -> str:

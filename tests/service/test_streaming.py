@@ -13,10 +13,9 @@ from service.app_state import get_app_state
 from service.streaming import EVENT_STREAM, FIRST_STEPS, NDJSON
 from tests.problem_details import assert_first_error
 from tests.servers import SendFn, create_unlimited_app, start_server
+from tests.service.streams import SLOW_FIT_REQUEST
 
 D2L_PAIR = {"input": [[1, 1, 0, 0, 0, 0, 1, 1]] * 6, "target": [[0, -1, 0, 0, 0, 1, 0]] * 6, "seed": 1}
-LONG_FIT_REQUEST = {**D2L_PAIR, "loss": "huber", "steps": 1_000_000, "learning_rate": 1e-9}
-"""A fit that takes minutes."""
 
 
 def parse_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -100,7 +99,7 @@ def test_rejection_before_the_first_event_is_a_problem(
 @pytest.mark.slow
 def test_deadline_in_a_stream_is_its_last_event() -> None:
     with start_server(create_unlimited_app(timeout_s=1)) as address:
-        response = httpx.post(f"{address}/train-kernel", json=LONG_FIT_REQUEST, headers={"Accept": NDJSON}, timeout=60)
+        response = httpx.post(f"{address}/train-kernel", json=SLOW_FIT_REQUEST, headers={"Accept": NDJSON}, timeout=60)
     *_, (name, problem) = parse_events(response)
     assert name == "error"
     assert problem["status"] == 504
@@ -113,7 +112,7 @@ def test_disconnected_client_stops_the_fit_within_a_step(accept: str) -> None:
     app = create_unlimited_app()
     with start_server(app) as address:
         with httpx.Client(base_url=address, timeout=0.5) as client:
-            request = client.build_request("POST", "/train-kernel", json=LONG_FIT_REQUEST, headers={"Accept": accept})
+            request = client.build_request("POST", "/train-kernel", json=SLOW_FIT_REQUEST, headers={"Accept": accept})
             # A stream starts at once; a JSON response would arrive after minutes.
             with suppress(httpx.ReadTimeout):
                 client.send(request, stream=True)

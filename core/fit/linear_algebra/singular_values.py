@@ -105,8 +105,11 @@ class FactorSpectrum:
 
     def _null_space(self, block: SupportsIndex) -> Interruptible[Floats]:
         """Return an orthonormal basis of a block's null space, in columns."""
-        free = ~self._identified[block]
-        return (yield from orthonormalize(self._scale[block] * self._right[block][free].T))
+        vectors: Floats = self._right[block][~self._identified[block]].T
+        if (self._scale[block] == 1).all():
+            # Singular vectors are orthonormal already.
+            return vectors
+        return (yield from orthonormalize(self._scale[block] * vectors))
 
     def _pseudoinverse(self, values: Unknowns) -> Interruptible[Unknowns]:
         """Apply the pseudoinverse of F, of least norm in scaled units."""

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.certificates import Certificate, create_certificate
+from tests.certificates import Certificate
 from tests.problem_details import assert_problem
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S
 from tests.robustness.server_process import ServerProcess, start_server_process
@@ -109,15 +109,6 @@ class ServiceBehindNginx:
                     return str(json.loads(line)["client"])
             assert time.monotonic() < deadline
             time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Certificate]:
-    certificate = create_certificate(tmp_path_factory.mktemp("tls"))
-    with pytest.MonkeyPatch.context() as patch:
-        # httpx trusts it.
-        patch.setenv("SSL_CERT_FILE", str(certificate.certfile))
-        yield certificate
 
 
 @pytest.fixture(scope="module", params=list(SETUPS.values()), ids=list(SETUPS))

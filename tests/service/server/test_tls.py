@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from service.server.timeouts import RESERVED_CONNECTIONS
-from tests.certificates import Certificate, create_certificate
+from tests.certificates import Certificate
 from tests.problem_details import assert_problem
 from tests.robustness.raw_client import (
     CLIENT_TIMEOUT_S,
@@ -33,15 +33,6 @@ from tests.service.streams import SLOW_FIT_REQUEST, assert_events_arrive_one_by_
 pytestmark = pytest.mark.slow
 
 SHORT_TIMEOUTS = {"CORR2D_IDLE_TIMEOUT_S": "1", "CORR2D_BODY_TIMEOUT_S": "1", "CORR2D_SEND_TIMEOUT_S": "1"}
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Certificate]:
-    """A certificate that httpx and RawConnection trust."""
-    certificate = create_certificate(tmp_path_factory.mktemp("tls"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSL_CERT_FILE", str(certificate.certfile))
-        yield certificate
 
 
 @pytest.fixture(scope="module")
