@@ -104,10 +104,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._running_cycle: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start a connection; if there are too many, evict the one that is first in the eviction order.
+        """Start a connection; if there are too many, evict those that are first in the eviction order.
 
-        If none may be evicted, this one serves health checks and responds to all else with 503, or is aborted if even
-        the reserved connections are in use.
+        If none may be evicted, this one serves health checks and responds to all else with 503. If even the reserved
+        connections are in use, it takes the place of the oldest of them, or is aborted if all of them work.
         """
         coalescing = CoalescingTransport(transport, self.loop, self._is_incomplete, self._is_last)
         super().connection_made(cast("asyncio.Transport", coalescing))
@@ -116,10 +116,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.client = convert_mapped_address(self.client[0]), self.client[1]
         above = len(self.connections) - self.server_state.closing_connections - self.limits.connections
         if above > 0:
-            evicted = self.server_state.evict(self.limits, self.loop.time(), exclude=self)
-            self._over_limit = above > evicted
-            if above - evicted > self.limits.reserved:
-                self.transport.abort()
+            self._make_room(above)
+
+    def _make_room(self, above: int) -> None:
+        """Evict `above` other connections, as far as their phases allow that."""
+        state, now = self.server_state, self.loop.time()
+        while above and state.evict(self.limits, now, exclude=self):
+            above -= 1
+        if above > self.limits.reserved and not state.evict_above_limit():
+            self.transport.abort()
+        if above:
+            self._over_limit = True
+            state.connections_above_limit[self] = None
 
     def evict(self) -> bool:
         """End the connection in favour of another; return False if its current phase does not allow that."""
@@ -153,6 +161,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
             get_context(cast("dict[str, Any]", cycle.scope)).is_disconnected = True
+        self.server_state.connections_above_limit.pop(self, None)
         if self._is_evicted:
             self.server_state.closing_connections -= 1
         self._unparsed = b""

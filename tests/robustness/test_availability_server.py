@@ -4,6 +4,7 @@ import math
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -304,6 +305,20 @@ def test_health_responds_at_any_number_of_connections(tmp_path: Path, what: str)
         for _ in range(10):
             with open_partial_requests(server_process.address, 20, PARTIAL_REQUESTS[what]):
                 assert_healthy(server_process.address, 1)
+
+
+@pytest.mark.robustness(80)
+def test_simultaneous_health_checks_do_not_evict_each_other(tmp_path: Path) -> None:
+    health_check = build_request_headers("GET /livez HTTP/1.1")
+    with (
+        start_server_process(tmp_path / "log", CORR2D_CONNECTIONS="10") as server_process,
+        open_partial_requests(server_process.address, 10, PARTIAL_REQUESTS["a body"]),
+    ):
+        for _ in range(3):
+            server_process.process.send_signal(signal.SIGSTOP)
+            with open_partial_requests(server_process.address, 60, health_check) as connections:
+                server_process.process.send_signal(signal.SIGCONT)
+                assert [connection.read_response().status_code for connection in connections] == 60 * [200]
 
 
 @pytest.mark.robustness(80)

@@ -112,6 +112,7 @@ def test_eviction_order() -> None:
         FakeConnection(ConnectionPhase.BODY, last_progress=ConnectionProgress(ConnectionPhase.BODY, 0, now + 9)),
         FakeConnection(ConnectionPhase.BODY, last_progress=ConnectionProgress(ConnectionPhase.IDLE, 0, now + 1)),
         FakeConnection(ConnectionPhase.SENDING, last_progress=ConnectionProgress(ConnectionPhase.SENDING, 0, now + 90)),
+        FakeConnection(ConnectionPhase.IDLE, last_progress=ConnectionProgress(ConnectionPhase.IDLE, 0, now + 7.95)),
         FakeConnection(ConnectionPhase.WORKING, last_progress=ConnectionProgress(ConnectionPhase.WORKING, 0, now)),
     ]
     expected = [lingering, old, new, asking, slower, slow, unread]
