@@ -4,6 +4,7 @@ The application reports a violation like any other error, with a request ID and 
 """
 
 import asyncio
+import math
 from typing import Any, cast
 
 import httptools
@@ -45,8 +46,10 @@ A small request takes fifty times its bytes while it waits.
 """
 
 BODY_SLICE_BYTES = 1 << 13
+MIN_UNREAD_BODY_BYTES = 1 << 14
 MAX_CHUNKS_PER_TICK = 1 << 10
-"""Bytes of a body that are parsed at a time, and chunks of it after which other connections are served first."""
+"""Bytes of a body that are parsed at a time; bytes of it that wait until the application has seen the headers, as it may
+respond without the body; and chunks after which other connections are served first."""
 
 MAX_DISCARDED_BYTES = 1 << 22
 """Body bytes discarded after an early error; closing with unread data would reset the connection.
@@ -81,8 +84,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        # _check_request decides which versions are supported: the strict parser accepts 2.0 and rejects 1.2.
-        self.parser.set_dangerous_leniencies(lenient_version=True)
+        self.parser = self._create_parser()
         self.limits = config.limits
         self.proxy_options = config.proxy_options
         self.tls = config.tls
@@ -100,8 +102,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._rejected = False
         self._discarded_bytes = 0
         self._acknowledged_bytes = 0
-        self._unparsed = b""
+        self._unparsed: bytes | memoryview = b""
         self._running_cycle: RequestResponseCycle | None = None
+
+    def _create_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        # _check_request decides which versions are supported: the strict parser accepts 2.0 and rejects 1.2.
+        parser.set_dangerous_leniencies(lenient_version=True)
+        return parser
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start a connection; if there are too many, evict those that are first in the eviction order.
@@ -195,8 +203,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._rejected or self.transport.is_lingering:
             self._discard(size)
         elif self._unparsed:
-            self._unparsed += data
-        elif size <= HEADER_SLICE_BYTES:
+            self._unparsed = b"".join((self._unparsed, data))
+        elif size <= HEADER_SLICE_BYTES and not self._in_body:
             self._parse(data)
         else:
             self._feed(memoryview(data))
@@ -204,19 +212,39 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _feed(self, data: memoryview) -> None:
         """Parse slice by slice, until other connections have to be served."""
         self._chunks = 0
-        while data:
-            size = BODY_SLICE_BYTES if self._in_body else HEADER_SLICE_BYTES
+        while data := self._skip_body(data):
+            was_in_body = self._in_body
+            size = BODY_SLICE_BYTES if was_in_body else HEADER_SLICE_BYTES
             self._parse(data[:size])
             data = data[size:]
             if self._rejected:
                 return
+            if self._in_body and not was_in_body and len(data) >= MIN_UNREAD_BODY_BYTES:
+                self._unparsed = data
+                self.loop.call_soon(self._feed_unparsed)
+                return
             if data and (self.pipeline or self._chunks > MAX_CHUNKS_PER_TICK):
-                self._unparsed = bytes(data)
+                self._unparsed = data
                 self.flow.pause_reading()
                 self.flow.has_unparsed_data = True
                 if not self.pipeline:
                     self.loop.call_soon(self._feed_unparsed)
                 return
+
+    def _skip_body(self, data: memoryview) -> memoryview:
+        """Return the data after the body of a request that has its response; parsing the body takes longer."""
+        if not self._in_body or not self.cycle.response_complete:
+            return data
+        missing = get_content_length(self.headers) - self._body_bytes
+        if math.isinf(missing):
+            # It is chunked, and the connection is about to be closed.
+            return data
+        rest = data[int(missing) :]
+        self._body_bytes += len(data) - len(rest)
+        if len(data) >= missing:
+            self._in_body = False
+            self.parser = self._create_parser()
+        return rest
 
     def _parse(self, data: bytes | memoryview) -> None:
         self._framing_bytes += len(data)

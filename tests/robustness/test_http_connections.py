@@ -3,6 +3,7 @@
 import itertools
 import ssl
 import threading
+import time
 
 import pytest
 
@@ -72,6 +73,30 @@ def test_pipelined_responses_to_any_body_are_in_order(address: str) -> None:
             else:
                 assert_problem(response, 422)
         sender.join()
+
+
+@pytest.mark.robustness(16)
+@pytest.mark.parametrize("ends", [(-1,), (0, -1), (200, 201, -1), (9, 100_000, -1), (100_000, 130_000), (150_000,)])
+def test_connection_is_kept_after_a_rejection_before_the_body(address: str, ends: tuple[int, ...]) -> None:
+    """Rejected requests whose bodies arrive in parts, which end at these bytes or, for -1, within the next request."""
+    size = 150_000
+    # A body that would be two requests if it were parsed.
+    body = (build_request_headers("GET /readyz HTTP/1.1") * size)[:size]
+    rejected = build_upload_headers("Accept: image/gif", f"Content-Length: {size}")
+    with RawConnection(address) as connection:
+        for number in range(3):
+            next_request = build_request_headers(LIVEZ_LINE, f"X-Request-ID: {number}")
+            content = rejected + body + next_request
+            begin = 0
+            for end in (*(len(rejected) + end if end >= 0 else len(content) - 5 for end in ends), len(content)):
+                connection.send(content[begin:end])
+                # Any response comes before the next part.
+                time.sleep(0.05)
+                begin = end
+            assert_problem(connection.read_response(), 406)
+            response = connection.read_response()
+            assert response.status_code == 200
+            assert response.headers["x-request-id"] == str(number)
 
 
 @pytest.mark.robustness(16)
