@@ -48,8 +48,8 @@ A small request takes fifty times its bytes while it waits.
 BODY_SLICE_BYTES = 1 << 13
 MIN_UNREAD_BODY_BYTES = 1 << 14
 MAX_CHUNKS_PER_TICK = 1 << 10
-"""Bytes of a body that are parsed at a time; bytes that wait until the application has seen the headers, as it may respond
-without the body; and chunks after which other connections are served first."""
+"""Bytes of a body that are parsed at a time; bytes that wait until the application has seen the headers, because it may
+respond without the body; and chunks after which other connections are served first."""
 
 MAX_DISCARDED_BYTES = 1 << 22
 """Body bytes discarded after an early error; closing with unread data would reset the connection.
