@@ -49,8 +49,12 @@ def extract_window(images: Tensor, rows: Pair, columns: Pair, boundary: Boundary
     if images.device.type != "cpu" or images.requires_grad:
         return functional.pad(inside, border, value=fill_value)
     # torch would copy a large image with several threads, which wait for each other if other programs use the cores.
-    window = np.full((*images.shape[:-2], rows[1] - rows[0], columns[1] - columns[0]), fill_value, inside.numpy().dtype)
-    window[..., border[2] : border[2] + bottom - top, border[0] : border[0] + right - left] = inside.numpy()
+    window = np.empty((*images.shape[:-2], rows[1] - rows[0], columns[1] - columns[0]), inside.numpy().dtype)
+    first_row, first_column = border[2], border[0]
+    last_row, last_column = first_row + bottom - top, first_column + right - left
+    window[..., :first_row, :] = window[..., last_row:, :] = fill_value
+    window[..., first_row:last_row, :first_column] = window[..., first_row:last_row, last_column:] = fill_value
+    window[..., first_row:last_row, first_column:last_column] = inside.numpy()
     return torch.from_numpy(window)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from core import ENGINES, Problem
+from core import ENGINES, Dtype, Problem
 
 PLANE = Problem(batch=1, channels=1, height=64, width=64, filters=1, kernel_height=3, kernel_width=3, rank=1)
 
@@ -22,6 +22,21 @@ def supports_steps(engine: str) -> bool:
     return _supports_like_plane(engine, replace(PLANE, stride=(2, 2))) and _supports_like_plane(
         engine, replace(PLANE, dilation=(2, 2))
     )
+
+
+def supports_kernel_sizes(engine: str) -> bool:
+    """Return whether the engine supports kernels of other sizes than 3 x 3."""
+    return _supports_like_plane(engine, replace(PLANE, kernel_height=4, kernel_width=5))
+
+
+def supports_groups(engine: str) -> bool:
+    """Return whether the engine supports groups, if it supports layers."""
+    return _supports_like_plane(engine, replace(PLANE, channels=2, filters=2, groups=2))
+
+
+def supports_dtype(engine: str, dtype: Dtype) -> bool:
+    """Return whether the engine supports the dtype."""
+    return _supports_like_plane(engine, replace(PLANE, dtype=dtype))
 
 
 def _supports_like_plane(engine: str, problem: Problem) -> bool:

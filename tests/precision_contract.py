@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core import ENGINES, Dtype
-from tests.engine_properties import supports_layers, supports_steps
+from tests.engine_properties import supports_groups, supports_kernel_sizes, supports_layers, supports_steps
 from tests.reference import NUMPY_PAD_MODES
 
 Array = NDArray[Any]
@@ -49,8 +49,9 @@ class Case:
 def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
     """Draw a random problem that the engine supports."""
     single = not supports_layers(engine) or rng.random() < 0.3
-    groups = 1 if single else int(rng.choice([1, 1, 2, 3]))
-    depth, each = (1, 1) if single else (int(rng.integers(1, 5)), int(rng.integers(1, 4)))
+    groups = 1 if single or not supports_groups(engine) else int(rng.choice([1, 1, 2, 3]))
+    many = 5 if supports_groups(engine) else 40
+    depth, each = (1, 1) if single else (int(rng.integers(1, many)), int(rng.integers(1, many - 1)))
     options: dict[str, Any] = {"groups": groups, "padding": tuple(int(side) for side in rng.choice([0, 0, 1, 4], 4))}
     if supports_steps(engine) and not single:
         for name in ("stride", "dilation"):
@@ -59,6 +60,8 @@ def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
         options["padding_mode"] = str(rng.choice(["zeros", "replicate", "circular"]))
     most = 8 if not single else 34 if engine != "stencil" else 20
     kernel = int(rng.integers(1, most)), int(rng.integers(1, most))
+    if not supports_kernel_sizes(engine):
+        kernel = 3, 3
     down, across = options.get("dilation", (1, 1))
     sides = (
         int(rng.integers(20, 90)) + (kernel[0] - 1) * down,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from core.arrays import ConvolveFn
-from core.engines import block_fft, column_fft, implicit_gemm, separable, stencil, torch_conv, torch_fft
+from core.engines import block_fft, column_fft, implicit_gemm, separable, stencil, torch_conv, torch_fft, winograd
 from core.machine import Machine
 from core.problem import Problem, SliceUnits
 
@@ -16,7 +16,7 @@ class Engine(Protocol):
     """One algorithm for 2-D cross-correlation."""
 
     METHOD: str
-    """The family of algorithms: direct, fft or separable."""
+    """The family of algorithms: direct, winograd, fft or separable."""
 
     def unsupported_reason(self, problem: Problem, /) -> str | None:
         """Return the reason why the engine cannot compute the problem, or None."""
@@ -43,6 +43,7 @@ class Engine(Protocol):
 ENGINES: Mapping[str, Engine] = {
     "stencil": stencil,
     "implicit_gemm": implicit_gemm,
+    "winograd": winograd,
     "torch": torch_conv,
     "separable": separable,
     "column_fft": column_fft,

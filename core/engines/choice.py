@@ -11,7 +11,7 @@ from core.machine import Machine, this_machine
 from core.problem import Problem
 from core.validation import require_one_of
 
-Method = Literal["auto", "direct", "fft", "separable"]
+Method = Literal["auto", "direct", "winograd", "fft", "separable"]
 
 MAX_RANK_CHECK_FRACTION = 0.1
 """Largest time of a rank check that finds no low rank, as a fraction of the predicted time."""

@@ -180,7 +180,10 @@ def _polyphase(problem: Problem, pixels: Plane, size: Pair, machine: Machine) ->
     (down, rows), (across, pitch) = (_phase_count_and_size(problem, axis, size[axis]) for axis in (0, 1))
     phases = np.empty((count, channels, down, across, rows, pitch), pixels.dtype)
     per_task = _items_per_task(count * channels * down, 20 * phases.size / machine.flops, machine)
-    polyphase_pipeline(problem.dtype)(pixels, *problem.stride, per_task, phases)
+    step_down, step_across = problem.stride
+    furthest = (rows - 1) * step_down + down, (pitch - 1) * step_across + across
+    clamped = furthest[0] > pixels.shape[2] or furthest[1] > pixels.shape[3]
+    polyphase_pipeline(problem.dtype, clamped)(pixels, step_down, step_across, per_task, phases)
     of_channel = down * across * rows * pitch
     length = channels // problem.groups * of_channel
     return _flatten_source(problem, phases, (channels * of_channel, of_channel, rows * pitch, pitch), length)

@@ -92,15 +92,20 @@ def bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
 
 
 @pipelines.cached_pipeline
-def polyphase_pipeline(dtype: Dtype) -> PipelineSpec:
-    """Define a pipeline: images (N, C, H, W), strides, planes per task -> (N, C, down, across, rows, columns)."""
+def polyphase_pipeline(dtype: Dtype, clamped: bool) -> PipelineSpec:
+    """Define a pipeline: images (N, C, H, W), strides, planes per task -> (N, C, down, across, rows, columns).
+
+    If `clamped`, pixels beyond the images are those at their ends; otherwise none may be read, which is faster.
+    """
     hl, number, lanes = halide_jit.import_halide(), halide_jit.halide_type(dtype), halide_jit.vector_lanes(dtype)
     images = hl.ImageParam(number, 4, "images")
     down, across, per_task = (hl.Param(hl.Int(32), name) for name in ("down", "across", "per_task"))
     x, y, right, below, c, n = (hl.Var(name) for name in ("x", "y", "right", "below", "c", "n"))
     output = hl.Func("output")
-    column = hl.clamp(hl.likely(x * across + right), 0, images.dim(0).extent() - 1)
-    line = hl.clamp(y * down + below, 0, images.dim(1).extent() - 1)
+    column, line = x * across + right, y * down + below
+    if clamped:
+        column = hl.clamp(hl.likely(column), 0, images.dim(0).extent() - 1)
+        line = hl.clamp(line, 0, images.dim(1).extent() - 1)
     output[x, y, right, below, c, n] = images[column, line, c, n]
     names = ("plane", "every", "task", "item", "vector", "lane")
     plane, every, task, item, vector, lane = (hl.Var(name) for name in names)

@@ -25,12 +25,14 @@ MAX_UNROLLED_BYTES = 4_000_000
 """Maximum memory of the unrolled windows of one strip of output rows, in bytes; larger strips are not faster."""
 
 MIN_CHANNELS_LAST_VALUES = 20_000
-"""Minimum number of input values for which the channels-last layout is faster. (The code converts with `.to`:
-`.contiguous` would leave the strides of a single channel unchanged, and torch selects its algorithm by them.)"""
+"""Minimum number of values of single planes for which the channels-last layout is faster; for layers it is slower, as
+it has to be converted. (The code converts with `.to`: `.contiguous` would leave the strides of a single channel
+unchanged, and torch selects its algorithm by them.)"""
 
 CALL_OVERHEAD_S = 3e-5
-LAYOUT_S_PER_VALUE = 1e-9
-"""Seconds per call, and seconds to change the layout of one value of input or output; measured."""
+LAYOUT_S_PER_VALUE, BLOCKING_S_PER_VALUE = 1e-9, 3e-10
+"""Seconds per call, and seconds to change the layout of one value of input or output, by `convolve_tensors` for single
+planes and by torch itself for layers; measured."""
 
 DEPTHWISE_MULTIPLIER_SPEED = 0.3
 """Speed of layers whose groups have one channel and several filters, relative to other layers."""
@@ -71,7 +73,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if problem.channels == problem.groups < problem.filters:
         rate *= DEPTHWISE_MULTIPLIER_SPEED
     work = problem.operations / (rate * machine.flops * machine.threads)
-    return CALL_OVERHEAD_S + LAYOUT_S_PER_VALUE * values / machine.threads + work
+    each_value = LAYOUT_S_PER_VALUE if problem.channels == problem.filters == 1 else BLOCKING_S_PER_VALUE
+    return CALL_OVERHEAD_S + each_value * values / machine.threads + work
 
 
 def _float64_seconds(problem: Problem, machine: Machine) -> float:
@@ -145,7 +148,7 @@ def convolve_tensors(problem: Problem, images: Tensor, weight: Tensor, bias: Ten
     if images.device.type == "cpu":
         if images.dtype == torch.float64:
             return _convolve_by_strips(problem, images, weight, bias, border)
-        if images.numel() >= MIN_CHANNELS_LAST_VALUES:
+        if problem.channels == problem.filters == 1 and images.numel() >= MIN_CHANNELS_LAST_VALUES:
             images, weight = (part.to(memory_format=torch.channels_last) for part in (images, weight))
     with _disable_tf32(images):
         return functional.conv2d(images, weight, bias, problem.stride, border, problem.dilation, problem.groups)

@@ -47,7 +47,7 @@ PngOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or float64")]
-MethodOption = Annotated[str, typer.Option(help="auto, direct, fft or separable")]
+MethodOption = Annotated[str, typer.Option(help="auto, direct, winograd, fft or separable")]
 StrideOption = Annotated[str, typer.Option(help="an integer, or rows,columns")]
 DilationOption = Annotated[str, typer.Option(help="an integer, or rows,columns")]
 PADDING_HELP = "an integer, rows,columns, top,bottom,left,right, valid or same"

@@ -29,6 +29,8 @@ from core.engines import (
     separable,
     stencil,
     value_stats,
+    winograd,
+    winograd_pipelines,
 )
 from core.engines.compilation import compiler_process, pipeline_cache, pipelines
 from core.engines.compilation.pipeline_cache import Argument, ObjectFile
@@ -265,7 +267,7 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     stencil._strided_pipeline: [(...,)],
     implicit_gemm_pipelines.rows_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
     implicit_gemm_pipelines.bands_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
-    implicit_gemm_pipelines.polyphase_pipeline: [(...,)],
+    implicit_gemm_pipelines.polyphase_pipeline: [(..., clamped) for clamped in (False, True)],
     separable._passes_pipeline: [(...,)],
     low_rank_factors.cross_approximation_pipeline: [()],
     column_fft._strip_pipeline: [
@@ -274,6 +276,9 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     block_fft_pipelines.block_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
     block_fft_pipelines.kernel_spectrum_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
     value_stats._stats_pipeline: [(...,)],
+    winograd_pipelines.kernel_pipeline: [()],
+    winograd_pipelines.stats_pipeline: [(lanes,) for lanes in (4, 8, 16)],
+    winograd_pipelines.layer_pipeline: [(*tile, 4) for tile in winograd.GEMM_TILES.values()],
 }
 """Every compiled pipeline and its arguments; `...` stands for the dtype."""
 

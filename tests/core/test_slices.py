@@ -8,9 +8,18 @@ import core
 from core import ENGINES, Problem
 from core.engines import run, slices
 from core.engines.choice import estimate_cost
-from tests.engine_properties import supports_layers, supports_steps
+from tests.engine_properties import (
+    supports_dtype,
+    supports_groups,
+    supports_kernel_sizes,
+    supports_layers,
+    supports_steps,
+)
 
 MACHINE = core.Machine(2)
+
+TOLERANCES = {"float64": (1e-9, 1e-10), "float32": (1e-5, 3e-5)}
+"""Relative and absolute tolerance of the dtype."""
 
 
 @pytest.fixture
@@ -58,18 +67,24 @@ def test_slices_give_the_same_output(engine: str, seed: int, small_slices: None)
         if not supports_layers(engine):
             images, groups, filters = images[:, :1], 1, 1
             options["groups"] = 1
+        if not supports_groups(engine):
+            groups = options["groups"] = 1
+        if not supports_kernel_sizes(engine):
+            h, w = 3, 3
         weight = rng.normal(size=(filters, images.shape[1] // groups, h, w))
         if engine == "separable":
             weight = weight[:, :, :, :1] * weight[:, :, :1]
         bias = rng.normal(size=filters)
-        options |= {"dtype": "float64", "machine": MACHINE}
+        dtype: core.Dtype = "float64" if supports_dtype(engine, "float64") else "float32"
+        options |= {"dtype": dtype, "machine": MACHINE}
         expected = core.conv2d(images, weight, bias, engines=("torch",), **options)
         options["method"] = ENGINES[engine].METHOD
         try:
             result = core.conv2d(images, weight, bias, engines=(engine,), check=check, **options)
         except core.MethodUnavailable:
             continue
-        np.testing.assert_allclose(np.asarray(result.array), np.asarray(expected.array), rtol=1e-9, atol=1e-10)
+        relative, absolute = TOLERANCES[dtype]
+        np.testing.assert_allclose(np.asarray(result.array), np.asarray(expected.array), rtol=relative, atol=absolute)
     assert calls > 4
 
 
