@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core import ENGINES, Dtype
-from tests.engine_properties import supports_groups, supports_kernel_sizes, supports_layers, supports_steps
+from tests.engine_properties import (
+    supports_groups,
+    supports_kernel_sizes,
+    supports_layers,
+    supports_planes,
+    supports_steps,
+)
 from tests.reference import NUMPY_PAD_MODES
 
 Array = NDArray[Any]
@@ -48,7 +54,7 @@ class Case:
 
 def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
     """Draw a random problem that the engine supports."""
-    single = not supports_layers(engine) or rng.random() < 0.3
+    single = (rng.random() < 0.3 and supports_planes(engine)) if supports_layers(engine) else True
     groups = 1 if single or not supports_groups(engine) else int(rng.choice([1, 1, 2, 3]))
     many = 5 if supports_groups(engine) else 40
     depth, each = (1, 1) if single else (int(rng.integers(1, many)), int(rng.integers(1, many - 1)))

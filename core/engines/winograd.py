@@ -71,6 +71,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Return why the problem is not supported, or None."""
     if (problem.kernel_height, problem.kernel_width) != KERNEL_SIZE or problem.dtype != "float32":
         return "supports only float32 with 3 x 3 kernels"
+    if problem.is_single_plane:
+        return "supports only layers of several channels or filters"
     if problem.groups != 1 or problem.stride != (1, 1) or problem.dilation != (1, 1):
         return "supports no groups, stride or dilation"
     if min(problem.output_size) < MIN_OUTPUT_SIDE:
@@ -233,14 +235,15 @@ def find_inexact_planes(problem: Problem, pixels: Plane, kernels: Plane, magnitu
         bound, mean = both[:count], both[count:]
         exact: NDArray[np.bool_] = ERROR_FACTOR * bound <= 4 * math.sqrt(problem.taps) * mean
         exact &= (bound >= least) & (GROWTH * bound < most)
-        exact &= (GROWTH * largest < most).all(axis=1)[:, None]
+        exact &= np.all(GROWTH * largest < most, axis=1, keepdims=True)
     if magnitudes.min() < least:
         exact &= ~((magnitudes < least) & (magnitudes > 0)).any(axis=1)
-    inexact: NDArray[np.bool_] = ~exact
-    large: NDArray[np.bool_] = exact & (bound > MAX_EXACT_SUM) & (mean < MAX_INTEGER_SUM)
+    inexact: NDArray[np.bool_] = np.logical_not(exact)
+    large: NDArray[np.bool_] = np.logical_and(exact, (bound > MAX_EXACT_SUM) & (mean < MAX_INTEGER_SUM))
     for image in np.flatnonzero(large.any(axis=1)):
         if _holds_integers(pixels[image]):
-            inexact[image] |= large[image] & np.array([_holds_integers(kernel) for kernel in kernels])
+            whole = np.array([_holds_integers(kernel) for kernel in kernels])
+            inexact[image] |= large[image] & whole
     return inexact
 
 

@@ -13,13 +13,14 @@ from PIL import Image
 import core
 from core import Boundary, Mode, correlate
 from tests import precision_contract, reference
+from tests.engine_properties import PLANE_ENGINES
 from tests.sample_files import CAMERA
 
 KERNEL_SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 3), (3, 5), (1, 7)]
 MODES_AND_BOUNDARIES = [("valid", "zeros")] + [
     (mode, boundary) for mode in ("same", "full") for boundary in get_args(Boundary)
 ]
-ENGINES = ["auto", *core.ENGINES]
+ENGINES = ["auto", *PLANE_ENGINES]
 
 
 def select_engine(engine: str) -> dict[str, Any]:

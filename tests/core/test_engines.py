@@ -15,6 +15,7 @@ import core
 from core import ENGINES, MethodUnavailable, Problem
 from core.engines import low_rank_factors
 from tests import reference
+from tests.engine_properties import PLANE_ENGINES
 
 PROBLEM = Problem(batch=1, channels=1, height=8, width=8, filters=1, kernel_height=3, kernel_width=3)
 
@@ -187,7 +188,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / ima
         assert float(output.stdout) < bound, name
 
 
-@pytest.mark.parametrize("method", sorted({engine.METHOD for engine in ENGINES.values()}))
+@pytest.mark.parametrize("method", sorted({ENGINES[name].METHOD for name in PLANE_ENGINES}))
 def test_result_reports_engine_and_device(method: core.Method) -> None:
     result = core.correlate(torch.ones(40, 40), "box(3)", method=method, device="cpu")
     assert result.predicted_seconds > 0

@@ -35,7 +35,7 @@ def assert_bounded(images: Array, weight: Array, output: Array) -> None:
 
 @pytest.mark.parametrize("size", [(10, 10), (11, 13), (33, 57), (58, 58), (10, 131), (140, 11)])
 @pytest.mark.parametrize("channels", [1, 7, 40])
-@pytest.mark.parametrize("filters", [1, 8, 19])
+@pytest.mark.parametrize("filters", [2, 8, 19])
 def test_layers_of_any_size(size: tuple[int, int], channels: int, filters: int, rng: np.random.Generator) -> None:
     images, weight = draw_layer(rng, 2, channels, *size, filters=filters)
     bias = rng.normal(size=filters).astype("f4")
