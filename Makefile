@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test test-all coverage test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
+.PHONY: help serve test test-all coverage test-without-halide check format bench layers learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ format: .venv/dev.stamp  ## apply ruff's fixes and formatting
 
 bench: .venv/bench.stamp  ## compare the engines with torch, scipy and OpenCV (20 minutes)
 	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --plot docs/images/engines.png
+
+layers: .venv/bench.stamp  ## compare layers of many channels with torch, ONNX Runtime and OpenVINO (12 minutes)
+	$(BIN)/python benchmarks/layers.py --output benchmarks/layers.md
 
 learning: .venv/bench.stamp  ## compare learning with autograd and with numpy's and scipy's least squares (10 minutes)
 	$(BIN)/python benchmarks/learning.py --output benchmarks/learning.md --plot docs/images/learning.png

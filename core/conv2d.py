@@ -1,6 +1,7 @@
 """A Conv2d layer's output, as torch.nn.functional.conv2d defines it."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from core.arrays import ArrayLike, ArrayT, as_array, as_shaped_array
 from core.convolution import ConvolutionPlan
@@ -90,10 +91,11 @@ def plan_conv2d(
     images = as_images("input", planes)
     filters = as_filters("weight", as_array("weight", weight, dtype, resolved))
     offsets = None if bias is None else as_array("bias", bias, dtype, resolved)
-    problem = conv2d_problem(
-        images.shape,
-        filters.shape,
-        None if offsets is None else offsets.shape,
+    is_plain = all(type(option) in (int, str) for option in (stride, padding, dilation, groups))
+    problem = (_cached_problem if is_plain else conv2d_problem)(
+        tuple(images.shape),
+        tuple(filters.shape),
+        None if offsets is None else tuple(offsets.shape),
         stride,
         padding,
         dilation,
@@ -181,6 +183,10 @@ def conv2d_problem(
         dtype=dtype,
         device=device,
     )
+
+
+_cached_problem = lru_cache(maxsize=256, typed=True)(conv2d_problem)
+"""`conv2d_problem` with a cache: equal calls are checked once. Pairs are not cached: (1, 1.0) equals (1, 1)."""
 
 
 def as_images(field: str, planes: ArrayT) -> ArrayT:
