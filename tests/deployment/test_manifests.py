@@ -59,7 +59,7 @@ def read_settings(pod: Resource, resources: list[Resource]) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in container.get("envFrom", ()):
         found |= find(resources, "ConfigMap", source["configMapRef"]["name"])["data"]
-    return found | {variable["name"]: variable["value"] for variable in container.get("env", ())}
+    return found | {variable["name"]: variable.get("value", "") for variable in container.get("env", ())}
 
 
 def parse_memory(text: str) -> int:
