@@ -1,5 +1,6 @@
 """The manifests of deploy/ against the schemas of Kubernetes, and against the service, its settings and its image."""
 
+import os
 import re
 import shutil
 import signal
@@ -73,15 +74,40 @@ VARIABLES = {name: read_settings(PODS[name], OVERLAYS.get(name, [])) for name in
 every_pod = pytest.mark.parametrize("name", PODS)
 
 
-@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
-@pytest.mark.parametrize("resource", RESOURCES.values(), ids=RESOURCES.keys())
-def test_resources_match_their_schemas(resource: Resource, version: str) -> None:
+def assert_valid(resource: Resource, version: str) -> None:
     schema = CUSTOM_RESOURCES.get((resource["apiVersion"], resource["kind"]))
     if schema is None:
         kubernetes_validate.validate(resource, version, strict=True)
     else:
         assert set(resource) == {"apiVersion", "kind", "metadata", "spec"}
         jsonschema.validate(resource["spec"], schema)
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@pytest.mark.parametrize("resource", RESOURCES.values(), ids=RESOURCES.keys())
+def test_resources_match_their_schemas(resource: Resource, version: str) -> None:
+    assert_valid(resource, version)
+
+
+@pytest.mark.parametrize("components", [[], ["hpa"], ["keda", "monitoring"], ["hpa", "monitoring", "api-keys"]])
+def test_components_can_be_combined(components: list[str], tmp_path: Path) -> None:
+    base = Path(os.path.relpath(KUBERNETES, tmp_path))
+    config = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [str(base / "base")],
+        "components": [str(base / "components" / name) for name in components],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(config))
+    resources = render(tmp_path)
+    for resource in resources:
+        assert_valid(resource, KUBERNETES_VERSIONS[-1])
+    kinds = {resource["kind"] for resource in resources}
+    assert ("ServiceMonitor" in kinds) == ("monitoring" in components)
+    has_keys = "CORR2D_API_KEYS_FILE" in find(resources, "ConfigMap", "corr2d-settings")["data"]
+    assert has_keys == ("api-keys" in components)
+    if "monitoring" in components:
+        assert ("authorization" in find(resources, "ServiceMonitor")["spec"]["endpoints"][0]) == has_keys
 
 
 def test_inference_service_matches_its_schema() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import yaml
 
 from tests.problem_details import assert_problem
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S
@@ -62,14 +63,19 @@ def find_free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def read_config() -> str:
+    """Return the configuration of Envoy in docs/deployment.md."""
+    (text,) = [block for block in find_blocks("yaml") if "static_resources" in block]
+    return text
+
+
 @contextmanager
 def run_envoy(folder: Path, replicas: list[ServerProcess]) -> Iterator[ReplicasBehindEnvoy]:
     assert ENVOY is not None
-    (text,) = [block for block in find_blocks("yaml") if "static_resources" in block]
     port, admin_port = find_free_port(), find_free_port()
     ports = [replica.address.rpartition(":")[2] for replica in replicas]
     config = replace(
-        text,
+        read_config(),
         ("address: 0.0.0.0, port_value: 8080", f"address: 127.0.0.1, port_value: {port}"),
         *((f"port_value: 800{at}", f"port_value: {each}") for at, each in enumerate(ports)),
     )
@@ -120,6 +126,20 @@ def envoy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasBehindEn
             for at, each in enumerate(variables)
         ]
         yield stack.enter_context(run_envoy(folder, replicas))
+
+
+def test_variant_for_kubernetes_is_valid(tmp_path: Path) -> None:
+    config = yaml.safe_load(read_config())
+    (cluster,) = config["static_resources"]["clusters"]
+    cluster["type"] = "STRICT_DNS"
+    (endpoints,) = cluster["load_assignment"]["endpoints"]
+    service = {"address": "corr2d-pods.corr2d.svc.cluster.local", "port_value": 8000}
+    endpoints["lb_endpoints"] = [{"endpoint": {"address": {"socket_address": service}}}]
+    path = tmp_path / "envoy.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [str(ENVOY), "--mode", "validate", "-c", str(path)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_page_redirects_below_the_prefix(envoy: ReplicasBehindEnvoy) -> None:
