@@ -1,7 +1,9 @@
 # docker build -t corr2d . && docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -p 127.0.0.1:8000:8000 corr2d
+# All dependencies also have wheels for PYTHON=3.12 and 3.13, and DEBIAN=trixie.
 ARG PYTHON=3.11
+ARG DEBIAN=bookworm
 
-FROM python:${PYTHON}-slim-bookworm AS base
+FROM python:${PYTHON}-slim-${DEBIAN} AS base
 
 
 FROM base AS dependencies
@@ -21,19 +23,29 @@ ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX} PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CA
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 
+# binutils contains strip.
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
+
 # Only the dependencies: this layer, nearly all of the image, is cached until a dependency changes.
 RUN python3 -m venv --without-pip /opt/corr2d \
     && python3 -c 'import sys, tomllib; \
 project = tomllib.load(sys.stdin.buffer)["project"]; \
 extras = [line for name in sys.argv[1:] for line in project["optional-dependencies"][name]]; \
 print(*project["dependencies"], *extras, sep="\n")' ${EXTRAS} < pyproject.toml > dependencies.txt \
-    && pip --python /opt/corr2d/bin/python3 install --constraint constraints.txt --requirement dependencies.txt \
-    # A quarter of the size is tests, C++ headers, tools, and packages that only the compiler of torch imports.
+    && pip --python /opt/corr2d/bin/python3 install --no-compile --constraint constraints.txt \
+        --requirement dependencies.txt \
+    # 40 % of the size is tests, C++ headers, tools, the compiler of torch with the packages that only it imports, parts
+    # of scipy that neither the service nor scipy.linalg and scipy.special import, bytecode, and symbols for debuggers.
     # torch_shm_manager stays: importing torch requires it.
     && cd /opt/corr2d/lib/python3*/site-packages \
-    && rm -rf torch/include torch/test sympy* isympy* networkx* mpmath* \
+    && rm -rf torch/include torch/test torch/_dynamo torch/_inductor torch/onnx sympy* isympy* networkx* mpmath* \
+        setuptools* _distutils_hack distutils-precedence.pth halide/bin halide/include numba/cuda scipy/cluster \
+        scipy/fftpack scipy/integrate scipy/interpolate scipy/io scipy/ndimage scipy/optimize scipy/signal scipy/spatial \
+        scipy/stats \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
-    && find . -type d -name tests -prune -exec rm -rf {} +
+    && find . -type d -name tests -prune -exec rm -rf {} + \
+    && strip --strip-unneeded llvmlite/binding/libllvmlite.so torch/lib/libtorch_cpu.so torch/lib/libtorch_python.so \
+        uvloop/loop.*.so
 
 
 FROM dependencies AS project
@@ -42,7 +54,7 @@ COPY README.md LICENSE hatch_build.py ./
 COPY corr2d corr2d
 COPY core core
 COPY service service
-RUN pip --python /opt/corr2d/bin/python3 install --no-deps --prefix /project .
+RUN pip --python /opt/corr2d/bin/python3 install --no-compile --no-deps --prefix /project .
 
 
 FROM base
@@ -58,16 +70,19 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir / --shell /usr/
 COPY --from=dependencies /opt/corr2d /opt/corr2d
 COPY --from=project /project /opt/corr2d
 
-# pip has compiled all bytecode above. The container writes nothing to the root, which may be read-only.
+# The container writes nothing to the root, which may be read-only.
 ENV PATH=/opt/corr2d/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 CORR2D_HOST=0.0.0.0 CORR2D_PORT=8000
 
 # Shared memory is writable for any user even if the root is read-only. Compiled engines and the compiled JSON parser
 # are cached there for the next start of the same container, and the font list of matplotlib, if it is installed.
 ENV MPLCONFIGDIR=/dev/shm/matplotlib XDG_CACHE_HOME=/dev/shm/cache
 
-# Fail the build, not the start, if the service needs a removed file.
-RUN python3 -c 'import corr2d.service.app; from corr2d import conv2d, correlate; \
-assert correlate([[1, 2]], [[3]]).output.tolist() == conv2d([[1, 2]], [[3]], engines=("torch",)).output.tolist()'
+# Fail the build, not the start, if the service needs a removed file; and compile the bytecode of what it imports.
+RUN PYTHONDONTWRITEBYTECODE= python3 -c 'import uvloop, uvicorn.protocols.http.httptools_impl; \
+import corr2d.service.cli.main, corr2d.service.server.run, corr2d.service.server.supervisor, corr2d.service.app; \
+from corr2d import conv2d, correlate, fit_kernel; \
+assert correlate([[1, 2]], [[3]]).output.tolist() == conv2d([[1, 2]], [[3]], engines=("torch",)).output.tolist(); \
+assert fit_kernel([[1, 2, 0], [3, 4, 1]], [[1, -2], [1, -3]], kernel_size=(1, 2), solver="exact").status == "converged"'
 
 # A numeric user, because Kubernetes' runAsNonRoot cannot resolve a name.
 USER 10001:10001

@@ -1,4 +1,4 @@
-"""Tests of the service behind nginx, with the configurations of docs/deployment.md, and checks of the others there."""
+"""Tests of the service behind nginx, and its unit for systemd, with the files of docs/deployment.md."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from ssl import create_default_context
 
 import httpx
 import pytest
-import yaml
 
 from tests.certificates import Certificate
 from tests.problem_details import assert_problem
@@ -265,12 +264,6 @@ def test_log_has_the_address_of_the_client(service: ServiceBehindNginx, forged: 
     response = service.client.get(f"{PREFIX}/", headers=headers)
     assert response.headers["location"] == f"{PREFIX}/docs"
     assert service.find_client_address(request_id) == CLIENT_ADDRESS
-
-
-def test_envoy_configuration_is_yaml() -> None:
-    (text,) = find_blocks("yaml")
-    (listener,) = yaml.safe_load(text)["static_resources"]["listeners"]
-    assert listener["address"]["socket_address"]["port_value"] == 8080
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
