@@ -20,6 +20,7 @@ test: .venv/dev.stamp  ## run the tests that a commit needs (3 minutes)
 
 test-all: test  ## then run those that start processes, wait, or compute for long
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
+	TEST_SERVER=uvicorn $(BIN)/pytest -n 2 --dist worksteal -m "not slow" tests/service
 
 coverage: .venv/dev.stamp  ## run all tests with branch coverage
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term

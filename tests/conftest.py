@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_halide: the test needs an engine that Halide compiles")
+    config.addinivalue_line("markers", "own_server(reason): the test needs the server of `corr2d serve`")
     if config.getoption("--without-halide"):
         sys.modules["halide"] = None  # type: ignore[assignment]
         paths = [str(WITHOUT_HALIDE_PATH), *filter(None, [os.environ.get("PYTHONPATH")])]

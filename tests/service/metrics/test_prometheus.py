@@ -164,6 +164,19 @@ def test_error_in_a_stream_is_counted_despite_status_200() -> None:
     assert after[name_series("corr2d_requests_total", route="/train-kernel", status="200")] == 1
 
 
+def test_every_series_has_the_name_of_the_replica() -> None:
+    with serve_in_process(create_app(Settings(device="cpu", replica="pod-7"))) as send:
+        families = list(parse(send("GET", "/metrics").text))
+        assert send("GET", "/info").json()["settings"]["replica"] == "pod-7"
+    assert {sample.labels["replica"] for family in families for sample in family.samples} == {"pod-7"}
+
+
+def test_gauges_are_current_with_any_server() -> None:
+    # This server does not update the gauges, as that of `corr2d serve` does.
+    with serve_in_process(create_app(Settings(device="cpu", memory_mb=1000))) as send:
+        assert scrape_metrics(send)[name_series("corr2d_memory_limit_bytes")] == 1e9
+
+
 def test_requests_cannot_create_new_series(send: SendFn) -> None:
     before = scrape_metrics(send)
     for path in ("/a", "/b/../c", "/correlate/", "/livez?x=1", "/%00", "/metrics%0A"):
