@@ -10,10 +10,11 @@ from structlog.testing import LogCapture
 
 from service.app import create_app
 from service.settings import Settings
+from tests.ray_serve.cluster import RayCluster
 from tests.servers import SendFn, open_client, run_uvicorn, serve_in_process, serve_over_tcp, start_server
 
 SERVER = os.environ.get("TEST_SERVER", "own")
-"""Server of the application: own (that of `corr2d serve`), or uvicorn."""
+"""Server of the application: own (that of `corr2d serve`), uvicorn, or ray."""
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +41,16 @@ def send_to_uvicorn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SendFn
         yield send
 
 
+@pytest.fixture(scope="session")
+def send_to_ray(ray_cluster: RayCluster) -> Iterator[SendFn]:
+    with open_client(ray_cluster.address) as send:
+        yield send
+
+
 SEND_FIXTURES = {
     "own": ["send_in_process", "send_over_tcp"],
     "uvicorn": ["send_to_uvicorn"],
+    "ray": ["send_to_ray"],
 }
 
 
@@ -62,8 +70,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
     for item in here:
-        if marker := item.get_closest_marker("own_server"):
-            item.add_marker(pytest.mark.skip(reason=marker.args[0]))
+        for name in ("own_server", "one_process") if SERVER == "ray" else ("own_server",):
+            if marker := item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=marker.args[0]))
 
 
 def uses_send(item: pytest.Item) -> bool:
