@@ -157,7 +157,8 @@ def test_replica_that_stops_completes_its_requests(ray_cluster: RayCluster) -> N
     def fit() -> None:
         url, body = f"{ray_cluster.address}/train-kernel?history=thin", {**LONG_FIT_REQUEST, "steps": 200_000}
         response = httpx.post(url, json=body, timeout=60)
-        statuses.append(f"{response.status_code} {response.json().get('status')}")
+        fields = response.json()
+        statuses.append(f"{response.status_code} {fields['status'] if response.is_success else fields['detail']}")
 
     # More than one replica takes: both have some.
     threads = [threading.Thread(target=fit) for _ in range(4)]
