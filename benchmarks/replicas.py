@@ -135,7 +135,7 @@ def run_target(target: Target) -> Iterator[int]:
         wait_until_ready(port, target.replicas if target.is_ray else 1, folder / "log")
         yield port
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
         kill_session(process)
@@ -159,7 +159,7 @@ def wait_until_ready(port: int, replicas: int, log: Path) -> None:
     while len(names) < replicas:
         if monotonic() > deadline:
             raise TimeoutError(log.read_text()[-2000:])
-        with suppress(httpx.TransportError, KeyError, ValueError):
+        with suppress(httpx.HTTPError, KeyError, ValueError):
             httpx.get(f"http://127.0.0.1:{port}/readyz").raise_for_status()
             names.add(httpx.get(f"http://127.0.0.1:{port}/info").json()["settings"]["replica"])
         sleep(0.1)
@@ -244,7 +244,7 @@ def check_overload(name: str, sent: Sequence[SentRequest]) -> list[Claim]:
     rejected = [one for one in sent if one.status == httpx.codes.SERVICE_UNAVAILABLE]
     p99 = quantiles([one.taken for one in rejected], n=100)[98] if len(rejected) > 1 else None
     lost = sum(one.status not in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE) for one in sent)
-    without = sum(not one.retry_after for one in rejected)
+    without = sum(not one.retry_after for one in rejected) if rejected else None
     label = f"{name}, {OVERLOAD_FACTOR} times its goodput"
     return [
         Claim(f"{label}: 503, 99th percentile", 1e3 * MAX_REJECTION_S, p99 and 1e3 * p99, " ms", at_most=True),

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
+import core
 from tests.problem_details import assert_problem
 from tests.ray_serve.cluster import RayCluster
 from tests.sample_files import NPY, save_npy
@@ -106,6 +107,9 @@ def test_request_id_is_sent_once(ray_cluster: RayCluster) -> None:
 def test_replicas_have_their_share_of_the_machine(ray_cluster: RayCluster) -> None:
     info = httpx.get(f"{ray_cluster.address}/info").json()
     assert info["threads"] == info["settings"]["threads"] == 1
+    # A replica has one core.
+    memory_mb = 0.6 * core.usable_memory() / core.usable_cores() / 1e6
+    assert info["settings"]["memory_mb"] == pytest.approx(memory_mb, rel=0.01)
     metrics = httpx.get(f"{ray_cluster.address}/metrics").text
     assert 'corr2d_queue_limit{replica="' in metrics
 
