@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.app import create_app, create_worker_app
+from service.app import create_app
 from service.app_state import get_app_state
 from service.errors import NotReady
 from service.responses import MAX_CHUNK_BYTES
@@ -57,15 +57,16 @@ async def test_body_is_bytes_unless_the_server_sends_buffers(size: int) -> None:
 
 @pytest.mark.anyio
 async def test_startup_awaits_the_warm_up() -> None:
-    app = create_worker_app(Settings(device="cpu"), starts_ready=True)
-    get_app_state(app).owns_process = False
+    app = create_app(Settings(device="cpu"))
+    get_app_state(app).starts_ready = True
     async with app.router.lifespan_context(app):
         assert get_app_state(app).readiness.device == "cpu"
 
 
 @pytest.mark.anyio
 async def test_startup_fails_if_the_warm_up_fails() -> None:
-    app = create_worker_app(Settings(device="cuda:99"), starts_ready=True)
+    app = create_app(Settings(device="cuda:99"))
+    get_app_state(app).starts_ready = True
     with pytest.raises(NotReady, match='device "cuda:99" is not available'):
         async with app.router.lifespan_context(app):
             pytest.fail("the startup succeeded")
