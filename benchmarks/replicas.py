@@ -121,7 +121,7 @@ def run_target(target: Target) -> Iterator[int]:
         config = folder / "serve.yaml"
         config.write_text(yaml.safe_dump(make_serve_config(target, port)))
         command = [str(BIN / "serve"), "run", str(config)]
-        callback = "service.ray_proxy.create_middlewares"
+        callback = "service.middleware.ray_proxy.create_middlewares"
         environment |= {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": callback, "RAY_USAGE_STATS_ENABLED": "0"}
         environment |= {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
     else:

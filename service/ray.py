@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from service.ray_proxy import CALLBACK_VARIABLE, RETRY_AFTER_S
+from service.middleware.ray_proxy import CALLBACK_VARIABLE, RETRY_AFTER_S
 from service.settings import Settings, load_settings
 
 NAME = "corr2d"
@@ -48,7 +48,7 @@ def app(arguments: Arguments) -> serve.Application:
     Its limits on requests follow from the settings in the environment. Raises SettingsError.
     """
     # Inherited by the proxies of a cluster that `serve run` starts afterwards.
-    os.environ.setdefault(CALLBACK_VARIABLE, f"{__package__}.ray_proxy.create_middlewares")
+    os.environ.setdefault(CALLBACK_VARIABLE, f"{__package__}.middleware.ray_proxy.create_middlewares")
     settings = load_settings()
     max_replicas = max(arguments.min_replicas, arguments.max_replicas or 1)
     deployment = serve.deployment(

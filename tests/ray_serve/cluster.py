@@ -33,7 +33,7 @@ VARIABLES = {
     # On a busy machine, fits take many times longer than predicted, and others would be rejected.
     "CORR2D_QUEUE_TIMEOUT_S": "600",
     "CORR2D_REQUEST_TIMEOUT_S": "600",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.ray_proxy.create_middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.middleware.ray_proxy.create_middlewares",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 

@@ -10,8 +10,8 @@ import yaml
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from service.middleware.ray_proxy import PROBLEMS, RayProblemMiddleware
 from service.problems import PROBLEM_TYPES
-from service.ray_proxy import PROBLEMS, RayProblemMiddleware
 from tests.problem_details import assert_problem
 
 MANIFESTS = sorted((Path(__file__).parents[2] / "deploy" / "ray").glob("*.yaml"))
