@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test test-all coverage test-without-halide check format bench layers learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
+.PHONY: help serve test test-all test-ray coverage test-without-halide check format bench layers learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,11 @@ test: .venv/dev.stamp  ## run the tests that a commit needs (3 minutes)
 
 test-all: test  ## then run those that start processes, wait, or compute for long
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
+	TEST_SERVER=uvicorn $(BIN)/pytest -n 2 --dist worksteal -m "not slow" tests/service
+	@if test -e .venv/ray.stamp; then $(MAKE) test-ray; else echo "make test-ray installs Ray and runs its tests"; fi
+
+test-ray: .venv/ray.stamp  ## run the tests of responses against Ray Serve, with replicas that fail, start and stop (2 minutes)
+	TEST_SERVER=ray $(BIN)/pytest -p no:randomly -m "not slow or ray" tests/service tests/ray_serve
 
 coverage: .venv/dev.stamp  ## run all tests with branch coverage
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term
@@ -100,6 +105,10 @@ clean:  ## remove the virtual environment and all caches
 	$(INSTALL) 'pip>=25.1'
 	$(INSTALL) --editable '.[plot,telemetry]' --group dev
 	@touch $@ .venv/serve.stamp
+
+.venv/ray.stamp: pyproject.toml constraints.txt .venv/dev.stamp
+	$(INSTALL) --editable '.[ray]'
+	@touch $@
 
 .venv/bench.stamp: pyproject.toml constraints.txt .venv/dev.stamp
 	$(INSTALL) --group bench

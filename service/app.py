@@ -146,12 +146,22 @@ def _create_state(given: Settings, table: SharedCounters | None) -> AppState:
     )
 
 
-def create_worker_app(settings: Settings, table: SharedCounters, keys: KeyRing | None) -> FastAPI:
-    """Return the application for a worker process of its own, and configure the interpreter for it."""
+def create_worker_app(
+    settings: Settings,
+    table: SharedCounters | None = None,
+    keys: KeyRing | None = None,
+    *,
+    starts_ready: bool = False,
+) -> FastAPI:
+    """Return the application for a process of its own, and configure the interpreter for it.
+
+    starts_ready: startup awaits the warm-up, and fails if it fails, for servers that have no other health check.
+    """
     # The event loop waits this long for the GIL, once for each thread that runs Python code.
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     app = create_app(settings, table, keys)
-    get_app_state(app).owns_process = True
+    state = get_app_state(app)
+    state.owns_process, state.starts_ready = True, starts_ready
     return app
 
 
@@ -161,9 +171,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(state.compute.machine.threads)
     use_one_blas_thread()
     warming = asyncio.create_task(_warm_up_in_background(state))
-    if state.metrics.table.ready_workers():
-        # Other workers serve: this one accepts connections once it is ready, so that no health check fails.
+    if state.starts_ready or state.metrics.table.ready_workers():
+        # If other workers serve, this one accepts connections once it is ready, so that no health check fails.
         await warming
+    if state.starts_ready:
+        state.readiness.require_device()
     tasks = [warming]
     if state.owns_process:
         tasks.append(asyncio.create_task(trim_regularly()))
@@ -191,7 +203,7 @@ async def _warm_up_in_background(state: AppState) -> None:
         # Every exception is reported here: no code awaits this task.
         state.readiness.mark_unavailable(f"the warm-up failed: {error}")
         log.exception("warm-up failed")
-        if state.owns_process:
+        if state.owns_process and not state.starts_ready:
             exit_now(exit_codes.WARM_UP_FAILED)
     else:
         state.compute.machine = machine

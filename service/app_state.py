@@ -38,10 +38,23 @@ class AppState:
     owns_process: bool = False
     """True if the application may change and end its process, because no other application runs in it."""
 
+    starts_ready: bool = False
+    """True if startup awaits the warm-up, and fails if it fails."""
+
+    accepts_buffers: bool = False
+    """True if the server sends any buffer. ASGI specifies bytes, and other servers may depend on that."""
+
     @property
     def max_body_bytes(self) -> int:
         """Maximum size of a request body, also of a decompressed one."""
         return int(self.settings.max_body_mb * 1e6)
+
+    def update_gauges(self) -> None:
+        """Set the gauges of /metrics that follow the pool and the memory."""
+        self.metrics.computations.set(self.pool.running)
+        self.metrics.queue_depth.set(self.pool.depth)
+        self.metrics.memory_used.set(self.admission.used)
+        self.metrics.memory_limit.set(self.admission.memory)
 
 
 def set_app_state(app: Starlette, state: AppState) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Literal, NoReturn, TextIO, TypeAlias, cast
 
@@ -25,10 +25,11 @@ TRACEBACK_TRANSFORMER = structlog.tracebacks.ExceptionDictTransformer(show_local
 """Tracebacks without local variables, which structlog includes by default: they contain bodies and API keys."""
 
 
-def configure_logging(log_format: LogFormat) -> None:
+def configure_logging(log_format: LogFormat, replica: str | None = None) -> None:
     """Send structlog's lines, the standard library's (uvicorn's), warnings and tracebacks to stderr in one format.
 
-    No caller waits for the reader of stderr: `sys.stderr` is a LogStream from then on.
+    Every line has the name of the replica, unless that is None. No caller waits for the reader of stderr: `sys.stderr`
+    is a LogStream from then on.
     """
     if not isinstance(sys.stderr, LogStream):
         sys.stderr = LogStream(STDERR_FD)
@@ -41,8 +42,11 @@ def configure_logging(log_format: LogFormat) -> None:
         renderers = [structlog.dev.ConsoleRenderer(pad_event_to=0, sort_keys=False, exception_formatter=plain)]
     else:
         renderers = [_render_plain]
+    additions: list[Processor] = [_add_timestamp]
+    if replica is not None:
+        additions.append(partial(_add_replica, replica))
     structlog.configure(
-        processors=[_add_timestamp, *renderers],
+        processors=[*additions, *renderers],
         # Not through the standard library's logging, which takes longer than the rest of a small request.
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", stream)),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
@@ -51,7 +55,7 @@ def configure_logging(log_format: LogFormat) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[_add_timestamp, _strip_message],
+            foreign_pre_chain=[*additions, _strip_message],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
@@ -106,6 +110,13 @@ def _add_timestamp(logger: WrappedLogger, method: str, event: EventDict) -> Even
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     event["timestamp"] = f"{_format_second(seconds)}.{nanoseconds // 1000:06}Z"
     event["level"] = method
+    return event
+
+
+def _add_replica(replica: str, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Return the event with the name of the replica added."""
+    del logger, method
+    event["replica"] = replica
     return event
 
 

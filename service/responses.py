@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
+from service.app_state import get_app_state
 from service.codecs import json as json_format
 from service.codecs import json_encoder
 from service.codecs.buffers import BufferList
@@ -44,6 +45,9 @@ BUFFERS_FREED_PER_TICK = 16
 
 MAX_JOINED_BYTES = 1 << 16
 """Responses up to this size, in bytes, are sent as one buffer: copying takes less than another socket call."""
+
+MAX_CHUNK_BYTES = 1 << 20
+"""Maximum size of a message, in bytes, to a server that requires bytes, which are copied."""
 
 
 def as_numpy(array: NDArray[Any] | Tensor) -> NDArray[Any]:
@@ -114,13 +118,17 @@ class Responder:
             if compressed is not parts:
                 parts = compressed
                 headers.append((b"content-encoding", self._coding.encode()))
-        return BufferListResponse(parts, self.media_type, headers)
+        accepts_buffers = get_app_state(self._request.app).accepts_buffers
+        return BufferListResponse(parts, self.media_type, headers, accepts_buffers=accepts_buffers)
 
 
 class BufferListResponse(Response):
     """Response whose body is sent as a list of buffers, without joining them."""
 
-    def __init__(self, parts: BufferList, media_type: str, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(
+        self, parts: BufferList, media_type: str, headers: list[tuple[bytes, bytes]], *, accepts_buffers: bool
+    ) -> None:
+        """accepts_buffers: send the buffers themselves; otherwise bytes, in chunks of at most MAX_CHUNK_BYTES."""
         # Not Response.__init__: it requires the joined body, and creates headers more slowly.
         self.size = size = sum(map(len, parts))
         self.status_code = HTTPStatus.OK
@@ -131,7 +139,8 @@ class BufferListResponse(Response):
             (b"content-length", b"%d" % size),
             *headers,
         ]
-        self._parts: BufferList = [b"".join(parts)] if len(parts) > 1 and size <= MAX_JOINED_BYTES else parts
+        self._accepts_buffers = accepts_buffers
+        self._parts: BufferList = [b"".join(parts)] if size <= MAX_JOINED_BYTES else parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -145,9 +154,18 @@ class BufferListResponse(Response):
         while parts:
             if len(parts) % BUFFERS_FREED_PER_TICK == 0:
                 await asyncio.sleep(0)
-            await send({"type": "http.response.body", "body": parts.popleft(), "more_body": True})
+            part = parts.popleft()
+            for chunk in (part,) if self._accepts_buffers else _split_into_bytes(part):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         # Waits until the client has received nearly everything: until then the request holds the memory.
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _split_into_bytes(part: bytes | memoryview) -> Iterator[bytes]:
+    """Yield the bytes of a buffer in chunks of at most MAX_CHUNK_BYTES."""
+    view = memoryview(part).cast("B")
+    for at in range(0, len(view), MAX_CHUNK_BYTES):
+        yield bytes(view[at : at + MAX_CHUNK_BYTES])
 
 
 def _encode_result_header(fields: dict[str, Any]) -> str:

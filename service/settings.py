@@ -119,6 +119,11 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="log format, one line per request: console (readable text) or json"
     )
+    replica: str | None = Field(
+        None,
+        min_length=1,
+        description="name of this replica of the service in /metrics, /info and the log; unset: none",
+    )
     log_probes: bool = Field(default=True, description="log successful requests for /livez, /readyz and /metrics, too")
     api_keys: SecretStr | None = Field(
         None,

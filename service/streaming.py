@@ -17,6 +17,7 @@ from core import Forecast, Progress, Reading, Step
 from service.codecs import json_encoder
 from service.codecs.registry import ResponseFields
 from service.codecs.response_options import ResponseOptions
+from service.context import get_context
 from service.problems import HANDLED_ERRORS, respond_to_error
 from service.responses import estimate_list_seconds
 from service.scheduling.codec_jobs import run_codec
@@ -101,7 +102,6 @@ class ProgressStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as they occur; cancel the work if the client disconnects."""
-        del scope
         assert self._task is not None  # noqa: S101 - start() is called first
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
@@ -119,6 +119,9 @@ class ProgressStream(Response):
                         "more_body": False,
                     }
                 )
+            else:
+                # The server of `corr2d serve` records this itself; others only report it to `receive`.
+                get_context(scope).is_disconnected = True
         finally:
             self._task.cancel()
             disconnected.cancel()

@@ -1,5 +1,6 @@
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import structlog
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.ray_serve.cluster import RayCluster, start_ray_cluster
 
 # 30 random examples per test by default; 2000 with `HYPOTHESIS_PROFILE=thorough make test`.
 settings.register_profile("quick", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -34,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_halide: the test needs an engine that Halide compiles")
+    config.addinivalue_line("markers", "own_server(reason): the test needs the server of `corr2d serve`")
+    config.addinivalue_line("markers", "one_process(reason): the test needs a server of one process, not Ray Serve")
     if config.getoption("--without-halide"):
         sys.modules["halide"] = None  # type: ignore[assignment]
         paths = [str(WITHOUT_HALIDE_PATH), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -45,6 +50,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("needs_halide"):
                 item.add_marker(pytest.mark.skip(reason="needs Halide"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """A Ray cluster on this machine, with two replicas of the service."""
+    with start_ray_cluster(tmp_path_factory.mktemp("ray") / "log") as cluster:
+        cluster.deploy(2)
+        yield cluster
 
 
 @pytest.fixture

@@ -105,6 +105,29 @@ def run_serve_command(log: Path, *flags: str, **variables: str) -> Iterator[tupl
             process.kill()
 
 
+@contextmanager
+def run_uvicorn(log: Path, **variables: str) -> Iterator[str]:
+    """Serve the application of service/asgi.py by plain uvicorn, in a process of its own, and yield its address."""
+    port = str(find_free_port())
+    command = [str(CORR2D_COMMAND.with_name("uvicorn")), "--factory", "service.asgi:create_app", "--port", port]
+    environment = {**os.environ, "CORR2D_DEVICE": "cpu", **variables}
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
+    ):
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def find_free_port() -> int:
+    """Return a port that no process uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
 def get_startup_error(*flags: str, **variables: str) -> str:
     """Return the line that `corr2d serve` prints to stderr when it fails to start."""
     command = [str(CORR2D_COMMAND), "serve", *flags]

@@ -38,8 +38,10 @@ def serve(flags: Mapping[str, object]) -> None:
     limit_malloc_arenas()
     open_standard_files()
     # Before the settings are valid: the error of an invalid one is a line of the log.
-    log_format = flags["log_format"] or list_variables().get(f"{ENV_PREFIX}LOG_FORMAT")
-    configure_logging("json" if log_format == "json" else "console")
+    log_format, replica = (
+        flags[name] or list_variables().get(ENV_PREFIX + name.upper()) for name in ("log_format", "replica")
+    )
+    configure_logging("json" if log_format == "json" else "console", str(replica) if replica else None)
     settings = load_settings_or_exit(flags)
     # Here, and not after torch is loaded: the file has just been checked.
     keys = settings.read_api_keys()

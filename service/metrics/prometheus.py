@@ -102,10 +102,30 @@ class MetricsCollector(Collector):
         )
 
 
-def render_metrics(metrics: Metrics, version: str, accept: bytes | None) -> tuple[bytes, str]:
-    """Return the text and its media type: OpenMetrics if Accept prefers it, else the Prometheus text format."""
+class LabelledCollector(Collector):
+    """Collector that adds a label to every series of another one."""
+
+    def __init__(self, collector: Collector, name: str, value: str) -> None:
+        self._collector = collector
+        self._label = {name: value}
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric families."""
+        for family in self._collector.collect():
+            family.samples = [sample._replace(labels={**sample.labels, **self._label}) for sample in family.samples]
+            yield family
+
+
+def render_metrics(
+    metrics: Metrics, version: str, accept: bytes | None, *, replica: str | None = None
+) -> tuple[bytes, str]:
+    """Return the text and its media type: OpenMetrics if Accept prefers it, else the Prometheus text format.
+
+    `replica` is the label of that name on every series; None: no such label.
+    """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(MetricsCollector(metrics, version))
+    collector: Collector = MetricsCollector(metrics, version)
+    registry.register(collector if replica is None else LabelledCollector(collector, "replica", replica))
     try:
         preferred = negotiate_format(accept, METRICS_MEDIA_TYPES)
     except NotAcceptable:

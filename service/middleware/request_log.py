@@ -1,5 +1,6 @@
 """ASGI middleware for request IDs, timing of request phases, metrics, and one log line per request."""
 
+import asyncio
 import time
 from http import HTTPStatus
 
@@ -62,6 +63,10 @@ class RequestLogMiddleware:
             await app(scope, receive, send_with_headers)
             if context.is_disconnected:
                 status, context.rejection = DISCONNECTED.status, DISCONNECTED.name
+        except asyncio.CancelledError:
+            # By a server that cancels requests whose client has disconnected; the one of `corr2d serve` does not.
+            status, context.rejection = DISCONNECTED.status, DISCONNECTED.name
+            raise
         except Exception:
             context.rejection = INTERNAL_PROBLEM
             raise

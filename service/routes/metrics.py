@@ -26,5 +26,8 @@ router = APIRouter(tags=["operations"])
 async def metrics(request: Request) -> Response:
     """Return the metrics in the Prometheus text format, or as OpenMetrics if Accept prefers it."""
     accept = collect_headers(request.scope).get(b"accept")
-    text, media_type = render_metrics(get_app_state(request.app).metrics, VERSION, accept)
+    state = get_app_state(request.app)
+    # The server of `corr2d serve` updates the gauges of all workers; other servers do not.
+    state.update_gauges()
+    text, media_type = render_metrics(state.metrics, VERSION, accept, replica=state.settings.replica)
     return Response(text, headers={"Content-Type": media_type})

@@ -11,7 +11,7 @@ from service.server.timeouts import ConnectionLimits
 
 
 class ServerConfig(Config):
-    """uvicorn's settings, the limits on connections, proxies, the drain time in seconds, and the log format."""
+    """uvicorn's settings, the limits on connections, proxies, the drain time in seconds, the log format and replica."""
 
     def __init__(
         self,
@@ -21,6 +21,7 @@ class ServerConfig(Config):
         proxy_options: ProxyOptions,
         drain_s: float,
         log_format: LogFormat,
+        replica: str | None,
         **others: Any,
     ) -> None:
         super().__init__(app, **others)
@@ -29,6 +30,7 @@ class ServerConfig(Config):
         self.tls: ssl.SSLContext | None = None
         self.drain_s = drain_s
         self.log_format = log_format
+        self.replica = replica
 
     def load(self) -> None:
         """Load the application and the certificate. The protocol, not the event loop, uses the latter."""

@@ -76,6 +76,7 @@ def create_config(
         proxy_options=settings.proxy_options,
         drain_s=settings.drain_s,
         log_format=settings.log_format,
+        replica=settings.replica,
         factory=factory,
         workers=settings.workers,
         ws="none",

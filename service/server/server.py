@@ -89,6 +89,12 @@ class Server(uvicorn.Server):
         """Call `on_reload` at the next tick: a signal handler may interrupt code that holds a lock, as of the log."""
         self._reload_requested = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections; this server sends any buffer without a copy."""
+        if (state := self._app_state) is not None:
+            state.accepts_buffers = True
+        await super().startup(sockets)
+
     async def on_tick(self, counter: int) -> bool:
         """Check the connections, update the gauges and stop if it is time, ten times a second."""
         self._check_connections()
@@ -122,14 +128,10 @@ class Server(uvicorn.Server):
 
     def _update_gauges(self, state: "AppState") -> None:
         """Update the gauges of /metrics here, so that no request has to."""
-        metrics, pool = state.metrics, state.pool
-        metrics.connections.set(len(self.server_state.connections))
-        metrics.computations.set(pool.running)
-        metrics.queue_depth.set(pool.depth)
-        metrics.memory_used.set(pool.admission.used)
-        metrics.memory_limit.set(pool.admission.memory)
+        state.update_gauges()
+        state.metrics.connections.set(len(self.server_state.connections))
         dropped = count_dropped_lines()
-        metrics.add_dropped_lines(dropped - self._dropped_lines)
+        state.metrics.add_dropped_lines(dropped - self._dropped_lines)
         self._dropped_lines = dropped
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -70,7 +70,7 @@ class Worker(Process):
         """Serve, in the process of the worker."""
         limit_malloc_arenas()
         config = cast("ServerConfig", self.config)
-        configure_logging(config.log_format)
+        configure_logging(config.log_format, config.replica)
         # The supervisor stops the workers, but a terminal sends these signals to all processes.
         for number in (signal.SIGINT, QUIT_SIGNAL):
             if number is not None:

@@ -73,6 +73,20 @@ for log in (structlog.get_logger("corr2d"), logging.getLogger("uvicorn.error")):
     assert ALICE_KEY not in done.stderr
 
 
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_every_line_has_the_name_of_the_replica(log_format: str) -> None:
+    script = f"""
+import logging, structlog
+from service.log import configure_logging
+configure_logging({log_format!r}, "pod-7")
+structlog.get_logger("corr2d").info("request")
+logging.getLogger("uvicorn.error").error("a message")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    expected = '"replica":"pod-7"' if log_format == "json" else " replica=pod-7"
+    assert [line.count(expected) for line in done.stderr.splitlines()] == [1, 1]
+
+
 TIMESTAMP_PATTERN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
 

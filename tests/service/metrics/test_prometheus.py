@@ -164,6 +164,20 @@ def test_error_in_a_stream_is_counted_despite_status_200() -> None:
     assert after[name_series("corr2d_requests_total", route="/train-kernel", status="200")] == 1
 
 
+def test_every_series_has_the_name_of_the_replica() -> None:
+    with serve_in_process(create_app(Settings(device="cpu", replica="pod-7"))) as send:
+        families = list(parse(send("GET", "/metrics").text))
+        assert send("GET", "/info").json()["settings"]["replica"] == "pod-7"
+    assert {sample.labels["replica"] for family in families for sample in family.samples} == {"pod-7"}
+
+
+def test_gauges_are_current_with_any_server() -> None:
+    # This server does not update the gauges, as that of `corr2d serve` does.
+    with serve_in_process(create_app(Settings(device="cpu", memory_mb=1000))) as send:
+        assert scrape_metrics(send)[name_series("corr2d_memory_limit_bytes")] == 1e9
+
+
+@pytest.mark.one_process("compares two responses of /metrics, each of which is that of one replica")
 def test_requests_cannot_create_new_series(send: SendFn) -> None:
     before = scrape_metrics(send)
     for path in ("/a", "/b/../c", "/correlate/", "/livez?x=1", "/%00", "/metrics%0A"):
@@ -199,8 +213,8 @@ def test_openmetrics_is_served_if_preferred(send: SendFn, accept: str) -> None:
 def test_prometheus_text_is_the_default(send: SendFn, accept: str) -> None:
     response = send("GET", "/metrics", headers={"Accept": accept})
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert "corr2d_workers 1.0\n" in response.text
-    assert list(parse(response.text))
+    values = {family.name: family.samples[0].value for family in parse(response.text)}
+    assert values["corr2d_workers"] == 1
 
 
 def assert_all_report(address: str, expected: dict[Series, float]) -> None:

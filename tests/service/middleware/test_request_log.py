@@ -1,5 +1,6 @@
 """Tests of request ids, Server-Timing and the log line of each request."""
 
+import asyncio
 import json
 import re
 import socket
@@ -7,9 +8,14 @@ import time
 
 import pytest
 from pydantic import SecretStr
+from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import LogCapture
 
 from service.app import create_app
+from service.metrics.counters import Metrics
+from service.metrics.prometheus import render_metrics
+from service.middleware.request_log import RequestLogMiddleware
+from service.problems import PROBLEM_NAMES, respond_to_protocol_error
 from service.settings import Settings
 from tests.servers import SendFn, open_client, serve_in_process, start_server
 from tests.service.locked_app import ALICE_KEY, BOB_KEY, WRONG_KEY
@@ -83,6 +89,35 @@ def test_probes_can_be_left_out_of_the_log(log: LogCapture) -> None:
             assert send("GET", path).status_code == 200
         assert send("POST", "/readyz").status_code == 405
     assert [(line["path"], line["status"]) for line in log.entries] == [("/kernels", 200), ("/readyz", 405)]
+
+
+@pytest.mark.anyio
+async def test_request_that_its_server_cancels_is_logged_as_499(log: LogCapture) -> None:
+    async def compute(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        started.set()
+        await asyncio.Event().wait()
+
+    async def ignore(message: Message) -> None:
+        pass
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    started = asyncio.Event()
+    metrics = Metrics(reasons=PROBLEM_NAMES)
+    app = RequestLogMiddleware(compute, metrics, respond_to_protocol_error)
+    scope = {"type": "http", "method": "POST", "path": "/correlate", "headers": []}
+    task = asyncio.create_task(app(scope, receive, ignore))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (line,) = log.entries
+    assert (line["status"], line["problem"]) == (499, "client-left")
+    text, _ = render_metrics(metrics, "", None)
+    assert b'corr2d_requests_total{route="/correlate",status="499"} 1.0' in text
+    assert b'corr2d_requests_total{route="/correlate",status="500"} 0.0' in text
 
 
 @pytest.mark.robustness(53)

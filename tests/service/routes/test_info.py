@@ -9,6 +9,7 @@ from service.settings import Settings
 from tests.servers import SendFn
 
 
+@pytest.mark.one_process("compares with the settings and the threads of a whole machine")
 def test_info_lists_versions_devices_engines_and_limits(send: SendFn) -> None:
     info = send("GET", "/info").json()
     assert info["engines"] == {name: engine.METHOD for name, engine in core.ENGINES.items()}

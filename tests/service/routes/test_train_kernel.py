@@ -220,6 +220,7 @@ def test_binary_responses_contain_every_array_and_series(send: SendFn) -> None:
     assert json.loads(response.headers["Corr2d-Result"])["kernel_shape"] == [1, 2]
 
 
+@pytest.mark.own_server("hides a package from the process of the test")
 @pytest.mark.parametrize("media_type", ["image/svg+xml", "image/png"])
 def test_plot_without_matplotlib_is_not_acceptable(
     send: SendFn, monkeypatch: pytest.MonkeyPatch, media_type: str

@@ -1,0 +1,96 @@
+"""Tests of the middleware of Ray's proxies, and of the manifests for KubeRay."""
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from service.middleware.ray_proxy import PROBLEMS, RayProblemMiddleware
+from service.problems import PROBLEM_TYPES
+from tests.problem_details import assert_problem
+
+MANIFESTS = sorted((Path(__file__).parents[2] / "deploy" / "ray").glob("*.yaml"))
+
+App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+
+
+async def request(app: App, path: str = "/correlate") -> httpx.Response:
+    """Send a request with the request id r-1 to an application behind the middleware."""
+    transport = httpx.ASGITransport(RayProblemMiddleware(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://ray") as client:
+        return await client.get(path, headers={"X-Request-ID": "r-1"})
+
+
+@pytest.mark.anyio
+async def test_error_of_ray_becomes_problem_details() -> None:
+    headers = {"X-Request-ID": "r-1", "Retry-After": "1"}
+    response = await request(PlainTextResponse("Request dropped due to backpressure", 503, headers))
+    problem = assert_problem(response, 503)
+    assert (problem["type"], problem["request_id"]) == ("urn:corr2d:error:busy", "r-1")
+    assert problem["detail"] == "Request dropped due to backpressure"
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("status", "name"), [(404, "not-found"), (408, "too-slow"), (500, "internal")])
+async def test_other_errors_of_ray_become_problem_details(status: int, name: str) -> None:
+    response = await request(PlainTextResponse("a text of Ray", status, {"X-Request-ID": "r-1"}))
+    assert assert_problem(response, status)["type"] == f"urn:corr2d:error:{name}"
+
+
+@pytest.mark.anyio
+async def test_lost_replica_becomes_503() -> None:
+    async def send_nothing(scope: Scope, receive: Receive, send: Send) -> None:
+        """Ray sends no response if the replica of a request has ended."""
+
+    response = await request(send_nothing)
+    assert assert_problem(response, 503)["request_id"] == "r-1"
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [200, 422])
+async def test_response_of_the_service_is_unchanged(status: int) -> None:
+    original = Response(b"content", status, {"Server-Timing": "parse", "X-Request-ID": "mine"})
+    original.raw_headers.append((b"X-Request-ID", b"of Ray"))
+    response = await request(original)
+    assert (response.status_code, response.content) == (status, b"content")
+    assert response.headers.get_list("x-request-id") == ["mine"]
+
+
+@pytest.mark.anyio
+async def test_paths_of_ray_are_unchanged() -> None:
+    response = await request(PlainTextResponse("draining", 503), "/-/healthz")
+    assert (response.status_code, response.text) == (503, "draining")
+
+
+def test_problem_types_are_those_of_the_service() -> None:
+    served = {(kind.status, kind.name, kind.title) for kind in PROBLEM_TYPES.values()}
+    listed = {(status, name, title) for status, (name, title) in PROBLEMS.items() if status != 404}
+    assert listed <= served
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments")
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_manifest_has_a_valid_configuration(path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'corr2d[ray]')")
+    from ray.serve.schema import ServeDeploySchema
+
+    from service.ray import NAME
+
+    (manifest,) = yaml.safe_load_all(path.read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == "corr2d.service.ray:app"
+    assert [deployment.name for deployment in application.deployments] == [NAME]
+    (group,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    options = application.deployments[0].ray_actor_options
+    assert int(container["resources"]["limits"]["cpu"]) >= 2 * options.num_cpus
+    assert options.num_gpus == (0.5 if "gpu" in path.name else None)
