@@ -25,7 +25,7 @@ coverage: .venv/dev.stamp  ## run all tests with branch coverage
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term
 
 test-without-halide: .venv/dev.stamp  ## run the tests as on a platform without a Halide wheel
-	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/robustness tests/core/test_conv2d.py
+	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/robustness tests/core/test_conv2d_layer.py
 
 check: .venv/dev.stamp  ## check lint, format, types, import rules, dependencies, and docs against the code
 	$(BIN)/ruff check
