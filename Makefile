@@ -24,8 +24,10 @@ test: .venv/dev.stamp  ## run the tests that a commit needs (3 minutes)
 test-all: test  ## then run those that start processes, wait, or compute for long
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
+# With an empty cache of compiled pipelines: the functions that build them run only if they are not cached.
 coverage: .venv/dev.stamp  ## run all tests with branch coverage
-	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term
+	rm -rf .pytest_cache/home
+	XDG_CACHE_HOME=$(CURDIR)/.pytest_cache/home $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term
 
 test-without-halide: .venv/dev.stamp  ## run the tests as on a platform without a Halide wheel
 	$(BIN)/pytest -n 2 --dist loadfile --without-halide tests/service tests/robustness tests/core/test_conv2d_layer.py
