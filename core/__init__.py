@@ -4,17 +4,12 @@
 >>> correlate([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1], [2, 3]]).output
 tensor([[19., 25.],
         [37., 43.]])
+
+Importing torch takes seconds, so the names that need it are imported when the first of them is used.
 """
 
-from core.conv2d import conv2d, conv2d_problem, plan_conv2d
-from core.convolution import ConvolutionPlan
-from core.correlate import correlate, plan_correlate
-from core.device import available_devices, describe_devices, resolve_device
-from core.engines import CALLING_THREAD_ENGINES, ENGINES
-from core.engines.choice import Choice, Method, choose
-from core.engines.compilation.pipelines import NotCompiled, compiled_only
-from core.engines.run import Result, warm_up
-from core.engines.slices import Check
+from typing import TYPE_CHECKING, Any
+
 from core.errors import (
     CoreError,
     Cost,
@@ -27,19 +22,14 @@ from core.errors import (
     TooLarge,
     UnknownKernel,
 )
-from core.explain import Candidate, explain
-from core.fit.constrained.constraints import Symmetry
-from core.fit.fit import FitPlan, fit_kernel, fit_kernel_steps, plan_fit_kernel, run_to_end
-from core.fit.gradient_descent.optimizers import Solver
-from core.fit.losses import Loss
-from core.fit.result import RIDGE_PATH_FIELDS, FitResult, Forecast, Prediction, Progress, Reading, Status, Step
-from core.fit.selection.size_range import DEFAULT_MAX_KERNEL_SIZE
 from core.kernels import KERNELS, named_kernel
 from core.limits import Limits
-from core.machine import Machine, measure_machine, use_one_blas_thread
 from core.problem import OVERFLOW_THRESHOLDS, Boundary, Dtype, PaddingMode, Problem
 from core.resources import usable_cores, usable_memory
 from core.shapes import Mode, Operation
+
+if TYPE_CHECKING:
+    from core.torch_api import *
 
 __all__ = [
     "CALLING_THREAD_ENGINES",
@@ -106,3 +96,14 @@ __all__ = [
     "use_one_blas_thread",
     "warm_up",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import the names of `core.torch_api`, and return the one of that name."""
+        if name not in __all__:
+            raise AttributeError(f"module 'core' has no attribute {name!r}")
+        from core import torch_api
+
+        globals().update((public, getattr(torch_api, public)) for public in torch_api.__all__)
+        return globals()[name]

@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    """Return a public name of core, which is imported on first use: the import of torch takes seconds."""
-    import core
+    def __getattr__(name: str) -> Any:
+        """Return a public name of core, which is imported on first use."""
+        import core
 
-    if name not in core.__all__:
-        raise AttributeError(f"module 'corr2d' has no attribute {name!r}")
-    return getattr(core, name)
+        if name not in core.__all__:
+            raise AttributeError(f"module 'corr2d' has no attribute {name!r}")
+        return getattr(core, name)
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from core import Forecast, Progress, Reading, Step
@@ -21,7 +21,7 @@ from service.context import get_context
 from service.problems import HANDLED_ERRORS, respond_to_error
 from service.responses import estimate_list_seconds
 from service.scheduling.codec_jobs import run_codec
-from service.scheduling.disconnect import run_until_disconnect, wait_for_disconnect
+from service.scheduling.disconnect import run_until_disconnect
 
 EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
@@ -57,7 +57,7 @@ EVENT_FORMATTERS: Mapping[str, Callable[[str, bytes], bytes]] = {
 """Formatters of an event, given its name and its content as a JSON object, by media type."""
 
 
-class ProgressStream(Response):
+class ProgressStream(StreamingResponse):
     """Stream of the events `reading`, `forecast` and `step`, then `result` or `error`.
 
     The response starts with the first event; errors before it are ordinary error responses.
@@ -65,17 +65,14 @@ class ProgressStream(Response):
 
     def __init__(self, request: Request, media_type: str, options: ResponseOptions, *, wait_for_forecast: bool) -> None:
         """wait_for_forecast: send no event before the forecast, since the request may be rejected because of it."""
-        # Not Response.__init__: there is no body yet.
-        self.status_code = HTTPStatus.OK
-        self.background = None
-        self.body = b""
-        self.raw_headers = [
-            (b"content-type", media_type.encode()),
-            (b"cache-control", b"no-store"),
+        headers = {
+            "content-type": media_type,
+            "cache-control": "no-store",
             # Buffering proxies would hold the events back until the end.
-            (b"x-accel-buffering", b"no"),
-            (b"vary", b"accept, accept-encoding"),
-        ]
+            "x-accel-buffering": "no",
+            "vary": "accept, accept-encoding",
+        }
+        super().__init__(self._iterate_events(), HTTPStatus.OK, headers)
         self._request = request
         self._format_event = EVENT_FORMATTERS[media_type]
         self._keepalive = KEEPALIVE_COMMENT if media_type == EVENT_STREAM else format_ndjson_line("waiting", b"{}")
@@ -85,6 +82,7 @@ class ProgressStream(Response):
         self._loop = asyncio.get_running_loop()
         self._last_event_at = 0.0
         self._skipped_step: Step | None = None
+        self._is_complete = False
         self._task: asyncio.Task[ResponseFields] | None = None
 
     async def start(self, work: ReportingWork) -> None:
@@ -103,28 +101,21 @@ class ProgressStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as they occur; cancel the work if the client disconnects."""
         assert self._task is not None  # noqa: S101 - start() is called first
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
-        disconnected.add_done_callback(lambda _: self._events.put_nowait(None))
         try:
-            event = self._first
-            while event is not None:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-                event = await self._next_event()
-            if self._task.done():
-                await send(
-                    {
-                        "type": "http.response.body",
-                        "body": await self._format_final_event(self._task),
-                        "more_body": False,
-                    }
-                )
-            else:
-                # The server of `corr2d serve` records this itself; others only report it to `receive`.
-                get_context(scope).is_disconnected = True
+            await super().__call__(scope, receive, send)
+            # The server of `corr2d serve` records this itself; others only report it to `receive`.
+            get_context(scope).is_disconnected |= not self._is_complete
         finally:
             self._task.cancel()
-            disconnected.cancel()
+
+    async def _iterate_events(self) -> AsyncIterator[bytes]:
+        assert self._task is not None  # noqa: S101
+        event: bytes | None = self._first
+        while event is not None:
+            yield event
+            event = await self._next_event()
+        yield await self._format_final_event(self._task)
+        self._is_complete = True
 
     async def _next_event(self) -> bytes | None:
         try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.arrays import ArrayLike, as_real_tensor
-from core.conv2d import as_images, conv2d_problem
+from core.conv2d_layer import as_images, conv2d_problem
 from core.errors import InvalidArgument, InvalidNumbers, InvalidShape
 from core.fit.interruption import Interruptible
 from core.problem import PaddingMode, Problem

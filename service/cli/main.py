@@ -348,8 +348,7 @@ def kernels(
     ] = None,
 ) -> None:
     """List the named kernels, or print the entries of one."""
-    with without_garbage_collection():
-        from core import KERNELS, named_kernel
+    from core import KERNELS, named_kernel
 
     if name is not None:
         with report_errors():
@@ -367,8 +366,7 @@ def kernels(
 def config(**flags: object) -> None:
     """Show every setting: its value, its origin (flag, environment, default or computed) and its meaning."""
     given = load_settings_or_exit(flags)
-    with without_garbage_collection():
-        from service.computed_settings import compute_defaults
+    from service.computed_settings import compute_defaults
 
     in_force = compute_defaults(given)
     variables = list_variables()

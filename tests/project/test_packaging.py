@@ -64,7 +64,7 @@ def test_corr2d_exports_the_public_names_of_core() -> None:
     assert dir(corr2d) == sorted([*core.__all__, "__version__"])
     assert corr2d.correlate is core.correlate
     with pytest.raises(AttributeError, match="no attribute 'corelate'"):
-        _ = corr2d.corelate
+        _ = corr2d.corelate  # type: ignore[attr-defined]
 
 
 def test_another_package_named_service_is_reported(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_workflows_run_existing_make_targets(path: Path) -> None:
 def test_workflows_test_every_supported_python_version() -> None:
     jobs = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]
     supported = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
-    assert jobs["test"]["strategy"]["matrix"]["python"] == supported
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert {*matrix["python"], *(job["python"] for job in matrix["include"])} == set(supported)
     least, limit = re.findall(r"3\.(\d+)", PROJECT["project"]["requires-python"])
     assert supported == [f"3.{minor}" for minor in range(int(least), int(limit))]
 
@@ -72,3 +73,14 @@ def test_every_dependency_is_pinned() -> None:
     names = {re.split(r"[^\w.-]", line, maxsplit=1)[0].replace(".", "-").lower() for line in declared}
     pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert names <= set(pins)
+
+
+def test_lock_file_has_the_pinned_versions_with_their_hashes() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    locked = re.findall(r"^([\w-]+)==(\S+)(?: ;.*)? \\\n    --hash=sha256:[0-9a-f]{64}", text, re.MULTILINE)
+    assert len(locked) == len(re.findall("^[^# ]", text, re.MULTILINE))
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {name: pins[name] for name, _ in locked} == dict(locked)
+    declared = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["plot"]]
+    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0].replace(".", "-").lower() for line in declared}
+    assert names - set(dict(locked)) == {"torch"}

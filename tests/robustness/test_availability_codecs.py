@@ -112,6 +112,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
         tiff.MEDIA_TYPE,
         lambda: save_image(draw_noise(60_000, 100), "tiff", compression="tiff_lzw", strip_size=100),
     ),
+    "jpeg tiff": (tiff.MEDIA_TYPE, lambda: save_image(draw_noise(2500, 2500, 3), "tiff", compression="jpeg")),
     "form": (
         multipart.MEDIA_TYPE,
         lambda: build_form(save_image(draw_noise(5000, 5000), "png", compress_level=0)),
@@ -279,7 +280,7 @@ def test_image_of_many_scans_is_rejected_before_decoding() -> None:
 
 PREDICTED_BODIES = [
     "numbers", "npy in columns", "deflated", "png", "png in colour", "png with alpha", "jpeg", "webp", "tiff",
-    "deflated tiff", "form",
+    "deflated tiff", "jpeg tiff", "form",
 ]  # fmt: skip
 
 
@@ -309,7 +310,7 @@ class TimeIsOverError(Exception):
 
 
 @pytest.mark.robustness(75)
-@pytest.mark.parametrize("name", ["deflated", "png", "jpeg", "webp", "deflated tiff", "form"])
+@pytest.mark.parametrize("name", ["deflated", "png", "jpeg", "webp", "deflated tiff", "jpeg tiff", "form"])
 def test_decoding_stops_when_its_check_raises(name: str) -> None:
     media_type, make = BODIES[name]
     decode = FORMATS[media_type].decode

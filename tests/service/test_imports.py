@@ -1,10 +1,14 @@
 import gc
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from service.imports import without_garbage_collection
+
+ROOT = Path(__file__).parents[2]
 
 
 def fail_to_import() -> None:
@@ -25,13 +29,32 @@ def test_garbage_collection_pauses_for_imports_and_continues_after_errors() -> N
 
 
 @pytest.mark.slow
-def test_a_command_collects_no_garbage_before_its_modules_are_loaded() -> None:
+def test_a_command_collects_no_garbage_while_its_modules_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "input.json").write_text("[[1, 2], [3, 4]]")
     code = """
 import gc, sys
-gc.callbacks.append(lambda phase, info: print(phase, "torch" in sys.modules and "core" not in sys.modules))
+
+def report(phase, info):
+    api = sys.modules.get("core.torch_api")
+    print(phase, "torch" in sys.modules and not hasattr(api, "__all__"))
+
+gc.callbacks.append(report)
 from service.cli.main import app
-app(["kernels", "sobel_x"])
+app(["correlate", "input.json", "--kernel", "[[1]]"])
 """
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
     assert "start False" in output, "the callback works"
     assert "start True" not in output, "no collection while torch is imported"
+
+
+@pytest.mark.parametrize("arguments", [["kernels"], ["kernels", "sobel_x"], ["version"], ["config"], ["kernels", "no"]])
+def test_commands_without_arrays_do_not_import_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from service.cli.main import app
+app({arguments}, standalone_mode=False)
+assert "torch" not in sys.modules and "numba" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

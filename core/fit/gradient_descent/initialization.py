@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core.arrays import ArrayLike, as_tensor
-from core.conv2d import as_filters
+from core.conv2d_layer import as_filters
 from core.device import CPU_DEVICE
 from core.errors import InvalidNumbers, InvalidOption, InvalidShape
 from core.fit.examples import Examples, Layer, infer_kernel_size

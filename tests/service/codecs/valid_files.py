@@ -92,6 +92,10 @@ VALID_FILES: Mapping[str, tuple[Callable[[bytes, int], object], bytes]] = {
     "tiff": (tiff.decode, b"".join(tiff.encode(np.stack([INPUT_ARRAY, INPUT_ARRAY])))),
     "lzw tiff": (tiff.decode, save_image("RGB", "tiff", compression="tiff_lzw")),
     "deflated tiff": (tiff.decode, save_image("RGBA", "tiff", compression="tiff_adobe_deflate")),
+    "fax tiff": (tiff.decode, save_image("1", "tiff", compression="group4")),
+    "tiff with a palette": (tiff.decode, save_image("P", "tiff")),
+    "tiff of inks": (tiff.decode, save_image("CMYK", "tiff", compression="tiff_lzw")),
+    "jpeg tiff": (tiff.decode, save_image("RGB", "tiff", compression="jpeg")),
     "multipart": (FORMATS[multipart.MEDIA_TYPE].decode or npy.decode, FORM),
     "tiff of floating point": (tiff.decode, save_image("F", "tiff", compression="packbits")),
 }
