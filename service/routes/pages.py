@@ -1,4 +1,4 @@
-"""HTML pages: the redirect from /, and /docs, Swagger UI with locally served files; their icon."""
+"""HTML pages: /, the page to see and learn convolutions, and /docs, Swagger UI; their files and their icon."""
 
 import re
 from base64 import b64encode
@@ -11,6 +11,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from service.assets import respond_with_content, respond_with_file
 from service.middleware.auth import DOCS_ASSETS_PATH
 
 router = APIRouter(include_in_schema=False)
@@ -32,13 +33,35 @@ INLINE_SCRIPT_PATTERN = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 FAVICON = (Path(__file__).parent / "favicon.ico").read_bytes()
 
+PLAYGROUND_FOLDER = Path(__file__).parents[1] / "playground" / "static"
+
+PLAYGROUND_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    # RFC 8631: programs that request the address of the service find its description.
+    "Link": '<openapi.json>; rel="service-desc", <docs>; rel="service-doc"',
+}
+
 SWAGGER_UI_PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
 
 
 @router.get("/")
-async def redirect_to_docs(request: Request) -> RedirectResponse:
-    """Redirect browsers to the documentation."""
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
+async def playground(request: Request) -> Response:
+    """Return the page, whatever the client accepts; its links are relative, so that it works below any prefix."""
+    root = request.scope.get("root_path", "").encode()
+    if root and request.scope.get("raw_path") == root:
+        # Relative links need the slash at the end of the prefix.
+        return RedirectResponse(f"{root.decode()}/")
+    content = (PLAYGROUND_FOLDER / "index.html").read_bytes()
+    return respond_with_content(request, content, ".html", PLAYGROUND_HEADERS)
+
+
+@router.get("/page/{name:path}")
+async def playground_file(request: Request, name: str) -> Response:
+    """Return a file that the page loads."""
+    return respond_with_file(request, PLAYGROUND_FOLDER, name)
 
 
 @router.get("/favicon.ico")

@@ -11,9 +11,32 @@ from tests.robustness.raw_client import RawConnection, build_request_headers
 from tests.servers import SendFn
 
 
-def test_root_redirects_to_the_docs(send: SendFn) -> None:
-    response = send("GET", "/")
-    assert (response.status_code, response.headers["location"]) == (307, "/docs")
+@pytest.mark.parametrize("accept", ["text/html,application/xhtml+xml,*/*;q=0.8", "*/*", "application/json"])
+def test_root_is_the_page_for_every_client(send: SendFn, accept: str) -> None:
+    response = send("GET", "/", headers={"Accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.text.lower().startswith("<!doctype html>")
+    assert response.headers["cache-control"] == "no-cache"
+    links = dict(re.findall(r'<([\w.]+)>; rel="([\w-]+)"', response.headers["link"]))
+    assert links == {"openapi.json": "service-desc", "docs": "service-doc"}
+
+
+def test_unchanged_page_keeps_its_policy(send: SendFn) -> None:
+    page = send("GET", "/")
+    response = send("GET", "/", headers={"If-None-Match": page.headers["etag"]})
+    assert (response.status_code, response.content) == (304, b"")
+    # Some browsers replace the headers of their copy.
+    assert response.headers["content-security-policy"] == page.headers["content-security-policy"]
+
+
+def test_page_loads_only_its_own_files(send: SendFn) -> None:
+    page = send("GET", "/").text
+    assert not re.search(r"""<script>|<style|<[^>]+ (?:style|on\w+)=""", page)
+    links = re.findall(r"""\b(?:src|href)=["']([^"'#]+)["']""", page)
+    for link in links:
+        assert not re.match(r"/|\w+:", link), f"{link} is not relative"
+        assert send("GET", f"/{link}").status_code == 200, link
 
 
 def test_favicon_is_an_icon(send: SendFn) -> None:
