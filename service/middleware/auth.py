@@ -8,13 +8,13 @@ from service.context import get_context
 from service.errors import Unauthorized
 from service.problems import respond_to_error
 
-PUBLIC_PATHS = frozenset({"/", "/docs", "/favicon.ico", "/openapi.json", "/livez", "/readyz"})
+PUBLIC_PATHS = frozenset({"/", "/docs", "/favicon.ico", "/guide", "/openapi.json", "/livez", "/readyz"})
 """Paths that need no API key: health checks, the page and the documentation."""
 
 DOCS_ASSETS_PATH = "/static-offline-docs"
 """Path prefix of the files that /docs loads."""
 
-PUBLIC_FOLDERS = (f"{DOCS_ASSETS_PATH}/", "/page/")
+PUBLIC_FOLDERS = (f"{DOCS_ASSETS_PATH}/", "/guide/", "/page/")
 """Path prefixes of the files of these pages; they need no API key either."""
 
 
