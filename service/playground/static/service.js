@@ -1,0 +1,88 @@
+/** The bar below the figures: what was sent, how the service computed it, errors, and the API key. */
+
+/** @import {ServiceRequest} from './types.js' */
+import { byId, h, input, toast } from './dom.js';
+import * as format from './format.js';
+import { apiKey, ServiceError, snippets } from './requests.js';
+
+/** @type {ServiceRequest | null} */
+let latest = null;
+let retry = () => {};
+
+/** @returns {string} address of the service, ending in a slash */
+const base = () => new URL('.', document.baseURI).href;
+
+/** Remember a request, for copying. @param {ServiceRequest} request */
+export function remember(request) {
+  latest = request;
+  if (/** @type {HTMLDetailsElement} */ (byId('request')).open) drawSnippet();
+}
+
+function drawSnippet() {
+  byId('snippet').textContent = latest ? snippets(latest, base(), apiKey.get() !== '').curl : '';
+}
+
+/** @param {string} message '' removes it */
+export function showError(message) {
+  byId('error').hidden = !message;
+  byId('error').textContent = message;
+}
+
+/** Show the error of a request; 401 asks for an API key. @param {unknown} error @param {() => void} again called when a key is given */
+export function fail(error, again) {
+  if (error instanceof DOMException && error.name === 'AbortError') return;
+  showError(error instanceof Error ? error.message : String(error));
+  byId('service').textContent = 'The service did not compute this.';
+  if (!(error instanceof ServiceError) || error.status !== 401) return;
+  retry = again;
+  const dialog = /** @type {HTMLDialogElement} */ (byId('key-dialog'));
+  if (!dialog.open) dialog.showModal();
+}
+
+/**
+ * Describe how a response was computed.
+ * @param {(string | Node)[]} facts
+ */
+export function describe(facts) {
+  byId('service').replaceChildren(...facts.flatMap((fact, index) => (index ? [' · ', fact] : [fact])));
+}
+
+/** @param {Response} response @param {number} started @returns {string} time of computing and of the whole request */
+export function timing(response, started) {
+  const compute = /compute;dur=([\d.]+)/.exec(response.headers.get('Server-Timing') ?? '')?.[1];
+  return `${compute ? `computed in ${format.time(Number(compute))}, ` : ''}received after ${format.time(performance.now() - started)}`;
+}
+
+export const agreement = () => h('span', { class: 'good' }, 'agrees with this page ✓');
+
+export function setUp() {
+  for (const language of /** @type {const} */ (['curl', 'python', 'javascript']))
+    byId(`copy-${language}`).addEventListener('click', async () => {
+      if (!latest) return;
+      const text = snippets(latest, base(), apiKey.get() !== '')[language];
+      byId('snippet').textContent = text;
+      await copy(text, 'Copied');
+    });
+  byId('request').addEventListener('toggle', drawSnippet);
+  byId('key-dialog').addEventListener('close', (event) => {
+    const dialog = /** @type {HTMLDialogElement} */ (event.target);
+    if (dialog.returnValue === 'save') {
+      apiKey.set(input('key').value.trim());
+      retry();
+    }
+    input('key').value = '';
+  });
+}
+
+/** @param {string} text @param {string} message */
+export async function copy(text, message) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast(message);
+  } catch {
+    byId('snippet').textContent = text;
+    /** @type {HTMLDetailsElement} */ (byId('request')).open = true;
+    byId('snippet').textContent = text;
+    toast('The browser does not allow copying: the text is shown below');
+  }
+}
