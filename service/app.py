@@ -21,7 +21,7 @@ from service.app_state import AppState, get_app_state, set_app_state
 from service.computed_settings import compute_defaults, find_limit_settings
 from service.log import exit_now
 from service.metrics.counters import Metrics, SharedCounters
-from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware
+from service.middleware.auth import APIKeyMiddleware
 from service.middleware.cors import CrossOriginMiddleware
 from service.middleware.fast_path import FastPathMiddleware
 from service.middleware.forwarded import ForwardedMiddleware
@@ -112,7 +112,6 @@ def create_app(settings: Settings, table: SharedCounters | None = None, keys: Ke
         # request. Placed before the routes of /docs, because routes are tried in order.
         app.router.routes[:0] = resource.router.routes
     app.router.routes += [*pages.router.routes, *guide.router.routes]
-    app.mount(DOCS_ASSETS_PATH, pages.DocsAssets())
     requests = correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest
     extend_schema(app, *requests, requires_api_key=settings.requires_api_key)
     return app
