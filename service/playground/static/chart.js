@@ -5,7 +5,7 @@ import * as format from './format.js';
 
 /** @typedef {{name: string, values: number[], style?: string}} Series values after 0, 1, 2, ... updates */
 
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [560, 260, 58, 76, 12, 34];
+const [HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [260, 58, 76, 12, 34];
 
 /** Decades below the largest loss that the axis shows at most. */
 const MAX_DECADES = 16;
@@ -16,12 +16,14 @@ const MAX_DECADES = 16;
  */
 export function drawLosses(series, { best, cursor, length = 0 }) {
   const chart = byId('loss-chart');
+  const width = Math.max(280, chart.getBoundingClientRect().width);
+  chart.setAttribute('viewBox', `0 0 ${width} ${HEIGHT}`);
   const steps = Math.max(length, 1, ...series.map(({ values }) => values.length - 1));
   const positive = series.flatMap(({ values }) => values).filter((value) => value > 0 && Number.isFinite(value));
   const top = Math.ceil(Math.log10(positive.reduce((a, b) => Math.max(a, b), best || 1e-3)) + 1e-9);
   const least = Math.log10(positive.reduce((a, b) => Math.min(a, b), best && best > 0 ? best : Infinity));
   const bottom = Math.max(Math.min(Math.floor(Number.isFinite(least) ? least - 0.15 : top - 1), top - 1), top - MAX_DECADES);
-  const x = (/** @type {number} */ step) => LEFT + (step / steps) * (WIDTH - LEFT - RIGHT);
+  const x = (/** @type {number} */ step) => LEFT + (step / steps) * (width - LEFT - RIGHT);
   const y = (/** @type {number} */ loss) => {
     const decades = loss > 0 ? Math.max(Math.log10(loss), bottom) : bottom;
     return TOP + ((top - decades) / (top - bottom)) * (HEIGHT - TOP - BOTTOM);
@@ -30,7 +32,7 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   const every = Math.ceil((top - bottom) / 5);
   for (let decade = top; decade >= bottom; decade -= every) {
     const at = y(10 ** decade);
-    parts.push(svg('line', { class: 'axis', x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }));
+    parts.push(svg('line', { class: 'axis', x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
     parts.push(svg('text', { x: LEFT - 8, y: at + 4, 'text-anchor': 'end' }, format.number(10 ** decade)));
   }
   const ticks = [...new Set([0, 0.25, 0.5, 0.75, 1].map((part) => Math.round(part * steps)))];
@@ -39,7 +41,7 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   if (best !== null) {
     const at = y(best);
     // A loss of 0 lies below every logarithmic axis: it is stated, not drawn.
-    if (best > 0) parts.push(svg('line', { class: 'best', x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }));
+    if (best > 0) parts.push(svg('line', { class: 'best', x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
     parts.push(svg('text', { class: 'best', x: LEFT + 6, y: at - 6 }, `smallest possible loss: ${format.number(best)}`));
   }
   let lastLabel = -99;
@@ -60,8 +62,8 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   chart.replaceChildren(...parts);
   return (/** @type {number} */ clientX) => {
     const box = chart.getBoundingClientRect();
-    const at = ((clientX - box.left) / box.width) * WIDTH;
-    return Math.round(Math.min(Math.max((at - LEFT) / (WIDTH - LEFT - RIGHT), 0), 1) * steps);
+    const at = ((clientX - box.left) / box.width) * width;
+    return Math.round(Math.min(Math.max((at - LEFT) / (width - LEFT - RIGHT), 0), 1) * steps);
   };
 }
 
@@ -93,13 +95,14 @@ export function drawContours({ angle, along, across, center }, path, position) {
   for (const [u, v] of shown.slice(0, 60)) inside.append(svg('circle', { class: 'dot', cx: x(u), cy: y(v), r: 2.5 }));
   const [u, v] = shown[shown.length - 1];
   inside.append(svg('circle', { class: 'dot', cx: x(u), cy: y(v), r: 5.5 }));
+  const tick = (/** @type {number} */ value) => format.number(Number(value.toFixed(10)), 2);
   const cross = `M${x(center[0]) - 6},${y(center[1])}h12m-6,-6v12`;
   byId('contour-chart').replaceChildren(
     clip, svg('rect', { class: 'axis', x: margin, y: 10, width: side, height: side, fill: 'none' }), inside,
     svg('path', { class: 'best', d: cross, 'stroke-width': 2, 'stroke-dasharray': 'none' }),
     ...[-1, 0, 1].flatMap((part) => [
-      svg('text', { x: margin + side / 2 + (part * side) / 2.3, y: side + 26, 'text-anchor': 'middle' }, format.number(center[0] + (part * reach) / 1.15, 2)),
-      svg('text', { x: margin - 6, y: 14 + side / 2 - (part * side) / 2.3, 'text-anchor': 'end' }, format.number(center[1] + (part * reach) / 1.15, 2)),
+      svg('text', { x: margin + side / 2 + (part * side) / 2.3, y: side + 26, 'text-anchor': 'middle' }, tick(center[0] + (part * reach) / 1.15)),
+      svg('text', { x: margin - 6, y: 14 + side / 2 - (part * side) / 2.3, 'text-anchor': 'end' }, tick(center[1] + (part * reach) / 1.15)),
     ]),
   );
 }

@@ -114,7 +114,7 @@ export function parseMatrix(text) {
   try {
     value = JSON.parse(text);
   } catch {
-    value = text.trim().split(/\r?\n/).map((line) => line.trim().split(/[\s,;]+/).map(Number));
+    value = text.trim().split(/\r?\n/).map((line) => line.trim().split(/[\s,;]+/).map((word) => (word ? Number(word) : NaN)));
   }
   if (!isMatrix(value, MAX_SIDE)) throw new Error(`not a matrix of at most ${MAX_SIDE} × ${MAX_SIDE} numbers`);
   return /** @type {Matrix} */ (value);

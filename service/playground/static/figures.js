@@ -12,7 +12,7 @@ import { outputRequest, send } from './requests.js';
 import * as service from './service.js';
 import { changed, state, update } from './store.js';
 
-const [MAX_CELL, MIN_KERNEL_CELL, MAX_GRID_HEIGHT, SIGN_WIDTH] = [46, 30, 440, 56];
+const [MAX_CELL, MIN_KERNEL_CELL, MAX_GRID_HEIGHT, SIGN_WIDTH] = [46, 30, 440, 58];
 
 let painting = false;
 /** What the grids show. @type {{problem: Problem, output: Matrix, target: Matrix | null}} */
@@ -101,7 +101,7 @@ function cellSizes(shapes) {
   let size = Math.min(MAX_CELL, Math.max(MAX_GRID_HEIGHT / rows, 5));
   const kernelSize = (/** @type {number} */ cell) => Math.min(MAX_CELL, Math.max(cell, Math.min(MIN_KERNEL_CELL, 300 / Math.max(...kernel))));
   const width = (/** @type {number} */ cell) => kernelSize(cell) * kernel[1] + (shapes.length - 1) * SIGN_WIDTH +
-    data.reduce((sum, [, columns], index) => sum + Math.max(columns * cell, index ? 70 : 250), Math.max(0, 150 - kernelSize(cell) * kernel[1]));
+    data.reduce((sum, [, columns], index) => sum + Math.max(columns * cell, index ? 70 : 330), Math.max(0, 150 - kernelSize(cell) * kernel[1]));
   if (narrow) size = Math.min(size, room / Math.max(...data.map(([, columns]) => columns)));
   else while (size > 3 && width(size) > room) size -= 0.5;
   size = size >= 8 ? Math.floor(size) : Math.max(size, 2);

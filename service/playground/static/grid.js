@@ -88,7 +88,7 @@ export class Grid {
     this.#key = key;
     this.root.style.setProperty('--cell', `${size}px`);
     const longest = Math.max(3, ...values.flat().map((value) => format.cell(value).length));
-    this.root.style.setProperty('--text', `${Math.max(8, Math.min(16, size * 0.36, (1.55 * size) / longest)).toFixed(1)}px`);
+    this.root.style.setProperty('--text', `${Math.max(8, Math.min(16, size * 0.36, (1.4 * size) / longest)).toFixed(1)}px`);
     const small = size < MIN_TEXT_CELL;
     this.root.classList.toggle('small', small);
     const mode = theme();

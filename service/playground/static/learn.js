@@ -109,6 +109,7 @@ export function setUp(drawGrids) {
     update({ rate: Number(toRate(Number(input('rate-slider').value) / 1000).toPrecision(3)) }));
   if (matchMedia('(prefers-reduced-motion: reduce)').matches) select('speed').value = '1e9';
   onTheme(draw);
+  new ResizeObserver(debounce(draw, 60)).observe(chart);
 }
 
 /** @param {State} now @param {State} before */

@@ -50,7 +50,7 @@ export function describe(facts) {
 /** @param {Response} response @param {number} started @returns {string} time of computing and of the whole request */
 export function timing(response, started) {
   const compute = /compute;dur=([\d.]+)/.exec(response.headers.get('Server-Timing') ?? '')?.[1];
-  return `${compute ? `computed in ${format.time(Number(compute))}, ` : ''}received after ${format.time(performance.now() - started)}`;
+  return `${Number(compute) > 0 ? `computed in ${format.time(Number(compute))}, ` : ''}received after ${format.time(performance.now() - started)}`;
 }
 
 export const agreement = () => h('span', { class: 'good' }, 'agrees with this page ✓');
