@@ -37,8 +37,7 @@ export function setUp() {
     }),
     kernel: new Grid('kernel', 'Kernel', {
       activate: activate('kernel'),
-      edit: (row, column, value) =>
-        state.view === 'convolve' ? update({ kernel: withValue(state.kernel, row, column, value), kernelName: '' }) : drawNow(),
+      edit: (row, column, value) => update({ kernel: withValue(state.kernel, row, column, value), kernelName: '' }),
     }),
     output: new Grid('output', 'Output', { activate: activate('output') }),
     target: new Grid('target', 'Target', {
@@ -78,7 +77,7 @@ export function drawNow() {
   const { height, width, top, left } = layout(problem);
   const sizes = cellSizes([shape(image), shape(problem.kernel), shape(shown.output), ...(shown.target ? [shape(shown.target)] : [])]);
   grids.input.draw(image, sizes.data, { padding: [top, left], inner: [height, width], scale: scaleOf(problem.input) });
-  grids.kernel.draw(problem.kernel, sizes.kernel, learning ? { scale: learn.kernelScale() } : {});
+  grids.kernel.draw(problem.kernel, sizes.kernel, learning ? { scale: learn.kernelScale(), readOnly: true } : {});
   const scale = scaleOf(shown.target ?? shown.output);
   grids.output.draw(shown.output, sizes.data, { scale, empty: 'No output: the kernel does not fit into the input. Use mode same or full.' });
   if (shown.target) grids.target.draw(shown.target, sizes.data, { scale });
@@ -136,6 +135,11 @@ async function compute() {
   const sent = outputRequest(now);
   service.remember(sent);
   pending?.abort();
+  if (!shown.output.length || !shown.output[0].length) {
+    service.showError('');
+    service.describe(['Not sent: the kernel does not fit into the input']);
+    return;
+  }
   pending = new AbortController();
   const started = performance.now();
   try {

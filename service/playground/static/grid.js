@@ -25,6 +25,8 @@ export class Grid {
   values = [];
   #key = '';
   #redraw = () => {};
+  /** @type {Handlers['edit']} */
+  #edit;
   #top = 0;
   #left = 0;
   #focus = /** @type {Cell} */ ([0, 0]);
@@ -74,16 +76,17 @@ export class Grid {
   /**
    * Draw values; `padding` rows and columns at the top and left of them, and after `inner`, lie outside the input.
    * @param {Matrix} values @param {number} size of a cell, px
-   * @param {{padding?: Cell, inner?: Cell, scale?: import('./colors.js').Scale, empty?: string}} [options]
+   * @param {{padding?: Cell, inner?: Cell, scale?: import('./colors.js').Scale, empty?: string, readOnly?: boolean}} [options]
    */
-  draw(values, size, { padding = [0, 0], inner, scale = scaleOf(values), empty = '' } = {}) {
-    this.#redraw = () => this.draw(values, size, { padding, inner, scale, empty });
+  draw(values, size, { padding = [0, 0], inner, scale = scaleOf(values), empty = '', readOnly = false } = {}) {
+    this.#redraw = () => this.draw(values, size, { padding, inner, scale, empty, readOnly });
+    this.#edit = readOnly ? undefined : this.handlers.edit;
     const [rows, columns] = shape(values);
     const [height, width] = inner ?? [rows, columns];
     this.values = values;
     [this.#top, this.#left] = padding;
     this.#isGhost = (r, c) => r < 0 || c < 0 || r >= height || c >= width;
-    const key = `${rows} ${columns} ${padding} ${height} ${width}`;
+    const key = `${readOnly} ${rows} ${columns} ${padding} ${height} ${width}`;
     if (key !== this.#key || !rows || !columns) this.#build(rows, columns, empty);
     this.#key = key;
     this.root.style.setProperty('--cell', `${size}px`);
@@ -121,7 +124,7 @@ export class Grid {
     if (rows && columns) {
       this.root.setAttribute('role', 'grid');
       this.root.setAttribute('aria-label', this.label);
-      this.root.setAttribute('aria-readonly', String(!this.handlers.edit));
+      this.root.setAttribute('aria-readonly', String(!this.#edit));
       this.root.replaceChildren(...this.#cells.map((row) => h('div', { role: 'row', class: 'row' }, ...row)));
       this.#setTabStop(this.#element(this.#focus) ? this.#focus : [0, 0]);
       if (focused) this.#element(this.#focus)?.focus({ preventScroll: true });
@@ -171,7 +174,7 @@ export class Grid {
   #paint(cell) {
     const value = this.handlers.brush?.() ?? null;
     if (value === null || this.#isGhost(...cell)) return false;
-    this.handlers.edit?.(...cell, value);
+    this.#edit?.(...cell, value);
     return true;
   }
 
@@ -201,13 +204,13 @@ export class Grid {
       event.preventDefault();
       this.#startEdit(cell, event.key);
     } else if (event.key === 'Delete' || event.key === 'Backspace') {
-      if (!this.#isGhost(...cell)) this.handlers.edit?.(...cell, 0);
+      if (!this.#isGhost(...cell)) this.#edit?.(...cell, 0);
     }
   }
 
   /** @param {Cell | null} cell @param {string} [typed] */
   #startEdit(cell, typed) {
-    const element = cell && !this.#isGhost(...cell) && this.handlers.edit && this.#element(cell);
+    const element = cell && !this.#isGhost(...cell) && this.#edit && this.#element(cell);
     if (!cell || !element || this.handlers.brush?.() != null) return;
     const field = h('input', { inputmode: 'decimal', 'aria-label': `Value of ${this.label}, row ${cell[0]}, column ${cell[1]}`, autocomplete: 'off' });
     field.value = typed ?? element.dataset.value ?? '';
@@ -217,7 +220,7 @@ export class Grid {
       open = false;
       const value = Number(field.value.replace(',', '.').replace('\u2212', '-'));
       element.dataset.stamp = '';
-      if (keep && field.value.trim() && Number.isFinite(value) && value !== Number(element.dataset.value)) this.handlers.edit?.(...cell, value);
+      if (keep && field.value.trim() && Number.isFinite(value) && value !== Number(element.dataset.value)) this.#edit?.(...cell, value);
       else this.#redraw();
       if (refocus) this.#element(cell)?.focus();
     };

@@ -16,6 +16,8 @@ const TOLERANCE = 1e-6;
 /** @type {Solver[]} */
 const SOLVERS = ['sgd', 'momentum', 'nesterov', 'adam', 'exact'];
 const ADAM_RATE = 0.1;
+/** Products in one step of the page's own descent, at most. */
+const MAX_PRODUCTS = 1e6;
 
 /**
  * One fit. `kernels` and `losses` are the page's, before the first update and after each one.
@@ -162,6 +164,8 @@ async function begin() {
   comparison = null;
   const now = state;
   const aim = target();
+  if (aim.length * aim[0].length * now.kernel.length * now.kernel[0].length > MAX_PRODUCTS)
+    return service.showError('This fit is too large to be followed step by step: choose a smaller kernel or image.');
   const fit = leastSquares(problem(), aim);
   const first = Float64Array.from(start().flat());
   /** @type {Run} */
@@ -214,6 +218,7 @@ async function begin() {
 function play() {
   if (run && position >= run.losses.length - 1) reset();
   begin();
+  if (!run) return;
   const perSecond = Number(select('speed').value);
   let due = performance.now();
   const tick = () => {
@@ -316,11 +321,11 @@ function drawForecast(rate, stable) {
   const parts = [];
   const diverged = run && run.losses[position] > DIVERGED * (run.losses[0] || 1);
   if (diverged) parts.push(h('span', { class: 'warn' }, `Diverged: after ${position} steps the loss is ${format.number(run?.losses[position] ?? 0, 2)}. Choose a rate below ${format.number(stable ?? 0, 3)}. `));
+  else if (exact) parts.push('The best kernel is computed directly, without steps. ');
   else if (times > 1) parts.push(h('span', { class: 'warn' }, `Diverges: this rate is ${format.number(times, 2)} times the largest stable rate. The loss will grow without bound. `));
   else if (times > 0.98) parts.push('At the largest stable rate the loss need not fall. ');
   else if (times) parts.push(`Converges: this rate is ${format.number(times, 2)} times the largest stable rate. `);
-  else if (known && !exact) parts.push('No rate is known to be stable for this solver. ');
-  else if (exact) parts.push('The best kernel is computed directly, without steps. ');
+  else if (known) parts.push('No rate is known to be stable for this solver. ');
   const { rank = null, unknowns = 0 } = known?.forecast ?? {};
   if (rank !== null && rank < unknowns)
     parts.push(h('strong', {}, `The data determine only ${rank} of ${unknowns} weights: other kernels fit as well.`));
