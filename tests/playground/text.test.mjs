@@ -81,7 +81,7 @@ test('requests use /correlate, and /conv2d with a stride or dilation', () => {
   assert.equal(fit.headers.Accept, 'text/event-stream');
   assert.equal(fit.json.learning_rate, undefined);
   const picture = pictureRequest({ ...DEFAULT, show: 'clip' }, new Blob(['x'], { type: 'image/png' }));
-  assert.equal(url(picture, 'http://h/'), 'http://h/correlate?kernel=%5B%5B1%2C-1%5D%5D&mode=valid&png=clip');
+  assert.equal(url(picture, 'http://h/'), 'http://h/correlate?kernel=%5B%5B1%2C-1%5D%5D&mode=valid&png=clip&explain=true');
 });
 
 test('snippets quote what a shell would interpret, and name the key instead of containing it', () => {

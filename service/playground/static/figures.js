@@ -12,6 +12,7 @@ import { outputRequest, send } from './requests.js';
 import * as service from './service.js';
 import { changed, state, update } from './store.js';
 
+/** Sizes in px at the usual size of text: of cells, of all rows, and of the sign between two grids. */
 const [MAX_CELL, MIN_KERNEL_CELL, MAX_GRID_HEIGHT, SIGN_WIDTH] = [46, 30, 440, 58];
 
 let painting = false;
@@ -97,10 +98,11 @@ function cellSizes(shapes) {
   const room = byId('figures').clientWidth || 800;
   const narrow = room < 780;
   const rows = Math.max(...shapes.map(([count]) => count));
-  let size = Math.min(MAX_CELL, Math.max(MAX_GRID_HEIGHT / rows, 5));
-  const kernelSize = (/** @type {number} */ cell) => Math.min(MAX_CELL, Math.max(cell, Math.min(MIN_KERNEL_CELL, 300 / Math.max(...kernel))));
-  const width = (/** @type {number} */ cell) => kernelSize(cell) * kernel[1] + (shapes.length - 1) * SIGN_WIDTH +
-    data.reduce((sum, [, columns], index) => sum + Math.max(columns * cell, index ? 70 : 330), Math.max(0, 150 - kernelSize(cell) * kernel[1]));
+  const zoom = Number.parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
+  let size = zoom * Math.min(MAX_CELL, Math.max(MAX_GRID_HEIGHT / rows, 5));
+  const kernelSize = (/** @type {number} */ cell) => Math.min(zoom * MAX_CELL, Math.max(cell, Math.min(MIN_KERNEL_CELL, 300 / Math.max(...kernel))));
+  const width = (/** @type {number} */ cell) => kernelSize(cell) * kernel[1] + (shapes.length - 1) * zoom * SIGN_WIDTH +
+    data.reduce((sum, [, columns], index) => sum + Math.max(columns * cell, index ? 70 : zoom * 330), Math.max(0, zoom * 150 - kernelSize(cell) * kernel[1]));
   if (narrow) size = Math.min(size, room / Math.max(...data.map(([, columns]) => columns)));
   else while (size > 3 && width(size) > room) size -= 0.5;
   size = size >= 8 ? Math.floor(size) : Math.max(size, 2);
@@ -152,7 +154,7 @@ async function compute() {
     service.showError(cell ? `The service and this page differ at output (${cell.join(', ')}): ` +
       `${format.number(body.output[cell[0]]?.[cell[1]], 8)} and ${format.number(page[cell[0]]?.[cell[1]], 8)}. One of them has an error: please report it.` : '');
     service.describe([
-      `Service: engine ${body.engine} on ${body.device}, ${body.dtype}`, `error at most ${format.number(bound, 2)}`,
+      `Service: engine ${body.engine} on ${body.device}, ${body.dtype}`, ...service.precision(body.explanation),
       service.timing(response, started), ...(cell ? [] : [service.agreement()]),
     ]);
   } catch (error) {
@@ -202,6 +204,12 @@ async function png() {
       context.fillStyle = ink(background);
       context.fillText(format.cell(value), x + size / 2, y + size / 2);
     }));
+    if (!index) {
+      const { top: above, left: before, height: inner, width: across } = layout(problem);
+      [context.strokeStyle, context.lineWidth] = [text, 1.5];
+      context.strokeRect(left + (span - values[0].length * size) / 2 + before * size, top + above * size, across * size, inner * size);
+      context.lineWidth = 1;
+    }
     left += span + gap;
   });
   return canvas.convertToBlob({ type: 'image/png' });

@@ -42,6 +42,7 @@ export class Grid {
       const cell = event.target instanceof Element ? event.target.closest('.cell') : null;
       return cell instanceof HTMLElement ? /** @type {Cell} */ ([Number(cell.dataset.row), Number(cell.dataset.column)]) : null;
     };
+    let wasFocused = false;
     const activate = (/** @type {Event} */ event) => {
       const cell = at(event);
       if (cell) handlers.activate(...cell);
@@ -61,7 +62,13 @@ export class Grid {
         this.root.setPointerCapture(event.pointerId);
         event.preventDefault();
       }
-      this.#element(cell)?.focus();
+      const element = this.#element(cell);
+      wasFocused = element === document.activeElement;
+      element?.focus();
+    });
+    // A tap on the cell that has the focus edits it, as there is no key to press.
+    this.root.addEventListener('click', (event) => {
+      if (wasFocused && event instanceof PointerEvent && event.pointerType === 'touch') this.#startEdit(at(event));
     });
     this.root.addEventListener('pointermove', (event) => {
       if (!this.root.hasPointerCapture(event.pointerId)) return;
@@ -91,7 +98,7 @@ export class Grid {
     this.#key = key;
     this.root.style.setProperty('--cell', `${size}px`);
     const longest = Math.max(3, ...values.flat().map((value) => format.cell(value).length));
-    this.root.style.setProperty('--text', `${Math.max(8, Math.min(16, size * 0.36, (1.4 * size) / longest)).toFixed(1)}px`);
+    this.root.style.setProperty('--text', `${Math.max(8, Math.min(size * 0.36, (1.4 * size) / longest)).toFixed(1)}px`);
     const small = size < MIN_TEXT_CELL;
     this.root.classList.toggle('small', small);
     const mode = theme();
@@ -161,6 +168,7 @@ export class Grid {
     };
     for (const cell of cells) mark(cell, 'lit');
     if (hot) mark(hot, 'hot');
+    this.root.classList.toggle('many', cells.length > 24);
   }
 
   /** @param {Cell} cell */

@@ -15,7 +15,6 @@ import { changed, state, update } from './store.js';
 const TOLERANCE = 1e-6;
 /** @type {Solver[]} */
 const SOLVERS = ['sgd', 'momentum', 'nesterov', 'adam', 'exact'];
-const ADAM_RATE = 0.1;
 /** Products in one step of the page's own descent, at most. */
 const MAX_PRODUCTS = 1e6;
 
@@ -96,6 +95,7 @@ export function setUp(drawGrids) {
   byId('new-start').addEventListener('click', () => update({ seed: state.seed + 1 }));
   byId('compare').addEventListener('click', compare);
   input('scrub').addEventListener('input', () => {
+    if (comparison) return readOut(Number(input('scrub').value));
     pause();
     goTo(Number(input('scrub').value));
   });
@@ -145,13 +145,13 @@ const ask = debounce(async () => {
   asking?.abort();
   asking = new AbortController();
   try {
-    const automatic = state.solver !== 'adam' && state.solver !== 'exact';
-    const response = await send(fitRequest({ ...state, rate: automatic ? 'auto' : ADAM_RATE }, target(), start(), false), asking.signal);
+    const started = performance.now();
+    const response = await send(fitRequest({ ...state, rate: 'auto' }, target(), start(), false), asking.signal);
     const forecast = /** @type {Fit} */ (await response.json());
     if (changed(now, state, 'input', 'kernel', 'solver', 'target', 'targetKind', 'noise', 'seed', 'start', 'view')) return;
-    known = { forecast, auto: automatic ? forecast.learning_rate : null };
+    known = { forecast, auto: forecast.learning_rate };
     service.showError('');
-    if (!run) service.describe([`Service: forecast of the fit, ${service.timing(response, asking ? performance.now() : 0)}`.replace(/, received.*$/, '')]);
+    if (!run) service.describe(['Service: rates and smallest possible loss', service.timing(response, started)]);
     draw();
   } catch (error) {
     service.fail(error, ask);
@@ -207,11 +207,11 @@ async function begin() {
     ]);
     if (mine === run) redraw();
   } catch (error) {
-    service.fail(error, () => {
+    service.fail(error, begin);
+    if (mine === run) {
+      run = null;
       reset();
-      begin();
-    });
-    pause();
+    }
   }
 }
 
@@ -219,6 +219,7 @@ function play() {
   if (run && position >= run.losses.length - 1) reset();
   begin();
   if (!run) return;
+  announce('off');
   const perSecond = Number(select('speed').value);
   let due = performance.now();
   const tick = () => {
@@ -239,6 +240,12 @@ function pause() {
   cancelAnimationFrame(timer);
   timer = 0;
   byId('play').textContent = 'Play';
+  announce('polite');
+}
+
+/** Screen readers announce single steps, not every step of Play. @param {'polite'|'off'} live */
+function announce(live) {
+  for (const id of ['sum', 'readout', 'forecast']) byId(id).setAttribute('aria-live', live);
 }
 
 /** @param {number} update number of updates to show; waits for the service if they are not received yet */
@@ -287,9 +294,9 @@ function draw() {
     : [{ name: '', values: run ? run.losses.slice(0, position + 1) : [] }, { name: '', values: previous, style: 'faint' }];
   const lengths = run ? run.losses.length - 1 : exact ? 1 : state.steps;
   stepAt = drawLosses(series, { best, cursor: comparison || !run ? null : position, length: comparison ? 0 : lengths });
-  input('scrub').max = String(run?.received ?? 0);
+  input('scrub').max = String(comparison ? state.steps : run?.received ?? 0);
   input('scrub').value = String(position);
-  input('scrub').disabled = !run;
+  input('scrub').disabled = !run && !comparison;
   readOut(position);
   const two = state.kernel.length * state.kernel[0].length === 2;
   byId('contours').hidden = !two;
@@ -310,7 +317,7 @@ function drawTrack(stable) {
     ...(stable ? [over, place(h('button', { id: 'rate-stable', class: 'stable', type: 'button', 'data-value': stable, click: () => update({ rate: stable }) },
       `largest stable ${format.number(stable, 3)}`), stable)] : []),
     ...(auto ? [place(h('button', { id: 'rate-auto', type: 'button', 'data-value': auto, click: () => update({ rate: 'auto' }) },
-      `auto ${format.number(auto, 3)}`), auto)] : []),
+      `${state.solver === 'adam' ? 'usual' : 'auto'} ${format.number(auto, 3)}`), auto)] : []),
   );
 }
 
@@ -320,7 +327,7 @@ function drawForecast(rate, stable) {
   const times = rate && stable ? rate / stable : 0;
   const parts = [];
   const diverged = run && run.losses[position] > DIVERGED * (run.losses[0] || 1);
-  if (diverged) parts.push(h('span', { class: 'warn' }, `Diverged: after ${position} steps the loss is ${format.number(run?.losses[position] ?? 0, 2)}. Choose a rate below ${format.number(stable ?? 0, 3)}. `));
+  if (diverged) parts.push(h('span', { class: 'warn' }, `Diverged: after ${format.plural(position, 'step')} the loss is ${format.number(run?.losses[position] ?? 0, 2)}. Choose a rate below ${format.number(stable ?? 0, 3)}. `));
   else if (exact) parts.push('The best kernel is computed directly, without steps. ');
   else if (times > 1) parts.push(h('span', { class: 'warn' }, `Diverges: this rate is ${format.number(times, 2)} times the largest stable rate. The loss will grow without bound. `));
   else if (times > 0.98) parts.push('At the largest stable rate the loss need not fall. ');
@@ -355,7 +362,7 @@ async function compare() {
   const now = state;
   try {
     const fits = await Promise.all(SOLVERS.map(async (solver) => {
-      const request = fitRequest({ ...now, solver, rate: solver === 'adam' ? ADAM_RATE : 'auto' }, target(), start(), false);
+      const request = fitRequest({ ...now, solver, rate: 'auto' }, target(), start(), false);
       return /** @type {Fit} */ (await (await send(request)).json());
     }));
     if (now !== state && changed(now, state, 'input', 'kernel', 'steps', 'solver', 'view')) return;

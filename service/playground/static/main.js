@@ -120,7 +120,7 @@ async function openFile(file) {
     }
     service.showError('');
   } catch (error) {
-    service.showError(error instanceof DOMException ? 'This file is not an image that the browser can read.' : String(error));
+    service.showError(error instanceof DOMException ? 'This file is not an image that the browser can read.' : `The file was not opened: ${error instanceof Error ? error.message : error}.`);
   }
 }
 

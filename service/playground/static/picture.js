@@ -103,7 +103,7 @@ async function compute() {
     byId('picture-facts').textContent = `${picture.bitmap.width} × ${picture.bitmap.height} pixels; output ${(result.shape ?? []).join(' × ')}${facts}`;
     byId('picture-facts').dataset.engine = result.engine;
     service.showError('');
-    service.describe([`Service: engine ${result.engine} on ${result.device}, ${result.dtype}`, service.timing(response, started)]);
+    service.describe([`Service: engine ${result.engine} on ${result.device}, ${result.dtype}`, ...service.precision(result.explanation), service.timing(response, started)]);
   } catch (error) {
     byId('picture-facts').textContent = '';
     service.fail(error, compute);

@@ -3,6 +3,8 @@
 /** @import {State, Matrix, ServiceRequest, Problem} from './types.js' */
 import { layout, multiplied, padded } from './geometry.js';
 
+/** The service has no automatic rate for solver adam. */
+export const ADAM_RATE = 0.1;
 const KEY = 'corr2d-api-key';
 
 /** @param {string} path @param {unknown} json @param {Record<string, string>} [headers] @returns {ServiceRequest} */
@@ -44,7 +46,7 @@ export function fitRequest(state, target, initial, stream) {
   const { solver, rate, steps, kernel } = state;
   return post('train-kernel', {
     ...convolutionFields({ ...state, operation: 'correlate' }), target, kernel_size: [kernel.length, kernel[0].length], solver,
-    ...(solver !== 'exact' && { learning_rate: rate, steps, initial_kernel: initial }),
+    ...(solver !== 'exact' && { learning_rate: rate === 'auto' && solver === 'adam' ? ADAM_RATE : rate, steps, initial_kernel: initial }),
   }, stream ? { Accept: 'text/event-stream' } : {});
 }
 
@@ -59,6 +61,7 @@ export function pictureRequest(state, file) {
       ...(mode !== 'valid' && boundary === 'constant' && { fill_value: String(fill) }),
       ...(operation === 'convolve' && { operation }),
       ...(show !== 'signed' && { png: show }),
+      explain: 'true',
     },
     headers: { 'Content-Type': file.type, Accept: show === 'signed' ? 'application/x-npy' : 'image/png' },
     json: undefined, file,

@@ -7,7 +7,8 @@ import { apiKey, ServiceError, snippets } from './requests.js';
 
 /** @type {ServiceRequest | null} */
 let latest = null;
-let retry = () => {};
+/** Requests that wait for an API key. @type {(() => void)[]} */
+const retries = [];
 
 /** @returns {string} address of the service, ending in a slash */
 const base = () => new URL('.', document.baseURI).href;
@@ -34,7 +35,7 @@ export function fail(error, again) {
   showError(error instanceof Error ? error.message : String(error));
   byId('service').textContent = 'The service did not compute this.';
   if (!(error instanceof ServiceError) || error.status !== 401) return;
-  retry = again;
+  retries.push(again);
   const dialog = /** @type {HTMLDialogElement} */ (byId('key-dialog'));
   if (!dialog.open) dialog.showModal();
 }
@@ -53,6 +54,10 @@ export function timing(response, started) {
   return `${Number(compute) > 0 ? `computed in ${format.time(Number(compute))}, ` : ''}received after ${format.time(performance.now() - started)}`;
 }
 
+/** @param {{error_bound?: number} | undefined} explanation @returns {string[]} */
+export const precision = (explanation) =>
+  (explanation?.error_bound == null ? [] : [`error at most ${format.number(explanation.error_bound, 2)}`]);
+
 export const agreement = () => h('span', { class: 'good' }, 'agrees with this page ✓');
 
 export function setUp() {
@@ -68,7 +73,7 @@ export function setUp() {
     const dialog = /** @type {HTMLDialogElement} */ (event.target);
     if (dialog.returnValue === 'save') {
       apiKey.set(input('key').value.trim());
-      retry();
+      for (const again of retries.splice(0)) again();
     }
     input('key').value = '';
   });
