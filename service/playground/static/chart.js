@@ -37,11 +37,11 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   }
   const ticks = [...new Set([0, 0.25, 0.5, 0.75, 1].map((part) => Math.round(part * steps)))];
   for (const step of ticks) parts.push(svg('text', { x: x(step), y: HEIGHT - BOTTOM + 18, 'text-anchor': 'middle' }, String(step)));
-  parts.push(svg('text', { x: x(steps) + 12, y: HEIGHT - BOTTOM + 18 }, 'steps'));
+  parts.push(svg('text', { x: x(steps) + 20, y: HEIGHT - BOTTOM + 18 }, 'steps'));
   if (best !== null) {
     const at = y(best);
-    // A loss of 0 lies below every logarithmic axis: it is stated, not drawn.
-    if (best > 0) parts.push(svg('line', { class: 'best', x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
+    // A loss of 0, or of rounding errors, lies below the axis: it is stated, not drawn.
+    if (best > 10 ** bottom) parts.push(svg('line', { class: 'best', x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
     parts.push(svg('text', { class: 'best', x: LEFT + 6, y: at - 6 }, `smallest possible loss: ${format.number(best)}`));
   }
   let lastLabel = -99;

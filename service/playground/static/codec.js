@@ -15,7 +15,7 @@ export const DEFAULT = {
   image: 'two_edges', kernel: [[1, -1]], kernelName: '',
   mode: 'valid', boundary: 'zeros', fill: 0, stride: 1, dilation: 1, operation: 'correlate',
   active: ['output', 2, 1], targetKind: 'kernel', target: null, noise: 0,
-  solver: 'sgd', rate: 'auto', steps: 60, start: 'random', seed: 1, picture: 'camera', show: 'signed',
+  solver: 'sgd', rate: 'auto', steps: 60, start: 'random', seed: 1, picture: 'camera', show: 'auto',
 };
 
 /** @param {unknown} value @param {number} most */
@@ -55,7 +55,7 @@ const CHECKS = {
   start: oneOf('zeros', 'random'),
   seed: whole(0, 2 ** 31),
   picture: oneOf('camera', 'rings', 'own'),
-  show: oneOf('scale', 'clip', 'signed'),
+  show: oneOf('auto', 'scale', 'clip', 'signed'),
 };
 
 /**

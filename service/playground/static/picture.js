@@ -6,7 +6,7 @@ import { byId, debounce, input, onTheme, theme } from './dom.js';
 import * as format from './format.js';
 import { padding, shape } from './geometry.js';
 import { grey, pixels, rings } from './presets.js';
-import { decodeNpy, pictureRequest, send } from './requests.js';
+import { decodeNpy, pictureRequest, resolveShow, send } from './requests.js';
 import * as service from './service.js';
 import { changed, state, update } from './store.js';
 
@@ -34,7 +34,7 @@ export function setUp() {
     const box = byId('stack').getBoundingClientRect();
     closer((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
   });
-  onTheme(() => state.view === 'picture' && state.show === 'signed' && request());
+  onTheme(() => state.view === 'picture' && request());
 }
 
 /** @param {State} now @param {State} before */
@@ -98,7 +98,7 @@ async function compute() {
     const started = performance.now();
     const response = await send(sent, signal);
     const result = JSON.parse(response.headers.get('Corr2d-Result') ?? '{}');
-    const facts = now.show === 'signed' ? drawSigned(await response.arrayBuffer()) : await drawImage(await response.blob());
+    const facts = resolveShow(now) === 'signed' ? drawSigned(await response.arrayBuffer()) : await drawImage(await response.blob());
     place();
     byId('picture-facts').textContent = `${picture.bitmap.width} × ${picture.bitmap.height} pixels; output ${(result.shape ?? []).join(' × ')}${facts}`;
     byId('picture-facts').dataset.engine = result.engine;
@@ -116,7 +116,7 @@ async function drawImage(blob) {
   const after = canvas('after');
   [after.width, after.height] = [bitmap.width, bitmap.height];
   after.getContext('2d')?.drawImage(bitmap, 0, 0);
-  return state.show === 'scale' ? ', smallest value black, largest white' : ', values below 0 black, above 255 white';
+  return resolveShow(state) === 'scale' ? ', smallest value black, largest white' : ', values below 0 black, above 255 white';
 }
 
 /** Draw an array in the diverging colours; colour planes are averaged. @param {ArrayBuffer} buffer @returns {string} */

@@ -50,9 +50,20 @@ export function fitRequest(state, target, initial, stream) {
   }, stream ? { Accept: 'text/event-stream' } : {});
 }
 
+/**
+ * How the output of a picture is shown: of a kernel with sum 0 in signed colours, of others as a picture.
+ * @param {State} state @returns {'scale'|'clip'|'signed'}
+ */
+export function resolveShow({ show, kernel }) {
+  const sizes = kernel.flat().reduce((sum, value) => sum + Math.abs(value), 0);
+  const isBalanced = Math.abs(kernel.flat().reduce((sum, value) => sum + value, 0)) < 0.01 * sizes;
+  return show === 'auto' ? (isBalanced ? 'signed' : 'clip') : show;
+}
+
 /** Request for a picture. @param {State} state @param {Blob} file */
 export function pictureRequest(state, file) {
-  const { kernel, kernelName, mode, boundary, fill, operation, show } = state;
+  const { kernel, kernelName, mode, boundary, fill, operation } = state;
+  const show = resolveShow(state);
   return /** @type {ServiceRequest} */ ({
     path: 'correlate',
     query: {

@@ -34,7 +34,7 @@
  * @property {'zeros'|'random'} start initial kernel
  * @property {number} seed seed of the initial kernel and of the noise
  * @property {'camera'|'rings'|'own'} picture
- * @property {'scale'|'clip'|'signed'} show how the output of a picture is shown
+ * @property {'auto'|'scale'|'clip'|'signed'} show how the output of a picture is shown
  *
  * @typedef {Problem & PageOptions} State
  *
