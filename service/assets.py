@@ -18,6 +18,7 @@ from service.negotiation import collect_headers, negotiate_coding
 MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
+    ".jpg": "image/jpeg",
     ".js": "text/javascript; charset=utf-8",
     ".json": "application/json",
     ".md": "text/markdown; charset=utf-8",
@@ -29,7 +30,7 @@ MEDIA_TYPES = {
 }
 """Media types by the suffix of a file. Files with another suffix are not served."""
 
-INCOMPRESSIBLE_SUFFIXES = frozenset({".png", ".webp"})
+INCOMPRESSIBLE_SUFFIXES = frozenset({".jpg", ".png", ".webp"})
 
 NAME_PATTERN = re.compile(r"(?:[\w-]+/)*[\w-]+(?:\.[\w-]+)+", re.ASCII)
 """Path of a file below its folder: no segment is empty or begins with a dot."""
