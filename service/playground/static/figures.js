@@ -133,6 +133,7 @@ const request = debounce(compute, 120);
 
 /** Send the problem to the service, and compare its output with the one of the page. */
 async function compute() {
+  if (state.view !== 'convolve') return;
   const now = state;
   const sent = outputRequest(now);
   service.remember(sent);

@@ -47,6 +47,8 @@ let cached = null;
 
 const problem = () => ({ ...state, operation: /** @type {const} */ ('correlate') });
 const start = () => initialKernel(state.kernel.length, state.kernel[0].length, state.solver === 'exact' ? 'zeros' : state.start, state.seed);
+/** @returns {boolean} whether there is an output to fit */
+const isPossible = () => layout(problem()).outputRows > 0 && layout(problem()).outputColumns > 0;
 const size = () => /** @type {[number, number]} */ ([state.kernel.length, state.kernel[0].length]);
 
 /** @returns {Matrix} target of the fit: the output of the hidden kernel with noise, or own values */
@@ -125,7 +127,7 @@ export function onChange(now, before) {
   if (now.view !== 'learn') return pause();
   if (known === null || changed(now, before, 'view')) ask();
   if (!changed(now, before, 'active') || changed(now, before, 'view')) draw();
-  if (!run) service.remember(fitRequest(state, target(), start(), true));
+  if (!run && isPossible()) service.remember(fitRequest(state, target(), start(), true));
 }
 
 /** @param {boolean} [keep] keep the curve, for comparison with the next one */
@@ -140,7 +142,7 @@ function reset(keep = true) {
 }
 
 const ask = debounce(async () => {
-  if (state.view !== 'learn') return;
+  if (state.view !== 'learn' || !isPossible()) return;
   const now = state;
   asking?.abort();
   asking = new AbortController();
@@ -160,7 +162,7 @@ const ask = debounce(async () => {
 
 /** Start a fit, if none is running. */
 async function begin() {
-  if (run) return;
+  if (run || !isPossible()) return;
   comparison = null;
   const now = state;
   const aim = target();
@@ -327,7 +329,8 @@ function drawForecast(rate, stable) {
   const times = rate && stable ? rate / stable : 0;
   const parts = [];
   const diverged = run && run.losses[position] > DIVERGED * (run.losses[0] || 1);
-  if (diverged) parts.push(h('span', { class: 'warn' }, `Diverged: after ${format.plural(position, 'step')} the loss is ${format.number(run?.losses[position] ?? 0, 2)}. Choose a rate below ${format.number(stable ?? 0, 3)}. `));
+  if (!isPossible()) parts.push('There is no output to fit: the kernel does not fit into the input. ');
+  else if (diverged) parts.push(h('span', { class: 'warn' }, `Diverged: after ${format.plural(position, 'step')} the loss is ${format.number(run?.losses[position] ?? 0, 2)}. Choose a rate below ${format.number(stable ?? 0, 3)}. `));
   else if (exact) parts.push('The best kernel is computed directly, without steps. ');
   else if (times > 1) parts.push(h('span', { class: 'warn' }, `Diverges: this rate is ${format.number(times, 2)} times the largest stable rate. The loss will grow without bound. `));
   else if (times > 0.98) parts.push('At the largest stable rate the loss need not fall. ');
@@ -355,6 +358,7 @@ function readOut(step) {
 
 /** Fit with every solver, each with its automatic rate. */
 async function compare() {
+  if (!isPossible()) return;
   pause();
   reset();
   byId('comparison').hidden = false;

@@ -23,6 +23,7 @@ let named = [];
 let fileFor = 'input';
 
 subscribe((now, before) => {
+  if (changed(now, before, 'view', 'lesson', 'input', 'kernel')) service.showError('', 'page');
   if (changed(now, before, 'view', 'mode', 'boundary')) drawView(now);
   drawControls(now);
   learn.onChange(now, before);
@@ -118,9 +119,9 @@ async function openFile(file) {
       if (fileFor === 'target') learn.setTarget((size) => grey(pixels(bitmap, MAX_SIDE, size)).map((row) => row.map((value) => value / 255)));
       else toInput(bitmap);
     }
-    service.showError('');
+    service.showError('', 'page');
   } catch (error) {
-    service.showError(error instanceof DOMException ? 'This file is not an image that the browser can read.' : `The file was not opened: ${error instanceof Error ? error.message : error}.`);
+    service.showError(error instanceof DOMException ? 'This file is not an image that the browser can read.' : `The file was not opened: ${error instanceof Error ? error.message : error}.`, 'page');
   }
 }
 
@@ -204,9 +205,9 @@ async function readLink() {
     const found = await decode(fragment);
     update(found);
     if (found.image === 'photo') await setImage('photo');
-    service.showError('');
+    service.showError('', 'page');
   } catch (error) {
-    service.showError(`The link could not be opened: ${error instanceof Error ? error.message : error}.`);
+    service.showError(`The link could not be opened: ${error instanceof Error ? error.message : error}.`, 'page');
   }
   await lessons.show(false);
   return true;
@@ -220,8 +221,10 @@ async function begin() {
   learn.setUp(figures.drawNow);
   picture.setUp();
   byId('share').addEventListener('click', async () => {
-    // A photo is named, not sent: it would make the link long.
-    const fragment = await encode(state.image === 'photo' ? { ...state, input: DEFAULT.input } : state);
+    // Pictures are not part of a link: the photo is named, and an own picture stays with its owner.
+    const fragment = await encode({
+      ...state, ...(state.image === 'photo' && { input: DEFAULT.input }), ...(state.picture === 'own' && { picture: DEFAULT.picture }),
+    });
     history.replaceState(null, '', `#${fragment}`);
     await service.copy(location.href, `Link copied, ${format.plural(location.href.length, 'character')}`);
   });

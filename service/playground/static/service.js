@@ -23,10 +23,17 @@ function drawSnippet() {
   byId('snippet').textContent = latest ? snippets(latest, base(), apiKey.get() !== '').curl : '';
 }
 
-/** @param {string} message '' removes it */
-export function showError(message) {
-  byId('error').hidden = !message;
-  byId('error').textContent = message;
+const errors = { service: '', page: '' };
+
+/**
+ * Show an error of the service, or of the page: of a link or a file. One does not replace the other.
+ * @param {string} message '' removes it @param {'service'|'page'} [source]
+ */
+export function showError(message, source = 'service') {
+  errors[source] = message;
+  const text = [errors.page, errors.service].filter(Boolean).join(' ');
+  byId('error').hidden = !text;
+  if (byId('error').textContent !== text) byId('error').textContent = text;
 }
 
 /** Show the error of a request; 401 asks for an API key. @param {unknown} error @param {() => void} again called when a key is given */
