@@ -1,13 +1,15 @@
 """The page in a browser: its grids, its sum and its messages, as tests read and change them."""
 
+import io
 import json
 import zlib
-from base64 import urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Request, Response, expect
 
 READ_GRID = """grid => [...grid.querySelectorAll('.row')].map(row =>
@@ -15,6 +17,17 @@ READ_GRID = """grid => [...grid.querySelectorAll('.row')].map(row =>
 
 READ_INNER = """grid => [...grid.querySelectorAll('.row')].map(row =>
     [...row.querySelectorAll('.cell:not(.ghost)')].map(cell => Number(cell.dataset.value))).filter(row => row.length)"""
+
+READ_PIXELS = """async element => {
+    const canvas = new OffscreenCanvas(element.naturalWidth ?? element.width, element.naturalHeight ?? element.height)
+    canvas.getContext('2d').drawImage(element, 0, 0)
+    const bytes = new Uint8Array(await (await canvas.convertToBlob({ type: 'image/png' })).arrayBuffer())
+    let text = ''
+    for (let start = 0; start < bytes.length; start += 8192)
+        text += String.fromCharCode(...bytes.subarray(start, start + 8192))
+    return btoa(text)
+}"""
+"""Script that returns the pixels of a canvas or an image as PNG, in base64."""
 
 READ_PLACES = """(grid, kind) => [...grid.querySelectorAll('.cell.' + kind)].map(cell =>
     [Number(cell.dataset.row), Number(cell.dataset.column)])"""
@@ -75,6 +88,11 @@ class PageDriver:
     def find_lit(self, grid: str, kind: str = "lit") -> set[tuple[int, int]]:
         """Return the places of the cells that take part; `kind` "hot": the place of the cell that is explained."""
         return {(row, column) for row, column in self.page.locator(f"#grid-{grid}").evaluate(READ_PLACES, kind)}
+
+    def read_canvas(self, selector: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the pixels of a canvas or an image: (H, W, 4)."""
+        content = b64decode(self.page.locator(selector).evaluate(READ_PIXELS))
+        return np.asarray(Image.open(io.BytesIO(content)), np.int64)
 
     def read_text(self, selector: str) -> str:
         """Return the text of an element, with ASCII signs."""
