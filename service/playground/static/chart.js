@@ -45,7 +45,8 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
     parts.push(svg('text', { class: 'best', x: LEFT + 6, y: at - 6 }, `smallest possible loss: ${format.number(best)}`));
   }
   let lastLabel = -99;
-  const labels = series.filter(({ name, values }) => name && values.length).map(({ name, values }) => ({ name, at: y(values[values.length - 1]), step: values.length - 1 }));
+  const labels = series.filter(({ name, values }) => name && values.length)
+    .map(({ name, values }) => ({ name, at: y(values[values.length - 1]), step: values.length - 1 }));
   for (const { values, style = '' } of series) {
     const points = values.map((value, step) => (Number.isNaN(value) ? '' : `${x(step).toFixed(1)},${y(value).toFixed(1)}`));
     parts.push(svg('polyline', { class: `series ${style}`, points: points.filter(Boolean).join(' ') }));
@@ -90,7 +91,8 @@ export function drawContours({ angle, along, across, center }, path, position) {
       class: 'contour', transform: turn, rx: Math.sqrt(level / Math.max(along, 1e-12)) * scale,
       ry: across > 0 ? Math.min(Math.sqrt(level / across) * scale, 1e5) : 1e5,
     }));
-  const shown = path.slice(0, position + 1).filter(([u, v]) => Math.abs(u - center[0]) < 50 * reach && Math.abs(v - center[1]) < 50 * reach);
+  const isNear = (/** @type {Float64Array} */ [u, v]) => Math.hypot(u - center[0], v - center[1]) < 50 * reach;
+  const shown = path.slice(0, position + 1).filter(isNear);
   inside.append(svg('polyline', { class: 'series', points: shown.map(([u, v]) => `${x(u).toFixed(1)},${y(v).toFixed(1)}`).join(' ') }));
   for (const [u, v] of shown.slice(0, 60)) inside.append(svg('circle', { class: 'dot', cx: x(u), cy: y(v), r: 2.5 }));
   const [u, v] = shown[shown.length - 1];
@@ -100,9 +102,9 @@ export function drawContours({ angle, along, across, center }, path, position) {
   byId('contour-chart').replaceChildren(
     clip, svg('rect', { class: 'axis', x: margin, y: 10, width: side, height: side, fill: 'none' }), inside,
     svg('path', { class: 'best', d: cross, 'stroke-width': 2, 'stroke-dasharray': 'none' }),
-    ...[-1, 0, 1].flatMap((part) => [
-      svg('text', { x: margin + side / 2 + (part * side) / 2.3, y: side + 26, 'text-anchor': 'middle' }, tick(center[0] + (part * reach) / 1.15)),
-      svg('text', { x: margin - 6, y: 14 + side / 2 - (part * side) / 2.3, 'text-anchor': 'end' }, tick(center[1] + (part * reach) / 1.15)),
+    ...[-0.87 * reach, 0, 0.87 * reach].flatMap((offset) => [
+      svg('text', { x: x(center[0] + offset), y: side + 26, 'text-anchor': 'middle' }, tick(center[0] + offset)),
+      svg('text', { x: margin - 6, y: y(center[1] + offset) + 4, 'text-anchor': 'end' }, tick(center[1] + offset)),
     ]),
   );
 }

@@ -46,13 +46,16 @@ export function explain(problem, output, target, [grid, row, column]) {
       const pairs = products.map((term) => /** @type {[number, number]} */ ([
         output[term.output[0]][term.output[1]] - target[term.output[0]][term.output[1]], term.value]));
       found.title = `Gradient of weight ${place}: 2 × the sum of difference × input, over all outputs`;
-      const [zero, other] = [pairs.filter(([left, right]) => left * right === 0).length, pairs.filter(([left, right]) => left * right !== 0)];
+      const other = pairs.filter(([left, right]) => left * right !== 0);
+      const zero = pairs.length - other.length;
       found.text = `2 × (${other.length ? format.sum(other, 8) : '0'})`;
       found.result = format.number(2 * pairs.reduce((sum, [left, right]) => sum + left * right, 0), 6);
-      found.note = `${zero ? `${format.plural(zero, 'product is', 'products are')} 0. ` : ''}A step subtracts the learning rate times this from ${format.number(weight)}.`;
+      found.note = zero ? `${format.plural(zero, 'product is', 'products are')} 0. ` : '';
+      found.note += `A step of sgd subtracts the learning rate times this from ${format.number(weight)}.`;
     } else {
       found.title = `Weight ${place} = ${format.number(weight)}`;
-      found.text = `It multiplies ${format.plural(new Set(products.map((term) => String(term.input))).size, 'input value')}, one for each of ${format.plural(products.length, 'output')}`;
+      const values = new Set(products.map((term) => String(term.input))).size;
+      found.text = `It multiplies ${format.plural(values, 'input value')}, one for each of ${format.plural(products.length, 'output')}`;
     }
     return found;
   }
@@ -61,7 +64,8 @@ export function explain(problem, output, target, [grid, row, column]) {
   const from = [sourceIndex(row, height, problem.boundary), sourceIndex(column, width, problem.boundary)];
   const outside = row < 0 || column < 0 || row >= height || column >= width;
   const origin = from[0] < 0 || from[1] < 0 ? 'a constant' : `a copy of input (${from.join(', ')})`;
-  found.title = `${outside ? `Outside the input ${place}, ${origin}` : `Input ${place}`}: it reaches ${format.plural(products.length, 'output')}`;
+  found.title = outside ? `Outside the input ${place}, ${origin}` : `Input ${place}`;
+  found.title += `: it reaches ${format.plural(products.length, 'output')}`;
   found.text = products.slice(0, 6).map(({ value, weight, output: [i, j] }) =>
     `${format.factor(value)} × ${format.factor(weight)} = ${format.number(value * weight)} in (${i}, ${j})`).join('; ');
   if (products.length > 6) found.text += `; … (${products.length - 6} more)`;

@@ -15,11 +15,18 @@ import { changed, state, update } from './store.js';
 /** Sizes in px at the usual size of text: of cells, of all rows, and of the sign between two grids. */
 const [MAX_CELL, MIN_KERNEL_CELL, MAX_GRID_HEIGHT, SIGN_WIDTH] = [46, 30, 440, 58];
 
+const EMPTY = 'No output: the kernel does not fit into the input. Use mode same or full.';
+
 let painting = false;
 /** What the grids show. @type {{problem: Problem, output: Matrix, target: Matrix | null}} */
 let shown = { problem: state, output: [], target: null };
 /** @type {AbortController | null} */
 let pending = null;
+
+/** What the output depends on, and what else the grids show. @type {(keyof State)[]} */
+const PROBLEM = ['input', 'kernel', 'kernelName', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'operation'];
+/** @type {(keyof State)[]} */
+const FIT = ['target', 'targetKind', 'noise', 'seed', 'start', 'solver', 'rate', 'steps'];
 
 const activate = (/** @type {GridName} */ grid) => (/** @type {number} */ row, /** @type {number} */ column) => {
   if (String(state.active) !== String([grid, row, column])) update({ active: [grid, row, column] });
@@ -61,11 +68,9 @@ export function setUp() {
 /** Draw after a change of state. @param {State} now @param {State} before */
 export function draw(now, before) {
   if (now.view === 'picture') return;
-  if (changed(now, before, 'view', 'input', 'kernel', 'kernelName', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'operation', 'target', 'targetKind',
-    'noise', 'seed', 'start', 'solver', 'rate', 'steps')) drawNow();
+  if (changed(now, before, 'view', ...PROBLEM, ...FIT)) drawNow();
   else if (changed(now, before, 'active')) lightUp();
-  if (now.view === 'convolve' && changed(now, before, 'view', 'input', 'kernel', 'kernelName', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'operation'))
-    request();
+  if (now.view === 'convolve' && changed(now, before, 'view', ...PROBLEM)) request();
 }
 
 /** Draw the current state, also between the steps of a fit. */
@@ -80,9 +85,10 @@ export function drawNow() {
   grids.input.draw(image, sizes.data, { padding: [top, left], inner: [height, width], scale: scaleOf(problem.input) });
   grids.kernel.draw(problem.kernel, sizes.kernel, learning ? { scale: learn.kernelScale(), readOnly: true } : {});
   const scale = scaleOf(shown.target ?? shown.output);
-  grids.output.draw(shown.output, sizes.data, { scale, empty: 'No output: the kernel does not fit into the input. Use mode same or full.' });
+  grids.output.draw(shown.output, sizes.data, { scale, empty: EMPTY });
   if (shown.target) grids.target.draw(shown.target, sizes.data, { scale });
-  byId('kernel-title').textContent = learning ? 'Learned kernel' : problem.operation === 'convolve' ? 'Kernel, flipped when used' : 'Kernel';
+  const kernelTitle = problem.operation === 'convolve' ? 'Kernel, flipped when used' : 'Kernel';
+  byId('kernel-title').textContent = learning ? 'Learned kernel' : kernelTitle;
   byId('output-title').textContent = learning ? 'Prediction' : 'Output';
   byId('sign').textContent = problem.operation === 'convolve' ? '∗' : '⋆';
   const border = height * width < image.length * (image[0]?.length ?? 0);
@@ -100,9 +106,12 @@ function cellSizes(shapes) {
   const rows = Math.max(...shapes.map(([count]) => count));
   const zoom = Number.parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
   let size = zoom * Math.min(MAX_CELL, Math.max(MAX_GRID_HEIGHT / rows, 5));
-  const kernelSize = (/** @type {number} */ cell) => Math.min(zoom * MAX_CELL, Math.max(cell, Math.min(MIN_KERNEL_CELL, 300 / Math.max(...kernel))));
-  const width = (/** @type {number} */ cell) => kernelSize(cell) * kernel[1] + (shapes.length - 1) * zoom * SIGN_WIDTH +
-    data.reduce((sum, [, columns], index) => sum + Math.max(columns * cell, index ? 70 : zoom * 330), Math.max(0, zoom * 150 - kernelSize(cell) * kernel[1]));
+  const readable = Math.min(MIN_KERNEL_CELL, 300 / Math.max(...kernel));
+  const kernelSize = (/** @type {number} */ cell) => Math.min(zoom * MAX_CELL, Math.max(cell, readable));
+  // The controls below input and kernel need a width of their own.
+  const width = (/** @type {number} */ cell) => Math.max(kernelSize(cell) * kernel[1], zoom * 150) +
+    (shapes.length - 1) * zoom * SIGN_WIDTH +
+    data.reduce((sum, [, columns], index) => sum + Math.max(columns * cell, index ? 70 : zoom * 330), 0);
   if (narrow) size = Math.min(size, room / Math.max(...data.map(([, columns]) => columns)));
   else while (size > 3 && width(size) > room) size -= 0.5;
   size = size >= 8 ? Math.floor(size) : Math.max(size, 2);
@@ -148,16 +157,13 @@ async function compute() {
   try {
     const response = await send(sent, pending.signal);
     const body = await response.json();
-    if (now !== state && changed(now, state, 'view', 'input', 'kernel', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'operation')) return;
+    if (changed(now, state, 'view', ...PROBLEM)) return;
     const page = correlate(now);
     const bound = body.explanation?.error_bound ?? 0;
     const cell = firstDifference(now, body.output, page, bound);
-    service.showError(cell ? `The service and this page differ at output (${cell.join(', ')}): ` +
-      `${format.number(body.output[cell[0]]?.[cell[1]], 8)} and ${format.number(page[cell[0]]?.[cell[1]], 8)}. One of them has an error: please report it.` : '');
-    service.describe([
-      `Service: engine ${body.engine} on ${body.device}, ${body.dtype}`, ...service.precision(body.explanation),
-      service.timing(response, started), ...(cell ? [] : [service.agreement()]),
-    ]);
+    const [theirs, ours] = [body.output, page].map((output) => (cell ? format.number(output[cell[0]]?.[cell[1]], 8) : ''));
+    service.showError(cell ? service.difference(`at output (${cell.join(', ')}): ${theirs} and ${ours}`) : '');
+    service.describe([...service.engine(body), service.timing(response, started), ...(cell ? [] : [service.agreement()])]);
   } catch (error) {
     service.fail(error, compute);
   }
@@ -169,7 +175,9 @@ async function png() {
   const mode = theme();
   const { problem, output, target } = shown;
   /** @type {[string, Matrix, Matrix][]} */
-  const figures = [['Input', padded(problem), problem.input], ['Kernel', problem.kernel, problem.kernel], ['Output', output, target ?? output]];
+  const figures = [
+    ['Input', padded(problem), problem.input], ['Kernel', problem.kernel, problem.kernel], ['Output', output, target ?? output],
+  ];
   if (target) figures.push(['Target', target, target]);
   const largest = Math.max(...figures.map(([, values]) => Math.max(...shape(values))));
   const size = Math.max(6, Math.min(cell, 900 / largest));
@@ -192,7 +200,8 @@ async function png() {
     context.fillStyle = text;
     context.font = `600 15px ${style.fontFamily}`;
     context.fillText(name, left + span / 2, 20);
-    if (index) context.fillText(['', problem.operation === 'convolve' ? '∗' : '⋆', '=', '≈'][index], left - gap / 2, head + (height - head - 20) / 2);
+    const signs = ['', problem.operation === 'convolve' ? '∗' : '⋆', '=', '≈'];
+    context.fillText(signs[index], left - gap / 2, head + (height - head - 20) / 2);
     context.font = `${size * 0.36}px ${style.fontFamily}`;
     values.forEach((row, r) => row.forEach((value, c) => {
       const background = color(value, scale, mode);

@@ -20,10 +20,10 @@ export const shape = (matrix) => [matrix.length, matrix[0]?.length ?? 0];
 export const flip = (matrix) => matrix.map((row) => [...row].reverse()).reverse();
 
 /**
- * Resize a matrix: rows and columns are cut at the end, or filled with a value.
- * @param {Matrix} matrix @param {number} rows @param {number} columns @param {number} [fill]
+ * Resize a matrix: rows and columns are cut at the end, or added with zeros.
+ * @param {Matrix} matrix @param {number} rows @param {number} columns
  */
-export const resize = (matrix, rows, columns, fill = 0) => build(rows, columns, (r, c) => matrix[r]?.[c] ?? fill);
+export const resize = (matrix, rows, columns) => build(rows, columns, (r, c) => matrix[r]?.[c] ?? 0);
 
 /** @param {Matrix} matrix @param {number} row @param {number} column @param {number} value */
 export const withValue = (matrix, row, column, value) =>

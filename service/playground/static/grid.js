@@ -115,7 +115,8 @@ export class Grid {
         element.style.color = ink(background);
         element.textContent = small ? '' : format.cell(value);
         const ghost = element.classList.contains('ghost') ? 'outside, ' : '';
-        element.setAttribute('aria-label', `${this.label}, ${ghost}row ${r - this.#top}, column ${c - this.#left}: ${format.number(value)}`);
+        const place = `row ${r - this.#top}, column ${c - this.#left}`;
+        element.setAttribute('aria-label', `${this.label}, ${ghost}${place}: ${format.number(value)}`);
       }
     this.#drawLegend(scale, rows * columns > 0);
   }
@@ -220,7 +221,8 @@ export class Grid {
   #startEdit(cell, typed) {
     const element = cell && !this.#isGhost(...cell) && this.#edit && this.#element(cell);
     if (!cell || !element || this.handlers.brush?.() != null) return;
-    const field = h('input', { inputmode: 'decimal', 'aria-label': `Value of ${this.label}, row ${cell[0]}, column ${cell[1]}`, autocomplete: 'off' });
+    const label = `Value of ${this.label}, row ${cell[0]}, column ${cell[1]}`;
+    const field = h('input', { inputmode: 'decimal', 'aria-label': label, autocomplete: 'off' });
     field.value = typed ?? element.dataset.value ?? '';
     let open = true;
     const close = (/** @type {boolean} */ keep, /** @type {boolean} */ refocus) => {

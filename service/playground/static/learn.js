@@ -6,7 +6,7 @@ import { scaleOf } from './colors.js';
 import { byId, debounce, h, input, onTheme, select } from './dom.js';
 import { DIVERGED, descend, ellipse, evaluate, initialKernel, leastSquares, normal, random, toMatrix } from './descent.js';
 import * as format from './format.js';
-import { correlate, layout, resize } from './geometry.js';
+import { correlate, layout, resize, shape } from './geometry.js';
 import { events, fitRequest, send } from './requests.js';
 import * as service from './service.js';
 import { changed, state, update } from './store.js';
@@ -15,6 +15,9 @@ import { changed, state, update } from './store.js';
 const TOLERANCE = 1e-6;
 /** @type {Solver[]} */
 const SOLVERS = ['sgd', 'momentum', 'nesterov', 'adam', 'exact'];
+/** What a fit depends on, besides the rate and the number of steps. @type {(keyof State)[]} */
+const DATA = ['input', 'kernel', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'target', 'targetKind', 'noise', 'start',
+  'seed', 'solver'];
 /** Products in one step of the page's own descent, at most. */
 const MAX_PRODUCTS = 1e6;
 
@@ -46,10 +49,10 @@ let stepAt = (/** @type {number} */ _x) => 0;
 let cached = null;
 
 const problem = () => ({ ...state, operation: /** @type {const} */ ('correlate') });
-const start = () => initialKernel(state.kernel.length, state.kernel[0].length, state.solver === 'exact' ? 'zeros' : state.start, state.seed);
 /** @returns {boolean} whether there is an output to fit */
 const isPossible = () => layout(problem()).outputRows > 0 && layout(problem()).outputColumns > 0;
-const size = () => /** @type {[number, number]} */ ([state.kernel.length, state.kernel[0].length]);
+const size = () => shape(state.kernel);
+const start = () => initialKernel(...size(), state.solver === 'exact' ? 'zeros' : state.start, state.seed);
 
 /** @returns {Matrix} target of the fit: the output of the hidden kernel with noise, or own values */
 export function target() {
@@ -60,7 +63,8 @@ export function target() {
   else {
     const uniform = random(state.seed + 1);
     value = correlate(problem());
-    if (state.noise > 0) value = value.map((row) => row.map((entry) => Number((entry + state.noise * normal(uniform)).toPrecision(6))));
+    const disturb = (/** @type {number} */ entry) => Number((entry + state.noise * normal(uniform)).toPrecision(6));
+    if (state.noise > 0) value = value.map((row) => row.map(disturb));
   }
   cached = { of: state, value };
   return value;
@@ -118,7 +122,7 @@ export function setUp(drawGrids) {
 
 /** @param {State} now @param {State} before */
 export function onChange(now, before) {
-  const data = changed(now, before, 'input', 'kernel', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'target', 'targetKind', 'noise', 'start', 'seed', 'solver');
+  const data = changed(now, before, ...DATA);
   if (data || changed(now, before, 'rate', 'steps')) {
     if (data) previous = [];
     reset(!data);
@@ -150,7 +154,7 @@ const ask = debounce(async () => {
     const started = performance.now();
     const response = await send(fitRequest({ ...state, rate: 'auto' }, target(), start(), false), asking.signal);
     const forecast = /** @type {Fit} */ (await response.json());
-    if (changed(now, state, 'input', 'kernel', 'solver', 'target', 'targetKind', 'noise', 'seed', 'start', 'view')) return;
+    if (changed(now, state, 'view', 'steps', ...DATA)) return;
     known = { forecast, auto: forecast.learning_rate };
     service.showError('');
     if (!run) service.describe(['Service: rates and smallest possible loss', service.timing(response, started)]);
@@ -171,15 +175,17 @@ async function begin() {
   const fit = leastSquares(problem(), aim);
   const first = Float64Array.from(start().flat());
   /** @type {Run} */
-  const mine = { kernels: [first], losses: [evaluate(fit, first).loss], received: 0, result: null, abort: new AbortController() };
+  const mine = {
+    kernels: [first], losses: [evaluate(fit, first).loss], received: 0, result: null, abort: new AbortController(),
+  };
   run = mine;
   const sent = fitRequest(now, aim, start(), true);
   service.remember(sent);
   const started = performance.now();
   /** @type {string[]} */
   const differences = [];
-  const check = (/** @type {string} */ what, /** @type {number} */ theirs, /** @type {number} */ ours, /** @type {number} */ scale) => {
-    if (!(Math.abs(theirs - ours) <= TOLERANCE * Math.max(Math.abs(scale), Math.abs(ours))))
+  const check = (/** @type {string} */ what, /** @type {number} */ theirs, /** @type {number} */ ours) => {
+    if (!(Math.abs(theirs - ours) <= TOLERANCE * Math.max(mine.losses[0], ours)))
       differences.push(`${what}: ${format.number(theirs, 8)} and ${format.number(ours, 8)}`);
   };
   try {
@@ -190,7 +196,8 @@ async function begin() {
         known = { forecast: data, auto: known?.auto ?? null };
         Object.assign(mine, descend(fit, first, now.solver, data.learning_rate, now.steps));
       } else if (event === 'step' && now.solver !== 'exact') {
-        if (data.number <= mine.losses.length) check(`loss before step ${data.number}`, data.loss, mine.losses[data.number - 1], mine.losses[0]);
+        const ours = mine.losses[data.number - 1];
+        if (ours !== undefined) check(`loss before step ${data.number}`, data.loss, ours);
         mine.received = Math.min(data.number - 1, mine.losses.length - 1);
       } else if (event === 'result') {
         mine.result = data;
@@ -199,13 +206,13 @@ async function begin() {
           mine.losses.push(evaluate(fit, mine.kernels[1]).loss);
         }
         mine.received = mine.losses.length - 1;
-        const last = mine.losses[mine.received];
-        if (data.steps === mine.received) check('final loss', data.final_loss, last, mine.losses[0]);
+        if (data.steps === mine.received) check('final loss', data.final_loss, mine.losses[mine.received]);
       }
     }
-    service.showError(differences.length ? `The service and this page differ in the ${differences[0]}. One of them has an error: please report it.` : '');
+    service.showError(differences.length ? service.difference(`in the ${differences[0]}`) : '');
     if (mine.result) service.describe([
-      `Service: solver ${mine.result.solver} in float64`, service.timing(response, started), mine.result.message, ...(differences.length ? [] : [service.agreement()]),
+      `Service: solver ${mine.result.solver} in float64`, service.timing(response, started), mine.result.message,
+      ...(differences.length ? [] : [service.agreement()]),
     ]);
     if (mine === run) redraw();
   } catch (error) {
@@ -267,7 +274,10 @@ function limits() {
   return stable ? [stable / 100, stable * 3] : [1e-3, 10];
 }
 const toRate = (/** @type {number} */ part) => limits()[0] * (limits()[1] / limits()[0]) ** part;
-const toPart = (/** @type {number} */ rate) => Math.min(Math.max(Math.log(rate / limits()[0]) / Math.log(limits()[1] / limits()[0]), 0), 1);
+const toPart = (/** @type {number} */ rate) => {
+  const [low, high] = limits();
+  return Math.min(Math.max(Math.log(rate / low) / Math.log(high / low), 0), 1);
+};
 
 /** Draw controls and charts. */
 function draw() {
@@ -275,7 +285,8 @@ function draw() {
   const exact = state.solver === 'exact';
   const stable = known?.forecast.largest_stable_learning_rate ?? null;
   const rate = state.rate === 'auto' ? known?.auto ?? null : state.rate;
-  for (const [id, value] of Object.entries({ noise: state.noise, steps: state.steps, solver: state.solver, start: state.start, 'target-kind': state.targetKind }))
+  const { noise, steps, solver, start: from, targetKind } = state;
+  for (const [id, value] of Object.entries({ noise, steps, solver, start: from, 'target-kind': targetKind }))
     if (document.activeElement !== byId(id)) input(id).value = String(value);
   byId('rate-field').hidden = exact;
   byId('target-picture').hidden = state.targetKind !== 'own';
@@ -291,8 +302,7 @@ function draw() {
   byId('play').textContent = timer ? 'Pause' : 'Play';
   const best = known?.forecast.best_possible_loss ?? null;
   const series = comparison
-    ? comparison.filter(({ solver }) => solver !== 'exact').map((fit, index) => (
-      { name: fit.solver, values: [...fit.loss_history, fit.final_loss], style: `s${index + 1}` }))
+    ? descents().map((fit, index) => ({ name: fit.solver, values: [...fit.loss_history, fit.final_loss], style: `s${index + 1}` }))
     : [{ name: '', values: run ? run.losses.slice(0, position + 1) : [] }, { name: '', values: previous, style: 'faint' }];
   const lengths = run ? run.losses.length - 1 : exact ? 1 : state.steps;
   stepAt = drawLosses(series, { best, cursor: comparison || !run ? null : position, length: comparison ? 0 : lengths });
@@ -302,58 +312,71 @@ function draw() {
   readOut(position);
   const two = state.kernel.length * state.kernel[0].length === 2;
   byId('contours').hidden = !two;
-  if (two) drawContours(ellipse(leastSquares(problem(), target())), run?.kernels ?? [Float64Array.from(start().flat())], position);
+  const path = run?.kernels ?? [Float64Array.from(start().flat())];
+  if (two) drawContours(ellipse(leastSquares(problem(), target())), path, position);
   drawComparison();
 }
 
-/** @param {number | null} stable */
+/** Marks below the slider: the largest stable rate, and the automatic one. @param {number | null} stable */
 function drawTrack(stable) {
-  const place = (/** @type {HTMLElement} */ element, /** @type {number} */ rate) => {
-    element.style.left = `${100 * toPart(rate)}%`;
-    return element;
+  const track = byId('track');
+  const auto = known?.auto ?? null;
+  const stamp = `${stable} ${auto} ${state.solver}`;
+  if (track.dataset.stamp === stamp) return;
+  track.dataset.stamp = stamp;
+  const mark = (/** @type {string} */ id, /** @type {string} */ word, /** @type {number} */ rate, /** @type {() => void} */ click) => {
+    const button = h('button', { id, type: 'button', 'data-value': rate, click }, `${word} ${format.number(rate, 3)}`);
+    button.style.left = `${100 * toPart(rate)}%`;
+    return button;
   };
   const over = h('span', { class: 'over' });
   if (stable) over.style.left = `${100 * toPart(stable)}%`;
-  const auto = known?.auto;
-  byId('track').replaceChildren(
-    ...(stable ? [over, place(h('button', { id: 'rate-stable', class: 'stable', type: 'button', 'data-value': stable, click: () => update({ rate: stable }) },
-      `largest stable ${format.number(stable, 3)}`), stable)] : []),
-    ...(auto ? [place(h('button', { id: 'rate-auto', type: 'button', 'data-value': auto, click: () => update({ rate: 'auto' }) },
-      `${state.solver === 'adam' ? 'usual' : 'auto'} ${format.number(auto, 3)}`), auto)] : []),
+  track.replaceChildren(
+    ...(stable ? [over, mark('rate-stable', 'largest stable', stable, () => update({ rate: stable }))] : []),
+    ...(auto ? [mark('rate-auto', state.solver === 'adam' ? 'usual' : 'auto', auto, () => update({ rate: 'auto' }))] : []),
   );
 }
 
-/** Say what the rate will do, what it did, and what the data determine. @param {number | null} rate @param {number | null} stable */
+/**
+ * Say what the rate will do, what it did, and what the data determine.
+ * @param {number | null} rate @param {number | null} stable
+ */
 function drawForecast(rate, stable) {
-  const exact = state.solver === 'exact';
   const times = rate && stable ? rate / stable : 0;
+  const ratio = `this rate is ${format.number(times, 2)} times the largest stable rate`;
+  const warn = (/** @type {string} */ text) => h('span', { class: 'warn' }, text);
   const parts = [];
-  const diverged = run && run.losses[position] > DIVERGED * (run.losses[0] || 1);
   if (!isPossible()) parts.push('There is no output to fit: the kernel does not fit into the input. ');
-  else if (diverged) parts.push(h('span', { class: 'warn' }, `Diverged: after ${format.plural(position, 'step')} the loss is ${format.number(run?.losses[position] ?? 0, 2)}. Choose a rate below ${format.number(stable ?? 0, 3)}. `));
-  else if (exact) parts.push('The best kernel is computed directly, without steps. ');
-  else if (times > 1) parts.push(h('span', { class: 'warn' }, `Diverges: this rate is ${format.number(times, 2)} times the largest stable rate. The loss will grow without bound. `));
-  else if (times > 0.98) parts.push('At the largest stable rate the loss need not fall. ');
-  else if (times) parts.push(`Converges: this rate is ${format.number(times, 2)} times the largest stable rate. `);
+  else if (run && run.losses[position] > DIVERGED * (run.losses[0] || 1)) {
+    const loss = format.number(run.losses[position], 2);
+    parts.push(warn(`Diverged: after ${format.plural(position, 'step')} the loss is ${loss}. ` +
+      `Choose a rate below ${format.number(stable ?? 0, 3)}. `));
+  } else if (state.solver === 'exact') parts.push('The best kernel is computed directly, without steps. ');
+  else if (times > 1) parts.push(warn(`Diverges: ${ratio}. The loss will grow without bound. `));
+  else if (times === 1) parts.push('At the largest stable rate itself, the loss need not fall. ');
+  else if (times) parts.push(`Converges: ${times > 0.99 ? 'this rate is just below the largest stable rate' : ratio}. `);
   else if (known) parts.push('No rate is known to be stable for this solver. ');
   const { rank = null, unknowns = 0 } = known?.forecast ?? {};
   if (rank !== null && rank < unknowns)
     parts.push(h('strong', {}, `The data determine only ${rank} of ${unknowns} weights: other kernels fit as well.`));
   const text = byId('forecast');
-  const html = parts.map((part) => (typeof part === 'string' ? part : part.outerHTML)).join('');
-  if (text.dataset.text === html) return;
-  text.dataset.text = html;
+  const stamp = parts.map((part) => (typeof part === 'string' ? part : part.textContent)).join('');
+  if (text.dataset.stamp === stamp) return;
+  text.dataset.stamp = stamp;
   text.replaceChildren(...parts);
 }
 
+/** Descents of the comparison, which has one fit without steps. */
+const descents = () => comparison?.filter(({ solver }) => solver !== 'exact') ?? [];
+
 /** @param {number} step */
 function readOut(step) {
-  const loss = run?.losses[Math.min(step, position)];
-  const text = comparison ? comparison.filter(({ solver }) => solver !== 'exact').map(({ solver, loss_history: losses, final_loss: last }) =>
-    `${solver} ${format.number(losses[step] ?? last, 3)}`).join(', ') : '';
-  byId('readout').textContent = comparison ? `After step ${step}: ${text}`
+  const shown = Math.min(step, position);
+  const loss = run?.losses[shown];
+  const losses = descents().map((fit) => `${fit.solver} ${format.number(fit.loss_history[step] ?? fit.final_loss, 3)}`);
+  byId('readout').textContent = comparison ? `After step ${step}: ${losses.join(', ')}`
     : loss === undefined ? 'Press Play or Step: the service learns the kernel from input and target.'
-      : `${step === 0 ? 'Before the first step' : `After step ${Math.min(step, position)}`}: loss ${format.number(loss, 5)}`;
+      : `${shown === 0 ? 'Before the first step' : `After step ${shown}`}: loss ${format.number(loss, 5)}`;
 }
 
 /** Fit with every solver, each with its automatic rate. */
@@ -369,11 +392,12 @@ async function compare() {
       const request = fitRequest({ ...now, solver, rate: 'auto' }, target(), start(), false);
       return /** @type {Fit} */ (await (await send(request)).json());
     }));
-    if (now !== state && changed(now, state, 'input', 'kernel', 'steps', 'solver', 'view')) return;
+    if (changed(now, state, 'view', 'steps', ...DATA)) return;
     comparison = fits;
     draw();
   } catch (error) {
     service.fail(error, compare);
+    draw();
   }
 }
 
@@ -381,13 +405,11 @@ function drawComparison() {
   const place = byId('comparison');
   place.hidden = !comparison;
   if (!comparison) return;
-  const cells = (/** @type {Fit} */ fit) => [
-    fit.solver, fit.learning_rate === null ? 'none' : format.number(fit.learning_rate, 3), fit.solver === 'exact' ? '1' : String(fit.steps),
-    format.number(fit.final_loss, 3),
-  ];
-  place.replaceChildren(h('table', {}, h('thead', {}, h('tr', {}, ...['Solver', 'Rate', 'Steps', 'Loss at the end'].map((word) => h('th', { scope: 'col' }, word)))),
-    h('tbody', {}, ...comparison.map((fit) => h('tr', { 'data-solver': fit.solver, 'data-loss': fit.final_loss },
-      ...cells(fit).map((text, index) => (index ? h('td', {}, text) : h('th', { scope: 'row' }, text))))))));
+  const rows = comparison.map(({ solver, learning_rate: rate, steps, final_loss: loss }) => h('tr',
+    { 'data-solver': solver, 'data-loss': loss }, h('th', { scope: 'row' }, solver),
+    ...[rate === null ? 'none' : format.number(rate, 3), String(steps), format.number(loss, 3)].map((text) => h('td', {}, text))));
+  const titles = ['Solver', 'Rate', 'Steps', 'Loss at the end'].map((word) => h('th', { scope: 'col' }, word));
+  place.replaceChildren(h('table', {}, h('thead', {}, h('tr', {}, ...titles)), h('tbody', {}, ...rows)));
 }
 
 /** Use a picture as the target. @param {(size: [number, number]) => Matrix} sample grey values of the picture at a size */

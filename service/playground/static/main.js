@@ -38,10 +38,10 @@ function drawView({ view, mode, boundary }) {
     byId(`tab-${name}`).tabIndex = name === view ? 0 : -1;
   }
   byId('panel').setAttribute('aria-labelledby', `tab-${view}`);
-  for (const element of document.querySelectorAll('[data-views]'))
-    /** @type {HTMLElement} */ (element).hidden = !element.getAttribute('data-views')?.includes(view);
-  for (const element of document.querySelectorAll('[data-hidden]'))
-    /** @type {HTMLElement} */ (element).hidden = mode === 'valid' || (element.getAttribute('data-hidden') === 'fill' && boundary !== 'constant');
+  for (const element of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll('[data-views]')))
+    element.hidden = !element.dataset.views?.includes(view);
+  byId('boundary-field').hidden = mode === 'valid';
+  byId('fill-field').hidden = mode === 'valid' || boundary !== 'constant';
   byId('kernel-word').textContent = view === 'learn' ? 'Hidden kernel' : 'Kernel';
 }
 
@@ -52,11 +52,13 @@ function drawControls(now) {
   const values = {
     image: now.image, kernel, mode: now.mode, boundary: now.boundary, fill: now.fill, stride: now.stride, dilation: now.dilation,
     operation: now.operation, picture: now.picture, show: now.show,
-    'input-rows': now.input.length, 'input-columns': now.input[0].length, 'kernel-rows': now.kernel.length, 'kernel-columns': now.kernel[0].length,
+    'input-rows': now.input.length, 'input-columns': now.input[0].length,
+    'kernel-rows': now.kernel.length, 'kernel-columns': now.kernel[0].length,
   };
   for (const [id, value] of Object.entries(values)) {
     const control = input(id);
-    if (control.value !== String(value) && (document.activeElement !== control || control.tagName === 'SELECT')) control.value = String(value);
+    const isTyped = document.activeElement === control && control.tagName === 'INPUT';
+    if (control.value !== String(value) && !isTyped) control.value = String(value);
   }
   drawArguments(now);
 }
@@ -95,8 +97,8 @@ async function setKernel(name) {
   }
 }
 
-/** @param {ImageBitmap} bitmap */
-const toInput = (bitmap) => update({ input: grey(pixels(bitmap, MAX_SIDE)), image: '', ...(state.view === 'picture' && { view: 'convolve' }) });
+/** @param {Matrix} values */
+const setInput = (values) => update({ input: values, image: '', ...(state.view === 'picture' && { view: 'convolve' }) });
 
 /** @param {string} name */
 async function setImage(name) {
@@ -112,24 +114,27 @@ async function openFile(file) {
     if (!file.type.startsWith('image/')) {
       const matrix = parseMatrix(await file.text());
       if (fileFor === 'target') learn.setTarget(([rows, columns]) => resize(matrix, rows, columns));
-      else update({ input: matrix, image: '', ...(state.view === 'picture' && { view: 'convolve' }) });
+      else setInput(matrix);
     } else if (fileFor === 'picture' || state.view === 'picture') picture.open(file);
     else {
       const bitmap = await createImageBitmap(file);
-      if (fileFor === 'target') learn.setTarget((size) => grey(pixels(bitmap, MAX_SIDE, size)).map((row) => row.map((value) => value / 255)));
-      else toInput(bitmap);
+      const sample = (/** @type {[number, number]} */ size) => grey(pixels(bitmap, MAX_SIDE, size));
+      if (fileFor === 'target') learn.setTarget((size) => sample(size).map((row) => row.map((value) => value / 255)));
+      else setInput(grey(pixels(bitmap, MAX_SIDE)));
     }
     service.showError('', 'page');
   } catch (error) {
-    service.showError(error instanceof DOMException ? 'This file is not an image that the browser can read.' : `The file was not opened: ${error instanceof Error ? error.message : error}.`, 'page');
+    const isDecoded = error instanceof Error && !(error instanceof DOMException);
+    const reason = isDecoded ? error.message : 'it is not an image that the browser can read';
+    service.showError(`The file was not opened: ${reason}.`, 'page');
   }
 }
 
 function setUpControls() {
   select('image').append(...Object.entries(IMAGES).map(([value, { label }]) => h('option', { value }, label)),
     h('option', { value: 'photo' }, 'Photo, 64 × 64'), h('option', { value: '', hidden: true }, 'Own values'));
-  select('kernel').append(h('optgroup', { label: 'Presets' }, ...Object.entries(KERNELS).map(([value, { label }]) => h('option', { value }, label))),
-    h('option', { value: '', hidden: true }, 'Own values'));
+  const presets = Object.entries(KERNELS).map(([value, { label }]) => h('option', { value }, label));
+  select('kernel').append(h('optgroup', { label: 'Presets' }, ...presets), h('option', { value: '', hidden: true }, 'Own values'));
   select('image').addEventListener('change', () => setImage(select('image').value));
   select('picture').addEventListener('change', () => update({ picture: /** @type {State['picture']} */ (select('picture').value) }));
   select('kernel').addEventListener('change', () => {
@@ -145,12 +150,13 @@ function setUpControls() {
       if (control.value && control.checkValidity()) update({ [field]: Number(control.value) });
       else control.value = String(state[field]);
     });
-  for (const [name, fill] of /** @type {const} */ ([['input', 0], ['kernel', 0]]))
+  for (const name of /** @type {const} */ (['input', 'kernel']))
     for (const side of ['rows', 'columns'])
       input(`${name}-${side}`).addEventListener('change', () => {
         const [rows, columns] = ['rows', 'columns'].map((word) => input(`${name}-${word}`));
+        const preset = name === 'input' ? { image: '' } : { kernelName: '' };
         if (rows.value && columns.value && rows.checkValidity() && columns.checkValidity())
-          update({ [name]: resize(state[name], Number(rows.value), Number(columns.value), fill), ...(name === 'input' ? { image: '' } : { kernelName: '' }) });
+          update({ [name]: resize(state[name], Number(rows.value), Number(columns.value)), ...preset });
         else [rows.value, columns.value] = [String(state[name].length), String(state[name][0].length)];
       });
   byId('options').addEventListener('submit', (event) => event.preventDefault());

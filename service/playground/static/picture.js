@@ -5,7 +5,7 @@ import { color } from './colors.js';
 import { byId, debounce, input, onTheme, theme } from './dom.js';
 import * as format from './format.js';
 import { padding, shape } from './geometry.js';
-import { grey, pixels, rings } from './presets.js';
+import { grey, rings } from './presets.js';
 import { decodeNpy, pictureRequest, resolveShow, send } from './requests.js';
 import * as service from './service.js';
 import { changed, state, update } from './store.js';
@@ -66,7 +66,8 @@ async function load(name) {
   const count = bitmap.width * bitmap.height;
   if (count > MAX_PIXELS || !TYPES.includes(file.type)) {
     const scale = Math.min(1, Math.sqrt(MAX_PIXELS / count));
-    bitmap = await createImageBitmap(bitmap, { resizeWidth: Math.floor(bitmap.width * scale), resizeHeight: Math.floor(bitmap.height * scale), resizeQuality: 'high' });
+    const [resizeWidth, resizeHeight] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.floor(side * scale)));
+    bitmap = await createImageBitmap(bitmap, { resizeWidth, resizeHeight, resizeQuality: 'high' });
     const drawn = new OffscreenCanvas(bitmap.width, bitmap.height);
     /** @type {OffscreenCanvasRenderingContext2D} */ (drawn.getContext('2d')).drawImage(bitmap, 0, 0);
     file = await drawn.convertToBlob({ type: 'image/png' });
@@ -100,10 +101,11 @@ async function compute() {
     const result = JSON.parse(response.headers.get('Corr2d-Result') ?? '{}');
     const facts = resolveShow(now) === 'signed' ? drawSigned(await response.arrayBuffer()) : await drawImage(await response.blob());
     place();
-    byId('picture-facts').textContent = `${picture.bitmap.width} × ${picture.bitmap.height} pixels; output ${(result.shape ?? []).join(' × ')}${facts}`;
+    const { width, height } = picture.bitmap;
+    byId('picture-facts').textContent = `${width} × ${height} pixels; output ${(result.shape ?? []).join(' × ')}${facts}`;
     byId('picture-facts').dataset.engine = result.engine;
     service.showError('');
-    service.describe([`Service: engine ${result.engine} on ${result.device}, ${result.dtype}`, ...service.precision(result.explanation), service.timing(response, started)]);
+    service.describe([...service.engine(result), service.timing(response, started)]);
   } catch (error) {
     byId('picture-facts').textContent = '';
     service.fail(error, compute);
@@ -200,8 +202,9 @@ function closer(across, down) {
   if (!picture) return;
   const { bitmap } = picture;
   const side = Math.min(16, bitmap.width, bitmap.height);
-  const corner = (/** @type {number} */ part, /** @type {number} */ whole) => Math.min(Math.max(Math.round(part * whole - side / 2), 0), whole - side);
-  const image = pixels(bitmap, Infinity);
+  const corner = (/** @type {number} */ part, /** @type {number} */ whole) =>
+    Math.min(Math.max(Math.round(part * whole - side / 2), 0), whole - side);
   const [x, y] = [corner(across, bitmap.width), corner(down, bitmap.height)];
-  update({ view: 'convolve', image: '', input: grey(image).slice(y, y + side).map((row) => row.slice(x, x + side)), active: ['output', 4, 4] });
+  const cut = canvas('before').getContext('2d')?.getImageData(x, y, side, side);
+  if (cut) update({ view: 'convolve', image: '', input: grey(cut), active: ['output', 4, 4] });
 }

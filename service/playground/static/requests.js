@@ -186,7 +186,8 @@ export function snippets(request, base, withKey) {
       ...(withKey ? [bearer.sh] : []), file ? `--data-binary @${file}` : `-d ${shellQuote(body)}`, ...(binary ? [`-o ${binary}`] : []),
     ].join(' \\\n  '),
     python: [
-      ...(withKey ? ['import os'] : []), ...(file ? ['from pathlib import Path'] : []), ...(withKey || file ? [''] : []), 'import httpx', '',
+      ...(withKey ? ['import os'] : []), ...(file ? ['from pathlib import Path'] : []), ...(withKey || file ? [''] : []),
+      'import httpx', '',
       `body = ${file ? `Path(${JSON.stringify(file)}).read_bytes()` : `r'''${body}'''`}`,
       `response = httpx.post(${JSON.stringify(address)}, content=body, headers=${python}).raise_for_status()`,
       binary ? `Path("${binary}").write_bytes(response.content)` : events ? 'print(response.text)' : 'print(response.json()["output"])',

@@ -58,12 +58,21 @@ export function describe(facts) {
 /** @param {Response} response @param {number} started @returns {string} time of computing and of the whole request */
 export function timing(response, started) {
   const compute = /compute;dur=([\d.]+)/.exec(response.headers.get('Server-Timing') ?? '')?.[1];
-  return `${Number(compute) > 0 ? `computed in ${format.time(Number(compute))}, ` : ''}received after ${format.time(performance.now() - started)}`;
+  const total = format.time(performance.now() - started);
+  return Number(compute) > 0 ? `computed in ${format.time(Number(compute))}, received after ${total}` : `received after ${total}`;
 }
 
-/** @param {{error_bound?: number} | undefined} explanation @returns {string[]} */
-export const precision = (explanation) =>
-  (explanation?.error_bound == null ? [] : [`error at most ${format.number(explanation.error_bound, 2)}`]);
+/**
+ * Engine and precision of a response.
+ * @param {{engine: string, device: string, dtype: string, explanation?: {error_bound?: number}}} result
+ */
+export function engine({ engine: name, device, dtype, explanation }) {
+  const bound = explanation?.error_bound;
+  return [`Service: engine ${name} on ${device}, ${dtype}`, ...(bound == null ? [] : [`error at most ${format.number(bound, 2)}`])];
+}
+
+/** @param {string} where */
+export const difference = (where) => `The service and this page differ ${where}. One of them has an error: please report it.`;
 
 export const agreement = () => h('span', { class: 'good' }, 'agrees with this page ✓');
 
