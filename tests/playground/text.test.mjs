@@ -40,7 +40,8 @@ test('matrices are read from JSON and from text', () => {
 test('numbers', () => {
   assert.deepEqual([0, 1, -1, 0.5, 1234567, 1e-7, NaN, -Infinity].map((value) => format.number(value)),
     ['0', '1', '−1', '0.5', '1.23e6', '1e−7', 'not a number', '−∞']);
-  assert.deepEqual([0, -12, 0.123, 12.34, 123.4, 0.001, -1.004, 5e7].map(format.cell), ['0', '−12', '0.12', '12.3', '123', '0.0', '−1.0', '5e7']);
+  assert.deepEqual([0, -12, 0.123, 12.34, 123.4, 0.001, -1.004, 5e7, 1e-16, 1.9999999999].map(format.cell),
+    ['0', '−12', '0.12', '12.3', '123', '0.0', '−1.0', '5e7', '0', '2']);
   assert.equal(format.sum([[0, 1], [1, -1]]), '0 × 1 + 1 × (−1)');
   assert.equal(format.sum([[1, 1], [2, 2], [3, 3]], 1), '1 × 1 + … (2 more)');
 });

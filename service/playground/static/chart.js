@@ -42,7 +42,8 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
     const at = y(best);
     // A loss of 0, or of rounding errors, lies below the axis: it is stated, not drawn.
     if (best > 10 ** bottom) parts.push(svg('line', { class: 'best', x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
-    parts.push(svg('text', { class: 'best', x: LEFT + 6, y: at - 6 }, `smallest possible loss: ${format.number(best)}`));
+    const words = best > 10 ** bottom ? format.number(best) : best > 0 ? '0 up to rounding' : '0';
+    parts.push(svg('text', { class: 'best', x: LEFT + 6, y: at - 6 }, `smallest possible loss: ${words}`));
   }
   let lastLabel = -99;
   const labels = series.filter(({ name, values }) => name && values.length)

@@ -17,8 +17,9 @@ export function number(value, digits = 4) {
   return minus(String(Number(value.toPrecision(digits))));
 }
 
-/** A number for a narrow cell. @param {number} value */
-export function cell(value) {
+/** A number for a narrow cell, without the rounding errors of a computation. @param {number} exact */
+export function cell(exact) {
+  const value = Math.abs(exact) < 1e-9 ? 0 : Number(exact.toPrecision(9));
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 10000) return minus(String(value));
   if (!Number.isFinite(value) || size >= 1000) return number(value, 1);
