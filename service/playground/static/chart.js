@@ -9,6 +9,8 @@ const [HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [260, 58, 76, 12, 34];
 
 /** Decades below the largest loss that the axis shows at most. */
 const MAX_DECADES = 16;
+/** A loss that is smaller than this fraction of the largest one is due to rounding. */
+const ROUNDING = 1e-16;
 
 /**
  * Draw loss curves. Returns the step at a horizontal position of the pointer.
@@ -20,9 +22,11 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   chart.setAttribute('viewBox', `0 0 ${width} ${HEIGHT}`);
   const steps = Math.max(length, 1, ...series.map(({ values }) => values.length - 1));
   const positive = series.flatMap(({ values }) => values).filter((value) => value > 0 && Number.isFinite(value));
-  const top = Math.ceil(Math.log10(positive.reduce((a, b) => Math.max(a, b), best || 1e-3)) + 1e-9);
-  const least = Math.log10(positive.reduce((a, b) => Math.min(a, b), best && best > 0 ? best : Infinity));
-  const bottom = Math.max(Math.min(Math.floor(Number.isFinite(least) ? least - 0.15 : top - 1), top - 1), top - MAX_DECADES);
+  const largest = positive.reduce((a, b) => Math.max(a, b), best || 1e-3);
+  // A smallest loss of rounding errors does not stretch the axis.
+  const least = positive.reduce((a, b) => Math.min(a, b), best && best > ROUNDING * largest ? best : largest);
+  const top = Math.ceil(Math.log10(largest) + 1e-9);
+  const bottom = Math.max(Math.min(Math.floor(Math.log10(least) - 0.15), top - 1), top - MAX_DECADES);
   const x = (/** @type {number} */ step) => LEFT + (step / steps) * (width - LEFT - RIGHT);
   const y = (/** @type {number} */ loss) => {
     const decades = loss > 0 ? Math.max(Math.log10(loss), bottom) : bottom;
