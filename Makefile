@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test test-all coverage test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
+.PHONY: help serve test test-all test-page coverage test-without-halide check format bench learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,8 +18,12 @@ serve: .venv/serve.stamp  ## start the service (settings: CORR2D_* or `corr2d se
 test: .venv/dev.stamp  ## run the tests that a commit needs (3 minutes)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: test  ## then run those that start processes, wait, or compute for long
-	$(BIN)/pytest -n 2 --dist worksteal -m slow
+test-all: test  ## then run those that start processes, wait, or compute for long, and those of the page
+	$(BIN)/pytest -n 2 --dist worksteal -m slow --ignore tests/playground
+	$(MAKE) test-page
+
+test-page: .venv/dev.stamp  ## run the tests of the page in the Chromium of the system (1 minute)
+	$(BIN)/pytest -rs tests/playground
 
 coverage: .venv/dev.stamp  ## run all tests with branch coverage
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term

@@ -44,6 +44,13 @@ def service_address() -> Iterator[str]:
         yield f"{address}/"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests have measured."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.fixture
 def allowed_messages() -> list[str]:
     """Patterns of messages of the browser that the test expects; it appends to them."""

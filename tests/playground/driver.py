@@ -54,7 +54,9 @@ class PageDriver:
         self.page.on("pageerror", lambda error: self.messages.append(f"error: {error}"))
 
     def _record_foreign_request(self, request: Request) -> None:
-        if not request.url.startswith((self.address, f"blob:{self.address}", "data:")):
+        # Without the slash: the page redirects to the address with it.
+        service = self.address.rstrip("/")
+        if not request.url.startswith((service, f"blob:{service}", "data:")):
             self.foreign_requests.append(request.url)
 
     def open(self, **state: Any) -> None:
