@@ -42,7 +42,7 @@ export class Grid {
       const cell = event.target instanceof Element ? event.target.closest('.cell') : null;
       return cell instanceof HTMLElement ? /** @type {Cell} */ ([Number(cell.dataset.row), Number(cell.dataset.column)]) : null;
     };
-    let wasFocused = false;
+    let isSecondTap = false;
     const activate = (/** @type {Event} */ event) => {
       const cell = at(event);
       if (cell) handlers.activate(...cell);
@@ -63,12 +63,12 @@ export class Grid {
         event.preventDefault();
       }
       const element = this.#element(cell);
-      wasFocused = element === document.activeElement;
+      isSecondTap = event.pointerType === 'touch' && element === document.activeElement;
       element?.focus();
     });
     // A tap on the cell that has the focus edits it, as there is no key to press.
     this.root.addEventListener('click', (event) => {
-      if (wasFocused && event instanceof PointerEvent && event.pointerType === 'touch') this.#startEdit(at(event));
+      if (isSecondTap) this.#startEdit(at(event));
     });
     this.root.addEventListener('pointermove', (event) => {
       if (!this.root.hasPointerCapture(event.pointerId)) return;
