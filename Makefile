@@ -23,7 +23,7 @@ test-all: test  ## then run those that start processes, wait, or compute for lon
 	$(MAKE) test-page
 
 test-page: .venv/dev.stamp  ## run the tests of the page in the Chromium of the system (1 minute)
-	$(BIN)/pytest -rs tests/playground
+	$(BIN)/pytest -n 2 --dist loadfile tests/playground
 
 coverage: .venv/dev.stamp  ## run all tests with branch coverage
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from service.app import create_app
 from service.settings import Settings
@@ -27,9 +27,10 @@ OpenTab: TypeAlias = Callable[..., PageDriver]
 # The fixtures end with the package: while Playwright runs, other tests of the same process cannot use asyncio.run().
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    path = find_chromium()
     if path is None:
         pytest.skip(f"no Chromium is installed (apt-get install chromium); searched: {', '.join(CHROMIUM_NAMES)}")
+    expect.set_options(timeout=BROWSER_TIMEOUT_MS)
     with sync_playwright() as playwright:
         # Without Chromium's sandbox, Playwright's default: it needs privileges that containers lack.
         browser = playwright.chromium.launch(executable_path=path, args=["--disable-gpu", "--disable-quic"])
@@ -90,6 +91,11 @@ def tab(shared_tab: PageDriver, allowed_messages: list[str]) -> Iterator[PageDri
     shared_tab.foreign_requests.clear()
     yield shared_tab
     assert_silence(shared_tab, allowed_messages)
+
+
+def find_chromium() -> str | None:
+    """Return the path of the Chromium of the system, or None."""
+    return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
 
 def create_tab(browser: Browser, address: str, **options: Any) -> PageDriver:

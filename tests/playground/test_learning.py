@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 import httpx
@@ -29,13 +30,20 @@ def start(tab: PageDriver, button: str) -> list[tuple[str, Any]]:
 
     They are those of a second, equal request: Chromium may discard a stream as soon as the page has read it.
     """
-    with tab.page.expect_request(lambda request: request.url.endswith("/train-kernel")) as info:
+    # The request for the forecast has another Accept.
+    with tab.page.expect_request(lambda request: request.headers.get("accept") == "text/event-stream") as info:
         tab.get(button).click()
     request = info.value
+    assert request.url.endswith("/train-kernel")
     headers = {name: request.headers[name] for name in ("accept", "content-type")}
-    assert headers["accept"] == "text/event-stream"
-    response = httpx.post(request.url, content=request.post_data, headers=headers)
+    response = get_client().post(request.url, content=request.post_data, headers=headers)
     return parse_events(response.raise_for_status().text)
+
+
+@cache
+def get_client() -> httpx.Client:
+    """Return a client for all tests: each new one reads the certificates of the system."""
+    return httpx.Client(timeout=60)
 
 
 def wait_for_forecast(tab: PageDriver) -> None:
