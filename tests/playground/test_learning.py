@@ -2,10 +2,8 @@
 
 import json
 import re
-from functools import cache
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from playwright.sync_api import expect
@@ -36,14 +34,9 @@ def start(tab: PageDriver, button: str) -> list[tuple[str, Any]]:
     request = info.value
     assert request.url.endswith("/train-kernel")
     headers = {name: request.headers[name] for name in ("accept", "content-type")}
-    response = get_client().post(request.url, content=request.post_data, headers=headers)
-    return parse_events(response.raise_for_status().text)
-
-
-@cache
-def get_client() -> httpx.Client:
-    """Return a client for all tests: each new one reads the certificates of the system."""
-    return httpx.Client(timeout=60)
+    response = tab.page.request.post(request.url, data=request.post_data, headers=headers)
+    assert response.ok
+    return parse_events(response.text())
 
 
 def wait_for_forecast(tab: PageDriver) -> None:
