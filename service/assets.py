@@ -8,6 +8,7 @@ from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 
+import anyio.to_thread
 from backports import zstd
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -46,10 +47,12 @@ REVALIDATE = "no-cache"
 IMMUTABLE = "public, max-age=31536000, immutable"
 
 ZSTD_LEVEL = 9
-"""Compression level that takes milliseconds for a file of 100 kB; each file is compressed once per process."""
+
+MAX_INLINE_BYTES = 100_000
+"""Larger files are compressed in a thread: the event loop must not wait for them. The result is cached."""
 
 
-def respond_with_file(request: Request, folder: Path, name: str) -> Response:
+async def respond_with_file(request: Request, folder: Path, name: str) -> Response:
     """Return the response with a file of a folder; `name` is its path below the folder.
 
     Raises HTTPException with status 404 if there is no such file.
@@ -62,10 +65,10 @@ def respond_with_file(request: Request, folder: Path, name: str) -> Response:
     if content is None:
         raise HTTPException(HTTPStatus.NOT_FOUND)
     cache_control = IMMUTABLE if VERSION_PATTERN.search(path.name) else REVALIDATE
-    return respond_with_content(request, content, path.suffix, {"Cache-Control": cache_control})
+    return await respond_with_content(request, content, path.suffix, {"Cache-Control": cache_control})
 
 
-def respond_with_content(request: Request, content: bytes, suffix: str, headers: Mapping[str, str]) -> Response:
+async def respond_with_content(request: Request, content: bytes, suffix: str, headers: Mapping[str, str]) -> Response:
     """Return the response with the content of a file with this suffix, or 304 if the client has the same content.
 
     Raises HeaderTooLarge.
@@ -73,7 +76,10 @@ def respond_with_content(request: Request, content: bytes, suffix: str, headers:
     received = collect_headers(request.scope)
     is_compressible = suffix not in INCOMPRESSIBLE_SUFFIXES
     coding = negotiate_coding(received.get(b"accept-encoding")) if is_compressible else None
-    encoded, entity_tag = _encode(content, coding)
+    if len(content) > MAX_INLINE_BYTES:
+        encoded, entity_tag = await anyio.to_thread.run_sync(_encode, content, coding)
+    else:
+        encoded, entity_tag = _encode(content, coding)
     # Also with 304: caches update the headers of the stored response.
     headers = {"Cache-Control": REVALIDATE, **headers, "ETag": entity_tag}
     if is_compressible:

@@ -81,10 +81,7 @@ def _format_greeting(settings: Settings, name: str | tuple[str, int]) -> str:
         options += f" --cacert {shlex.quote(str(settings.ssl_certfile))}"
     if settings.requires_api_key:
         options += " -H 'X-API-Key: ...'"
-    return (
-        f"corr2d {VERSION} listens on {address} ({hints}). Try:\n"
-        f"  {EXAMPLE_COMMAND % url}{options}\n"
-    )
+    return f"corr2d {VERSION} listens on {address} ({hints}). Try:\n  {EXAMPLE_COMMAND % url}{options}\n"
 
 
 def _open_listener(settings: Settings) -> socket.socket:

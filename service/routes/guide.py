@@ -25,16 +25,16 @@ GUIDE_HEADERS = {
 @router.get("/guide")
 async def guide(request: Request) -> Response:
     """Return the index of the documentation."""
-    return respond_with_content(request, pages.render_page(pages.INDEX), ".html", GUIDE_HEADERS)
+    return await respond_with_content(request, pages.render_page(pages.INDEX), ".html", GUIDE_HEADERS)
 
 
 @router.get("/guide/{name:path}")
 async def guide_page(request: Request, name: str) -> Response:
     """Return a page of the documentation, its stylesheet, or one of its images."""
     if name == STYLESHEET:
-        return respond_with_file(request, Path(pages.__file__).parent, name)
+        return await respond_with_file(request, Path(pages.__file__).parent, name)
     if name.startswith("images/"):
-        return respond_with_file(request, pages.DOCS_FOLDER, name)
+        return await respond_with_file(request, pages.DOCS_FOLDER, name)
     if name == pages.INDEX or name not in pages.list_pages():
         raise HTTPException(HTTPStatus.NOT_FOUND)
-    return respond_with_content(request, pages.render_page(name), ".html", GUIDE_HEADERS)
+    return await respond_with_content(request, pages.render_page(name), ".html", GUIDE_HEADERS)

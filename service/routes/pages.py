@@ -38,13 +38,13 @@ async def playground(request: Request) -> Response:
         # Relative links need the slash at the end of the prefix.
         return RedirectResponse(f"{root.decode()}/")
     content = (PLAYGROUND_FOLDER / "index.html").read_bytes()
-    return respond_with_content(request, content, ".html", PAGE_HEADERS)
+    return await respond_with_content(request, content, ".html", PAGE_HEADERS)
 
 
 @router.get("/page/{name:path}")
 async def playground_file(request: Request, name: str) -> Response:
     """Return a file that the page loads."""
-    return respond_with_file(request, PLAYGROUND_FOLDER, name)
+    return await respond_with_file(request, PLAYGROUND_FOLDER, name)
 
 
 @router.get("/favicon.ico")
@@ -56,16 +56,16 @@ async def favicon() -> Response:
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """Return Swagger UI; its links are relative."""
-    return respond_with_content(request, (DOCS_FOLDER / "docs.html").read_bytes(), ".html", PAGE_HEADERS)
+    return await respond_with_content(request, (DOCS_FOLDER / "docs.html").read_bytes(), ".html", PAGE_HEADERS)
 
 
 @router.get(DOCS_ASSETS_PATH + "/corr2d/{name}")
 async def docs_file(request: Request, name: str) -> Response:
     """Return the script or the style that corr2d adds to Swagger UI."""
-    return respond_with_file(request, DOCS_FOLDER, name)
+    return await respond_with_file(request, DOCS_FOLDER, name)
 
 
 @router.get(DOCS_ASSETS_PATH + "/{name:path}")
 async def swagger_ui_file(request: Request, name: str) -> Response:
     """Return a file of Swagger UI."""
-    return respond_with_file(request, SWAGGER_UI_FOLDER, name)
+    return await respond_with_file(request, SWAGGER_UI_FOLDER, name)
