@@ -64,4 +64,7 @@ test('a difference beyond rounding is found', () => {
   assert.deepEqual(firstDifference(counting, [[19, 25], [37, 43.001]], output, 1e-5), [1, 1]);
   assert.deepEqual(firstDifference(counting, [[19, 25], [37, /** @type {any} */ (null)]], output, 1e-5), [1, 1]);
   assert.deepEqual(firstDifference(counting, [[19, 25]], output, 1e-5), [0, 0]);
+  const large = { ...DEFAULT, input: [[1e38, 1e38]], kernel: [[1e3, 1]] };
+  assert.equal(firstDifference(large, [[null]], correlate(large), 0), null);
+  assert.deepEqual(firstDifference(large, [[1e30]], correlate(large), 0), [0, 0]);
 });

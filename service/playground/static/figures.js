@@ -161,9 +161,11 @@ async function compute() {
     const page = correlate(now);
     const bound = body.explanation?.error_bound ?? 0;
     const cell = firstDifference(now, body.output, page, bound);
-    const [theirs, ours] = [body.output, page].map((output) => (cell ? format.number(output[cell[0]]?.[cell[1]], 8) : ''));
+    const [theirs, ours] = [body.output, page].map((output) => (cell ? format.number(output[cell[0]]?.[cell[1]] ?? NaN, 8) : ''));
     service.showError(cell ? service.difference(`at output (${cell.join(', ')}): ${theirs} and ${ours}`) : '');
-    service.describe([...service.engine(body), service.timing(response, started), ...(cell ? [] : [service.agreement()])]);
+    service.describe([...service.engine(body), service.timing(response, started),
+      ...(body.nonfinite ? [`${format.plural(body.nonfinite, 'output is', 'outputs are')} past the range of float32`] : []),
+      ...(cell ? [] : [service.agreement()])]);
   } catch (error) {
     service.fail(error, compute);
   }

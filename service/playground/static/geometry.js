@@ -13,7 +13,7 @@ export function build(rows, columns, value) {
     Array.from({ length: Math.max(0, columns) }, (_, column) => value(row, column)));
 }
 
-/** @param {Matrix} matrix @returns {[number, number]} rows and columns */
+/** @param {(number|null)[][]} matrix @returns {[number, number]} rows and columns */
 export const shape = (matrix) => [matrix.length, matrix[0]?.length ?? 0];
 
 /** @param {Matrix} matrix @returns {Matrix} rotated by 180 degrees */
@@ -163,10 +163,12 @@ export function terms(problem, grid, row, column) {
  * The service reports a bound of its own; this adds the rounding of the numbers that are sent.
  */
 const FLOAT32_INPUT_ERROR = 5e-7;
+const MAX_FLOAT32 = 3.4028234e38;
 
 /**
- * First cell in which two outputs differ by more than rounding, or null.
- * @param {Problem} problem @param {Matrix} service @param {Matrix} page @param {number} bound error bound of the service
+ * First cell in which two outputs differ by more than rounding, or null. The service sends null for values past the
+ * range of float32: they agree if the sum of the sizes of the products is past it.
+ * @param {Problem} problem @param {(number|null)[][]} service @param {Matrix} page @param {number} bound error bound of the service
  * @returns {Cell | null}
  */
 export function firstDifference(problem, service, page, bound) {
@@ -175,8 +177,10 @@ export function firstDifference(problem, service, page, bound) {
     input: problem.input.map((row) => row.map(Math.abs)), kernel: problem.kernel.map((row) => row.map(Math.abs)),
   });
   if (String(shape(service)) !== String(shape(page))) return [0, 0];
+  const agrees = (/** @type {number|null} */ value, /** @type {number} */ r, /** @type {number} */ c) => (value === null
+    ? sizes[r][c] >= MAX_FLOAT32
+    : Math.abs(value - page[r][c]) <= bound + FLOAT32_INPUT_ERROR * sizes[r][c]);
   for (let r = 0; r < page.length; r++)
-    for (let c = 0; c < page[r].length; c++)
-      if (!(Math.abs(service[r][c] - page[r][c]) <= bound + FLOAT32_INPUT_ERROR * sizes[r][c])) return [r, c];
+    for (let c = 0; c < page[r].length; c++) if (!agrees(service[r][c], r, c)) return [r, c];
   return null;
 }

@@ -23,6 +23,8 @@ export class Grid {
   #lit = [];
   /** @type {Matrix} */
   values = [];
+  /** What each cell shows, so that only changed cells are drawn. @type {WeakMap<HTMLElement, string>} */
+  #stamps = new WeakMap();
   #key = '';
   #redraw = () => {};
   /** @type {Handlers['edit']} */
@@ -45,6 +47,8 @@ export class Grid {
     let isSecondTap = false;
     const activate = (/** @type {Event} */ event) => {
       const cell = at(event);
+      const element = cell && this.#element(cell);
+      if (element) this.#name(element);
       if (cell) handlers.activate(...cell);
     };
     this.root.addEventListener('pointerover', activate);
@@ -107,16 +111,14 @@ export class Grid {
         const value = values[r][c];
         const element = this.#cells[r][c];
         const stamp = `${value} ${scale.kind} ${scale.high} ${mode} ${small}`;
-        if (element.dataset.stamp === stamp) continue;
-        element.dataset.stamp = stamp;
+        if (this.#stamps.get(element) === stamp) continue;
+        this.#stamps.set(element, stamp);
         element.dataset.value = String(value);
         const background = color(value, scale, mode);
         element.style.backgroundColor = css(background);
         element.style.color = ink(background);
         element.textContent = small ? '' : format.cell(value);
-        const ghost = element.classList.contains('ghost') ? 'outside, ' : '';
-        const place = `row ${r - this.#top}, column ${c - this.#left}`;
-        element.setAttribute('aria-label', `${this.label}, ${ghost}${place}: ${format.number(value)}`);
+        if (!small) this.#name(element);
       }
     this.#drawLegend(scale, rows * columns > 0);
   }
@@ -142,6 +144,13 @@ export class Grid {
       this.root.removeAttribute('aria-readonly');
       this.root.replaceChildren(h('p', { class: 'empty' }, empty));
     }
+  }
+
+  /** Name a cell. Small cells are named when they are pointed at or focused: there can be thousands of them. @param {HTMLElement} cell */
+  #name(cell) {
+    const { row, column, value } = cell.dataset;
+    const ghost = cell.classList.contains('ghost') ? 'outside, ' : '';
+    cell.setAttribute('aria-label', `${this.label}, ${ghost}row ${row}, column ${column}: ${format.number(Number(value))}`);
   }
 
   /** @param {import('./colors.js').Scale} scale @param {boolean} visible */
@@ -229,7 +238,7 @@ export class Grid {
       if (!open) return;
       open = false;
       const value = Number(field.value.replace(',', '.').replace('\u2212', '-'));
-      element.dataset.stamp = '';
+      this.#stamps.delete(element);
       if (keep && field.value.trim() && Number.isFinite(value) && value !== Number(element.dataset.value)) this.#edit?.(...cell, value);
       else this.#redraw();
       if (refocus) this.#element(cell)?.focus();

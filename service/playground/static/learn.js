@@ -355,6 +355,7 @@ function drawForecast(rate, stable) {
   else if (times > 1) parts.push(warn(`Diverges: ${ratio}. The loss will grow without bound. `));
   else if (times === 1) parts.push('At the largest stable rate itself, the loss need not fall. ');
   else if (times) parts.push(`Converges: ${times > 0.99 ? 'this rate is just below the largest stable rate' : ratio}. `);
+  else if (known?.forecast.rank === 0) parts.push('Every rate is stable: the loss does not depend on the kernel. ');
   else if (known) parts.push('No rate is known to be stable for this solver. ');
   const { rank = null, unknowns = 0 } = known?.forecast ?? {};
   if (rank !== null && rank < unknowns)
