@@ -98,6 +98,18 @@ def test_page_needs_no_other_host(open_tab: OpenTab) -> None:
     assert refused == []
 
 
+def test_inline_script_does_not_run(open_tab: OpenTab, allowed_messages: list[str]) -> None:
+    allowed_messages.append("violates the following Content Security Policy directive")
+    tab = open_tab()
+    tab.open()
+    tab.page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), { text: 'window.hit = 1' }))"
+    )
+    assert tab.page.evaluate("window.hit") is None
+    # The messages of the other tests would show it, too.
+    assert any(allowed_messages[0] in message for message in tab.messages)
+
+
 def respond_with_change(route: Route, change: Any) -> None:
     """Pass a request on, and change the JSON of its response."""
     response = route.fetch()
