@@ -235,6 +235,12 @@ def test_undetermined_weights_are_reported(tab: PageDriver) -> None:
     expect(tab.get("#forecast")).to_contain_text("determine only 3 of 9 weights")
 
 
+def test_input_of_zeros_is_explained(tab: PageDriver) -> None:
+    tab.open(view="learn", input=[[0] * 4] * 4, kernel=[[1, 1]])
+    expect(tab.get("#forecast")).to_contain_text("determine only 0 of 2 weights")
+    assert "for this solver" not in tab.read_text("#forecast")
+
+
 def test_own_target_is_learned(tab: PageDriver) -> None:
     tab.open(view="learn", rate=0.02, steps=20)
     wait_for_forecast(tab)

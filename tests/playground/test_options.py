@@ -151,6 +151,12 @@ def test_kernels_have_arguments(tab: PageDriver, name: str, arguments: dict[str,
     tab.assert_agreement()
 
 
+def test_value_past_float32_is_reported(tab: PageDriver) -> None:
+    tab.open(input=[[1e38, 1e38]], kernel=[[1e3, 1]])
+    assert "past the range of float32" in tab.read_text("#service") + tab.read_text("#error")
+    assert "differ" not in tab.read_text("#error")
+
+
 def test_invalid_argument_shows_the_error_of_the_service(tab: PageDriver, allowed_messages: list[str]) -> None:
     allowed_messages.append("422")
     tab.open()
