@@ -22,8 +22,8 @@ test-all: test  ## then run those that start processes, wait, or compute for lon
 	$(BIN)/pytest -n 2 --dist worksteal -m slow --ignore tests/playground
 	$(MAKE) test-page
 
-test-page: .venv/dev.stamp  ## run the tests of the page in the Chromium of the system (1 minute)
-	$(BIN)/pytest -n 2 --dist loadfile tests/playground
+test-page: .venv/dev.stamp  ## run the tests of the page in the Chromium of the system (90 seconds)
+	$(BIN)/pytest -n 2 --dist worksteal tests/playground
 
 coverage: .venv/dev.stamp  ## run all tests with branch coverage
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term

@@ -65,7 +65,7 @@ def test_other_states_are_accessible(open_tab: OpenTab, scheme: str) -> None:
     assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-@pytest.mark.parametrize("path", ["guide", "guide/http-api", "guide/learning"])
+@pytest.mark.parametrize("path", ["guide", "guide/http-api"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_guide_is_accessible(open_tab: OpenTab, path: str, scheme: str) -> None:
     tab = open_tab(color_scheme=scheme)
