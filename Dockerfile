@@ -53,6 +53,7 @@ FROM dependencies AS project
 COPY README.md LICENSE hatch_build.py ./
 COPY corr2d corr2d
 COPY core core
+COPY docs docs
 COPY service service
 RUN pip --python /opt/corr2d/bin/python3 install --no-compile --no-deps --prefix /project .
 

@@ -10,7 +10,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 RESOLVE := .venv/resolver/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test test-all test-ray coverage test-without-halide check format bench layers learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
+.PHONY: help serve test test-all test-page test-ray coverage test-without-halide check format bench layers learning wire overload soak fuzz gpu monitoring constraints estimates pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,10 +21,15 @@ serve: .venv/serve.stamp  ## start the service (settings: CORR2D_* or `corr2d se
 test: .venv/dev.stamp  ## run the tests that a commit needs (3 minutes)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: test  ## then run those that start processes, wait, or compute for long
-	$(BIN)/pytest -n 2 --dist worksteal -m slow
+test-all: test  ## then run those that start processes, wait, or compute for long, and those of the page
+	$(BIN)/pytest -n 2 --dist worksteal -m slow --ignore tests/playground
 	TEST_SERVER=uvicorn $(BIN)/pytest -n 2 --dist worksteal -m "not slow" tests/service
+	$(MAKE) test-page
 	@if test -e .venv/ray.stamp; then $(MAKE) test-ray; else echo "make test-ray installs Ray and runs its tests"; fi
+
+test-page: .venv/dev.stamp  ## run the tests of the page in the Chromium of the system (90 seconds)
+	$(BIN)/pytest -n 2 --dist worksteal tests/playground
+
 
 test-ray: .venv/ray.stamp  ## run the tests of responses against Ray Serve, with replicas that fail, start and stop (2 minutes)
 	TEST_SERVER=ray $(BIN)/pytest -p no:randomly -m "not slow or ray" tests/service tests/ray_serve

@@ -1,4 +1,4 @@
-"""Build hook of the wheel: put `core` and `service` inside the package `corr2d`.
+"""Build hook of the wheel: put `core`, `service` and the pages of `docs` inside the package `corr2d`.
 
 The top-level names `core` and `service` are so common that other distributions contain them, too, and pip lets one
 overwrite the other. In the wheel, they are therefore `corr2d.core` and `corr2d.service`, and every import of them is
@@ -55,6 +55,7 @@ class WheelPackages(BuildHookInterface):
             shutil.copytree(root / name, package / name, ignore=ignore)
         for path in package.rglob("*.py"):
             path.write_text(rewrite_imports(path.read_text("utf-8")), "utf-8")
+        shutil.copytree(root / "docs", package / "docs", ignore=shutil.ignore_patterns("__pycache__", "*.py"))
         build_data["force_include"][str(package)] = "corr2d"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002

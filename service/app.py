@@ -21,7 +21,7 @@ from service.app_state import AppState, get_app_state, set_app_state
 from service.computed_settings import compute_defaults, find_limit_settings
 from service.log import exit_now
 from service.metrics.counters import Metrics, SharedCounters
-from service.middleware.auth import DOCS_ASSETS_PATH, APIKeyMiddleware
+from service.middleware.auth import APIKeyMiddleware
 from service.middleware.cors import CrossOriginMiddleware
 from service.middleware.fast_path import FastPathMiddleware
 from service.middleware.forwarded import ForwardedMiddleware
@@ -31,7 +31,7 @@ from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.openapi import extend_schema
 from service.problems import PROBLEM_NAMES, add_error_handlers, respond_to_protocol_error
 from service.readiness import Readiness, warm_up_service
-from service.routes import conv2d, correlate, health, info, kernels, metrics, pages, train_kernel
+from service.routes import conv2d, correlate, guide, health, info, kernels, metrics, pages, train_kernel
 from service.routes.raw_route import RawRoute
 from service.scheduling.admission import Admission
 from service.scheduling.compute import Compute
@@ -45,6 +45,8 @@ API_DESCRIPTION = """\
 Convolution as a service: send arrays, receive their 2-D cross-correlation, a Conv2d layer's output, or a kernel
 learned from examples. Errors are `application/problem+json`; the detail gives the received value, the allowed values
 and a fix.
+
+[Try it on the page](./) · [Guide](guide)
 """
 
 COMPUTE_CONCURRENCY = 2
@@ -109,8 +111,7 @@ def create_app(settings: Settings, table: SharedCounters | None = None, keys: Ke
         # The routes themselves, not include_router: FastAPI resolves the routes of an included router at every
         # request. Placed before the routes of /docs, because routes are tried in order.
         app.router.routes[:0] = resource.router.routes
-    app.router.routes += pages.router.routes
-    app.mount(DOCS_ASSETS_PATH, pages.DocsAssets())
+    app.router.routes += [*pages.router.routes, *guide.router.routes]
     requests = correlate.CorrelateRequest, conv2d.Conv2dRequest, train_kernel.TrainKernelRequest
     extend_schema(app, *requests, requires_api_key=settings.requires_api_key)
     return app

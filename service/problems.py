@@ -8,7 +8,8 @@ from typing import Any, cast
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -139,8 +140,34 @@ class ProblemEntry(BaseModel):
     limit: str | None = Field(None, description="allowed values")
 
 
+PROBLEM_EXAMPLE: JsonDict = {
+    "type": "urn:corr2d:error:invalid-shape",
+    "title": "The shapes do not fit together",
+    "status": 422,
+    "detail": (
+        'kernel has shape (1, 3), larger than the input (2, 2); mode "valid" requires it to fit: use mode "same" or '
+        '"full"'
+    ),
+    "request_id": "4e5cf28ac7f21e41000000000000000b",
+    "errors": [
+        {
+            "field": "kernel",
+            "message": (
+                'kernel has shape (1, 3), larger than the input (2, 2); mode "valid" requires it to fit: use mode '
+                '"same" or "full"'
+            ),
+            "got": "(1, 3)",
+            "limit": "(2, 2)",
+        }
+    ],
+}
+"""Response to a kernel that is larger than the input."""
+
+
 class ProblemDetails(BaseModel):
     """Body of every error response (RFC 9457)."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [PROBLEM_EXAMPLE]})
 
     type: str = Field(description="`urn:corr2d:error:` followed by the name of the problem type")
     title: str

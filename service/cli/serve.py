@@ -71,21 +71,19 @@ def _serve(settings: Settings, listener: socket.socket, keys: KeyRing | None) ->
 def _format_greeting(settings: Settings, name: str | tuple[str, int]) -> str:
     """Return the address of the service and a command that tries it; `name` is that of the listening socket."""
     scheme = "http" if settings.ssl_certfile is None else "https"
-    options = ""
+    options, hints = "", "API docs: /docs, stop: Ctrl-C"
     if isinstance(name, str):
         address, url = f"unix:{name}", f"{scheme}://localhost"
         options += f" --unix-socket {shlex.quote(name)}"
     else:
         host, port = name[:2]
+        hints = f"open it in a browser, {hints}"
         address = url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     if settings.ssl_certfile is not None:
         options += f" --cacert {shlex.quote(str(settings.ssl_certfile))}"
     if settings.requires_api_key:
         options += " -H 'X-API-Key: ...'"
-    return (
-        f"corr2d {VERSION} listens on {address} (API docs: /docs, stop: Ctrl-C). Try:\n"
-        f"  {EXAMPLE_COMMAND % url}{options}\n"
-    )
+    return f"corr2d {VERSION} listens on {address} ({hints}). Try:\n  {EXAMPLE_COMMAND % url}{options}\n"
 
 
 def _open_listener(settings: Settings) -> socket.socket:

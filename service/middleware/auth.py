@@ -8,12 +8,14 @@ from service.context import get_context
 from service.errors import Unauthorized
 from service.problems import respond_to_error
 
-PUBLIC_PATHS = frozenset({"/", "/docs", "/favicon.ico", "/openapi.json", "/livez", "/readyz"})
-"""Paths that need no API key: health checks and documentation."""
-
+PUBLIC_PATHS = frozenset({"/", "/docs", "/favicon.ico", "/guide", "/openapi.json", "/livez", "/readyz"})
+"""Paths that need no API key: health checks, the page and the documentation."""
 
 DOCS_ASSETS_PATH = "/static-offline-docs"
-"""Path prefix of the files that /docs loads; they need no API key either."""
+"""Path prefix of the files that /docs loads."""
+
+PUBLIC_FOLDERS = (f"{DOCS_ASSETS_PATH}/", "/guide/", "/page/")
+"""Path prefixes of the files of these pages; they need no API key either."""
 
 
 WWW_AUTHENTICATE_CHALLENGE = 'Bearer realm="corr2d"'
@@ -22,7 +24,7 @@ WWW_AUTHENTICATE_CHALLENGE = 'Bearer realm="corr2d"'
 
 def is_public(path: str) -> bool:
     """Return whether requests to a path need no API key."""
-    return path in PUBLIC_PATHS or path.startswith(DOCS_ASSETS_PATH + "/")
+    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDERS)
 
 
 class APIKeyMiddleware:

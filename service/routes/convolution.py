@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
@@ -73,8 +74,19 @@ class Explanation(BaseModel):
     )
 
 
+RESPONSE_EXAMPLE: JsonDict = {
+    "output": [[19, 25], [37, 43]],
+    "shape": [2, 2],
+    "dtype": "float32",
+    "device": "cpu",
+    "engine": "stencil",
+}
+
+
 class ConvolutionResponse(BaseModel):
     """The output and the engine that computed it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [RESPONSE_EXAMPLE]})
 
     output: Array
     shape: list[int]

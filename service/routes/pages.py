@@ -1,44 +1,50 @@
-"""HTML pages: the redirect from /, and /docs, Swagger UI with locally served files; their icon."""
+"""HTML pages: /, the page to see and learn convolutions, and /docs, Swagger UI; their files and their icon."""
 
-import re
-from base64 import b64encode
-from hashlib import sha256
 from pathlib import Path
 
+import fastapi_offline
 from fastapi import APIRouter, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.responses import RedirectResponse, Response
 
+from service.assets import respond_with_content, respond_with_file
 from service.middleware.auth import DOCS_ASSETS_PATH
 
 router = APIRouter(include_in_schema=False)
 
-
-class DocsAssets(StaticFiles):
-    """Static files of /docs, without range requests: Starlette responds to an invalid Range in plain text."""
-
-    def __init__(self) -> None:
-        super().__init__(packages=[("fastapi_offline", "static")])
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request and ignore its Range header, as RFC 9110, 14.2 allows."""
-        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
-        await super().__call__({**scope, "headers": headers}, receive, send)
-
-
-INLINE_SCRIPT_PATTERN = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
-
 FAVICON = (Path(__file__).parent / "favicon.ico").read_bytes()
 
-SWAGGER_UI_PARAMETERS = {"defaultModelsExpandDepth": 0, "tryItOutEnabled": True}
+PLAYGROUND_FOLDER = Path(__file__).parents[1] / "playground" / "static"
+
+DOCS_FOLDER = Path(__file__).parents[1] / "swagger"
+"""Folder of the page /docs, which loads Swagger UI, and of the script and the style that it adds."""
+
+SWAGGER_UI_FOLDER = Path(fastapi_offline.__file__).parent / "static"
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    # RFC 8631: programs that request the address of the service find its description.
+    "Link": '<openapi.json>; rel="service-desc", <docs>; rel="service-doc"',
+}
 
 
 @router.get("/")
-async def redirect_to_docs(request: Request) -> RedirectResponse:
-    """Redirect browsers to the documentation."""
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
+async def playground(request: Request) -> Response:
+    """Return the page, whatever the client accepts; its links are relative, so that it works below any prefix."""
+    root = request.scope.get("root_path", "").encode()
+    if root and request.scope.get("raw_path") == root:
+        # Relative links need the slash at the end of the prefix.
+        return RedirectResponse(f"{root.decode()}/")
+    content = (PLAYGROUND_FOLDER / "index.html").read_bytes()
+    return await respond_with_content(request, content, ".html", PAGE_HEADERS)
+
+
+@router.get("/page/{name:path}")
+async def playground_file(request: Request, name: str) -> Response:
+    """Return a file that the page loads."""
+    return await respond_with_file(request, PLAYGROUND_FOLDER, name)
 
 
 @router.get("/favicon.ico")
@@ -48,24 +54,18 @@ async def favicon() -> Response:
 
 
 @router.get("/docs")
-async def docs(request: Request) -> HTMLResponse:
-    """Return Swagger UI, with a content security policy that limits it to resources of the service."""
-    root = request.scope.get("root_path", "")
-    page = get_swagger_ui_html(
-        openapi_url=f"{root}{request.app.openapi_url}",
-        title=f"{request.app.title} - Swagger UI",
-        swagger_js_url=f"{root}{DOCS_ASSETS_PATH}/swagger-ui-bundle.js",
-        swagger_css_url=f"{root}{DOCS_ASSETS_PATH}/swagger-ui.css",
-        swagger_favicon_url=f"{root}/favicon.ico",
-        swagger_ui_parameters=SWAGGER_UI_PARAMETERS,
-    )
-    scripts = " ".join(f"'sha256-{_hash_script(script)}'" for script in INLINE_SCRIPT_PATTERN.findall(page.body))
-    page.headers["Content-Security-Policy"] = (
-        f"default-src 'none'; script-src 'self' {scripts}; style-src 'self'; img-src 'self' data: blob:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return page
+async def docs(request: Request) -> Response:
+    """Return Swagger UI; its links are relative."""
+    return await respond_with_content(request, (DOCS_FOLDER / "docs.html").read_bytes(), ".html", PAGE_HEADERS)
 
 
-def _hash_script(script: bytes) -> str:
-    return b64encode(sha256(script).digest()).decode()
+@router.get(DOCS_ASSETS_PATH + "/corr2d/{name}")
+async def docs_file(request: Request, name: str) -> Response:
+    """Return the script or the style that corr2d adds to Swagger UI."""
+    return await respond_with_file(request, DOCS_FOLDER, name)
+
+
+@router.get(DOCS_ASSETS_PATH + "/{name:path}")
+async def swagger_ui_file(request: Request, name: str) -> Response:
+    """Return a file of Swagger UI."""
+    return await respond_with_file(request, SWAGGER_UI_FOLDER, name)

@@ -152,8 +152,7 @@ def _get_single(forwarded: Mapping[bytes, list[bytes]], name: bytes) -> str:
 def _set_prefix(scope: Scope, prefix: str) -> None:
     path: str = scope["path"]
     if path == prefix:
-        path += "/"
-        scope["raw_path"] = path.encode()
+        path += "/"  # raw_path stays as received
     elif not path.startswith(prefix + "/"):
         path = prefix + path
         scope["raw_path"] = prefix.encode() + (scope.get("raw_path") or b"")

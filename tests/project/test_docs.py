@@ -117,9 +117,15 @@ def test_every_page_is_in_the_index() -> None:
         assert f"({page.name})" in index or page.name == "README.md"
 
 
+def test_modules_of_the_page_are_in_contributing() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("\n## Change the page\n", 1)[1].split("\n## ", 1)[0]
+    modules = {path.name for path in (ROOT / "service" / "playground" / "static").glob("*.js")}
+    assert set(re.findall(r"`(\w+\.js)`", section)) == modules
+
+
 def test_every_make_target_is_in_contributing() -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
-    for target in re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE):
+    for target in re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE):
         if target not in ("help", "clean"):
             assert f"`make {target}`" in contributing
 

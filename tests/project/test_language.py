@@ -21,10 +21,10 @@ FILES = (
     "docker-compose.yml",
     "pyproject.toml",
 )
-SUFFIXES = (".py", ".md", ".json", ".yml")
+SUFFIXES = (".py", ".md", ".json", ".yml", ".html", ".css", ".js", ".mjs")
 
 UNCLEAR_WORDS = re.compile(
-    r"\b(whoever|nobody|everybody|somebody|in vain|lessons?|what came|beside|foret(?:old|ell)|hazards?"
+    r"\b(whoever|nobody|everybody|somebody|in vain|what came|beside|foret(?:old|ell)|hazards?"
     r"|mercy|hopeless|refusals?|answerers?|obstacles?)\b|(?<!there )\b(?:is|are) no (?!longer|more)",
     re.IGNORECASE,
 )
@@ -32,13 +32,18 @@ UNCLEAR_WORDS = re.compile(
 RESULTS = set((ROOT / "benchmarks").glob("*.md"))
 """Written by the benchmarks."""
 
+INSTALLED = "node_modules"
+"""Folder of packages that npm installs."""
+
 WIRE_NAMES = re.compile(r"refuse_divergence|corr2d_refused_total")
 
 
 def list_texts() -> Iterator[Path]:
     for folder in FOLDERS:
         paths = sorted((ROOT / folder).rglob("*"))
-        yield from (path for path in paths if path.suffix in SUFFIXES and path not in RESULTS)
+        yield from (
+            path for path in paths if path.suffix in SUFFIXES and path not in RESULTS and INSTALLED not in path.parts
+        )
     yield from (ROOT / name for name in FILES)
 
 

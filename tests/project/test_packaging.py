@@ -91,6 +91,7 @@ def test_wheel_works_next_to_packages_named_core_and_service(tmp_path: Path) -> 
         ["git", "ls-files", "core", "service"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert {f"corr2d/{name}" for name in listed.stdout.splitlines()} <= set(files)
+    assert {"corr2d/docs/README.md", "corr2d/docs/images/camera.png"} <= set(files)
 
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", environment], check=True)
@@ -120,7 +121,8 @@ def test_wheel_works_next_to_packages_named_core_and_service(tmp_path: Path) -> 
             wait_until_ready(client.request)
             body = {"input": [[1, 2, 0], [3, 4, 1]], "target": [[1, -2], [1, -3]], "solver": "exact"}
             assert client.post("/train-kernel", json=body).status_code == 200
-            assert client.get("/favicon.ico").status_code == 200
+            for path in ("/", "/guide", "/guide/guide.css", "/guide/images/camera.png", "/favicon.ico"):
+                assert client.get(path).status_code == 200, path
             assert client.get("/info").json()["version"] == corr2d.__version__
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0

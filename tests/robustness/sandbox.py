@@ -119,7 +119,7 @@ def exercise_service() -> dict[str, Any]:
     d2l_example = {"input": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "kernel": [[0, 1], [2, 3]]}
     pair = {"input": [[1, 1, 0, 0, 1, 1]], "target": [[0, -1, 0, 1, 0]]}
     page = send_request("/docs")[1].decode()
-    links = re.findall(r"""(?:src|href|url)\s*[=:]\s*["'](/[^"']+)["']""", page)
+    links = [f"/{link}" for link in re.findall(r"""\b(?:src|href)=["']([^"']+)["']""", page)]
     return {
         "docs": [send_request(link)[0] for link in ["/docs", *links]],
         "outputs": [parse_output(send_request("/correlate", d2l_example)[1]) for _ in range(100)],

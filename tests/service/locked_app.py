@@ -12,7 +12,16 @@ ALICE_KEY, BOB_KEY, CAROL_KEY = "alices-key-0123456789", "bobs-key-0123456789/+=
 WRONG_KEY = "nobodys-key-0123456789"
 PAGE_ORIGIN = "https://pages.example.org"
 
-OPEN_PATHS = ["/", "/docs", "/openapi.json", "/livez", "/readyz", "/static-offline-docs/swagger-ui.css"]
+OPEN_PATHS = [
+    "/",
+    "/docs",
+    "/guide",
+    "/guide/security",
+    "/openapi.json",
+    "/livez",
+    "/readyz",
+    "/static-offline-docs/swagger-ui.css",
+]
 
 
 def create_locked_app(**settings: Any) -> FastAPI:

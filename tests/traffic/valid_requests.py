@@ -26,6 +26,8 @@ MAX_IMAGE_SIDE = 256
 BOUNDARIES = ("zeros", "replicate", "reflect", "symmetric", "circular")
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 
+HTML_PATHS = ("/", "/docs", "/guide", "/guide/formats")
+
 
 def draw_request(rng: np.random.Generator) -> Request:
     """Draw a request to any endpoint, most often a correlation."""
@@ -138,8 +140,8 @@ def draw_train_kernel(rng: np.random.Generator) -> Request:
 
 def draw_get_request(rng: np.random.Generator) -> Request:
     """Draw a GET request."""
-    path = choose(rng, "/kernels", "/info", "/livez", "/readyz", "/docs", "/openapi.json")
-    check_response = assert_starts_with if path == "/docs" else httpx.Response.json
+    path = choose(rng, "/kernels", "/info", "/livez", "/readyz", "/openapi.json", *HTML_PATHS)
+    check_response = assert_starts_with if path in HTML_PATHS else httpx.Response.json
     return Request(f"GET {path}", path, method="GET", check_response=check_response)
 
 
@@ -298,6 +300,6 @@ def assert_steps(response: httpx.Response, steps: int) -> None:
     assert np.isfinite(history).all()
 
 
-def assert_starts_with(response: httpx.Response, beginning: bytes = b"<!DOCTYPE html>") -> None:
+def assert_starts_with(response: httpx.Response, beginning: bytes = b"<!doctype html>") -> None:
     """Assert that the content begins with these bytes."""
     assert decode_content(response).lstrip().startswith(beginning), response.content[:100]

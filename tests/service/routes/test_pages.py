@@ -11,9 +11,31 @@ from tests.robustness.raw_client import RawConnection, build_request_headers
 from tests.servers import SendFn
 
 
-def test_root_redirects_to_the_docs(send: SendFn) -> None:
-    response = send("GET", "/")
-    assert (response.status_code, response.headers["location"]) == (307, "/docs")
+@pytest.mark.parametrize("accept", ["text/html,application/xhtml+xml,*/*;q=0.8", "*/*", "application/json"])
+def test_root_is_the_page_for_every_client(send: SendFn, accept: str) -> None:
+    response = send("GET", "/", headers={"Accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.text.lower().startswith("<!doctype html>")
+    assert response.headers["cache-control"] == "no-cache"
+    links = dict(re.findall(r'<([\w.]+)>; rel="([\w-]+)"', response.headers["link"]))
+    assert links == {"openapi.json": "service-desc", "docs": "service-doc"}
+
+
+def test_unchanged_page_keeps_its_policy(send: SendFn) -> None:
+    page = send("GET", "/")
+    response = send("GET", "/", headers={"If-None-Match": page.headers["etag"]})
+    assert (response.status_code, response.content) == (304, b"")
+    # Some browsers replace the headers of their copy.
+    assert response.headers["content-security-policy"] == page.headers["content-security-policy"]
+
+
+def test_page_loads_only_its_own_files(send: SendFn) -> None:
+    page = send("GET", "/").text
+    links = re.findall(r"""\b(?:src|href)=["']([^"'#]+)["']""", page)
+    for link in links:
+        assert not re.match(r"/|\w+:", link), f"{link} is not relative"
+        assert send("GET", f"/{link}").status_code == 200, link
 
 
 def test_favicon_is_an_icon(send: SendFn) -> None:
@@ -24,13 +46,24 @@ def test_favicon_is_an_icon(send: SendFn) -> None:
 
 def test_docs_load_no_external_files(send: SendFn) -> None:
     page = send("GET", "/docs").text
-    links = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)["']""", page)
-    assert {link.rsplit(".", 1)[-1] for link in links} >= {"js", "css", "json"}
+    links = re.findall(r"""\b(?:src|href)=["']([^"']+)["']""", page)
+    assert {link.rsplit(".", 1)[-1] for link in links} == {"js", "css", "ico"}
     for link in links:
-        assert link.startswith("/")
-        response = send("GET", link)
+        assert not re.match(r"/|\w+:", link), f"{link} is not relative"
+        response = send("GET", f"/{link}")
         assert response.status_code == 200
         assert len(response.content) > 300
+
+
+def test_docs_script_loads_the_schema(send: SendFn) -> None:
+    assert 'url: "openapi.json"' in send("GET", "/static-offline-docs/corr2d/docs.js").text
+    assert send("GET", "/openapi.json").json()["info"]["title"] == "corr2d"
+
+
+def test_swagger_ui_is_compressed(send: SendFn) -> None:
+    path = "/static-offline-docs/swagger-ui-bundle.js"
+    response = send("GET", path, headers={"Accept-Encoding": "gzip"})
+    assert int(response.headers["content-length"]) < len(response.content) / 2
 
 
 @pytest.mark.parametrize(

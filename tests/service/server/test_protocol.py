@@ -45,7 +45,7 @@ def test_target_in_absolute_form_is_served(address: str, target: str) -> None:
 def test_absolute_target_without_a_path_is_the_root(address: str, target: str) -> None:
     with RawConnection(address) as connection:
         connection.send(build_request_headers(f"GET {target} HTTP/1.1"))
-        assert connection.read_response().headers["location"] == "/docs"
+        assert connection.read_response().headers["content-type"] == "text/html; charset=utf-8"
 
 
 def test_absolute_target_with_userinfo_is_400(address: str) -> None:

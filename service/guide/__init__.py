@@ -1,0 +1,1 @@
+"""The documentation as HTML pages."""
