@@ -57,7 +57,7 @@ format: .venv/dev.stamp  ## apply ruff's fixes and formatting
 bench: .venv/bench.stamp  ## compare the engines with torch, scipy and OpenCV (20 minutes)
 	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --plot docs/images/engines.png
 
-layers: .venv/bench.stamp  ## compare layers of many channels with torch, ONNX Runtime and OpenVINO (12 minutes)
+layers: .venv/bench.stamp  ## compare layers of many channels with torch, ONNX Runtime and OpenVINO (4 minutes)
 	$(BIN)/python benchmarks/layers.py --output benchmarks/layers.md
 
 learning: .venv/bench.stamp  ## compare learning with autograd and with numpy's and scipy's least squares (10 minutes)

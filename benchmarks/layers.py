@@ -1,6 +1,6 @@
 """Compare the time of core.conv2d with torch, ONNX Runtime and OpenVINO on layers of many channels, on the CPU.
 
-    make layers                                      everything, in about 12 minutes
+    make layers                                      everything, in about 4 minutes
     .venv/bin/python benchmarks/layers.py --help     fewer layers, more time, a Markdown file
 
 Tables: A row is a layer: "1 x 64 x 56 x 56 -> 64, 3 x 3" is one image of 64 channels and 64 filters. Numbers are median
@@ -9,8 +9,8 @@ milliseconds of one call, with float32 input and output in the layout (N, C, H, 
 "chosen / fastest" is the time of the engine that core chose divided by that of its fastest engine.
 
 Method: Each library has a process of its own, which is stopped (SIGSTOP) while another one is timed, because threads
-that wait for work use the cores. The processes take turns of a tenth of a second, several times for each layer; the
-first calls of a turn do not count. The weights are constants for ONNX Runtime and OpenVINO, which convert them when the
+that wait for work use the cores. The processes take turns of 0.06 seconds, three times for each layer; the first calls of
+a turn do not count. The weights are constants for ONNX Runtime and OpenVINO, which convert them when the
 layer is loaded; torch and core get them in each call. Before a layer is timed, the output of each library is checked.
 """
 
@@ -37,10 +37,10 @@ from reports.tables import Claim, format_heading, format_milliseconds, format_nu
 Array = NDArray[Any]
 Call = Callable[[], Array]
 
-TURN_S = 0.1
+TURN_S = 0.06
 WARM_UP_CALLS = 3
 MIN_CALLS = 5
-TURNS = 5
+TURNS = 3
 
 SMALL_LAYER_S = 1e-4
 MAX_RATIO, MAX_SMALL_RATIO, MEAN_RATIO, WINOGRAD_RATIO = 1.1, 1.25, 0.9, 0.8

@@ -8,7 +8,7 @@ from core.engines import halide_jit
 
 PLANE = Problem(batch=1, channels=1, height=64, width=64, filters=1, kernel_height=3, kernel_width=3, rank=1)
 
-LAYER = replace(PLANE, channels=4, filters=4, rank=None)
+LAYER = replace(PLANE, channels=16, filters=16, rank=None)
 
 AVAILABLE_ENGINES = tuple(name for name, engine in ENGINES.items() if engine.unsupported_reason(PLANE) is None)
 """The engines for single planes that this platform supports: without Halide, not those that it compiles."""

@@ -58,6 +58,8 @@ def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
     groups = 1 if single or not supports_groups(engine) else int(rng.choice([1, 1, 2, 3]))
     many = 5 if supports_groups(engine) else 40
     depth, each = (1, 1) if single else (int(rng.integers(1, many)), int(rng.integers(1, many - 1)))
+    if not supports_groups(engine):
+        depth += 7
     options: dict[str, Any] = {"groups": groups, "padding": tuple(int(side) for side in rng.choice([0, 0, 1, 4], 4))}
     if supports_steps(engine) and not single:
         for name in ("stride", "dilation"):

@@ -8,6 +8,7 @@ integers that have to be exact, are computed directly. Output values do not depe
 """
 
 import functools
+import itertools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,7 +21,13 @@ from core.arrays import Array, ConvolveFn, as_numpy, as_torch
 from core.engines import halide_costs, halide_jit, implicit_gemm, precision
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import Plane
-from core.engines.winograd_pipelines import COMPONENTS, kernel_pipeline, layer_pipeline, stats_pipeline
+from core.engines.winograd_pipelines import (
+    COMPONENTS,
+    KERNELS_PER_BLOCK,
+    kernel_pipeline,
+    layer_pipeline,
+    stats_pipeline,
+)
 from core.machine import Machine
 from core.padding import extract_window
 from core.problem import Problem, SliceUnits
@@ -40,8 +47,18 @@ CACHE_SET_SHIFT = 80
 MIN_OUTPUT_SIDE = 8
 """Minimum rows and columns of the output."""
 
-MAX_STRIP_BYTES, MIN_STRIP_BYTES = 1 << 21, 1 << 18
-"""Bytes of the transformed pixels of a strip of tiles: about the size of the second-level cache."""
+MAX_STRIP_BYTES, SLOWDOWN_EXPONENT = 1 << 19, 0.4
+"""Maximum bytes of the transformed pixels and sums of a strip of tiles for full speed, half of the second-level cache;
+larger strips are slower by this power of their size. Measured."""
+
+STRIP_POSITIONS = 16
+"""Time to read the kernels for a strip, in units of the time of a position."""
+
+TRANSFORM_FRACTION = 0.2
+"""Fraction of the time of a strip that takes as long for a part of the filters; measured."""
+
+MIN_CHANNELS = 8
+"""Minimum number of channels: with fewer, the bound on the error is too small for most images."""
 
 ERROR_FACTOR = 4.0
 """A plane is computed directly if this many unit roundoffs, times the sum over the channels of max |x| max |u| for a
@@ -57,11 +74,12 @@ sum of |x| |k| is above the second, they need not be exact (1 / (2u))."""
 CALL_OVERHEAD_S = 5e-5
 """Seconds per call from Python, with the statistics."""
 
-EFFICIENCY = 1.1
-"""Speed of the products, as a fraction of Machine.flops."""
+EFFICIENCY = 0.8
+"""Speed of the products, as a fraction of Machine.flops, with the transforms of pixels and sums."""
 
-TRANSFORM_S_PER_PIXEL, TRANSFORM_S_PER_OUTPUT, TRANSFORM_S_PER_KERNEL = 3e-10, 3e-10, 5e-9
-"""Seconds to transform one pixel, one output value and one kernel of one channel; measured at the default speed."""
+S_PER_VALUE, S_PER_KERNEL, S_PER_KERNEL_OF_MANY, MANY_KERNELS = 1e-9, 3e-9, 1e-8, 200_000
+"""Seconds to pad and to examine a pixel or to store an output value, and to transform a kernel of one channel, by the
+number of kernels; measured at the default speed."""
 
 DEFAULT_FLOPS = 9e10
 """Machine.flops at which these seconds hold."""
@@ -73,6 +91,8 @@ def unsupported_reason(problem: Problem) -> str | None:
         return "supports only float32 with 3 x 3 kernels"
     if problem.is_single_plane:
         return "supports only layers of several channels or filters"
+    if problem.channels < MIN_CHANNELS:
+        return f"needs at least {MIN_CHANNELS} channels"
     if problem.groups != 1 or problem.stride != (1, 1) or problem.dilation != (1, 1):
         return "supports no groups, stride or dilation"
     if min(problem.output_size) < MIN_OUTPUT_SIDE:
@@ -83,21 +103,16 @@ def unsupported_reason(problem: Problem) -> str | None:
 def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call, of the transforms and of the products; partial tiles count fully."""
     layout = _choose_layout(problem, machine)
-    filters, vectors = GEMM_TILES[pipelines.vector_bytes()]
-    positions = _round_up(layout.rows * layout.across, vectors * halide_jit.vector_lanes("float32"))
-    blocks = -(-problem.filters // filters)
-    strips = problem.batch * -(-layout.all_rows // layout.rows)
-    products = 2.0 * strips * COMPONENTS * positions * blocks * filters * problem.channels
-    slowness = DEFAULT_FLOPS / halide_costs.operations_per_second(machine, "float32")
-    transforms = slowness * (
-        TRANSFORM_S_PER_PIXEL * problem.batch * problem.channels * math.prod(problem.padded_size) * layout.repetitions
-        + TRANSFORM_S_PER_OUTPUT * problem.batch * problem.filters * math.prod(problem.output_size)
-        + TRANSFORM_S_PER_KERNEL * problem.filters * problem.channels
+    filters = GEMM_TILES[pipelines.vector_bytes()][0]
+    speed = halide_costs.operations_per_second(machine, "float32")
+    products = 2.0 * COMPONENTS * layout.positions * _round_up(problem.filters, filters) * problem.channels
+    kernels = problem.filters * problem.channels
+    each_kernel = S_PER_KERNEL if kernels < MANY_KERNELS else S_PER_KERNEL_OF_MANY
+    copied = problem.batch * (
+        problem.channels * math.prod(problem.padded_size) + problem.filters * math.prod(problem.output_size)
     )
-    sums = products / (EFFICIENCY * halide_costs.operations_per_second(machine, "float32")) + transforms
-    threads = min(halide_costs.choose_thread_count(machine, sums), strips * layout.repetitions)
-    memory = halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
-    return machine.compile_seconds + CALL_OVERHEAD_S + (sums + memory) / threads
+    others = (DEFAULT_FLOPS / speed) * (S_PER_VALUE * copied + each_kernel * kernels / machine.threads)
+    return machine.compile_seconds + CALL_OVERHEAD_S + products / (EFFICIENCY * speed) + others
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -122,8 +137,8 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         pixels = extract_window(as_torch(images), read_rows, read_columns, boundary, fill_value).numpy()
         kernels = np.ascontiguousarray(as_numpy(weight))
         offsets = np.zeros(problem.filters, np.float32) if bias is None else as_numpy(bias)
-        transformed, magnitudes = transform_kernels(kernels)
-        _fill(pixels, transformed, offsets, output, layout)
+        transformed, magnitudes = transform_kernels(kernels, machine)
+        _fill(pixels, transformed, offsets, output, layout, machine)
         for image, inexact in enumerate(find_inexact_planes(problem, pixels, kernels, magnitudes)):
             if inexact.any():
                 own = as_numpy(images)[image : image + 1]
@@ -156,51 +171,61 @@ def warm_up() -> None:
 
 
 class _Layout(NamedTuple):
-    """Division of a layer into tasks: tiles across, tile rows in all and per strip, blocks of filters per task.
+    """Division of a layer into items: tiles across, tile rows in all and per strip, blocks of filters per item.
 
-    repetitions: tasks that transform the same pixels, for different filters.
+    positions: those that each thread computes, partial vectors count fully.
     """
 
     across: int
     all_rows: int
     rows: int
     blocks: int
-    repetitions: int
+    positions: float
 
 
 @functools.lru_cache(maxsize=256)
 def _choose_layout(problem: Problem, machine: Machine) -> _Layout:
-    """Return strips whose positions fill vectors well, and enough tasks for all threads."""
+    """Return the division that keeps all threads busy, fills vectors, and keeps the pixels of a strip in the cache."""
     all_rows, across = (_round_up(side, 2) // 2 for side in problem.output_size)
     filters, vectors = GEMM_TILES[pipelines.vector_bytes()]
-    chunk = vectors * halide_jit.vector_lanes("float32")
+    chunk, blocks = vectors * halide_jit.vector_lanes("float32"), -(-problem.filters // filters)
 
-    def cost(rows: int) -> float:
+    def count_positions(rows: int, groups: int) -> float:
         strips, rest = divmod(all_rows, rows)
-        positions = strips * _round_up(rows * across, chunk) + (_round_up(rest * across, chunk) if rest else 0)
-        size = 4 * COMPONENTS * problem.channels * rows * across
-        return positions * (1.0 if size <= MAX_STRIP_BYTES else 1.1 * size / MAX_STRIP_BYTES)
+        each = -(-blocks // groups) / blocks * (1 - TRANSFORM_FRACTION) + TRANSFORM_FRACTION
+        size = 4 * COMPONENTS * (problem.channels + 2 * filters) * rows * across
+        each *= max(1.0, size / MAX_STRIP_BYTES) ** SLOWDOWN_EXPONENT
+        positions = _share(problem.batch * strips * groups, machine) * (
+            _round_up(rows * across, chunk) + STRIP_POSITIONS
+        )
+        if rest:
+            positions += _share(problem.batch * groups, machine) * (_round_up(rest * across, chunk) + STRIP_POSITIONS)
+        return positions * each
 
-    best = min(range(1, all_rows + 1), key=lambda rows: (cost(rows), rows))
-    blocks = -(-problem.filters // filters)
-    tasks = problem.batch * -(-all_rows // best)
-    repetitions = min(blocks, -(-machine.threads // tasks)) if tasks < machine.threads else 1
-    return _Layout(across, all_rows, best, -(-blocks // repetitions), repetitions)
+    options = itertools.product(range(1, all_rows + 1), range(1, min(blocks, machine.threads) + 1))
+    rows, groups = min(options, key=lambda option: (count_positions(*option), option))
+    return _Layout(across, all_rows, rows, -(-blocks // groups), count_positions(rows, groups))
 
 
-def transform_kernels(kernels: Plane) -> tuple[Plane, Plane]:
+def _share(items: int, machine: Machine) -> int:
+    """Return the largest number of items of a thread."""
+    return -(-items // machine.threads)
+
+
+def transform_kernels(kernels: Plane, machine: Machine) -> tuple[Plane, Plane]:
     """Return the transformed kernels (17, O, C), and the largest magnitude of each (O, C)."""
     count, channels = kernels.shape[:2]
     size = count * channels
     # Components that are a power of two apart would share a set of the cache.
     transformed = np.empty((COMPONENTS + 1, size + CACHE_SET_SHIFT), FLOAT32)[:, :size]
-    kernel_pipeline()(kernels.reshape(-1), transformed)
+    per_task = _share(-(-size // KERNELS_PER_BLOCK), machine)
+    kernel_pipeline()(kernels.reshape(-1), per_task, transformed)
     strides = transformed.strides[0], transformed.itemsize * channels, transformed.itemsize
     shaped = as_strided(transformed, (COMPONENTS + 1, count, channels), strides)
     return shaped, shaped[COMPONENTS]
 
 
-def _fill(pixels: Plane, kernels: Plane, bias: Plane, output: Plane, layout: _Layout) -> None:
+def _fill(pixels: Plane, kernels: Plane, bias: Plane, output: Plane, layout: _Layout, machine: Machine) -> None:
     """Fill the output (N, O, oh, ow) from pixels (N, C, H, W) with an even number of rows and columns."""
     rows, columns = pixels.shape[2] - 2, pixels.shape[3] - 2
     is_direct = output.shape[2:] == (rows, columns) and output.strides[3] == 4 and output.strides[2] % 8 == 0
@@ -214,7 +239,11 @@ def _fill(pixels: Plane, kernels: Plane, bias: Plane, output: Plane, layout: _La
             part = target[:, :, 2 * first : 2 * last].view(np.uint64)
             part = part.reshape(*output.shape[:2], strips, per_strip, 2, layout.across).transpose(0, 2, 1, 3, 4, 5)
             read = pixels[:, :, 2 * first : 2 * last + 2]
-            fill(read, kernels, bias, layout.across, per_strip, layout.blocks, part)
+            items = (
+                len(output) * strips * -(-output.shape[1] // (GEMM_TILES[pipelines.vector_bytes()][0] * layout.blocks))
+            )
+            per_task = -(-items // halide_costs.choose_task_count(machine, items))
+            fill(read, kernels, bias, layout.across, per_strip, layout.blocks, per_task, part)
     if not is_direct:
         output[...] = target[:, :, : output.shape[2], : output.shape[3]]
 

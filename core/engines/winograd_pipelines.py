@@ -19,12 +19,12 @@ KERNELS_PER_BLOCK = 256
 
 @pipelines.cached_pipeline
 def kernel_pipeline() -> PipelineSpec:
-    """Define a pipeline that transforms kernels: taps (9 n) -> (COMPONENTS + 1, n).
+    """Define a pipeline that transforms kernels: taps (9 n), blocks per task -> (COMPONENTS + 1, n).
 
     The last component is the largest magnitude of the others; one that is not finite counts as larger than all others.
     """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes("float32")
-    taps = hl.ImageParam(hl.Float(32), 1, "taps")
+    taps, per_task = hl.ImageParam(hl.Float(32), 1, "taps"), hl.Param(hl.Int(32), "per_task")
     x, component, column, row = (hl.Var(name) for name in ("x", "component", "column", "row"))
     columns, separate, output = (hl.Func(name) for name in ("columns", "separate", "output"))
     # Every ninth value, in two steps: vectors of every third value are loaded and sorted faster.
@@ -35,14 +35,15 @@ def kernel_pipeline() -> PipelineSpec:
     largest = functools.reduce(hl.max, [halide_jit.magnitude_bits(value, 32) for value in values])
     output[x, component] = hl.mux(component, [*values, hl.reinterpret(hl.Float(32), largest)])
 
-    block, within, guard = hl.Var("block"), hl.Var("within"), hl.TailStrategy.GuardWithIf
+    task, block, within, guard = hl.Var("task"), hl.Var("block"), hl.Var("within"), hl.TailStrategy.GuardWithIf
     output.bound(component, 0, COMPONENTS + 1).split(x, block, within, KERNELS_PER_BLOCK, guard)
     output.reorder(component, within, block).vectorize(within, lanes, guard).unroll(component)
+    output.split(block, task, block, per_task, guard).parallel(task)
     for part, names in ((columns, [column]), (separate, [row, column])):
         part.compute_at(output, block).reorder(*names, x).vectorize(x, lanes, guard)
         for name in names:
             part.bound(name, 0, 3).unroll(name)
-    return output, [taps]
+    return output, [taps, per_task]
 
 
 @pipelines.cached_pipeline
@@ -82,8 +83,8 @@ def stats_pipeline(lanes: int) -> PipelineSpec:
 def layer_pipeline(filters: int, vectors: int, lanes: int) -> PipelineSpec:
     """Define the pipeline of a layer, for outputs of even rows and columns.
 
-    Images (N, C, H, W), kernels (17, O, C), bias (O), tiles across, tile rows per strip, blocks of
-    filters per task -> (N, strips, O, tile rows, 2, tiles across), where each value is a pair of output columns.
+    Images (N, C, H, W), kernels (17, O, C), bias (O), tiles across, tile rows per strip, blocks of filters per item,
+    items per task -> (N, strips, O, tile rows, 2, tiles across), where each value is a pair of output columns.
 
     A strip of tiles is transformed as a whole. The products of a block of filters are sums over the channels in tiles
     of `filters` by `vectors` vectors of positions, which stay in registers. `lanes` is the vector size of the
@@ -92,7 +93,8 @@ def layer_pipeline(filters: int, vectors: int, lanes: int) -> PipelineSpec:
     hl, wide = halide_jit.import_halide(), halide_jit.vector_lanes("float32")
     images, kernels = hl.ImageParam(hl.Float(32), 4, "images"), hl.ImageParam(hl.Float(32), 3, "kernels")
     bias = hl.ImageParam(hl.Float(32), 1, "bias")
-    across, per_strip, per_task = (hl.Param(hl.Int(32), name) for name in ("across", "per_strip", "per_task"))
+    names = ("across", "per_strip", "per_item", "per_task")
+    across, per_strip, per_item, per_task = (hl.Param(hl.Int(32), name) for name in names)
     p, x, tile, line, half, c, o, strip, n = (
         hl.Var(name) for name in ("p", "x", "tile", "line", "half", "c", "o", "strip", "n")
     )
@@ -134,12 +136,13 @@ def layer_pipeline(filters: int, vectors: int, lanes: int) -> PipelineSpec:
     output[tile, half, line, o, strip, n] = pairs[line * across + tile, half, o % filters, o / filters, strip, n]
 
     guard, round_up = hl.TailStrategy.GuardWithIf, hl.TailStrategy.RoundUp
-    group, first, task, vector, lane = (hl.Var(name) for name in ("group", "first", "task", "vector", "lane"))
-    output.bound(half, 0, 2).split(o, block, within, filters, guard).split(block, group, block, per_task, guard)
+    group, first, every = (hl.Var(name) for name in ("group", "first", "every"))
+    task, item, vector, lane = (hl.Var(name) for name in ("task", "item", "vector", "lane"))
+    output.bound(half, 0, 2).split(o, block, within, filters, guard).split(block, group, block, per_item, guard)
     output.split(tile, vector, lane, wide // 2, guard).vectorize(lane)
     output.reorder(lane, vector, half, line, within, block, group, strip, n)
-    output.fuse(group, strip, first).fuse(first, n, task).parallel(task)
-    pixels.compute_at(output, task).bound(component, 0, COMPONENTS)
+    output.fuse(group, strip, first).fuse(first, n, every).split(every, task, item, per_task, guard).parallel(task)
+    pixels.compute_at(output, item).bound(component, 0, COMPONENTS)
     transform = pixels.update().allow_race_conditions()
     transform.reorder(r.x, r.y, r.z, r.w, c, strip, n).vectorize(r.x).unroll(r.y)
     rows.compute_at(pixels, c).bound(row, 0, 4).reorder(x, row, line).vectorize(x, wide, guard).unroll(row)
@@ -151,7 +154,7 @@ def layer_pipeline(filters: int, vectors: int, lanes: int) -> PipelineSpec:
     total.update().reorder(p, within, k.x).vectorize(p, wide).unroll(p).unroll(within)
     pairs.compute_at(output, block).bound(half, 0, 2).reorder(p, half, within)
     pairs.vectorize(p, wide // 2, round_up).unroll(half)
-    return output, [images, kernels, bias, across, per_strip, per_task]
+    return output, [images, kernels, bias, across, per_strip, per_item, per_task]
 
 
 def _transform_taps(taps: Sequence[Any]) -> list[Any]:

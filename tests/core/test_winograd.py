@@ -34,7 +34,7 @@ def assert_bounded(images: Array, weight: Array, output: Array) -> None:
 
 
 @pytest.mark.parametrize("size", [(10, 10), (11, 13), (33, 57), (58, 58), (10, 131), (140, 11)])
-@pytest.mark.parametrize("channels", [1, 7, 40])
+@pytest.mark.parametrize("channels", [8, 13, 40])
 @pytest.mark.parametrize("filters", [2, 8, 19])
 def test_layers_of_any_size(size: tuple[int, int], channels: int, filters: int, rng: np.random.Generator) -> None:
     images, weight = draw_layer(rng, 2, channels, *size, filters=filters)
@@ -47,16 +47,16 @@ def test_layers_of_any_size(size: tuple[int, int], channels: int, filters: int, 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 3, 2, 1)])
 def test_padding(mode: core.PaddingMode, padding: tuple[int, int, int, int], rng: np.random.Generator) -> None:
-    images, weight = draw_layer(rng, 1, 5, 13, 16, filters=3)
+    images, weight = draw_layer(rng, 1, 8, 13, 16, filters=3)
     output = compute(images, weight, padding=padding, padding_mode=mode)
     options: Any = ((1, 1), padding, (1, 1), 1, mode)
     np.testing.assert_allclose(output, reference.conv2d(images, weight, np.zeros(3), *options), rtol=0, atol=2e-5)
 
 
 def test_views_are_read_and_written(rng: np.random.Generator) -> None:
-    images, weight = draw_layer(rng, 2, 6, 40, 44)
+    images, weight = draw_layer(rng, 2, 9, 40, 44)
     view = images[:, 1:, 3:25, 2:40]
-    problem = Problem(2, 5, 22, 38, 16, 3, 3)
+    problem = Problem(2, 8, 22, 38, 16, 3, 3)
     target = np.zeros((2, 20, 30, 61), np.float32)
     part = target[:, 2:18, 5:25, 3:39]
     kernels = np.ascontiguousarray(weight[:, 1:])
@@ -117,11 +117,11 @@ def test_sparse_planes_are_computed_directly(rng: np.random.Generator) -> None:
     images[:, :, 0, 0] = 1e6
     weight[:, :, 0, 0] = 0
     problem = Problem(1, 16, 32, 32, 16, 3, 3)
-    magnitudes = winograd.transform_kernels(weight)[1]
+    magnitudes = winograd.transform_kernels(weight, core.Machine(1))[1]
     assert winograd.find_inexact_planes(problem, images, weight, magnitudes).all()
     assert_bounded(images, weight, compute(images, weight))
     ordinary, weight = draw_layer(rng, 1, 16, 32, 32)
-    magnitudes = winograd.transform_kernels(weight)[1]
+    magnitudes = winograd.transform_kernels(weight, core.Machine(1))[1]
     assert not winograd.find_inexact_planes(problem, ordinary, weight, magnitudes).any()
     # Half of the values are zero after a rectifier.
     assert not winograd.find_inexact_planes(problem, np.maximum(ordinary, 0), weight, magnitudes).any()
@@ -134,6 +134,7 @@ def test_sparse_planes_are_computed_directly(rng: np.random.Generator) -> None:
         ({"dtype": "float64"}, "float32"),
         ({"stride": (2, 1)}, "stride"),
         ({"groups": 2}, "groups"),
+        ({"channels": 7}, "8 channels"),
         ({"height": 9}, "8 output rows"),
         ({"device": "cuda"}, "CPU"),
     ],
