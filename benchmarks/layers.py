@@ -9,9 +9,9 @@ milliseconds of one call, with float32 input and output in the layout (N, C, H, 
 "chosen / fastest" is the time of the engine that core chose divided by that of its fastest engine.
 
 Method: Each library has a process of its own, which is stopped (SIGSTOP) while another one is timed, because threads
-that wait for work use the cores. The processes take turns of 0.06 seconds, three times for each layer; the first calls of
-a turn do not count. The weights are constants for ONNX Runtime and OpenVINO, which convert them when the
-layer is loaded; torch and core get them in each call. Before a layer is timed, the output of each library is checked.
+that wait for work use the cores. The processes take turns of 0.06 seconds, three times for each layer; the first calls
+of a turn do not count. The weights are constants for ONNX Runtime and OpenVINO, which convert them when the layer is
+loaded; torch and core get them in each call. Before a layer is timed, the output of each library is checked.
 """
 
 import argparse
