@@ -194,7 +194,7 @@ def _choose_layout(problem: Problem, machine: Machine) -> _Layout:
         strips, rest = divmod(all_rows, rows)
         each = -(-blocks // groups) / blocks * (1 - TRANSFORM_FRACTION) + TRANSFORM_FRACTION
         size = 4 * COMPONENTS * (problem.channels + 2 * filters) * rows * across
-        each *= max(1.0, size / MAX_STRIP_BYTES) ** SLOWDOWN_EXPONENT
+        each *= math.pow(max(1.0, size / MAX_STRIP_BYTES), SLOWDOWN_EXPONENT)
         positions = _share(problem.batch * strips * groups, machine) * (
             _round_up(rows * across, chunk) + STRIP_POSITIONS
         )

@@ -10,6 +10,8 @@ from service.routes import pages
 from tests.problem_details import assert_problem
 from tests.servers import SendFn
 
+pytestmark = pytest.mark.own_server("changes the folder of the files in the process of the test")
+
 TEXT = "export const text = 'ä';\n" * 200
 
 
