@@ -55,7 +55,7 @@ MAX_INLINE_BYTES = 100_000
 async def respond_with_file(request: Request, folder: Path, name: str) -> Response:
     """Return the response with a file of a folder; `name` is its path below the folder.
 
-    Raises HTTPException with status 404 if there is no such file.
+    Raises HTTPException with status 404 if the file does not exist.
     """
     path = folder / name
     try:

@@ -43,6 +43,7 @@ GEMM_TILES: dict[int, Pair] = {64: (8, 2), 32: (4, 3), 16: (4, 3)}
 """(filters, vectors) of the sums that stay in registers, by the bytes of a vector."""
 
 CACHE_SET_SHIFT = 80
+"""Values between the transformed kernels of two components, so that both do not share a set of the cache."""
 
 MIN_OUTPUT_SIDE = 8
 """Minimum rows and columns of the output."""
@@ -173,13 +174,14 @@ def warm_up() -> None:
 class _Layout(NamedTuple):
     """Division of a layer into items: tiles across, tile rows in all and per strip, blocks of filters per item.
 
-    positions: those that each thread computes, partial vectors count fully.
+    groups: items per strip. positions: those that each thread computes, partial vectors count fully.
     """
 
     across: int
     all_rows: int
     rows: int
     blocks: int
+    groups: int
     positions: float
 
 
@@ -204,7 +206,8 @@ def _choose_layout(problem: Problem, machine: Machine) -> _Layout:
 
     options = itertools.product(range(1, all_rows + 1), range(1, min(blocks, machine.threads) + 1))
     rows, groups = min(options, key=lambda option: (count_positions(*option), option))
-    return _Layout(across, all_rows, rows, -(-blocks // groups), count_positions(rows, groups))
+    per_item = -(-blocks // groups)
+    return _Layout(across, all_rows, rows, per_item, -(-blocks // per_item), count_positions(rows, groups))
 
 
 def _share(items: int, machine: Machine) -> int:
@@ -216,7 +219,6 @@ def transform_kernels(kernels: Plane, machine: Machine) -> tuple[Plane, Plane]:
     """Return the transformed kernels (17, O, C), and the largest magnitude of each (O, C)."""
     count, channels = kernels.shape[:2]
     size = count * channels
-    # Components that are a power of two apart would share a set of the cache.
     transformed = np.empty((COMPONENTS + 1, size + CACHE_SET_SHIFT), FLOAT32)[:, :size]
     per_task = _share(-(-size // KERNELS_PER_BLOCK), machine)
     kernel_pipeline()(kernels.reshape(-1), per_task, transformed)
@@ -239,9 +241,7 @@ def _fill(pixels: Plane, kernels: Plane, bias: Plane, output: Plane, layout: _La
             part = target[:, :, 2 * first : 2 * last].view(np.uint64)
             part = part.reshape(*output.shape[:2], strips, per_strip, 2, layout.across).transpose(0, 2, 1, 3, 4, 5)
             read = pixels[:, :, 2 * first : 2 * last + 2]
-            items = (
-                len(output) * strips * -(-output.shape[1] // (GEMM_TILES[pipelines.vector_bytes()][0] * layout.blocks))
-            )
+            items = len(output) * strips * layout.groups
             per_task = -(-items // halide_costs.choose_task_count(machine, items))
             fill(read, kernels, bias, layout.across, per_strip, layout.blocks, per_task, part)
     if not is_direct:

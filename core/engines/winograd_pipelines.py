@@ -15,6 +15,7 @@ COMPONENTS = 16
 """Values of a transformed tile: 4 x 4."""
 
 KERNELS_PER_BLOCK = 256
+"""Kernels that are transformed together; their taps stay in the first-level cache."""
 
 
 @pipelines.cached_pipeline

@@ -16,7 +16,7 @@ import { layout, shape, sourceIndex, terms } from './geometry.js';
 /**
  * Explain a cell; with a target, those of the kernel are explained by the gradient of the loss.
  * @param {Problem} problem @param {Matrix} output @param {Matrix|null} target @param {[GridName, number, number]} active
- * @returns {Explanation | null} null if there is no such cell
+ * @returns {Explanation | null} null if the cell does not exist
  */
 export function explain(problem, output, target, [grid, row, column]) {
   const place = `(${row}, ${column})`;

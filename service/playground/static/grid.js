@@ -70,7 +70,7 @@ export class Grid {
       isSecondTap = event.pointerType === 'touch' && element === document.activeElement;
       element?.focus();
     });
-    // A tap on the cell that has the focus edits it, as there is no key to press.
+    // A tap on the focused cell edits it: a touch screen has no Enter key.
     this.root.addEventListener('click', (event) => {
       if (isSecondTap) this.#startEdit(at(event));
     });
