@@ -52,9 +52,9 @@ MAX_CHUNKS_PER_TICK = 1 << 10
 respond without the body; and chunks after which other connections are served first."""
 
 MAX_DISCARDED_BYTES = 1 << 22
-"""Body bytes discarded after an early error; closing with unread data would reset the connection.
+"""Body bytes discarded after an early error, before reading stops; closing with unread data resets the connection.
 
-The client would then lose the response.
+A client that is still sending then loses the response; one that can send no more reads it.
 """
 
 MAX_DRAINED_BYTES = 1 << 18
@@ -426,10 +426,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _discard(self, size: int) -> None:
-        """Discard received data, up to MAX_DISCARDED_BYTES; then abort the connection."""
+        """Discard received data; after MAX_DISCARDED_BYTES, read no more until the connection is ended."""
         self._discarded_bytes += size
         if self._discarded_bytes > MAX_DISCARDED_BYTES:
-            self.transport.abort()
+            self.transport.pause_reading()
 
     def progress(self) -> tuple[ConnectionPhase, int]:
         """Return the phase of the connection, and a number that grows with the client's progress in it."""

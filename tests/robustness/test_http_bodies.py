@@ -5,7 +5,13 @@ import time
 import pytest
 
 from tests.problem_details import assert_first_error, assert_problem
-from tests.robustness.raw_client import RawConnection, build_request_headers, build_upload_headers, send_until_closed
+from tests.robustness.raw_client import (
+    CLIENT_TIMEOUT_S,
+    RawConnection,
+    build_request_headers,
+    build_upload_headers,
+    send_until_closed,
+)
 from tests.robustness.sample_requests import BODY_LIMIT_BYTES, SMALL_BODY, SMUGGLED_REQUEST
 from tests.robustness.server_process import ServerProcess
 from tests.sample_files import JSON
@@ -69,6 +75,20 @@ def test_client_still_sending_receives_the_rejection(server_process: ServerProce
     with RawConnection(server_process.address) as connection:
         connection.send(build_upload_headers("Content-Length: 10000000000") + bytes(4_000_000))
         assert_problem(connection.read_response(), 413)
+
+
+@pytest.mark.robustness(11)
+def test_sending_much_after_the_rejection_blocks_and_does_not_fail(server_process: ServerProcess) -> None:
+    # nginx passes a failed send on as 502; it reads the response only when it can send no more.
+    with RawConnection(server_process.address) as connection:
+        assert connection.send(build_upload_headers("Content-Length: 10000000000"))
+        connection.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            while True:
+                connection.socket.sendall(bytes(1_000_000))
+        connection.socket.settimeout(CLIENT_TIMEOUT_S)
+        assert_problem(connection.read_response(), 413)
+        assert connection.closed()
 
 
 @pytest.mark.robustness(11, 12, 19)
