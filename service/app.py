@@ -71,6 +71,7 @@ def create_app(settings: Settings, table: SharedCounters | None = None, keys: Ke
         description=API_DESCRIPTION,
         lifespan=_lifespan,
         # Served by service/routes/pages.py.
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

@@ -1,7 +1,8 @@
 """State of the application: the objects that exist once per process."""
 
+import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
 
@@ -43,6 +44,9 @@ class AppState:
 
     accepts_buffers: bool = False
     """True if the server sends any buffer. ASGI specifies bytes, and other servers may depend on that."""
+
+    metrics_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Lock of the thread that renders /metrics: there is one at a time."""
 
     @property
     def max_body_bytes(self) -> int:

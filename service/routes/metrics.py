@@ -1,5 +1,7 @@
 """GET /metrics: metrics for Prometheus."""
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -29,5 +31,9 @@ async def metrics(request: Request) -> Response:
     state = get_app_state(request.app)
     # The server of `corr2d serve` updates the gauges of all workers; other servers do not.
     state.update_gauges()
-    text, media_type = render_metrics(state.metrics, VERSION, accept, replica=state.settings.replica)
+    # Rendering takes milliseconds, and many clients may ask at once.
+    async with state.metrics_lock:
+        text, media_type = await asyncio.to_thread(
+            render_metrics, state.metrics, VERSION, accept, replica=state.settings.replica
+        )
     return Response(text, headers={"Content-Type": media_type})

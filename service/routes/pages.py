@@ -1,9 +1,11 @@
-"""HTML pages: /, the page to see and learn convolutions, and /docs, Swagger UI; their files and their icon."""
+"""HTML pages: /, the page to see and learn convolutions, and /docs, Swagger UI; their files, icon and /openapi.json."""
 
+import json
+from functools import lru_cache
 from pathlib import Path
 
 import fastapi_offline
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import RedirectResponse, Response
 
 from service.assets import respond_with_content, respond_with_file
@@ -57,6 +59,19 @@ async def favicon() -> Response:
 async def docs(request: Request) -> Response:
     """Return Swagger UI; its links are relative."""
     return await respond_with_content(request, (DOCS_FOLDER / "docs.html").read_bytes(), ".html", PAGE_HEADERS)
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    """Return the OpenAPI description; FastAPI's own route encodes it for every request."""
+    content = _encode_description(request.app, request.scope.get("root_path", "").rstrip("/"))
+    return await respond_with_content(request, content, ".json", {})
+
+
+@lru_cache(maxsize=8)
+def _encode_description(app: FastAPI, prefix: str) -> bytes:
+    servers = {"servers": [{"url": prefix}]} if prefix else {}
+    return json.dumps({**app.openapi(), **servers}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @router.get(DOCS_ASSETS_PATH + "/corr2d/{name}")

@@ -3,6 +3,8 @@
 import asyncio
 import functools
 import json
+import math
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from service.scheduling.admission import Reservation
 from service.settings import Settings
 from tests.event_loop_pauses import LoopMonitor, LoopPause, MonitoredServer, start_monitored_server
 from tests.problem_details import assert_problem
-from tests.robustness.raw_client import RawConnection, build_request_headers
+from tests.robustness.raw_client import RawConnection, build_request_headers, open_connections
 from tests.robustness.sample_requests import EXAMPLE_PAIR, SMALL_INPUT
 from tests.robustness.server_process import assert_serves, start_server_process
 from tests.sample_files import JSON, NPY, PNG, build_png, save_npy
@@ -33,6 +35,8 @@ from tests.traffic.invalid_requests import INVALID_REQUESTS
 
 MAX_LOOP_PAUSE = LoopPause(wall=30, computed=20)
 """Longest allowed pauses in ms. The loop computes for less than 5 ms at a time on an idle machine, 15 on a busy one."""
+
+IGNORED_WALL_TIME = MAX_LOOP_PAUSE._replace(wall=math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,22 @@ def test_expensive_requests_do_not_block_the_event_loop(monitored_server: Monito
 @pytest.mark.robustness(70)
 def test_invalid_requests_do_not_block_the_event_loop(monitored_server: MonitoredServer) -> None:
     assert find_blocking_exchanges(monitored_server, INVALID_REQUESTS) == {}
+
+
+@pytest.mark.robustness(70)
+@pytest.mark.parametrize("path", ["/metrics", "/openapi.json", "/info", "/kernels"])
+def test_many_small_requests_at_once_do_not_block_the_event_loop(monitored_server: MonitoredServer, path: str) -> None:
+    def request_all() -> None:
+        with open_connections(monitored_server.address, 32) as connections:
+            # They are all there when the process continues.
+            monitored_server.process.send_signal(signal.SIGSTOP)
+            for connection in connections:
+                connection.send(build_request_headers(f"GET {path} HTTP/1.1"))
+            monitored_server.process.send_signal(signal.SIGCONT)
+            for connection in connections:
+                assert connection.read_response().status_code == 200
+
+    assert monitored_server.measure_least_pause(request_all, IGNORED_WALL_TIME).computed <= MAX_LOOP_PAUSE.computed
 
 
 @pytest.mark.robustness(70)

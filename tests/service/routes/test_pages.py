@@ -60,6 +60,14 @@ def test_docs_script_loads_the_schema(send: SendFn) -> None:
     assert send("GET", "/openapi.json").json()["info"]["title"] == "corr2d"
 
 
+def test_openapi_description_is_revalidated(send: SendFn) -> None:
+    response = send("GET", "/openapi.json", headers={"Accept-Encoding": "gzip"})
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-encoding"] == "gzip"
+    headers = {"Accept-Encoding": "gzip", "If-None-Match": response.headers["etag"]}
+    assert send("GET", "/openapi.json", headers=headers).status_code == 304
+
+
 def test_swagger_ui_is_compressed(send: SendFn) -> None:
     path = "/static-offline-docs/swagger-ui-bundle.js"
     response = send("GET", path, headers={"Accept-Encoding": "gzip"})
