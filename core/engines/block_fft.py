@@ -104,7 +104,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         machine.compile_seconds
         + CALL_OVERHEAD_S
         + problem.batch * work / (1 + SPEEDUP_PER_EXTRA_THREAD * (threads - 1))
-        + interior.border_seconds(problem, _borders(problem))
+        + interior.border_seconds(problem, _borders(problem), machine)
         + memory
     )
 

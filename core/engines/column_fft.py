@@ -91,7 +91,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     memory = (
         halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
     ) / machine.threads
-    borders = interior.border_seconds(problem, _borders(problem))
+    borders = interior.border_seconds(problem, _borders(problem), machine)
     return machine.compile_seconds + CALL_OVERHEAD_S + problem.batch * strips * each + borders + memory
 
 

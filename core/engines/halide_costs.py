@@ -52,11 +52,19 @@ def _pool_threads() -> int:
 
 def memory_seconds(problem: Problem, machine: Machine) -> float:
     """Return the minimum seconds in which one thread reads the images once and writes the output."""
-    moved = problem.input_bytes + problem.output_bytes
-    return moved / ((4 if moved < LAST_LEVEL_CACHE_BYTES else 0.85) * machine.bandwidth)
+    return move_seconds(problem.input_bytes + problem.output_bytes, machine)
+
+
+def move_seconds(size: int, machine: Machine) -> float:
+    """Return the minimum seconds in which one thread reads or writes so many bytes, which fit into a cache or not."""
+    return size / ((4 if size < LAST_LEVEL_CACHE_BYTES else 0.85) * machine.bandwidth)
 
 
 def page_fault_seconds(problem: Problem) -> float:
-    """Return the seconds that one thread spends on page faults of a large output: the system zeroes each new page."""
-    output = problem.output_bytes
-    return PAGE_FAULT_S_PER_BYTE * output if output > MALLOC_MMAP_BYTES else 0.0
+    """Return the seconds that one thread spends on page faults of the output."""
+    return new_memory_seconds(problem.output_bytes)
+
+
+def new_memory_seconds(size: int) -> float:
+    """Return the seconds of page faults of a new array: the system zeroes each page, if malloc does not reuse any."""
+    return PAGE_FAULT_S_PER_BYTE * size if size > MALLOC_MMAP_BYTES else 0.0

@@ -37,8 +37,8 @@ TASKS_PER_THREAD = 4
 ROW_TILE_OVERHEAD_TAPS, BAND_TILE_OVERHEAD_TAPS, BAND_OVERHEAD_TAPS = 2, 12, 20
 """Overhead of a tile in a row, of a tile in a band, and of a band, in units of the time of one tap."""
 
-GEMM_EFFICIENCY = 1.2
-"""Speed of the sums, as a fraction of Machine.flops."""
+GEMM_EFFICIENCY, STRIDED_EFFICIENCY = 1.2, 1.1
+"""Speed of the sums, without and with a stride, as a fraction of Machine.flops."""
 
 CALL_OVERHEAD_S = 1.6e-5
 POLYPHASE_OVERHEAD_S = 6e-6
@@ -60,7 +60,8 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call, of the tiles, and of the polyphase split for strides."""
-    speed = GEMM_EFFICIENCY * halide_costs.operations_per_second(machine, problem.dtype)
+    efficiency = GEMM_EFFICIENCY if problem.stride == (1, 1) else STRIDED_EFFICIENCY
+    speed = efficiency * halide_costs.operations_per_second(machine, problem.dtype)
     if problem.is_single_plane:
         # Three of the four filters of a tile are idle.
         rows, columns = problem.output_size
@@ -71,7 +72,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
             + CALL_OVERHEAD_S
             + (idle + halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem))
             / machine.threads
-            + interior.border_seconds(problem, _borders(problem))
+            + interior.border_seconds(problem, _borders(problem), machine)
         )
     lanes = halide_jit.vector_lanes(problem.dtype)
     rows, columns = problem.output_size
@@ -89,7 +90,9 @@ def seconds(problem: Problem, machine: Machine) -> float:
         sums += each_pixel * problem.batch * problem.channels * sorted_pixels
     sums += halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
     threads = halide_costs.choose_thread_count(machine, sums)
-    return machine.compile_seconds + calls + sums / threads + interior.border_seconds(problem, _borders(problem))
+    return (
+        machine.compile_seconds + calls + sums / threads + interior.border_seconds(problem, _borders(problem), machine)
+    )
 
 
 def operations(problem: Problem, machine: Machine) -> float:

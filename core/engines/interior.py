@@ -5,17 +5,18 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from core.engines import halide_costs
 from core.engines.halide_jit import FillFn, Plane
+from core.machine import Machine
 from core.padding import extract_window
 from core.problem import Problem
 from core.shapes import Pair, dilated_size
 
-PADDED_COPY_S_PER_VALUE = 2.5e-9
-"""Seconds to copy one value of a padded image to new memory; measured."""
+COPY_OVERHEAD_S, COPY_S_PER_ROW = 7e-6, 5e-9
+"""Seconds per padded copy and for each of its rows, in addition to those of its bytes; measured."""
 
 PART_OVERHEAD_S = 1e-5
 """Seconds to call an engine for one part of the output; measured."""
-
 
 MAX_PADDED_LAYER_COPY_BYTES = 1.6e7
 """Maximum bytes of a layer's images that are copied as a whole to pad them; measured."""
@@ -56,12 +57,21 @@ def split_interior_and_borders(problem: Problem, borders: Borders, make_fill: Ca
     return fill
 
 
-def border_seconds(problem: Problem, borders: Borders) -> float:
+def border_seconds(problem: Problem, borders: Borders, machine: Machine) -> float:
     """Return the seconds that the copies and the additional calls of `split_interior_and_borders` take."""
     if not problem.is_padded:
         return 0.0
-    copied, planes = _copied_pixels(problem, borders), problem.batch * problem.channels
-    return PADDED_COPY_S_PER_VALUE * planes * sum(copied) + PART_OVERHEAD_S * len(copied)
+    planes = problem.batch * problem.channels
+    return sum(
+        PART_OVERHEAD_S + copy_seconds(planes * rows, planes * rows * columns * problem.itemsize, machine)
+        for rows, columns in _copied_sizes(problem, borders)
+    )
+
+
+def copy_seconds(rows: int, size: int, machine: Machine) -> float:
+    """Return the seconds to copy images to new memory of `size` bytes with a border; `rows` are those of all planes."""
+    moved, new_pages = halide_costs.move_seconds(2 * size, machine), halide_costs.new_memory_seconds(size)
+    return COPY_OVERHEAD_S + COPY_S_PER_ROW * rows + moved + new_pages
 
 
 def border_bytes(problem: Problem, borders: Borders) -> int:
@@ -69,13 +79,14 @@ def border_bytes(problem: Problem, borders: Borders) -> int:
     if not problem.is_padded:
         return 0
     planes = problem.batch * problem.channels
-    return 2 * problem.itemsize * planes * max(_copied_pixels(problem, borders), default=0)
+    largest = max((rows * columns for rows, columns in _copied_sizes(problem, borders)), default=0)
+    return 2 * problem.itemsize * planes * largest
 
 
-def _copied_pixels(problem: Problem, borders: Borders) -> list[int]:
-    """Return the number of pixels of each part of a plane that is copied with its border."""
+def _copied_sizes(problem: Problem, borders: Borders) -> list[Pair]:
+    """Return the rows and columns of each part of a plane that is copied with its border."""
     return [
-        (last_row - first_row) * (last_column - first_column)
+        (last_row - first_row, last_column - first_column)
         for *_, (first_row, last_row), (first_column, last_column) in _split_output(problem, borders)
         if min(first_row, first_column) < 0 or last_row > problem.height or last_column > problem.width
     ]

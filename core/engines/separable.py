@@ -81,7 +81,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         machine.compile_seconds
         + CALL_OVERHEAD_S
         + found
-        + interior.border_seconds(problem, _borders(problem))
+        + interior.border_seconds(problem, _borders(problem), machine)
         + (max(arithmetic, memory) + halide_costs.page_fault_seconds(problem)) / threads
     )
 

@@ -40,6 +40,9 @@ CALL_OVERHEAD_S = 2e-6
 EFFICIENCY_BY_TAP_ROWS = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
 """Speed by the kernel's rows, as a fraction of Machine.flops; 1.2 for 8 rows or more. Measured."""
 
+MAX_LAYER_EFFICIENCY = 1.05
+"""Maximum of that speed for layers."""
+
 
 def unsupported_reason(problem: Problem) -> str | None:
     """Return why the problem is not supported, or None.
@@ -73,6 +76,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     tile_rows, tile_columns = _tile_shape(problem.dtype)
     filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
     efficiency = EFFICIENCY_BY_TAP_ROWS.get(problem.kernel_height, 1.2)
+    if not problem.is_single_plane:
+        efficiency = min(efficiency, MAX_LAYER_EFFICIENCY)
     if problem.stride != (1, 1):
         efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
     arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
@@ -82,7 +87,9 @@ def seconds(problem: Problem, machine: Machine) -> float:
         # Tiles read few pixels of many rows and channels: the time depends on the latency of memory, not on bandwidth.
         size = np.dtype(problem.dtype).itemsize * problem.max_array_values
         work = arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
-    fixed = machine.compile_seconds + calls * CALL_OVERHEAD_S + interior.border_seconds(problem, _borders(problem))
+    fixed = (
+        machine.compile_seconds + calls * CALL_OVERHEAD_S + interior.border_seconds(problem, _borders(problem), machine)
+    )
     return fixed + (work + halide_costs.page_fault_seconds(problem)) / threads
 
 

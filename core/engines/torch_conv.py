@@ -29,13 +29,15 @@ MIN_CHANNELS_LAST_VALUES = 20_000
 it has to be converted. (The code converts with `.to`: `.contiguous` would leave the strides of a single channel
 unchanged, and torch selects its algorithm by them.)"""
 
-CALL_OVERHEAD_S = 3e-5
-LAYOUT_S_PER_VALUE, BLOCKING_S_PER_VALUE = 1e-9, 3e-10
-"""Seconds per call, and seconds to change the layout of one value of input or output, by `convolve_tensors` for single
-planes and by torch itself for layers; measured."""
+CALL_OVERHEAD_S, LAYER_OVERHEAD_S = 3e-5, 6e-5
+LAYOUT_S_PER_VALUE, BLOCKING_S_PER_VALUE, DEPTHWISE_S_PER_VALUE = 1e-9, 5e-10, 2e-10
+WEIGHT_S_PER_VALUE = 7e-10
+"""Seconds per call, seconds to change the layout of one value of input or output, by `convolve_tensors` for single
+planes and by torch itself for layers and depthwise layers, and to change that of a weight; measured."""
 
-DEPTHWISE_MULTIPLIER_SPEED = 0.3
-"""Speed of layers whose groups have one channel and several filters, relative to other layers."""
+LAYER_SPEED, POINTWISE_SPEED, DEPTHWISE_SPEED, DEPTHWISE_MULTIPLIER_SPEED = 1.2, 0.62, 0.43, 0.3
+"""Speed of layers, with 1 x 1 kernels, with one channel and filter per group, and with one channel and several filters,
+as fractions of Machine.flops; measured."""
 
 S_PER_IMAGE_AND_GROUP = 1.5e-6
 S_PER_UNROLLED_VALUE, S_PER_DILATED_VALUE, S_PER_UNROLLED_ROW = 0.7e-9, 2.5e-9, 2e-9
@@ -68,13 +70,27 @@ def seconds(problem: Problem, machine: Machine) -> float:
     values = problem.batch * (problem.channels * problem.height * problem.width + problem.filters * rows * columns)
     if problem.dtype == "float64":
         return CALL_OVERHEAD_S + _float64_seconds(problem, machine)
+    if problem.is_single_plane:
+        rate, overhead, moved = 1 / MIN_FULL_SPEED_FILTERS, CALL_OVERHEAD_S, LAYOUT_S_PER_VALUE * values
+    else:
+        weights = problem.filters * problem.taps
+        rate, overhead = _layer_speed(problem), LAYER_OVERHEAD_S
+        each_value = DEPTHWISE_S_PER_VALUE if _is_depthwise(problem) else BLOCKING_S_PER_VALUE
+        moved = each_value * values + WEIGHT_S_PER_VALUE * weights
+    return overhead + (moved + problem.operations / (rate * machine.flops)) / machine.threads
+
+
+def _layer_speed(problem: Problem) -> float:
+    """Return the speed of float32 layers as a fraction of Machine.flops."""
     filters_per_group = problem.filters // problem.groups
-    rate = min(1.0, filters_per_group / MIN_FULL_SPEED_FILTERS)
-    if problem.channels == problem.groups < problem.filters:
-        rate *= DEPTHWISE_MULTIPLIER_SPEED
-    work = problem.operations / (rate * machine.flops * machine.threads)
-    each_value = LAYOUT_S_PER_VALUE if problem.channels == problem.filters == 1 else BLOCKING_S_PER_VALUE
-    return CALL_OVERHEAD_S + each_value * values / machine.threads + work
+    filled = min(1.0, filters_per_group / MIN_FULL_SPEED_FILTERS)
+    if _is_depthwise(problem):
+        return DEPTHWISE_SPEED if filters_per_group == 1 else DEPTHWISE_MULTIPLIER_SPEED * filled
+    return filled * (POINTWISE_SPEED if problem.kernel_height == problem.kernel_width == 1 else LAYER_SPEED)
+
+
+def _is_depthwise(problem: Problem) -> bool:
+    return problem.channels == problem.groups > 1
 
 
 def _float64_seconds(problem: Problem, machine: Machine) -> float:

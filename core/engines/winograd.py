@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy, as_torch
-from core.engines import halide_costs, halide_jit, implicit_gemm, precision
+from core.engines import halide_costs, halide_jit, implicit_gemm, interior, precision
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import Plane
 from core.engines.winograd_pipelines import (
@@ -52,7 +52,7 @@ MAX_STRIP_BYTES, SLOWDOWN_EXPONENT = 1 << 19, 0.4
 """Maximum bytes of the transformed pixels and sums of a strip of tiles for full speed, half of the second-level cache;
 larger strips are slower by this power of their size. Measured."""
 
-STRIP_POSITIONS = 16
+STRIP_POSITIONS = 8
 """Time to read the kernels for a strip, in units of the time of a position."""
 
 TRANSFORM_FRACTION = 0.2
@@ -72,15 +72,17 @@ MAX_EXACT_SUM, MAX_INTEGER_SUM = 2.0**16, 2.0**23
 """Integers are exact if that sum is at most the first: all intermediate values are multiples of 1/4 below 2^22. If the
 sum of |x| |k| is above the second, they need not be exact (1 / (2u))."""
 
-CALL_OVERHEAD_S = 5e-5
+CALL_OVERHEAD_S = 8e-5
 """Seconds per call from Python, with the statistics."""
 
-EFFICIENCY = 0.8
-"""Speed of the products, as a fraction of Machine.flops, with the transforms of pixels and sums."""
+EFFICIENCY = 1.1
+"""Speed of the products, as a fraction of Machine.flops."""
 
-S_PER_VALUE, S_PER_KERNEL, S_PER_KERNEL_OF_MANY, MANY_KERNELS = 1e-9, 3e-9, 1e-8, 200_000
-"""Seconds to pad and to examine a pixel or to store an output value, and to transform a kernel of one channel, by the
-number of kernels; measured at the default speed."""
+S_PER_PIXEL, S_PER_OUTPUT, S_PER_ODD_OUTPUT = 1.25e-9, 5.8e-10, 1.4e-9
+S_PER_KERNEL_OF_MANY, MANY_KERNELS = 1.5e-8, 100_000
+"""Seconds to transform and to examine a padded pixel, to store an output value, to copy one of an output with an odd
+side, and to transform each kernel of one channel beyond a number of kernels that hardly count; measured at the default
+speed."""
 
 DEFAULT_FLOPS = 9e10
 """Machine.flops at which these seconds hold."""
@@ -107,13 +109,19 @@ def seconds(problem: Problem, machine: Machine) -> float:
     filters = GEMM_TILES[pipelines.vector_bytes()][0]
     speed = halide_costs.operations_per_second(machine, "float32")
     products = 2.0 * COMPONENTS * layout.positions * _round_up(problem.filters, filters) * problem.channels
-    kernels = problem.filters * problem.channels
-    each_kernel = S_PER_KERNEL if kernels < MANY_KERNELS else S_PER_KERNEL_OF_MANY
-    copied = problem.batch * (
-        problem.channels * math.prod(problem.padded_size) + problem.filters * math.prod(problem.output_size)
-    )
-    others = (DEFAULT_FLOPS / speed) * (S_PER_VALUE * copied + each_kernel * kernels / machine.threads)
-    return machine.compile_seconds + CALL_OVERHEAD_S + products / (EFFICIENCY * speed) + others
+    pixels = problem.batch * problem.channels * math.prod(problem.padded_size)
+    outputs = problem.batch * problem.filters * math.prod(problem.output_size)
+    is_odd = any(side % 2 for side in problem.output_size)
+    others = S_PER_PIXEL * pixels + (S_PER_OUTPUT + is_odd * S_PER_ODD_OUTPUT) * outputs
+    others += S_PER_KERNEL_OF_MANY * max(0, problem.filters * problem.channels - MANY_KERNELS) / machine.threads
+    fixed = machine.compile_seconds + CALL_OVERHEAD_S + _copy_seconds(problem, machine)
+    return fixed + products / (EFFICIENCY * speed) + others * DEFAULT_FLOPS / speed
+
+
+def _copy_seconds(problem: Problem, machine: Machine) -> float:
+    """Return the seconds to copy the images with a border."""
+    rows = problem.batch * problem.channels * problem.padded_size[0]
+    return interior.copy_seconds(rows, problem.padded_bytes, machine)
 
 
 def operations(problem: Problem, machine: Machine) -> float:

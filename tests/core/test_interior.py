@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from core import Boundary
 from core.engines.interior import PART_OVERHEAD_S, Borders, border_seconds, split_interior_and_borders
+from core.machine import Machine
 from core.problem import Problem
 from tests import reference
 
@@ -59,7 +60,7 @@ def test_the_parts_of_a_padded_output_are_those_of_the_padded_image(
 
 def test_the_predicted_time_of_borders_counts_every_additional_call() -> None:
     problem = Problem(1, 1, 256, 256, 1, 9, 9, padding=(4, 4, 4, 4))
-    whole, apart = (border_seconds(problem, Borders((8, 16), limit)) for limit in (math.inf, 0))
+    whole, apart = (border_seconds(problem, Borders((8, 16), limit), Machine(1)) for limit in (math.inf, 0))
     assert PART_OVERHEAD_S < whole < 3e-4
     assert apart > 4 * PART_OVERHEAD_S
-    assert border_seconds(replace(problem, padding=(0, 0, 0, 0)), Borders((8, 16), 0)) == 0
+    assert border_seconds(replace(problem, padding=(0, 0, 0, 0)), Borders((8, 16), 0), Machine(1)) == 0
