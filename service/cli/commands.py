@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 import core
+from service import exit_codes
 from service.cli.batch import process_files
 from service.cli.files import STDIO, Target, check_writable, name_input, parse_format, read_array, read_kernel
 from service.cli.printing import draw_sparkline, print_array, round_significant
@@ -136,7 +137,8 @@ def train(
 
     files: the array arguments of fit_kernel, at least `input` and `target`; the arrays of a validation pair are named
     `validation_input`, `validation_target` and `validation_weights`. If no padding is given and the target is as large
-    as the input, the target is cropped to the pixels that depend on the input alone.
+    as the input, the target is cropped to the pixels that depend on the input alone. Raises typer.Exit after a descent
+    that diverged, unless validation has found a kernel.
     """
     # Checked first: a long fit whose result cannot be written would be lost.
     target = _open_target(output, file_format)
@@ -181,6 +183,8 @@ def train(
             PLOT_WRITERS[plot.suffix.lower()]({name: getattr(result, name) for name in loss_curve.PLOTTED_FIELDS})
         )
         report(f"loss per step -> {plot}")
+    if result.status is core.Status.DIVERGED and validation is None:
+        raise typer.Exit(exit_codes.COMMAND_FAILED)
 
 
 def _write_fit(result: core.FitResult, target: Target | None, report: ReportFn) -> None:

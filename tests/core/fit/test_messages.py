@@ -278,6 +278,13 @@ class MessageOracle:
     def diverged(self, _: re.Match[str]) -> None:
         assert self.fit.status is Status.DIVERGED
         assert self.fit.final_loss > self.smallest
+        course = re.search(
+            rf"the loss (?:fell from|rose from) {NUMBER_REGEX}(?: to {NUMBER_REGEX}, then)?", self.fit.message
+        )
+        if course is not None and "batch_size" not in self.options:
+            assert float(course[1]) == pytest.approx(self.fit.loss_history[0], rel=1e-5)
+            least = course[2] if course[2] is not None else course[1]
+            assert float(least) == pytest.approx(min(self.fit.loss_history), rel=1e-5)
 
     def nothing(self, _: re.Match[str]) -> None:
         """Check nothing: another test checks the statement."""
