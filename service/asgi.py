@@ -8,10 +8,10 @@ import sys
 from fastapi import FastAPI
 
 from service import exit_codes
+from service.configuration.settings import Settings, SettingsError, load_settings
 from service.imports import without_garbage_collection
 from service.log import configure_logging
 from service.server.malloc import limit_malloc_arenas
-from service.settings import Settings, SettingsError, load_settings
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -12,8 +12,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
+from service.configuration.settings import Settings, load_settings
 from service.middleware.ray_proxy import CALLBACK_VARIABLE, RETRY_AFTER_S
-from service.settings import Settings, load_settings
 
 NAME = "corr2d"
 """Name of the deployment, by which a configuration file of Ray Serve refers to it."""
@@ -101,7 +101,7 @@ def settings_of_replica(settings: Settings) -> Settings:
     machine's memory that corresponds to its cores.
     """
     from core import usable_cores, usable_memory
-    from service.computed_settings import REQUEST_MEMORY_FRACTION
+    from service.configuration.computed_settings import REQUEST_MEMORY_FRACTION
     from service.scheduling.admission import COMPUTE_MEMORY_FRACTION
 
     resources = ray.get_runtime_context().get_assigned_resources()

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Route, expect
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.playground.conftest import OpenTab
 from tests.playground.driver import PageDriver
 from tests.servers import open_client, start_server
