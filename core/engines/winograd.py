@@ -49,8 +49,8 @@ MIN_OUTPUT_SIDE = 8
 """Minimum rows and columns of the output."""
 
 MAX_STRIP_BYTES, SLOWDOWN_EXPONENT = 1 << 19, 0.4
-"""Maximum bytes of the transformed pixels and sums of a strip of tiles at full speed, half of the second-level cache. In
-a larger strip, each position takes (bytes / maximum) to the power SLOWDOWN_EXPONENT times as long. Measured."""
+"""Maximum bytes of the transformed pixels and sums of a strip of tiles at full speed, half of the second-level cache.
+In a larger strip, each position takes (bytes / maximum) to the power SLOWDOWN_EXPONENT times as long. Measured."""
 
 STRIP_POSITIONS = 16
 """Number of positions whose computation takes as long as reading the kernels once for a strip."""
@@ -63,8 +63,8 @@ MIN_CHANNELS = 8
 
 ERROR_FACTOR = 4.0
 """Estimate of the error of a plane, in unit roundoffs times M, the sum over the channels of max |x| max |u|, where u is
-the transformed kernel. A plane is computed directly if the estimate exceeds its bound. Measured: the errors of the other
-planes are at most half the bound."""
+the transformed kernel. A plane is computed directly if the estimate exceeds its bound. Measured: the errors of the
+other planes are at most half the bound."""
 
 GROWTH = 64
 """Upper bound on all intermediate values, as a multiple of M."""
