@@ -53,7 +53,7 @@ MAX_STRIP_BYTES, SLOWDOWN_EXPONENT = 1 << 19, 0.4
 In a larger strip, each position takes (bytes / maximum) to the power SLOWDOWN_EXPONENT times as long. Measured."""
 
 STRIP_POSITIONS = 16
-"""Number of positions whose computation takes as long as reading the kernels once for a strip."""
+"""Time to read the kernels for a strip, in units of the time of a position."""
 
 TRANSFORM_FRACTION = 0.2
 """Fraction of the time of a strip for its transforms, which does not depend on the number of filters; measured."""
@@ -74,17 +74,17 @@ MAX_EXACT_SUM, MAX_INTEGER_SUM = 2.0**16, 2.0**23
 the sum of |x| |k| is at least MAX_INTEGER_SUM, 1 / (2u), they need not be exact."""
 
 CALL_OVERHEAD_S = 5e-5
-"""Seconds per call from Python, including the statistics of the input."""
+"""Seconds per call from Python, with the statistics."""
 
 EFFICIENCY = 0.8
-"""Speed of the products, including the transforms of pixels and sums, as a fraction of Machine.flops."""
+"""Speed of the products, as a fraction of Machine.flops, with the transforms of pixels and sums."""
 
 S_PER_VALUE, S_PER_KERNEL, S_PER_KERNEL_OF_MANY, MANY_KERNELS = 1e-9, 3e-9, 1e-8, 200_000
-"""Seconds to pad and examine a pixel or to store an output value; to transform a kernel of one channel; and the same
-for at least MANY_KERNELS kernels. Measured at DEFAULT_FLOPS."""
+"""Seconds to pad and to examine a pixel or to store an output value, and to transform a kernel of one channel, by the
+number of kernels; measured at the default speed."""
 
 DEFAULT_FLOPS = 9e10
-"""Speed of the machine, as in Machine.flops, at which S_PER_VALUE and S_PER_KERNEL were measured."""
+"""Machine.flops at which these seconds hold."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
