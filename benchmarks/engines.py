@@ -26,7 +26,7 @@ from typing import get_args
 import cv2
 import scipy
 import torch
-from engine_measurement import (
+from measurement.engine import (
     KERNEL_SIDES,
     PLANE_SIDES,
     Row,

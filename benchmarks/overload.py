@@ -34,7 +34,7 @@ import tempfile
 from pathlib import Path
 
 import uvloop
-from overload_measurement import measure_overload
+from measurement.overload import measure_overload
 from plots.overload import draw_plot
 from reports.overload import format_report
 from servers import SERVERS, SUBJECT_NAME

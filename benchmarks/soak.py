@@ -1,6 +1,6 @@
 """Measure whether the memory of corr2d grows over forty thousand valid and invalid requests.
 
-    make soak                                     everything, in about 8 minutes
+    make soak                                     everything, in about 12 minutes
     .venv/bin/python benchmarks/soak.py --help    fewer requests, another leak, a Markdown file, a plot
 
 The control is the same service with an added leak: it keeps some bytes for each request. "Memory" is the resident

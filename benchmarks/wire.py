@@ -28,12 +28,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from measurement.wire import HEAVY_CELLS, TurnPlan, WireCell, WireResults, measure_rates, measure_subject
 from plots.wire import build_lines, draw_plot
 from reports.wire import format_report
 from servers import SERVERS, SUBJECT_NAME
 from servers.dialects import WireFormat
 from servers.processes import RunningServer, run_server
-from wire_measurement import HEAVY_CELLS, TurnPlan, WireCell, WireResults, measure_rates, measure_subject
 
 FORMATS: Sequence[WireFormat] = get_args(WireFormat)
 IMAGE_SIDES = (3, 64, 256, 1024)

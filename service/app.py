@@ -16,9 +16,10 @@ from fastapi.telemetry import TelemetryConfig
 
 from core import ENGINES, Machine, use_one_blas_thread
 from service import exit_codes
-from service.api_keys import KeyRing
 from service.app_state import AppState, get_app_state, set_app_state
-from service.computed_settings import compute_defaults, find_limit_settings
+from service.configuration.api_keys import KeyRing
+from service.configuration.computed_settings import compute_defaults, find_limit_settings
+from service.configuration.settings import Settings
 from service.log import exit_now
 from service.metrics.counters import Metrics, SharedCounters
 from service.middleware.auth import APIKeyMiddleware
@@ -38,7 +39,6 @@ from service.scheduling.compute import Compute
 from service.scheduling.pool import WorkerPool
 from service.scheduling.threads import run_at_low_priority
 from service.server.malloc import trim_regularly
-from service.settings import Settings
 from service.version import VERSION
 
 API_DESCRIPTION = """\

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
 
+from service.configuration.settings import Settings
 from service.metrics.counters import Metrics
 from service.readiness import Readiness
 from service.scheduling.admission import Admission
 from service.scheduling.compute import Compute
 from service.scheduling.pool import WorkerPool
-from service.settings import Settings
 
 
 @dataclass(slots=True, eq=False)

@@ -8,17 +8,17 @@ import sys
 from fastapi import FastAPI
 
 from service import exit_codes
+from service.configuration.settings import Settings, SettingsError, load_settings
 from service.imports import without_garbage_collection
 from service.log import configure_logging
 from service.server.malloc import limit_malloc_arenas
-from service.settings import Settings, SettingsError, load_settings
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Return the application with these settings, by default those of the environment, and configure its process.
 
-    Its startup awaits the warm-up. The limits on connections of `corr2d serve` belong to its server, so they do not
-    apply. An invalid environment variable ends the process with one line and exit code 3.
+    The startup of the application waits for the warm-up. The limits on connections belong to the server of
+    `corr2d serve` and do not apply. An invalid environment variable ends the process with one line and exit code 3.
     """
     # Before torch is loaded.
     limit_malloc_arenas()

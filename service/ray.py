@@ -12,20 +12,21 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
+from service.configuration.settings import Settings, load_settings
 from service.middleware.ray_proxy import CALLBACK_VARIABLE, RETRY_AFTER_S
-from service.settings import Settings, load_settings
 
 NAME = "corr2d"
 """Name of the deployment, by which a configuration file of Ray Serve refers to it."""
 
 UNQUEUED_REQUESTS = 32
-"""Requests of a replica that are received, computed, encoded or sent, in addition to those in its queue.
+"""Maximum number of requests that Ray sends to a replica at a time, in addition to CORR2D_QUEUE.
 
-Ray's router holds further requests back. It should not: there, neither the deadline nor a predicted wait applies.
+This is more than a replica admits, so that the replica rejects the excess: neither the deadline nor the predicted wait
+applies to requests that wait in Ray's router.
 """
 
 TARGET_ONGOING_REQUESTS = 2
-"""Requests for each replica at which the autoscaler aims: as many as a replica computes at once."""
+"""Number of requests per replica at which the autoscaler aims: as many as a replica computes at once."""
 
 SHUTDOWN_MARGIN_S = 5
 """Seconds for a replica to stop, in addition to the deadline of its requests."""
@@ -37,7 +38,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     min_replicas: int = Field(1, ge=1)
-    max_replicas: int | None = Field(None, ge=1, description="default: as min_replicas, no autoscaling")
+    max_replicas: int | None = Field(None, ge=1, description="default: min_replicas, without autoscaling")
     num_cpus: float = Field(1, gt=0, description="CPU cores that Ray reserves for each replica")
     num_gpus: float = Field(0, ge=0, description="GPUs for each replica; several share a GPU with a fraction")
 
@@ -47,14 +48,14 @@ def app(arguments: Arguments) -> serve.Application:
 
     Its limits on requests follow from the settings in the environment. Raises SettingsError.
     """
-    # Inherited by the proxies of a cluster that `serve run` starts afterwards.
+    # `serve run` starts the cluster after this call, and the proxies of the cluster inherit the variable.
     os.environ.setdefault(CALLBACK_VARIABLE, f"{__package__}.middleware.ray_proxy.create_middlewares")
     settings = load_settings()
     max_replicas = max(arguments.min_replicas, arguments.max_replicas or 1)
     deployment = serve.deployment(
         name=NAME,
         max_ongoing_requests=settings.queue + UNQUEUED_REQUESTS,
-        # Of each proxy. With 0, Ray rejects requests while a replica starts.
+        # Limit of each proxy. With 0, Ray would reject requests while a replica starts.
         max_queued_requests=max(1, settings.queue),
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
         autoscaling_config=AutoscalingConfig(
@@ -83,7 +84,7 @@ class Replica:
     """Replica of the service, in a process of its own. Ray sends it requests once its warm-up has succeeded."""
 
     app: FastAPI
-    """The application; Ray's base class has it."""
+    """The application, which the class that `serve.ingress` creates provides."""
 
     def check_health(self) -> None:
         """Raise RuntimeError, with the reason, if the replica cannot compute: Ray replaces it."""
@@ -95,13 +96,13 @@ class Replica:
 
 
 def settings_of_replica(settings: Settings) -> Settings:
-    """Return the settings with the name of this replica, and with its threads and memory if they are not set.
+    """Return the settings with the name of this replica, and with its threads and memory if these are not set.
 
     Its threads are the cores that Ray reserves for it. Its memory is what Ray reserves, otherwise the part of the
     machine's memory that corresponds to its cores.
     """
     from core import usable_cores, usable_memory
-    from service.computed_settings import REQUEST_MEMORY_FRACTION
+    from service.configuration.computed_settings import REQUEST_MEMORY_FRACTION
     from service.scheduling.admission import COMPUTE_MEMORY_FRACTION
 
     resources = ray.get_runtime_context().get_assigned_resources()

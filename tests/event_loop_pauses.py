@@ -129,9 +129,9 @@ def run_monitored_server() -> None:
 
     import service.app
     import service.cli.main
-    from service.api_keys import KeyRing
+    from service.configuration.api_keys import KeyRing
+    from service.configuration.settings import Settings
     from service.metrics.counters import SharedCounters
-    from service.settings import Settings
 
     create_plain_app, monitor = service.app.create_app, LoopMonitor()
 

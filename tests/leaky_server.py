@@ -10,9 +10,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service.app
 import service.cli.main
-from service.api_keys import KeyRing
+from service.configuration.api_keys import KeyRing
+from service.configuration.settings import Settings
 from service.metrics.counters import SharedCounters
-from service.settings import Settings
 
 LEAK_BYTES_VARIABLE = "LEAK"
 """Environment variable with the number of bytes leaked per request; the command line is that of `corr2d`."""

@@ -19,9 +19,9 @@ from fastapi import FastAPI
 import core
 from service.app import create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.server.run import create_config
 from service.server.server import Server
-from service.settings import Settings
 
 CORR2D_COMMAND = Path(sys.executable).with_name("corr2d")
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from service.app import create_app
 from service.cli.main import app
-from service.settings import Settings, load_settings
+from service.configuration.settings import Settings, load_settings
 from tests.servers import open_client, start_server
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_measurement import Row
 from matplotlib.figure import Figure
+from measurement.engine import Row
 from peers import SUBJECT_NAME, list_peers
 
 import core

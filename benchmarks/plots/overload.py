@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from overload_measurement import LoadLevel, OverloadResults
+from measurement.overload import LoadLevel, OverloadResults
 from reports.overload import compute_percentile
 
 from plots.style import spread_labels, style_axes

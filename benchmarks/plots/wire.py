@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from measurement.wire import WireCell, WireResults
 from servers import SUBJECT_NAME, BenchmarkedServer
 from servers.dialects import WireFormat
-from wire_measurement import WireCell, WireResults
 
 from plots.style import spread_labels, style_axes
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import scipy
 import torch
-from engine_measurement import Row
+from measurement.engine import Row
 from peers import Cell, list_peers
 
 import core

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from overload_measurement import SMALL_REQUESTS_PER_S, LoadLevel, OverloadResults
+from measurement.overload import SMALL_REQUESTS_PER_S, LoadLevel, OverloadResults
 
 from reports.tables import Claim, format_heading, format_number, get_cpu_model
 

@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
+from measurement.wire import HEAVY_CELLS, LARGE_SIDE, SMALL_SIDE, SmallRequestDelay, WireCell, WireResults, format_entry
 from servers import SUBJECT_NAME, BenchmarkedServer
-from wire_measurement import HEAVY_CELLS, LARGE_SIDE, SMALL_SIDE, SmallRequestDelay, WireCell, WireResults, format_entry
 
 from reports.tables import Claim, format_heading, format_number, get_cpu_model
 

@@ -11,8 +11,8 @@ import numpy as np
 from core.engines import halide_jit
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec
-from core.engines.small_dft import ComplexExpr, SignedExpr, constant
-from core.engines.stockham import Transform, complex_parts, constant_table
+from core.engines.transforms.small_dft import ComplexExpr, SignedExpr, constant
+from core.engines.transforms.stockham import Transform, complex_parts, constant_table
 from core.problem import Dtype
 
 COLUMN_PHASES = 8

@@ -21,8 +21,8 @@ from core.engines.compilation.pipeline_linker import Pipeline
 from core.engines.halide_jit import PipelineSpec, Plane
 from core.engines.interior import Borders
 from core.engines.precision import TransformEstimate, dtype_name
-from core.engines.small_dft import ComplexExpr, constant
-from core.engines.stockham import Transform, complex_parts
+from core.engines.transforms.small_dft import ComplexExpr, constant
+from core.engines.transforms.stockham import Transform, complex_parts
 from core.engines.value_stats import ValueStats
 from core.machine import Machine
 from core.problem import Dtype, Problem, SliceUnits

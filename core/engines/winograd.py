@@ -1,10 +1,10 @@
-"""Layers with 3 x 3 kernels with 2.25 times fewer multiplications: Winograd's F(2 x 2, 3 x 3).
+"""Layers with 3 x 3 kernels, computed with 2.25 times fewer multiplications: Winograd's F(2 x 2, 3 x 3).
 
 A tile of 4 x 4 pixels and each kernel are transformed to 16 values, multiplied value by value and summed over the
 channels; the transform of the sums is a tile of 2 x 2 outputs (Lavin and Gray, https://arxiv.org/abs/1509.09308). The
-transforms add and subtract pixels of one tile, so the rounding errors depend on the largest pixels, not on those of an
-output's own window. Output planes for which they could exceed the bound of `core.engines.precision`, and those with
-integers that have to be exact, are computed directly. Output values do not depend on the number of threads.
+transforms add and subtract all pixels of a tile, so the rounding error of an output depends on the largest of them,
+even outside its own window. Output planes whose error could exceed the bound of `core.engines.precision`, and those of
+integers that must be exact, are computed directly. Output values do not depend on the number of threads.
 """
 
 import functools
@@ -49,28 +49,29 @@ MIN_OUTPUT_SIDE = 8
 """Minimum rows and columns of the output."""
 
 MAX_STRIP_BYTES, SLOWDOWN_EXPONENT = 1 << 19, 0.4
-"""Maximum bytes of the transformed pixels and sums of a strip of tiles for full speed, half of the second-level cache;
-larger strips are slower by this power of their size. Measured."""
+"""Maximum bytes of the transformed pixels and sums of a strip of tiles at full speed, half of the second-level cache.
+In a larger strip, each position takes (bytes / maximum) to the power SLOWDOWN_EXPONENT times as long. Measured."""
 
 STRIP_POSITIONS = 8
 """Time to read the kernels for a strip, in units of the time of a position."""
 
 TRANSFORM_FRACTION = 0.2
-"""Fraction of the time of a strip that takes as long for a part of the filters; measured."""
+"""Fraction of the time of a strip for its transforms, which does not depend on the number of filters; measured."""
 
 MIN_CHANNELS = 8
-"""Minimum number of channels: with fewer, the bound on the error is too small for most images."""
+"""Minimum number of channels: with fewer, the error of most images could exceed the bound."""
 
 ERROR_FACTOR = 4.0
-"""A plane is computed directly if this many unit roundoffs, times the sum over the channels of max |x| max |u| for a
-transformed kernel u, exceed its bound. Measured: the errors of the other planes are at most half the bound."""
+"""Estimate of the error of a plane, in unit roundoffs times M, the sum over the channels of max |x| max |u|, where u is
+the transformed kernel. A plane is computed directly if the estimate exceeds its bound. Measured: the errors of the
+other planes are at most half the bound."""
 
 GROWTH = 64
-"""Intermediate values are smaller than this times that sum."""
+"""Upper bound on all intermediate values, as a multiple of M."""
 
 MAX_EXACT_SUM, MAX_INTEGER_SUM = 2.0**16, 2.0**23
-"""Integers are exact if that sum is at most the first: all intermediate values are multiples of 1/4 below 2^22. If the
-sum of |x| |k| is above the second, they need not be exact (1 / (2u))."""
+"""Sums of integers are exact if M is at most MAX_EXACT_SUM: all intermediate values are multiples of 1/4 below 2^22. If
+the sum of |x| |k| is at least MAX_INTEGER_SUM, 1 / (2u), they need not be exact."""
 
 CALL_OVERHEAD_S = 8e-5
 """Seconds per call from Python, with the statistics."""
@@ -89,7 +90,7 @@ DEFAULT_FLOPS = 9e10
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Return why the problem is not supported, or None."""
+    """Return the reason why the engine cannot compute the problem, or None."""
     if (problem.kernel_height, problem.kernel_width) != KERNEL_SIZE or problem.dtype != "float32":
         return "supports only float32 with 3 x 3 kernels"
     if problem.is_single_plane:
@@ -180,9 +181,10 @@ def warm_up() -> None:
 
 
 class _Layout(NamedTuple):
-    """Division of a layer into items: tiles across, tile rows in all and per strip, blocks of filters per item.
+    """Division of a layer into items: an item is a strip of tile rows for some blocks of filters.
 
-    groups: items per strip. positions: those that each thread computes, partial vectors count fully.
+    across: tiles in a row. all_rows: tile rows of an image. rows: tile rows per strip. blocks: blocks of filters per
+    item. groups: items per strip. positions: positions that each thread computes, where partial vectors count fully.
     """
 
     across: int
@@ -205,11 +207,13 @@ def _choose_layout(problem: Problem, machine: Machine) -> _Layout:
         each = -(-blocks // groups) / blocks * (1 - TRANSFORM_FRACTION) + TRANSFORM_FRACTION
         size = 4 * COMPONENTS * (problem.channels + 2 * filters) * rows * across
         each *= math.pow(max(1.0, size / MAX_STRIP_BYTES), SLOWDOWN_EXPONENT)
-        positions = _share(problem.batch * strips * groups, machine) * (
+        positions = _items_per_thread(problem.batch * strips * groups, machine) * (
             _round_up(rows * across, chunk) + STRIP_POSITIONS
         )
         if rest:
-            positions += _share(problem.batch * groups, machine) * (_round_up(rest * across, chunk) + STRIP_POSITIONS)
+            positions += _items_per_thread(problem.batch * groups, machine) * (
+                _round_up(rest * across, chunk) + STRIP_POSITIONS
+            )
         return positions * each
 
     options = itertools.product(range(1, all_rows + 1), range(1, min(blocks, machine.threads) + 1))
@@ -218,8 +222,8 @@ def _choose_layout(problem: Problem, machine: Machine) -> _Layout:
     return _Layout(across, all_rows, rows, per_item, -(-blocks // per_item), count_positions(rows, groups))
 
 
-def _share(items: int, machine: Machine) -> int:
-    """Return the largest number of items of a thread."""
+def _items_per_thread(items: int, machine: Machine) -> int:
+    """Return the largest number of items that a thread computes."""
     return -(-items // machine.threads)
 
 
@@ -228,7 +232,7 @@ def transform_kernels(kernels: Plane, machine: Machine) -> tuple[Plane, Plane]:
     count, channels = kernels.shape[:2]
     size = count * channels
     transformed = np.empty((COMPONENTS + 1, size + CACHE_SET_SHIFT), FLOAT32)[:, :size]
-    per_task = _share(-(-size // KERNELS_PER_BLOCK), machine)
+    per_task = _items_per_thread(-(-size // KERNELS_PER_BLOCK), machine)
     kernel_pipeline()(kernels.reshape(-1), per_task, transformed)
     strides = transformed.strides[0], transformed.itemsize * channels, transformed.itemsize
     shaped = as_strided(transformed, (COMPONENTS + 1, count, channels), strides)
@@ -257,9 +261,9 @@ def _fill(pixels: Plane, kernels: Plane, bias: Plane, output: Plane, layout: _La
 
 
 def find_inexact_planes(problem: Problem, pixels: Plane, kernels: Plane, magnitudes: Plane) -> NDArray[np.bool_]:
-    """Return for which output planes (N, O) the transforms may not be exact enough.
+    """Return a mask (N, O) of the output planes whose error may exceed the bound.
 
-    `magnitudes` are those of the transformed kernels, which are at most the sum of |k|.
+    `magnitudes` (O, C) are the largest of each transformed kernel, which are at most the sum of |k|.
     """
     count = len(pixels)
     patterns, sums = np.empty(pixels.shape[:2], np.uint32), np.empty(pixels.shape[:2], np.float32)
@@ -285,7 +289,7 @@ def find_inexact_planes(problem: Problem, pixels: Plane, kernels: Plane, magnitu
 
 
 def _choose_lanes(values: int) -> int:
-    """Return the largest vector of at most so many values, at least 4."""
+    """Return the largest vector size that does not exceed this number of values, but at least 4."""
     return next((lanes for lanes in (16, 8) if lanes <= min(values, halide_jit.vector_lanes("float32"))), 4)
 
 

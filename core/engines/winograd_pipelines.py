@@ -22,7 +22,7 @@ KERNELS_PER_BLOCK = 256
 def kernel_pipeline() -> PipelineSpec:
     """Define a pipeline that transforms kernels: taps (9 n), blocks per task -> (COMPONENTS + 1, n).
 
-    The last component is the largest magnitude of the others; one that is not finite counts as larger than all others.
+    The last component is the largest magnitude of the other 16; a magnitude that is not finite counts as the largest.
     """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes("float32")
     taps, per_task = hl.ImageParam(hl.Float(32), 1, "taps"), hl.Param(hl.Int(32), "per_task")
@@ -51,8 +51,8 @@ def kernel_pipeline() -> PipelineSpec:
 def stats_pipeline(lanes: int) -> PipelineSpec:
     """Define a pipeline: images (N, C, H, W) -> the bit pattern of max |x| (N, C), and a sum of |x| (N, C).
 
-    Images have at least `lanes` columns. The sum has no pixel within two of a border. A pixel that is not finite is
-    larger than all others.
+    Images have at least `lanes` columns. The sum leaves out the two rows and columns at each border, and up to
+    lanes - 1 further columns on the right. A pixel that is not finite counts as the largest.
     """
     hl = halide_jit.import_halide()
     images = hl.ImageParam(hl.Float(32), 4, "images")

@@ -8,8 +8,8 @@ import structlog
 import typer
 
 from service import exit_codes
+from service.configuration.settings import Settings, SettingsError, load_settings
 from service.log import is_json_log
-from service.settings import Settings, SettingsError, load_settings
 
 
 def exit_with_error(message: str, code: int) -> NoReturn:

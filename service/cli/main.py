@@ -37,8 +37,8 @@ from service.cli.options import (
     parse_numbers,
     parse_sizes,
 )
+from service.configuration.settings import ENV_PREFIX, Settings, list_variables
 from service.imports import without_garbage_collection
-from service.settings import ENV_PREFIX, Settings, list_variables
 from service.version import VERSION
 
 app = typer.Typer(
@@ -366,7 +366,7 @@ def kernels(
 def config(**flags: object) -> None:
     """Show every setting: its value, its origin (flag, environment, default or computed) and its meaning."""
     given = load_settings_or_exit(flags)
-    from service.computed_settings import compute_defaults
+    from service.configuration.computed_settings import compute_defaults
 
     in_force = compute_defaults(given)
     variables = list_variables()

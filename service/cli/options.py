@@ -9,7 +9,7 @@ import typer
 
 from service.codecs.registry import READABLE_SUFFIXES, WRITABLE_SUFFIXES
 from service.codecs.response_options import OutputResponseOptions
-from service.settings import ENV_PREFIX, Settings
+from service.configuration.settings import ENV_PREFIX, Settings
 
 Number = TypeVar("Number", int, float)
 

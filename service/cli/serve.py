@@ -8,15 +8,15 @@ import sys
 from collections.abc import Mapping
 
 from service import exit_codes
-from service.api_keys import KeyRing
 from service.cli.exits import exit_with_error, load_settings_or_exit
+from service.configuration.api_keys import KeyRing
+from service.configuration.settings import ENV_PREFIX, Settings, list_variables
 from service.imports import without_garbage_collection
 from service.log import configure_logging
 from service.log_stream import LogStream, open_standard_files
 from service.server.listener import open_unix_listener, stop_accepting
 from service.server.malloc import limit_malloc_arenas
 from service.server.signals import ignore_signals
-from service.settings import ENV_PREFIX, Settings, list_variables
 from service.version import VERSION
 
 STDOUT_FD = 1

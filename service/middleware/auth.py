@@ -3,7 +3,7 @@
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api_keys import KeyRing
+from service.configuration.api_keys import KeyRing
 from service.context import get_context
 from service.errors import Unauthorized
 from service.problems import respond_to_error

@@ -27,13 +27,13 @@ from core import (
     compiled_only,
     resolve_device,
 )
+from service.configuration.settings import Settings
 from service.context import get_reservation
 from service.errors import Busy
 from service.scheduling import threads
 from service.scheduling.admission import Reservation
 from service.scheduling.disconnect import run_until_disconnect
 from service.scheduling.pool import WorkerPool
-from service.settings import Settings
 from service.timing import milliseconds_since
 
 Value = TypeVar("Value")

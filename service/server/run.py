@@ -8,7 +8,8 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from service.api_keys import KeyRing
+from service.configuration.api_keys import KeyRing
+from service.configuration.settings import Settings
 from service.imports import without_garbage_collection
 from service.log import exit_now
 from service.metrics.counters import SharedCounters
@@ -21,7 +22,6 @@ from service.server.signals import QUIT_SIGNAL, RELOAD_SIGNAL
 from service.server.supervisor import Supervisor
 from service.server.timeouts import RESERVED_CONNECTIONS, ConnectionLimits
 from service.server.tls_protocol import TLSHttpProtocol
-from service.settings import Settings
 
 
 def run(settings: Settings, listener: socket.socket, keys: KeyRing | None) -> None:

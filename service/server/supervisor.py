@@ -16,7 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.multiprocess import Process
 
 from service import exit_codes
-from service.api_keys import KeyRing
+from service.configuration.api_keys import KeyRing
 from service.log import configure_logging, exit_now
 from service.metrics.counters import SharedCounters
 from service.server.config import ServerConfig

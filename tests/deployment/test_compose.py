@@ -14,8 +14,8 @@ import httpx
 import pytest
 import yaml
 
+from service.configuration.settings import ENV_PREFIX, Settings
 from service.server.supervisor import FORCED_EXIT_DELAY_S
-from service.settings import ENV_PREFIX, Settings
 from tests.deployment.manifests import ROOT
 from tests.project.test_monitoring import list_queries
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S

@@ -20,11 +20,11 @@ import corr2d
 from core import usable_cores, usable_memory
 from service.app import COMPUTE_CONCURRENCY, create_app
 from service.app_state import get_app_state
-from service.computed_settings import REQUEST_MEMORY_FRACTION, compute_defaults
+from service.configuration.computed_settings import REQUEST_MEMORY_FRACTION, compute_defaults
+from service.configuration.settings import ENV_PREFIX, Settings
 from service.metrics.prometheus import MetricsCollector
 from service.middleware.auth import PUBLIC_PATHS
 from service.server.supervisor import FORCED_EXIT_DELAY_S
-from service.settings import ENV_PREFIX, Settings
 from tests.deployment.custom_resources import CUSTOM_RESOURCES, PREDICTOR_FIELDS
 from tests.deployment.manifests import (
     KUBERNETES,

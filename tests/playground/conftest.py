@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.playground.driver import PageDriver
 from tests.servers import open_client, start_server
 
@@ -46,7 +46,7 @@ def service_address() -> Iterator[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the figures that tests have measured."""
+    """Print the numbers that tests have measured."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             terminalreporter.write_line(f"{name}: {value}")
@@ -85,7 +85,7 @@ def shared_tab(browser: Browser, service_address: str) -> PageDriver:
 
 @pytest.fixture
 def tab(shared_tab: PageDriver, allowed_messages: list[str]) -> Iterator[PageDriver]:
-    """Return a tab that has not loaded the page yet; its context, and the cache in it, are those of other tests."""
+    """Return a tab that has not loaded the page yet. Other tests share its browser context and cache."""
     shared_tab.page.goto("about:blank")
     shared_tab.messages.clear()
     shared_tab.foreign_requests.clear()

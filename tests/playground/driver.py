@@ -1,4 +1,4 @@
-"""The page in a browser: its grids, its sum and its messages, as tests read and change them."""
+"""Driver of the page in a browser: reads and changes its grids, its sum and its messages."""
 
 import io
 import json
@@ -29,7 +29,7 @@ READ_PIXELS = """async element => {
 }"""
 """Script that returns the pixels of a canvas or an image as PNG, in base64."""
 
-READ_PLACES = """(grid, kind) => [...grid.querySelectorAll('.cell.' + kind)].map(cell =>
+READ_POSITIONS = """(grid, kind) => [...grid.querySelectorAll('.cell.' + kind)].map(cell =>
     [Number(cell.dataset.row), Number(cell.dataset.column)])"""
 
 
@@ -88,8 +88,8 @@ class PageDriver:
         return np.array(self.page.locator(f"#grid-{grid}").evaluate(READ_INNER))
 
     def find_lit(self, grid: str, kind: str = "lit") -> set[tuple[int, int]]:
-        """Return the places of the cells that take part; `kind` "hot": the place of the cell that is explained."""
-        return {(row, column) for row, column in self.page.locator(f"#grid-{grid}").evaluate(READ_PLACES, kind)}
+        """Return (row, column) of the cells of the explained sum; with `kind` "hot", of the explained cell."""
+        return {(row, column) for row, column in self.page.locator(f"#grid-{grid}").evaluate(READ_POSITIONS, kind)}
 
     def read_canvas(self, selector: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the pixels of a canvas or an image: (H, W, 4)."""

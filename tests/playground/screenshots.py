@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, expect, sync_playwright
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.playground.conftest import create_tab, find_chromium
 from tests.playground.driver import PageDriver
 from tests.servers import open_client, start_server

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Route, expect
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.playground.conftest import OpenTab
 from tests.playground.driver import PageDriver
 from tests.servers import open_client, start_server
@@ -25,7 +25,7 @@ PREFIX = "/api/corr2d"
 MAX_TRANSFERRED_BYTES = 100_000
 MAX_FIRST_PAINT_MS = 3000
 MAX_HOVER_MS = 160
-"""Limits of time are ten times the goals, so that a busy machine does not fail the tests, which print the figures."""
+"""Time limits are ten times the goals, so that the tests pass on a busy machine; they print the measured times."""
 
 MEASURE_TRANSFER = """() => [...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]
     .filter(entry => !entry.name.includes('camera') && !/kernels$|correlate$|train-kernel$/.test(entry.name))
@@ -44,7 +44,7 @@ MEASURE_HOVER = """async () => {
   }
   return times
 }"""
-"""Script that returns the milliseconds of 60 moves of the pointer, each with the layout that follows."""
+"""Script that returns the milliseconds of 60 moves of the pointer, each including the layout that it causes."""
 
 
 def test_page_is_small_and_painted_soon(open_tab: OpenTab, record_property: RecordFn) -> None:
@@ -79,13 +79,13 @@ def test_hovering_16_by_16_takes_less_than_a_frame(tab: PageDriver, record_prope
 
 def test_page_needs_no_other_host(open_tab: OpenTab) -> None:
     tab = open_tab()
-    refused: list[str] = []
+    blocked: list[str] = []
 
     def allow_the_service(route: Route) -> None:
         if route.request.url.startswith((tab.address, "blob:", "data:")):
             route.continue_()
         else:
-            refused.append(route.request.url)
+            blocked.append(route.request.url)
             route.abort()
 
     tab.page.context.route("**/*", allow_the_service)
@@ -95,7 +95,7 @@ def test_page_needs_no_other_host(open_tab: OpenTab) -> None:
     for view in ("learn", "picture"):
         tab.open(view=view)
         tab.page.wait_for_load_state("networkidle")
-    assert refused == []
+    assert blocked == []
 
 
 def test_inline_script_does_not_run(open_tab: OpenTab, allowed_messages: list[str]) -> None:
@@ -106,7 +106,7 @@ def test_inline_script_does_not_run(open_tab: OpenTab, allowed_messages: list[st
         "document.body.append(Object.assign(document.createElement('script'), { text: 'window.hit = 1' }))"
     )
     assert tab.page.evaluate("window.hit") is None
-    # The messages of the other tests would show it, too.
+    # The browser reports the violation. Other tests allow no such message, so they fail if the page has inline scripts.
     assert any(allowed_messages[0] in message for message in tab.messages)
 
 
@@ -178,7 +178,7 @@ def locked_address() -> Iterator[str]:
         yield f"{address}/"
 
 
-def test_api_key_is_asked_for_and_kept_in_the_tab(
+def test_api_key_is_requested_and_kept_in_the_tab(
     open_tab: OpenTab, locked_address: str, allowed_messages: list[str]
 ) -> None:
     allowed_messages.append("401")

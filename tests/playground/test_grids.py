@@ -109,7 +109,7 @@ def test_output_is_not_editable(tab: PageDriver) -> None:
 def test_arrow_keys_move_and_explain(tab: PageDriver) -> None:
     tab.open(**COUNTING)
     tab.cell("input", 0, 0).focus()
-    for key, place in [
+    for key, position in [
         ("ArrowRight", (0, 1)),
         ("ArrowDown", (1, 1)),
         ("End", (1, 2)),
@@ -121,9 +121,9 @@ def test_arrow_keys_move_and_explain(tab: PageDriver) -> None:
     ]:
         tab.page.keyboard.press(key)
         focused = tab.page.evaluate("[document.activeElement.dataset.row, document.activeElement.dataset.column]")
-        assert tuple(map(int, focused)) == place
-        assert tab.find_lit("input", "hot") == {place}
-        assert f"Input ({place[0]}, {place[1]})" in tab.read_sum()
+        assert tuple(map(int, focused)) == position
+        assert tab.find_lit("input", "hot") == {position}
+        assert f"Input ({position[0]}, {position[1]})" in tab.read_sum()
 
 
 def test_each_grid_is_one_tab_stop(tab: PageDriver) -> None:

@@ -26,7 +26,7 @@ def parse_events(text: str) -> list[tuple[str, Any]]:
 def start(tab: PageDriver, button: str) -> list[tuple[str, Any]]:
     """Click Play or Step, and return the events of the fit.
 
-    They are those of a second, equal request: Chromium may discard a stream as soon as the page has read it.
+    The events are those of a second, equal request: Chromium may discard a stream as soon as the page has read it.
     """
     # The request for the forecast has another Accept.
     with tab.page.expect_request(lambda request: request.headers.get("accept") == "text/event-stream") as info:

@@ -125,7 +125,7 @@ def test_keyboard_alone_does_a_whole_lesson(tab: PageDriver) -> None:
     press_until(tab, "Tab", id="lesson-1")
     press("Enter")
     wait_for_lesson(tab, 1)
-    # Visit all outputs, as the lesson says.
+    # The first task of the lesson: move over the four outputs.
     press_until(tab, "Tab", grid="grid-output")
     press("Control+Home")
     sums = []
@@ -133,14 +133,14 @@ def test_keyboard_alone_does_a_whole_lesson(tab: PageDriver) -> None:
         press(key)
         sums.append(tab.read_sum().rpartition(" = ")[2])
     assert sums == ["25", "43", "37"]
-    # Change a number: back to the input, and type.
+    # The second task: change a number of the input.
     press_until(tab, "Shift+Tab", grid="grid-input")
     press("Control+Home")
     with tab.expect_response("/correlate"):
         tab.page.keyboard.type("10")
         press("Enter")
     assert tab.read("input")[0, 0] == 10
-    # The first weight is 0, so that the first output stays.
+    # The weight of this number is 0, so the first output does not change.
     assert tab.read("output")[0, 0] == 19
     press_until(tab, "Shift+Tab", text="Set weight (1, 1) to 0")
     press("Space")

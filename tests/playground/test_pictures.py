@@ -40,9 +40,9 @@ def create_payload(name: str, content: bytes, media_type: str = "image/png") -> 
     return {"name": name, "mimeType": media_type, "buffer": content}
 
 
-def send_file(tab: PageDriver, content: bytes, media_type: str, name: str, place: str) -> None:
-    """Drop a file on an element, or paste it ("paste")."""
-    tab.page.evaluate(DROP, [b64encode(content).decode(), media_type, name, place])
+def send_file(tab: PageDriver, content: bytes, media_type: str, name: str, target: str) -> None:
+    """Drop a file on the element that a selector names, or paste it (target "paste")."""
+    tab.page.evaluate(DROP, [b64encode(content).decode(), media_type, name, target])
 
 
 def wait_for_picture(tab: PageDriver) -> None:
@@ -191,16 +191,16 @@ FORM_PAGE = """<!doctype html><html lang="en"><title>Edges of a photo</title>
 
 
 def encode_phone_photo(upright: np.ndarray[Any, Any]) -> bytes:
-    """Return a JPEG as phones write it: the pixels lie on their side, and EXIF says how to turn them."""
+    """Return a JPEG as phones write it: the pixels are rotated, and EXIF contains the orientation."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     content = io.BytesIO()
     Image.fromarray(np.rot90(upright)).save(content, "JPEG", quality=95, exif=exif)
     return content.getvalue()
 
 
 def test_html_form_shows_the_edges_of_a_phone_photo_upright(tab: PageDriver, allowed_messages: list[str]) -> None:
-    # Chromium centres an image on a dark ground by a style that the policy of responses forbids.
+    # Chromium shows an image with a style of its own, which the Content-Security-Policy of responses forbids.
     allowed_messages.append("Applying inline style violates")
 
     def respond(route: Route) -> None:

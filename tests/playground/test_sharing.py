@@ -1,4 +1,4 @@
-"""End-to-end tests of what a visitor takes away: snippets, links, figures."""
+"""End-to-end tests of sharing: snippets, links, figures."""
 
 import io
 import json

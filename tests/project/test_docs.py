@@ -10,11 +10,11 @@ from service.cli.options import format_setting
 from service.codecs.content_coding import COMPRESSORS
 from service.codecs.header_checks import DTYPES
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
+from service.configuration.settings import ENV_PREFIX, Settings
 from service.errors import ClientDisconnected
 from service.metrics.prometheus import MetricsCollector
 from service.negotiation import CONTENT_CODINGS
 from service.problems import PROBLEM_TYPES
-from service.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
 API_PAGE = (ROOT / "docs" / "http-api.md").read_text()

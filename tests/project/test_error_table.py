@@ -6,10 +6,10 @@ import re
 import core
 import core.errors
 import service.errors
-from service.computed_settings import find_limit_settings
+from service.configuration.computed_settings import find_limit_settings
+from service.configuration.settings import ENV_PREFIX, Settings
 from service.errors import ServiceError
 from service.problems import PROBLEM_TYPES
-from service.settings import ENV_PREFIX, Settings
 
 
 def collect_subclasses(root: type[Exception]) -> set[type[Exception]]:

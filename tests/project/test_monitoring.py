@@ -17,8 +17,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from service.app import create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.metrics.prometheus import MetricsCollector
-from service.settings import Settings
 
 MONITORING = Path(__file__).parents[2] / "monitoring"
 DASHBOARD: dict[str, Any] = json.loads((MONITORING / "dashboard.json").read_text())

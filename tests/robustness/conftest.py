@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.robustness.server_process import ServerProcess, assert_serves, start_server_process
 from tests.servers import SendFn, open_client, start_server
 

@@ -20,8 +20,8 @@ import core
 from core import Cost
 from service.app import COMPUTE_CONCURRENCY, create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.scheduling.admission import Reservation
-from service.settings import Settings
 from tests.event_loop_pauses import LoopMonitor, LoopPause, MonitoredServer, start_monitored_server
 from tests.problem_details import assert_problem
 from tests.robustness.raw_client import RawConnection, build_request_headers, open_connections

@@ -17,12 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.api_keys import KeyRing
 from service.app import create_app
 from service.codecs.registry import ENCODABLE_FORMATS
+from service.configuration.api_keys import KeyRing
+from service.configuration.settings import Settings
 from service.errors import NotAcceptable
 from service.negotiation import negotiate_coding, negotiate_format
-from service.settings import Settings
 from tests.problem_details import assert_detail, assert_problem
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S, RawConnection, build_request_headers, build_upload_headers
 from tests.robustness.server_process import assert_serves, start_server_process

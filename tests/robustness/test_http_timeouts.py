@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.problem_details import assert_problem
 from tests.robustness.raw_client import RawConnection, build_request_headers, build_upload_headers, open_connections
 from tests.robustness.sample_requests import LIVEZ_LINE, SMALL_BODY

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.problem_details import assert_detail, assert_problem
 from tests.robustness.load import generate_load
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S, RawConnection, build_request_headers, open_connections

@@ -9,7 +9,7 @@ import structlog
 from structlog.testing import LogCapture
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.ray_serve.cluster import RayCluster
 from tests.servers import SendFn, open_client, run_uvicorn, serve_in_process, serve_over_tcp, start_server
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 
 ALICE_KEY, BOB_KEY, CAROL_KEY = "alices-key-0123456789", "bobs-key-0123456789/+=~", "carols-key-0123456789"
 WRONG_KEY = "nobodys-key-0123456789"

@@ -15,9 +15,9 @@ import pytest
 
 from service.app import create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.errors import NotReady
 from service.responses import MAX_CHUNK_BYTES
-from service.settings import Settings
 from tests.sample_files import NPY, save_npy
 from tests.servers import open_client, run_uvicorn
 

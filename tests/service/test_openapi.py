@@ -20,11 +20,11 @@ from service.app import create_app
 from service.codecs.images.options import ImageOptions
 from service.codecs.registry import DECODABLE_MEDIA_TYPES, ENCODABLE_FORMATS, FORMATS
 from service.codecs.response_options import ResponseOptions
+from service.configuration.settings import Settings
 from service.middleware.security_headers import SECURITY_HEADERS
 from service.openapi import CONNECTION_ERROR_STATUSES, make_operation_id
 from service.requests import RequestModel
 from service.routes import conv2d, correlate, train_kernel
-from service.settings import Settings
 from tests.servers import SendFn
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import pytest
 from structlog.testing import LogCapture
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, serve_in_process
 from tests.service.samples.json_requests import post_json

@@ -8,9 +8,9 @@ import pytest
 import core
 from service.app import create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.errors import NotReady
 from service.readiness import warm_up_service
-from service.settings import Settings
 from tests.problem_details import assert_first_error, assert_problem
 from tests.servers import serve_in_process
 

@@ -25,7 +25,7 @@ from service.app import create_app
 from service.codecs import json, multipart, npy
 from service.codecs.registry import FORMATS
 from service.codecs.response_options import ResponseOptions
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.servers import open_client, start_server
 
 pytestmark = pytest.mark.slow

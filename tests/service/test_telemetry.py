@@ -12,8 +12,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from service.app import create_app
+from service.configuration.settings import Settings
 from service.middleware.fast_path import FastPathMiddleware
-from service.settings import Settings
 from tests.servers import open_client, run_serve_command
 from tests.service.samples.sample_requests import D2L_EXAMPLE
 

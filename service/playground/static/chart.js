@@ -7,9 +7,9 @@ import * as format from './format.js';
 
 const [HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [260, 58, 76, 12, 34];
 
-/** Decades below the largest loss that the axis shows at most. */
+/** Maximum number of decades that the axis shows below the largest loss. */
 const MAX_DECADES = 16;
-/** A loss that is smaller than this fraction of the largest one is due to rounding. */
+/** A loss below this fraction of the largest one is a rounding error. */
 const ROUNDING = 1e-16;
 
 /**
@@ -23,7 +23,7 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   const steps = Math.max(length, 1, ...series.map(({ values }) => values.length - 1));
   const positive = series.flatMap(({ values }) => values).filter((value) => value > 0 && Number.isFinite(value));
   const largest = positive.reduce((a, b) => Math.max(a, b), best || 1e-3);
-  // A smallest loss of rounding errors does not stretch the axis.
+  // If the smallest possible loss is a rounding error, the axis does not extend to it.
   const least = positive.reduce((a, b) => Math.min(a, b), best && best > ROUNDING * largest ? best : largest);
   const top = Math.ceil(Math.log10(largest) + 1e-9);
   const bottom = Math.max(Math.min(Math.floor(Math.log10(least) - 0.15), top - 1), top - MAX_DECADES);
@@ -80,7 +80,7 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
 export function drawContours({ angle, along, across, center }, path, position) {
   const [side, margin] = [240, 40];
   const start = path[0];
-  // A diverging path leaves the plot: it shows four times the initial distance at most.
+  // The plot extends to at most four times the initial distance from the minimum; a diverging path leaves it.
   const limit = 4 * Math.max(Math.hypot(start[0] - center[0], start[1] - center[1]), 0.5);
   const reach = 1.15 * Math.min(limit, path.reduce((most, [u, v]) =>
     Math.max(most, Math.abs(u - center[0]), Math.abs(v - center[1])), 0.5));

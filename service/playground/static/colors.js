@@ -20,9 +20,9 @@ const ENDS = {
 
 /** @param {Rgb[]} stops @param {number} position 0 to 1 @returns {Rgb} */
 function interpolate(stops, position) {
-  const place = Math.min(Math.max(position, 0), 1) * (stops.length - 1);
-  const index = Math.min(Math.floor(place), stops.length - 2);
-  const mix = place - index;
+  const scaled = Math.min(Math.max(position, 0), 1) * (stops.length - 1);
+  const index = Math.min(Math.floor(scaled), stops.length - 2);
+  const mix = scaled - index;
   return /** @type {Rgb} */ (stops[index].map((from, channel) => Math.round(from + mix * (stops[index + 1][channel] - from))));
 }
 

@@ -1,9 +1,9 @@
-/** Gradient descent on the squared differences, in the page: a second computation next to the service's. */
+/** Gradient descent on the squared differences, computed by the page to check the service. */
 
 /** @import {Matrix, Problem, Solver} from './types.js' */
 import { build, layout, padded } from './geometry.js';
 
-/** Loss of a run relative to its start at which the page stops following it: it diverges. */
+/** A descent whose loss exceeds this multiple of its initial loss has diverged, and ends. */
 export const DIVERGED = 1e6;
 
 /** @param {number} seed @returns {() => number} uniform numbers in [0, 1) (mulberry32) */
@@ -71,7 +71,7 @@ export function evaluate({ windows, target }, kernel) {
 
 /**
  * Kernels and losses of a descent as torch.optim defines it: before the first update, and after each one.
- * It ends early when the loss exceeds DIVERGED times its start.
+ * The descent ends early when the loss exceeds DIVERGED times the initial loss.
  * @param {LeastSquares} fit @param {Float64Array} start @param {Solver} solver @param {number} rate @param {number} steps
  */
 export function descend(fit, start, solver, rate, steps) {
@@ -103,8 +103,8 @@ export function descend(fit, start, solver, rate, steps) {
 }
 
 /**
- * Contours of the loss of two unknowns are ellipses about the minimum: its curvatures along and across `angle`
- * (radians), and the best kernel, the one of least norm if several are equally good.
+ * Ellipses that are the contours of the loss of two unknowns: the curvatures of the loss along and across `angle`
+ * (radians), and the centre, which is the best kernel (the one of least norm if several are equally good).
  * @param {LeastSquares} fit
  */
 export function ellipse({ windows, target }) {

@@ -18,14 +18,14 @@ const [MAX_CELL, MIN_KERNEL_CELL, MAX_GRID_HEIGHT, SIGN_WIDTH] = [46, 30, 440, 5
 const EMPTY = 'No output: the kernel does not fit into the input. Use mode same or full.';
 
 let painting = false;
-/** What the grids show. @type {{problem: Problem, output: Matrix, target: Matrix | null}} */
+/** The problem and the matrices that the grids show. @type {{problem: Problem, output: Matrix, target: Matrix | null}} */
 let shown = { problem: state, output: [], target: null };
 /** @type {AbortController | null} */
 let pending = null;
 
-/** What the output depends on, and what else the grids show. @type {(keyof State)[]} */
+/** Fields that the output depends on. @type {(keyof State)[]} */
 const PROBLEM = ['input', 'kernel', 'kernelName', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'operation'];
-/** @type {(keyof State)[]} */
+/** Fields that the target and the fit depend on besides these. @type {(keyof State)[]} */
 const FIT = ['target', 'targetKind', 'noise', 'seed', 'start', 'solver', 'rate', 'steps'];
 
 const activate = (/** @type {GridName} */ grid) => (/** @type {number} */ row, /** @type {number} */ column) => {
@@ -101,8 +101,8 @@ export function drawNow() {
 /** Cells as large as fit in one row, or one grid a row on a narrow screen. @param {[number, number][]} shapes */
 function cellSizes(shapes) {
   const [data, kernel] = [shapes.filter((_, index) => index !== 1), shapes[1]];
-  const room = byId('figures').clientWidth || 800;
-  const narrow = room < 780;
+  const available = byId('figures').clientWidth || 800;
+  const narrow = available < 780;
   const rows = Math.max(...shapes.map(([count]) => count));
   const zoom = Number.parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
   let size = zoom * Math.min(MAX_CELL, Math.max(MAX_GRID_HEIGHT / rows, 5));
@@ -112,15 +112,15 @@ function cellSizes(shapes) {
   const width = (/** @type {number} */ cell) => Math.max(kernelSize(cell) * kernel[1], zoom * 150) +
     (shapes.length - 1) * zoom * SIGN_WIDTH +
     data.reduce((sum, [, columns], index) => sum + Math.max(columns * cell, index ? 70 : zoom * 330), 0);
-  if (narrow) size = Math.min(size, room / Math.max(...data.map(([, columns]) => columns)));
-  else while (size > 3 && width(size) > room) size -= 0.5;
+  if (narrow) size = Math.min(size, available / Math.max(...data.map(([, columns]) => columns)));
+  else while (size > 3 && width(size) > available) size -= 0.5;
   size = size >= 8 ? Math.floor(size) : Math.max(size, 2);
   const tallest = Math.max(size * Math.max(...data.map(([count]) => count)), kernelSize(size) * kernel[0]);
   byId('figures').style.setProperty('--tall', narrow ? '0px' : `${tallest}px`);
-  return { data: size, kernel: Math.min(kernelSize(size), room / kernel[1]) };
+  return { data: size, kernel: Math.min(kernelSize(size), available / kernel[1]) };
 }
 
-/** Mark the cells that take part, and write the sum out. */
+/** Mark the cells of the explained sum, and write the sum below the grids. */
 function lightUp() {
   const { problem, output, target } = shown;
   let active = state.active;

@@ -1,4 +1,4 @@
-/** Geometry of 2-D cross-correlation: padding, windows, and the sum behind every output value. */
+/** Geometry of 2-D cross-correlation: padding, windows, and the sum that gives each output value. */
 
 /** @import {Matrix, Problem, Cell, GridName, Boundary} from './types.js' */
 
@@ -41,7 +41,8 @@ export function range(matrix) {
 }
 
 /**
- * Index of the input that a position inside or outside repeats, or -1 outside for "zeros" and "constant".
+ * Index of the input value at a position. Outside the input, it is the index of the value that the boundary repeats
+ * there, or -1 for "zeros" and "constant".
  * Reflections are periodic, as in numpy.pad.
  * @param {number} position @param {number} size @param {Boundary} boundary
  */
@@ -159,15 +160,15 @@ export function terms(problem, grid, row, column) {
 }
 
 /**
- * Largest rounding error, relative to the sum of the sizes of its products, that an output in float32 may have.
- * The service reports a bound of its own; this adds the rounding of the numbers that are sent.
+ * Error of an output due to the rounding of the numbers that are sent, relative to the sum of the absolute values of
+ * its products. It is added to the error bound that the service reports.
  */
 const FLOAT32_INPUT_ERROR = 5e-7;
 const MAX_FLOAT32 = 3.4028234e38;
 
 /**
- * First cell in which two outputs differ by more than rounding, or null. The service sends null for values past the
- * range of float32: they agree if the sum of the sizes of the products is past it.
+ * First cell in which two outputs differ by more than rounding, or null. The service sends null for values beyond the
+ * range of float32; null agrees if the sum of the absolute values of the products is beyond that range.
  * @param {Problem} problem @param {(number|null)[][]} service @param {Matrix} page @param {number} bound error bound of the service
  * @returns {Cell | null}
  */

@@ -23,7 +23,7 @@ export class Grid {
   #lit = [];
   /** @type {Matrix} */
   values = [];
-  /** What each cell shows, so that only changed cells are drawn. @type {WeakMap<HTMLElement, string>} */
+  /** The state in which each cell was drawn, so that only changed cells are drawn again. @type {WeakMap<HTMLElement, string>} */
   #stamps = new WeakMap();
   #key = '';
   #redraw = () => {};
@@ -85,7 +85,8 @@ export class Grid {
   }
 
   /**
-   * Draw values; `padding` rows and columns at the top and left of them, and after `inner`, lie outside the input.
+   * Draw the input with its padding, or another matrix. `padding` is the number of rows above and columns left of the
+   * input, and `inner` the size of the input.
    * @param {Matrix} values @param {number} size of a cell, px
    * @param {{padding?: Cell, inner?: Cell, scale?: import('./colors.js').Scale, empty?: string, readOnly?: boolean}} [options]
    */
@@ -166,7 +167,7 @@ export class Grid {
     return this.#cells[row + this.#top]?.[column + this.#left];
   }
 
-  /** Mark cells that take part, and the one that is explained. @param {Cell[]} cells @param {Cell | null} hot */
+  /** Mark the cells of a sum, and the cell that it explains. @param {Cell[]} cells @param {Cell | null} hot */
   light(cells, hot) {
     for (const element of this.#lit) element.classList.remove('lit', 'hot');
     this.#lit = [];

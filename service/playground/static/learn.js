@@ -11,18 +11,18 @@ import { events, fitRequest, send } from './requests.js';
 import * as service from './service.js';
 import { changed, state, update } from './store.js';
 
-/** Largest difference of losses and kernels between service and page, relative to their size at the start. */
+/** Maximum difference of losses and kernels between service and page, relative to the initial ones. */
 const TOLERANCE = 1e-6;
 /** @type {Solver[]} */
 const SOLVERS = ['sgd', 'momentum', 'nesterov', 'adam', 'exact'];
-/** What a fit depends on, besides the rate and the number of steps. @type {(keyof State)[]} */
+/** Fields that a fit depends on, besides the rate and the number of steps. @type {(keyof State)[]} */
 const DATA = ['input', 'kernel', 'mode', 'boundary', 'fill', 'stride', 'dilation', 'target', 'targetKind', 'noise', 'start',
   'seed', 'solver'];
-/** Products in one step of the page's own descent, at most. */
+/** Maximum number of products in one step of the page's own descent. */
 const MAX_PRODUCTS = 1e6;
 
 /**
- * One fit. `kernels` and `losses` are the page's, before the first update and after each one.
+ * One fit. The page computes `kernels` and `losses`: those before the first update and after each one.
  * @typedef {object} Run
  * @property {Float64Array[]} kernels
  * @property {number[]} losses
@@ -338,7 +338,7 @@ function drawTrack(stable) {
 }
 
 /**
- * Say what the rate will do, what it did, and what the data determine.
+ * Describe whether the descent converges or has diverged, and how many weights the data determine.
  * @param {number | null} rate @param {number | null} stable
  */
 function drawForecast(rate, stable) {
@@ -367,7 +367,7 @@ function drawForecast(rate, stable) {
   text.replaceChildren(...parts);
 }
 
-/** Descents of the comparison, which has one fit without steps. */
+/** Fits of the comparison that have steps: all but that of the solver "exact". */
 const descents = () => comparison?.filter(({ solver }) => solver !== 'exact') ?? [];
 
 /** @param {number} step */
@@ -403,14 +403,14 @@ async function compare() {
 }
 
 function drawComparison() {
-  const place = byId('comparison');
-  place.hidden = !comparison;
+  const container = byId('comparison');
+  container.hidden = !comparison;
   if (!comparison) return;
   const rows = comparison.map(({ solver, learning_rate: rate, steps, final_loss: loss }) => h('tr',
     { 'data-solver': solver, 'data-loss': loss }, h('th', { scope: 'row' }, solver),
     ...[rate === null ? 'none' : format.number(rate, 3), String(steps), format.number(loss, 3)].map((text) => h('td', {}, text))));
   const titles = ['Solver', 'Rate', 'Steps', 'Loss at the end'].map((word) => h('th', { scope: 'col' }, word));
-  place.replaceChildren(h('table', {}, h('thead', {}, h('tr', {}, ...titles)), h('tbody', {}, ...rows)));
+  container.replaceChildren(h('table', {}, h('thead', {}, h('tr', {}, ...titles)), h('tbody', {}, ...rows)));
 }
 
 /** Use a picture as the target. @param {(size: [number, number]) => Matrix} sample grey values of the picture at a size */

@@ -66,13 +66,13 @@ function drawControls(now) {
 /** Inputs for the arguments of a named kernel. @param {State} now */
 function drawArguments({ kernelName }) {
   const family = named.find(({ name }) => name === kernelName.replace(/\(.*/, ''));
-  const place = byId('kernel-arguments');
-  if (place.dataset.kernel === kernelName && kernelName) return;
-  place.dataset.kernel = kernelName;
+  const container = byId('kernel-arguments');
+  if (container.dataset.kernel === kernelName && kernelName) return;
+  container.dataset.kernel = kernelName;
   const names = /\((.*)\)/.exec(family?.signature ?? '')?.[1].split(/[[\],\s]+/).filter(Boolean) ?? [];
   const given = /\((.*)\)/.exec(kernelName)?.[1].split(',') ?? [];
-  if (place.contains(document.activeElement) && place.children.length === names.length) return;
-  place.replaceChildren(...names.map((name, index) => h('label', {}, name, h('input', {
+  if (container.contains(document.activeElement) && container.children.length === names.length) return;
+  container.replaceChildren(...names.map((name, index) => h('label', {}, name, h('input', {
     type: 'number', step: 'any', class: 'narrow', value: given[index]?.trim() ?? '', id: `argument-${name}`,
     change: () => {
       const words = names.map((other) => input(`argument-${other}`).value);
@@ -227,7 +227,7 @@ async function begin() {
   learn.setUp(figures.drawNow);
   picture.setUp();
   byId('share').addEventListener('click', async () => {
-    // Pictures are not part of a link: the photo is named, and an own picture stays with its owner.
+    // A link contains no image: it names the photo of the page, and leaves out images of the reader's own.
     const fragment = await encode({
       ...state, ...(state.image === 'photo' && { input: DEFAULT.input }), ...(state.picture === 'own' && { picture: DEFAULT.picture }),
     });

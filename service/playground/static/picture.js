@@ -1,4 +1,4 @@
-/** Picture: an image through the service, shown before and after, with zoom. */
+/** Picture: an image that the service filters, shown before and after, with zoom. */
 
 /** @import {State} from './types.js' */
 import { color } from './colors.js';
@@ -43,7 +43,7 @@ export function onChange(now, before) {
   if (changed(now, before, 'view', 'picture', 'kernel', 'kernelName', 'mode', 'boundary', 'fill', 'operation', 'show')) request();
 }
 
-/** Show a picture of the reader. @param {Blob} file */
+/** Show an image of the reader. @param {Blob} file */
 export function open(file) {
   own = file;
   if (picture?.name === 'own') picture = null;
@@ -100,7 +100,7 @@ async function compute() {
     const response = await send(sent, signal);
     const result = JSON.parse(response.headers.get('Corr2d-Result') ?? '{}');
     const facts = resolveShow(now) === 'signed' ? drawSigned(await response.arrayBuffer()) : await drawImage(await response.blob());
-    place();
+    align();
     const { width, height } = picture.bitmap;
     byId('picture-facts').textContent = `${width} × ${height} pixels; output ${(result.shape ?? []).join(' × ')}${facts}`;
     byId('picture-facts').dataset.engine = result.engine;
@@ -154,7 +154,7 @@ function drawSigned(buffer) {
 }
 
 /** Lay the output over the picture, so that each value lies on the centre of its window. */
-function place() {
+function align() {
   const [before, after] = [canvas('before'), canvas('after')];
   const [rows, columns] = shape(state.kernel);
   const offset = (/** @type {number} */ taps) => Math.floor((taps - 1) / 2) - padding({ ...state, dilation: 1 }, taps)[0];
@@ -170,7 +170,7 @@ function wipe() {
   const part = Number(input('wipe').value);
   const [before, after] = [canvas('before'), canvas('after')];
   const left = (Number.parseFloat(after.style.left) || 0) / 100;
-  // The divider is placed on the picture; the output begins at another column if the mode is not same.
+  // The position of the divider is a column of the picture. In modes other than same, the output has another first column.
   const inside = ((part / 100 - left) * before.width) / after.width;
   after.style.clipPath = `inset(0 0 0 ${100 * Math.min(Math.max(inside, 0), 1)}%)`;
   byId('divider').style.left = `${part}%`;

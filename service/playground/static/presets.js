@@ -48,7 +48,7 @@ export function grey({ data, width, height }) {
 }
 
 /**
- * Pixels of a picture, reduced to at most `most` pixels a side; the canvas is where a browser decodes it.
+ * Pixels of a picture, reduced to at most `most` pixels a side. Browsers give access to pixels through a canvas.
  * @param {ImageBitmap} bitmap @param {number} most @param {[number, number]} [size] rows and columns, exactly
  */
 export function pixels(bitmap, most, size) {

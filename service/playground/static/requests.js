@@ -11,7 +11,11 @@ const KEY = 'corr2d-api-key';
 const post = (path, json, headers = {}) =>
   ({ path, query: {}, headers: { 'Content-Type': 'application/json', ...headers }, json, file: null });
 
-/** Padding of /conv2d and /train-kernel; boundaries that they lack are added to the input. @param {Problem} problem */
+/**
+ * Input, stride, dilation and padding for /conv2d and /train-kernel. For a boundary that these do not support, the input
+ * is padded before it is sent.
+ * @param {Problem} problem
+ */
 function convolutionFields(problem) {
   const { top, bottom, left, right } = layout(problem);
   const padded2 = problem.boundary === 'constant' || problem.boundary === 'symmetric';
@@ -51,7 +55,7 @@ export function fitRequest(state, target, initial, stream) {
 }
 
 /**
- * How the output of a picture is shown: of a kernel with sum 0 in signed colours, of others as a picture.
+ * Display of the output of a picture: in signed colours if the sum of the kernel is 0, otherwise as an image.
  * @param {State} state @returns {'scale'|'clip'|'signed'}
  */
 export function resolveShow({ show, kernel }) {
@@ -85,7 +89,7 @@ export function url(request, base = '') {
   return `${base}${request.path}${query ? `?${query}` : ''}`;
 }
 
-/** The error of a response, with the service's own words. */
+/** An error response of the service; the message is its detail. */
 export class ServiceError extends Error {
   /** @param {number} status @param {string} message */
   constructor(status, message) {

@@ -13,7 +13,7 @@ const retries = [];
 /** @returns {string} address of the service, ending in a slash */
 const base = () => new URL('.', document.baseURI).href;
 
-/** Remember a request, for copying. @param {ServiceRequest} request */
+/** Store a request, to be copied. @param {ServiceRequest} request */
 export function remember(request) {
   latest = request;
   if (/** @type {HTMLDetailsElement} */ (byId('request')).open) drawSnippet();
@@ -26,7 +26,7 @@ function drawSnippet() {
 const errors = { service: '', page: '' };
 
 /**
- * Show an error of the service, or of the page: of a link or a file. One does not replace the other.
+ * Show an error of the service, or one of the page (an invalid link or file); both can be shown at once.
  * @param {string} message '' removes it @param {'service'|'page'} [source]
  */
 export function showError(message, source = 'service') {
@@ -36,7 +36,7 @@ export function showError(message, source = 'service') {
   if (byId('error').textContent !== text) byId('error').textContent = text;
 }
 
-/** Show the error of a request; 401 asks for an API key. @param {unknown} error @param {() => void} again called when a key is given */
+/** Show the error of a request; 401 opens the dialog for an API key. @param {unknown} error @param {() => void} again called when a key is entered */
 export function fail(error, again) {
   if (error instanceof DOMException && error.name === 'AbortError') return;
   showError(error instanceof Error ? error.message : String(error));

@@ -17,7 +17,7 @@ from PIL import Image
 
 import core
 from service.codecs.registry import READABLE_SUFFIXES, WRITABLE_SUFFIXES
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.service.cli.command_line import CAMERA, run_corr2d, save_npy
 
 HTTP_WORDS = re.compile(r"\b(request|body|query|send|http|content-type|accept)\b", re.IGNORECASE)

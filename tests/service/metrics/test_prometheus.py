@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.servers import (
     SendFn,
     ServeFn,

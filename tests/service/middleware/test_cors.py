@@ -7,7 +7,7 @@ from structlog.testing import LogCapture
 
 from service.app import create_app
 from service.app_state import get_app_state
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, serve_in_process
 from tests.service.locked_app import ALICE_KEY, PAGE_ORIGIN

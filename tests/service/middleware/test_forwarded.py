@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import LogCapture
 
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, ServeFn, serve_in_process, serve_over_tcp
 from tests.service.locked_app import ALICE_KEY, OPEN_PATHS, create_locked_app

@@ -12,11 +12,11 @@ from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import LogCapture
 
 from service.app import create_app
+from service.configuration.settings import Settings
 from service.metrics.counters import Metrics
 from service.metrics.prometheus import render_metrics
 from service.middleware.request_log import RequestLogMiddleware
 from service.problems import PROBLEM_NAMES, respond_to_protocol_error
-from service.settings import Settings
 from tests.servers import SendFn, open_client, serve_in_process, start_server
 from tests.service.locked_app import ALICE_KEY, BOB_KEY, WRONG_KEY
 from tests.service.samples.sample_requests import D2L_EXAMPLE

@@ -9,7 +9,7 @@ from PIL import Image
 
 import core
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn
 from tests.service.samples.sample_requests import D2L_EXAMPLE

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import core
-from service.settings import Settings
+from service.configuration.settings import Settings
 from tests.servers import SendFn
 
 

@@ -11,9 +11,9 @@ import pytest
 from core import Cost
 from service.app import COMPUTE_CONCURRENCY, create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.errors import BodyTooLarge, Busy
 from service.scheduling.admission import BODY_MEMORY_FRACTION, REJECTION_CACHE_S, Reservation
-from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import serve_in_process
 from tests.service.scheduling.jobs import LONG_COST, MEGABYTE, SHORT_COST, create_pool, hold_jobs

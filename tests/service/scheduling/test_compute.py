@@ -9,8 +9,8 @@ import pytest
 from core import Cost
 from service.app import COMPUTE_CONCURRENCY, create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.scheduling.admission import Reservation
-from service.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import SendFn, ServeFn, create_unlimited_app, serve_in_process, serve_over_tcp
 from tests.service.samples.sample_requests import SMALL_BODY

@@ -13,9 +13,9 @@ from starlette.requests import Request
 import core
 from service.app import create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.context import get_context
 from service.scheduling.admission import Reservation
-from service.settings import Settings
 from tests.servers import open_client, serve_in_process, start_server
 
 

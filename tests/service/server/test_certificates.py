@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsError, load_settings
+from service.configuration.settings import Settings, SettingsError, load_settings
 from tests.certificates import Certificate, create_certificate, run_openssl
 from tests.servers import get_startup_error
 

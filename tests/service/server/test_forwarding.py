@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from service.configuration.settings import Settings, SettingsError, load_settings
 from service.server.forwarding import MAX_FORWARDED_HOPS, ProxyOptions, is_valid_prefix, parse_trusted_proxies
-from service.settings import Settings, SettingsError, load_settings
 
 PROXIES = parse_trusted_proxies("127.0.0.1, 10.0.0.0/8, 2001:db8::/32")
 

@@ -4,8 +4,8 @@ import pytest
 
 import core
 from service.app import create_app
-from service.computed_settings import compute_defaults, find_limit_settings
-from service.settings import Settings
+from service.configuration.computed_settings import compute_defaults, find_limit_settings
+from service.configuration.settings import Settings
 from tests.problem_details import assert_problem
 from tests.servers import serve_in_process
 

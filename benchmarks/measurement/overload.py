@@ -44,7 +44,7 @@ FIT_SIZES = ((64, 60, 2), (96, 40, 1), (128, 30, 1))
 SOLO_TRIES = 7
 """Repetitions of each large request on the idle server."""
 
-IMAGE_PATH = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
+IMAGE_PATH = Path(__file__).parents[2] / "docs" / "images" / "camera.png"
 
 SMALL_BODY = b'{"input": [[0,1,2],[3,4,5],[6,7,8]], "kernel": [[0,1],[2,3]]}'
 
@@ -282,7 +282,7 @@ class LoadGenerator:
         begin = monotonic() + WARM_UP_S
         prober = await asyncio.create_subprocess_exec(
             sys.executable,
-            Path(__file__).with_name("livez_probe.py"),
+            Path(__file__).parents[1] / "livez_probe.py",
             *split_origin(self.server),
             str(seconds),
             stdout=asyncio.subprocess.PIPE,

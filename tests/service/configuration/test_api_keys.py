@@ -11,9 +11,9 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import LogCapture
 
-from service.api_keys import InvalidKeys, KeyRing, read_keys
 from service.app import create_app
-from service.settings import Settings
+from service.configuration.api_keys import InvalidKeys, KeyRing, read_keys
+from service.configuration.settings import Settings
 from tests.servers import serve_in_process
 from tests.service.locked_app import ALICE_KEY, BOB_KEY, CAROL_KEY, WRONG_KEY
 
@@ -21,7 +21,7 @@ from tests.service.locked_app import ALICE_KEY, BOB_KEY, CAROL_KEY, WRONG_KEY
 @pytest.fixture
 def fast_key_polling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the key file for changes more often than in production."""
-    monkeypatch.setattr("service.api_keys.KEY_FILE_CHECK_INTERVAL_S", 0.2)
+    monkeypatch.setattr("service.configuration.api_keys.KEY_FILE_CHECK_INTERVAL_S", 0.2)
 
 
 def wait_for(right: Any) -> bool:
@@ -116,7 +116,7 @@ def test_last_valid_keys_are_kept_if_the_file_is_invalid(
 
 
 def test_key_file_being_written_is_read_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.api_keys.KEY_FILE_CHECK_INTERVAL_S", 0.5)
+    monkeypatch.setattr("service.configuration.api_keys.KEY_FILE_CHECK_INTERVAL_S", 0.5)
     file = tmp_path / "keys"
     file.write_text(ALICE_KEY)
     ring = KeyRing(None, file)

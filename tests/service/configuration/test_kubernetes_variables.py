@@ -2,8 +2,8 @@
 
 import pytest
 
-from service.kubernetes_variables import is_kubernetes_variable
-from service.settings import Settings, SettingsError, list_variables, load_settings
+from service.configuration.kubernetes_variables import is_kubernetes_variable
+from service.configuration.settings import Settings, SettingsError, list_variables, load_settings
 
 SERVICE_VARIABLES = {
     "CORR2D_SERVICE_HOST": "10.0.0.7",

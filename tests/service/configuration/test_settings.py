@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, SecretStr
 
 from service.app import create_app
-from service.settings import Settings, SettingsError, load_settings
+from service.configuration.settings import Settings, SettingsError, load_settings
 from tests.servers import CORR2D_COMMAND, get_startup_error, serve_in_process
 from tests.service.locked_app import ALICE_KEY, PAGE_ORIGIN
 

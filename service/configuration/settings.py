@@ -10,8 +10,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.api_keys import KeyRing, parse_keys, read_keys
-from service.kubernetes_variables import is_kubernetes_variable
+from service.configuration.api_keys import KeyRing, parse_keys, read_keys
+from service.configuration.kubernetes_variables import is_kubernetes_variable
 from service.server.certificates import check_certificate
 from service.server.forwarding import UNIX_PEER, ProxyOptions, TrustedProxies, is_valid_prefix, parse_trusted_proxies
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.engines import halide_jit
-from core.engines.small_dft import ComplexExpr, small_dft
+from core.engines.transforms.small_dft import ComplexExpr, small_dft
 
 ReadFn: TypeAlias = Callable[[int, Any], tuple[Any, Any]]
 """(offset, rest) -> the value at offset + rest, as a ComplexExpr; its parts may be SignedExpr."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from core import usable_cores, usable_memory
+from service.configuration.settings import ENV_PREFIX, Settings
 from service.scheduling.admission import COMPUTE_MEMORY_FRACTION
-from service.settings import ENV_PREFIX, Settings
 
 REQUEST_MEMORY_FRACTION = 0.6
 """Fraction of the memory of the machine or its control groups; the rest is for Python, torch and compiled code."""

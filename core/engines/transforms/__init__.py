@@ -1,0 +1,1 @@
+"""Fourier transforms as Halide expressions."""

@@ -1,0 +1,1 @@
+"""Settings from flags and environment variables, the defaults that depend on the machine, and API keys."""
