@@ -12,13 +12,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.context import get_context
-from service.errors import (
-    Busy,
-    HTTPVersionNotSupported,
-    NotParseable,
-    RequestTimeout,
-    ServiceError,
-)
+from service.errors import NotParseable, RequestTimeout, ServiceError
 from service.server.config import ServerConfig
 from service.server.eviction import ALWAYS_EVICTABLE_PHASES, EVICTION_ORDER, ConnectionsState
 from service.server.listener import convert_mapped_address
@@ -26,12 +20,14 @@ from service.server.request_checks import (
     MAX_HEADER_BYTES,
     MAX_HEADER_FIELDS,
     MAX_SHOWN_TARGET_BYTES,
-    MAX_TARGET_BYTES,
-    check_host,
-    check_transfer_coding,
+    check_size,
+    check_upgrade,
+    check_version,
     get_content_length,
+    is_always_served,
     resolve_target,
     too_large_error,
+    too_many_connections_error,
 )
 from service.server.timeouts import ConnectionPhase, ConnectionProgress
 from service.server.transport import CoalescingTransport, ParsingFlowControl
@@ -46,10 +42,13 @@ A small request takes fifty times its bytes while it waits.
 """
 
 BODY_SLICE_BYTES = 1 << 13
+"""Bytes of a body that are parsed at a time."""
+
 MIN_UNREAD_BODY_BYTES = 1 << 14
+"""Bytes of a body from which on it waits until the application has seen the headers, and may respond without it."""
+
 MAX_CHUNKS_PER_TICK = 1 << 10
-"""Bytes of a body that are parsed at a time; bytes that wait until the application has seen the headers, because it may
-respond without the body; and chunks after which other connections are served first."""
+"""Chunks of a body after which other connections are served first."""
 
 MAX_DISCARDED_BYTES = 1 << 22
 """Body bytes discarded after an early error, before reading stops; closing with unread data resets the connection.
@@ -59,10 +58,6 @@ A client that is still sending then loses the response; one that can send no mor
 
 MAX_DRAINED_BYTES = 1 << 18
 """Body bytes that are read after the response to keep the connection open: a new connection costs more."""
-
-BODY_FRAMING_HEADERS = frozenset({b"content-length", b"transfer-encoding"})
-
-ALWAYS_SERVED_PATHS = frozenset({b"/livez", b"/readyz", b"/metrics"})
 
 
 class RequestRejected(Exception):
@@ -143,13 +138,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._is_evicted or phase not in EVICTION_ORDER or (self._rejected and phase not in ALWAYS_EVICTABLE_PHASES):
             return False
         if phase is ConnectionPhase.BODY:
-            self._reject(
-                Busy(
-                    f"the body arrives slowly and all {self.limits.connections} connections are in use: retry "
-                    "later, or send it faster (limit: CORR2D_CONNECTIONS)",
-                    headers={"Retry-After": "1"},
-                )
-            )
+            self._reject(too_many_connections_error(self.limits.connections, is_slow=True))
         elif phase is ConnectionPhase.SENDING:
             self.transport.abort()
         else:
@@ -299,15 +288,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _check_request(self) -> ServiceError | None:
         version = self.parser.get_http_version()
-        error: ServiceError | None = None
-        if version[0] != "1":
-            error = HTTPVersionNotSupported(
-                f"the request has version HTTP/{version}; supported are HTTP/1.1 and HTTP/1.0: use one of them"
-            )
-        else:
-            error = check_host(self.headers, version)
-            if error is None and self._transfer_codings:
-                error = check_transfer_coding(self._transfer_codings, version)
+        error = check_version(self.headers, version, self._transfer_codings)
         if version == "1.0":
             # It does not know 100 Continue (RFC 9110, 10.1.1).
             self.expect_100_continue = False
@@ -317,34 +298,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 error = resolved
             else:
                 self.url = resolved
-        return error or self._check_limits()
+        error = error or check_size(self.url, self.headers, self._framing_bytes)
+        if error is None and self.parser.should_upgrade():
+            error = check_upgrade(self.headers)
+        return error or self._check_connections()
 
-    def _check_limits(self) -> ServiceError | None:
-        if len(self.url) > MAX_TARGET_BYTES or len(self.headers) > MAX_HEADER_FIELDS:
-            return too_large_error(self.url)
-        if self._framing_bytes > MAX_HEADER_BYTES // 2:
-            # These may include bytes after the headers.
-            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if size > MAX_HEADER_BYTES:
-                return too_large_error(self.url)
-        if self.parser.should_upgrade() and any(name in BODY_FRAMING_HEADERS for name, _ in self.headers):
-            # The parser treats everything after the headers as the other protocol.
-            return NotParseable("a body with Upgrade is not supported: send it without Upgrade (curl: --http1.1)")
+    def _check_connections(self) -> ServiceError | None:
         too_many = self._over_limit and len(self.connections) > self.limits.connections
-        if too_many and not self._is_always_served():
-            return Busy(
-                f"all {self.limits.connections} connections are in use: retry later (limit: CORR2D_CONNECTIONS)",
-                headers={"Retry-After": "1"},
-            )
+        if too_many:
+            prefix = self.proxy_options.find_prefix(self.client[0] if self.client else None, self.headers)
+            if not is_always_served(self.url, prefix.encode()):
+                return too_many_connections_error(self.limits.connections)
         return None
-
-    def _is_always_served(self) -> bool:
-        """Return whether the path is one of a health check, with or without the prefix of the service."""
-        path = self.url.partition(b"?")[0]
-        if path in ALWAYS_SERVED_PATHS:
-            return True
-        prefix = self.proxy_options.find_prefix(self.client[0] if self.client else None, self.headers)
-        return path.removeprefix(prefix.encode()) in ALWAYS_SERVED_PATHS
 
     def on_body(self, body: bytes) -> None:
         """Count a part of a body and pass it on."""

@@ -6,7 +6,9 @@ import re
 import httptools
 
 from service.errors import (
+    Busy,
     HeaderTooLarge,
+    HTTPVersionNotSupported,
     MisdirectedRequest,
     NotParseable,
     ServiceError,
@@ -24,6 +26,49 @@ MAX_SHOWN_TARGET_BYTES = 200
 
 HOST_PATTERN = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 """uri-host [":" port] of RFC 9110, 7.2; it may be empty."""
+
+
+ALWAYS_SERVED_PATHS = frozenset({b"/livez", b"/readyz", b"/metrics"})
+"""Paths that are served on connections above the limit."""
+
+BODY_FRAMING_HEADERS = frozenset({b"content-length", b"transfer-encoding"})
+
+
+def check_version(headers: list[tuple[bytes, bytes]], version: str, transfer_codings: bytes) -> ServiceError | None:
+    """Return an error if the version is not supported, or does not allow these headers.
+
+    `transfer_codings`: those of the body, each followed by a comma.
+    """
+    if version[0] != "1":
+        return HTTPVersionNotSupported(
+            f"the request has version HTTP/{version}; supported are HTTP/1.1 and HTTP/1.0: use one of them"
+        )
+    error = check_host(headers, version)
+    if error is None and transfer_codings:
+        error = check_transfer_coding(transfer_codings, version)
+    return error
+
+
+def check_size(target: bytes, headers: list[tuple[bytes, bytes]], received: int) -> ServiceError | None:
+    """Return an error if the target or the headers are too large; `received`: their bytes or more."""
+    if len(target) > MAX_TARGET_BYTES or len(headers) > MAX_HEADER_FIELDS:
+        return too_large_error(target)
+    if received > MAX_HEADER_BYTES // 2:
+        # These may include bytes after the headers.
+        size = len(target) + sum(len(name) + len(value) + 4 for name, value in headers)
+        if size > MAX_HEADER_BYTES:
+            return too_large_error(target)
+    return None
+
+
+def check_upgrade(headers: list[tuple[bytes, bytes]]) -> ServiceError | None:
+    """Return an error if a request to upgrade to another protocol has a body.
+
+    The parser treats everything after its headers as the other protocol.
+    """
+    if any(name in BODY_FRAMING_HEADERS for name, _ in headers):
+        return NotParseable("a body with Upgrade is not supported: send it without Upgrade (curl: --http1.1)")
+    return None
 
 
 def check_transfer_coding(listed: bytes, version: str) -> ServiceError | None:
@@ -99,4 +144,19 @@ def too_large_error(target: bytes) -> ServiceError:
     return HeaderTooLarge(
         f"the request line and headers exceed {MAX_HEADER_BYTES:,} bytes or {MAX_HEADER_FIELDS} fields: "
         "send fewer or shorter headers"
+    )
+
+
+def is_always_served(target: bytes, prefix: bytes) -> bool:
+    """Return whether the path of a target, with or without the prefix of the service, is always served."""
+    path = target.partition(b"?")[0]
+    return path in ALWAYS_SERVED_PATHS or path.removeprefix(prefix) in ALWAYS_SERVED_PATHS
+
+
+def too_many_connections_error(limit: int, *, is_slow: bool = False) -> ServiceError:
+    """Return the error for a request on a connection above the limit, or of a slow client while all are in use."""
+    cause, remedy = ("the body arrives slowly and ", ", or send it faster") if is_slow else ("", "")
+    return Busy(
+        f"{cause}all {limit} connections are in use: retry later{remedy} (limit: CORR2D_CONNECTIONS)",
+        headers={"Retry-After": "1"},
     )

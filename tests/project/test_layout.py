@@ -16,7 +16,6 @@ SOURCE_SUFFIXES = (".py", ".js", ".css", ".html")
 
 LONG_FILES = {
     "service/codecs/json_scanner.py",  # Numba compiles it as one module
-    "service/server/protocol.py",
 }
 """Source files that may be longer."""
 
