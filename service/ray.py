@@ -9,8 +9,10 @@ import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.configuration.settings import Settings, load_settings
 from service.middleware.ray_proxy import CALLBACK_VARIABLE, RETRY_AFTER_S
@@ -76,7 +78,31 @@ def create_app() -> FastAPI:
     """Return the application of a replica, in its process. Raises SettingsError."""
     from service.asgi import create_app as create_asgi_app
 
-    return create_asgi_app(settings_of_replica(load_settings()))
+    application = create_asgi_app(settings_of_replica(load_settings()))
+    application.add_middleware(DisconnectMiddleware)
+    return application
+
+
+class DisconnectMiddleware:
+    """Middleware that receives `http.disconnect` instead of Ray's exceptions.
+
+    Ray raises them if the request is cancelled, or its proxy ends, while messages of the client are fetched. Requests
+    would fail with internal errors, although their clients have disconnected.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+
+        async def receive_or_disconnect() -> Message:
+            try:
+                return await receive()
+            except (TaskCancelledError, RayActorError):
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_disconnect, send)
 
 
 @serve.ingress(create_app)

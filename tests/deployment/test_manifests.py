@@ -49,6 +49,8 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 KUBERNETES_VERSIONS = ["1.31", "1.37"]
 
+POD_NAME = "corr2d-5d8f7c9b6-x2x7k"
+
 UNITS = {"Gi": 1 << 30, "Mi": 1 << 20}
 MEMORY_OF_PROCESS_MB = 1000
 """Memory in MB for Python, torch and compiled code, and for the process that compiles engines: docs/operations.md."""
@@ -60,7 +62,15 @@ def read_settings(pod: Resource, resources: list[Resource]) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in container.get("envFrom", ()):
         found |= find(resources, "ConfigMap", source["configMapRef"]["name"])["data"]
-    return found | {variable["name"]: variable.get("value", "") for variable in container.get("env", ())}
+    return found | {variable["name"]: read_value(variable) for variable in container.get("env", ())}
+
+
+def read_value(variable: Resource) -> str:
+    """Return the value of an environment variable, which may be the name of the pod."""
+    if "valueFrom" not in variable:
+        return str(variable["value"])
+    assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+    return POD_NAME
 
 
 def parse_memory(text: str) -> int:
@@ -163,6 +173,11 @@ def test_every_variable_is_a_setting_or_of_the_image(name: str) -> None:
     settings = {ENV_PREFIX + field.upper() for field in Settings.model_fields}
     image = set(re.findall(r"(\w+)=", " ".join(re.findall(r"^ENV (.+)$", DOCKERFILE, re.MULTILINE))))
     assert VARIABLES[name].keys() <= settings | image
+
+
+@every_pod
+def test_replica_is_the_name_of_the_pod(name: str) -> None:
+    assert VARIABLES[name]["CORR2D_REPLICA"] == POD_NAME
 
 
 @every_pod
@@ -342,6 +357,7 @@ def test_service_starts_with_the_variables_and_drains(tmp_path: Path) -> None:
             assert send("POST", "/correlate", json=body).status_code == 401
             headers = {"Authorization": "Bearer 0123456789abcdef"}
             assert send("POST", "/correlate", json=body, headers=headers).json()["output"] == [[19, 25], [37, 43]]
+            assert send("GET", "/info", headers=headers).json()["settings"]["replica"] == POD_NAME
         stopped = time.monotonic()
         process.send_signal(signal.SIGTERM)
         # Requests are served until the endpoints are removed everywhere.

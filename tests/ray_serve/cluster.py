@@ -34,6 +34,8 @@ VARIABLES = {
     "CORR2D_QUEUE_TIMEOUT_S": "600",
     "CORR2D_REQUEST_TIMEOUT_S": "600",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.middleware.ray_proxy.create_middlewares",
+    # Lines of the log that differ in numbers only would be left out.
+    "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 

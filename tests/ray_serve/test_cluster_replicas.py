@@ -115,20 +115,30 @@ def test_replicas_have_their_share_of_the_machine(ray_cluster: RayCluster) -> No
 
 
 def test_client_that_disconnects_is_logged_as_499(ray_cluster: RayCluster) -> None:
-    for accept in ("application/json", "text/event-stream"):
-        headers = {"Accept": accept, "X-Request-ID": f"leaves-{accept}"}
-        url = f"{ray_cluster.address}/train-kernel"
-        # A stream starts at once; a JSON response would arrive after seconds.
+    url = f"{ray_cluster.address}/train-kernel"
+    # A stream starts at once; a JSON response would arrive after seconds.
+    timeout = httpx.Timeout(60, read=0.5)
+    names = [f"leaves-{time.monotonic_ns()}-{number}" for number in range(2)]
+    for name, accept in zip(names, ("application/json", "text/event-stream"), strict=True):
+        headers = {"Accept": accept, "X-Request-ID": name}
         with (
             suppress(httpx.ReadTimeout),
-            httpx.stream("POST", url, json=LONG_FIT_REQUEST, headers=headers, timeout=0.5) as stream,
+            httpx.stream("POST", url, json=LONG_FIT_REQUEST, headers=headers, timeout=timeout) as stream,
         ):
             assert stream.status_code == 200
+    for name in names:
+        assert " status=499 problem=client-left " in wait_for_log_line(ray_cluster, name)
+
+
+def wait_for_log_line(cluster: RayCluster, request_id: str) -> str:
+    """Return the line that a replica logs for a request, as soon as it is there."""
     deadline = time.monotonic() + 20
-    while len(lines := [line for line in ray_cluster.log.read_text().splitlines() if "request_id=leaves-" in line]) < 2:
-        assert time.monotonic() < deadline
+    while time.monotonic() < deadline:
+        for line in cluster.log.read_text().splitlines():
+            if f" request_id={request_id} " in line:
+                return line
         time.sleep(0.1)
-    assert all(" status=499 problem=client-left " in line for line in lines)
+    raise AssertionError(cluster.log.read_text()[-5000:])
 
 
 def test_killed_replica_loses_no_response(ray_cluster: RayCluster) -> None:

@@ -1,20 +1,28 @@
-"""Tests of the middleware of Ray's proxies, and of the manifests for KubeRay."""
+"""Tests of the middleware of Ray's proxies and of the replicas, and of the manifests for KubeRay."""
 
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
+import orjson
 import pytest
 import yaml
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from service.app import create_app
+from service.app_state import get_app_state
+from service.metrics.prometheus import render_metrics
 from service.middleware.ray_proxy import PROBLEMS, RayProblemMiddleware
 from service.problems import PROBLEM_TYPES
+from service.settings import Settings
 from tests.problem_details import assert_problem
 
 MANIFESTS = sorted((Path(__file__).parents[2] / "deploy" / "ray").glob("*.yaml"))
+
+WITHOUT_RAY = "Ray is not installed (pip install 'corr2d[ray]')"
 
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
@@ -69,6 +77,41 @@ async def test_paths_of_ray_are_unchanged() -> None:
     assert (response.status_code, response.text) == (503, "draining")
 
 
+@pytest.mark.anyio
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments")
+@pytest.mark.parametrize("name", ["TaskCancelledError", "ActorDiedError"])
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+async def test_request_that_ray_cancels_is_counted_as_499(name: str, accept: str) -> None:
+    exceptions = pytest.importorskip("ray.exceptions", reason=WITHOUT_RAY)
+    from service.ray import DisconnectMiddleware
+
+    app = create_app(Settings(device="cpu"))
+    app.add_middleware(DisconnectMiddleware)
+    fit = {"input": [[0, 1], [2, 3]], "target": [[1]], "steps": 1_000_000, "learning_rate": 1e-9}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/train-kernel",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"accept", accept.encode())],
+    }
+    messages = [{"type": "http.request", "body": orjson.dumps(fit), "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await anyio.sleep(0.05)
+        raise getattr(exceptions, name)
+
+    async def ignore(message: Message) -> None:
+        """The client has disconnected."""
+
+    async with app.router.lifespan_context(app):
+        await app(scope, receive, ignore)
+    text, _ = render_metrics(get_app_state(app).metrics, "", None)
+    assert b'corr2d_requests_total{route="/train-kernel",status="499"} 1.0' in text
+
+
 def test_problem_types_are_those_of_the_service() -> None:
     served = {(kind.status, kind.name, kind.title) for kind in PROBLEM_TYPES.values()}
     listed = {(status, name, title) for status, (name, title) in PROBLEMS.items() if status != 404}
@@ -78,7 +121,7 @@ def test_problem_types_are_those_of_the_service() -> None:
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments")
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_manifest_has_a_valid_configuration(path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed (pip install 'corr2d[ray]')")
+    pytest.importorskip("ray", reason=WITHOUT_RAY)
     from ray.serve.schema import ServeDeploySchema
 
     from service.ray import NAME
