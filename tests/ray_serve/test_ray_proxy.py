@@ -14,10 +14,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.app import create_app
 from service.app_state import get_app_state
+from service.configuration.settings import Settings
 from service.metrics.prometheus import render_metrics
 from service.middleware.ray_proxy import PROBLEMS, RayProblemMiddleware
 from service.problems import PROBLEM_TYPES
-from service.settings import Settings
 from tests.problem_details import assert_problem
 
 MANIFESTS = sorted((Path(__file__).parents[2] / "deploy" / "ray").glob("*.yaml"))
