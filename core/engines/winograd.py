@@ -31,7 +31,7 @@ from core.engines.winograd_pipelines import (
 from core.machine import Machine
 from core.padding import extract_window
 from core.problem import Problem, SliceUnits
-from core.shapes import Pair
+from core.shapes import Pair, Sides
 
 METHOD = "winograd"
 
@@ -139,17 +139,22 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     layout = _choose_layout(problem, machine)
     top, _, left, _ = problem.padding
     # An output with an odd side is computed with one more row or column.
-    read_rows, read_columns = (-top, _round_up(rows, 2) + 2 - top), (-left, _round_up(columns, 2) + 2 - left)
+    read_rows, read_columns = (-top, 2 * layout.all_rows + 2 - top), (-left, 2 * layout.across + 2 - left)
     boundary, fill_value = problem.boundary, problem.fill_value
+    pads_strips = boundary == "zeros" and min(problem.height, problem.width) >= MIN_OUTPUT_SIDE
 
     def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty((problem.batch, problem.filters, rows, columns), np.float32) if out is None else as_numpy(out)
-        pixels = extract_window(as_torch(images), read_rows, read_columns, boundary, fill_value).numpy()
+        pixels, border = as_numpy(images), problem.padding
+        if not pads_strips:
+            pixels = extract_window(as_torch(images), read_rows, read_columns, boundary, fill_value).numpy()
+            border = (0, 0, 0, 0)
         kernels = np.ascontiguousarray(as_numpy(weight))
         offsets = np.zeros(problem.filters, np.float32) if bias is None else as_numpy(bias)
         transformed, magnitudes = transform_kernels(kernels, machine)
-        _fill(pixels, transformed, offsets, output, layout, machine)
-        for image, inexact in enumerate(find_inexact_planes(problem, pixels, kernels, magnitudes)):
+        _fill(pixels, border, transformed, offsets, output, layout, machine)
+        inset = max(0, KERNEL_SIZE[0] - 1 - min(border))
+        for image, inexact in enumerate(find_inexact_planes(problem, pixels, inset, kernels, magnitudes)):
             if inexact.any():
                 own = as_numpy(images)[image : image + 1]
                 output[image, inexact] = _compute_directly(problem, machine, own, kernels[inexact], offsets[inexact])
@@ -239,39 +244,44 @@ def transform_kernels(kernels: Plane, machine: Machine) -> tuple[Plane, Plane]:
     return shaped, shaped[COMPONENTS]
 
 
-def _fill(pixels: Plane, kernels: Plane, bias: Plane, output: Plane, layout: _Layout, machine: Machine) -> None:
-    """Fill the output (N, O, oh, ow) from pixels (N, C, H, W) with an even number of rows and columns."""
-    rows, columns = pixels.shape[2] - 2, pixels.shape[3] - 2
+def _fill(
+    pixels: Plane, border: Sides, kernels: Plane, bias: Plane, output: Plane, layout: _Layout, machine: Machine
+) -> None:
+    """Fill the output (N, O, oh, ow) from pixels (N, C, H, W) with a border of zeros."""
+    rows, columns = 2 * layout.all_rows, 2 * layout.across
     is_direct = output.shape[2:] == (rows, columns) and output.strides[3] == 4 and output.strides[2] % 8 == 0
     target = output if is_direct else np.empty((*output.shape[:2], rows, columns), np.float32)
-    lanes = _choose_lanes(layout.across)
-    fill = layer_pipeline(*GEMM_TILES[pipelines.vector_bytes()], lanes)
+    fill = layer_pipeline(*GEMM_TILES[pipelines.vector_bytes()], _choose_lanes(layout.across))
     whole = layout.all_rows // layout.rows * layout.rows
     for first, last, per_strip in ((0, whole, layout.rows), (whole, layout.all_rows, layout.all_rows - whole)):
         if first < last:
             strips = (last - first) // per_strip
             part = target[:, :, 2 * first : 2 * last].view(np.uint64)
             part = part.reshape(*output.shape[:2], strips, per_strip, 2, layout.across).transpose(0, 2, 1, 3, 4, 5)
-            read = pixels[:, :, 2 * first : 2 * last + 2]
             items = len(output) * strips * layout.groups
             per_task = -(-items // halide_costs.choose_task_count(machine, items))
-            fill(read, kernels, bias, layout.across, per_strip, layout.blocks, per_task, part)
+            above, before = border[0] - 2 * first, border[2]
+            fill(pixels, kernels, bias, above, before, layout.across, per_strip, layout.blocks, per_task, part)
     if not is_direct:
         output[...] = target[:, :, : output.shape[2], : output.shape[3]]
 
 
-def find_inexact_planes(problem: Problem, pixels: Plane, kernels: Plane, magnitudes: Plane) -> NDArray[np.bool_]:
+def find_inexact_planes(
+    problem: Problem, pixels: Plane, inset: int, kernels: Plane, magnitudes: Plane
+) -> NDArray[np.bool_]:
     """Return a mask (N, O) of the output planes whose error may exceed the bound.
 
-    `magnitudes` (O, C) are the largest of each transformed kernel, which are at most the sum of |k|.
+    All taps read each of the pixels (N, C, H, W) that is at least `inset` from a border. `magnitudes` (O, C) are the
+    largest of each transformed kernel, which are at most the sum of |k|.
     """
     count = len(pixels)
     patterns, sums = np.empty(pixels.shape[:2], np.uint32), np.empty(pixels.shape[:2], np.float32)
-    stats_pipeline(_choose_lanes(pixels.shape[3] // 6))(pixels, patterns, sums)
+    stats_pipeline(_choose_lanes(pixels.shape[3] // 6))(pixels, inset, patterns, sums)
     largest, means = patterns.view(np.float32), sums / np.float32(math.prod(problem.output_size))
     least, most = precision.MIN_FULL_PRECISION[FLOAT32], precision.MAX_FINITE[FLOAT32]
     with np.errstate(invalid="ignore", over="ignore"):
-        both = np.concatenate([largest, means]) @ magnitudes.T
+        # Not a matrix product: BLAS's threads occupy their cores for milliseconds after one.
+        both = np.vecdot(np.concatenate([largest, means])[:, np.newaxis], magnitudes)
         # Each tap reads all pixels of the means: the mean over all windows of sum |x| |k| is at least `mean`.
         bound, mean = both[:count], both[count:]
         exact: NDArray[np.bool_] = ERROR_FACTOR * bound <= 4 * math.sqrt(problem.taps) * mean

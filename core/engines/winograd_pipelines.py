@@ -55,18 +55,18 @@ def stats_pipeline(lanes: int) -> PipelineSpec:
     lanes - 1 further columns on the right. A pixel that is not finite counts as the largest.
     """
     hl = halide_jit.import_halide()
-    images = hl.ImageParam(hl.Float(32), 4, "images")
+    images, inset = hl.ImageParam(hl.Float(32), 4, "images"), hl.Param(hl.Int(32), "inset")
     lane, c, n = (hl.Var(name) for name in ("lane", "c", "n"))
     width, height = images.dim(0).extent(), images.dim(1).extent()
     every = hl.RDom([hl.Range(0, (width + lanes - 1) / lanes), hl.Range(0, height)], "every")
-    inner = hl.RDom([hl.Range(0, (width - 4) / lanes), hl.Range(2, height - 4)], "inner")
+    inner = hl.RDom([hl.Range(0, (width - 2 * inset) / lanes), hl.Range(inset, height - 2 * inset)], "inner")
     lane_maxima, lane_sums, maxima, sums = (hl.Func(name) for name in ("lane_maxima", "lane_sums", "maxima", "sums"))
     # The last vector of a row overlaps the one before it.
     pixel = images[hl.min(every.x * lanes, width - lanes) + lane, every.y, c, n]
     lane_maxima[lane, c, n] = hl.cast(hl.UInt(32), 0)
     lane_maxima[lane, c, n] = hl.max(lane_maxima[lane, c, n], halide_jit.magnitude_bits(pixel, 32))
     lane_sums[lane, c, n] = hl.cast(hl.Float(32), 0)
-    lane_sums[lane, c, n] += hl.abs(images[2 + inner.x * lanes + lane, inner.y, c, n])
+    lane_sums[lane, c, n] += hl.abs(images[inset + inner.x * lanes + lane, inner.y, c, n])
     some = hl.RDom([hl.Range(0, lanes)], "some")
     maxima[c, n] = hl.cast(hl.UInt(32), 0)
     maxima[c, n] = hl.max(maxima[c, n], lane_maxima[some.x, c, n])
@@ -77,33 +77,37 @@ def stats_pipeline(lanes: int) -> PipelineSpec:
         lane_values.update().reorder(lane, pixels.x, pixels.y).vectorize(lane)
         values.compute_root()
         values.update().reorder(some.x, c, n)
-    return hl.Pipeline([maxima, sums]), [images]
+    return hl.Pipeline([maxima, sums]), [images, inset]
 
 
 @pipelines.cached_pipeline
 def layer_pipeline(filters: int, vectors: int, lanes: int) -> PipelineSpec:
     """Define the pipeline of a layer, for outputs of even rows and columns.
 
-    Images (N, C, H, W), kernels (17, O, C), bias (O), tiles across, tile rows per strip, blocks of filters per item,
-    items per task -> (N, strips, O, tile rows, 2, tiles across), where each value is a pair of output columns.
+    Images (N, C, H, W), kernels (17, O, C), bias (O), rows and columns of zeros before the images, tiles across, tile
+    rows per strip, blocks of filters per item, items per task -> (N, strips, O, tile rows, 2, tiles across), where each
+    value is a pair of output columns.
 
-    A strip of tiles is transformed as a whole. The products of a block of filters are sums over the channels in tiles
-    of `filters` by `vectors` vectors of positions, which stay in registers. `lanes` is the vector size of the
+    A strip of tiles is transformed as a whole. Each thread pads its own strips: pixels that another thread has just
+    copied would have to move from the cache of its core. The products of a block of filters are sums over the channels
+    in tiles of `filters` by `vectors` vectors of positions, which stay in registers. `lanes` is the vector size of the
     transform, at most the tiles across.
     """
     hl, wide = halide_jit.import_halide(), halide_jit.vector_lanes("float32")
     images, kernels = hl.ImageParam(hl.Float(32), 4, "images"), hl.ImageParam(hl.Float(32), 3, "kernels")
     bias = hl.ImageParam(hl.Float(32), 1, "bias")
-    names = ("across", "per_strip", "per_item", "per_task")
-    across, per_strip, per_item, per_task = (hl.Param(hl.Int(32), name) for name in names)
-    p, x, tile, line, half, c, o, strip, n = (
-        hl.Var(name) for name in ("p", "x", "tile", "line", "half", "c", "o", "strip", "n")
+    names = ("above", "before", "across", "per_strip", "per_item", "per_task")
+    above, before, across, per_strip, per_item, per_task = (hl.Param(hl.Int(32), name) for name in names)
+    p, x, y, tile, line, half, c, o, strip, n = (
+        hl.Var(name) for name in ("p", "x", "y", "tile", "line", "half", "c", "o", "strip", "n")
     )
     component, row, block, within = (hl.Var(name) for name in ("component", "row", "block", "within"))
 
-    rows, pixels = hl.Func("rows"), hl.Func("pixels")
+    padded, rows, pixels = hl.Func("padded"), hl.Func("rows"), hl.Func("pixels")
+    sides = [(images.dim(axis).min(), images.dim(axis).extent()) for axis in range(2)]
+    padded[x, y, c, n] = hl.BoundaryConditions.constant_exterior(images, 0.0, sides)[x - before, y - above, c, n]
     top = 2 * (strip * per_strip + line)
-    rows[x, row, line, c, strip, n] = hl.mux(row, _transform_pixels([images[x, top + i, c, n] for i in range(4)]))
+    rows[x, row, line, c, strip, n] = hl.mux(row, _transform_pixels([padded[x, top + i, c, n] for i in range(4)]))
     # The last vector of tiles in a row overlaps the one before it.
     r = hl.RDom(
         [
@@ -146,6 +150,7 @@ def layer_pipeline(filters: int, vectors: int, lanes: int) -> PipelineSpec:
     pixels.compute_at(output, item).bound(component, 0, COMPONENTS)
     transform = pixels.update().allow_race_conditions()
     transform.reorder(r.x, r.y, r.z, r.w, c, strip, n).vectorize(r.x).unroll(r.y)
+    padded.compute_at(pixels, c).vectorize(x, wide, round_up)
     rows.compute_at(pixels, c).bound(row, 0, 4).reorder(x, row, line).vectorize(x, wide, guard).unroll(row)
     chunk, inner = hl.Var("chunk"), hl.Var("inner")
     products.compute_at(output, block).bound(component, 0, COMPONENTS).bound(within, 0, filters)
@@ -155,7 +160,7 @@ def layer_pipeline(filters: int, vectors: int, lanes: int) -> PipelineSpec:
     total.update().reorder(p, within, k.x).vectorize(p, wide).unroll(p).unroll(within)
     pairs.compute_at(output, block).bound(half, 0, 2).reorder(p, half, within)
     pairs.vectorize(p, wide // 2, round_up).unroll(half)
-    return output, [images, kernels, bias, across, per_strip, per_item, per_task]
+    return output, [images, kernels, bias, above, before, across, per_strip, per_item, per_task]
 
 
 def _transform_taps(taps: Sequence[Any]) -> list[Any]:

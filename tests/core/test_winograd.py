@@ -118,13 +118,13 @@ def test_sparse_planes_are_computed_directly(rng: np.random.Generator) -> None:
     weight[:, :, 0, 0] = 0
     problem = Problem(1, 16, 32, 32, 16, 3, 3)
     magnitudes = winograd.transform_kernels(weight, core.Machine(1))[1]
-    assert winograd.find_inexact_planes(problem, images, weight, magnitudes).all()
+    assert winograd.find_inexact_planes(problem, images, 2, weight, magnitudes).all()
     assert_bounded(images, weight, compute(images, weight))
     ordinary, weight = draw_layer(rng, 1, 16, 32, 32)
     magnitudes = winograd.transform_kernels(weight, core.Machine(1))[1]
-    assert not winograd.find_inexact_planes(problem, ordinary, weight, magnitudes).any()
+    assert not winograd.find_inexact_planes(problem, ordinary, 2, weight, magnitudes).any()
     # Half of the values are zero after a rectifier.
-    assert not winograd.find_inexact_planes(problem, np.maximum(ordinary, 0), weight, magnitudes).any()
+    assert not winograd.find_inexact_planes(problem, np.maximum(ordinary, 0), 2, weight, magnitudes).any()
 
 
 @pytest.mark.parametrize(
