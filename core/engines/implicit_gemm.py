@@ -8,6 +8,7 @@ offset into one of them. Every output value is summed in the same order, indepen
 """
 
 import functools
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -18,11 +19,16 @@ from numpy.typing import NDArray
 from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit, interior
 from core.engines.halide_jit import Plane
-from core.engines.implicit_gemm_pipelines import bands_pipeline, polyphase_pipeline, rows_pipeline
+from core.engines.implicit_gemm_pipelines import (
+    bands_pipeline,
+    polyphase_pipeline,
+    rows_pipeline,
+    strips_pipeline,
+)
 from core.engines.interior import Borders
 from core.machine import Machine
 from core.problem import Problem, SliceUnits
-from core.shapes import Pair
+from core.shapes import Pair, dilated_size
 
 METHOD = "direct"
 
@@ -33,6 +39,18 @@ MAX_BAND_POSITIONS = 1024
 """Maximum number of positions of a band, for each filter of a tile; a longer single row is one band."""
 
 TASKS_PER_THREAD = 4
+
+STRIP_TILE: Pair = (8, 2)
+"""(filters, vectors) of a tile in a padded strip."""
+
+MAX_STRIP_BYTES = 1 << 22
+"""Maximum bytes of a padded strip."""
+
+MIN_COPIED_LANES, MIN_STRIP_TAPS = 4, 64
+"""Minimum pixels that are copied at once into a strip, and minimum taps for which strips are faster than long rows."""
+
+COPIED_VECTOR_TAPS = 3.0
+"""Time to copy one vector of pixels into a strip, in units of the time of one tap for one vector."""
 
 ROW_TILE_OVERHEAD_TAPS, BAND_TILE_OVERHEAD_TAPS, BAND_OVERHEAD_TAPS = 2, 12, 20
 """Overhead of a tile in a row, of a tile in a band, and of a band, in units of the time of one tap."""
@@ -75,6 +93,11 @@ def seconds(problem: Problem, machine: Machine) -> float:
             + interior.border_seconds(problem, _borders(problem), machine)
         )
     lanes = halide_jit.vector_lanes(problem.dtype)
+    strips = choose_strips(problem, machine)
+    if strips is not None:
+        sums = 2 * math.prod(STRIP_TILE) * lanes * strips.cost / speed
+        others = halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
+        return machine.compile_seconds + 2 * CALL_OVERHEAD_S + sums + others / machine.threads
     rows, columns = problem.output_size
     each = problem.filters // problem.groups
     unpadded = problem.is_padded or problem.stride != (1, 1)
@@ -112,7 +135,11 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
             source = _polyphase(problem, pixels, (output.shape[2], output.shape[3]), machine)
         _run_gemm(problem, source, weight, offsets, output, machine)
 
-    fill = interior.split_interior_and_borders(problem, _borders(problem), lambda _: fill_part)
+    strips = choose_strips(problem, machine)
+    if strips is None:
+        fill = interior.split_interior_and_borders(problem, _borders(problem), lambda _: fill_part)
+    else:
+        fill = functools.partial(_fill_strips, problem, machine, strips)
 
     def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else out
@@ -126,8 +153,12 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of copies (padded, contiguous or split into polyphase components) and of the offset table."""
-    del machine
     lanes, (rows, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
+    strips = choose_strips(problem, machine)
+    if strips is not None:
+        positions = (strips.rows + _kernel_rows(problem)) * strips.pitch
+        values = problem.channels // problem.groups + STRIP_TILE[0]
+        return (machine.threads + 1) * problem.itemsize * values * positions + 16 * problem.taps
     copies = interior.border_bytes(problem, _borders(problem))
     if problem.stride != (1, 1):
         (down, pitch_rows), (across, pitch) = (
@@ -311,6 +342,79 @@ def _choose_tiling(shape: _SumShape) -> _Tiling:
         band = _choose_band(shape, width)
         tilings.append(_Tiling(band.cost * blocks, tile, band))
     return min(tilings, key=lambda tiling: tiling.cost)
+
+
+def _kernel_rows(problem: Problem) -> int:
+    return dilated_size(problem.kernel_height, problem.dilation[0])
+
+
+class _Strips(NamedTuple):
+    """Rows of a strip, items of blocks of filters per strip, pitch, and the cost of one thread in tiles times taps."""
+
+    rows: int
+    groups: int
+    pitch: int
+    cost: float
+
+
+@functools.lru_cache(maxsize=256)
+def choose_strips(problem: Problem, machine: Machine) -> _Strips | None:
+    """Return the division of a layer with a border of zeros into strips, or None if the image is padded as a whole.
+
+    A copy of the padded image would be made by one thread, and its pixels would move from the cache of one core to that
+    of another. With one thread and long rows, sums that are stored directly in the output are faster.
+    """
+    if not problem.is_padded or problem.boundary != "zeros" or problem.stride != (1, 1) or problem.is_single_plane:
+        return None
+    lanes, (height, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
+    pitch, kernel_rows = problem.padded_size[1], _kernel_rows(problem)
+    each, channels = problem.filters // problem.groups, problem.channels // problem.groups
+    is_short = _choose_tiling(_SumShape(problem.taps, each, height, columns, pitch, lanes)).band is not None
+    if pitch < MIN_COPIED_LANES or not (is_short or (machine.threads > 1 and problem.taps >= MIN_STRIP_TAPS)):
+        return None
+    filters, vectors = STRIP_TILE
+    blocks, images = -(-each // filters), problem.batch * problem.groups
+    largest = max(1, MAX_STRIP_BYTES // (problem.itemsize * channels * pitch) - kernel_rows + 1)
+
+    def item_cost(rows: int, groups: int) -> float:
+        tiles = -(-((rows - 1) * pitch + columns) // (vectors * lanes))
+        copied = COPIED_VECTOR_TAPS * channels * (rows + kernel_rows - 1) * -(-pitch // lanes) / (filters * vectors)
+        return copied + -(-blocks // groups) * (BAND_OVERHEAD_TAPS + tiles * (problem.taps + BAND_TILE_OVERHEAD_TAPS))
+
+    def thread_cost(rows: int, groups: int) -> float:
+        strips, rest = divmod(height, rows)
+        cost = -(-images * strips * groups // machine.threads) * item_cost(rows, groups)
+        return cost + (-(-images * groups // machine.threads) * item_cost(rest, groups) if rest else 0)
+
+    options = itertools.product(range(1, min(height, largest) + 1), range(1, min(blocks, machine.threads) + 1))
+    rows, groups = min(options, key=lambda option: (thread_cost(*option), option))
+    return _Strips(rows, groups, pitch, thread_cost(rows, groups))
+
+
+def _fill_strips(
+    problem: Problem, machine: Machine, strips: _Strips, pixels: Plane, output: Plane, weight: Plane, bias: Plane
+) -> None:
+    """Fill the output (N, O, oh, ow) from images without their border."""
+    groups, channels = problem.groups, problem.channels // problem.groups
+    each, (rows, columns) = problem.filters // groups, problem.output_size
+    kernel = problem.kernel_height, problem.kernel_width
+    offsets, furthest = cached_offset_table(1, kernel, (1, 1), problem.dilation, 0, 0, strips.pitch)
+    copied_lanes = next(size for size in (16, 8, MIN_COPIED_LANES) if size <= strips.pitch)
+    fill = strips_pipeline(problem.dtype, *STRIP_TILE, copied_lanes)
+    taps = weight.reshape(groups, each, channels, len(offsets))
+    target = output.reshape(len(output), groups, each, rows, columns)
+    blocks = -(-each // STRIP_TILE[0])
+    whole = rows // strips.rows * strips.rows
+    for first, last, per_strip in ((0, whole, strips.rows), (whole, rows, rows - whole)):
+        if first < last:
+            count = (last - first) // per_strip
+            part = target[:, :, :, first:last].reshape(*target.shape[:3], count, per_strip, columns)
+            items = len(output) * groups * count * strips.groups
+            per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
+            border = problem.padding[0] - first, problem.padding[2]
+            read = per_strip, per_strip + _kernel_rows(problem) - 1, strips.pitch
+            sizes = furthest, *border, *read, -(-blocks // strips.groups), per_task
+            fill(pixels, taps, bias.reshape(groups, each), offsets, *sizes, part.swapaxes(2, 3))
 
 
 def _choose_band(shape: _SumShape, width: int) -> _Band:

@@ -1,4 +1,4 @@
-"""Compiled pipelines of the engine implicit_gemm: the sums, row by row or in bands of rows, and the polyphase split.
+"""Compiled pipelines of the engine implicit_gemm: the sums, by rows, bands or padded strips, and the polyphase split.
 
 core/engines/implicit_gemm.py explains the algorithm.
 """
@@ -92,6 +92,61 @@ def bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
 
 
 @pipelines.cached_pipeline
+def strips_pipeline(dtype: Dtype, filters: int, vectors: int, copied_lanes: int) -> PipelineSpec:
+    """Define a pipeline for images with a border of zeros, in strips of rows that each thread pads for itself.
+
+    Images (N, C, H, W), weight (G, O, C / G, taps of a channel), bias (G, O), offsets of these taps, largest offset,
+    rows and columns of zeros before the images, rows of a strip, rows that it reads, pitch, blocks of filters per item,
+    items per task -> (N, G, O, strips, rows, columns). `copied_lanes` pixels are copied at once, at most the pitch.
+
+    An item is a strip of some blocks of filters. Within it, tiles extend over the ends of rows as in bands_pipeline.
+    """
+    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
+    images, weight, bias, offsets = _input_params(dtype, 4)
+    params = [
+        hl.Param(hl.Int(32), name)
+        for name in ("furthest", "above", "before", "per_strip", "lines", "pitch", "per_item", "per_task")
+    ]
+    furthest, above, before, per_strip, lines, pitch, per_item, per_task = params
+    p, x, y, c, o, strip, g, n = (hl.Var(name) for name in ("p", "x", "y", "c", "o", "strip", "g", "n"))
+    padded, total, flat, output = (hl.Func(name) for name in ("padded", "total", "flat", "output"))
+    sides = [(images.dim(axis).min(), images.dim(axis).extent()) for axis in range(2)]
+    channels = weight.dim(1).extent()
+    # The last pixels that are copied in a row overlap those before.
+    chunks = (pitch + copied_lanes - 1) / copied_lanes
+    r = hl.RDom([hl.Range(0, copied_lanes), hl.Range(0, chunks), hl.Range(0, lines)], "r")
+    column = hl.min(r.y * copied_lanes, pitch - copied_lanes) + r.x
+    padded[p, c, strip, g, n] = hl.undef(halide_jit.halide_type(dtype))
+    padded[r.z * pitch + column, c, strip, g, n] = hl.BoundaryConditions.constant_exterior(
+        images, hl.cast(halide_jit.halide_type(dtype), 0), sides
+    )[column - before, strip * per_strip + r.z - above, g * channels + c, n]
+    k = hl.RDom([hl.Range(0, weight.dim(axis).extent()) for axis in range(2)], "k")
+    own = hl.min(o, weight.dim(2).extent() - 1)
+    total[p, o, strip, g, n] = bias[own, g]
+    position = p + hl.unsafe_promise_clamped(offsets[k.x], 0, furthest)
+    total[p, o, strip, g, n] += padded[position, k.y, strip, g, n] * weight[k.x, k.y, own, g]
+    flat[p, o, strip, g, n] = total[p, o, strip, g, n]
+    output[x, y, o, strip, g, n] = flat[y * pitch + x, o, strip, g, n]
+
+    names = ("block", "within", "group", "vector", "lane", "first", "second", "every", "task", "item", "tile", "inner")
+    block, within, group, vector, lane, first, second, every, task, item, tile, inner = (hl.Var(name) for name in names)
+    guard, round_up = hl.TailStrategy.GuardWithIf, hl.TailStrategy.RoundUp
+    output.split(o, block, within, filters, guard).split(block, group, block, per_item, guard)
+    output.split(x, vector, lane, lanes, guard).vectorize(lane)
+    output.reorder(lane, vector, y, within, block, group, strip, g, n)
+    output.fuse(group, strip, first).fuse(first, g, second).fuse(second, n, every)
+    output.split(every, task, item, per_task, guard).parallel(task)
+    padded.compute_at(output, item)
+    padded.update().allow_race_conditions().reorder(r.x, r.y, r.z, c).vectorize(r.x)
+    flat.compute_at(output, block).bound_extent(o, filters)
+    flat.split(p, tile, inner, vectors * lanes, round_up).reorder(inner, o, tile)
+    flat.vectorize(inner, lanes).unroll(inner).unroll(o)
+    total.compute_at(flat, tile).vectorize(p, lanes).unroll(p).unroll(o)
+    total.update().reorder(p, o, k.x, k.y).vectorize(p, lanes).unroll(p).unroll(o)
+    return output, [images, weight, bias, offsets, *params]
+
+
+@pipelines.cached_pipeline
 def polyphase_pipeline(dtype: Dtype, clamped: bool) -> PipelineSpec:
     """Define a pipeline: images (N, C, H, W), strides, planes per task -> (N, C, down, across, rows, columns).
 
@@ -120,9 +175,9 @@ def polyphase_pipeline(dtype: Dtype, clamped: bool) -> PipelineSpec:
     return output, [images, down, across, per_task]
 
 
-def _input_params(dtype: Dtype) -> tuple[Any, Any, Any, Any]:
-    """Return the parameters for images, weight, bias and offsets."""
+def _input_params(dtype: Dtype, dimensions: int = 3) -> tuple[Any, Any, Any, Any]:
+    """Return the parameters for images and weight, of so many dimensions, and for bias and offsets."""
     hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)
-    sizes = (("images", 3), ("weight", 3), ("bias", 2))
-    images, weight, bias = (hl.ImageParam(number, dimensions, name) for name, dimensions in sizes)
+    sizes = (("images", dimensions), ("weight", dimensions), ("bias", 2))
+    images, weight, bias = (hl.ImageParam(number, count, name) for name, count in sizes)
     return images, weight, bias, hl.ImageParam(hl.Int(32), 1, "offsets")

@@ -34,8 +34,8 @@ L2_CACHE_BYTES = 1e6
 MAX_PADDED_PLANE_COPY_BYTES = 3e6
 """Maximum bytes of single planes that are copied as a whole to pad them; measured."""
 
-CALL_OVERHEAD_S = 2e-6
-"""Seconds per call from Python; measured."""
+CALL_OVERHEAD_S, LAYER_OVERHEAD_S = 2e-6, 2e-5
+"""Seconds per call from Python, and additional ones for layers; measured."""
 
 EFFICIENCY_BY_TAP_ROWS = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
 """Speed by the kernel's rows, as a fraction of Machine.flops; 1.2 for 8 rows or more. Measured."""
@@ -86,7 +86,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if not problem.is_single_plane:
         # Tiles read few pixels of many rows and channels: the time depends on the latency of memory, not on bandwidth.
         size = np.dtype(problem.dtype).itemsize * problem.max_array_values
-        work = arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
+        work = LAYER_OVERHEAD_S + arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
     fixed = (
         machine.compile_seconds + calls * CALL_OVERHEAD_S + interior.border_seconds(problem, _borders(problem), machine)
     )

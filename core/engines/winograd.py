@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy, as_torch
-from core.engines import halide_costs, halide_jit, implicit_gemm, interior, precision
+from core.engines import halide_costs, halide_jit, implicit_gemm, precision
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import Plane
 from core.engines.winograd_pipelines import (
@@ -85,6 +85,9 @@ S_PER_KERNEL_OF_MANY, MANY_KERNELS = 1.5e-8, 100_000
 side, and to transform each kernel of one channel beyond a number of kernels that hardly count; measured at the default
 speed."""
 
+S_PER_SHARED_KERNEL = 1.2e-8
+"""Seconds for each kernel if threads share the transformed kernels: half of them are in the cache of another core."""
+
 DEFAULT_FLOPS = 9e10
 """Machine.flops at which these seconds hold."""
 
@@ -115,14 +118,9 @@ def seconds(problem: Problem, machine: Machine) -> float:
     is_odd = any(side % 2 for side in problem.output_size)
     others = S_PER_PIXEL * pixels + (S_PER_OUTPUT + is_odd * S_PER_ODD_OUTPUT) * outputs
     others += S_PER_KERNEL_OF_MANY * max(0, problem.filters * problem.channels - MANY_KERNELS) / machine.threads
-    fixed = machine.compile_seconds + CALL_OVERHEAD_S + _copy_seconds(problem, machine)
+    others += S_PER_SHARED_KERNEL * problem.filters * problem.channels if machine.threads > 1 else 0.0
+    fixed = machine.compile_seconds + CALL_OVERHEAD_S
     return fixed + products / (EFFICIENCY * speed) + others * DEFAULT_FLOPS / speed
-
-
-def _copy_seconds(problem: Problem, machine: Machine) -> float:
-    """Return the seconds to copy the images with a border."""
-    rows = problem.batch * problem.channels * problem.padded_size[0]
-    return interior.copy_seconds(rows, problem.padded_bytes, machine)
 
 
 def operations(problem: Problem, machine: Machine) -> float:

@@ -267,6 +267,7 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     stencil._strided_pipeline: [(...,)],
     implicit_gemm_pipelines.rows_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
     implicit_gemm_pipelines.bands_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
+    implicit_gemm_pipelines.strips_pipeline: [(..., *implicit_gemm.STRIP_TILE, lanes) for lanes in (4, 8, 16)],
     implicit_gemm_pipelines.polyphase_pipeline: [(..., clamped) for clamped in (False, True)],
     separable._passes_pipeline: [(...,)],
     low_rank_factors.cross_approximation_pipeline: [()],
