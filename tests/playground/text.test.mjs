@@ -37,6 +37,14 @@ test('matrices are read from JSON and from text', () => {
   for (const text of ['', 'a b', '1 2\n3', '[[1], [null]]']) assert.throws(() => parseMatrix(text), /not a matrix/);
 });
 
+test('a comma is a decimal comma where something else separates the numbers', () => {
+  for (const text of ['1,5\t2,5\n3,5\t4,5', '1,5;2,5\r\n3,5;4,5', '1,5  2,5\n3,5  4,5', '1.5\t2.5\n3,5\t4,5'])
+    assert.deepEqual(parseMatrix(text), [[1.5, 2.5], [3.5, 4.5]]);
+  assert.deepEqual(parseMatrix('-1,5\t2\n'), [[-1.5, 2]]);
+  for (const text of ['1,2,3', '1, 2, 3', '1,  2,  3', '1 2 3', '1; 2; 3']) assert.deepEqual(parseMatrix(text), [[1, 2, 3]]);
+  assert.throws(() => parseMatrix('1,234.5\t2'), /not a matrix/);
+});
+
 test('numbers', () => {
   assert.deepEqual([0, 1, -1, 0.5, 1234567, 1e-7, NaN, -Infinity].map((value) => format.number(value)),
     ['0', '1', '−1', '0.5', '1.23e6', '1e−7', 'not a number', '−∞']);

@@ -107,14 +107,19 @@ export async function decode(fragment) {
   return { ...DEFAULT, ...checked(raw) };
 }
 
-/** A matrix from text: JSON, or numbers separated by spaces, tabs, commas or semicolons, one row a line. @param {string} text */
+/**
+ * A matrix from text: JSON, or numbers separated by spaces, tabs, commas or semicolons, one row a line. A comma before a
+ * digit is a decimal comma if tabs, semicolons or several spaces separate the numbers.
+ * @param {string} text
+ */
 export function parseMatrix(text) {
   /** @type {unknown} */
   let value;
   try {
     value = JSON.parse(text);
   } catch {
-    value = text.trim().split(/\r?\n/).map((line) => line.trim().split(/[\s,;]+/).map((word) => (word ? Number(word) : NaN)));
+    const plain = /[\t;]|[^\s,] {2,}[^\s,]/.test(text.trim()) ? text.replace(/,(?=\d)/g, '.') : text;
+    value = plain.trim().split(/\r?\n/).map((line) => line.trim().split(/[\s,;]+/).map((word) => (word ? Number(word) : NaN)));
   }
   if (!isMatrix(value, MAX_SIDE)) throw new Error(`not a matrix of at most ${MAX_SIDE} × ${MAX_SIDE} numbers`);
   return /** @type {Matrix} */ (value);
