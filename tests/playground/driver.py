@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Request, Response, expect
 
@@ -31,6 +32,9 @@ READ_PIXELS = """async element => {
 
 READ_POSITIONS = """(grid, kind) => [...grid.querySelectorAll('.cell.' + kind)].map(cell =>
     [Number(cell.dataset.row), Number(cell.dataset.column)])"""
+
+
+WAIT_FOR_ANIMATIONS = "Promise.all(document.getAnimations().map(animation => animation.finished))"
 
 
 def encode_state(**state: Any) -> str:
@@ -138,3 +142,9 @@ class PageDriver:
         """Assert that the service has confirmed the numbers of the page."""
         expect(self.page.locator("#service")).to_contain_text("agrees with this page")
         assert self.page.locator("#error").is_hidden(), self.page.locator("#error").text_content()
+
+    def assert_accessible(self) -> None:
+        """Assert that axe-core finds no violation."""
+        self.page.evaluate(WAIT_FOR_ANIMATIONS)
+        results = Axe().run(self.page)
+        assert results.violations_count == 0, results.generate_report()

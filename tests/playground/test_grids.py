@@ -151,6 +151,40 @@ def test_dragging_paints_the_input(tab: PageDriver) -> None:
     assert tab.read("output")[2].tolist() == responses[0].json()["output"][2] == [-3, 0, 0, 0, 3]
 
 
+def test_fast_drag_paints_a_line(tab: PageDriver) -> None:
+    tab.open(input=[[0] * 6] * 5, kernel=[[1, -1]])
+    tab.get("#paint").click()
+    first, last = tab.cell("input", 0, 0).bounding_box(), tab.cell("input", 4, 4).bounding_box()
+    assert first
+    assert last
+    tab.page.mouse.move(first["x"] + 5, first["y"] + 5)
+    tab.page.mouse.down()
+    tab.page.mouse.move(last["x"] + 5, last["y"] + 5, steps=1)
+    tab.page.mouse.up()
+    assert tab.read("input").tolist() == np.eye(5, 6).tolist()
+
+
+@pytest.mark.parametrize("typed", ["abc", "1e400", "--3", "1/2", ""])
+def test_text_that_is_not_a_number_is_reported(tab: PageDriver, typed: str) -> None:
+    tab.open(input=[[1, 2], [3, 4]], kernel=[[1]])
+    tab.cell("input", 0, 1).dblclick()
+    tab.get("#grid-input input").fill(typed)
+    tab.page.keyboard.press("Enter")
+    expect(tab.get("#toast")).to_contain_text(
+        f"\N{LEFT DOUBLE QUOTATION MARK}{typed}\N{RIGHT DOUBLE QUOTATION MARK} is not a number"
+    )
+    assert tab.read("input").tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(("control", "value"), [("input-rows", "65"), ("kernel-columns", "0"), ("stride", "9")])
+def test_value_beyond_a_limit_is_reported(tab: PageDriver, control: str, value: str) -> None:
+    tab.open(input=[[1, 2], [3, 4]], kernel=[[1]])
+    before = tab.get(f"#{control}").input_value()
+    tab.set_control(control, value)
+    expect(tab.get("#toast")).to_contain_text(re.compile(rf"{value}.*: .*\d"))
+    assert tab.get(f"#{control}").input_value() == before
+
+
 def test_touch_moves_the_window(open_tab: OpenTab) -> None:
     tab = open_tab(has_touch=True, viewport={"width": 390, "height": 844})
     tab.open(**COUNTING)

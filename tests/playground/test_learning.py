@@ -148,6 +148,19 @@ def test_divergence_is_announced_before_the_first_step_and_shown(tab: PageDriver
     expect(tab.get("#forecast")).to_contain_text("Converges: this rate is")
 
 
+@pytest.mark.parametrize("rate", [1e200, 1e300])
+def test_curve_ends_at_the_last_finite_loss(tab: PageDriver, rate: float) -> None:
+    tab.open(view="learn", rate=rate, steps=20)
+    wait_for_forecast(tab)
+    tab.get("#speed").select_option("1e9")
+    start(tab, "#play")
+    expect(tab.get("#forecast")).to_contain_text("Diverged: after")
+    chart = tab.get("#loss-chart").inner_html()
+    assert "Infinity" not in chart
+    assert "NaN" not in chart
+    assert "then past the largest number" in chart
+
+
 def test_smallest_possible_loss_is_a_line(tab: PageDriver) -> None:
     with tab.expect_response("/train-kernel") as responses:
         tab.open(view="learn", rate=0.02, steps=40, noise=0.5)

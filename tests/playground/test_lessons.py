@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from tests.playground.conftest import OpenTab
@@ -14,19 +13,10 @@ pytestmark = pytest.mark.slow
 
 LESSONS = range(1, 9)
 
-WAIT_FOR_ANIMATIONS = "Promise.all(document.getAnimations().map(animation => animation.finished))"
-
 DESCRIBE_FOCUS = """() => {
   const element = document.activeElement
   return [element.id, element.textContent.trim(), element.closest('[role=grid]')?.id ?? '']
 }"""
-
-
-def check_accessibility(tab: PageDriver) -> None:
-    """Assert that axe-core finds no violation."""
-    tab.page.evaluate(WAIT_FOR_ANIMATIONS)
-    results = Axe().run(tab.page)
-    assert results.violations_count == 0, results.generate_report()
 
 
 def wait_for_lesson(tab: PageDriver, number: int) -> None:
@@ -40,11 +30,11 @@ def wait_for_lesson(tab: PageDriver, number: int) -> None:
 def test_every_lesson_is_accessible(open_tab: OpenTab, scheme: str) -> None:
     tab = open_tab(color_scheme=scheme)
     tab.open()
-    check_accessibility(tab)
+    tab.assert_accessible()
     for number in LESSONS:
         tab.get(f"#lesson-{number}").click()
         wait_for_lesson(tab, number)
-        check_accessibility(tab)
+        tab.assert_accessible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -52,16 +42,16 @@ def test_other_states_are_accessible(open_tab: OpenTab, scheme: str) -> None:
     tab = open_tab(color_scheme=scheme, viewport={"width": 320, "height": 640})
     tab.open(view="picture")
     expect(tab.get("#picture-facts")).to_have_attribute("data-engine", re.compile("."))
-    check_accessibility(tab)
+    tab.assert_accessible()
     tab.show(view="learn", rate=0.05, steps=20)
     expect(tab.get("#forecast .warn")).to_be_visible()
     tab.get("#speed").select_option("1e9")
     tab.get("#play").click()
     expect(tab.get("#forecast")).to_contain_text("Diverged")
-    check_accessibility(tab)
+    tab.assert_accessible()
     tab.get("#compare").click()
     expect(tab.get("#comparison tr[data-solver]")).to_have_count(5)
-    check_accessibility(tab)
+    tab.assert_accessible()
     assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -70,7 +60,7 @@ def test_other_states_are_accessible(open_tab: OpenTab, scheme: str) -> None:
 def test_guide_is_accessible(open_tab: OpenTab, path: str, scheme: str) -> None:
     tab = open_tab(color_scheme=scheme)
     tab.page.goto(f"{tab.address}{path}")
-    check_accessibility(tab)
+    tab.assert_accessible()
 
 
 def test_lessons_set_their_state(tab: PageDriver) -> None:

@@ -38,6 +38,9 @@ STATES: dict[str, dict[str, Any]] = {
 }
 
 
+PHOTO = Path(__file__).parents[2] / "service" / "playground" / "static" / "camera.jpg"
+
+
 def copy_snippet(tab: PageDriver, language: str) -> str:
     tab.get(f"#copy-{language}").click()
     expect(tab.get("#toast")).to_contain_text("Copied")
@@ -88,11 +91,24 @@ def test_copied_fit_prints_the_steps_of_the_page(tab: PageDriver, tmp_path: Path
 def test_copied_picture_request_writes_its_output(tab: PageDriver, tmp_path: Path, language: str) -> None:
     tab.open(view="picture", kernel=[[1, -1]], show="signed")
     expect(tab.get("#picture-facts")).to_have_attribute("data-engine", re.compile("."))
-    picture = Image.effect_noise((20, 10), 50).convert("L")
-    picture.save(tmp_path / "picture.jpeg", quality=95)
     run_snippet(language, copy_snippet(tab, language), tmp_path)
-    grey = np.asarray(Image.open(tmp_path / "picture.jpeg"), float)
+    grey = np.asarray(Image.open(PHOTO), float)
     assert np.load(tmp_path / "output.npy").tolist() == (grey[:, :-1] - grey[:, 1:]).tolist()
+
+
+@pytest.mark.parametrize("language", RUNNERS)
+def test_copied_request_names_the_picture_that_it_needs(tab: PageDriver, tmp_path: Path, language: str) -> None:
+    tab.open(view="picture", kernel=[[1, -1]], show="signed", picture="rings")
+    expect(tab.get("#picture-facts")).to_have_attribute("data-engine", re.compile("."))
+    text = copy_snippet(tab, language)
+    assert "Save the picture as picture.png first." in text
+    path = tmp_path / f"snippet{SUFFIXES[language]}"
+    path.write_text(text)
+    command = [part.replace("{}", str(path)) for part in RUNNERS[language]]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60)
+    assert failed.returncode != 0
+    assert "picture.png" in failed.stderr
+    assert not (tmp_path / "output.npy").exists()
 
 
 def test_request_is_shown_as_curl(tab: PageDriver) -> None:
@@ -180,6 +196,21 @@ def test_link_with_an_invalid_value_is_reported(tab: PageDriver, state: dict[str
     tab.show(**state)
     expect(tab.get("#error")).to_contain_text(re.compile("The link could not be opened: .*(invalid value|damaged)"))
     assert tab.read("kernel").tolist() == [[1, -1]]
+
+
+def test_saved_figure_of_a_fit_has_its_titles_and_small_text(tab: PageDriver, tmp_path: Path) -> None:
+    tab.open(view="learn", rate=0.02, steps=5)
+    drawn = """() => { const texts = []; const draw = OffscreenCanvasRenderingContext2D.prototype.fillText;
+        OffscreenCanvasRenderingContext2D.prototype.fillText = function (text, ...at) {
+            texts.push([text, this.measureText(text).width]); return draw.call(this, text, ...at); };
+        window.drawnTexts = texts; }"""
+    tab.page.evaluate(drawn)
+    with tab.page.expect_download() as download:
+        tab.get("#save-png").click()
+    download.value.save_as(tmp_path / "corr2d.png")
+    texts = dict(tab.page.evaluate("window.drawnTexts"))
+    assert {"Input", "Learned kernel", "Prediction", "Target"} <= texts.keys()
+    assert max(width for text, width in texts.items() if re.fullmatch(r"[-\N{MINUS SIGN}\d.]+", text)) < 44
 
 
 def test_figure_is_saved_as_png(tab: PageDriver, tmp_path: Path) -> None:

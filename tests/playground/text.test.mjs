@@ -99,6 +99,23 @@ test('snippets quote what a shell would interpret, and name the key instead of c
   for (const text of Object.values(snippets(request, 'http://h/', true))) assert.match(text, /CORR2D_API_KEY/);
 });
 
+test('snippets fetch a picture of the page, and name another one', () => {
+  const file = new Blob(['x'], { type: 'image/png' });
+  for (const text of Object.values(snippets(pictureRequest({ ...DEFAULT, picture: 'camera' }, file), 'http://h/', false)))
+    assert.match(text, /http:\/\/h\/page\/camera\.jpg/);
+  for (const text of Object.values(snippets(pictureRequest({ ...DEFAULT, picture: 'own' }, file), 'http://h/', false)))
+    assert.match(text, /Save the picture as picture\.png first/);
+});
+
+test('text that is not a matrix is described by its first fault', () => {
+  const fault = (/** @type {string} */ text) => { try { parseMatrix(text); } catch (error) { return /** @type {Error} */ (error).message; } };
+  assert.match(fault('7') ?? '', /: type a single number into a cell/);
+  assert.match(fault('NaN 1') ?? '', /“NaN” in row 1, column 1 is not a number/);
+  assert.match(fault('1 2\n3 x') ?? '', /“x” in row 2, column 2 is not a number/);
+  assert.match(fault('1 2\n3') ?? '', /row 2 has 1 numbers and the first row 2/);
+  assert.match(fault(Array(70).fill(Array(70).fill(1).join(' ')).join('\n')) ?? '', /at most 64 × 64 numbers: it has 70 × 70/);
+});
+
 test('npy files of the service are read, others rejected', () => {
   const file = (/** @type {string} */ header) => {
     const text = header.padEnd(117) + '\n';

@@ -51,9 +51,15 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   }
   let lastLabel = -99;
   const labels = series.filter(({ name, values }) => name && values.length)
-    .map(({ name, values }) => ({ name, at: y(values[values.length - 1]), step: values.length - 1 }));
+    .map(({ name, values }) => ({ name, step: values.findLastIndex(Number.isFinite), values }))
+    .filter(({ step }) => step >= 0)
+    .map(({ name, step, values }) => ({ name, at: y(values[step]), step }));
   for (const { values, style = '' } of series) {
-    const points = values.map((value, step) => (Number.isNaN(value) ? '' : `${x(step).toFixed(1)},${y(value).toFixed(1)}`));
+    // A curve ends at its last finite loss.
+    const points = values.map((value, step) => (Number.isFinite(value) ? `${x(step).toFixed(1)},${y(value).toFixed(1)}` : ''));
+    const last = values.findLastIndex(Number.isFinite);
+    if (last >= 0 && values.slice(last).some((value) => value === Infinity))
+      parts.push(svg('text', { x: x(last) + 7, y: y(values[last]) + 14 }, 'then past the largest number'));
     parts.push(svg('polyline', { class: `series ${style}`, points: points.filter(Boolean).join(' ') }));
   }
   for (const { name, at, step } of labels.sort((a, b) => a.at - b.at)) {
@@ -63,7 +69,7 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
   const current = series[0]?.values[cursor ?? -1];
   if (cursor !== null && current !== undefined) {
     parts.push(svg('line', { class: 'cursor', x1: x(cursor), x2: x(cursor), y1: TOP, y2: HEIGHT - BOTTOM }));
-    parts.push(svg('circle', { class: 'dot', cx: x(cursor), cy: y(current), r: 4.5 }));
+    if (Number.isFinite(current)) parts.push(svg('circle', { class: 'dot', cx: x(cursor), cy: y(current), r: 4.5 }));
   }
   chart.replaceChildren(...parts);
   return (/** @type {number} */ clientX) => {

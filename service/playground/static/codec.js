@@ -107,6 +107,20 @@ export async function decode(fragment) {
   return { ...DEFAULT, ...checked(raw) };
 }
 
+/** Why a value is not a matrix. @param {unknown} value */
+function describeMismatch(value) {
+  if (!Array.isArray(value)) return 'type a single number into a cell';
+  const [first] = value;
+  if (!value.length || !value.every((row) => Array.isArray(row) && row.length)) return 'it has rows without numbers';
+  if (value.length > MAX_SIDE || first.length > MAX_SIDE)
+    return `it has ${value.length} × ${first.length}`;
+  const ragged = value.findIndex((row) => row.length !== first.length);
+  if (ragged > 0) return `row ${ragged + 1} has ${value[ragged].length} numbers and the first row ${first.length}`;
+  const row = value.findIndex((entries) => !entries.every(Number.isFinite));
+  const column = value[row].findIndex((/** @type {unknown} */ entry) => !Number.isFinite(entry));
+  return `“${value[row][column]}” in row ${row + 1}, column ${column + 1} is not a number`;
+}
+
 /**
  * A matrix from text: JSON, or numbers separated by spaces, tabs, commas or semicolons, one row a line. A comma before a
  * digit is a decimal comma if tabs, semicolons or several spaces separate the numbers.
@@ -119,8 +133,8 @@ export function parseMatrix(text) {
     value = JSON.parse(text);
   } catch {
     const plain = /[\t;]|[^\s,] {2,}[^\s,]/.test(text.trim()) ? text.replace(/,(?=\d)/g, '.') : text;
-    value = plain.trim().split(/\r?\n/).map((line) => line.trim().split(/[\s,;]+/).map((word) => (word ? Number(word) : NaN)));
+    value = plain.trim().split(/\r?\n/).map((line) => line.trim().split(/[\s,;]+/).map((word) => (word && Number.isFinite(Number(word)) ? Number(word) : word)));
   }
-  if (!isMatrix(value, MAX_SIDE)) throw new Error(`not a matrix of at most ${MAX_SIDE} × ${MAX_SIDE} numbers`);
+  if (!isMatrix(value, MAX_SIDE)) throw new Error(`not a matrix of at most ${MAX_SIDE} × ${MAX_SIDE} numbers: ${describeMismatch(value)}`);
   return /** @type {Matrix} */ (value);
 }

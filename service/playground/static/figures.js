@@ -6,7 +6,7 @@ import { color, css, ink, scaleOf } from './colors.js';
 import { explain } from './explain.js';
 import * as format from './format.js';
 import { correlate, firstDifference, layout, padded, shape, withValue } from './geometry.js';
-import { Grid } from './grid.js';
+import { Grid, textSize } from './grid.js';
 import * as learn from './learn.js';
 import { outputRequest, send } from './requests.js';
 import * as service from './service.js';
@@ -178,7 +178,8 @@ async function png() {
   const { problem, output, target } = shown;
   /** @type {[string, Matrix, Matrix][]} */
   const figures = [
-    ['Input', padded(problem), problem.input], ['Kernel', problem.kernel, problem.kernel], ['Output', output, target ?? output],
+    ['Input', padded(problem), problem.input], [byId('kernel-title').textContent ?? '', problem.kernel, problem.kernel],
+    [byId('output-title').textContent ?? '', output, target ?? output],
   ];
   if (target) figures.push(['Target', target, target]);
   const largest = Math.max(...figures.map(([, values]) => Math.max(...shape(values))));
@@ -204,7 +205,7 @@ async function png() {
     context.fillText(name, left + span / 2, 20);
     const signs = ['', problem.operation === 'convolve' ? '∗' : '⋆', '=', '≈'];
     context.fillText(signs[index], left - gap / 2, head + (height - head - 20) / 2);
-    context.font = `${size * 0.36}px ${style.fontFamily}`;
+    context.font = `${textSize(values, size)}px ${style.fontFamily}`;
     values.forEach((row, r) => row.forEach((value, c) => {
       const background = color(value, scale, mode);
       const [x, y] = [left + (span - row.length * size) / 2 + c * size, top + r * size];

@@ -2,12 +2,18 @@
 
 /** @import {Matrix, GridName, Cell} from './types.js' */
 import { color, css, gradient, ink, scaleOf } from './colors.js';
-import { byId, h, theme } from './dom.js';
+import { byId, h, theme, toast } from './dom.js';
 import * as format from './format.js';
 import { shape } from './geometry.js';
 
 /** Smallest cell, in px, that shows its number. */
 const MIN_TEXT_CELL = 21;
+
+/** Size of the text of cells, so that the longest number fits. @param {Matrix} values @param {number} size of a cell, px */
+export function textSize(values, size) {
+  const longest = values.reduce((most, row) => row.reduce((length, value) => Math.max(length, format.cell(value).length), most), 3);
+  return Math.min(size * 0.36, (1.4 * size) / longest);
+}
 
 /**
  * @typedef {object} Handlers
@@ -45,6 +51,8 @@ export class Grid {
       return cell instanceof HTMLElement ? /** @type {Cell} */ ([Number(cell.dataset.row), Number(cell.dataset.column)]) : null;
     };
     let isSecondTap = false;
+    /** The last cell that was painted: a fast pointer skips those after it. */
+    let painted = /** @type {Cell} */ ([0, 0]);
     const activate = (/** @type {Event} */ event) => {
       const cell = at(event);
       const element = cell && this.#element(cell);
@@ -63,6 +71,7 @@ export class Grid {
       const cell = at(event);
       if (!cell || event.button !== 0 || event.target instanceof HTMLInputElement) return;
       if (this.#paint(cell)) {
+        painted = cell;
         this.root.setPointerCapture(event.pointerId);
         event.preventDefault();
       }
@@ -79,6 +88,11 @@ export class Grid {
       const under = document.elementFromPoint(event.clientX, event.clientY);
       if (under instanceof HTMLElement && this.root.contains(under) && under.dataset.row) {
         const cell = /** @type {Cell} */ ([Number(under.dataset.row), Number(under.dataset.column)]);
+        const [rows, columns] = [cell[0] - painted[0], cell[1] - painted[1]];
+        const count = Math.max(Math.abs(rows), Math.abs(columns));
+        for (let part = 1; part < count; part++)
+          this.#paint([painted[0] + Math.round((rows * part) / count), painted[1] + Math.round((columns * part) / count)]);
+        painted = cell;
         if (this.#paint(cell)) handlers.activate(...cell);
       }
     });
@@ -102,8 +116,7 @@ export class Grid {
     if (key !== this.#key || !rows || !columns) this.#build(rows, columns, empty);
     this.#key = key;
     this.root.style.setProperty('--cell', `${size}px`);
-    const longest = Math.max(3, ...values.flat().map((value) => format.cell(value).length));
-    this.root.style.setProperty('--text', `${Math.max(8, Math.min(size * 0.36, (1.4 * size) / longest)).toFixed(1)}px`);
+    this.root.style.setProperty('--text', `${Math.max(8, textSize(values, size)).toFixed(1)}px`);
     const small = size < MIN_TEXT_CELL;
     this.root.classList.toggle('small', small);
     const mode = theme();
@@ -240,7 +253,9 @@ export class Grid {
       open = false;
       const value = Number(field.value.replace(',', '.').replace('\u2212', '-'));
       this.#stamps.delete(element);
-      if (keep && field.value.trim() && Number.isFinite(value) && value !== Number(element.dataset.value)) this.#edit?.(...cell, value);
+      const isNumber = field.value.trim() !== '' && Number.isFinite(value);
+      if (keep && !isNumber) toast(`“${field.value}” is not a number such as 1.5 or -2e3: the cell keeps its value`);
+      if (keep && isNumber && value !== Number(element.dataset.value)) this.#edit?.(...cell, value);
       else this.#redraw();
       if (refocus) this.#element(cell)?.focus();
     };

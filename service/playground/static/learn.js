@@ -3,7 +3,7 @@
 /** @import {State, Matrix, Fit, Forecast, Solver} from './types.js' */
 import { drawContours, drawLosses } from './chart.js';
 import { scaleOf } from './colors.js';
-import { byId, debounce, h, input, onTheme, select } from './dom.js';
+import { byId, debounce, h, input, onTheme, select, toast } from './dom.js';
 import { DIVERGED, descend, ellipse, evaluate, initialKernel, leastSquares, normal, random, toMatrix } from './descent.js';
 import * as format from './format.js';
 import { correlate, layout, resize, shape } from './geometry.js';
@@ -111,7 +111,10 @@ export function setUp(drawGrids) {
   input('rate').addEventListener('change', () => {
     const rate = Number(input('rate').value);
     if (rate > 0) update({ rate });
-    else draw();
+    else {
+      toast('The learning rate must be a number above 0.');
+      draw();
+    }
   });
   input('rate-slider').addEventListener('input', () =>
     update({ rate: Number(toRate(Number(input('rate-slider').value) / 1000).toPrecision(3)) }));

@@ -2,7 +2,7 @@
 
 /** @import {State, Matrix} from './types.js' */
 import { DEFAULT, MAX_SIDE, decode, encode, parseMatrix, VERSION } from './codec.js';
-import { byId, h, input, select } from './dom.js';
+import { byId, h, input, select, toast } from './dom.js';
 import * as figures from './figures.js';
 import * as format from './format.js';
 import { resize } from './geometry.js';
@@ -108,8 +108,8 @@ async function setImage(name) {
   } else if (IMAGES[name]) update({ input: IMAGES[name].make(), image: name });
 }
 
-/** @param {Blob} file */
-async function openFile(file) {
+/** @param {Blob} file @param {string} [what] it is, in messages */
+async function openFile(file, what = 'file') {
   try {
     if (!file.type.startsWith('image/')) {
       const matrix = parseMatrix(await file.text());
@@ -126,8 +126,13 @@ async function openFile(file) {
   } catch (error) {
     const isDecoded = error instanceof Error && !(error instanceof DOMException);
     const reason = isDecoded ? error.message : 'it is not an image that the browser can read';
-    service.showError(`The file was not opened: ${reason}.`, 'page');
+    service.showError(`The ${what} was not opened: ${reason}.`, 'page');
   }
+}
+
+/** Say why the value of a control is not used. @param {HTMLInputElement} control */
+function reject(control) {
+  toast(`${control.value && `“${control.value}”: `}${control.validationMessage || 'A number is needed.'}`);
 }
 
 function setUpControls() {
@@ -148,7 +153,10 @@ function setUpControls() {
     input(field).addEventListener('change', () => {
       const control = input(field);
       if (control.value && control.checkValidity()) update({ [field]: Number(control.value) });
-      else control.value = String(state[field]);
+      else {
+        reject(control);
+        control.value = String(state[field]);
+      }
     });
   for (const name of /** @type {const} */ (['input', 'kernel']))
     for (const side of ['rows', 'columns'])
@@ -157,7 +165,10 @@ function setUpControls() {
         const preset = name === 'input' ? { image: '' } : { kernelName: '' };
         if (rows.value && columns.value && rows.checkValidity() && columns.checkValidity())
           update({ [name]: resize(state[name], Number(rows.value), Number(columns.value)), ...preset });
-        else [rows.value, columns.value] = [String(state[name].length), String(state[name][0].length)];
+        else {
+          reject(rows.validity.valid && rows.value ? columns : rows);
+          [rows.value, columns.value] = [String(state[name].length), String(state[name][0].length)];
+        }
       });
   byId('options').addEventListener('submit', (event) => event.preventDefault());
   for (const view of VIEWS) byId(`tab-${view}`).addEventListener('click', () => update({ view }));
@@ -199,7 +210,7 @@ function setUpFiles() {
     const file = event.clipboardData?.files[0];
     const text = event.clipboardData?.getData('text/plain');
     if (file) openFile(file);
-    else if (text) openFile(new Blob([text], { type: 'text/plain' }));
+    else if (text) openFile(new Blob([text], { type: 'text/plain' }), 'pasted text');
   });
 }
 

@@ -79,7 +79,7 @@ export function pictureRequest(state, file) {
       explain: 'true',
     },
     headers: { 'Content-Type': file.type, Accept: show === 'signed' ? 'application/x-npy' : 'image/png' },
-    json: undefined, file,
+    json: undefined, file, ...(state.picture === 'camera' && { source: 'page/camera.jpg' }),
   });
 }
 
@@ -169,7 +169,8 @@ export function decodeNpy(buffer) {
 const shellQuote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 /**
- * The same request as curl, Python (httpx) and JavaScript. A picture is read from picture.png or the like.
+ * The same request as curl, Python (httpx) and JavaScript. A picture of the page is fetched from the service; another one is
+ * read from picture.png or the like.
  * @param {ServiceRequest} request @param {string} base address of the service, ending in a slash
  * @param {boolean} withKey whether an API key is sent, which is then read from CORR2D_API_KEY
  */
@@ -181,25 +182,32 @@ export function snippets(request, base, withKey) {
   const events = accept === 'text/event-stream';
   const binary = accept && !events ? (accept === 'image/png' ? 'output.png' : 'output.npy') : '';
   const headers = Object.entries(request.headers);
+  const source = request.source ? base + request.source : '';
+  const note = file && !source ? `Save the picture as ${file} first.` : '';
   const bearer = { sh: '-H "Authorization: Bearer $CORR2D_API_KEY"', py: 'os.environ["CORR2D_API_KEY"]', js: 'process.env.CORR2D_API_KEY' };
   const python = JSON.stringify(Object.fromEntries(headers)).replace(/}$/, withKey ? `, "Authorization": "Bearer " + ${bearer.py}}` : '}');
   const script = JSON.stringify(Object.fromEntries(headers)).replace(/}$/, withKey ? `,"Authorization":"Bearer " + ${bearer.js}}` : '}');
   return {
-    curl: [
-      `curl -sg${events ? 'N' : ''} ${shellQuote(address)}`, ...headers.map(([name, value]) => `-H ${shellQuote(`${name}: ${value}`)}`),
+    curl: (note && `# ${note}\n`) + (source && `curl -g --no-progress-meter --fail ${shellQuote(source)} -o ${file} &&\n`) + [
+      `curl -g --no-progress-meter ${binary ? '--fail' : '--fail-with-body'}${events ? ' -N' : ''} ${shellQuote(address)}`, ...headers.map(([name, value]) => `-H ${shellQuote(`${name}: ${value}`)}`),
       ...(withKey ? [bearer.sh] : []), file ? `--data-binary @${file}` : `-d ${shellQuote(body)}`, ...(binary ? [`-o ${binary}`] : []),
     ].join(' \\\n  '),
     python: [
-      ...(withKey ? ['import os'] : []), ...(file ? ['from pathlib import Path'] : []), ...(withKey || file ? [''] : []),
+      ...(withKey ? ['import os'] : []), ...(file || binary ? ['from pathlib import Path'] : []), ...(withKey || file || binary ? [''] : []),
       'import httpx', '',
-      `body = ${file ? `Path(${JSON.stringify(file)}).read_bytes()` : `r'''${body}'''`}`,
+      ...(note ? [`# ${note}`] : []),
+      `body = ${source ? `httpx.get(${JSON.stringify(source)}).raise_for_status().content`
+        : file ? `Path(${JSON.stringify(file)}).read_bytes()` : `r'''${body}'''`}`,
       `response = httpx.post(${JSON.stringify(address)}, content=body, headers=${python}).raise_for_status()`,
       binary ? `Path("${binary}").write_bytes(response.content)` : events ? 'print(response.text)' : 'print(response.json()["output"])',
     ].join('\n'),
     javascript: [
       ...(file || binary ? ['import { readFile, writeFile } from "node:fs/promises";', ''] : []),
-      `const body = ${file ? `await readFile(${JSON.stringify(file)})` : `JSON.stringify(${body})`};`,
+      ...(note ? [`// ${note}`] : []),
+      `const body = ${source ? `await (await fetch(${JSON.stringify(source)})).arrayBuffer()`
+        : file ? `await readFile(${JSON.stringify(file)})` : `JSON.stringify(${body})`};`,
       `const response = await fetch(${JSON.stringify(address)}, { method: "POST", headers: ${script}, body });`,
+      'if (!response.ok) throw new Error(await response.text());',
       binary ? `await writeFile("${binary}", Buffer.from(await response.arrayBuffer()));`
         : events ? 'console.log(await response.text());' : 'console.log(JSON.stringify((await response.json()).output));',
     ].join('\n'),

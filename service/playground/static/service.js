@@ -43,6 +43,7 @@ export function fail(error, again) {
   byId('service').textContent = 'The service did not compute this.';
   if (!(error instanceof ServiceError) || error.status !== 401) return;
   retries.push(again);
+  byId('key-error').hidden = !apiKey.get();
   const dialog = /** @type {HTMLDialogElement} */ (byId('key-dialog'));
   if (!dialog.open) dialog.showModal();
 }

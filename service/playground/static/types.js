@@ -44,6 +44,7 @@
  * @property {Record<string, string>} headers
  * @property {unknown} json body as JSON, or undefined
  * @property {Blob|null} file body as a file, or null
+ * @property {string} [source] path of this file, if the service has it
  *
  * @typedef {object} Forecast known before the first step of a fit
  * @property {number|null} learning_rate
