@@ -62,10 +62,14 @@ def border_seconds(problem: Problem, borders: Borders, machine: Machine) -> floa
     if not problem.is_padded:
         return 0.0
     planes = problem.batch * problem.channels
-    return sum(
-        PART_OVERHEAD_S + copy_seconds(planes * rows, planes * rows * columns * problem.itemsize, machine)
-        for rows, columns in _copied_sizes(problem, borders)
-    )
+    seconds = 0.0
+    for rows, columns in _copied_sizes(problem, borders):
+        size = planes * rows * columns * problem.itemsize
+        seconds += PART_OVERHEAD_S + copy_seconds(planes * rows, size, machine)
+        if machine.threads > 1 and not problem.is_single_plane:
+            # The copy is in the cache of the core that has made it, and others read a part of it.
+            seconds += size / machine.bandwidth
+    return seconds
 
 
 def copy_seconds(rows: int, size: int, machine: Machine) -> float:

@@ -85,7 +85,10 @@ S_PER_KERNEL_OF_MANY, MANY_KERNELS = 1.5e-8, 100_000
 side, and to transform each kernel of one channel beyond a number of kernels that hardly count; measured at the default
 speed."""
 
-S_PER_SHARED_KERNEL = 1.2e-8
+EXAMINED_FRACTION = 0.4
+"""Fraction of S_PER_PIXEL that is the time to examine a pixel."""
+
+S_PER_SHARED_KERNEL = 1.6e-8
 """Seconds for each kernel if threads share the transformed kernels: half of them are in the cache of another core."""
 
 DEFAULT_FLOPS = 9e10
@@ -116,7 +119,10 @@ def seconds(problem: Problem, machine: Machine) -> float:
     pixels = problem.batch * problem.channels * math.prod(problem.padded_size)
     outputs = problem.batch * problem.filters * math.prod(problem.output_size)
     is_odd = any(side % 2 for side in problem.output_size)
-    others = S_PER_PIXEL * pixels + (S_PER_OUTPUT + is_odd * S_PER_ODD_OUTPUT) * outputs
+    # One thread examines the pixels.
+    parallel = EXAMINED_FRACTION + (1 - EXAMINED_FRACTION) / machine.threads
+    others = S_PER_PIXEL * parallel * pixels
+    others += (S_PER_OUTPUT + is_odd * S_PER_ODD_OUTPUT) * outputs
     others += S_PER_KERNEL_OF_MANY * max(0, problem.filters * problem.channels - MANY_KERNELS) / machine.threads
     others += S_PER_SHARED_KERNEL * problem.filters * problem.channels if machine.threads > 1 else 0.0
     fixed = machine.compile_seconds + CALL_OVERHEAD_S
