@@ -13,6 +13,7 @@ import asyncio
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -106,10 +107,14 @@ def build_goodput_request() -> TimedRequest:
 
 
 def find_free_port() -> int:
-    """Return a port that no process uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a port that no process uses now.
+
+    It is below the range from which the system takes the ports of connections: one of these could take it meanwhile.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @contextmanager

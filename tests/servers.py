@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -122,10 +123,14 @@ def run_uvicorn(log: Path, **variables: str) -> Iterator[str]:
 
 
 def find_free_port() -> int:
-    """Return a port that no process uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a port that no process uses now.
+
+    It is below the range from which the system takes the ports of connections: one of these could take it meanwhile.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def get_startup_error(*flags: str, **variables: str) -> str:

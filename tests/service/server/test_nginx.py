@@ -21,7 +21,7 @@ from tests.certificates import Certificate
 from tests.problem_details import assert_problem
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S
 from tests.robustness.server_process import ServerProcess, start_server_process
-from tests.servers import CORR2D_COMMAND
+from tests.servers import CORR2D_COMMAND, find_free_port
 from tests.service.samples.sample_requests import D2L_EXAMPLE
 from tests.service.streams import assert_events_arrive_one_by_one
 
@@ -128,8 +128,7 @@ def service(
             variables |= certificate.variables if setup.service_tls else {}
             server: ServerProcess = stack.enter_context(start_server_process(log, *setup.flags, **variables))
             upstream = server.address.rpartition("/")[2]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = find_free_port()
         (folder / "nginx.conf").write_text(build_config(setup, folder, upstream, port, certificate))
         address = f"{'https' if setup.nginx_tls else 'http'}://127.0.0.1:{port}"
         stack.enter_context(run_nginx(folder, port))
