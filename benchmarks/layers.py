@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from layer_peers import PEER_PACKAGES, PEERS, Layer
 from measurement.layer import measure_layer, start_children
+from measurement.layer_peers import PEER_PACKAGES, PEERS, Layer
 from reports.layer import format_claims, format_table
 from reports.tables import get_cpu_model, print_progress
 

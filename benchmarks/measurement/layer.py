@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
-from layer_peers import PEERS, Array, Call, CoreCalls, Layer
+
+from measurement.layer_peers import PEERS, Array, Call, CoreCalls, Layer
 
 TURN_S = 0.06
 WARM_UP_CALLS = 3
