@@ -81,7 +81,7 @@ def test_winograd_pads_strips_and_whole_images_alike() -> None:
         weight, bias = rng.random((10, 8, 3, 3), np.float32), rng.random(10, np.float32)
         whole = replace(problem, boundary="constant", fill_value=0.0)
         padded_strips, padded_images = (
-            winograd.plan(case, Machine(2))(images, weight, bias) for case in (problem, whole)
+            np.asarray(winograd.plan(case, Machine(2))(images, weight, bias)) for case in (problem, whole)
         )
         # Planes whose error may exceed the bound are computed directly, and pixels near the border only count in one.
         np.testing.assert_allclose(padded_strips, padded_images, rtol=0, atol=2e-6 * padded_images.max())
