@@ -1,11 +1,15 @@
 """Cost of compiled engines: speed of one thread, memory traffic, page faults, and the division of work into tasks."""
 
 import functools
+import math
 
 from core.engines.compilation import pipelines
 from core.machine import Machine
 from core.problem import Dtype, Problem
 from core.resources import usable_cores
+
+MAX_COMPARED_ROWS = 64
+"""Maximum number of rows for which all heights of strips are compared: comparing thousands would take 0.1 s."""
 
 MIN_THREAD_WORK_S = 3e-5
 """Minimum seconds of work per thread; waking a thread for less work costs more time than it saves."""
@@ -43,6 +47,14 @@ def choose_task_count(machine: Machine, each: int) -> int:
     Halide's pool has one thread per core. If `machine` allows fewer, there are only as many tasks as allowed threads.
     """
     return machine.threads * each if machine.threads >= _pool_threads() else machine.threads
+
+
+def strip_heights(rows: int, most: int) -> list[int]:
+    """Return the heights of strips to compare for so many rows, at most `most`; few of those that leave a remainder."""
+    root = math.isqrt(rows)
+    few = {*range(1, root + 1), *(-(-rows // count) for count in range(1, root + 1))}
+    heights = range(1, rows + 1) if rows <= MAX_COMPARED_ROWS else sorted(few)
+    return [height for height in heights if height <= most]
 
 
 @functools.cache

@@ -69,6 +69,11 @@ def vector_lanes(dtype: Dtype) -> int:
     return pipelines.vector_bytes() // np.dtype(dtype).itemsize
 
 
+def choose_lanes(values: int, dtype: Dtype) -> int:
+    """Return the largest vector size that does not exceed this number of values, but at least 4."""
+    return next((lanes for lanes in (16, 8) if lanes <= min(values, vector_lanes(dtype))), 4)
+
+
 def magnitude_bits(value: Any, bits: int) -> Any:
     """Return |value| of a Halide expression of a float type with so many bits, as a bit pattern.
 

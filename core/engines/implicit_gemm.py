@@ -386,7 +386,7 @@ def choose_strips(problem: Problem, machine: Machine) -> _Strips | None:
         cost = -(-images * strips * groups // machine.threads) * item_cost(rows, groups)
         return cost + (-(-images * groups // machine.threads) * item_cost(rest, groups) if rest else 0)
 
-    options = itertools.product(range(1, min(height, largest) + 1), range(1, min(blocks, machine.threads) + 1))
+    options = itertools.product(halide_costs.strip_heights(height, largest), range(1, min(blocks, machine.threads) + 1))
     rows, groups = min(options, key=lambda option: (thread_cost(*option), option))
     return _Strips(rows, groups, pitch, thread_cost(rows, groups))
 
@@ -399,8 +399,7 @@ def _fill_strips(
     each, (rows, columns) = problem.filters // groups, problem.output_size
     kernel = problem.kernel_height, problem.kernel_width
     offsets, furthest = cached_offset_table(1, kernel, (1, 1), problem.dilation, 0, 0, strips.pitch)
-    copied_lanes = next(size for size in (16, 8, MIN_COPIED_LANES) if size <= strips.pitch)
-    fill = strips_pipeline(problem.dtype, *STRIP_TILE, copied_lanes)
+    fill = strips_pipeline(problem.dtype, *STRIP_TILE, halide_jit.choose_lanes(strips.pitch, problem.dtype))
     taps = weight.reshape(groups, each, channels, len(offsets))
     target = output.reshape(len(output), groups, each, rows, columns)
     blocks = -(-each // STRIP_TILE[0])

@@ -65,14 +65,14 @@ def border_seconds(problem: Problem, borders: Borders, machine: Machine) -> floa
     seconds = 0.0
     for rows, columns in _copied_sizes(problem, borders):
         size = planes * rows * columns * problem.itemsize
-        seconds += PART_OVERHEAD_S + copy_seconds(planes * rows, size, machine)
+        seconds += PART_OVERHEAD_S + _copy_seconds(planes * rows, size, machine)
         if machine.threads > 1 and not problem.is_single_plane:
             # The copy is in the cache of the core that has made it, and others read a part of it.
             seconds += size / machine.bandwidth
     return seconds
 
 
-def copy_seconds(rows: int, size: int, machine: Machine) -> float:
+def _copy_seconds(rows: int, size: int, machine: Machine) -> float:
     """Return the seconds to copy images to new memory of `size` bytes with a border; `rows` are those of all planes."""
     moved, new_pages = halide_costs.move_seconds(2 * size, machine), halide_costs.new_memory_seconds(size)
     return COPY_OVERHEAD_S + COPY_S_PER_ROW * rows + moved + new_pages

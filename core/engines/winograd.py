@@ -225,7 +225,9 @@ def _choose_layout(problem: Problem, machine: Machine) -> _Layout:
             )
         return positions * each
 
-    options = itertools.product(range(1, all_rows + 1), range(1, min(blocks, machine.threads) + 1))
+    options = itertools.product(
+        halide_costs.strip_heights(all_rows, all_rows), range(1, min(blocks, machine.threads) + 1)
+    )
     rows, groups = min(options, key=lambda option: (count_positions(*option), option))
     per_item = -(-blocks // groups)
     return _Layout(across, all_rows, rows, per_item, -(-blocks // per_item), count_positions(rows, groups))
@@ -255,7 +257,7 @@ def _fill(
     rows, columns = 2 * layout.all_rows, 2 * layout.across
     is_direct = output.shape[2:] == (rows, columns) and output.strides[3] == 4 and output.strides[2] % 8 == 0
     target = output if is_direct else np.empty((*output.shape[:2], rows, columns), np.float32)
-    fill = layer_pipeline(*GEMM_TILES[pipelines.vector_bytes()], _choose_lanes(layout.across))
+    fill = layer_pipeline(*GEMM_TILES[pipelines.vector_bytes()], halide_jit.choose_lanes(layout.across, "float32"))
     whole = layout.all_rows // layout.rows * layout.rows
     for first, last, per_strip in ((0, whole, layout.rows), (whole, layout.all_rows, layout.all_rows - whole)):
         if first < last:
@@ -280,7 +282,7 @@ def find_inexact_planes(
     """
     count = len(pixels)
     patterns, sums = np.empty(pixels.shape[:2], np.uint32), np.empty(pixels.shape[:2], np.float32)
-    stats_pipeline(_choose_lanes(pixels.shape[3] // 6))(pixels, inset, patterns, sums)
+    stats_pipeline(halide_jit.choose_lanes(pixels.shape[3] // 6, "float32"))(pixels, inset, patterns, sums)
     largest, means = patterns.view(np.float32), sums / np.float32(math.prod(problem.output_size))
     least, most = precision.MIN_FULL_PRECISION[FLOAT32], precision.MAX_FINITE[FLOAT32]
     with np.errstate(invalid="ignore", over="ignore"):
@@ -300,11 +302,6 @@ def find_inexact_planes(
             whole = np.array([_holds_integers(kernel) for kernel in kernels])
             inexact[image] |= large[image] & whole
     return inexact
-
-
-def _choose_lanes(values: int) -> int:
-    """Return the largest vector size that does not exceed this number of values, but at least 4."""
-    return next((lanes for lanes in (16, 8) if lanes <= min(values, halide_jit.vector_lanes("float32"))), 4)
 
 
 def _holds_integers(values: Plane) -> bool:
