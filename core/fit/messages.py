@@ -266,10 +266,8 @@ def _describe_divergence(
     reached = "beyond the float64 range" if descent.overflowed else f"to {descent.end_loss:.6g}"
     # The losses in the history of a descent by batches are not those of all examples.
     fell = options.batch_size is None and least < first
-    course = (
-        f"the loss {f'fell from {first:.6g} to {least:.6g}, then rose' if fell else f'rose from {first:.6g}'} {reached}"
-    )
-    course += f" in {iterations}"
+    begun = f"fell from {first:.6g} to {least:.6g}, then rose" if fell else f"rose from {first:.6g}"
+    course = f"the loss {begun} {reached} in {iterations}"
     rate, stable = forecast.learning_rate, forecast.largest_stable_learning_rate
     if forecast.prediction == "diverges" and rate is not None and stable is not None:
         return f"diverged: {describe_unstable_rate(options, rate, stable, best_rate)} ({course})"

@@ -1,10 +1,10 @@
 """HTML pages: /, the page to see and learn convolutions, and /docs, Swagger UI; their files, icon and /openapi.json."""
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
 import fastapi_offline
+import orjson
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import RedirectResponse, Response
 
@@ -71,7 +71,7 @@ async def openapi(request: Request) -> Response:
 @lru_cache(maxsize=8)
 def _encode_description(app: FastAPI, prefix: str) -> bytes:
     servers = {"servers": [{"url": prefix}]} if prefix else {}
-    return json.dumps({**app.openapi(), **servers}, ensure_ascii=False, separators=(",", ":")).encode()
+    return orjson.dumps({**app.openapi(), **servers})
 
 
 @router.get(DOCS_ASSETS_PATH + "/corr2d/{name}")

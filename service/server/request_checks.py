@@ -27,7 +27,6 @@ MAX_SHOWN_TARGET_BYTES = 200
 HOST_PATTERN = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 """uri-host [":" port] of RFC 9110, 7.2; it may be empty."""
 
-
 ALWAYS_SERVED_PATHS = frozenset({b"/livez", b"/readyz", b"/metrics"})
 """Paths that are served on connections above the limit."""
 

@@ -115,7 +115,7 @@ def test_keyboard_alone_does_a_whole_lesson(tab: PageDriver) -> None:
     press_until(tab, "Tab", id="lesson-1")
     press("Enter")
     wait_for_lesson(tab, 1)
-    # The first task of the lesson: move over the four outputs.
+    # Its first task: move over the four outputs.
     press_until(tab, "Tab", grid="grid-output")
     press("Control+Home")
     sums = []

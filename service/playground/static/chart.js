@@ -50,14 +50,12 @@ export function drawLosses(series, { best, cursor, length = 0 }) {
     parts.push(svg('text', { class: 'best', x: LEFT + 6, y: at - 6 }, `smallest possible loss: ${words}`));
   }
   let lastLabel = -99;
-  const labels = series.filter(({ name, values }) => name && values.length)
-    .map(({ name, values }) => ({ name, step: values.findLastIndex(Number.isFinite), values }))
-    .filter(({ step }) => step >= 0)
-    .map(({ name, step, values }) => ({ name, at: y(values[step]), step }));
-  for (const { values, style = '' } of series) {
+  const labels = [];
+  for (const { name, values, style = '' } of series) {
     // A curve ends at its last finite loss.
     const points = values.map((value, step) => (Number.isFinite(value) ? `${x(step).toFixed(1)},${y(value).toFixed(1)}` : ''));
     const last = values.findLastIndex(Number.isFinite);
+    if (name && last >= 0) labels.push({ name, at: y(values[last]), step: last });
     if (last >= 0 && values.slice(last).some((value) => value === Infinity))
       parts.push(svg('text', { x: x(last) + 7, y: y(values[last]) + 14 }, 'then past the largest number'));
     parts.push(svg('polyline', { class: `series ${style}`, points: points.filter(Boolean).join(' ') }));

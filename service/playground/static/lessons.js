@@ -25,7 +25,7 @@ export function parse(source) {
   };
 }
 
-/** Show the current lesson and the list of lessons. @param {boolean} reset apply the state of the lesson */
+/** Show the current lesson and the list of lessons. @param {boolean} reset apply its state */
 export async function show(reset) {
   const number = state.lesson;
   byId('lesson-list').replaceChildren(...Array.from({ length: COUNT }, (_, index) => h('li', {}, h('button', {
