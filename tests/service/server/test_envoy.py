@@ -110,9 +110,8 @@ def wait_for_healthy(envoy: ReplicasBehindEnvoy, count: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def envoy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasBehindEnvoy]:
-    folder = tmp_path_factory.mktemp("envoy")
+@contextmanager
+def run_replicas(folder: Path) -> Iterator[ReplicasBehindEnvoy]:
     # The first replica computes one request at a time, and rejects others that it cannot compute at once.
     variables = [{"CORR2D_THREADS": "1", "CORR2D_QUEUE": "0"}, {"CORR2D_THREADS": "1"}]
     with ExitStack() as stack:
@@ -129,6 +128,12 @@ def envoy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasBehindEn
             for at, each in enumerate(variables)
         ]
         yield stack.enter_context(run_envoy(folder, replicas))
+
+
+@pytest.fixture(scope="module")
+def envoy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasBehindEnvoy]:
+    with run_replicas(tmp_path_factory.mktemp("envoy")) as running:
+        yield running
 
 
 def test_variant_for_kubernetes_is_valid(tmp_path: Path) -> None:
@@ -221,25 +226,26 @@ def test_request_that_one_replica_rejects_is_served_by_the_other(envoy: Replicas
         assert envoy.count_retries() > retries
 
 
-def test_a_replica_that_stops_loses_no_request(envoy: ReplicasBehindEnvoy) -> None:
+def test_a_replica_that_stops_loses_no_request(tmp_path: Path) -> None:
     statuses: list[int] = []
     stop = threading.Event()
 
-    def send() -> None:
-        with httpx.Client(base_url=envoy.client.base_url, timeout=60) as client:
+    def send(address: httpx.URL) -> None:
+        with httpx.Client(base_url=address, timeout=60) as client:
             while not stop.is_set():
                 statuses.append(client.post(f"{PREFIX}/correlate", json=D2L_EXAMPLE).status_code)
 
-    threads = [threading.Thread(target=send) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        envoy.replicas[0].process.send_signal(signal.SIGTERM)
-        assert envoy.replicas[0].process.wait(30) == 0
-        wait_for_healthy(envoy, 1)
-    finally:
-        stop.set()
+    with run_replicas(tmp_path) as envoy:
+        threads = [threading.Thread(target=send, args=[envoy.client.base_url]) for _ in range(4)]
         for thread in threads:
-            thread.join()
+            thread.start()
+        try:
+            envoy.replicas[0].process.send_signal(signal.SIGTERM)
+            assert envoy.replicas[0].process.wait(30) == 0
+            wait_for_healthy(envoy, 1)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
     assert len(statuses) > 100
     assert set(statuses) == {200}
