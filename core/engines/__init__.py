@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from core.arrays import ConvolveFn
-from core.engines import block_fft, column_fft, implicit_gemm, separable, stencil, torch_conv, torch_fft, winograd
+from core.engines import (
+    block_fft,
+    column_fft,
+    implicit_gemm,
+    padded_stencil,
+    separable,
+    stencil,
+    torch_conv,
+    torch_fft,
+    winograd,
+)
 from core.machine import Machine
 from core.problem import Problem, SliceUnits
 
@@ -42,6 +52,7 @@ class Engine(Protocol):
 
 ENGINES: Mapping[str, Engine] = {
     "stencil": stencil,
+    "padded_stencil": padded_stencil,
     "implicit_gemm": implicit_gemm,
     "winograd": winograd,
     "torch": torch_conv,

@@ -62,17 +62,13 @@ def seconds(problem: Problem, machine: Machine) -> float:
     planes = problem.batch * problem.filters
     speed = halide_costs.operations_per_second(machine, problem.dtype)
     calls = 3 if problem.is_padded else 1
+    borders = interior.border_seconds(problem, _borders(problem), machine)
+    fixed = machine.compile_seconds + calls * CALL_OVERHEAD_S + borders
     if _is_smaller_than_tile(problem):
-        row = dilated_size(
-            -(-columns // halide_jit.vector_lanes(problem.dtype)), halide_jit.vector_lanes(problem.dtype)
-        )
-        if columns < halide_jit.vector_lanes(problem.dtype):
-            return (
-                machine.compile_seconds
-                + calls * CALL_OVERHEAD_S
-                + 2 * planes * rows * columns * (problem.taps + 64) * 8 / speed
-            )
-        return machine.compile_seconds + calls * CALL_OVERHEAD_S + 2 * planes * rows * row * problem.taps * 4 / speed
+        lanes = halide_jit.vector_lanes(problem.dtype)
+        row = dilated_size(-(-columns // lanes), lanes)
+        each = columns * (problem.taps + 64) * 8 if columns < lanes else row * problem.taps * 4
+        return fixed + 2 * planes * rows * each / speed
     tile_rows, tile_columns = _tile_shape(problem.dtype)
     filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
     efficiency = EFFICIENCY_BY_TAP_ROWS.get(problem.kernel_height, 1.2)
@@ -83,13 +79,10 @@ def seconds(problem: Problem, machine: Machine) -> float:
     arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
     threads = halide_costs.choose_thread_count(machine, arithmetic)
     work = max(arithmetic, halide_costs.memory_seconds(problem, machine))
-    if not problem.is_single_plane:
+    if problem.channels != problem.groups or (problem.is_padded and not problem.is_single_plane):
         # Tiles read few pixels of many rows and channels: the time depends on the latency of memory, not on bandwidth.
         size = np.dtype(problem.dtype).itemsize * problem.max_array_values
         work = LAYER_OVERHEAD_S + arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
-    fixed = (
-        machine.compile_seconds + calls * CALL_OVERHEAD_S + interior.border_seconds(problem, _borders(problem), machine)
-    )
     return fixed + (work + halide_costs.page_fault_seconds(problem)) / threads
 
 

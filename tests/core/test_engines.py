@@ -200,4 +200,4 @@ def test_result_reports_engine_and_device(method: core.Method) -> None:
 @pytest.mark.needs_halide
 def test_small_padded_planes_are_computed_by_direct_sums() -> None:
     problem = core.Problem(1, 1, 64, 64, 1, 3, 3, padding=(1, 1, 1, 1))
-    assert core.choose(problem, "auto", core.Machine(2)).engine == "stencil"
+    assert core.choose(problem, "auto", core.Machine(2)).engine == "padded_stencil"

@@ -26,6 +26,7 @@ from core.engines import (
     implicit_gemm,
     implicit_gemm_pipelines,
     low_rank_factors,
+    padded_stencil,
     separable,
     stencil,
     value_stats,
@@ -265,6 +266,11 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     stencil._depthwise_pipeline: [(...,)],
     stencil._layer_pipeline: [(...,)],
     stencil._strided_pipeline: [(...,)],
+    padded_stencil.layer_pipeline: [
+        (..., rows, stride, 4, 4)
+        for rows in (*padded_stencil.UNROLLED_KERNEL_ROWS, 0)
+        for stride in ((1, 1), (1, 2), (2, 2))
+    ],
     implicit_gemm_pipelines.rows_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
     implicit_gemm_pipelines.bands_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
     implicit_gemm_pipelines.strips_pipeline: [(..., *implicit_gemm.STRIP_TILE, lanes) for lanes in (4, 8, 16)],
