@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from time import monotonic
 from typing import cast
 
@@ -25,10 +26,14 @@ NO_RESPONSE_STATUS = 0
 
 @dataclass(frozen=True, slots=True)
 class TimedRequest:
-    """The bytes of a request, and the seconds that it takes on an idle server."""
+    """The bytes of a request, and the seconds that it takes on an idle server.
+
+    `body` is what a client with `Expect: 100-continue` sends after the server's 100 Continue.
+    """
 
     content: bytes
     seconds: float = 0.0
+    body: bytes = b""
 
 
 @dataclass(slots=True)
@@ -58,7 +63,11 @@ class SentRequest:
         return self.received - self.sent
 
 
-class ClientConnection(asyncio.Protocol):
+BUFFER = memoryview(bytearray(1 << 20))
+"""Buffer of all connections: their bodies are not used, and each chunk is handled before the next one is read."""
+
+
+class ClientConnection(asyncio.BufferedProtocol):
     """A client connection that sends one request at a time."""
 
     def __init__(self) -> None:
@@ -67,38 +76,56 @@ class ClientConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._sent: SentRequest | None = None
         self._on_done: Callable[[ClientConnection], None] | None = None
-        self._received = bytearray()
-        self._length = -1
+        self._body = b""
+        self._head = bytearray()
+        self._unread_bytes = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Store the transport."""
         # The transport of uvloop does not inherit from asyncio.Transport.
         self._transport = cast("asyncio.Transport", transport)
 
-    def send(self, request: bytes, sent: SentRequest, on_done: Callable[["ClientConnection"], None]) -> None:
+    def send(self, request: TimedRequest, sent: SentRequest, on_done: Callable[["ClientConnection"], None]) -> None:
         """Send a request; `on_done` is called when its response is complete or the connection is lost."""
         assert self._transport is not None  # noqa: S101 - for the type checker
-        self._sent, self._on_done, self._length = sent, on_done, -1
+        self._sent, self._on_done, self._body, self._unread_bytes = sent, on_done, request.body, -1
         sent.sent = monotonic()
-        self._transport.write(request)
+        self._transport.write(request.content)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the buffer for the next chunk."""
+        del sizehint
+        return BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Parse the headers and detect the end of the response; all responses have a Content-Length."""
-        self._received += data
         if self._sent is None:
             return
-        if self._length < 0:
-            end = self._received.find(b"\r\n\r\n")
-            if end < 0:
+        if self._unread_bytes >= 0:
+            self._unread_bytes -= nbytes
+        else:
+            self._head += BUFFER[:nbytes]
+            while self._unread_bytes < 0 and (end := self._head.find(b"\r\n\r\n")) >= 0:
+                self._parse_head(bytes(self._head[: end + 2]).lower())
+                del self._head[: end + 4]
+            if self._unread_bytes < 0:
                 return
-            head = bytes(self._received[: end + 2]).lower()
-            self._length = end + 4 + int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0])
-            self._sent.status = int(head[9:12])
-            self._sent.retry_after = b"\r\nretry-after: " in head
-            self.closed = b"\r\nconnection: close\r\n" in head
-        if len(self._received) >= self._length:
-            self._received.clear()
+            self._unread_bytes -= len(self._head)
+            self._head.clear()
+        if not self._unread_bytes:
             self._finish()
+
+    def _parse_head(self, head: bytes) -> None:
+        assert self._sent is not None  # noqa: S101 - for the type checker
+        assert self._transport is not None  # noqa: S101
+        status = int(head[9:12])
+        if status == HTTPStatus.CONTINUE:
+            self._transport.write(self._body)
+            return
+        self._unread_bytes = int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0])
+        self._sent.status = status
+        self._sent.retry_after = b"\r\nretry-after: " in head
+        self.closed = b"\r\nconnection: close\r\n" in head
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Record the pending request as lost."""
@@ -132,7 +159,7 @@ class ConnectionPool:
         self._pending = 0
         self._all_done = asyncio.Event()
 
-    def send(self, request: bytes, sent: SentRequest, then: Callable[[], object] = lambda: None) -> None:
+    def send(self, request: TimedRequest, sent: SentRequest, then: Callable[[], object] = lambda: None) -> None:
         """Send a request on an idle or new connection; `then` is called when it is done."""
         self._pending += 1
         self._all_done.clear()
@@ -158,7 +185,7 @@ class ConnectionPool:
         task.add_done_callback(self._waiting.discard)
 
     async def _send_on_new(
-        self, request: bytes, sent: SentRequest, on_done: Callable[[ClientConnection], None]
+        self, request: TimedRequest, sent: SentRequest, on_done: Callable[[ClientConnection], None]
     ) -> None:
         try:
             _, connection = await asyncio.get_running_loop().create_connection(ClientConnection, *self._address)
@@ -203,7 +230,7 @@ async def send_open_loop(
         request = rng.choice(stream.requests)
         sent = SentRequest(due, monotonic(), request.seconds)
         sent_requests.append(sent)
-        clients.send(request.content, sent)
+        clients.send(request, sent)
     await clients.settle()
     return sent_requests
 
@@ -221,7 +248,7 @@ async def send_closed_loop(
             request = rng.choice(requests)
             sent = SentRequest(now, now, request.seconds)
             sent_requests.append(sent)
-            clients.send(request.content, sent, send)
+            clients.send(request, sent, send)
 
     for _ in range(count):
         send()

@@ -1,8 +1,9 @@
 """Compare one process, several workers and Ray Serve: latency, throughput, goodput of two replicas, and overload.
 
 All servers run at the same time, and each round measures every one of them in turn, so that the state of the machine
-affects all alike. An idle server, Ray's in particular, still needs a little processor time. The load generator needs
-a core of its own for the goodput; with two cores, it competes with the replicas.
+affects all alike. An idle server, Ray's in particular, still needs a little processor time. One replica "on one core"
+has all its processes there, proxies included, and the load generator has the other cores; two replicas on two cores
+share them with it. In the overload, clients send the body after 100 Continue, as curl does if it has more than 1 MiB.
 
     python benchmarks/replicas.py --output benchmarks/replicas.md
     python benchmarks/replicas.py --rounds 1 --seconds 1 --output -
@@ -20,16 +21,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from time import monotonic, sleep
+from typing import Any
 from urllib.parse import quote
 
 import httpx
 import numpy as np
+import uvloop
 import yaml
 from open_loop import ConnectionPool, RequestStream, SentRequest, TimedRequest, send_closed_loop, send_open_loop
 from reports.tables import Claim, format_heading, format_milliseconds, format_number, get_cpu_model, print_progress
@@ -75,7 +78,8 @@ COMPARED = (
 
 SCALED = (
     (Target("one process, 1 core", 1, 1), COMPARED[1]),
-    (Target("Ray Serve, 1 replica", 1, 1, is_ray=True), COMPARED[2]),
+    (Target("Ray Serve, 1 replica, 1 core", 1, 1, is_ray=True), COMPARED[2]),
+    (Target("Ray Serve with HAProxy, 1 replica, 1 core", 1, 1, is_ray=True, variables=HA_PROXY), COMPARED[3]),
 )
 """One replica on one core, and two on two cores."""
 
@@ -97,6 +101,12 @@ def build_request(size: int, kernel: str) -> TimedRequest:
     content = body.getvalue()
     headers = f"Host: localhost\r\nContent-Type: {NPY}\r\nAccept: {NPY}\r\nContent-Length: {len(content)}\r\n\r\n"
     return TimedRequest(f"POST /correlate?kernel={quote(kernel)} HTTP/1.1\r\n{headers}".encode() + content)
+
+
+def expect_continue(request: TimedRequest) -> TimedRequest:
+    """Return the same request of a client that sends the body after 100 Continue (RFC 9110, 10.1.1)."""
+    head, _, body = request.content.partition(b"\r\n\r\n")
+    return TimedRequest(head + b"\r\nExpect: 100-continue\r\n\r\n", body=body)
 
 
 def build_goodput_request() -> TimedRequest:
@@ -131,8 +141,7 @@ def run_target(target: Target) -> Iterator[int]:
         environment |= {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
     else:
         command = [str(BIN / "corr2d"), "serve", "--port", str(port), "--workers", str(target.replicas)]
-        environment["CORR2D_THREADS"] = str(target.cores)
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("w") as log, use_cores(target.cores):
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True, stdin=subprocess.DEVNULL
         )
@@ -145,6 +154,23 @@ def run_target(target: Target) -> Iterator[int]:
             process.wait(STOP_TIMEOUT_S)
         kill_session(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def use_cores(count: int) -> Iterator[None]:
+    """Restrict this process, and those that it starts, to the first cores."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def run_load(load: Coroutine[Any, Any, list[SentRequest]]) -> list[SentRequest]:
+    """Return the requests of a load."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(load)
 
 
 def make_serve_config(target: Target, port: int) -> dict[str, object]:
@@ -197,7 +223,7 @@ async def measure_overload(port: int, request: TimedRequest, rate: float, second
 
 def measure_rate(port: int, request: TimedRequest, clients: int, seconds: float) -> float:
     """Return the successful requests per second of a closed loop."""
-    sent = asyncio.run(measure_latencies(port, request, clients, seconds))
+    sent = run_load(measure_latencies(port, request, clients, seconds))
     done = [one for one in sent if one.status == httpx.codes.OK]
     return len(done) / (max(one.received for one in sent) - sent[0].due) if done else 0.0
 
@@ -211,7 +237,7 @@ def compare(rounds: int, seconds: float) -> dict[str, Measurement]:
         for number in range(rounds):
             for size, request in requests.items():
                 for name, port in ports.items():
-                    sent = asyncio.run(measure_latencies(port, request, 1, seconds))
+                    sent = run_load(measure_latencies(port, request, 1, seconds))
                     # The first requests of a round fill caches.
                     taken = [one.taken for one in sent[1:] or sent if one.status == httpx.codes.OK]
                     results[name].latencies.setdefault(size, []).extend(taken)
@@ -235,7 +261,7 @@ def scale(rounds: int, seconds: float) -> tuple[dict[str, Measurement], list[Cla
                     print_progress(f"round {number + 1}, {name}: {results[name].goodputs[-1]:.1f} requests/s")
             one, two = (median(results[target.name].goodputs) for target in pair)
             name = pair[1].name
-            sent = asyncio.run(measure_overload(ports[name], request, OVERLOAD_FACTOR * two, seconds))
+            sent = run_load(measure_overload(ports[name], expect_continue(request), OVERLOAD_FACTOR * two, seconds))
             results[name].overload = sent
         claims += [
             Claim(f"{name}: goodput, relative to one replica", MIN_GOODPUT_RATIO, two / one if one else None, " times"),

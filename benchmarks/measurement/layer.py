@@ -23,7 +23,7 @@ TURNS = 3
 TOLERANCE = 1e-5
 """Largest accepted error, as a fraction of the largest output."""
 
-CORE_ENGINES = ("stencil", "implicit_gemm", "winograd", "torch")
+CORE_ENGINES = ("stencil", "padded_stencil", "implicit_gemm", "winograd", "torch")
 """Engines that are timed alone; the others are never the fastest for these layers."""
 
 

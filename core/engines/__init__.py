@@ -10,14 +10,13 @@ from core.arrays import ConvolveFn
 from core.engines import (
     block_fft,
     column_fft,
-    implicit_gemm,
     padded_stencil,
     separable,
     stencil,
     torch_conv,
     torch_fft,
-    winograd,
 )
+from core.engines.layers import implicit_gemm, winograd
 from core.machine import Machine
 from core.problem import Problem, SliceUnits
 

@@ -8,7 +8,7 @@ value is summed in the same order, independent of the number of threads.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from core.arrays import Array, ConvolveFn, as_numpy, as_torch
 from core.engines import halide_costs, halide_jit
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec
+from core.engines.strip_copy import StripPixels, define_copy
 from core.machine import Machine
 from core.padding import extract_window
 from core.problem import Dtype, Problem, SliceUnits
@@ -209,18 +210,20 @@ def layer_pipeline(dtype: Dtype, kernel_rows: int, stride: Pair, lanes: int, cop
     names = ("above", "before", "per_strip", "lines", "each", "strips", "filters", "batch")
     params = [hl.Param(hl.Int(32), name) for name in names]
     above, before, per_strip, lines, each, *per_task = params
-    x, y, strip, o, n = (hl.Var(name) for name in ("x", "y", "strip", "o", "n"))
-    total, output = hl.Func("total"), hl.Func("output")
+    x, phase, y, strip, o, n = (hl.Var(name) for name in ("x", "phase", "y", "strip", "o", "n"))
+    padded, total, output = (hl.Func(name) for name in ("padded", "total", "output"))
     (down, across), tile_rows = stride, TILE_ROWS[pipelines.vector_bytes()]
-    read = _Read(images, o // each, n, strip * (per_strip * down) - above, before, lines)
-    padded = _define_padded_strip(read, (strip, o, n), across, copied_lanes)
+    padded[x, phase, y, strip, o, n] = hl.cast(number, 0)
+    begin = strip * (per_strip * down) - above
+    pixels = StripPixels(images, o // each, n, begin, lines, before, across, copied_lanes)
+    define_copy(padded, pixels, lambda column, line: (column // across, column % across, line, strip, o, n))
     k = hl.RDom([hl.Range(0, kernels.dim(0).extent()), hl.Range(0, kernel_rows or kernels.dim(1).extent())], "k")
     total[x, y, strip, o, n] = bias[o]
     pixel = padded[x + k.x // across, k.x % across, y * down + k.y, strip, o, n]
     total[x, y, strip, o, n] += pixel * kernels[k.x, k.y, o]
     output[x, y, strip, o, n] = total[x, y, strip, o, n]
 
-    tile, inner, band, within = (hl.Var(name) for name in ("tile", "inner", "band", "within"))
+    tile, inner, band, within, vector, lane = (hl.Var() for _ in range(6))
     guard = hl.TailStrategy.GuardWithIf
     output.split(x, tile, inner, lanes, guard).vectorize(inner).split(y, band, within, tile_rows, guard).unroll(within)
     tasks, items = ([hl.Var(f"{axis}_{kind}") for axis in ("strip", "o", "n")] for kind in ("task", "item"))
@@ -229,7 +232,8 @@ def layer_pipeline(dtype: Dtype, kernel_rows: int, stride: Pair, lanes: int, cop
     # Not fused: the indices of the sums would not be constants, and the sums would not stay in registers.
     output.reorder(inner, within, tile, band, *items, *tasks)
     # A task uses the memory of a strip for the next one.
-    padded.store_in(hl.MemoryType.Stack).compute_at(output, items[0])
+    padded.store_in(hl.MemoryType.Stack).compute_at(output, items[0]).bound_extent(phase, across)
+    padded.split(x, vector, lane, lanes, hl.TailStrategy.RoundUp).reorder(lane, vector, phase, y).vectorize(lane)
     total.compute_at(output, tile).vectorize(x).unroll(y)
     for axis, size in ((x, lanes), (y, tile_rows), (strip, 1), (o, 1), (n, 1)):
         total.bound_extent(axis, size)
@@ -240,45 +244,3 @@ def layer_pipeline(dtype: Dtype, kernel_rows: int, stride: Pair, lanes: int, cop
         block, row = hl.RVar("block"), hl.RVar("row")
         sums.split(k.y, block, row, KERNEL_ROWS_PER_STEP).reorder(x, y, row, k.x, block).unroll(row)
     return output, [images, kernels, bias, *params]
-
-
-class _Read(NamedTuple):
-    """The pixels that a strip reads, as Halide expressions.
-
-    `begin`: the first row, which may be above the image. `before`: columns before the image. `lines`: number of rows.
-    """
-
-    images: Any
-    channel: Any
-    image: Any
-    begin: Any
-    before: Any
-    lines: Any
-
-
-def _define_padded_strip(read: _Read, strip: tuple[Any, Any, Any], across: int, lanes: int) -> Any:
-    """Return a Func of (column // across, column % across, row, *strip): the pixels, and zeros outside the image."""
-    hl = halide_jit.import_halide()
-    x, phase, y, vector, lane = (hl.Var(name) for name in ("x", "phase", "y", "vector", "lane"))
-    padded = hl.Func("padded")
-    padded[x, phase, y, *strip] = hl.cast(read.images.type(), 0)
-    padded.bound_extent(phase, across).split(x, vector, lane, lanes, hl.TailStrategy.RoundUp).vectorize(lane)
-    padded.reorder(lane, vector, phase, y)
-    width, height = (read.images.dim(axis).extent() for axis in range(2))
-    whole = width // across
-
-    def copy(domain: Any, column: Any, line: Any) -> Any:
-        row, at = read.begin + line, column + read.before
-        domain.where((row >= 0) & (row < height))
-        pixel = read.images[column, hl.unsafe_promise_clamped(row, 0, height - 1), read.channel, read.image]
-        padded[at // across, at % across, line, *strip] = pixel
-
-    # The last columns that are copied in a row overlap those before.
-    r = hl.RDom([hl.Range(0, size) for size in (lanes, across, (whole + lanes - 1) // lanes, read.lines)], "r")
-    copy(r, (hl.min(r.z * lanes, whole - lanes) + r.x) * across + r.y, r.w)
-    padded.update(0).allow_race_conditions().reorder(r.x, r.y, r.z, r.w).unroll(r.y).vectorize(r.x)
-    if across > 1:
-        rest = hl.RDom([hl.Range(0, width % across), hl.Range(0, read.lines)], "rest")
-        copy(rest, whole * across + rest.x, rest.y)
-        padded.update(1).unscheduled()
-    return padded

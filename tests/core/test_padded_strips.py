@@ -1,4 +1,4 @@
-"""Tests of layers that are padded strip by strip, by the thread that computes the strip."""
+"""Tests of layers whose strips are copied by the thread that computes them, with a border or a stride."""
 
 from dataclasses import replace
 
@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional
 
 from core import Dtype, Machine, Problem
-from core.engines import implicit_gemm, winograd
+from core.engines.layers import implicit_gemm, implicit_gemm_tiling, winograd
 
 TOLERANCE: dict[Dtype, float] = {"float32": 2e-6, "float64": 1e-14}
 
 
 def draw_problem(rng: np.random.Generator, dtype: Dtype) -> Problem:
-    """Draw a layer with a border of zeros."""
+    """Draw a layer with a border of zeros and a stride."""
     groups = int(rng.choice([1, 1, 2, 4]))
     channels, filters = (groups * int(count) for count in rng.integers(1, 20, 2))
     kernel_height, kernel_width = (int(size) for size in rng.integers(1, 6, 2))
@@ -28,6 +28,7 @@ def draw_problem(rng: np.random.Generator, dtype: Dtype) -> Problem:
         kernel_height=kernel_height,
         kernel_width=kernel_width,
         padding=(top, bottom, left, right),
+        stride=(int(rng.integers(1, 3)), int(rng.integers(1, 3))),
         dilation=(int(rng.integers(1, 3)), int(rng.integers(1, 3))),
         groups=groups,
         dtype=dtype,
@@ -40,7 +41,7 @@ def test_strips_give_the_sums_of_the_layer_for_any_number_of_threads(dtype: Dtyp
     for _ in range(80):
         problem = draw_problem(rng, dtype)
         machines = [Machine(threads) for threads in (1, 2, 3)]
-        if not all(implicit_gemm.choose_strips(problem, machine) for machine in machines):
+        if not all(implicit_gemm_tiling.choose_strips(problem, machine) for machine in machines):
             continue
         found += 1
         images = rng.normal(size=(problem.batch, problem.channels, problem.height, problem.width)).astype(dtype)
@@ -51,6 +52,7 @@ def test_strips_give_the_sums_of_the_layer_for_any_number_of_threads(dtype: Dtyp
             functional.pad(torch.from_numpy(images).double(), (left, right, top, bottom)),
             torch.from_numpy(weight).double(),
             torch.from_numpy(bias).double(),
+            stride=problem.stride,
             dilation=problem.dilation,
             groups=problem.groups,
         ).numpy()
@@ -60,17 +62,17 @@ def test_strips_give_the_sums_of_the_layer_for_any_number_of_threads(dtype: Dtyp
             np.testing.assert_array_equal(output, outputs[0])
         # Another boundary with the same values is padded as a whole.
         whole = replace(problem, boundary="constant", fill_value=0.0)
-        assert implicit_gemm.choose_strips(whole, machines[0]) is None
+        assert implicit_gemm_tiling.choose_strips(whole, machines[0]) is None
         np.testing.assert_array_equal(implicit_gemm.plan(whole, machines[0])(images, weight, bias), outputs[0])
     assert found > 30
 
 
 def test_strips_of_many_channels_are_short() -> None:
-    problem = Problem(1, 512, 200, 200, 64, 3, 3, padding=(1, 1, 1, 1))
-    strips = implicit_gemm.choose_strips(problem, Machine(2))
+    problem = Problem(1, 512, 200, 60, 64, 3, 3, padding=(1, 1, 1, 1))
+    strips = implicit_gemm_tiling.choose_strips(problem, Machine(2))
     assert strips is not None
-    assert 4 * problem.channels * (strips.rows + 2) * strips.pitch <= implicit_gemm.MAX_STRIP_BYTES
-    assert implicit_gemm.temporary_bytes(problem, Machine(2)) < 4 * implicit_gemm.MAX_STRIP_BYTES
+    assert 4 * problem.channels * (strips.rows + 2) * strips.pitch <= implicit_gemm_tiling.MAX_STRIP_BYTES
+    assert implicit_gemm.temporary_bytes(problem, Machine(2)) < 4 * implicit_gemm_tiling.MAX_STRIP_BYTES
 
 
 def test_winograd_pads_strips_and_whole_images_alike() -> None:

@@ -23,19 +23,16 @@ from core.engines import (
     block_fft_pipelines,
     column_fft,
     halide_jit,
-    implicit_gemm,
-    implicit_gemm_pipelines,
     low_rank_factors,
     padded_stencil,
     separable,
     stencil,
     value_stats,
-    winograd,
-    winograd_pipelines,
 )
 from core.engines.compilation import compiler_process, pipeline_cache, pipelines
 from core.engines.compilation.pipeline_cache import Argument, ObjectFile
 from core.engines.compilation.pipeline_linker import Pipeline
+from core.engines.layers import implicit_gemm_pipelines, implicit_gemm_tiling, winograd, winograd_pipelines
 
 pytestmark = [
     pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed"),
@@ -258,6 +255,8 @@ def test_child_process_ends_with_its_parent(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+STRIDES = ((1, 1), (1, 2), (2, 1), (2, 2))
+
 PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     stencil._tiles_pipeline: [(...,)],
     stencil._tall_tiles_pipeline: [(...,)],
@@ -267,13 +266,11 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     stencil._layer_pipeline: [(...,)],
     stencil._strided_pipeline: [(...,)],
     padded_stencil.layer_pipeline: [
-        (..., rows, stride, 4, 4)
-        for rows in (*padded_stencil.UNROLLED_KERNEL_ROWS, 0)
-        for stride in ((1, 1), (1, 2), (2, 2))
+        (..., rows, stride, 4, 4) for rows in (*padded_stencil.UNROLLED_KERNEL_ROWS, 0) for stride in STRIDES
     ],
-    implicit_gemm_pipelines.rows_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
-    implicit_gemm_pipelines.bands_pipeline: [(..., *tile) for tile in implicit_gemm.GEMM_TILES],
-    implicit_gemm_pipelines.strips_pipeline: [(..., *implicit_gemm.STRIP_TILE, lanes) for lanes in (4, 8, 16)],
+    implicit_gemm_pipelines.rows_pipeline: [(..., *tile) for tile in implicit_gemm_tiling.GEMM_TILES],
+    implicit_gemm_pipelines.bands_pipeline: [(..., *tile) for tile in implicit_gemm_tiling.GEMM_TILES],
+    implicit_gemm_pipelines.strips_pipeline: [(..., 8, 2, stride, 4) for stride in STRIDES],
     implicit_gemm_pipelines.polyphase_pipeline: [(..., clamped) for clamped in (False, True)],
     separable._passes_pipeline: [(...,)],
     low_rank_factors.cross_approximation_pipeline: [()],
@@ -301,7 +298,7 @@ def test_every_pipeline_can_be_scheduled(pipeline: Any, dtype: str) -> None:
 
 
 def test_pipeline_table_is_complete() -> None:
-    modules = Path(halide_jit.__file__).parent.glob("*.py")
+    modules = Path(halide_jit.__file__).parent.rglob("*.py")
     assert sum(module.read_text().count("\n@pipelines.cached_pipeline\n") for module in modules) == len(PIPELINE_KEYS)
 
 

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 import core
-from core.engines import winograd
+from core.engines.layers import winograd
 from core.problem import Problem
 from tests import precision_contract, reference
 from tests.precision_contract import Case, compute_expected

@@ -19,7 +19,8 @@ from PIL import Image
 
 import core
 from core import ENGINES, Problem
-from core.engines import implicit_gemm, slices
+from core.engines import slices
+from core.engines.layers import implicit_gemm
 from core.engines.run import run_engine
 from tests.conftest import WITHOUT_HALIDE_PATH
 from tests.engine_properties import AVAILABLE_ENGINES, AVAILABLE_FFT_ENGINES, supports_layers, supports_steps

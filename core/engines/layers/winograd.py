@@ -18,10 +18,11 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy, as_torch
-from core.engines import halide_costs, halide_jit, implicit_gemm, precision
+from core.engines import halide_costs, halide_jit, precision
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import Plane
-from core.engines.winograd_pipelines import (
+from core.engines.layers import implicit_gemm
+from core.engines.layers.winograd_pipelines import (
     COMPONENTS,
     KERNELS_PER_BLOCK,
     kernel_pipeline,

@@ -8,7 +8,9 @@ from typing import Any
 from core.engines import halide_jit
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec
+from core.engines.strip_copy import StripPixels, define_copy
 from core.problem import Dtype
+from core.shapes import Pair
 
 
 @pipelines.cached_pipeline
@@ -92,34 +94,32 @@ def bands_pipeline(dtype: Dtype, filters: int, vectors: int) -> PipelineSpec:
 
 
 @pipelines.cached_pipeline
-def strips_pipeline(dtype: Dtype, filters: int, vectors: int, copied_lanes: int) -> PipelineSpec:
-    """Define a pipeline for images with a border of zeros, in strips of rows that each thread pads for itself.
+def strips_pipeline(dtype: Dtype, filters: int, vectors: int, stride: Pair, copied_lanes: int) -> PipelineSpec:
+    """Define a pipeline for images with a border of zeros or a stride, in strips of rows that each thread copies.
 
     Images (N, C, H, W), weight (G, O, C / G, taps of a channel), bias (G, O), offsets of these taps, largest offset,
-    rows and columns of zeros before the images, rows of a strip, rows that it reads, pitch, blocks of filters per item,
-    items per task -> (N, G, O, strips, rows, columns). `copied_lanes` pixels are copied at once, at most the pitch.
+    rows and columns of zeros before the images, rows of a strip, rows that it reads, pitch, size of a polyphase
+    component, blocks of filters per item, items per task -> (N, G, O, strips, rows, columns). `copied_lanes` pixels of
+    a component are copied at once, at most W / stride.
 
     An item is a strip of some blocks of filters. Within it, tiles extend over the ends of rows as in bands_pipeline.
     """
     hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
     images, weight, bias, offsets = _input_params(dtype, 4)
-    params = [
-        hl.Param(hl.Int(32), name)
-        for name in ("furthest", "above", "before", "per_strip", "lines", "pitch", "per_item", "per_task")
-    ]
-    furthest, above, before, per_strip, lines, pitch, per_item, per_task = params
+    names = ("furthest", "above", "before", "per_strip", "lines", "pitch", "size", "per_item", "per_task")
+    params = [hl.Param(hl.Int(32), name) for name in names]
+    furthest, above, before, per_strip, lines, pitch, size, per_item, per_task = params
     p, x, y, c, o, strip, g, n = (hl.Var(name) for name in ("p", "x", "y", "c", "o", "strip", "g", "n"))
     padded, total, flat, output = (hl.Func(name) for name in ("padded", "total", "flat", "output"))
-    sides = [(images.dim(axis).min(), images.dim(axis).extent()) for axis in range(2)]
-    channels = weight.dim(1).extent()
-    # The last pixels that are copied in a row overlap those before.
-    chunks = (pitch + copied_lanes - 1) / copied_lanes
-    r = hl.RDom([hl.Range(0, copied_lanes), hl.Range(0, chunks), hl.Range(0, lines)], "r")
-    column = hl.min(r.y * copied_lanes, pitch - copied_lanes) + r.x
-    padded[p, c, strip, g, n] = hl.undef(halide_jit.halide_type(dtype))
-    padded[r.z * pitch + column, c, strip, g, n] = hl.BoundaryConditions.constant_exterior(
-        images, hl.cast(halide_jit.halide_type(dtype), 0), sides
-    )[column - before, strip * per_strip + r.z - above, g * channels + c, n]
+    (down, across), channel = stride, g * weight.dim(1).extent() + c
+    padded[p, c, strip, g, n] = hl.cast(halide_jit.halide_type(dtype), 0)
+
+    def place(column: Any, line: Any) -> tuple[Any, ...]:
+        component = line % down * across + column % across
+        return component * size + line // down * pitch + column // across, c, strip, g, n
+
+    begin = strip * (per_strip * down) - above
+    define_copy(padded, StripPixels(images, channel, n, begin, lines, before, across, copied_lanes), place, (c,))
     k = hl.RDom([hl.Range(0, weight.dim(axis).extent()) for axis in range(2)], "k")
     own = hl.min(o, weight.dim(2).extent() - 1)
     total[p, o, strip, g, n] = bias[own, g]
@@ -128,16 +128,14 @@ def strips_pipeline(dtype: Dtype, filters: int, vectors: int, copied_lanes: int)
     flat[p, o, strip, g, n] = total[p, o, strip, g, n]
     output[x, y, o, strip, g, n] = flat[y * pitch + x, o, strip, g, n]
 
-    names = ("block", "within", "group", "vector", "lane", "first", "second", "every", "task", "item", "tile", "inner")
-    block, within, group, vector, lane, first, second, every, task, item, tile, inner = (hl.Var(name) for name in names)
+    block, within, group, vector, lane, first, second, every, task, item, tile, inner = (hl.Var() for _ in range(12))
     guard, round_up = hl.TailStrategy.GuardWithIf, hl.TailStrategy.RoundUp
     output.split(o, block, within, filters, guard).split(block, group, block, per_item, guard)
     output.split(x, vector, lane, lanes, guard).vectorize(lane)
     output.reorder(lane, vector, y, within, block, group, strip, g, n)
     output.fuse(group, strip, first).fuse(first, g, second).fuse(second, n, every)
     output.split(every, task, item, per_task, guard).parallel(task)
-    padded.compute_at(output, item)
-    padded.update().allow_race_conditions().reorder(r.x, r.y, r.z, c).vectorize(r.x)
+    padded.compute_at(output, item).split(p, vector, lane, lanes, round_up).vectorize(lane)
     flat.compute_at(output, block).bound_extent(o, filters)
     flat.split(p, tile, inner, vectors * lanes, round_up).reorder(inner, o, tile)
     flat.vectorize(inner, lanes).unroll(inner).unroll(o)

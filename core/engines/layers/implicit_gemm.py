@@ -8,7 +8,6 @@ offset into one of them. Every output value is summed in the same order, indepen
 """
 
 import functools
-import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -19,41 +18,31 @@ from numpy.typing import NDArray
 from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit, interior
 from core.engines.halide_jit import Plane
-from core.engines.implicit_gemm_pipelines import (
+from core.engines.interior import Borders
+from core.engines.layers.implicit_gemm_pipelines import (
     bands_pipeline,
     polyphase_pipeline,
     rows_pipeline,
     strips_pipeline,
 )
-from core.engines.interior import Borders
+from core.engines.layers.implicit_gemm_tiling import (
+    BAND_TILE_OVERHEAD_TAPS,
+    GEMM_TILES,
+    STRIP_TILE,
+    Strips,
+    SumShape,
+    choose_strips,
+    choose_tiling,
+    component_size,
+    count_lines,
+)
 from core.machine import Machine
 from core.problem import Problem, SliceUnits
-from core.shapes import Pair, dilated_size
+from core.shapes import Pair
 
 METHOD = "direct"
 
-GEMM_TILES: dict[Pair, float] = {(4, 4): 1.0, (8, 2): 0.94}
-"""(filters, vectors) of a tile -> relative speed. The second tile wastes less time on short rows or many filters."""
-
-MAX_BAND_POSITIONS = 1024
-"""Maximum number of positions of a band, for each filter of a tile; a longer single row is one band."""
-
 TASKS_PER_THREAD = 4
-
-STRIP_TILE: Pair = (8, 2)
-"""(filters, vectors) of a tile in a padded strip."""
-
-MAX_STRIP_BYTES = 1 << 22
-"""Maximum bytes of a padded strip."""
-
-MIN_COPIED_LANES, MIN_STRIP_TAPS = 4, 64
-"""Minimum pixels that are copied at once into a strip, and minimum taps for which strips are faster than long rows."""
-
-COPIED_VECTOR_TAPS = 3.0
-"""Time to copy one vector of pixels into a strip, in units of the time of one tap for one vector."""
-
-ROW_TILE_OVERHEAD_TAPS, BAND_TILE_OVERHEAD_TAPS, BAND_OVERHEAD_TAPS = 2, 12, 20
-"""Overhead of a tile in a row, of a tile in a band, and of a band, in units of the time of one tap."""
 
 GEMM_EFFICIENCY, STRIDED_EFFICIENCY = 1.2, 1.1
 """Speed of the sums, without and with a stride, as a fraction of Machine.flops."""
@@ -102,8 +91,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     each = problem.filters // problem.groups
     unpadded = problem.is_padded or problem.stride != (1, 1)
     pitch = columns + problem.kernel_width - 1 if unpadded else problem.padded_size[1]
-    shape = _SumShape(problem.taps, each, rows, columns, pitch, lanes)
-    (filters, vectors), cost = next(iter(GEMM_TILES)), _choose_tiling(shape).cost
+    shape = SumShape(problem.taps, each, rows, columns, pitch, lanes)
+    (filters, vectors), cost = next(iter(GEMM_TILES)), choose_tiling(shape).cost
     sums = 2 * problem.batch * problem.groups * cost * filters * vectors * lanes / speed
     calls = (3 if problem.is_padded else 1) * CALL_OVERHEAD_S
     if problem.stride != (1, 1):
@@ -156,7 +145,7 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
     lanes, (rows, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
     strips = choose_strips(problem, machine)
     if strips is not None:
-        positions = (strips.rows + _kernel_rows(problem)) * strips.pitch
+        positions = math.prod(problem.stride) * (component_size(problem, strips.rows, strips.pitch) + strips.pitch)
         values = problem.channels // problem.groups + STRIP_TILE[0]
         return (machine.threads + 1) * problem.itemsize * values * positions + 16 * problem.taps
     copies = interior.border_bytes(problem, _borders(problem))
@@ -269,7 +258,7 @@ def _run_gemm(
     pixels, pitch, taps, furthest = source
     work = 2 * output.size * problem.taps / machine.flops
     dense = output.flags.c_contiguous
-    tiling = _choose_tiling(_SumShape(problem.taps, each, rows, columns, pitch, lanes, dense=dense))
+    tiling = choose_tiling(SumShape(problem.taps, each, rows, columns, pitch, lanes, dense=dense))
     if tiling.band is None:
         per_task = _items_per_task(count * groups * rows, work, machine)
         rows_pipeline(problem.dtype, *tiling.tile)(pixels, weight, starts, taps, furthest, pitch, per_task, target)
@@ -301,106 +290,16 @@ def _items_per_task(items: int, seconds: float, machine: Machine) -> int:
     return -(-items // most)
 
 
-class _SumShape(NamedTuple):
-    """Sizes of the sum over one group of one image, by which the tiling is chosen."""
-
-    taps: int
-    filters: int
-    rows: int
-    columns: int
-    pitch: int
-    lanes: int
-    dense: bool = True
-
-
-class _Band(NamedTuple):
-    """Rows and columns that are summed into one buffer, the number of such bands, and the cost of all of them."""
-
-    rows: int
-    columns: int
-    items: int
-    cost: float
-
-
-class _Tiling(NamedTuple):
-    """A tile, its bands (None if tiles follow rows), and the cost in tiles times taps."""
-
-    cost: float
-    tile: Pair
-    band: _Band | None
-
-
-@functools.lru_cache(maxsize=256)
-def _choose_tiling(shape: _SumShape) -> _Tiling:
-    tilings = []
-    for tile, speed in GEMM_TILES.items():
-        filters, width = tile[0], tile[1] * shape.lanes
-        blocks = -(-shape.filters // filters)
-        if shape.columns >= width and shape.filters >= filters:
-            tiles = shape.rows * -(-shape.columns // width) * blocks
-            tilings.append(_Tiling(tiles * (shape.taps + ROW_TILE_OVERHEAD_TAPS) / speed, tile, None))
-        band = _choose_band(shape, width)
-        tilings.append(_Tiling(band.cost * blocks, tile, band))
-    return min(tilings, key=lambda tiling: tiling.cost)
-
-
-def _kernel_rows(problem: Problem) -> int:
-    return dilated_size(problem.kernel_height, problem.dilation[0])
-
-
-class _Strips(NamedTuple):
-    """Rows of a strip, items of blocks of filters per strip, pitch, and the cost of one thread in tiles times taps."""
-
-    rows: int
-    groups: int
-    pitch: int
-    cost: float
-
-
-@functools.lru_cache(maxsize=256)
-def choose_strips(problem: Problem, machine: Machine) -> _Strips | None:
-    """Return the division of a layer with a border of zeros into strips, or None if the image is padded as a whole.
-
-    A copy of the padded image would be made by one thread, and its pixels would move from the cache of one core to that
-    of another. With one thread and long rows, sums that are stored directly in the output are faster.
-    """
-    if not problem.is_padded or problem.boundary != "zeros" or problem.stride != (1, 1) or problem.is_single_plane:
-        return None
-    lanes, (height, columns) = halide_jit.vector_lanes(problem.dtype), problem.output_size
-    pitch, kernel_rows = problem.padded_size[1], _kernel_rows(problem)
-    each, channels = problem.filters // problem.groups, problem.channels // problem.groups
-    is_short = _choose_tiling(_SumShape(problem.taps, each, height, columns, pitch, lanes)).band is not None
-    if pitch < MIN_COPIED_LANES or not (is_short or (machine.threads > 1 and problem.taps >= MIN_STRIP_TAPS)):
-        return None
-    filters, vectors = STRIP_TILE
-    blocks, images = -(-each // filters), problem.batch * problem.groups
-    largest = max(1, MAX_STRIP_BYTES // (problem.itemsize * channels * pitch) - kernel_rows + 1)
-
-    def item_cost(rows: int, groups: int) -> float:
-        tiles = -(-((rows - 1) * pitch + columns) // (vectors * lanes))
-        copied = COPIED_VECTOR_TAPS * channels * (rows + kernel_rows - 1) * -(-pitch // lanes) / (filters * vectors)
-        return copied + -(-blocks // groups) * (BAND_OVERHEAD_TAPS + tiles * (problem.taps + BAND_TILE_OVERHEAD_TAPS))
-
-    def thread_cost(rows: int, groups: int) -> float:
-        strips, rest = divmod(height, rows)
-        cost = -(-images * strips * groups // machine.threads) * item_cost(rows, groups)
-        return cost + (-(-images * groups // machine.threads) * item_cost(rest, groups) if rest else 0)
-
-    options = itertools.product(halide_costs.strip_heights(height, largest), range(1, min(blocks, machine.threads) + 1))
-    rows, groups = min(options, key=lambda option: (thread_cost(*option), option))
-    return _Strips(rows, groups, pitch, thread_cost(rows, groups))
-
-
 def _fill_strips(
-    problem: Problem, machine: Machine, strips: _Strips, pixels: Plane, output: Plane, weight: Plane, bias: Plane
+    problem: Problem, machine: Machine, strips: Strips, pixels: Plane, output: Plane, weight: Plane, bias: Plane
 ) -> None:
     """Fill the output (N, O, oh, ow) from images without their border."""
     groups, channels = problem.groups, problem.channels // problem.groups
     each, (rows, columns) = problem.filters // groups, problem.output_size
-    kernel = problem.kernel_height, problem.kernel_width
-    offsets, furthest = cached_offset_table(1, kernel, (1, 1), problem.dilation, 0, 0, strips.pitch)
-    fill = strips_pipeline(problem.dtype, *STRIP_TILE, halide_jit.choose_lanes(strips.pitch, problem.dtype))
-    taps = weight.reshape(groups, each, channels, len(offsets))
+    kernel, (down, across), pitch = (problem.kernel_height, problem.kernel_width), problem.stride, strips.pitch
+    copied_lanes = halide_jit.choose_lanes(problem.width // across, problem.dtype)
+    fill = strips_pipeline(problem.dtype, *STRIP_TILE, problem.stride, copied_lanes)
+    taps = weight.reshape(groups, each, channels, math.prod(kernel))
     target = output.reshape(len(output), groups, each, rows, columns)
     blocks = -(-each // STRIP_TILE[0])
     whole = rows // strips.rows * strips.rows
@@ -410,27 +309,11 @@ def _fill_strips(
             part = target[:, :, :, first:last].reshape(*target.shape[:3], count, per_strip, columns)
             items = len(output) * groups * count * strips.groups
             per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
-            border = problem.padding[0] - first, problem.padding[2]
-            read = per_strip, per_strip + _kernel_rows(problem) - 1, strips.pitch
+            border, size = (
+                (problem.padding[0] - first * down, problem.padding[2]),
+                component_size(problem, per_strip, pitch),
+            )
+            offsets, furthest = cached_offset_table(1, kernel, problem.stride, problem.dilation, 0, size, pitch)
+            read = per_strip, count_lines(problem, per_strip), pitch, size
             sizes = furthest, *border, *read, -(-blocks // strips.groups), per_task
             fill(pixels, taps, bias.reshape(groups, each), offsets, *sizes, part.swapaxes(2, 3))
-
-
-def _choose_band(shape: _SumShape, width: int) -> _Band:
-    rows, columns, pitch = shape.rows, shape.columns, shape.pitch
-    if pitch == columns and shape.dense:
-        rows, columns, pitch = 1, rows * columns, rows * columns
-    positions = (rows - 1) * pitch + columns
-    if rows == 1:
-        sizes = [(1, min(columns, width * many)) for many in range(1, MAX_BAND_POSITIONS // width + 1)]
-    else:
-        most = max(1, MAX_BAND_POSITIONS // pitch, -(-width // pitch) + 1)
-        sizes = [(some, columns) for some in range(1, min(rows, most) + 1)]
-    bands = []
-    for some, wide in sizes:
-        length = (some - 1) * pitch + wide
-        if length >= min(width, positions):
-            items = -(-rows // some) * -(-columns // wide)
-            cost = items * (BAND_OVERHEAD_TAPS + -(-length // width) * (shape.taps + BAND_TILE_OVERHEAD_TAPS))
-            bands.append(_Band(some, wide, items, cost))
-    return min(bands, key=lambda band: band.cost)

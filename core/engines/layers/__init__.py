@@ -1,0 +1,1 @@
+"""Engines for layers of many channels: each needs several files."""
