@@ -139,6 +139,9 @@ def run_target(target: Target) -> Iterator[int]:
         callback = "service.middleware.ray_proxy.create_middlewares"
         environment |= {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": callback, "RAY_USAGE_STATS_ENABLED": "0"}
         environment |= {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+        # Two clusters with HAProxy run at the same time.
+        ports = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+        environment |= {variable: str(find_free_port()) for variable in ports}
     else:
         command = [str(BIN / "corr2d"), "serve", "--port", str(port), "--workers", str(target.replicas)]
     with (folder / "log").open("w") as log, use_cores(target.cores):

@@ -116,9 +116,8 @@ def choose_strips(problem: Problem, machine: Machine) -> Strips | None:
         return None
     filters, vectors = STRIP_TILE
     blocks, images = -(-each // filters), problem.batch * problem.groups
-    largest = max(
-        1, (MAX_STRIP_BYTES // (problem.itemsize * channels * pitch * across) - count_lines(problem, 0)) // down
-    )
+    most_lines = MAX_STRIP_BYTES // (problem.itemsize * channels * pitch * across)
+    largest = max(1, (most_lines - count_lines(problem, 0)) // down)
 
     def item_cost(rows: int, groups: int) -> float:
         tiles = -(-((rows - 1) * pitch + columns) // (vectors * lanes))
