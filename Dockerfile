@@ -34,18 +34,25 @@ extras = [line for name in sys.argv[1:] for line in project["optional-dependenci
 print(*project["dependencies"], *extras, sep="\n")' ${EXTRAS} < pyproject.toml > dependencies.txt \
     && pip --python /opt/corr2d/bin/python3 install --no-compile --constraint constraints.txt \
         --requirement dependencies.txt \
-    # 40 % of the size is tests, C++ headers, tools, the compiler of torch with the packages that only it imports, parts
-    # of scipy that neither the service nor scipy.linalg and scipy.special import, bytecode, and symbols for debuggers.
+    # 45 % of the size is tests, files for compilers and type checkers, the compiler of torch with the packages that only
+    # it imports, what neither the service nor scipy.linalg and scipy.special import of torch and scipy, Halide's
+    # automatic schedulers, Pillow's fonts, AVIF and colour profiles, bytecode, and symbols for debuggers.
     # torch_shm_manager stays: importing torch requires it.
     && cd /opt/corr2d/lib/python3*/site-packages \
-    && rm -rf torch/include torch/test torch/_dynamo torch/_inductor torch/onnx sympy* isympy* networkx* mpmath* \
-        setuptools* _distutils_hack distutils-precedence.pth halide/bin halide/include numba/cuda scipy/cluster \
-        scipy/fftpack scipy/integrate scipy/interpolate scipy/io scipy/ndimage scipy/optimize scipy/signal scipy/spatial \
-        scipy/stats \
+    && rm -rf torch/include torch/share torch/test torch/_dynamo torch/_inductor torch/onnx torchgen/packaged \
+        torch/lib/libaoti_custom_ops.so torch/lib/libbackend_with_compiler.so torch/lib/lib*_test.so \
+        sympy* isympy* networkx* mpmath* setuptools* _distutils_hack distutils-precedence.pth \
+        halide/bin halide/include halide/share halide/lib64/cmake halide/lib64/libautoschedule_* imageio* numba/cuda \
+        PIL/_avif.* PIL/_imagingcms.* PIL/_imagingft.* \
+        pillow.libs/libavif-* pillow.libs/libbrotli* pillow.libs/libfreetype-* pillow.libs/libharfbuzz-* \
+        pillow.libs/liblcms2-* numpy/_core/_simd.* scipy/special/cython_special.* \
+    && find scipy -mindepth 1 -maxdepth 1 -type d ! -name '_*' ! -name linalg ! -name special -exec rm -rf {} + \
+    && find torch/testing/_internal -type f ! -name __init__.py ! -name common_dtype.py ! -name logging_tensor.py -delete \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
     && find . -type d -name tests -prune -exec rm -rf {} + \
-    && strip --strip-unneeded llvmlite/binding/libllvmlite.so torch/lib/libtorch_cpu.so torch/lib/libtorch_python.so \
-        uvloop/loop.*.so
+    && find . -type f -regex '.*\.\(a\|c\|cc\|cpp\|h\|hpp\|pxd\|pyi\|pyx\)' -delete \
+    # Libraries in *.libs have been patched in a way that strip does not know: numpy cannot load its stripped OpenBLAS.
+    && find . -type f -name '*.so*' ! -path '*.libs/*' -exec strip --strip-unneeded {} +
 
 
 FROM dependencies AS project
@@ -58,21 +65,32 @@ COPY service service
 RUN pip --python /opt/corr2d/bin/python3 install --no-compile --no-deps --prefix /project .
 
 
-FROM base
+FROM base AS root
+
+# Remove what is not needed at run time: pip, parts of Python for development, the package manager with its libraries
+# and perl, and the C library's character sets, of which Python has its own.
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir / --shell /usr/sbin/nologin corr2d \
+    && cd /usr/local && rm -rf bin/pip* bin/wheel bin/idle* bin/pydoc* bin/2to3* include lib/python3*/site-packages/* \
+    && cd lib/python3* && rm -rf ensurepip idlelib lib2to3 pydoc_data tkinter turtledemo config-* \
+    && dpkg --purge --force-depends --force-remove-essential apt gpgv libidn2-0 libp11-kit0 perl-base \
+        $(dpkg-query --show --showformat '${Package} ' 'libapt-pkg*' 'libgnutls*' 'libunistring*') \
+    && rm -rf /usr/lib/*/gconv
+
+
+# Without the layers of the base image, which contain the removed files.
+FROM scratch
 
 LABEL org.opencontainers.image.title="corr2d" \
       org.opencontainers.image.description="Convolution as a service: 2-D cross-correlation, Conv2d, learned kernels" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# Remove pip, which is not needed at run time.
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir / --shell /usr/sbin/nologin corr2d \
-    && rm -rf /usr/local/bin/pip* /usr/local/bin/wheel /usr/local/lib/python3*/site-packages/*
-
+COPY --from=root / /
 COPY --from=dependencies /opt/corr2d /opt/corr2d
 COPY --from=project /project /opt/corr2d
 
 # The container writes nothing to the root, which may be read-only.
-ENV PATH=/opt/corr2d/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 CORR2D_HOST=0.0.0.0 CORR2D_PORT=8000
+ENV PATH=/opt/corr2d/bin:/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV CORR2D_HOST=0.0.0.0 CORR2D_PORT=8000
 
 # Shared memory is writable for any user even if the root is read-only. Compiled engines and the compiled JSON parser
 # are cached there for the next start of the same container, and the font list of matplotlib, if it is installed.

@@ -2,9 +2,11 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# Without pins, `CONSTRAINTS=/dev/null` installs the newest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 FUZZ_SECONDS ?= 60
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS)
 # On all cores, where pip uses one. Some packages contain files that are not valid Python.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 RESOLVE := .venv/resolver/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header

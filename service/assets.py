@@ -9,11 +9,11 @@ from http import HTTPStatus
 from pathlib import Path
 
 import anyio.to_thread
-from backports import zstd
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.codecs.zstandard import zstd
 from service.negotiation import collect_headers, negotiate_coding
 
 MEDIA_TYPES = {

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from backports import zstd
 from PIL import Image
+
+from service.codecs.zstandard import zstd
 
 CAMERA = Path(__file__).parents[1] / "docs" / "images" / "camera.png"
 """Photograph of 512 x 512 grey pixels."""

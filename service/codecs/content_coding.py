@@ -1,6 +1,5 @@
 """Content codings (RFC 9110, 8.4): decompression of request bodies and compression of responses."""
 
-import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -8,12 +7,8 @@ from typing import Any, Protocol
 
 from service.codecs.buffers import BufferList, join_buffers
 from service.codecs.decode_limits import DecodeCheck, no_check, raise_if_out_of_memory
+from service.codecs.zstandard import zstd
 from service.errors import BodyTooLarge, FieldError, NotParseable
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 INPUT_CHUNK_BYTES = 1 << 16
 """Bytes passed to a decompressor at a time: it copies input that it has not used yet."""

@@ -16,8 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backports import zstd
-
 try:
     import atheris
 except ImportError:
@@ -29,6 +27,7 @@ except ImportError:
 # Numba compiles json_scanner from its bytecode, which must not be instrumented.
 with atheris.instrument_imports(include=["service.codecs"], exclude=["service.codecs.json_scanner"]):
     from service.codecs import content_coding
+    from service.codecs.zstandard import zstd
     from service.errors import ServiceError
     from tests.fuzz import checksums
     from tests.service.codecs.json_oracle import assert_matches_orjson

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,16 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 YAML_FILES = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+
+SCHEMAS = {
+    "citation-file-format": ["CITATION.cff"],
+    "compose-spec": ["docker-compose.yml"],
+    "dependabot": [".github/dependabot.yml"],
+    "github-issue-config": [".github/ISSUE_TEMPLATE/config.yml"],
+    "github-issue-forms": [".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/feature.yml"],
+    "github-workflows": [str(path.relative_to(ROOT)) for path in WORKFLOWS],
+}
+"""Files by the schema of check-jsonschema that they follow."""
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
@@ -33,6 +45,18 @@ def list_check_commands() -> list[str]:
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
 def test_yaml_can_be_parsed(path: Path) -> None:
     assert read_yaml(path)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_files_of_services_follow_their_schemas(schema: str) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *SCHEMAS[schema]]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_schemas_cover_all_files_of_github() -> None:
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*.yml")}
+    assert files <= {path for paths in SCHEMAS.values() for path in paths}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from backports import zstd
 from PIL import Image
 
 from service.codecs import content_coding, json, loss_curve, multipart, npy, npz, safetensors
@@ -24,6 +23,7 @@ from service.codecs.decode_limits import raise_if_out_of_memory
 from service.codecs.images import jpeg, png, tiff, webp
 from service.codecs.registry import FORMATS, predict_decode_seconds
 from service.codecs.response_options import ResponseOptions
+from service.codecs.zstandard import zstd
 from service.errors import InvalidRequest, NotParseable, ServiceError
 from tests.gil_pauses import measure_longest_pause, measure_python_pause
 

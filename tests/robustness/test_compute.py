@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from backports import zstd
 
+from service.codecs.zstandard import zstd
 from tests.problem_details import assert_first_error, assert_problem
 from tests.robustness.memory import measure_peak_bytes
 from tests.robustness.raw_client import CLIENT_TIMEOUT_S, RawConnection, build_request_headers, open_connections

@@ -4,8 +4,8 @@ import gzip
 from pathlib import Path
 
 import pytest
-from backports import zstd
 
+from service.codecs.zstandard import zstd
 from service.routes import pages
 from tests.problem_details import assert_problem
 from tests.servers import SendFn

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from backports import zstd
 
 from service.codecs.registry import ENCODABLE_FORMATS
+from service.codecs.zstandard import zstd
 from tests.problem_details import assert_problem
 from tests.sample_files import JSON, NPY, NPZ, PNG, SAFETENSORS, save_npy
 from tests.servers import SendFn

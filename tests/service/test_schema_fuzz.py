@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import requests
 import schemathesis
-from backports import zstd
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -25,6 +24,7 @@ from service.app import create_app
 from service.codecs import json, multipart, npy
 from service.codecs.registry import FORMATS
 from service.codecs.response_options import ResponseOptions
+from service.codecs.zstandard import zstd
 from service.configuration.settings import Settings
 from tests.servers import open_client, start_server
 

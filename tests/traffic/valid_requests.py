@@ -10,10 +10,10 @@ from urllib.parse import urlencode
 import httpx
 import numpy as np
 import safetensors.numpy
-from backports import zstd
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
+from service.codecs.zstandard import zstd
 from tests import reference
 from tests.sample_files import COMPRESS_BY_CODING, JPEG, JSON, NPY, NPZ, PNG, SAFETENSORS, TIFF, WEBP, save_npy
 from tests.traffic.exchanges import Request

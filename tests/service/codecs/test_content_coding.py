@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from backports import zstd
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from service.codecs.content_coding import (
     MAX_COMPRESSED_MEMBERS,
     MIN_BYTES_TO_COMPRESS,
 )
+from service.codecs.zstandard import zstd
 from service.errors import BodyTooLarge, NotParseable
 from tests.service.codecs.strategies import DECODE_LIMIT_BYTES, assert_decode_rejected, measure_peak_bytes
 

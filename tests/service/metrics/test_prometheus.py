@@ -61,6 +61,7 @@ def serve(request: pytest.FixtureRequest) -> ServeFn:
     return served
 
 
+@pytest.mark.needs_halide  # the torch engines run in a thread, with a wait phase
 @pytest.mark.slow
 def test_known_traffic_gives_known_numbers(serve: ServeFn) -> None:
     with serve(create_app(Settings(device="cpu"))) as send:

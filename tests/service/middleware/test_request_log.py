@@ -58,7 +58,7 @@ def test_request_is_logged_in_one_line(log: LogCapture) -> None:
     assert line["request_id"] == "mine-42"
     assert line["bytes_out"] == len(response.content)
     assert line["bytes_in"] == len(response.request.content)
-    assert (line["engine"], line["problem"], line["key"]) == ("stencil", None, None)
+    assert (line["engine"], line["problem"], line["key"]) == (response.json()["engine"], None, None)
     assert line["ms"] >= line["compute_ms"] > 0
 
 
