@@ -65,8 +65,10 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call, of the copies and of the tiles, which count fully if they are partial."""
-    work = _work_seconds(problem, machine)
-    return machine.compile_seconds + CALL_OVERHEAD_S + work / halide_costs.choose_thread_count(machine, work)
+    threads = _choose_threads(problem, machine)
+    work = _choose_strips(problem, threads).taps * _tap_seconds(problem, machine)
+    others = halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
+    return machine.compile_seconds + CALL_OVERHEAD_S + work + others / threads
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -106,7 +108,8 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of a strip for each thread, and of the padded images for other boundaries than zeros."""
-    strips, columns = _choose_strips(problem, machine), problem.padded_size[1] + problem.kernel_width
+    strips = _choose_strips(problem, _choose_threads(problem, machine))
+    columns = problem.padded_size[1] + problem.kernel_width
     lines = _lines(problem, strips.rows + TILE_ROWS[pipelines.vector_bytes()])
     of_thread = problem.itemsize * lines * (columns + 4 * halide_jit.vector_lanes(problem.dtype))
     copy = 2 * problem.padded_bytes if problem.is_padded and problem.boundary != "zeros" else 0
@@ -127,37 +130,43 @@ def warm_up() -> None:
             layer_pipeline("float32", kernel_rows, (1, 1), lanes, lanes)
 
 
+class _Strips(NamedTuple):
+    """The rows of each strip of a plane but the last, and the time of the slowest thread in taps for one vector."""
+
+    rows: int
+    taps: float
+
+
 @functools.lru_cache(maxsize=256)
-def _work_seconds(problem: Problem, machine: Machine) -> float:
-    """Return the seconds of one thread."""
-    columns = problem.output_size[1]
-    strips, lanes = _choose_strips(problem, machine), halide_jit.vector_lanes(problem.dtype)
-    tile_rows = TILE_ROWS[pipelines.vector_bytes()]
-    vectors = strips.number * _round_up(strips.rows, tile_rows) * -(-columns // lanes)
-    copied = strips.number * _lines(problem, strips.rows) * -(-problem.padded_size[1] // lanes)
-    taps = STRIP_OVERHEAD_TAPS * strips.number + COPIED_VECTOR_TAPS * copied + vectors * problem.taps
+def _choose_strips(problem: Problem, threads: int) -> _Strips:
+    """Return the strips that keep all threads busy and fit into the cache."""
+    (rows, columns), lanes = problem.output_size, halide_jit.vector_lanes(problem.dtype)
+    planes, tile_rows = problem.batch * problem.filters, TILE_ROWS[pipelines.vector_bytes()]
+    line_bytes = problem.itemsize * problem.padded_size[1]
+    most = max(tile_rows, MAX_STRIP_BYTES // (line_bytes * problem.stride[0]))
+
+    def strip_taps(height: int) -> float:
+        copied = COPIED_VECTOR_TAPS * _lines(problem, height) * -(-problem.padded_size[1] // lanes)
+        return STRIP_OVERHEAD_TAPS + copied + _round_up(height, tile_rows) * -(-columns // lanes) * problem.taps
+
+    def thread_taps(height: int) -> float:
+        strips, rest = divmod(rows, height)
+        taps = -(-planes * strips // threads) * strip_taps(height)
+        return taps + (-(-planes // threads) * strip_taps(rest) if rest else 0.0)
+
+    height = min(halide_costs.strip_heights(rows, most), key=lambda height: (thread_taps(height), -height))
+    return _Strips(height, thread_taps(height))
+
+
+def _tap_seconds(problem: Problem, machine: Machine) -> float:
+    """Return the seconds of a tap for one vector."""
     efficiency = EFFICIENCY if problem.kernel_height <= TALL_KERNEL_ROWS else TALL_EFFICIENCY
     speed = efficiency * halide_costs.operations_per_second(machine, problem.dtype)
-    sums = 2 * lanes * problem.batch * problem.filters * taps / speed
-    return sums + halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
+    return 2 * halide_jit.vector_lanes(problem.dtype) / speed
 
 
-class _Strips(NamedTuple):
-    """The number of strips of a plane, and the rows of each but the last."""
-
-    number: int
-    rows: int
-
-
-@functools.lru_cache(maxsize=256)
-def _choose_strips(problem: Problem, machine: Machine) -> _Strips:
-    """Return strips that fit into the cache, as many as keep all threads busy, and no smaller."""
-    rows, planes = problem.output_size[0], problem.batch * problem.filters
-    step = TILE_ROWS[pipelines.vector_bytes()]
-    most = MAX_STRIP_BYTES // (problem.itemsize * problem.padded_size[1] * problem.stride[0])
-    count = max(-(-rows // max(most, 1)), 1 if planes >= machine.threads else -(-machine.threads // planes))
-    height = min(rows, _round_up(-(-rows // count), step))
-    return _Strips(-(-rows // height), height)
+def _choose_threads(problem: Problem, machine: Machine) -> int:
+    return halide_costs.choose_thread_count(machine, _choose_strips(problem, 1).taps * _tap_seconds(problem, machine))
 
 
 class _Part(NamedTuple):
@@ -171,8 +180,8 @@ class _Part(NamedTuple):
 
 def _divide(problem: Problem, machine: Machine) -> list[_Part]:
     """Return the whole strips, and the last one if it has fewer rows."""
-    rows, strips = problem.output_size[0], _choose_strips(problem, machine)
-    threads = halide_costs.choose_thread_count(machine, _work_seconds(problem, machine))
+    threads = _choose_threads(problem, machine)
+    rows, strips = problem.output_size[0], _choose_strips(problem, threads)
     tasks = 1 if threads == 1 else halide_costs.choose_task_count(machine, TASKS_PER_THREAD)
     images = min(problem.batch, tasks)
     filters = min(problem.filters, -(-tasks // images))

@@ -40,8 +40,8 @@ CALL_OVERHEAD_S, LAYER_OVERHEAD_S = 2e-6, 2e-5
 EFFICIENCY_BY_TAP_ROWS = {1: 0.5, 2: 0.75, 3: 0.95, 4: 1.1, 5: 1.1, 6: 1.0, 7: 1.05}
 """Speed by the kernel's rows, as a fraction of Machine.flops; 1.2 for 8 rows or more. Measured."""
 
-MAX_LAYER_EFFICIENCY = 1.05
-"""Maximum of that speed for layers."""
+MAX_LAYER_EFFICIENCY, MAX_PARALLEL_LAYER_EFFICIENCY = 1.05, 0.85
+"""Maximum of that speed for layers, by one thread and by several; measured."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -58,32 +58,38 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call and of arithmetic or memory, whichever is slower; partial tiles count fully."""
-    rows, columns = problem.output_size
-    planes = problem.batch * problem.filters
-    speed = halide_costs.operations_per_second(machine, problem.dtype)
-    calls = 3 if problem.is_padded else 1
     borders = interior.border_seconds(problem, _borders(problem), machine)
-    fixed = machine.compile_seconds + calls * CALL_OVERHEAD_S + borders
+    fixed = machine.compile_seconds + (3 if problem.is_padded else 1) * CALL_OVERHEAD_S + borders
+    arithmetic = _arithmetic_seconds(problem, machine)
     if _is_smaller_than_tile(problem):
-        lanes = halide_jit.vector_lanes(problem.dtype)
-        row = dilated_size(-(-columns // lanes), lanes)
-        each = columns * (problem.taps + 64) * 8 if columns < lanes else row * problem.taps * 4
-        return fixed + 2 * planes * rows * each / speed
-    tile_rows, tile_columns = _tile_shape(problem.dtype)
-    filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
-    efficiency = EFFICIENCY_BY_TAP_ROWS.get(problem.kernel_height, 1.2)
-    if not problem.is_single_plane:
-        efficiency = min(efficiency, MAX_LAYER_EFFICIENCY)
-    if problem.stride != (1, 1):
-        efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
-    arithmetic = 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
-    threads = halide_costs.choose_thread_count(machine, arithmetic)
+        return fixed + arithmetic
     work = max(arithmetic, halide_costs.memory_seconds(problem, machine))
     if problem.channels != problem.groups or (problem.is_padded and not problem.is_single_plane):
         # Tiles read few pixels of many rows and channels: the time depends on the latency of memory, not on bandwidth.
         size = np.dtype(problem.dtype).itemsize * problem.max_array_values
         work = LAYER_OVERHEAD_S + arithmetic + size / ((4 if size < L2_CACHE_BYTES else 0.4) * machine.bandwidth)
+    threads = halide_costs.choose_thread_count(machine, arithmetic)
     return fixed + (work + halide_costs.page_fault_seconds(problem)) / threads
+
+
+def _arithmetic_seconds(problem: Problem, machine: Machine) -> float:
+    """Return the seconds of one thread for the sums."""
+    (rows, columns), lanes = problem.output_size, halide_jit.vector_lanes(problem.dtype)
+    planes, speed = problem.batch * problem.filters, halide_costs.operations_per_second(machine, problem.dtype)
+    if _is_smaller_than_tile(problem):
+        if max(rows, columns) < lanes:
+            return 2 * planes * rows * columns * (problem.taps + 64) * 8 / speed
+        # A narrow output is computed transposed.
+        short, long = (rows, columns) if columns >= lanes else (columns, rows)
+        return 2 * planes * short * dilated_size(-(-long // lanes), lanes) * problem.taps * 7 / speed
+    tile_rows, tile_columns = _tile_shape(problem.dtype)
+    filled = -(-rows // tile_rows) * tile_rows * -(-columns // tile_columns) * tile_columns
+    efficiency = EFFICIENCY_BY_TAP_ROWS.get(problem.kernel_height, 1.2)
+    if not problem.is_single_plane:
+        efficiency = min(efficiency, MAX_LAYER_EFFICIENCY if machine.threads == 1 else MAX_PARALLEL_LAYER_EFFICIENCY)
+    if problem.stride != (1, 1):
+        efficiency *= 0.35 if problem.stride[1] <= 2 else 0.1
+    return 2 * planes * filled * (problem.taps + 2) / (speed * efficiency)
 
 
 def operations(problem: Problem, machine: Machine) -> float:
@@ -186,7 +192,7 @@ def _make_plane_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
 def _make_layer_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
     """Return the function that fills an output of that size from several channels, or with a stride or dilation."""
     groups = -(-size[0] // TILE_ROWS) * problem.batch
-    work = 2 * problem.batch * problem.filters * math.prod(size) * problem.taps / machine.flops
+    work = _arithmetic_seconds(problem, machine) * math.prod(size) / math.prod(problem.output_size)
     filters_per_group = problem.filters // problem.groups
     if problem.channels == problem.groups and problem.stride == problem.dilation == (1, 1):
         depthwise, per_task = (

@@ -89,8 +89,9 @@ speed."""
 EXAMINED_FRACTION = 0.4
 """Fraction of S_PER_PIXEL that is the time to examine a pixel."""
 
-S_PER_SHARED_KERNEL = 1.6e-8
-"""Seconds for each kernel if threads share the transformed kernels: half of them are in the cache of another core."""
+S_PER_SHARED_KERNEL, MAX_SHARED_KERNELS = 1.6e-8, 16_000
+"""Seconds for each kernel if threads share the transformed kernels: half of them are in the second-level cache of
+another core, which holds at most so many."""
 
 DEFAULT_FLOPS = 9e10
 """Machine.flops at which these seconds hold."""
@@ -125,7 +126,8 @@ def seconds(problem: Problem, machine: Machine) -> float:
     others = S_PER_PIXEL * parallel * pixels
     others += (S_PER_OUTPUT + is_odd * S_PER_ODD_OUTPUT) * outputs
     others += S_PER_KERNEL_OF_MANY * max(0, problem.filters * problem.channels - MANY_KERNELS) / machine.threads
-    others += S_PER_SHARED_KERNEL * problem.filters * problem.channels if machine.threads > 1 else 0.0
+    shared = min(problem.filters * problem.channels, MAX_SHARED_KERNELS) if machine.threads > 1 else 0
+    others += S_PER_SHARED_KERNEL * shared
     fixed = machine.compile_seconds + CALL_OVERHEAD_S
     return fixed + products / (EFFICIENCY * speed) + others * DEFAULT_FLOPS / speed
 
