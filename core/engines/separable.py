@@ -38,6 +38,9 @@ CALL_OVERHEAD_S = 5e-6
 PASS_OVERHEAD_TAPS = 0.7
 """Overhead of a pass, in units of the time of one tap."""
 
+MEMORY_FACTOR = 1.4
+"""Time to read and write the arrays, relative to the minimum; measured."""
+
 MAX_UNSCALED_EXPONENT = 60
 """Maximum binary exponent, positive or negative, of values that are computed unscaled without loss of precision."""
 
@@ -72,7 +75,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     down = -(-rows // tile_rows) * tile_rows * problem.padded_size[1] * (problem.kernel_height + PASS_OVERHEAD_TAPS)
     along = 2 * filled * (problem.kernel_width + PASS_OVERHEAD_TAPS)
     arithmetic = 2 * problem.batch * (problem.rank or 1) * (down + along) / speed
-    memory = halide_costs.memory_seconds(problem, machine)
+    memory = MEMORY_FACTOR * halide_costs.memory_seconds(problem, machine)
     if (problem.rank or 1) > 1:
         arithmetic += problem.input_bytes / machine.bandwidth
     threads = halide_costs.choose_thread_count(machine, arithmetic)

@@ -165,9 +165,8 @@ def _make_plane_fill(problem: Problem, machine: Machine, size: Pair) -> FillFn:
     width = halide_jit.vector_lanes(dtype)
     if rows >= TILE_ROWS and columns >= TILE_VECTORS * width:
         groups = -(-rows // TILE_ROWS) * problem.batch
-        per_task = halide_costs.items_per_task(
-            groups, 2 * rows * columns * problem.batch * problem.taps / machine.flops, machine
-        )
+        work = _arithmetic_seconds(problem, machine) * math.prod(size) / math.prod(problem.output_size)
+        per_task = halide_costs.items_per_task(groups, work, machine)
         tiles = (
             _tiles_pipeline(dtype) if problem.kernel_height <= MAX_SHORT_KERNEL_ROWS else _tall_tiles_pipeline(dtype)
         )
