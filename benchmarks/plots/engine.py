@@ -14,7 +14,17 @@ import core
 from plots.style import spread_labels, style_axes
 
 PEER_COLOURS = ("#9467bd", "#b07fd6", "#8c564b", "#e377c2", "#f08cc0", "#b5846f", "#d62728", "#ff7f0e", "#bcbd22")
-ENGINE_COLOURS = ("#1f6feb", "#17becf", "#2ca02c", "#0b7285", "#63a5f7", "#74c69d", "#3b3f8f")
+ENGINE_COLOURS = (
+    "#1f6feb",
+    "#17becf",
+    "#2ca02c",
+    "#0b7285",
+    "#63a5f7",
+    "#74c69d",
+    "#3b3f8f",
+    "#00a36c",
+    "#5f7a94",
+)
 
 MIN_LABEL_RATIO = 1.1
 """Ratio of two kernel sizes below which only one of them is labelled."""
