@@ -1,4 +1,4 @@
-"""Compiled direct sums of filters that read one channel: planes with a border, and depthwise layers.
+"""Compiled direct sums of filters that read one channel: planes with a border of zeros, and depthwise layers.
 
 Each thread copies a strip of rows, with its border, into its cache, and then computes the sums that read it. The copy
 lays out the columns by their remainder modulo the stride, so that all loads of the sums are contiguous. A tile of the
@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.arrays import Array, ConvolveFn, as_numpy, as_torch
+from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec
 from core.engines.strip_copy import StripPixels, define_copy
 from core.machine import Machine
-from core.padding import extract_window
 from core.problem import Dtype, Problem, SliceUnits
 from core.shapes import Pair
 
@@ -54,6 +53,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Return the reason why the engine cannot compute the problem, or None."""
     if problem.channels != problem.groups:
         return "supports only filters that read one channel"
+    if problem.is_padded and problem.boundary != "zeros":
+        return "supports only a border of zeros"
     if problem.dilation != (1, 1) or max(problem.stride) > MAX_STRIDE:
         return f"supports strides of at most {MAX_STRIDE} and no dilation"
     # Single planes are computed by the pipelines that the warm-up compiles.
@@ -81,13 +82,10 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """Return a function that computes the convolution."""
     (rows, columns), dtype = problem.output_size, np.dtype(problem.dtype)
     shape, no_bias = (problem.batch, problem.filters, rows, columns), np.zeros(problem.filters, dtype)
-    (top, bottom, left, right), boundary = problem.padding, problem.boundary
-    pads_strips = boundary == "zeros" or not problem.is_padded
-    above, before, width = (top, left, problem.width) if pads_strips else (0, 0, problem.padded_size[1])
-    read_rows, read_columns = (-top, problem.height + bottom), (-left, problem.width + right)
+    above, _, before, _ = problem.padding
     widest = halide_jit.vector_lanes(problem.dtype)
     lanes = widest if problem.is_single_plane else min(next((n for n in (4, 8) if columns <= n), 16), widest)
-    copied_lanes = halide_jit.choose_lanes(width // problem.stride[1], problem.dtype)
+    copied_lanes = halide_jit.choose_lanes(problem.width // problem.stride[1], problem.dtype)
     kernel_rows = problem.kernel_height if problem.kernel_height in UNROLLED_KERNEL_ROWS else 0
     fill = layer_pipeline(problem.dtype, kernel_rows, problem.stride, lanes, copied_lanes)
     parts = _divide(problem, machine)
@@ -95,8 +93,6 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else as_numpy(out)
         pixels, kernels = as_numpy(images), as_numpy(weight)[:, 0]
-        if not pads_strips:
-            pixels = extract_window(as_torch(images), read_rows, read_columns, boundary, problem.fill_value).numpy()
         offsets = no_bias if bias is None else as_numpy(bias)
         for part in parts:
             target = output[:, :, part.first : part.last].reshape(*shape[:2], -1, part.rows, columns)
@@ -107,13 +103,12 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Return the bytes of a strip for each thread, and of the padded images for other boundaries than zeros."""
+    """Return the bytes of a strip for each thread."""
     strips = _choose_strips(problem, _choose_threads(problem, machine))
     columns = problem.padded_size[1] + problem.kernel_width
     lines = _lines(problem, strips.rows + TILE_ROWS[pipelines.vector_bytes()])
     of_thread = problem.itemsize * lines * (columns + 4 * halide_jit.vector_lanes(problem.dtype))
-    copy = 2 * problem.padded_bytes if problem.is_padded and problem.boundary != "zeros" else 0
-    return copy + (machine.threads + 1) * of_thread
+    return (machine.threads + 1) * of_thread
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
