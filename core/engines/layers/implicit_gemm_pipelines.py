@@ -1,6 +1,6 @@
 """Compiled pipelines of the engine implicit_gemm: the sums, by rows, bands or padded strips, and the polyphase split.
 
-core/engines/implicit_gemm.py explains the algorithm.
+core/engines/layers/implicit_gemm.py explains the algorithm.
 """
 
 from typing import Any

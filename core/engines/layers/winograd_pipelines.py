@@ -1,6 +1,6 @@
 """Compiled pipelines of the engine winograd: transforms of kernels and pixels, products, and pixel statistics.
 
-core/engines/winograd.py explains the algorithm.
+core/engines/layers/winograd.py explains the algorithm.
 """
 
 import functools
