@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from core import ENGINES, Dtype, Problem
+from core import ENGINES, Boundary, Dtype, Problem
 from core.engines import halide_jit
 
 PLANE = Problem(batch=1, channels=1, height=64, width=64, filters=1, kernel_height=3, kernel_width=3, rank=1)
@@ -37,6 +37,11 @@ def supports_steps(engine: str) -> bool:
 def supports_kernel_sizes(engine: str) -> bool:
     """Return whether the engine supports kernels of other sizes than 3 x 3."""
     return _supports_variant(engine, kernel_height=4, kernel_width=5)
+
+
+def supports_boundary(engine: str, boundary: Boundary) -> bool:
+    """Return whether the engine supports a border with these values."""
+    return _supports_variant(engine, padding=(1, 1, 1, 1), boundary=boundary)
 
 
 def supports_groups(engine: str) -> bool:
