@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core import ENGINES, Dtype
+from core import ENGINES, Dtype, PaddingMode
 from tests.engine_properties import (
+    supports_boundary,
     supports_groups,
     supports_kernel_sizes,
     supports_layers,
@@ -65,7 +66,8 @@ def draw_case(rng: np.random.Generator, engine: str, dtype: Dtype) -> Case:
         for name in ("stride", "dilation"):
             options[name] = tuple(int(step) for step in rng.choice([1, 1, 2, 3], 2))
     if any(options["padding"]):
-        options["padding_mode"] = str(rng.choice(["zeros", "replicate", "circular"]))
+        modes: tuple[PaddingMode, ...] = ("zeros", "replicate", "circular")
+        options["padding_mode"] = str(rng.choice([mode for mode in modes if supports_boundary(engine, mode)]))
     most = 8 if not single else 34 if engine != "stencil" else 20
     kernel = int(rng.integers(1, most)), int(rng.integers(1, most))
     if not supports_kernel_sizes(engine):

@@ -18,12 +18,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import core
-from core import ENGINES, Problem
+from core import ENGINES, PaddingMode, Problem
 from core.engines import slices
 from core.engines.layers import implicit_gemm
 from core.engines.run import run_engine
 from tests.conftest import WITHOUT_HALIDE_PATH
-from tests.engine_properties import AVAILABLE_ENGINES, AVAILABLE_FFT_ENGINES, supports_layers, supports_steps
+from tests.engine_properties import (
+    AVAILABLE_ENGINES,
+    AVAILABLE_FFT_ENGINES,
+    supports_boundary,
+    supports_layers,
+    supports_steps,
+)
 from tests.robustness.server_process import start_server_process
 from tests.sample_files import JSON, NPY, NPZ, PNG, SAFETENSORS
 
@@ -67,11 +73,12 @@ def draw_layers(rng: np.random.Generator) -> list[tuple[str, tuple[int, ...], tu
         side = 1200 if depth == 1 else 200
         shape = int(rng.integers(1, 9)), groups * depth, *(int(size) for size in rng.integers(side // 3, side, 2))
         padding = tuple(int(border) for border in rng.choice([0, 1, 5], 4))
+        mode: PaddingMode = "reflect" if rng.random() < 0.5 else "zeros"
         options = {
             "stride": stride,
             "dilation": dilation,
             "padding": padding,
-            "padding_mode": str(rng.choice(["zeros", "reflect"])),
+            "padding_mode": mode if supports_boundary(engine, mode) else "zeros",
             "groups": groups,
             "dtype": ("float32", "float64")[number % 2],
         }
