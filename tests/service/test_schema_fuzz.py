@@ -35,14 +35,14 @@ AnyCase: TypeAlias = Case[Any]
 IS_THOROUGH = settings.get_current_profile_name() == "thorough"
 MAX_EXAMPLES, MAX_WALKS = (2000, 500) if IS_THOROUGH else (30, 15)
 
-app = create_app(
-    Settings(device="cpu", threads=1, max_body_mb=1, max_compute_mb=10, max_compute_gflop=0.05, request_timeout_s=10)
+SMALL_LIMITS = Settings(
+    device="cpu", threads=1, max_body_mb=1, max_compute_mb=10, max_compute_gflop=0.05, request_timeout_s=10
 )
 
 COMPUTING_OPERATIONS = [f"POST {path}" for path in ("/correlate", "/conv2d", "/train-kernel")]
 
 api_schema = schemathesis.openapi.from_dict(
-    app.openapi(),
+    create_app(SMALL_LIMITS).openapi(),
     config=schemathesis.Config.from_dict(
         {
             "generation": {"deterministic": not IS_THOROUGH},
@@ -175,7 +175,8 @@ def assert_parsable(case: AnyCase, status: int) -> None:
 @pytest.fixture(scope="module")
 def small() -> Iterator[str]:
     """The address of a service with small limits, so that no request takes long."""
-    with start_server(app) as address, open_client(address):
+    # An application that has been stopped does not start again, and other tests may run between those of this module.
+    with start_server(create_app(SMALL_LIMITS)) as address, open_client(address):
         yield address
 
 
