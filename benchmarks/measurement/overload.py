@@ -226,7 +226,7 @@ async def time_requests(clients: ConnectionPool, requests: Sequence[bytes]) -> l
         times = []
         for _ in range(SOLO_TRIES):
             sent = SentRequest(monotonic(), monotonic())
-            clients.send(request, sent)
+            clients.send(TimedRequest(request), sent)
             await clients.settle()
             if sent.status != OK_STATUS:
                 sys.exit(f"the response to {request[:80]!r} has status {sent.status}")
