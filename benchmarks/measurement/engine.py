@@ -6,7 +6,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from time import perf_counter, sleep
+from time import perf_counter, process_time, sleep
 
 import torch
 from peers import (
@@ -33,9 +33,12 @@ TURN_S = 0.005
 """Duration of a turn, in seconds. With turns of a single call, the threads of the previous function still occupy caches
 and cores: core and torch were measured up to four times slower on two cores."""
 
-PAUSE_S = 0.004
-"""Pause before a turn, in seconds: torch's threads spin for milliseconds after a call, on the cores that the next
-function needs."""
+PAUSE_S = 0.002
+"""Pause before a turn, in seconds. It is repeated until the threads of this process have stopped: those of torch and
+DIPlib spin for about 8 milliseconds after a call, on the cores that the next function needs."""
+
+MAX_PAUSE_LOAD = 0.2
+"""Largest CPU time of this process during a pause, as a fraction of it, with which its threads have stopped."""
 
 MIN_TIMED_CALLS = 3
 """Minimum number of timed calls of each function."""
@@ -184,7 +187,7 @@ def measure_best_times(calls: Mapping[str, Callable[[], object]], seconds: float
     while waiting := [name for name in calls if spent[name] < budget or made[name] < MIN_TIMED_CALLS]:
         name = min(waiting, key=spent.__getitem__)
         call, end_of_turn = calls[name], spent[name] + TURN_S
-        sleep(PAUSE_S)
+        wait_for_threads()
         while spent[name] < end_of_turn:
             start = perf_counter()
             call()
@@ -193,6 +196,15 @@ def measure_best_times(calls: Mapping[str, Callable[[], object]], seconds: float
             spent[name] += elapsed
             made[name] += 1
     return best
+
+
+def wait_for_threads() -> None:
+    """Pause until no thread of this process runs."""
+    load = math.inf
+    while load > MAX_PAUSE_LOAD:
+        before = process_time()
+        sleep(PAUSE_S)
+        load = (process_time() - before) / PAUSE_S
 
 
 def compare_with_hardware(machine: core.Machine, seconds: float) -> list[str]:
