@@ -56,7 +56,7 @@ format: .venv/dev.stamp  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/bench.stamp  ## compare the engines with torch, scipy and OpenCV (20 minutes)
+bench: .venv/bench.stamp  ## compare the engines with torch, scipy, OpenCV, libvips and DIPlib (30 minutes)
 	$(BIN)/python benchmarks/engines.py --choice --output benchmarks/engines.md --plot docs/images/engines.png
 
 layers: .venv/bench.stamp  ## compare layers of many channels with torch, ONNX Runtime and OpenVINO (4 minutes)

@@ -1,6 +1,6 @@
-"""Compare the time of core.correlate and core.conv2d on the CPU with torch, scipy and OpenCV.
+"""Compare the time of core.correlate and core.conv2d on the CPU with torch, scipy, OpenCV, libvips and DIPlib.
 
-    make bench                                       everything, in about 20 minutes
+    make bench                                       everything, in about 30 minutes
     .venv/bin/python benchmarks/engines.py --help    fewer rows, more time, a Markdown file, a plot
 
 Tables: A row is a problem: "general 256, 7 x 7" is one plane of 256 x 256 and one kernel of 7 x 7 random numbers,
@@ -8,22 +8,26 @@ Tables: A row is a problem: "general 256, 7 x 7" is one plane of 256 x 256 and o
 3. A number is the shortest time of the column's function in milliseconds, or "-" if the function cannot compute the
 problem or is predicted to take more than half a second (the fastest peer is always measured). "core / best" is the time
 of core divided by that of the fastest peer in the row: 0.5 is twice as fast. "engine" is the engine that core chose;
-with --choice, the last columns are all engines, each forced. The lines at the end are a summary.
+with --choice, the last columns are all engines, each forced. libvips and DIPlib, slower than the fastest peers, have
+tables of their own with a few of the float32 problems. The lines at the end are a summary.
 
 Method: All functions run in this process with the same number of threads, interleaved in turns of a few milliseconds,
 until each has used an equal part of the row's time and has run at least three times. Before that, the output of each is
-checked. benchmarks/peers.py prepares the inputs, for each peer in the layout in which it is fastest. Every call
-allocates its output. Keep the machine idle during the measurement: other processes slow down torch, and core on torch,
-most, because their threads wait for each other.
+checked. A turn begins when no thread of the previous function runs any more. benchmarks/peers.py prepares the inputs,
+for each peer in the layout in which it is fastest. Every call allocates its output. Keep the machine idle during the
+measurement: other processes slow down torch, and core on torch, most, because their threads wait for each other.
 """
 
 import argparse
 import itertools
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import cv2
+import diplib
+import pyvips
 import scipy
 import torch
 from measurement.engine import (
@@ -35,9 +39,9 @@ from measurement.engine import (
     measure_cell,
     measure_choice_cost,
 )
-from peers import Cell, CellKind
+from peers import IMAGE_LIBRARIES, Cell, CellKind, list_peers
 from plots.engine import draw_plot
-from reports.engine import ResultTable, describe_environment, judge_choices, summarize
+from reports.engine import ResultTable, describe_environment, judge_choices, summarize, summarize_image_libraries
 
 import core
 
@@ -51,13 +55,15 @@ LAYERS = (
     Cell("conv2d", 112, 3, channels=32, filters=32, groups=32),
     Cell("conv2d", 56, 1, channels=64, filters=128),
 )
+IMAGE_LIBRARY_PLANE_SIDES = (64, 512, 2048)
+IMAGE_LIBRARY_KERNEL_SIDES = (3, 7, 15, 31)
 PLOTTED_PLANE_SIDE = 1024
 
 SECONDS_PER_ROW = 0.8
 
 
 def build_tables(threads: int, arguments: argparse.Namespace) -> list[ResultTable]:
-    """Return all tables for a number of threads that have rows."""
+    """Return all tables of PEERS for a number of threads that have rows."""
     tables = []
     for dtype, kind in itertools.product(arguments.dtypes, arguments.kinds):
         cells = [
@@ -69,8 +75,27 @@ def build_tables(threads: int, arguments: argparse.Namespace) -> list[ResultTabl
         if kind == "conv2d":
             cells = [replace(layer, threads=threads) for layer in LAYERS if layer.dtype == dtype]
         if cells:
-            tables.append(ResultTable(cells, with_engines=arguments.choice))
+            title = f"{kind}, {cells[0].setting}"
+            tables.append(ResultTable(title, cells, list_peers(cells[0]), with_engines=arguments.choice))
     return tables
+
+
+def build_image_library_tables(tables: Iterable[ResultTable]) -> list[ResultTable]:
+    """Return tables of libvips and DIPlib with those of the rows on which they are measured."""
+    selected = []
+    for table in tables:
+        cells = [
+            cell
+            for cell in table.cells
+            if cell.kind != "conv2d"
+            and cell.dtype == "float32"
+            and cell.plane in IMAGE_LIBRARY_PLANE_SIDES
+            and cell.kernel in IMAGE_LIBRARY_KERNEL_SIDES
+        ]
+        if cells:
+            title = f"libvips and DIPlib: {table.title}"
+            selected.append(ResultTable(title, cells, list_peers(cells[0], IMAGE_LIBRARIES)))
+    return selected
 
 
 def select_plotted_cells(arguments: argparse.Namespace) -> set[Cell]:
@@ -117,6 +142,20 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def measure_table(
+    table: ResultTable, session: Session, seconds: float, forced: Container[Cell] = ()
+) -> tuple[list[Row], str]:
+    """Measure and print the rows of a table, with the engines of core in `forced` rows; return them and its lines."""
+    rows, lines = [], [table.heading]
+    print("", table.heading, sep="\n", flush=True)
+    for cell in table.cells:
+        force = table.with_engines or cell in forced
+        rows.append(measure_cell(cell, table.peers, session, seconds, force=force))
+        lines.append(table.line(rows[-1]))
+        print(lines[-1], flush=True)
+    return rows, "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print the report, and write the requested files."""
     arguments = parse_arguments()
@@ -124,24 +163,28 @@ def main() -> None:
     parts = [describe_environment()]
     print(parts[0], flush=True)
     rows: list[Row] = []
+    image_rows: list[Row] = []
     bounds: list[str] = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
+        pyvips.concurrency_set(threads)
+        diplib.SetNumberOfThreads(threads)
         machine = core.measure_machine(core.Machine(threads=threads))
         session = Session(machine, {})
         with scipy.fft.set_workers(threads):
-            for table in build_tables(threads, arguments):
-                lines = [table.heading]
-                print("", table.heading, sep="\n", flush=True)
-                for cell in table.cells:
-                    force = arguments.choice or cell in plotted
-                    rows.append(measure_cell(cell, session, arguments.seconds, force=force))
-                    lines.append(table.line(rows[-1]))
-                    print(lines[-1], flush=True)
-                parts.append("\n".join(lines))
+            tables = build_tables(threads, arguments)
+            for table in tables:
+                measured, text = measure_table(table, session, arguments.seconds, plotted)
+                rows += measured
+                parts.append(text)
+            for table in build_image_library_tables(tables):
+                measured, text = measure_table(table, session, arguments.seconds)
+                image_rows += measured
+                parts.append(text)
         bounds += compare_with_hardware(machine, arguments.seconds)
-    summary = [*summarize(rows), measure_choice_cost((row.cell for row in rows), machine), *bounds]
+    summary = [*summarize(rows), *summarize_image_libraries(image_rows)]
+    summary += [measure_choice_cost((row.cell for row in rows), machine), *bounds]
     if arguments.choice:
         summary += judge_choices(rows)
     parts += ["## Summary", "\n".join(f"- {line}" for line in summary)]

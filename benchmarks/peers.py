@@ -10,7 +10,9 @@ from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
 
 import cv2
+import diplib
 import numpy as np
+import pyvips
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage, signal
@@ -228,6 +230,31 @@ def prepare_opencv_match_template(task: CellTask) -> TimedCall:
     return lambda: cv2.matchTemplate(image, kernel, cv2.TM_CCORR)
 
 
+def prepare_libvips_convf(task: CellTask) -> TimedCall:
+    """Return a call that computes a prepared pipeline of libvips: the valid part of one pass, or of one per factor."""
+    # Not convsep, which uses the same factor for columns and rows.
+    masks = [task.factors[1:], task.factors[:1].T] if task.factors.size else [task.weight[0, 0]]
+    image = pyvips.Image.new_from_array(task.images[0])
+    for mask in masks:
+        image = image.convf(pyvips.Image.new_from_array(mask.tolist()))
+    first, side = task.cell.kernel // 2, task.cell.side
+    compute: TimedCall = image.crop(first, first, side, side).numpy
+    return compute
+
+
+def prepare_diplib(convolve: Callable[[diplib.Image, diplib.Image], diplib.Image], task: CellTask) -> TimedCall:
+    """Return a call of DIPlib; the kernel is flipped, because it convolves; the output has the size of the input."""
+    image, flipped = diplib.Image(task.images[0]), diplib.Image(task.weight[0, 0, ::-1, ::-1].copy())
+    return lambda: np.asarray(convolve(image, flipped))
+
+
+def prepare_diplib_separable(task: CellTask) -> TimedCall:
+    """Return a call of SeparableConvolution with the known factors; the output has the size of the input."""
+    image = diplib.Image(task.images[0])
+    row, column = (diplib.OneDimensionalFilter(factor[::-1].tolist()) for factor in task.factors[::-1])
+    return lambda: np.asarray(diplib.SeparableConvolution(image, [row, column]))
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A contender other than core, with the kinds and dtypes that it supports."""
@@ -249,16 +276,24 @@ PEERS: Mapping[str, Peer] = {
     "OpenCV matchTemplate": Peer(prepare_opencv_match_template, dtypes=("float32",)),
 }
 
+IMAGE_LIBRARIES: Mapping[str, Peer] = {
+    "libvips convf": Peer(prepare_libvips_convf),
+    "DIPlib GeneralConvolution": Peer(partial(prepare_diplib, diplib.GeneralConvolution), ("general",)),
+    "DIPlib ConvolveFT": Peer(partial(prepare_diplib, diplib.ConvolveFT)),
+    "DIPlib SeparableConvolution": Peer(prepare_diplib_separable, ("separable",)),
+}
+"""Peers that are slower than the fastest of PEERS, measured on few cells, which have kernels with odd sides."""
+
 SUBJECT_NAME = "core"
 
 CONTENDERS: Mapping[str, Callable[[CellTask], TimedCall]] = {
     SUBJECT_NAME: prepare_core_auto,
-    **{name: peer.prepare for name, peer in PEERS.items()},
+    **{name: peer.prepare for name, peer in {**PEERS, **IMAGE_LIBRARIES}.items()},
     **{engine: partial(prepare_core_forced, engine) for engine in core.ENGINES},
 }
 """core, its peers, and each of its engines."""
 
 
-def list_peers(cell: Cell) -> list[str]:
+def list_peers(cell: Cell, peers: Mapping[str, Peer] = PEERS) -> list[str]:
     """Return the names of the peers that can compute the cell."""
-    return [name for name, peer in PEERS.items() if cell.kind in peer.kinds and cell.dtype in peer.dtypes]
+    return [name for name, peer in peers.items() if cell.kind in peer.kinds and cell.dtype in peer.dtypes]

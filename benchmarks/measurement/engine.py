@@ -17,7 +17,6 @@ from peers import (
     compute_reference,
     compute_relative_error,
     create_task,
-    list_peers,
 )
 from reports.tables import format_milliseconds, format_number
 
@@ -95,9 +94,9 @@ class Session:
     known: dict[tuple[str, Cell], float]
 
 
-def measure_cell(cell: Cell, session: Session, seconds: float, *, force: bool) -> Row:
+def measure_cell(cell: Cell, peers: Iterable[str], session: Session, seconds: float, *, force: bool) -> Row:
     """Check and time core and the peers that are fast enough for the cell and, with `force`, each engine of core."""
-    expectations = {name: predict_seconds(name, cell, session) for name in list_peers(cell)}
+    expectations = {name: predict_seconds(name, cell, session) for name in peers}
     limit = max(MAX_CALL_S, min(expectations.values()))
     peers = [name for name, expected in expectations.items() if expected <= limit]
     engines = [name for name in core.ENGINES if force and predict_seconds(name, cell, session) <= MAX_CALL_S]

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import cv2
+import diplib
 import numpy as np
+import pyvips
 import scipy
 import torch
 from measurement.engine import Row
-from peers import Cell, list_peers
+from peers import Cell
 
 import core
 from reports.tables import format_milliseconds, format_number, get_cpu_model
@@ -35,21 +37,25 @@ COLUMN_WIDTH = 7
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """The rows of one kind, dtype and number of threads; `with_engines` adds a column for every forced engine."""
+    """The rows of one kind, dtype and number of threads, with a column for every peer.
 
+    `with_engines` adds a column for every forced engine.
+    """
+
+    title: str
     cells: Sequence[Cell]
-    with_engines: bool
+    peers: Sequence[str]
+    with_engines: bool = False
 
     @property
     def heading(self) -> str:
         """The title and the table's first two lines."""
-        cell = self.cells[0]
-        names = ["core", "engine", *self._peers, "best peer", "core / best", *self._engines]
-        return f"## {cell.kind}, {cell.setting}\n\n{self._line('milliseconds', names)}\n{'| --- ' * (len(names) + 1)}|"
+        names = ["core", "engine", *self.peers, "best peer", "core / best", *self._engines]
+        return f"## {self.title}\n\n{self._line('milliseconds', names)}\n{'| --- ' * (len(names) + 1)}|"
 
     def line(self, row: Row) -> str:
         """Return one line of the table."""
-        peers = [format_milliseconds(row.peers.get(name)) for name in self._peers]
+        peers = [format_milliseconds(row.peers.get(name)) for name in self.peers]
         engines = [format_milliseconds(row.forced.get(name)) for name in self._engines]
         entries = [
             format_milliseconds(row.seconds),
@@ -62,26 +68,22 @@ class ResultTable:
         return self._line(str(row.cell), entries)
 
     @property
-    def _peers(self) -> list[str]:
-        return list_peers(self.cells[0])
-
-    @property
     def _engines(self) -> list[str]:
         return list(core.ENGINES) if self.with_engines else []
 
     def _line(self, label: str, entries: Sequence[str]) -> str:
         """Return one line, padded so that columns are aligned in a terminal."""
         of_engines = max(map(len, core.ENGINES))
-        of_names = [max(COLUMN_WIDTH, len(name)) for name in [*self._peers, *self._engines]]
+        of_names = [max(COLUMN_WIDTH, len(name)) for name in [*self.peers, *self._engines]]
         widths = [
             COLUMN_WIDTH,
             of_engines,
-            *of_names[: len(self._peers)],
-            max(map(len, self._peers)),
+            *of_names[: len(self.peers)],
+            max(map(len, self.peers)),
             len("core / best"),
         ]
         padded = [
-            entry.rjust(width) for entry, width in zip(entries, [*widths, *of_names[len(self._peers) :]], strict=True)
+            entry.rjust(width) for entry, width in zip(entries, [*widths, *of_names[len(self.peers) :]], strict=True)
         ]
         return f"| {' | '.join([label.ljust(max(len(str(cell)) for cell in self.cells)), *padded])} |"
 
@@ -100,6 +102,18 @@ def summarize(rows: Sequence[Row]) -> list[str]:
         describe_mean_advantage(general, None, "general kernels, float32", BEST_PEER_TARGET),
         describe_mean_advantage(general, "torch conv2d", "general kernels, float32", TORCH_TARGET),
         describe_mean_advantage(separable, "OpenCV sepFilter2D", "separable kernels from 7 x 7", SEP_FILTER_TARGET),
+    ]
+
+
+def summarize_image_libraries(rows: Sequence[Row]) -> list[str]:
+    """Compare core with libvips and DIPlib, in sentences."""
+    kinds = {kind: [row for row in rows if row.cell.kind == kind] for kind in ("general", "separable")}
+    return [
+        describe_worst(rows, "rows with libvips and DIPlib"),
+        *(
+            describe_mean_advantage(part, None, f"libvips and DIPlib, {kind} kernels", BEST_PEER_TARGET)
+            for kind, part in kinds.items()
+        ),
     ]
 
 
@@ -170,6 +184,8 @@ def describe_environment() -> str:
         "numpy": np.__version__,
         "scipy": scipy.__version__,
         "OpenCV": cv2.__version__,
+        "libvips": ".".join(str(pyvips.version(part)) for part in range(3)),
+        "DIPlib": diplib.__version__,
     }
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["Halide"] = importlib.metadata.version("halide")
