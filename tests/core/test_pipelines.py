@@ -280,9 +280,11 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     block_fft_pipelines.block_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
     block_fft_pipelines.kernel_spectrum_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
     value_stats._stats_pipeline: [(...,)],
-    winograd_pipelines.kernel_pipeline: [()],
+    winograd_pipelines.kernel_pipeline: [(tile,) for tile in winograd.TILES],
     winograd_pipelines.stats_pipeline: [(lanes,) for lanes in (4, 8, 16)],
-    winograd_pipelines.layer_pipeline: [(*tile, 4) for tile in winograd.GEMM_TILES.values()],
+    winograd_pipelines.layer_pipeline: [
+        (tile, *sums, 4) for tile in winograd.TILES for sums in winograd.GEMM_TILES.values()
+    ],
 }
 """Every compiled pipeline and its arguments; `...` stands for the dtype."""
 

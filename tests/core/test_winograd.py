@@ -6,8 +6,10 @@ import torch
 from numpy.typing import NDArray
 
 import core
+from core.engines import precision
 from core.engines.layers import winograd
 from core.problem import Problem
+from core.shapes import Pair
 from tests import precision_contract, reference
 from tests.precision_contract import Case, compute_expected
 
@@ -34,7 +36,7 @@ def assert_bounded(images: Array, weight: Array, output: Array) -> None:
 
 
 @pytest.mark.parametrize("size", [(10, 10), (11, 13), (33, 57), (58, 58), (10, 131), (140, 11)])
-@pytest.mark.parametrize("channels", [8, 13, 40])
+@pytest.mark.parametrize("channels", [8, 13, 40, 130])
 @pytest.mark.parametrize("filters", [2, 8, 19])
 def test_layers_of_any_size(size: tuple[int, int], channels: int, filters: int, rng: np.random.Generator) -> None:
     images, weight = draw_layer(rng, 2, channels, *size, filters=filters)
@@ -111,20 +113,105 @@ def test_values_of_any_magnitude(exponent: int, rng: np.random.Generator) -> Non
         assert_bounded(images, weight, output)
 
 
+def find_planes_within_bound(images: Array, weight: Array, tile: Pair = winograd.SMALLEST_TILE) -> NDArray[np.bool_]:
+    batch, channels, height, width = images.shape
+    problem = Problem(batch, channels, height, width, len(weight), 3, 3)
+    magnitudes = winograd.transform_kernels(weight, tile, core.Machine(1))[-1]
+    estimate = winograd.examine(problem, images, 2, magnitudes)
+    return estimate.fits(tile, winograd.find_integer_planes(estimate, images, weight))
+
+
+def test_magnitudes_are_those_of_the_taps(rng: np.random.Generator) -> None:
+    weight = draw_layer(rng, 1, 21, 9, 9)[1]
+    for tile in winograd.TILES:
+        magnitudes = winograd.transform_kernels(weight, tile, core.Machine(2))[-1]
+        np.testing.assert_allclose(magnitudes, np.abs(weight).sum((2, 3)), rtol=1e-6)
+
+
 def test_sparse_planes_are_computed_directly(rng: np.random.Generator) -> None:
     # The large pixel is read only by the tap in the corner, which is zero: the sums are small, its transform is not.
     images, weight = draw_layer(rng, 1, 16, 32, 32)
     images[:, :, 0, 0] = 1e6
     weight[:, :, 0, 0] = 0
-    problem = Problem(1, 16, 32, 32, 16, 3, 3)
-    magnitudes = winograd.transform_kernels(weight, core.Machine(1))[1]
-    assert winograd.find_inexact_planes(problem, images, 2, weight, magnitudes).all()
+    assert not find_planes_within_bound(images, weight).any()
     assert_bounded(images, weight, compute(images, weight))
     ordinary, weight = draw_layer(rng, 1, 16, 32, 32)
-    magnitudes = winograd.transform_kernels(weight, core.Machine(1))[1]
-    assert not winograd.find_inexact_planes(problem, ordinary, 2, weight, magnitudes).any()
+    assert find_planes_within_bound(ordinary, weight).all()
     # Half of the values are zero after a rectifier.
-    assert not winograd.find_inexact_planes(problem, np.maximum(ordinary, 0), 2, weight, magnitudes).any()
+    assert find_planes_within_bound(np.maximum(ordinary, 0), weight).all()
+
+
+def test_planes_beyond_the_bound_of_large_tiles_are_computed_with_the_smallest(rng: np.random.Generator) -> None:
+    images, weight = draw_layer(rng, 3, 128, 20, 20)
+    # Largest and mean pixel of image 1: 90. The bound of the largest tile allows 34, that of the smallest one 90.
+    images[1] = np.abs(images[1]) * (rng.random(images[1].shape) < 0.07)
+    weight[3] = weight[3, 0]
+    fits = {tile: find_planes_within_bound(images, weight, tile) for tile in winograd.TILES}
+    assert fits[4, 4][[0, 2], :3].all()
+    assert not fits[4, 4][1].any()
+    assert not fits[4, 4][:, 3].any()
+    assert fits[2, 2].all()
+    output = compute(images, weight, padding=1)
+    for image in range(3):
+        part = images[image : image + 1]
+        np.testing.assert_array_equal(compute(part, weight, padding=1)[0], output[image])
+        assert_bounded(part, weight, compute(part, weight))
+
+
+def draw_coherent_layer(rng: np.random.Generator, channels: int) -> tuple[Array, Array]:
+    """Draw images that repeat a pattern of signs, alike in all channels, and kernels likewise.
+
+    The transforms of some of them are as large as possible, while the sums stay small.
+    """
+    period, density = rng.choice([4, 4, 2, 1, 3]), rng.choice([1 / 16, 1 / 4, 1 / 2, 1])
+    pattern = rng.choice([-1.0, 1.0], (period, period)) * (rng.random((period, period)) < density)
+    pattern[rng.integers(period), rng.integers(period)] = 1
+    pixels = np.roll(np.tile(pattern, (18, 18)), rng.integers(0, 4, 2), (0, 1))[:18, :18]
+    spread = rng.choice([0, 0.2, 1])
+    amplitudes = np.exp(spread * rng.standard_normal((channels, 1, 1))) * rng.choice([1, np.pi / 3])
+    images = pixels * amplitudes * (1 + rng.choice([0, 0.01, 0.2]) * rng.standard_normal((channels, 18, 18)))
+    taps = rng.choice([-1.0, 1.0], (24, 1, 3, 3)) * np.exp(
+        rng.choice([0, 0.7, 1.5]) * rng.standard_normal((24, 1, 3, 3))
+    )
+    taps *= rng.random(taps.shape) < rng.choice([1 / 9, 1 / 3, 1], (24, 1, 1, 1))
+    weight = taps * np.exp(spread * rng.standard_normal((1, channels, 1, 1)))
+    return images[np.newaxis].astype("f4"), weight.astype("f4")
+
+
+@pytest.mark.parametrize(
+    ("tile", "channels"),
+    [((2, 2), 8), ((2, 2), 64), ((2, 2), 1000), ((4, 2), 8), ((4, 2), 64), ((4, 2), 300), ((4, 4), 128), ((4, 4), 300)],
+)
+def test_coherent_layers_stay_within_the_bound(tile: Pair, channels: int, rng: np.random.Generator) -> None:
+    layout = winograd.choose_layout(Problem(1, channels, 18, 18, 24, 3, 3), core.Machine(1), tile)
+    worst = 0.0
+    for _ in range(60):
+        images, weight = draw_coherent_layer(rng, channels)
+        if tile != winograd.SMALLEST_TILE:
+            weight *= np.exp(rng.choice([0.05, 0.2, 1]) * rng.standard_normal((1, channels, 1, 1))).astype("f4")
+        output = np.empty((1, 24, 16, 16), np.float32)
+        # Without the checks that would compute some of these planes directly.
+        transformed = winograd.transform_kernels(weight, tile, core.Machine(1))
+        winograd.fill(images, (0, 0), transformed, np.zeros(24, np.float32), output, layout, core.Machine(1))
+        expected = compute_expected(Case("winograd", "float32", images, weight))
+        error = np.abs(output - expected.values).max((2, 3))
+        sums, largest = expected.sums.max((2, 3)), np.abs(expected.values).max((2, 3))
+        allowed = precision.allowed_error(np.dtype(np.float32), 9 * channels, largest, sums)
+        worst = max(worst, float(np.max(error[sums > 0] / allowed[sums > 0])))
+    assert 0 < worst < 1
+
+
+def test_channels_that_are_alike_are_computed_with_the_smallest_tile(rng: np.random.Generator) -> None:
+    images, weight = draw_layer(rng, 1, 64, 20, 20)
+    weight[1] = weight[1, 0]
+    weight[2] *= np.where(np.arange(64) % 3, 1, 0)[:, None, None]
+    weight[3] = rng.choice([-0.1, 0.1], (64, 3, 3))
+    weight[4, ::2], weight[4, 1::2] = weight[4, 0], weight[4, 1]
+    fits = find_planes_within_bound(images, weight, (4, 2))[0]
+    np.testing.assert_array_equal(fits[:6], [True, False, True, False, False, True])
+    assert find_planes_within_bound(images, weight, (2, 2)).all()
+    images = np.full((1, 64, 20, 20), 0.1, np.float32)
+    assert_bounded(images, weight, compute(images, weight))
 
 
 @pytest.mark.parametrize(

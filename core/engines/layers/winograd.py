@@ -1,15 +1,17 @@
-"""Layers with 3 x 3 kernels, computed with 2.25 times fewer multiplications: Winograd's F(2 x 2, 3 x 3).
+"""Layers with 3 x 3 kernels, computed with 3 or 4 times fewer multiplications: Winograd's minimal filtering.
 
-A tile of 4 x 4 pixels and each kernel are transformed to 16 values, multiplied value by value and summed over the
-channels; the transform of the sums is a tile of 2 x 2 outputs (Lavin and Gray, https://arxiv.org/abs/1509.09308). The
-transforms add and subtract all pixels of a tile, so the rounding error of an output depends on the largest of them,
-even outside its own window. Output planes whose error could exceed the bound of `core.engines.precision`, and those of
-integers that must be exact, are computed directly. Output values do not depend on the number of threads.
+A tile of 4 x 2 outputs reads 6 x 4 pixels. These and each kernel are transformed to 24 values, multiplied value by
+value and summed over the channels; the transform of the sums is the tile (Lavin and Gray,
+https://arxiv.org/abs/1509.09308). A tile of 4 x 4 outputs needs 36 products. The transforms add and subtract all pixels
+of a tile, so the rounding error of an output depends on the largest of them, even outside its own window. Output planes
+whose error could exceed the bound of `core.engines.precision` and planes of integers are computed with tiles of 2 x 2
+outputs, whose errors are smaller, or directly. Output values do not depend on the number of threads.
 """
 
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,8 +25,9 @@ from core.engines.compilation import pipelines
 from core.engines.halide_jit import Plane
 from core.engines.layers import implicit_gemm
 from core.engines.layers.winograd_pipelines import (
-    COMPONENTS,
+    KERNEL_SIDE,
     KERNELS_PER_BLOCK,
+    count_components,
     kernel_pipeline,
     layer_pipeline,
     stats_pipeline,
@@ -32,74 +35,79 @@ from core.engines.layers.winograd_pipelines import (
 from core.machine import Machine
 from core.padding import extract_window
 from core.problem import Problem, SliceUnits
-from core.shapes import Pair, Sides
+from core.shapes import Pair
 
 METHOD = "winograd"
-
-KERNEL_SIZE = (3, 3)
 
 FLOAT32 = np.dtype(np.float32)
 
 GEMM_TILES: dict[int, Pair] = {64: (8, 2), 32: (4, 3), 16: (4, 3)}
 """(filters, vectors) of the sums that stay in registers, by the bytes of a vector."""
 
+
+class TileLimits(NamedTuple):
+    """When tiles of some size may be used: minimum channels, and the error factor.
+
+    Planes are not computed with such tiles if error_factor unit roundoffs times M, the sum over the channels of
+    max |x| sum |k|, exceed the bound.
+    """
+
+    channels: int
+    error_factor: float
+
+
+TILES: dict[Pair, TileLimits] = {(4, 4): TileLimits(128, 4.0), (4, 2): TileLimits(8, 2.0), (2, 2): TileLimits(8, 1.5)}
+"""Rows and columns of a tile -> its limits; the first need the fewest products. The largest errors that were found with
+so many channels, of periodic images and kernels that are alike in all channels, are 0.4 of the bound with the smallest
+tile, and 0.9 with the others if the kernels of most channels differ. Otherwise the same value is added again and again,
+so that its rounding errors accumulate instead of cancelling each other."""
+
+SMALLEST_TILE: Pair = (2, 2)
+
+MAX_EQUAL_FRACTION, COMPARED_CHANNELS, MAX_EXAMINED_CHANNELS = 0.25, 4, 32
+"""Largest fraction of a filter's kernels that may equal some of its kernels in tiles other than the smallest, number of
+kernels that the others are compared with, and maximum number of these others."""
+
 CACHE_SET_SHIFT = 80
 """Values between the transformed kernels of two components, so that both do not share a set of the cache."""
 
-MIN_OUTPUT_SIDE = 8
-"""Minimum rows and columns of the output."""
-
-MAX_STRIP_BYTES, SLOWDOWN_EXPONENT = 1 << 19, 0.4
-"""Maximum bytes of the transformed pixels and sums of a strip of tiles at full speed, half of the second-level cache.
-In a larger strip, each position takes (bytes / maximum) to the power SLOWDOWN_EXPONENT times as long. Measured."""
-
-STRIP_POSITIONS = 8
-"""Time to read the kernels for a strip, in units of the time of a position."""
-
-TRANSFORM_FRACTION = 0.2
-"""Fraction of the time of a strip for its transforms, which does not depend on the number of filters; measured."""
+MIN_OUTPUT_SIDE, MIN_COPIED_LANES = 8, 4
+"""Minimum rows and columns of the output, and minimum pixels of a row that are copied at once."""
 
 MIN_CHANNELS = 8
 """Minimum number of channels: with fewer, the error of most images could exceed the bound."""
 
-ERROR_FACTOR = 4.0
-"""Estimate of the error of a plane, in unit roundoffs times M, the sum over the channels of max |x| max |u|, where u is
-the transformed kernel. A plane is computed directly if the estimate exceeds its bound. Measured: the errors of the
-other planes are at most half the bound."""
-
-GROWTH = 64
+GROWTH = 4096
 """Upper bound on all intermediate values, as a multiple of M."""
 
 MAX_EXACT_SUM, MAX_INTEGER_SUM = 2.0**16, 2.0**23
-"""Sums of integers are exact if M is at most MAX_EXACT_SUM: all intermediate values are multiples of 1/4 below 2^22. If
-the sum of |x| |k| is at least MAX_INTEGER_SUM, 1 / (2u), they need not be exact."""
+"""Sums of integers are exact with the smallest tile if M is at most MAX_EXACT_SUM: intermediate values are multiples of
+1/4 below 2^22. If the sum of |x| |k| is at least MAX_INTEGER_SUM, 1 / (2u), they need not be exact."""
 
-CALL_OVERHEAD_S = 8e-5
-"""Seconds per call from Python, with the statistics."""
+CALL_OVERHEAD_S, WAKE_S = 1.1e-4, 8e-5
+"""Seconds per call from Python, and until another thread that sleeps has started to work."""
 
-EFFICIENCY = 1.1
+S_PER_EXAMINED_PIXEL = 1.2e-10
+"""Seconds to examine a pixel, in one thread; measured."""
+
+EFFICIENCY = 1.13
 """Speed of the products, as a fraction of Machine.flops."""
 
-S_PER_PIXEL, S_PER_OUTPUT, S_PER_ODD_OUTPUT = 1.25e-9, 5.8e-10, 1.4e-9
-S_PER_KERNEL_OF_MANY, MANY_KERNELS = 1.5e-8, 100_000
-"""Seconds to transform and to examine a padded pixel, to store an output value, to copy one of an output with an odd
-side, and to transform each kernel of one channel beyond a number of kernels that hardly count; measured at the default
-speed."""
+INPUT_PRODUCTS, OUTPUT_PRODUCTS, KERNEL_PRODUCTS, SPILLED_PRODUCTS = 15.0, 25.0, 7.0, 1.5
+"""Time to transform a value of a pixel and of an output, to read a value of a transformed kernel, and to keep a value
+of a strip that does not fit into the cache, in units of the time of a product of one vector; measured."""
 
-EXAMINED_FRACTION = 0.4
-"""Fraction of S_PER_PIXEL that is the time to examine a pixel."""
+CACHED_STRIP_BYTES, MAX_STRIP_BYTES = 800_000, 1 << 22
+"""Bytes of the transformed pixels and sums of a strip that stay in the second-level cache (measured with 1 MiB), and
+maximum bytes of a strip of more than one row of tiles."""
 
-S_PER_SHARED_KERNEL, MAX_SHARED_KERNELS = 1.6e-8, 16_000
-"""Seconds for each kernel if threads share the transformed kernels: half of them are in the second-level cache of
-another core, which holds at most so many."""
-
-DEFAULT_FLOPS = 9e10
-"""Machine.flops at which these seconds hold."""
+S_PER_TRANSFORMED_KERNEL_VALUE = 1.6e-10
+"""Seconds to transform a kernel, per component, as long as all of them fit into the last-level cache; measured."""
 
 
 def unsupported_reason(problem: Problem) -> str | None:
     """Return the reason why the engine cannot compute the problem, or None."""
-    if (problem.kernel_height, problem.kernel_width) != KERNEL_SIZE or problem.dtype != "float32":
+    if (problem.kernel_height, problem.kernel_width) != (KERNEL_SIDE, KERNEL_SIDE) or problem.dtype != "float32":
         return "supports only float32 with 3 x 3 kernels"
     if problem.is_single_plane:
         return "supports only layers of several channels or filters"
@@ -114,72 +122,87 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call, of the transforms and of the products; partial tiles count fully."""
-    layout = _choose_layout(problem, machine)
-    filters = GEMM_TILES[pipelines.vector_bytes()][0]
-    speed = halide_costs.operations_per_second(machine, "float32")
-    products = 2.0 * COMPONENTS * layout.positions * _round_up(problem.filters, filters) * problem.channels
-    pixels = problem.batch * problem.channels * math.prod(problem.padded_size)
-    outputs = problem.batch * problem.filters * math.prod(problem.output_size)
-    is_odd = any(side % 2 for side in problem.output_size)
-    # One thread examines the pixels.
-    parallel = EXAMINED_FRACTION + (1 - EXAMINED_FRACTION) / machine.threads
-    others = S_PER_PIXEL * parallel * pixels
-    others += (S_PER_OUTPUT + is_odd * S_PER_ODD_OUTPUT) * outputs
-    others += S_PER_KERNEL_OF_MANY * max(0, problem.filters * problem.channels - MANY_KERNELS) / machine.threads
-    shared = min(problem.filters * problem.channels, MAX_SHARED_KERNELS) if machine.threads > 1 else 0
-    others += S_PER_SHARED_KERNEL * shared
-    fixed = machine.compile_seconds + CALL_OVERHEAD_S
-    return fixed + products / (EFFICIENCY * speed) + others * DEFAULT_FLOPS / speed
+    layout = choose_layout(problem, machine, _choose_tile(problem))
+    examined = S_PER_EXAMINED_PIXEL * problem.batch * problem.channels * problem.height * problem.width
+    values = problem.filters * problem.channels * count_components(layout.tile)
+    transformed = S_PER_TRANSFORMED_KERNEL_VALUE * values / machine.threads
+    if 4 * values > halide_costs.LAST_LEVEL_CACHE_BYTES:
+        # Written and read, with a new page of memory for each page.
+        transformed += 4 * halide_costs.move_seconds(4 * values, machine)
+    fixed = machine.compile_seconds + CALL_OVERHEAD_S + (WAKE_S if machine.threads > 1 else 0.0)
+    return fixed + examined + transformed + layout.seconds
 
 
 def operations(problem: Problem, machine: Machine) -> float:
     """Return the number of multiplications and additions of the products and the transforms."""
     del machine
-    tiles = problem.batch * math.prod(_round_up(side, 2) // 2 for side in problem.output_size)
-    each = 2 * COMPONENTS * problem.filters * problem.channels + 32 * problem.channels + 24 * problem.filters
-    return float(tiles * each)
+    tile = _choose_tile(problem)
+    tiles = problem.batch * math.prod(-(-size // side) for size, side in zip(problem.output_size, tile, strict=True))
+    each = problem.filters * problem.channels + 2 * problem.channels + 2 * problem.filters
+    return float(2 * tiles * count_components(tile) * each)
 
 
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """Return a function that computes the convolution."""
-    rows, columns = problem.output_size
-    layout = _choose_layout(problem, machine)
-    top, _, left, _ = problem.padding
-    # An output with an odd side is computed with one more row or column.
-    read_rows, read_columns = (-top, 2 * layout.all_rows + 2 - top), (-left, 2 * layout.across + 2 - left)
-    boundary, fill_value = problem.boundary, problem.fill_value
-    pads_strips = boundary == "zeros" and min(problem.height, problem.width) >= MIN_OUTPUT_SIDE
+    (rows, columns), (top, _, left, _) = problem.output_size, problem.padding
+    read_rows, read_columns = (-top, rows + KERNEL_SIDE - 1 - top), (-left, columns + KERNEL_SIDE - 1 - left)
+    layout = choose_layout(problem, machine, _choose_tile(problem))
 
     def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty((problem.batch, problem.filters, rows, columns), np.float32) if out is None else as_numpy(out)
-        pixels, border = as_numpy(images), problem.padding
-        if not pads_strips:
-            pixels = extract_window(as_torch(images), read_rows, read_columns, boundary, fill_value).numpy()
-            border = (0, 0, 0, 0)
+        pixels, border = as_numpy(images), (top, left)
+        if not _pads_strips(problem):
+            unpadded = as_torch(images)
+            pixels = extract_window(unpadded, read_rows, read_columns, problem.boundary, problem.fill_value).numpy()
+            border = (0, 0)
         kernels = np.ascontiguousarray(as_numpy(weight))
         offsets = np.zeros(problem.filters, np.float32) if bias is None else as_numpy(bias)
-        transformed, magnitudes = transform_kernels(kernels, machine)
-        _fill(pixels, border, transformed, offsets, output, layout, machine)
-        inset = max(0, KERNEL_SIZE[0] - 1 - min(border))
-        for image, inexact in enumerate(find_inexact_planes(problem, pixels, inset, kernels, magnitudes)):
-            if inexact.any():
-                own = as_numpy(images)[image : image + 1]
-                output[image, inexact] = _compute_directly(problem, machine, own, kernels[inexact], offsets[inexact])
+        transformed = transform_kernels(kernels, layout.tile, machine)
+        fill(pixels, border, transformed, offsets, output, layout, machine)
+        # The fill comes first: the threads that transformed the kernels still wait for work.
+        inset = max(0, KERNEL_SIDE - 1 - (min(problem.padding) if _pads_strips(problem) else 0))
+        estimate = examine(problem, pixels, inset, transformed[-1])
+        must_be_exact = find_integer_planes(estimate, pixels, kernels)
+        pending = ~estimate.fits(layout.tile, must_be_exact)
+        if pending.any():
+            fits = pending & estimate.fits(SMALLEST_TILE, must_be_exact)
+            smallest = choose_layout(problem, machine, SMALLEST_TILE)
+            for image, own in _each_image(fits):
+                transformed = transform_kernels(kernels[own], SMALLEST_TILE, machine)
+                part = np.empty((1, int(own.sum()), rows, columns), np.float32)
+                fill(pixels[image : image + 1], border, transformed, offsets[own], part, smallest, machine)
+                output[image, own] = part[0]
+            pending &= ~fits
+        for image, own in _each_image(pending):
+            compute_directly = implicit_gemm.plan(replace(problem, batch=1, filters=int(own.sum())), machine)
+            planes = compute_directly(as_numpy(images)[image : image + 1], kernels[own], offsets[own])
+            output[image, own] = as_numpy(planes)[0]
         return output
 
     return convolve
 
 
+def _each_image(planes: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Yield the number and the filters of each image that has planes in a mask (N, O)."""
+    return ((int(image), planes[image]) for image in np.flatnonzero(planes.any(axis=1)))
+
+
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of padded copies, transformed kernels and pixels, and planes that are computed directly."""
-    layout = _choose_layout(problem, machine)
-    filters, vectors = GEMM_TILES[pipelines.vector_bytes()]
-    positions = _round_up(layout.rows * layout.across, vectors * halide_jit.vector_lanes("float32"))
-    of_thread = 4 * COMPONENTS * positions * (problem.channels + 2 * filters)
-    transformed = 4 * (COMPONENTS + 1) * problem.filters * problem.channels
+    sizes = []
+    for layout in {
+        choose_layout(problem, machine, _choose_tile(problem)),
+        choose_layout(problem, machine, SMALLEST_TILE),
+    }:
+        filters, vectors = GEMM_TILES[pipelines.vector_bytes()]
+        positions = _round_up(layout.rows * layout.pitch, vectors * halide_jit.vector_lanes("float32"))
+        components = count_components(layout.tile)
+        of_thread = 4 * positions * components * (problem.channels + layout.blocks * filters + 8)
+        transformed = 4 * (components + 1) * problem.filters * problem.channels
+        sizes.append(transformed + (machine.threads + 1) * of_thread)
     copies = 2 * problem.padded_bytes + 4 * problem.filters * problem.taps
-    # An output with an odd side is computed in a larger array; directly computed planes are those of one image.
-    return copies + transformed + (machine.threads + 1) * of_thread + problem.output_bytes
+    # Planes that are computed again are those of one image.
+    return copies + sum(sizes) + problem.output_bytes
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
@@ -195,45 +218,68 @@ def warm_up() -> None:
 class _Layout(NamedTuple):
     """Division of a layer into items: an item is a strip of tile rows for some blocks of filters.
 
-    across: tiles in a row. all_rows: tile rows of an image. rows: tile rows per strip. blocks: blocks of filters per
-    item. groups: items per strip. positions: positions that each thread computes, where partial vectors count fully.
+    tile: rows and columns of its outputs. pitch: positions from a tile to the one below it. rows: tile rows per strip.
+    blocks: blocks of filters per item. groups: items per strip. seconds: predicted time of all items.
     """
 
-    across: int
-    all_rows: int
+    tile: Pair
+    pitch: int
     rows: int
     blocks: int
     groups: int
-    positions: float
+    seconds: float
+
+
+def _choose_tile(problem: Problem) -> Pair:
+    """Return the largest tile that may be used; it does not depend on the number of threads, because outputs do."""
+    width = _copied_width(problem)
+    return next(
+        tile
+        for tile, limits in TILES.items()
+        if problem.channels >= limits.channels and width >= MIN_COPIED_LANES * tile[1]
+    )
+
+
+def _copied_width(problem: Problem) -> int:
+    """Return the columns of the images that strips are copied from."""
+    return problem.width if _pads_strips(problem) else problem.output_size[1] + KERNEL_SIDE - 1
+
+
+def _pads_strips(problem: Problem) -> bool:
+    """Return whether strips are padded when they are copied, instead of the whole images before."""
+    return problem.boundary == "zeros" and problem.width >= MIN_COPIED_LANES * SMALLEST_TILE[1]
 
 
 @functools.lru_cache(maxsize=256)
-def _choose_layout(problem: Problem, machine: Machine) -> _Layout:
-    """Return the division that keeps all threads busy, fills vectors, and keeps the pixels of a strip in the cache."""
-    all_rows, across = (_round_up(side, 2) // 2 for side in problem.output_size)
-    filters, vectors = GEMM_TILES[pipelines.vector_bytes()]
-    chunk, blocks = vectors * halide_jit.vector_lanes("float32"), -(-problem.filters // filters)
+def choose_layout(problem: Problem, machine: Machine, tile: Pair) -> _Layout:
+    """Return the division that keeps all threads busy, fills vectors, and keeps strips in the cache."""
+    all_rows, across = (-(-size // side) for size, side in zip(problem.output_size, tile, strict=True))
+    pitch, components = across + 1, count_components(tile)
+    (filters, vectors), lanes = GEMM_TILES[pipelines.vector_bytes()], halide_jit.vector_lanes("float32")
+    blocks, channels = -(-problem.filters // filters), problem.channels
+    product_s = 2 * lanes / (EFFICIENCY * halide_costs.operations_per_second(machine, "float32"))
 
-    def count_positions(rows: int, groups: int) -> float:
+    def item_seconds(rows: int, groups: int) -> float:
+        own = -(-blocks // groups) * filters
+        positions = (rows - 1) * pitch + across
+        of_products = _round_up(positions, vectors * lanes) // lanes * channels * own
+        of_transforms = -(-positions // lanes) * (INPUT_PRODUCTS * channels + OUTPUT_PRODUCTS * own)
+        of_kernels = KERNEL_PRODUCTS * channels * own / lanes
+        size = 4 * components * positions * (channels + own)
+        spilled = SPILLED_PRODUCTS * max(0, size - CACHED_STRIP_BYTES) / (4 * lanes)
+        return product_s * (components * (of_products + of_transforms + of_kernels) + spilled)
+
+    def all_seconds(rows: int, groups: int) -> float:
         strips, rest = divmod(all_rows, rows)
-        each = -(-blocks // groups) / blocks * (1 - TRANSFORM_FRACTION) + TRANSFORM_FRACTION
-        size = 4 * COMPONENTS * (problem.channels + 2 * filters) * rows * across
-        each *= math.pow(max(1.0, size / MAX_STRIP_BYTES), SLOWDOWN_EXPONENT)
-        positions = _items_per_thread(problem.batch * strips * groups, machine) * (
-            _round_up(rows * across, chunk) + STRIP_POSITIONS
-        )
-        if rest:
-            positions += _items_per_thread(problem.batch * groups, machine) * (
-                _round_up(rest * across, chunk) + STRIP_POSITIONS
-            )
-        return positions * each
+        total = _items_per_thread(problem.batch * strips * groups, machine) * item_seconds(rows, groups)
+        return total + (_items_per_thread(problem.batch * groups, machine) * item_seconds(rest, groups) if rest else 0)
 
-    options = itertools.product(
-        halide_costs.strip_heights(all_rows, all_rows), range(1, min(blocks, machine.threads) + 1)
-    )
-    rows, groups = min(options, key=lambda option: (count_positions(*option), option))
+    largest = max(1, MAX_STRIP_BYTES // (4 * components * pitch * (channels + problem.filters)))
+    heights = halide_costs.strip_heights(all_rows, largest)
+    options = itertools.product(heights, range(1, min(blocks, machine.threads) + 1))
+    rows, groups = min(options, key=lambda option: (all_seconds(*option), option))
     per_item = -(-blocks // groups)
-    return _Layout(across, all_rows, rows, per_item, -(-blocks // per_item), count_positions(rows, groups))
+    return _Layout(tile, pitch, rows, per_item, -(-blocks // per_item), all_seconds(rows, groups))
 
 
 def _items_per_thread(items: int, machine: Machine) -> int:
@@ -241,47 +287,70 @@ def _items_per_thread(items: int, machine: Machine) -> int:
     return -(-items // machine.threads)
 
 
-def transform_kernels(kernels: Plane, machine: Machine) -> tuple[Plane, Plane]:
-    """Return the transformed kernels (17, O, C), and the largest magnitude of each (O, C)."""
+def transform_kernels(kernels: Plane, tile: Pair, machine: Machine) -> Plane:
+    """Return the transformed kernels (components + 1, O, C); the last component is the sum of the magnitudes."""
     count, channels = kernels.shape[:2]
-    size = count * channels
-    transformed = np.empty((COMPONENTS + 1, size + CACHE_SET_SHIFT), FLOAT32)[:, :size]
+    size, components = count * channels, count_components(tile)
+    transformed = np.empty((components + 1, size + CACHE_SET_SHIFT), FLOAT32)[:, :size]
     per_task = _items_per_thread(-(-size // KERNELS_PER_BLOCK), machine)
-    kernel_pipeline()(kernels.reshape(-1), per_task, transformed)
+    kernel_pipeline(tile)(kernels.reshape(-1), per_task, transformed)
     strides = transformed.strides[0], transformed.itemsize * channels, transformed.itemsize
-    shaped = as_strided(transformed, (COMPONENTS + 1, count, channels), strides)
-    return shaped, shaped[COMPONENTS]
+    return as_strided(transformed, (components + 1, count, channels), strides)
 
 
-def _fill(
-    pixels: Plane, border: Sides, kernels: Plane, bias: Plane, output: Plane, layout: _Layout, machine: Machine
+def fill(
+    pixels: Plane, border: Pair, kernels: Plane, bias: Plane, output: Plane, layout: _Layout, machine: Machine
 ) -> None:
-    """Fill the output (N, O, oh, ow) from pixels (N, C, H, W) with a border of zeros."""
-    rows, columns = 2 * layout.all_rows, 2 * layout.across
-    is_direct = output.shape[2:] == (rows, columns) and output.strides[3] == 4 and output.strides[2] % 8 == 0
-    target = output if is_direct else np.empty((*output.shape[:2], rows, columns), np.float32)
-    fill = layer_pipeline(*GEMM_TILES[pipelines.vector_bytes()], halide_jit.choose_lanes(layout.across, "float32"))
-    whole = layout.all_rows // layout.rows * layout.rows
-    for first, last, per_strip in ((0, whole, layout.rows), (whole, layout.all_rows, layout.all_rows - whole)):
+    """Fill the output (N, O, oh, ow) from pixels (N, C, H, W) with so many rows and columns of zeros before them."""
+    tile_rows, tile_columns = layout.tile
+    (count, filters, rows, columns), gemm_tile = output.shape, GEMM_TILES[pipelines.vector_bytes()]
+    compute = layer_pipeline(
+        layout.tile, *gemm_tile, halide_jit.choose_lanes(pixels.shape[3] // tile_columns, "float32")
+    )
+    blocks = -(-filters // gemm_tile[0])
+    per_strip = layout.rows * tile_rows
+    whole = rows // per_strip * per_strip
+    for first, last, height in ((0, whole, per_strip), (whole, rows, rows - whole)):
         if first < last:
-            strips = (last - first) // per_strip
-            part = target[:, :, 2 * first : 2 * last].view(np.uint64)
-            part = part.reshape(*output.shape[:2], strips, per_strip, 2, layout.across).transpose(0, 2, 1, 3, 4, 5)
-            items = len(output) * strips * layout.groups
+            strips = (last - first) // height
+            part = output[:, :, first:last].reshape(count, filters, strips, height, columns).swapaxes(1, 2)
+            items = count * strips * -(-blocks // layout.blocks)
             per_task = -(-items // halide_costs.choose_task_count(machine, items))
-            above, before = border[0] - 2 * first, border[2]
-            fill(pixels, kernels, bias, above, before, layout.across, per_strip, layout.blocks, per_task, part)
-    if not is_direct:
-        output[...] = target[:, :, : output.shape[2], : output.shape[3]]
+            above, before = border[0] - first, border[1]
+            sizes = layout.pitch, -(-height // tile_rows), layout.blocks, per_task
+            compute(pixels, kernels, bias, above, before, *sizes, part)
 
 
-def find_inexact_planes(
-    problem: Problem, pixels: Plane, inset: int, kernels: Plane, magnitudes: Plane
-) -> NDArray[np.bool_]:
-    """Return a mask (N, O) of the output planes whose error may exceed the bound.
+class Estimate(NamedTuple):
+    """What is known about each output plane (N, O) before it is computed.
 
-    All taps read each of the pixels (N, C, H, W) that is at least `inset` from a border. `magnitudes` (O, C) are the
-    largest of each transformed kernel, which are at most the sum of |k|.
+    largest: M, the sum over the channels of max |x| sum |k|, which no sum of |x| |k| exceeds. mean: at most the mean of
+    these sums over the windows. is_safe: nothing overflows or underflows. is_varied (O): the kernels of most channels
+    differ. taps: those of a filter.
+    """
+
+    largest: Plane
+    mean: Plane
+    is_safe: NDArray[np.bool_]
+    is_varied: NDArray[np.bool_]
+    taps: int
+
+    def fits(self, tile: Pair, must_be_exact: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return a mask (N, O) of the planes whose error is within the bound with this tile."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            within = TILES[tile].error_factor * self.largest <= 4 * math.sqrt(self.taps) * self.mean
+            if tile == SMALLEST_TILE:
+                within = np.where(must_be_exact, self.largest <= MAX_EXACT_SUM, within)
+            else:
+                within &= self.is_varied & ~must_be_exact
+            fits: NDArray[np.bool_] = self.is_safe & within
+        return fits
+
+
+def examine(problem: Problem, pixels: Plane, inset: int, magnitudes: Plane) -> Estimate:
+    """Return the estimate for pixels (N, C, H, W) and sums of the magnitudes of the kernels (O, C).
+
+    All taps read each of the pixels that is at least `inset` from a border.
     """
     count = len(pixels)
     patterns, sums = np.empty(pixels.shape[:2], np.uint32), np.empty(pixels.shape[:2], np.float32)
@@ -293,29 +362,37 @@ def find_inexact_planes(
         both = np.vecdot(np.concatenate([largest, means])[:, np.newaxis], magnitudes)
         # Each tap reads all pixels of the means: the mean over all windows of sum |x| |k| is at least `mean`.
         bound, mean = both[:count], both[count:]
-        exact: NDArray[np.bool_] = ERROR_FACTOR * bound <= 4 * math.sqrt(problem.taps) * mean
-        exact &= (bound >= least) & (GROWTH * bound < most)
-        exact &= np.all(GROWTH * largest < most, axis=1, keepdims=True)
+        is_safe: NDArray[np.bool_] = (bound >= least) & (GROWTH * bound < most)
+        is_safe &= np.all(GROWTH * largest < most, axis=1, keepdims=True)
     if magnitudes.min() < least:
-        exact &= ~((magnitudes < least) & (magnitudes > 0)).any(axis=1)
-    inexact: NDArray[np.bool_] = np.logical_not(exact)
-    large: NDArray[np.bool_] = np.logical_and(exact, (bound > MAX_EXACT_SUM) & (mean < MAX_INTEGER_SUM))
-    for image in np.flatnonzero(large.any(axis=1)):
+        is_safe &= ~((magnitudes < least) & (magnitudes > 0)).any(axis=1)
+    return Estimate(bound, mean, is_safe, _vary(magnitudes), problem.taps)
+
+
+def _vary(magnitudes: Plane) -> NDArray[np.bool_]:
+    """Return whether most of each filter's kernels differ in the sum of their magnitudes (O, C); zeros do not count."""
+    some = np.ascontiguousarray(magnitudes[:, :: -(-magnitudes.shape[1] // MAX_EXAMINED_CHANNELS)].T)
+    channels = len(some)
+    equal = np.zeros(some.shape, bool)
+    for channel in range(0, channels, -(-channels // COMPARED_CHANNELS)):
+        equal |= some == some[channel]
+    equal &= some > 0
+    varied: NDArray[np.bool_] = equal.sum(axis=0) <= max(COMPARED_CHANNELS, MAX_EQUAL_FRACTION * channels)
+    return varied
+
+
+def find_integer_planes(estimate: Estimate, pixels: Plane, kernels: Plane) -> NDArray[np.bool_]:
+    """Return a mask (N, O) of the planes that must be exact: pixels and kernel are integers, and sums may be small."""
+    integers = np.zeros(estimate.mean.shape, bool)
+    small = estimate.is_safe & (estimate.mean < MAX_INTEGER_SUM)
+    for image in np.flatnonzero(small.any(axis=1)):
         if _holds_integers(pixels[image]):
-            whole = np.array([_holds_integers(kernel) for kernel in kernels])
-            inexact[image] |= large[image] & whole
-    return inexact
+            integers[image] = small[image] & np.array([_holds_integers(kernel) for kernel in kernels])
+    return integers
 
 
 def _holds_integers(values: Plane) -> bool:
     return all(bool((plane == np.rint(plane)).all()) for plane in values)
-
-
-def _compute_directly(problem: Problem, machine: Machine, images: Plane, kernels: Plane, bias: Plane) -> Plane:
-    """Return planes (O, oh, ow) of one image."""
-    part = replace(problem, batch=1, filters=len(kernels))
-    planes: Plane = as_numpy(implicit_gemm.plan(part, machine)(images, kernels, bias))[0]
-    return planes
 
 
 def _round_up(value: int, step: int) -> int:
