@@ -5,13 +5,14 @@
 
 Tables: A row is a layer: "1 x 64 x 56 x 56 -> 64, 3 x 3" is one image of 64 channels and 64 filters. Numbers are median
 milliseconds of one call, with float32 input and output in the layout (N, C, H, W) and a new output in each call.
-"torch channels_last" includes the conversions. "core / best" is the time of core divided by that of the fastest peer.
+"core" is a core.Conv2d, "weight in each call" core.conv2d. "torch channels_last" includes the conversions.
+"core / best" is the time of core divided by that of the fastest peer.
 "chosen / fastest" is the time of the engine that core chose divided by that of its fastest engine.
 
 Method: Each library has a process of its own, which is stopped (SIGSTOP) while another one is timed, because threads
 that wait for work use the cores. The processes take turns of 0.06 seconds, three times for each layer; the first calls
-of a turn do not count. The weights are constants for ONNX Runtime and OpenVINO, which convert them when the layer is
-loaded; torch and core get them in each call. Before a layer is timed, the output of each library is checked.
+of a turn do not count. core.Conv2d, ONNX Runtime and OpenVINO get the weight when the layer is made; torch and
+core.conv2d get it in each call. Before a layer is timed, the output of each library is checked.
 """
 
 import argparse

@@ -42,6 +42,7 @@ __all__ = [
     "Candidate",
     "Check",
     "Choice",
+    "Conv2d",
     "ConvolutionPlan",
     "CoreError",
     "Cost",

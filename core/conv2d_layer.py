@@ -1,7 +1,9 @@
 """A Conv2d layer's output, as torch.nn.functional.conv2d defines it."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from copy import deepcopy
+from dataclasses import replace
+from functools import lru_cache, partial
 
 from core.arrays import ArrayLike, ArrayT, as_array, as_shaped_array
 from core.convolution import ConvolutionPlan
@@ -12,6 +14,7 @@ from core.engines.run import Result
 from core.engines.slices import Check
 from core.errors import InvalidShape
 from core.machine import Machine, this_machine
+from core.prepared_weight import PreparedWeight
 from core.problem import Dtype, PaddingMode, Problem
 from core.validation import (
     format_shape,
@@ -66,6 +69,58 @@ def conv2d(
         engines=engines,
     )
     return plan.run(check)
+
+
+class Conv2d:
+    """A Conv2d layer for calls with many inputs: the weight is checked, converted and transformed once.
+
+    Takes the arguments of `conv2d` except the input; `layer(input)` returns what conv2d would. The layer keeps a copy
+    of the weight, and a transformed one of up to four times its size.
+    """
+
+    def __init__(
+        self,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        padding_mode: PaddingMode = "zeros",
+        method: Method = "auto",
+        device: str = "auto",
+        dtype: Dtype = "float32",
+        machine: Machine | None = None,
+        engines: tuple[str, ...] = ALL_ENGINES,
+    ) -> None:
+        resolved = resolve_device_for_dtype(device, dtype)
+        filters = deepcopy(as_filters("weight", as_array("weight", weight, dtype, resolved)))
+        self._prepared = PreparedWeight(filters)
+        self._plan = partial(
+            plan_conv2d,
+            weight=filters,
+            bias=None if bias is None else as_array("bias", bias, dtype, resolved),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+            method=method,
+            device=str(resolved),
+            dtype=dtype,
+            machine=machine,
+            engines=engines,
+        )
+
+    def plan(self, input: ArrayLike) -> ConvolutionPlan:
+        """Check an input (N, C, H, W), (C, H, W) or (H, W) and return the plan of its call, as plan_conv2d does."""
+        plan = self._plan(input)
+        return plan._replace(problem=_with_prepared_weight(plan.problem), prepared=self._prepared)
+
+    def __call__(self, input: ArrayLike, *, check: Check | None = None) -> Result:
+        """Return the layer's output, as conv2d does."""
+        return self.plan(input).run(check)
 
 
 def plan_conv2d(
@@ -187,6 +242,11 @@ def conv2d_problem(
 
 _cached_problem = lru_cache(maxsize=256, typed=True)(conv2d_problem)
 """`conv2d_problem` with a cache: equal calls are checked once. Pairs are not cached: (1, 1.0) equals (1, 1)."""
+
+
+@lru_cache(maxsize=256)
+def _with_prepared_weight(problem: Problem) -> Problem:
+    return replace(problem, weight_is_prepared=True)
 
 
 def as_images(field: str, planes: ArrayT) -> ArrayT:

@@ -16,6 +16,7 @@ from core.engines.run import Result, run_engine
 from core.engines.slices import Check
 from core.errors import Cost
 from core.machine import Machine
+from core.prepared_weight import PreparedWeight
 from core.problem import Problem
 
 
@@ -23,7 +24,8 @@ class ConvolutionPlan(NamedTuple):
     """A call of `correlate` or `conv2d` whose arguments have been checked.
 
     input: as received; it is converted by `run`. input_shape: (N, C, H, W). filters (O, C/groups, h, w) and bias (O):
-    in the problem's dtype, on the device. output_shape: the shape of the result.
+    in the problem's dtype, on the device. output_shape: the shape of the result. prepared: the filters of a layer that
+    is called again, otherwise None.
     """
 
     problem: Problem
@@ -36,6 +38,7 @@ class ConvolutionPlan(NamedTuple):
     device: torch.device
     machine: Machine
     engines: tuple[str, ...]
+    prepared: PreparedWeight | None = None
 
     @property
     def cost(self) -> Cost:
@@ -53,9 +56,9 @@ class ConvolutionPlan(NamedTuple):
         `check` is called between slices of a long computation, of about 0.05 s of predicted time each; an exception
         that it raises ends the computation. Raises InvalidNumbers if the input cannot be converted.
         """
-        problem, received, input_shape, filters, bias, output_shape, method, device, machine, engines = self
+        problem, received, input_shape, filters, bias, output_shape, method, device, machine, engines, prepared = self
         images = as_array("input", received, problem.dtype, device).reshape(input_shape)
-        result = run_engine(problem, images, filters, bias, output_shape, method, machine, engines, check)
+        result = run_engine(problem, images, filters, bias, output_shape, method, machine, engines, check, prepared)
         if error_bound:
             bound = compute_error_bound(result, problem, images, filters, bias)
             result = result._replace(error_bound=bound)

@@ -32,7 +32,8 @@ class Problem:
 
     input (batch, channels, height, width), weight (filters, channels / groups, kernel_height, kernel_width),
     output (batch, filters, *output_size). The constructor validates nothing: the caller has to check that the sizes fit
-    together. `rank` is the numerical rank of a single kernel if it is known, otherwise None.
+    together. `rank` is the numerical rank of a single kernel if it is known, otherwise None. If
+    `weight_is_prepared`, the time to transform the weight does not count.
     """
 
     batch: int
@@ -51,6 +52,7 @@ class Problem:
     dtype: Dtype = "float32"
     device: str = "cpu"
     rank: int | None = None
+    weight_is_prepared: bool = False
 
     def __hash__(self) -> int:
         """Return the hash of all fields, computed once: problems are keys of several caches."""

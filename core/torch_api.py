@@ -1,6 +1,6 @@
 """The public names of core that need torch; `core` imports this module when one of them is used."""
 
-from core.conv2d_layer import conv2d, conv2d_problem, plan_conv2d
+from core.conv2d_layer import Conv2d, conv2d, conv2d_problem, plan_conv2d
 from core.convolution import ConvolutionPlan
 from core.correlation import correlate, plan_correlate
 from core.device import available_devices, describe_devices, resolve_device
@@ -26,6 +26,7 @@ __all__ = [
     "Candidate",
     "Check",
     "Choice",
+    "Conv2d",
     "ConvolutionPlan",
     "FitPlan",
     "FitResult",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from measurement.layer_peers import PEERS, Array, Call, CoreCalls, Layer
+from measurement.layer_peers import EACH_CALL, PEERS, Array, Call, CoreCalls, Layer
 
 TURN_S = 0.06
 WARM_UP_CALLS = 3
@@ -23,7 +23,7 @@ TURNS = 3
 TOLERANCE = 1e-5
 """Largest accepted error, as a fraction of the largest output."""
 
-CORE_ENGINES = ("stencil", "padded_stencil", "implicit_gemm", "winograd", "torch")
+CORE_ENGINES = ("stencil", "padded_stencil", "implicit_gemm", "packed_gemm", "winograd", "torch")
 """Engines that are timed alone; the others are never the fastest for these layers."""
 
 
@@ -98,11 +98,15 @@ def start_children(names: Sequence[str], threads: int) -> Iterator[dict[str, Chi
 
 
 class Row(NamedTuple):
-    """Median seconds of a layer: of core, of each peer, and of each engine alone; the chosen engine."""
+    """Median seconds of a layer: of core, of each peer, and of each engine alone; the chosen engine.
+
+    core: a prepared layer. each_call: core.conv2d.
+    """
 
     layer: Layer
     threads: int
     core: float
+    each_call: float
     peers: dict[str, float]
     engines: dict[str, float]
     chosen: str
@@ -111,6 +115,11 @@ class Row(NamedTuple):
     def ratio(self) -> float:
         """Time of core divided by that of the fastest peer."""
         return self.core / min(self.peers.values())
+
+    @property
+    def each_call_ratio(self) -> float:
+        """Time of core.conv2d divided by that of torch, which also gets the weight in each call."""
+        return self.each_call / min(seconds for name, seconds in self.peers.items() if name.startswith("torch"))
 
     @property
     def regret(self) -> float:
@@ -125,11 +134,11 @@ def measure_layer(layer: Layer, threads: int, children: dict[str, Child]) -> Row
     peers = [name for name in children if name != "core"]
     for name in peers:
         check_output(name, layer, children[name].ask(layer), expected)
-    seconds: dict[str, list[float]] = {name: [] for name in [*peers, "core", *CORE_ENGINES]}
+    seconds: dict[str, list[float]] = {name: [] for name in [*peers, "core", EACH_CALL, *CORE_ENGINES]}
     for _ in range(TURNS):
         for name in peers:
             seconds[name] += children[name].ask()
-        for engine in (None, *CORE_ENGINES):
+        for engine in (None, EACH_CALL, *CORE_ENGINES):
             output = core.ask(layer, engine)
             if output is not None:
                 check_output(engine or "core", layer, output, expected)
@@ -139,6 +148,7 @@ def measure_layer(layer: Layer, threads: int, children: dict[str, Child]) -> Row
         layer,
         threads,
         medians["core"],
+        medians[EACH_CALL],
         {name: medians[name] for name in peers},
         {name: medians[name] for name in CORE_ENGINES if name in medians},
         core.ask(layer, "choice"),

@@ -115,6 +115,10 @@ def build_model(layer: Layer) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+EACH_CALL = "weight in each call"
+"""Instead of an engine: core.conv2d, which gets the weight in each call and does not keep a transformed one."""
+
+
 class CoreCalls:
     """The calls of core in its process: with its own choice, and each engine alone."""
 
@@ -125,11 +129,14 @@ class CoreCalls:
 
         torch.set_num_threads(threads)
         self._machine = core.measure_machine(core.Machine(threads))
-        self._layer: Layer | None = None
-        self._arrays: tuple[Array, ...] = ()
+        self._prepared: tuple[Layer, str | None] | None = None
+        self._call: Callable[[Array], Any]
 
     def prepare(self, layer: Layer, engine: str | None) -> Call | None:
-        """Return a call of core.conv2d; None if the engine cannot compute the layer."""
+        """Return a call of a core.Conv2d, or of core.conv2d if the engine is EACH_CALL.
+
+        Return None if the engine cannot compute the layer.
+        """
         import core
 
         try:
@@ -145,12 +152,17 @@ class CoreCalls:
     def _convolve(self, layer: Layer, engine: str | None) -> Any:
         import core
 
-        if layer != self._layer:
-            self._layer, self._arrays = layer, layer.draw()
-        options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
-        if engine is not None:
-            options |= {"engines": (engine,), "method": core.ENGINES[engine].METHOD}
-        return core.conv2d(*self._arrays, machine=self._machine, **options)
+        if (layer, engine) != self._prepared:
+            self._prepared = layer, engine
+            self._images, weight = layer.draw()
+            options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+            if engine not in (None, EACH_CALL):
+                options |= {"engines": (engine,), "method": core.ENGINES[engine].METHOD}
+            if engine == EACH_CALL:
+                self._call = lambda images: core.conv2d(images, weight, machine=self._machine, **options)
+            else:
+                self._call = core.Conv2d(weight, machine=self._machine, **options)
+        return self._call(self._images)
 
 
 PEERS: dict[str, Callable[[Layer, int], Call]] = {

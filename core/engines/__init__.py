@@ -16,7 +16,7 @@ from core.engines import (
     torch_conv,
     torch_fft,
 )
-from core.engines.layers import implicit_gemm, winograd
+from core.engines.layers import implicit_gemm, packed_gemm, winograd
 from core.machine import Machine
 from core.problem import Problem, SliceUnits
 
@@ -53,6 +53,7 @@ ENGINES: Mapping[str, Engine] = {
     "stencil": stencil,
     "padded_stencil": padded_stencil,
     "implicit_gemm": implicit_gemm,
+    "packed_gemm": packed_gemm,
     "winograd": winograd,
     "torch": torch_conv,
     "separable": separable,
@@ -62,6 +63,9 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 ALL_ENGINES = tuple(ENGINES)
+
+WEIGHT_PREPARING_ENGINES = frozenset({"packed_gemm", "winograd"})
+"""Engines that also accept a PreparedWeight, and keep a form of it there."""
 
 CALLING_THREAD_ENGINES = frozenset(ENGINES) - {"torch", "torch_fft"}
 """Engines that compute a small problem in the calling thread; torch's wait for the threads of a pool."""

@@ -1,7 +1,10 @@
 """Cost of compiled engines: speed of one thread, memory traffic, page faults, and the division of work into tasks."""
 
 import functools
+import itertools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from core.engines.compilation import pipelines
 from core.machine import Machine
@@ -55,6 +58,40 @@ def strip_heights(rows: int, most: int) -> list[int]:
     few = {*range(1, root + 1), *(-(-rows // count) for count in range(1, root + 1))}
     heights = range(1, rows + 1) if rows <= MAX_COMPARED_ROWS else sorted(few)
     return [height for height in heights if height <= most]
+
+
+class Division(NamedTuple):
+    """Rows of each strip but the last, groups of filters per strip, and the cost of the slowest thread."""
+
+    rows: int
+    groups: int
+    cost: float
+
+
+def divide(
+    rows: int, most: int, groups: int, images: int, threads: int, item_cost: Callable[[int, int], float]
+) -> Division:
+    """Return the strips and groups of filters for which the slowest thread has the least to do.
+
+    Each of so many images has `rows` rows of outputs; a strip has at most `most` of them. An item is a strip for one of
+    at most `groups` groups of filters. `item_cost(rows, groups)` is the cost of an item.
+    """
+
+    def thread_cost(height: int, count: int) -> float:
+        strips, rest = divmod(rows, height)
+        cost = -(-images * strips * count // threads) * item_cost(height, count)
+        return cost + (-(-images * count // threads) * item_cost(rest, count) if rest else 0.0)
+
+    options = itertools.product(strip_heights(rows, most), range(1, groups + 1))
+    height, count = min(options, key=lambda option: (thread_cost(*option), -option[0], option[1]))
+    return Division(height, count, thread_cost(height, count))
+
+
+def strip_ranges(rows: int, per_strip: int) -> list[tuple[int, int, int]]:
+    """Return first row, last row and rows per strip, of the strips of full height and of a smaller last one."""
+    whole = rows // per_strip * per_strip
+    parts = ((0, whole, per_strip), (whole, rows, rows - whole))
+    return [part for part in parts if part[0] < part[1]]
 
 
 @functools.cache

@@ -140,17 +140,13 @@ def _choose_strips(problem: Problem, threads: int) -> _Strips:
     line_bytes = problem.itemsize * problem.padded_size[1]
     most = max(tile_rows, MAX_STRIP_BYTES // (line_bytes * problem.stride[0]))
 
-    def strip_taps(height: int) -> float:
+    def strip_taps(height: int, groups: int) -> float:
+        del groups
         copied = COPIED_VECTOR_TAPS * _lines(problem, height) * -(-problem.padded_size[1] // lanes)
         return STRIP_OVERHEAD_TAPS + copied + _round_up(height, tile_rows) * -(-columns // lanes) * problem.taps
 
-    def thread_taps(height: int) -> float:
-        strips, rest = divmod(rows, height)
-        taps = -(-planes * strips // threads) * strip_taps(height)
-        return taps + (-(-planes // threads) * strip_taps(rest) if rest else 0.0)
-
-    height = min(halide_costs.strip_heights(rows, most), key=lambda height: (thread_taps(height), -height))
-    return _Strips(height, thread_taps(height))
+    division = halide_costs.divide(rows, most, 1, planes, threads, strip_taps)
+    return _Strips(division.rows, division.cost)
 
 
 def _tap_seconds(problem: Problem, machine: Machine) -> float:
@@ -180,15 +176,13 @@ def _divide(problem: Problem, machine: Machine) -> list[_Part]:
     tasks = 1 if threads == 1 else halide_costs.choose_task_count(machine, TASKS_PER_THREAD)
     images = min(problem.batch, tasks)
     filters = min(problem.filters, -(-tasks // images))
-    whole = rows // strips.rows * strips.rows
     parts = []
-    for first, last, per_strip in ((0, whole, strips.rows), (whole, rows, rows - whole)):
-        if first < last:
-            number = (last - first) // per_strip
-            tasks_of_plane = min(number, -(-tasks // (images * filters)))
-            per_task = -(-number // tasks_of_plane), -(-problem.filters // filters), -(-problem.batch // images)
-            sizes = per_strip, _lines(problem, per_strip), problem.filters // problem.groups, *per_task
-            parts.append(_Part(first, last, per_strip, sizes))
+    for first, last, per_strip in halide_costs.strip_ranges(rows, strips.rows):
+        number = (last - first) // per_strip
+        tasks_of_plane = min(number, -(-tasks // (images * filters)))
+        per_task = -(-number // tasks_of_plane), -(-problem.filters // filters), -(-problem.batch // images)
+        sizes = per_strip, _lines(problem, per_strip), problem.filters // problem.groups, *per_task
+        parts.append(_Part(first, last, per_strip, sizes))
     return parts
 
 

@@ -7,10 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from core.arrays import Array, ConvolveFn, as_torch
-from core.engines import ALL_ENGINES, ENGINES, low_rank_factors, separable, slices
+from core.engines import ALL_ENGINES, ENGINES, WEIGHT_PREPARING_ENGINES, low_rank_factors, separable, slices
 from core.engines.choice import Choice, Method, choose_before_rank, with_rank
 from core.engines.slices import Check
 from core.machine import Machine, this_machine
+from core.prepared_weight import PreparedWeight
 from core.problem import Problem
 
 
@@ -57,15 +58,18 @@ def run_engine(
     machine: Machine | None = None,
     engines: tuple[str, ...] = ALL_ENGINES,
     check: Check | None = None,
+    prepared: PreparedWeight | None = None,
 ) -> Result:
     """Run the chosen engine. images (N, C, H, W), weight (O, C/groups, h, w), bias (O); `shape` is that of the output.
+
+    `prepared` is the weight of a layer that is called again.
 
     A long computation runs in slices of about 0.05 s of predicted time; `check` is called before each, and an exception
     that it raises ends the computation.
     """
     machine = machine or this_machine()
     choice, max_rank_checked, convolve, slice_count = _make_plan(problem, method, machine, engines)
-    kernel: Array | low_rank_factors.Factors = weight
+    kernel: Array | low_rank_factors.Factors | PreparedWeight = weight
     if max_rank_checked or choice.engine == "separable":
         factors = low_rank_factors.find_factors(weight, max_rank_checked or separable.MAX_RANK)
         rank = separable.MAX_RANK + 1 if factors is None else len(factors.rows)
@@ -75,6 +79,8 @@ def run_engine(
             kernel = factors
     start = time.perf_counter()
     if slice_count <= 1:
+        if prepared is not None and choice.engine in WEIGHT_PREPARING_ENGINES:
+            kernel = prepared
         output = convolve(images, kernel, bias)
     else:
         output = slices.run_slices(problem, ENGINES[choice.engine], machine, slice_count, images, kernel, bias, check)

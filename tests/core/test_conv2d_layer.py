@@ -261,3 +261,52 @@ def test_invalid_calls_are_rejected_with_a_reason(
 def test_padding_of_a_billion_is_rejected_by_its_estimate() -> None:
     with pytest.raises(core.TooLarge, match="MB of memory"):
         core.Limits(megabytes=2000).check(core.plan_conv2d([[1]], [[1]], padding=10**9).cost)
+
+
+@pytest.mark.parametrize("method", ["auto", "direct"])
+@pytest.mark.parametrize("shape", [(2, 24, 20, 21), (24, 33, 9), (1, 24, 9, 16)])
+def test_layer_returns_what_conv2d_returns(method: core.Method, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(40, 24, 3, 3)).astype("f4"), rng.normal(size=40).astype("f4")
+    layer = core.Conv2d(weight, bias, padding="same", method=method)
+    for _ in range(2):
+        images = rng.normal(size=shape).astype("f4")
+        result = layer(images)
+        expected = conv2d(images, weight, bias, padding="same", method=method, engines=(result.engine,))
+        np.testing.assert_array_equal(result.array, expected.array)
+
+
+def test_layer_transforms_its_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).normal(size=(64, 64, 3, 3)).astype("f4")
+    layer, images = core.Conv2d(weight, method="winograd"), np.ones((64, 30, 30), "f4")
+    if "winograd" not in core.choose(layer.plan(images).problem, "auto").predictions:
+        pytest.skip("needs Halide")
+    first = layer(images)
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("core.engines.layers.winograd.transform_kernels", fail)
+    np.testing.assert_array_equal(layer(images).array, first.array)
+
+
+def test_layer_keeps_its_weight_if_the_array_changes() -> None:
+    weight = np.ones((2, 1, 1, 1), "f4")
+    layer = core.Conv2d(weight)
+    weight[...] = 2
+    np.testing.assert_array_equal(layer(np.ones((1, 3, 3))).array, np.ones((2, 3, 3)))
+
+
+def test_layer_slices_long_computations_as_conv2d_does() -> None:
+    checks: list[None] = []
+    layer = core.Conv2d(np.ones((16, 16, 3, 3), "f4"), padding=1, machine=core.Machine(1, flops=1e8))
+    output = layer(np.ones((1, 16, 64, 64), "f4"), check=lambda: checks.append(None)).array
+    assert len(checks) > 1
+    assert output[0, 0, 5, 5] == 144
+
+
+def test_layer_checks_its_arguments() -> None:
+    with pytest.raises(core.InvalidShape, match="weight has shape"):
+        core.Conv2d(np.ones(3))
+    with pytest.raises(core.InvalidShape, match="reads 2 channels"):
+        core.Conv2d(np.ones((1, 2, 3, 3)))(np.ones((3, 9, 9)))

@@ -32,7 +32,7 @@ from core.engines import (
 from core.engines.compilation import compiler_process, pipeline_cache, pipelines
 from core.engines.compilation.pipeline_cache import Argument, ObjectFile
 from core.engines.compilation.pipeline_linker import Pipeline
-from core.engines.layers import implicit_gemm_pipelines, implicit_gemm_tiling, winograd, winograd_pipelines
+from core.engines.layers import implicit_gemm_pipelines, implicit_gemm_tiling, packed_gemm, winograd, winograd_pipelines
 
 pytestmark = [
     pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed"),
@@ -272,6 +272,9 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     implicit_gemm_pipelines.bands_pipeline: [(..., *tile) for tile in implicit_gemm_tiling.GEMM_TILES],
     implicit_gemm_pipelines.strips_pipeline: [(..., 8, 2, stride, 4) for stride in STRIDES],
     implicit_gemm_pipelines.polyphase_pipeline: [(..., clamped) for clamped in (False, True)],
+    packed_gemm.layer_pipeline: [
+        (..., tile, (2, 1), lanes) for tiles in packed_gemm.TILES.values() for tile in tiles for lanes in (0, 4)
+    ],
     separable._passes_pipeline: [(...,)],
     low_rank_factors.cross_approximation_pipeline: [()],
     column_fft._strip_pipeline: [

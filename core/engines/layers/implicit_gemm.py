@@ -47,9 +47,9 @@ TASKS_PER_THREAD = 4
 GEMM_EFFICIENCY, STRIDED_EFFICIENCY = 1.2, 1.1
 """Speed of the sums, without and with a stride, as a fraction of Machine.flops."""
 
-CALL_OVERHEAD_S = 1.6e-5
+CALL_OVERHEAD_S, WAKE_S = 1.6e-5, 2e-5
 POLYPHASE_OVERHEAD_S = 6e-6
-"""Seconds per call from Python, and additional seconds per split into polyphase components; measured."""
+"""Seconds per call from Python, until another thread works, and per split into polyphase components; measured."""
 
 MAX_CACHED_TABLE_TAPS = 8192
 """Maximum taps of a cached table of offsets. A larger table takes less than 1 % of the time of its sums to build, and
@@ -102,6 +102,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         sums += each_pixel * problem.batch * problem.channels * sorted_pixels
     sums += halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
     threads = halide_costs.choose_thread_count(machine, sums)
+    calls += WAKE_S if threads > 1 else 0.0
     return (
         machine.compile_seconds + calls + sums / threads + interior.border_seconds(problem, _borders(problem), machine)
     )
@@ -302,18 +303,16 @@ def _fill_strips(
     taps = weight.reshape(groups, each, channels, math.prod(kernel))
     target = output.reshape(len(output), groups, each, rows, columns)
     blocks = -(-each // STRIP_TILE[0])
-    whole = rows // strips.rows * strips.rows
-    for first, last, per_strip in ((0, whole, strips.rows), (whole, rows, rows - whole)):
-        if first < last:
-            count = (last - first) // per_strip
-            part = target[:, :, :, first:last].reshape(*target.shape[:3], count, per_strip, columns)
-            items = len(output) * groups * count * strips.groups
-            per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
-            border, size = (
-                (problem.padding[0] - first * down, problem.padding[2]),
-                component_size(problem, per_strip, pitch),
-            )
-            offsets, furthest = cached_offset_table(1, kernel, problem.stride, problem.dilation, 0, size, pitch)
-            read = per_strip, count_lines(problem, per_strip), pitch, size
-            sizes = furthest, *border, *read, -(-blocks // strips.groups), per_task
-            fill(pixels, taps, bias.reshape(groups, each), offsets, *sizes, part.swapaxes(2, 3))
+    for first, last, per_strip in halide_costs.strip_ranges(rows, strips.rows):
+        count = (last - first) // per_strip
+        part = target[:, :, :, first:last].reshape(*target.shape[:3], count, per_strip, columns)
+        items = len(output) * groups * count * strips.groups
+        per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
+        border, size = (
+            (problem.padding[0] - first * down, problem.padding[2]),
+            component_size(problem, per_strip, pitch),
+        )
+        offsets, furthest = cached_offset_table(1, kernel, problem.stride, problem.dilation, 0, size, pitch)
+        read = per_strip, count_lines(problem, per_strip), pitch, size
+        sizes = furthest, *border, *read, -(-blocks // strips.groups), per_task
+        fill(pixels, taps, bias.reshape(groups, each), offsets, *sizes, part.swapaxes(2, 3))

@@ -1,7 +1,6 @@
 """Division of implicit_gemm's sums: tiles of filters and pixels, bands of short rows, and strips that are copied."""
 
 import functools
-import itertools
 from typing import NamedTuple
 
 from core.engines import halide_costs, halide_jit
@@ -125,14 +124,8 @@ def choose_strips(problem: Problem, machine: Machine) -> Strips | None:
         taps = -(-blocks // groups) * (BAND_OVERHEAD_TAPS + tiles * (problem.taps + BAND_TILE_OVERHEAD_TAPS))
         return COPIED_VECTOR_TAPS * copied / (filters * vectors) + taps
 
-    def thread_cost(rows: int, groups: int) -> float:
-        strips, rest = divmod(height, rows)
-        cost = -(-images * strips * groups // machine.threads) * item_cost(rows, groups)
-        return cost + (-(-images * groups // machine.threads) * item_cost(rest, groups) if rest else 0)
-
-    options = itertools.product(halide_costs.strip_heights(height, largest), range(1, min(blocks, machine.threads) + 1))
-    rows, groups = min(options, key=lambda option: (thread_cost(*option), option))
-    return Strips(rows, groups, pitch, thread_cost(rows, groups))
+    division = halide_costs.divide(height, largest, min(blocks, machine.threads), images, machine.threads, item_cost)
+    return Strips(division.rows, division.groups, pitch, division.cost)
 
 
 def count_lines(problem: Problem, rows: int) -> int:

@@ -9,7 +9,6 @@ outputs, whose errors are smaller, or directly. Output values do not depend on t
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +33,7 @@ from core.engines.layers.winograd_pipelines import (
 )
 from core.machine import Machine
 from core.padding import extract_window
+from core.prepared_weight import PreparedWeight
 from core.problem import Problem, SliceUnits
 from core.shapes import Pair
 
@@ -90,7 +90,7 @@ CALL_OVERHEAD_S, WAKE_S = 1.1e-4, 8e-5
 S_PER_EXAMINED_PIXEL = 1.2e-10
 """Seconds to examine a pixel, in one thread; measured."""
 
-EFFICIENCY = 1.13
+EFFICIENCY = 1.16
 """Speed of the products, as a fraction of Machine.flops."""
 
 INPUT_PRODUCTS, OUTPUT_PRODUCTS, KERNEL_PRODUCTS, SPILLED_PRODUCTS = 15.0, 25.0, 7.0, 1.5
@@ -127,8 +127,10 @@ def seconds(problem: Problem, machine: Machine) -> float:
     values = problem.filters * problem.channels * count_components(layout.tile)
     transformed = S_PER_TRANSFORMED_KERNEL_VALUE * values / machine.threads
     if 4 * values > halide_costs.LAST_LEVEL_CACHE_BYTES:
-        # Written and read, with a new page of memory for each page.
+        # Written, read, and new memory.
         transformed += 4 * halide_costs.move_seconds(4 * values, machine)
+    if problem.weight_is_prepared:
+        transformed = 0.0
     fixed = machine.compile_seconds + CALL_OVERHEAD_S + (WAKE_S if machine.threads > 1 else 0.0)
     return fixed + examined + transformed + layout.seconds
 
@@ -148,16 +150,18 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     read_rows, read_columns = (-top, rows + KERNEL_SIDE - 1 - top), (-left, columns + KERNEL_SIDE - 1 - left)
     layout = choose_layout(problem, machine, _choose_tile(problem))
 
-    def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
+    def convolve(images: Array, weight: Array | PreparedWeight, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty((problem.batch, problem.filters, rows, columns), np.float32) if out is None else as_numpy(out)
         pixels, border = as_numpy(images), (top, left)
         if not _pads_strips(problem):
             unpadded = as_torch(images)
             pixels = extract_window(unpadded, read_rows, read_columns, problem.boundary, problem.fill_value).numpy()
             border = (0, 0)
-        kernels = np.ascontiguousarray(as_numpy(weight))
+        prepared = weight if isinstance(weight, PreparedWeight) else PreparedWeight(weight)
+        kernels = np.ascontiguousarray(as_numpy(prepared.array))
         offsets = np.zeros(problem.filters, np.float32) if bias is None else as_numpy(bias)
-        transformed = transform_kernels(kernels, layout.tile, machine)
+        transform = functools.partial(transform_kernels, kernels, layout.tile, machine)
+        transformed = prepared.derive((METHOD, layout.tile), transform)
         fill(pixels, border, transformed, offsets, output, layout, machine)
         # The fill comes first: the threads that transformed the kernels still wait for work.
         inset = max(0, KERNEL_SIDE - 1 - (min(problem.padding) if _pads_strips(problem) else 0))
@@ -219,25 +223,21 @@ class _Layout(NamedTuple):
     """Division of a layer into items: an item is a strip of tile rows for some blocks of filters.
 
     tile: rows and columns of its outputs. pitch: positions from a tile to the one below it. rows: tile rows per strip.
-    blocks: blocks of filters per item. groups: items per strip. seconds: predicted time of all items.
+    blocks: blocks of filters per item. seconds: predicted time of all items.
     """
 
     tile: Pair
     pitch: int
     rows: int
     blocks: int
-    groups: int
     seconds: float
 
 
 def _choose_tile(problem: Problem) -> Pair:
     """Return the largest tile that may be used; it does not depend on the number of threads, because outputs do."""
     width = _copied_width(problem)
-    return next(
-        tile
-        for tile, limits in TILES.items()
-        if problem.channels >= limits.channels and width >= MIN_COPIED_LANES * tile[1]
-    )
+    fitting = (tile for tile, limits in TILES.items() if problem.channels >= limits.channels)
+    return next((tile for tile in fitting if width >= MIN_COPIED_LANES * tile[1]), SMALLEST_TILE)
 
 
 def _copied_width(problem: Problem) -> int:
@@ -269,17 +269,10 @@ def choose_layout(problem: Problem, machine: Machine, tile: Pair) -> _Layout:
         spilled = SPILLED_PRODUCTS * max(0, size - CACHED_STRIP_BYTES) / (4 * lanes)
         return product_s * (components * (of_products + of_transforms + of_kernels) + spilled)
 
-    def all_seconds(rows: int, groups: int) -> float:
-        strips, rest = divmod(all_rows, rows)
-        total = _items_per_thread(problem.batch * strips * groups, machine) * item_seconds(rows, groups)
-        return total + (_items_per_thread(problem.batch * groups, machine) * item_seconds(rest, groups) if rest else 0)
-
     largest = max(1, MAX_STRIP_BYTES // (4 * components * pitch * (channels + problem.filters)))
-    heights = halide_costs.strip_heights(all_rows, largest)
-    options = itertools.product(heights, range(1, min(blocks, machine.threads) + 1))
-    rows, groups = min(options, key=lambda option: (all_seconds(*option), option))
-    per_item = -(-blocks // groups)
-    return _Layout(tile, pitch, rows, per_item, -(-blocks // per_item), all_seconds(rows, groups))
+    most_groups = min(blocks, machine.threads)
+    division = halide_costs.divide(all_rows, largest, most_groups, problem.batch, machine.threads, item_seconds)
+    return _Layout(tile, pitch, division.rows, -(-blocks // division.groups), division.cost)
 
 
 def _items_per_thread(items: int, machine: Machine) -> int:
@@ -308,17 +301,14 @@ def fill(
         layout.tile, *gemm_tile, halide_jit.choose_lanes(pixels.shape[3] // tile_columns, "float32")
     )
     blocks = -(-filters // gemm_tile[0])
-    per_strip = layout.rows * tile_rows
-    whole = rows // per_strip * per_strip
-    for first, last, height in ((0, whole, per_strip), (whole, rows, rows - whole)):
-        if first < last:
-            strips = (last - first) // height
-            part = output[:, :, first:last].reshape(count, filters, strips, height, columns).swapaxes(1, 2)
-            items = count * strips * -(-blocks // layout.blocks)
-            per_task = -(-items // halide_costs.choose_task_count(machine, items))
-            above, before = border[0] - first, border[1]
-            sizes = layout.pitch, -(-height // tile_rows), layout.blocks, per_task
-            compute(pixels, kernels, bias, above, before, *sizes, part)
+    for first, last, height in halide_costs.strip_ranges(rows, layout.rows * tile_rows):
+        strips = (last - first) // height
+        part = output[:, :, first:last].reshape(count, filters, strips, height, columns).swapaxes(1, 2)
+        items = count * strips * -(-blocks // layout.blocks)
+        per_task = -(-items // halide_costs.choose_task_count(machine, items))
+        above, before = border[0] - first, border[1]
+        sizes = layout.pitch, -(-height // tile_rows), layout.blocks, per_task
+        compute(pixels, kernels, bias, above, before, *sizes, part)
 
 
 class Estimate(NamedTuple):

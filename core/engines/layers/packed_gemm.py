@@ -1,0 +1,299 @@
+"""Compiled direct sums for small images of many channels: vectors of filters instead of vectors of pixels.
+
+The weight is packed so that the taps of a block of filters are adjacent. A tile of two vectors of filters by 14 outputs
+stays in registers during one loop over all channels and taps, which multiplies each vector of the weight by single
+pixels. So the outputs of a row need not fill vectors, and a stride needs no sorted copy. Each thread copies the strips
+that it reads, with their border of zeros, into its cache; images without a border are read in place. This is the layout
+of oneDNN's blocked weights (https://uxlfoundation.github.io/oneDNN/dev_guide_understanding_memory_formats.html). Every
+output value is summed in the same order, independent of the number of threads.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from core.arrays import Array, ConvolveFn, as_numpy
+from core.engines import halide_costs, halide_jit
+from core.engines.compilation import pipelines
+from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines.strip_copy import StripPixels, define_copy
+from core.machine import Machine
+from core.prepared_weight import PreparedWeight
+from core.problem import Dtype, Problem, SliceUnits
+from core.shapes import Pair, dilated_size
+
+METHOD = "direct"
+
+VECTORS = 2
+"""Vectors of filters of a tile."""
+
+TILES: dict[int, tuple[Pair, ...]] = {64: ((1, 14), (2, 7)), 32: ((1, 6), (2, 3)), 16: ((1, 6), (2, 3))}
+"""Rows and columns of outputs of a tile, by the bytes of a vector: their sums fill the registers."""
+
+MIN_COPIED_LANES, MIN_CHANNELS, MIN_FILTERS = 4, 8, 16
+"""Minimum pixels of a row that are copied at once, and minimum channels and filters for which this pays."""
+
+MAX_STRIP_BYTES = 1 << 18
+"""Maximum bytes of the pixels of a strip of more than one row, a quarter of the second-level cache."""
+
+TASKS_PER_THREAD = 4
+
+CALL_OVERHEAD_S = 2.5e-5
+"""Seconds per call from Python; measured."""
+
+EFFICIENCY = 1.2
+"""Speed of the sums, as a fraction of Machine.flops."""
+
+TILE_OVERHEAD_TAPS, COPIED_VECTOR_TAPS, STORED_VECTOR_TAPS = 24, 0.1, 0.8
+"""Overhead of a tile, and time to copy one vector of pixels and to store one vector of outputs, in units of the time of
+one tap for a tile."""
+
+S_PER_PACKED_TAP = 1.6e-9
+"""Seconds to pack a value of the weight, in one thread; measured."""
+
+MAX_CACHED_BLOCK_BYTES, SPILLED_BLOCK_FACTOR = 700_000, 0.25
+"""Bytes of a block of the weight that stay in the second-level cache, and the additional time of larger ones."""
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Return the reason why the engine cannot compute the problem, or None."""
+    if problem.groups != 1 or problem.channels < MIN_CHANNELS or problem.filters < MIN_FILTERS:
+        return f"supports only layers without groups, from {MIN_CHANNELS} channels and {MIN_FILTERS} filters on"
+    if problem.is_padded and problem.boundary != "zeros":
+        return f"supports only a border of zeros, not {problem.boundary}"
+    least = min(columns for _, columns in TILES[pipelines.vector_bytes()])
+    if _output_size(problem)[1] < least:
+        return f"needs at least {least} output columns"
+    if problem.width < MIN_COPIED_LANES:
+        return f"needs at least {MIN_COPIED_LANES} columns"
+    return halide_jit.unsupported_reason(problem)
+
+
+def seconds(problem: Problem, machine: Machine) -> float:
+    """Predict the seconds of the call, of packing the weight, of the sums and of the copies."""
+    layout = choose_layout(problem, machine)
+    packed = 0.0 if problem.weight_is_prepared else S_PER_PACKED_TAP * problem.filters * problem.taps
+    tile_flop = 2 * VECTORS * halide_jit.vector_lanes(problem.dtype) * math.prod(layout.tile)
+    sums = layout.cost * tile_flop / (EFFICIENCY * halide_costs.operations_per_second(machine, problem.dtype))
+    others = halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
+    return machine.compile_seconds + CALL_OVERHEAD_S + packed + sums + others / machine.threads
+
+
+def operations(problem: Problem, machine: Machine) -> float:
+    """Return the number of multiplications and additions."""
+    del machine
+    return problem.operations
+
+
+def plan(problem: Problem, machine: Machine) -> ConvolveFn:
+    """Return a function that computes the convolution."""
+    shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
+    layout = choose_layout(problem, machine)
+
+    def convolve(images: Array, weight: Array | PreparedWeight, bias: Array | None, out: Array | None = None) -> Array:
+        output = np.empty(shape, dtype) if out is None else as_numpy(out)
+        prepared = weight if isinstance(weight, PreparedWeight) else PreparedWeight(weight)
+        packed = prepared.derive("packed_gemm", lambda: pack_weight(as_numpy(prepared.array)))
+        offsets = np.zeros(len(packed) * _block_filters(problem.dtype), dtype)
+        if bias is not None:
+            offsets[: problem.filters] = as_numpy(bias)
+        # The outputs of a layer without steps between pixels are one row; only a dense array is.
+        rows, columns = _output_size(problem)
+        is_dense = output.flags.c_contiguous or (rows, columns) == problem.output_size
+        target = output if is_dense else np.empty(shape, dtype)
+        _fill(problem, machine, layout, as_numpy(images), packed, offsets, target.reshape(*shape[:2], rows, columns))
+        if not is_dense:
+            output[...] = target
+        return output
+
+    return convolve
+
+
+def temporary_bytes(problem: Problem, machine: Machine) -> int:
+    """Return the bytes of the packed weight, of strips, and of contiguous copies of images and output."""
+    layout, block = choose_layout(problem, machine), _block_filters(problem.dtype)
+    strip = (_count_lines(problem, layout.rows) + 1) * problem.padded_size[1] * problem.channels
+    packed = -(-problem.filters // block) * block * problem.taps
+    copies = problem.input_bytes + problem.output_bytes
+    return copies + problem.itemsize * (packed + (machine.threads + 1) * strip)
+
+
+def slice_units(problem: Problem, machine: Machine) -> SliceUnits:
+    """Return all axes; the weight is packed once per slice of the others."""
+    del problem, machine
+    return {"batch": 1, "rows": 16, "filters": 64, "columns": 256}
+
+
+def warm_up() -> None:
+    """Do nothing: layers compile at their first use."""
+
+
+class _Layout(NamedTuple):
+    """Division of a layer into items: an item is a strip of rows for some blocks of filters.
+
+    tile: rows and columns of its outputs. rows: those of a strip. blocks: blocks of filters per item. cost: time of the
+    slowest thread in units of the time of one tap for a tile.
+    """
+
+    tile: Pair
+    rows: int
+    blocks: int
+    cost: float
+
+
+@functools.lru_cache(maxsize=256)
+def choose_layout(problem: Problem, machine: Machine) -> _Layout:
+    """Return the tile with the fewest idle outputs, and the strips that keep all threads busy."""
+    (rows, columns), lanes = _output_size(problem), halide_jit.vector_lanes(problem.dtype)
+    tiles = [tile for tile in TILES[pipelines.vector_bytes()] if tile[1] <= columns]
+    tile = min(tiles, key=lambda tile: -(-rows // tile[0]) * -(-columns // tile[1]) * math.prod(tile))
+    blocks, line = -(-problem.filters // _block_filters(problem.dtype)), problem.padded_size[1] * problem.channels
+    block_bytes = problem.itemsize * problem.taps * _block_filters(problem.dtype)
+    tap = 1 + (SPILLED_BLOCK_FACTOR if block_bytes > MAX_CACHED_BLOCK_BYTES else 0)
+
+    def item_cost(height: int, groups: int) -> float:
+        own = -(-blocks // groups)
+        tiles_of_block = -(-height // tile[0]) * -(-columns // tile[1])
+        stored = STORED_VECTOR_TAPS * own * VECTORS * math.prod(tile) * tiles_of_block
+        copied = COPIED_VECTOR_TAPS * _count_lines(problem, height) * line / lanes if problem.is_padded else 0.0
+        return copied + stored + own * tiles_of_block * (tap * problem.taps + TILE_OVERHEAD_TAPS)
+
+    most = max(1, (MAX_STRIP_BYTES // (problem.itemsize * line) - problem.kernel_height) // problem.stride[0])
+    most = most if problem.is_padded else rows
+    groups = min(blocks, machine.threads)
+    division = halide_costs.divide(rows, max(tile[0], most), groups, problem.batch, machine.threads, item_cost)
+    return _Layout(tile, division.rows, -(-blocks // division.groups), division.cost)
+
+
+def pack_weight(weight: Plane) -> Plane:
+    """Return a weight (O, C, h, w) as (blocks, C, h w, filters of a block); missing filters are zeros."""
+    filters, channels = weight.shape[:2]
+    block = VECTORS * pipelines.vector_bytes() // weight.itemsize
+    blocks = -(-filters // block)
+    flat = np.ascontiguousarray(weight).reshape(filters, -1)
+    if filters % block:
+        flat = np.concatenate([flat, np.zeros((blocks * block - filters, flat.shape[1]), flat.dtype)])
+    packed = np.ascontiguousarray(flat.reshape(blocks, block, -1).swapaxes(1, 2))
+    return packed.reshape(blocks, channels, -1, block)
+
+
+def _block_filters(dtype: Dtype) -> int:
+    return VECTORS * halide_jit.vector_lanes(dtype)
+
+
+def _is_flat(problem: Problem) -> bool:
+    """Return whether each output reads only the pixel at its place, so that all rows can be one."""
+    return (problem.kernel_height, problem.kernel_width, *problem.stride) == (1, 1, 1, 1) and not problem.is_padded
+
+
+def _output_size(problem: Problem) -> Pair:
+    """Return the rows and columns of outputs that tiles divide."""
+    rows, columns = problem.output_size
+    return (1, rows * columns) if _is_flat(problem) else (rows, columns)
+
+
+def _count_lines(problem: Problem, rows: int) -> int:
+    """Return the rows of pixels that so many rows of the output read."""
+    return (rows - 1) * problem.stride[0] + dilated_size(problem.kernel_height, problem.dilation[0])
+
+
+def _fill(
+    problem: Problem, machine: Machine, layout: _Layout, pixels: Plane, packed: Plane, bias: Plane, output: Plane
+) -> None:
+    """Fill the output (N, O, rows, columns) of the tiles."""
+    (count, filters, rows, columns), (top, _, left, _) = output.shape, problem.padding
+    if problem.is_padded:
+        source, pitch = pixels, problem.padded_size[1]
+        copied_lanes = halide_jit.choose_lanes(problem.width, problem.dtype)
+    else:
+        source, pitch = _flatten(pixels, problem)
+        copied_lanes = 0
+    taps = _tap_offsets(problem.kernel_height, problem.kernel_width, problem.dilation, pitch)
+    compute = layer_pipeline(problem.dtype, layout.tile, problem.stride, copied_lanes)
+    for first, last, height in halide_costs.strip_ranges(rows, layout.rows):
+        strips, above = (last - first) // height, first * problem.stride[0]
+        part = output[:, :, first:last].reshape(count, filters, strips, height, columns).swapaxes(1, 2)
+        items = count * strips * -(-len(packed) // layout.blocks)
+        per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
+        read = source if problem.is_padded else source[:, :, above * pitch :]
+        sizes = int(taps[-1]), top - above, left, height, _count_lines(problem, height), pitch
+        compute(read, packed, bias, taps, *sizes, layout.blocks, per_task, part)
+
+
+def _flatten(pixels: Plane, problem: Problem) -> tuple[Plane, int]:
+    """Return images as (N, C, flat), copied only if their rows are read as one and not adjacent, and the pitch."""
+    height, width = pixels.shape[2:]
+    of_image, of_channel, of_row, itemsize = pixels.strides
+    if _is_flat(problem) and of_row != width * itemsize:
+        pixels = np.ascontiguousarray(pixels)
+        of_image, of_channel, of_row, itemsize = pixels.strides
+    pitch = of_row // itemsize
+    shape = *pixels.shape[:2], (height - 1) * pitch + width
+    return as_strided(pixels, shape, (of_image, of_channel, itemsize)), pitch
+
+
+@functools.lru_cache(maxsize=256)
+def _tap_offsets(kernel_rows: int, kernel_columns: int, dilation: Pair, pitch: int) -> Plane:
+    """Return the offsets of the taps of a channel, in the order of the weight; the last one is the largest."""
+    down, across = (
+        np.arange(size) * apart for size, apart in zip((kernel_rows, kernel_columns), dilation, strict=True)
+    )
+    offsets: Plane = (down[:, np.newaxis] * pitch + across).astype(np.int32).ravel()
+    return offsets
+
+
+@pipelines.cached_pipeline
+def layer_pipeline(dtype: Dtype, tile: Pair, stride: Pair, copied_lanes: int) -> PipelineSpec:
+    """Define the pipeline of a layer.
+
+    Images, weight (blocks, C, taps, filters of a block), bias (blocks * filters of a block), offsets of the taps,
+    largest offset, rows and columns of zeros before the images, rows of a strip, rows that it reads, pitch, blocks of
+    filters per item, items per task -> (N, strips, O, rows, columns), with at least as many columns as a tile.
+
+    If `copied_lanes` is 0, the images are (N, C, flat) and are read in place; otherwise they are (N, C, H, W), and so
+    many pixels are copied at once.
+    """
+    hl, lanes = halide_jit.import_halide(), halide_jit.vector_lanes(dtype)
+    number, filters = halide_jit.halide_type(dtype), VECTORS * lanes
+    sizes = ("images", 4 if copied_lanes else 3), ("weight", 4), ("bias", 1)
+    images, weight, bias = (hl.ImageParam(number, count, name) for name, count in sizes)
+    offsets = hl.ImageParam(hl.Int(32), 1, "offsets")
+    names = ("furthest", "above", "before", "per_strip", "lines", "pitch", "per_item", "per_task")
+    params = [hl.Param(hl.Int(32), name) for name in names]
+    furthest, above, before, per_strip, lines, pitch, per_item, per_task = params
+    q, v, x, y, c, o, block, strip, n = (hl.Var(name) for name in ("q", "v", "x", "y", "c", "o", "block", "strip", "n"))
+    (down, across), (tile_rows, tile_columns) = stride, tile
+    total, output = hl.Func("total"), hl.Func("output")
+    vector, lane, group, within, row, some, inner, first, every, task, item = (hl.Var() for _ in range(11))
+    if copied_lanes:
+        pixels = hl.Func("padded")
+        pixels[q, c, strip, n] = hl.cast(number, 0)
+        source = StripPixels(images, c, n, strip * (per_strip * down) - above, lines, before, 1, copied_lanes)
+        define_copy(pixels, source, lambda column, line: (line * pitch + column, c, strip, n), (c,))
+        pixels.compute_at(output, item).split(q, vector, lane, lanes, hl.TailStrategy.RoundUp).vectorize(lane)
+    k = hl.RDom([hl.Range(0, weight.dim(axis).extent()) for axis in (1, 2)], "k")
+    # A tile may extend below the last row.
+    position = (
+        hl.min(y, per_strip - 1) * (down * pitch) + x * across + hl.unsafe_promise_clamped(offsets[k.x], 0, furthest)
+    )
+    if copied_lanes:
+        pixel = pixels[position, k.y, strip, n]
+    else:
+        pixel = images[position + strip * (per_strip * down * pitch), k.y, n]
+    total[v, x, y, block, strip, n] = bias[block * filters + v]
+    total[v, x, y, block, strip, n] += weight[v, k.x, k.y, block] * pixel
+    output[x, y, o, strip, n] = total[o % filters, x, y, o / filters, strip, n]
+
+    guard = hl.TailStrategy.GuardWithIf
+    output.split(o, block, within, filters, guard).split(block, group, block, per_item, guard)
+    output.split(x, some, inner, tile_columns, hl.TailStrategy.ShiftInwards).vectorize(inner)
+    output.split(y, y, row, tile_rows, guard).reorder(inner, row, within, some, y, block, group, strip, n)
+    output.fuse(group, strip, first).fuse(first, n, every).split(every, task, item, per_task, guard).parallel(task)
+    total.compute_at(output, some).vectorize(v, lanes).unroll(v).unroll(x).unroll(y)
+    for axis, size in ((v, filters), (x, tile_columns), (y, tile_rows)):
+        total.bound_extent(axis, size)
+    total.update().reorder(v, x, y, k.x, k.y).vectorize(v, lanes).unroll(v).unroll(x).unroll(y)
+    return output, [images, weight, bias, offsets, *params]

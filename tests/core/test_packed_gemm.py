@@ -1,0 +1,129 @@
+"""Tests of the engine for layers whose weight is packed in blocks of filters."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import core
+from core import Dtype, Machine, Problem
+from core.engines import halide_jit
+from core.engines.layers import packed_gemm
+from core.prepared_weight import PreparedWeight
+
+pytestmark = [
+    pytest.mark.needs_halide,
+    pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="needs Halide"),
+]
+
+TOLERANCE: dict[Dtype, float] = {"float32": 3e-6, "float64": 1e-14}
+
+LAYERS = (
+    Problem(1, 40, 7, 7, 64, 3, 3, padding=(1, 1, 1, 1)),
+    Problem(3, 16, 14, 14, 33, 3, 3, padding=(1, 1, 1, 1)),
+    Problem(1, 20, 29, 31, 16, 3, 3, padding=(1, 1, 1, 1), stride=(2, 2)),
+    Problem(2, 9, 20, 44, 40, 5, 3, padding=(0, 3, 2, 1), stride=(3, 1), dilation=(1, 2)),
+    Problem(1, 12, 17, 23, 70, 3, 4),
+    Problem(2, 30, 13, 15, 65, 1, 1),
+    Problem(1, 8, 22, 30, 16, 1, 1, stride=(2, 2)),
+    Problem(1, 8, 4, 7, 16, 1, 1, padding=(1, 0, 0, 1)),
+)
+
+
+def draw_arrays(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw images, weight and bias."""
+    images = rng.normal(size=(problem.batch, problem.channels, problem.height, problem.width))
+    weight = rng.normal(size=(problem.filters, problem.channels, problem.kernel_height, problem.kernel_width))
+    bias = rng.normal(size=problem.filters)
+    return images.astype(problem.dtype), weight.astype(problem.dtype), bias.astype(problem.dtype)
+
+
+def compute_expected(problem: Problem, images: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Return torch's output in float64."""
+    top, bottom, left, right = problem.padding
+    padded = functional.pad(torch.from_numpy(images).double(), (left, right, top, bottom))
+    kernels, offsets = torch.from_numpy(weight).double(), torch.from_numpy(bias).double()
+    return functional.conv2d(padded, kernels, offsets, problem.stride, 0, problem.dilation).numpy()
+
+
+def assert_sums_are_right(problem: Problem, rng: np.random.Generator) -> None:
+    """Assert that the output is that of torch, the same for any number of threads and with a prepared weight."""
+    images, weight, bias = draw_arrays(problem, rng)
+    expected = compute_expected(problem, images, weight, bias)
+    output = packed_gemm.plan(problem, Machine(1))(images, weight, bias)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=TOLERANCE[problem.dtype] * np.abs(expected).max())
+    prepared = PreparedWeight(weight)
+    for machine in (Machine(2), Machine(3)):
+        np.testing.assert_array_equal(packed_gemm.plan(problem, machine)(images, prepared, bias), output)
+
+
+@pytest.mark.parametrize("problem", LAYERS, ids=lambda problem: f"{problem.channels}x{problem.height}x{problem.width}")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_sums_are_those_of_torch_for_any_number_of_threads(problem: Problem, dtype: Dtype) -> None:
+    case = replace(problem, dtype=dtype)
+    assert packed_gemm.unsupported_reason(case) is None
+    assert_sums_are_right(case, np.random.default_rng(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_sums_of_drawn_layers_are_those_of_torch(dtype: Dtype) -> None:
+    rng, found = np.random.default_rng(1), 0
+    while found < 150:
+        batch, channels, filters = int(rng.integers(1, 4)), int(rng.integers(8, 60)), int(rng.integers(16, 90))
+        kernel_height, kernel_width = (int(size) for size in rng.choice([1, 1, 2, 3, 5], 2))
+        top, bottom, left, right = (int(size) for size in rng.integers(0, 3, 4) * int(rng.integers(0, 2)))
+        height, width = (int(size) for size in rng.integers(4, 50, 2))
+        problem = Problem(
+            batch,
+            channels,
+            height,
+            width,
+            filters,
+            kernel_height,
+            kernel_width,
+            padding=(top, bottom, left, right),
+            stride=(int(rng.integers(1, 4)), int(rng.integers(1, 4))),
+            dilation=(int(rng.integers(1, 3)), int(rng.integers(1, 3))),
+            dtype=dtype,
+        )
+        if min(problem.output_size) > 0 and packed_gemm.unsupported_reason(problem) is None:
+            assert_sums_are_right(problem, rng)
+            found += 1
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_views_are_read_and_written(kernel: int) -> None:
+    rng = np.random.default_rng(2)
+    problem = Problem(2, 10, 16, 19, 20, kernel, kernel)
+    images, weight, bias = draw_arrays(replace(problem, channels=12, height=30, width=40), rng)
+    view, weight = images[:, 1:11, 3:19, 2:21], np.ascontiguousarray(weight[:, :10])
+    rows, columns = problem.output_size
+    target = np.zeros((2, 30, rows + 5, columns + 7), np.float32)
+    part = target[:, 4:24, 2 : 2 + rows, 3 : 3 + columns]
+    packed_gemm.plan(problem, Machine(2))(view, weight, bias, part)
+    expected = compute_expected(problem, np.ascontiguousarray(view), weight, bias)
+    np.testing.assert_allclose(part, expected, rtol=0, atol=TOLERANCE["float32"] * np.abs(expected).max())
+    part[...] = 0
+    assert not target.any()
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Problem(1, 8, 20, 20, 16, 3, 3, groups=2), "without groups"),
+        (Problem(1, 4, 20, 20, 16, 3, 3), "from 8 channels"),
+        (Problem(1, 8, 20, 20, 16, 3, 3, padding=(1, 1, 1, 1), boundary="reflect"), "a border of zeros, not reflect"),
+        (Problem(1, 8, 20, 4, 16, 3, 3), "output columns"),
+        (Problem(1, 8, 20, 3, 16, 3, 3, padding=(4, 4, 4, 4)), "needs at least 4 columns"),
+    ],
+)
+def test_unsupported_problems_have_a_reason(problem: Problem, reason: str) -> None:
+    assert reason in str(packed_gemm.unsupported_reason(problem))
+
+
+def test_small_images_of_many_channels_use_packed_weights() -> None:
+    problem = Problem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1, 1, 1), weight_is_prepared=True)
+    assert core.choose(problem, "direct", Machine(1)).engine == "packed_gemm"
