@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import core
 from core import Dtype, Machine, Problem
 from core.engines.layers import implicit_gemm, implicit_gemm_tiling, winograd
 
@@ -65,6 +66,26 @@ def test_strips_give_the_sums_of_the_layer_for_any_number_of_threads(dtype: Dtyp
         assert implicit_gemm_tiling.choose_strips(whole, machines[0]) is None
         np.testing.assert_array_equal(implicit_gemm.plan(whole, machines[0])(images, weight, bias), outputs[0])
     assert found > 30
+
+
+@pytest.mark.parametrize("height", [9, 10, 11, 19])
+def test_outputs_of_one_column(height: int, rng: np.random.Generator) -> None:
+    # numpy gives an axis of size 1 any step when it reshapes the rows of the last strip.
+    images, weight = rng.normal(size=(1, 1, height, 8)), rng.normal(size=(2, 1, 3, 4))
+    for threads in (1, 2, 3):
+        output, expected = (
+            core.conv2d(
+                images,
+                weight,
+                stride=(1, 2),
+                dilation=(1, 2),
+                dtype="float64",
+                engines=(engine,),
+                machine=Machine(threads),
+            ).array
+            for engine in ("implicit_gemm", "torch")
+        )
+        np.testing.assert_allclose(output, expected, rtol=1e-12)
 
 
 def test_strips_of_many_channels_are_short() -> None:

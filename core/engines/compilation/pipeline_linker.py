@@ -169,6 +169,10 @@ def _build_halide_buffer(builder: ir.IRBuilder, at: int, dtype: np.dtype[Any], r
         index = [INT32(rank - 1 - axis)]
         extent, step = (builder.load(builder.gep(builder.load(field), index)) for field in (sizes, steps))
         stride = builder.sdiv(step, INT64(dtype.itemsize))
+        if axis == 0:
+            # The step of an axis of size 1 means nothing in numpy; Halide requires adjacent values.
+            is_single = builder.icmp_signed("==", extent, INT64(1))
+            stride = builder.select(is_single, INT64(1), stride)
         values = INT32(0), builder.trunc(extent, INT32), builder.trunc(stride, INT32), INT32(0)
         _store_fields(builder, builder.gep(dimensions, [INT32(axis)]), values)
     # halide_type_t has 8 bits of type code, 8 bits of size in bits, and 16 bits of lanes.
