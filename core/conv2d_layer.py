@@ -72,10 +72,10 @@ def conv2d(
 
 
 class Conv2d:
-    """A Conv2d layer for calls with many inputs: the weight is checked, converted and transformed once.
+    """A Conv2d layer for calls with many inputs: the weight is converted and transformed once.
 
-    Takes the arguments of `conv2d` except the input; `layer(input)` returns what conv2d would. The layer keeps a copy
-    of the weight, and a transformed one of up to four times its size.
+    Takes the arguments of `conv2d` except the input; `layer(input)` returns what conv2d would, and raises its errors.
+    The layer keeps copies of weight and bias, and a transformed weight of up to four times the size.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Conv2d:
         self._plan = partial(
             plan_conv2d,
             weight=filters,
-            bias=None if bias is None else as_array("bias", bias, dtype, resolved),
+            bias=None if bias is None else deepcopy(as_array("bias", bias, dtype, resolved)),
             stride=stride,
             padding=padding,
             dilation=dilation,

@@ -310,3 +310,14 @@ def test_layer_checks_its_arguments() -> None:
         core.Conv2d(np.ones(3))
     with pytest.raises(core.InvalidShape, match="reads 2 channels"):
         core.Conv2d(np.ones((1, 2, 3, 3)))(np.ones((3, 9, 9)))
+
+
+def test_rows_of_an_expanded_tensor() -> None:
+    images, weight = torch.randn(1, 16, 1, 16).expand(1, 16, 10, 16), torch.randn(4, 16, 1, 1)
+    for engine in core.ENGINES:
+        method: Any = core.ENGINES[engine].METHOD
+        try:
+            output = conv2d(images, weight, method=method, engines=(engine,)).output
+        except core.MethodUnavailable:
+            continue
+        torch.testing.assert_close(output, functional.conv2d(images, weight), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """Tests of the engine for layers whose weight is packed in blocks of filters."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -127,3 +128,15 @@ def test_unsupported_problems_have_a_reason(problem: Problem, reason: str) -> No
 def test_small_images_of_many_channels_use_packed_weights() -> None:
     problem = Problem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1, 1, 1), weight_is_prepared=True)
     assert core.choose(problem, "direct", Machine(1)).engine == "packed_gemm"
+
+
+def test_memory_of_a_packed_weight_is_counted() -> None:
+    problem = Problem(1, 128, 7, 7, 500, 3, 3, padding=(1, 1, 1, 1))
+    images, weight, _ = draw_arrays(problem, np.random.default_rng(0))
+    convolve = packed_gemm.plan(problem, Machine(1))
+    convolve(images, weight, None)
+    tracemalloc.start()
+    convolve(images, weight, None)
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 4 * 500 * problem.taps < used < packed_gemm.temporary_bytes(problem, Machine(1)) + problem.output_bytes

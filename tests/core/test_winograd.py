@@ -117,7 +117,7 @@ def find_planes_within_bound(images: Array, weight: Array, tile: Pair = winograd
     batch, channels, height, width = images.shape
     problem = Problem(batch, channels, height, width, len(weight), 3, 3)
     magnitudes = winograd.transform_kernels(weight, tile, core.Machine(1))[-1]
-    estimate = winograd.examine(problem, images, 2, magnitudes)
+    estimate = winograd.examine(problem, images, 2, magnitudes, winograd.find_varied_filters(magnitudes))
     return estimate.fits(tile, winograd.find_integer_planes(estimate, images, weight))
 
 
@@ -143,7 +143,7 @@ def test_sparse_planes_are_computed_directly(rng: np.random.Generator) -> None:
 
 def test_planes_beyond_the_bound_of_large_tiles_are_computed_with_the_smallest(rng: np.random.Generator) -> None:
     images, weight = draw_layer(rng, 3, 128, 20, 20)
-    # Largest and mean pixel of image 1: 90. The bound of the largest tile allows 34, that of the smallest one 90.
+    # The largest pixels of image 1 are 50 times the mean. The bound of the largest tile allows 27, of the smallest 72.
     images[1] = np.abs(images[1]) * (rng.random(images[1].shape) < 0.07)
     weight[3] = weight[3, 0]
     fits = {tile: find_planes_within_bound(images, weight, tile) for tile in winograd.TILES}
@@ -212,6 +212,57 @@ def test_channels_that_are_alike_are_computed_with_the_smallest_tile(rng: np.ran
     assert find_planes_within_bound(images, weight, (2, 2)).all()
     images = np.full((1, 64, 20, 20), 0.1, np.float32)
     assert_bounded(images, weight, compute(images, weight))
+
+
+def test_small_pixels_times_large_kernels(rng: np.random.Generator) -> None:
+    images, weight = draw_layer(rng, 1, 8, 20, 20)
+    assert_bounded(images * np.float32(1e-42), weight * np.float32(1e30), compute(images * 1e-42, weight * 1e30))
+    mixed, large = images * np.float32(1e-14), weight.copy()
+    mixed[:, 0], large[:, 0] = images[:, 0] * np.float32(1e-41), weight[:, 0] * np.float32(1e30)
+    assert_bounded(mixed, large, compute(mixed, large))
+
+
+def test_filters_do_not_depend_on_each_other_with_small_kernels_and_nan(rng: np.random.Generator) -> None:
+    images, weight = draw_layer(rng, 1, 8, 20, 20, filters=4)
+    images[:, 0] *= np.float32(1e33)
+    images[:, 1:] *= np.float32(1e-9)
+    weight[1:, 0] *= np.float32(1e-42)
+    alone = compute(images, weight)[:, 1:]
+    weight[0, 0, 0, 0] = np.nan
+    with np.errstate(all="ignore"):
+        output = compute(images, weight)[:, 1:]
+    np.testing.assert_array_equal(output, alone)
+    assert_bounded(images, weight[1:], output)
+
+
+def test_means_beyond_the_range_of_float32(rng: np.random.Generator) -> None:
+    images = np.full((1, 8, 500, 500), 1.6e33, np.float32)
+    images[..., ::2] *= -1
+    images[:, :, 1, 1] = 8e34
+    weight = np.zeros((2, 8, 3, 3), np.float32)
+    weight[:, :, 2, 2] = 1e-3 * rng.uniform(1, 2, (2, 8))
+    with np.errstate(all="ignore"):
+        assert_bounded(images, weight, compute(images, weight))
+
+
+@pytest.mark.parametrize(
+    ("channels", "background", "step"), [(512, 0.011, 0.0), (2048, 0.0055, 0.0), (2048, 0.014, 2e-7)]
+)
+def test_many_channels_that_are_alike(channels: int, background: float, step: float, rng: np.random.Generator) -> None:
+    # The largest pixel is read only by taps that are zero.
+    weight = np.zeros((2, channels, 3, 3), np.float32)
+    weight[:, :, 2, 2] = rng.uniform(1, 2) * (1 + step * np.arange(channels))
+    images = np.full((1, channels, 18, 18), background * rng.uniform(1, 1.3), np.float32)
+    images[..., ::2] *= -1
+    images[:, :, 1, 1] = 1
+    assert_bounded(images, weight, compute(images, weight))
+
+
+def test_integer_layers_of_many_kernels_are_exact(rng: np.random.Generator) -> None:
+    images = rng.integers(0, 256, (8, 64, 16, 16)).astype("f4")
+    weight = rng.integers(-3, 4, (64, 64, 3, 3)).astype("f4")
+    expected = torch.nn.functional.conv2d(torch.from_numpy(images).double(), torch.from_numpy(weight).double())
+    np.testing.assert_array_equal(compute(images, weight), expected.numpy())
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,10 @@ def _view_in_place(problem: Problem, pixels: Plane, columns: int) -> _PixelSourc
     """Return the images as a source without a copy, with any strides between rows, channels and images."""
     height, width = pixels.shape[2:]
     # Bands also compute the positions between rows, so rows with large gaps between them are copied together.
-    if pixels.strides[2] > 1.25 * width * pixels.itemsize and columns < 8 * halide_jit.vector_lanes(problem.dtype):
+    has_gaps = pixels.strides[2] > 1.25 * width * pixels.itemsize
+    # The rows of an expanded tensor may be one and the same.
+    overlap = pixels.strides[2] < width * pixels.itemsize
+    if overlap or (has_gaps and columns < 8 * halide_jit.vector_lanes(problem.dtype)):
         pixels = np.ascontiguousarray(pixels)
     of_image, of_channel, pitch, _ = (step // pixels.itemsize for step in pixels.strides)
     channels = problem.channels // problem.groups

@@ -41,7 +41,7 @@ MAX_STRIP_BYTES = 1 << 18
 
 TASKS_PER_THREAD = 4
 
-CALL_OVERHEAD_S = 2.5e-5
+CALL_OVERHEAD_S = 1.5e-5
 """Seconds per call from Python; measured."""
 
 EFFICIENCY = 1.2
@@ -113,10 +113,10 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
-    """Return the bytes of the packed weight, of strips, and of contiguous copies of images and output."""
+    """Return the bytes of the packed weight, of strips, and of contiguous copies of images, weight and output."""
     layout, block = choose_layout(problem, machine), _block_filters(problem.dtype)
     strip = (_count_lines(problem, layout.rows) + 1) * problem.padded_size[1] * problem.channels
-    packed = -(-problem.filters // block) * block * problem.taps
+    packed = (-(-problem.filters // block) * block + problem.filters) * problem.taps
     copies = problem.input_bytes + problem.output_bytes
     return copies + problem.itemsize * (packed + (machine.threads + 1) * strip)
 
@@ -174,9 +174,10 @@ def pack_weight(weight: Plane) -> Plane:
     block = VECTORS * pipelines.vector_bytes() // weight.itemsize
     blocks = -(-filters // block)
     flat = np.ascontiguousarray(weight).reshape(filters, -1)
-    if filters % block:
-        flat = np.concatenate([flat, np.zeros((blocks * block - filters, flat.shape[1]), flat.dtype)])
-    packed = np.ascontiguousarray(flat.reshape(blocks, block, -1).swapaxes(1, 2))
+    packed = np.zeros((blocks, flat.shape[1], block), flat.dtype)
+    for number, target in enumerate(packed):
+        own = flat[number * block : (number + 1) * block]
+        target[:, : len(own)] = own.T
     return packed.reshape(blocks, channels, -1, block)
 
 

@@ -5,7 +5,8 @@ value and summed over the channels; the transform of the sums is the tile (Lavin
 https://arxiv.org/abs/1509.09308). A tile of 4 x 4 outputs needs 36 products. The transforms add and subtract all pixels
 of a tile, so the rounding error of an output depends on the largest of them, even outside its own window. Output planes
 whose error could exceed the bound of `core.engines.precision` and planes of integers are computed with tiles of 2 x 2
-outputs, whose errors are smaller, or directly. Output values do not depend on the number of threads.
+outputs, whose errors are smaller, or directly. Output values do not depend on the number of threads, unless a long
+computation is divided into slices: each slice of an image may use another tile.
 """
 
 import functools
@@ -64,9 +65,12 @@ so that its rounding errors accumulate instead of cancelling each other."""
 
 SMALLEST_TILE: Pair = (2, 2)
 
-MAX_EQUAL_FRACTION, COMPARED_CHANNELS, MAX_EXAMINED_CHANNELS = 0.25, 4, 32
+MAX_EQUAL_FRACTION, COMPARED_CHANNELS, MAX_EXAMINED_CHANNELS, EQUAL_TOLERANCE = 0.25, 4, 32, 1e-4
 """Largest fraction of a filter's kernels that may equal some of its kernels in tiles other than the smallest, number of
-kernels that the others are compared with, and maximum number of these others."""
+kernels that the others are compared with, maximum number of these others, and relative difference of equal kernels."""
+
+MAX_EQUAL_CHANNELS, CHANNELS_OF_DOUBLE_ERROR = 256, 512
+"""Maximum channels with equal kernels in the smallest tile, and channels with which the error factor is doubled."""
 
 CACHE_SET_SHIFT = 80
 """Values between the transformed kernels of two components, so that both do not share a set of the cache."""
@@ -165,7 +169,9 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         fill(pixels, border, transformed, offsets, output, layout, machine)
         # The fill comes first: the threads that transformed the kernels still wait for work.
         inset = max(0, KERNEL_SIDE - 1 - (min(problem.padding) if _pads_strips(problem) else 0))
-        estimate = examine(problem, pixels, inset, transformed[-1])
+        magnitudes = transformed[-1]
+        varied = prepared.derive((METHOD, "varied"), functools.partial(find_varied_filters, magnitudes))
+        estimate = examine(problem, pixels, inset, magnitudes, varied)
         must_be_exact = find_integer_planes(estimate, pixels, kernels)
         pending = ~estimate.fits(layout.tile, must_be_exact)
         if pending.any():
@@ -328,19 +334,23 @@ class Estimate(NamedTuple):
     def fits(self, tile: Pair, must_be_exact: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return a mask (N, O) of the planes whose error is within the bound with this tile."""
         with np.errstate(invalid="ignore", over="ignore"):
-            within = TILES[tile].error_factor * self.largest <= 4 * math.sqrt(self.taps) * self.mean
+            channels = self.taps / KERNEL_SIDE**2
+            factor = TILES[tile].error_factor * (1 + channels / CHANNELS_OF_DOUBLE_ERROR)
+            within = factor * self.largest <= 4 * math.sqrt(self.taps) * self.mean
+            if tile != SMALLEST_TILE or channels > MAX_EQUAL_CHANNELS:
+                within &= self.is_varied
             if tile == SMALLEST_TILE:
                 within = np.where(must_be_exact, self.largest <= MAX_EXACT_SUM, within)
             else:
-                within &= self.is_varied & ~must_be_exact
+                within &= ~must_be_exact
             fits: NDArray[np.bool_] = self.is_safe & within
         return fits
 
 
-def examine(problem: Problem, pixels: Plane, inset: int, magnitudes: Plane) -> Estimate:
+def examine(problem: Problem, pixels: Plane, inset: int, magnitudes: Plane, varied: NDArray[np.bool_]) -> Estimate:
     """Return the estimate for pixels (N, C, H, W) and sums of the magnitudes of the kernels (O, C).
 
-    All taps read each of the pixels that is at least `inset` from a border.
+    `varied` is the result of find_varied_filters. All taps read each of the pixels that is at least `inset` from a border.
     """
     count = len(pixels)
     patterns, sums = np.empty(pixels.shape[:2], np.uint32), np.empty(pixels.shape[:2], np.float32)
@@ -353,19 +363,21 @@ def examine(problem: Problem, pixels: Plane, inset: int, magnitudes: Plane) -> E
         # Each tap reads all pixels of the means: the mean over all windows of sum |x| |k| is at least `mean`.
         bound, mean = both[:count], both[count:]
         is_safe: NDArray[np.bool_] = (bound >= least) & (GROWTH * bound < most)
-        is_safe &= np.all(GROWTH * largest < most, axis=1, keepdims=True)
-    if magnitudes.min() < least:
-        is_safe &= ~((magnitudes < least) & (magnitudes > 0)).any(axis=1)
-    return Estimate(bound, mean, is_safe, _vary(magnitudes), problem.taps)
+        is_safe &= np.isfinite(mean)
+        # The transforms of the smallest numbers have fewer digits.
+        is_safe &= np.all((GROWTH * largest < most) & ((largest >= least) | (largest == 0)), axis=1, keepdims=True)
+        if not magnitudes.min() >= least:
+            is_safe &= ((magnitudes >= least) | (magnitudes == 0)).all(axis=1)
+    return Estimate(bound, mean, is_safe, varied, problem.taps)
 
 
-def _vary(magnitudes: Plane) -> NDArray[np.bool_]:
+def find_varied_filters(magnitudes: Plane) -> NDArray[np.bool_]:
     """Return whether most of each filter's kernels differ in the sum of their magnitudes (O, C); zeros do not count."""
     some = np.ascontiguousarray(magnitudes[:, :: -(-magnitudes.shape[1] // MAX_EXAMINED_CHANNELS)].T)
     channels = len(some)
-    equal = np.zeros(some.shape, bool)
-    for channel in range(0, channels, -(-channels // COMPARED_CHANNELS)):
-        equal |= some == some[channel]
+    compared = some[:: -(-channels // COMPARED_CHANNELS)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        equal = (np.abs(some[:, np.newaxis] - compared) <= EQUAL_TOLERANCE * compared).any(axis=1)
     equal &= some > 0
     varied: NDArray[np.bool_] = equal.sum(axis=0) <= max(COMPARED_CHANNELS, MAX_EQUAL_FRACTION * channels)
     return varied
@@ -376,13 +388,11 @@ def find_integer_planes(estimate: Estimate, pixels: Plane, kernels: Plane) -> ND
     integers = np.zeros(estimate.mean.shape, bool)
     small = estimate.is_safe & (estimate.mean < MAX_INTEGER_SUM)
     for image in np.flatnonzero(small.any(axis=1)):
-        if _holds_integers(pixels[image]):
-            integers[image] = small[image] & np.array([_holds_integers(kernel) for kernel in kernels])
+        if all(bool((plane == np.rint(plane)).all()) for plane in pixels[image]):
+            integers[image] = small[image]
+    if integers.any():
+        integers &= (kernels == np.rint(kernels)).all(axis=(1, 2, 3))
     return integers
-
-
-def _holds_integers(values: Plane) -> bool:
-    return all(bool((plane == np.rint(plane)).all()) for plane in values)
 
 
 def _round_up(value: int, step: int) -> int:
