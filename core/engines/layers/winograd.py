@@ -350,7 +350,7 @@ class Estimate(NamedTuple):
 def examine(problem: Problem, pixels: Plane, inset: int, magnitudes: Plane, varied: NDArray[np.bool_]) -> Estimate:
     """Return the estimate for pixels (N, C, H, W) and sums of the magnitudes of the kernels (O, C).
 
-    `varied` is the result of find_varied_filters. All taps read each of the pixels that is at least `inset` from a border.
+    `varied` is the result of find_varied_filters. All taps read each pixel that is at least `inset` from a border.
     """
     count = len(pixels)
     patterns, sums = np.empty(pixels.shape[:2], np.uint32), np.empty(pixels.shape[:2], np.float32)
