@@ -69,16 +69,24 @@ class Division(NamedTuple):
 
 
 def divide(
-    rows: int, most: int, groups: int, images: int, threads: int, item_cost: Callable[[int, int], float]
+    rows: int,
+    most: int,
+    groups: int,
+    images: int,
+    threads: int,
+    item_cost: Callable[[int, int], float],
+    partial_rows: int = 0,
 ) -> Division:
     """Return the strips and groups of filters for which the slowest thread has the least to do.
 
     Each of so many images has `rows` rows of outputs; a strip has at most `most` of them. An item is a strip for one of
-    at most `groups` groups of filters. `item_cost(rows, groups)` is the cost of an item.
+    at most `groups` groups of filters. `item_cost(rows, groups)` is the cost of an item. The last `partial_rows` cannot
+    belong to one of the strips that are computed together, but only to the last one.
     """
 
     def thread_cost(height: int, count: int) -> float:
-        strips, rest = divmod(rows, height)
+        strips = (rows - partial_rows) // height
+        rest = rows - strips * height
         cost = -(-images * strips * count // threads) * item_cost(height, count)
         return cost + (-(-images * count // threads) * item_cost(rest, count) if rest else 0.0)
 

@@ -277,7 +277,10 @@ def choose_layout(problem: Problem, machine: Machine, tile: Pair) -> _Layout:
 
     largest = max(1, MAX_STRIP_BYTES // (4 * components * pitch * (channels + problem.filters)))
     most_groups = min(blocks, machine.threads)
-    division = halide_costs.divide(all_rows, largest, most_groups, problem.batch, machine.threads, item_seconds)
+    partial = 1 if problem.output_size[0] % tile[0] else 0
+    division = halide_costs.divide(
+        all_rows, largest, most_groups, problem.batch, machine.threads, item_seconds, partial
+    )
     return _Layout(tile, pitch, division.rows, -(-blocks // division.groups), division.cost)
 
 
