@@ -15,6 +15,11 @@ class PreparedWeight:
         self._lock = threading.Lock()
         self._forms: dict[Hashable, Any] = {}
 
+    @classmethod
+    def of(cls, weight: "Array | PreparedWeight") -> "PreparedWeight":
+        """Return a prepared weight itself, or that of an array, whose forms are not kept."""
+        return weight if isinstance(weight, PreparedWeight) else cls(weight)
+
     def derive(self, form: Hashable, make: Callable[[], Any]) -> Any:
         """Return a form of the weight, which `make` computes at the first call."""
         with self._lock:

@@ -67,6 +67,6 @@ def format_claims(rows: Sequence[Row]) -> list[str]:
 
 
 def _mean(ratios: Iterable[float]) -> float | None:
-    """Return the geometric mean of the ratios, None if there are none."""
+    """Return the geometric mean, or None without ratios."""
     logarithms = [math.log(ratio) for ratio in ratios]
     return math.exp(statistics.mean(logarithms)) if logarithms else None

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 
 import core
 from core import Dtype, Machine, Problem
 from core.engines import halide_jit
 from core.engines.layers import packed_gemm
 from core.prepared_weight import PreparedWeight
+from tests.problem_arrays import compute_expected, draw_arrays
 
 pytestmark = [
     pytest.mark.needs_halide,
@@ -31,22 +30,6 @@ LAYERS = (
     Problem(1, 8, 22, 30, 16, 1, 1, stride=(2, 2)),
     Problem(1, 8, 4, 7, 16, 1, 1, padding=(1, 0, 0, 1)),
 )
-
-
-def draw_arrays(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw images, weight and bias."""
-    images = rng.normal(size=(problem.batch, problem.channels, problem.height, problem.width))
-    weight = rng.normal(size=(problem.filters, problem.channels, problem.kernel_height, problem.kernel_width))
-    bias = rng.normal(size=problem.filters)
-    return images.astype(problem.dtype), weight.astype(problem.dtype), bias.astype(problem.dtype)
-
-
-def compute_expected(problem: Problem, images: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Return torch's output in float64."""
-    top, bottom, left, right = problem.padding
-    padded = functional.pad(torch.from_numpy(images).double(), (left, right, top, bottom))
-    kernels, offsets = torch.from_numpy(weight).double(), torch.from_numpy(bias).double()
-    return functional.conv2d(padded, kernels, offsets, problem.stride, 0, problem.dilation).numpy()
 
 
 def assert_sums_are_right(problem: Problem, rng: np.random.Generator) -> None:

@@ -311,10 +311,8 @@ def _fill_strips(
         part = target[:, :, :, first:last].reshape(*target.shape[:3], count, per_strip, columns)
         items = len(output) * groups * count * strips.groups
         per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
-        border, size = (
-            (problem.padding[0] - first * down, problem.padding[2]),
-            component_size(problem, per_strip, pitch),
-        )
+        border = problem.padding[0] - first * down, problem.padding[2]
+        size = component_size(problem, per_strip, pitch)
         offsets, furthest = cached_offset_table(1, kernel, problem.stride, problem.dilation, 0, size, pitch)
         read = per_strip, count_lines(problem, per_strip), pitch, size
         sizes = furthest, *border, *read, -(-blocks // strips.groups), per_task

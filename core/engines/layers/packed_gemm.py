@@ -19,11 +19,13 @@ from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import PipelineSpec, Plane
+from core.engines.layers.implicit_gemm import cached_offset_table
+from core.engines.layers.implicit_gemm_tiling import count_lines
 from core.engines.strip_copy import StripPixels, define_copy
 from core.machine import Machine
 from core.prepared_weight import PreparedWeight
 from core.problem import Dtype, Problem, SliceUnits
-from core.shapes import Pair, dilated_size
+from core.shapes import Pair
 
 METHOD = "direct"
 
@@ -95,7 +97,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
     def convolve(images: Array, weight: Array | PreparedWeight, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else as_numpy(out)
-        prepared = weight if isinstance(weight, PreparedWeight) else PreparedWeight(weight)
+        prepared = PreparedWeight.of(weight)
         packed = prepared.derive("packed_gemm", lambda: pack_weight(as_numpy(prepared.array)))
         offsets = np.zeros(len(packed) * _block_filters(problem.dtype), dtype)
         if bias is not None:
@@ -115,7 +117,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of the packed weight, of strips, and of contiguous copies of images, weight and output."""
     layout, block = choose_layout(problem, machine), _block_filters(problem.dtype)
-    strip = (_count_lines(problem, layout.rows) + 1) * problem.padded_size[1] * problem.channels
+    strip = (count_lines(problem, layout.rows) + 1) * problem.padded_size[1] * problem.channels
     packed = (-(-problem.filters // block) * block + problem.filters) * problem.taps
     copies = problem.input_bytes + problem.output_bytes
     return copies + problem.itemsize * (packed + (machine.threads + 1) * strip)
@@ -158,7 +160,7 @@ def choose_layout(problem: Problem, machine: Machine) -> _Layout:
         own = -(-blocks // groups)
         tiles_of_block = -(-height // tile[0]) * -(-columns // tile[1])
         stored = STORED_VECTOR_TAPS * own * VECTORS * math.prod(tile) * tiles_of_block
-        copied = COPIED_VECTOR_TAPS * _count_lines(problem, height) * line / lanes if problem.is_padded else 0.0
+        copied = COPIED_VECTOR_TAPS * count_lines(problem, height) * line / lanes if problem.is_padded else 0.0
         return copied + stored + own * tiles_of_block * (tap * problem.taps + TILE_OVERHEAD_TAPS)
 
     most = max(1, (MAX_STRIP_BYTES // (problem.itemsize * line) - problem.kernel_height) // problem.stride[0])
@@ -196,11 +198,6 @@ def _output_size(problem: Problem) -> Pair:
     return (1, rows * columns) if _is_flat(problem) else (rows, columns)
 
 
-def _count_lines(problem: Problem, rows: int) -> int:
-    """Return the rows of pixels that so many rows of the output read."""
-    return (rows - 1) * problem.stride[0] + dilated_size(problem.kernel_height, problem.dilation[0])
-
-
 def _fill(
     problem: Problem, machine: Machine, layout: _Layout, pixels: Plane, packed: Plane, bias: Plane, output: Plane
 ) -> None:
@@ -212,7 +209,8 @@ def _fill(
     else:
         source, pitch = _flatten(pixels, problem)
         copied_lanes = 0
-    taps = _tap_offsets(problem.kernel_height, problem.kernel_width, problem.dilation, pitch)
+    kernel = problem.kernel_height, problem.kernel_width
+    taps, furthest = cached_offset_table(1, kernel, (1, 1), problem.dilation, 0, 0, pitch)
     compute = layer_pipeline(problem.dtype, layout.tile, problem.stride, copied_lanes)
     for first, last, height in halide_costs.strip_ranges(rows, layout.rows):
         strips, above = (last - first) // height, first * problem.stride[0]
@@ -220,7 +218,7 @@ def _fill(
         items = count * strips * -(-len(packed) // layout.blocks)
         per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
         read = source if problem.is_padded else source[:, :, above * pitch :]
-        sizes = int(taps[-1]), top - above, left, height, _count_lines(problem, height), pitch
+        sizes = furthest, top - above, left, height, count_lines(problem, height), pitch
         compute(read, packed, bias, taps, *sizes, layout.blocks, per_task, part)
 
 
@@ -234,16 +232,6 @@ def _flatten(pixels: Plane, problem: Problem) -> tuple[Plane, int]:
     pitch = of_row // itemsize
     shape = *pixels.shape[:2], (height - 1) * pitch + width
     return as_strided(pixels, shape, (of_image, of_channel, itemsize)), pitch
-
-
-@functools.lru_cache(maxsize=256)
-def _tap_offsets(kernel_rows: int, kernel_columns: int, dilation: Pair, pitch: int) -> Plane:
-    """Return the offsets of the taps of a channel, in the order of the weight; the last one is the largest."""
-    down, across = (
-        np.arange(size) * apart for size, apart in zip((kernel_rows, kernel_columns), dilation, strict=True)
-    )
-    offsets: Plane = (down[:, np.newaxis] * pitch + across).astype(np.int32).ravel()
-    return offsets
 
 
 @pipelines.cached_pipeline

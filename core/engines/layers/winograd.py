@@ -161,7 +161,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
             unpadded = as_torch(images)
             pixels = extract_window(unpadded, read_rows, read_columns, problem.boundary, problem.fill_value).numpy()
             border = (0, 0)
-        prepared = weight if isinstance(weight, PreparedWeight) else PreparedWeight(weight)
+        prepared = PreparedWeight.of(weight)
         kernels = np.ascontiguousarray(as_numpy(prepared.array))
         offsets = np.zeros(problem.filters, np.float32) if bias is None else as_numpy(bias)
         transform = functools.partial(transform_kernels, kernels, layout.tile, machine)
@@ -284,17 +284,12 @@ def choose_layout(problem: Problem, machine: Machine, tile: Pair) -> _Layout:
     return _Layout(tile, pitch, division.rows, -(-blocks // division.groups), division.cost)
 
 
-def _items_per_thread(items: int, machine: Machine) -> int:
-    """Return the largest number of items that a thread computes."""
-    return -(-items // machine.threads)
-
-
 def transform_kernels(kernels: Plane, tile: Pair, machine: Machine) -> Plane:
     """Return the transformed kernels (components + 1, O, C); the last component is the sum of the magnitudes."""
     count, channels = kernels.shape[:2]
     size, components = count * channels, count_components(tile)
     transformed = np.empty((components + 1, size + CACHE_SET_SHIFT), FLOAT32)[:, :size]
-    per_task = _items_per_thread(-(-size // KERNELS_PER_BLOCK), machine)
+    per_task = -(-size // (KERNELS_PER_BLOCK * machine.threads))
     kernel_pipeline(tile)(kernels.reshape(-1), per_task, transformed)
     strides = transformed.strides[0], transformed.itemsize * channels, transformed.itemsize
     return as_strided(transformed, (components + 1, count, channels), strides)
@@ -321,7 +316,7 @@ def fill(
 
 
 class Estimate(NamedTuple):
-    """What is known about each output plane (N, O) before it is computed.
+    """Bounds and properties of each output plane (N, O), from the pixels and the kernels.
 
     largest: M, the sum over the channels of max |x| sum |k|, which no sum of |x| |k| exceeds. mean: at most the mean of
     these sums over the windows. is_safe: nothing overflows or underflows. is_varied (O): the kernels of most channels
