@@ -23,11 +23,18 @@ PROBLEMS: dict[int, tuple[str, str]] = {
 
 INTERNAL = "internal", "Internal error"
 
+MAX_HELD_BYTES = 1 << 20
+"""Size in bytes up to which the response of a replica that ends in the middle of it is replaced by 503.
+
+Clients notice that a longer one is not complete: the connection is closed before the last byte.
+"""
+
 
 class RayProblemMiddleware:
     """Middleware that replaces Ray's plain text errors by problem details, and its second X-Request-ID by none.
 
-    A request for which Ray sends no response, because its replica has ended, gets 503: it can be sent again.
+    A request whose replica has ended gets 503, so that it can be sent again. Responses are therefore sent once their
+    first MAX_HELD_BYTES have arrived; a stream is sent from its first event on.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -40,38 +47,48 @@ class RayProblemMiddleware:
             return
         response = _Response(send)
         await self._app(scope, receive, response.send)
-        if not response.is_started:
-            request_id = dict(scope["headers"]).get(b"x-request-id", b"")
-            await send_problem(send, 503, "the replica of this request has ended; retry later", request_id)
+        if not response.is_sent:
+            request_id = response.headers.get(b"x-request-id") or dict(scope["headers"]).get(b"x-request-id", b"")
+            detail = "the replica of this request ended before it had sent a response; retry later"
+            await send_problem(send, HTTPStatus.SERVICE_UNAVAILABLE, detail, request_id)
 
 
 class _Response:
-    """Response of one request, which is replaced if it is an error of Ray."""
+    """Response of one request, which is held until it is complete or MAX_HELD_BYTES long."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._error: Message | None = None
-        self._text = b""
-        self.is_started = False
+        self._start: Message = {}
+        self.headers: dict[bytes, bytes] = {}
+        self._body = bytearray()
+        self.is_sent = False
 
     async def send(self, message: Message) -> None:
-        """Send a message of the response, or keep it until a text of Ray is complete."""
-        if message["type"] == "http.response.start":
-            self.is_started = True
+        """Send a message of the response, or hold it."""
+        if self.is_sent:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
             headers = [(bytes(name).lower(), bytes(value)) for name, value in message["headers"]]
-            names = {name for name, _ in headers}
-            # The application sends the header Server-Timing in every response.
-            if message["status"] >= HTTPStatus.BAD_REQUEST and b"server-timing" not in names:
-                self._error = message
-                return
-            message = {**message, "headers": _drop_repeated_request_id(headers)}
-        elif self._error is not None:
-            self._text += message.get("body", b"")
-            if not message.get("more_body", False):
-                request_id = dict(self._error["headers"]).get(b"x-request-id", b"")
-                await send_problem(self._send, self._error["status"], self._text.decode("utf-8", "replace"), request_id)
+            headers = _drop_repeated_request_id(headers)
+            self._start = {**message, "headers": headers}
+            self.headers = dict(headers)
+        else:
+            self._body += message.get("body", b"")
+            is_stream = b"content-length" not in self.headers
+            is_complete = not message.get("more_body", False)
+            if is_complete or len(self._body) > (0 if is_stream else MAX_HELD_BYTES):
+                self.is_sent = True
+                await self._send_held(message)
+
+    async def _send_held(self, message: Message) -> None:
+        """Send what was held up to this message. Every response of the application has the header Server-Timing."""
+        if self._start["status"] >= HTTPStatus.BAD_REQUEST and b"server-timing" not in self.headers:
+            detail, request_id = self._body.decode("utf-8", "replace"), self.headers.get(b"x-request-id", b"")
+            await send_problem(self._send, self._start["status"], detail, request_id)
             return
-        await self._send(message)
+        await self._send(self._start)
+        await self._send({**message, "body": bytes(self._body)})
+        self._body.clear()
 
 
 def create_middlewares() -> list[Middleware]:

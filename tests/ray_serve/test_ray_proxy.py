@@ -6,6 +6,7 @@ from typing import Any
 
 import anyio
 import httpx
+import numpy as np
 import orjson
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from service.app import create_app
 from service.app_state import get_app_state
 from service.configuration.settings import Settings
 from service.metrics.prometheus import render_metrics
-from service.middleware.ray_proxy import PROBLEMS, RayProblemMiddleware
+from service.middleware.ray_proxy import MAX_HELD_BYTES, PROBLEMS, RayProblemMiddleware
 from service.problems import PROBLEM_TYPES
 from tests.problem_details import assert_problem
 
@@ -59,6 +60,52 @@ async def test_lost_replica_becomes_503() -> None:
     response = await request(send_nothing)
     assert assert_problem(response, 503)["request_id"] == "r-1"
     assert response.headers["retry-after"] == "1"
+
+
+async def send_half(headers: list[tuple[bytes, bytes]], sent: bytes) -> list[Message]:
+    """Return the messages of the proxy if the replica ends after these headers and bytes of the body."""
+
+    async def end_in_the_middle(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for start in range(0, len(sent), 1 << 18):
+            await send({"type": "http.response.body", "body": sent[start : start + (1 << 18)], "more_body": True})
+
+    messages: list[Message] = []
+
+    async def receive() -> Message:
+        raise NotImplementedError
+
+    async def append(message: Message) -> None:
+        messages.append(message)
+
+    scope = {"type": "http", "path": "/correlate", "headers": []}
+    await RayProblemMiddleware(end_in_the_middle)(scope, receive, append)
+    return messages
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("size", [0, 128, MAX_HELD_BYTES])
+async def test_replica_lost_within_its_response_becomes_503(size: int) -> None:
+    headers = [(b"content-length", b"%d" % (2 * MAX_HELD_BYTES)), (b"x-request-id", b"r-2")]
+    start, body = await send_half(headers, bytes(size))
+    assert (start["status"], dict(start["headers"])[b"retry-after"]) == (503, b"1")
+    assert orjson.loads(body["body"])["request_id"] == "r-2"
+
+
+@pytest.mark.anyio
+async def test_long_response_of_a_lost_replica_is_not_complete() -> None:
+    content = np.random.default_rng(0).bytes(3 * MAX_HELD_BYTES // 2)
+    start, *rest = await send_half([(b"content-length", b"%d" % (2 * MAX_HELD_BYTES))], content)
+    assert start["status"] == 200
+    assert b"".join(message["body"] for message in rest) == content
+    assert all(message["more_body"] for message in rest)
+
+
+@pytest.mark.anyio
+async def test_stream_is_not_held() -> None:
+    start, *rest = await send_half([], b"event: step")
+    assert start["status"] == 200
+    assert rest == [{"type": "http.response.body", "body": b"event: step", "more_body": True}]
 
 
 @pytest.mark.anyio
