@@ -5,6 +5,8 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache, partial
 
+import numpy as np
+
 from core.arrays import ArrayLike, ArrayT, as_array, as_shaped_array
 from core.convolution import ConvolutionPlan
 from core.device import resolve_device_for_dtype
@@ -24,6 +26,9 @@ from core.validation import (
     require_positive,
     require_positive_pair,
 )
+
+MAX_KEPT_PLANS = 64
+"""Maximum number of input shapes whose plans a layer keeps."""
 
 
 def conv2d(
@@ -96,8 +101,8 @@ class Conv2d:
     ) -> None:
         resolved = resolve_device_for_dtype(device, dtype)
         filters = deepcopy(as_filters("weight", as_array("weight", weight, dtype, resolved)))
-        self._prepared = PreparedWeight(filters)
-        self._plan = partial(
+        prepared = PreparedWeight(filters)
+        plan = partial(
             plan_conv2d,
             weight=filters,
             bias=None if bias is None else deepcopy(as_array("bias", bias, dtype, resolved)),
@@ -113,10 +118,18 @@ class Conv2d:
             engines=engines,
         )
 
+        @lru_cache(maxsize=MAX_KEPT_PLANS)
+        def plan_shape(shape: tuple[int, ...]) -> ConvolutionPlan:
+            made = plan(np.broadcast_to(np.float32(0), shape))
+            problem = replace(made.problem, weight_is_prepared=True)
+            return made._replace(problem=problem, prepared=prepared)
+
+        self._plan_shape = plan_shape
+
     def plan(self, input: ArrayLike) -> ConvolutionPlan:
         """Check an input (N, C, H, W), (C, H, W) or (H, W) and return the plan of its call, as plan_conv2d does."""
-        plan = self._plan(input)
-        return plan._replace(problem=_with_prepared_weight(plan.problem), prepared=self._prepared)
+        planes = as_shaped_array("input", input)
+        return self._plan_shape(tuple(planes.shape))._replace(input=planes)
 
     def __call__(self, input: ArrayLike, *, check: Check | None = None) -> Result:
         """Return the layer's output, as conv2d does."""
@@ -242,11 +255,6 @@ def conv2d_problem(
 
 _cached_problem = lru_cache(maxsize=256, typed=True)(conv2d_problem)
 """`conv2d_problem` with a cache: equal calls are checked once. Pairs are not cached: (1, 1.0) equals (1, 1)."""
-
-
-@lru_cache(maxsize=256)
-def _with_prepared_weight(problem: Problem) -> Problem:
-    return replace(problem, weight_is_prepared=True)
 
 
 def as_images(field: str, planes: ArrayT) -> ArrayT:

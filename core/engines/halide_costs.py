@@ -14,8 +14,8 @@ from core.resources import usable_cores
 MAX_COMPARED_ROWS = 64
 """Maximum number of rows for which all heights of strips are compared: comparing thousands would take 0.1 s."""
 
-MIN_THREAD_WORK_S = 3e-5
-"""Minimum seconds of work per thread; waking a thread for less work costs more time than it saves."""
+MIN_THREAD_WORK_S = 2e-5
+"""Minimum seconds of work per thread; handing a thread less work costs more time than it saves."""
 
 LAST_LEVEL_CACHE_BYTES = 1.2e7
 MALLOC_MMAP_BYTES = 2**25

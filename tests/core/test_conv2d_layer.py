@@ -276,6 +276,22 @@ def test_layer_returns_what_conv2d_returns(method: core.Method, shape: tuple[int
         np.testing.assert_array_equal(result.array, expected.array)
 
 
+def test_layer_takes_inputs_of_any_rank_and_type() -> None:
+    layer = core.Conv2d([[[[1, 2], [3, 4]]]])
+    plane = np.arange(12).reshape(3, 4)
+    for planes in (plane, plane[np.newaxis], plane[np.newaxis, np.newaxis]):
+        for images in (planes, planes.tolist(), torch.from_numpy(planes), planes.astype(np.float64)):
+            expected = conv2d(images, [[[[1, 2], [3, 4]]]])
+            for _ in range(2):
+                output = layer(images).array
+                assert output.shape == tuple(expected.array.shape)
+                np.testing.assert_array_equal(output, expected.array)
+        with pytest.raises(core.InvalidNumbers, match="complex"):
+            layer(planes * 1j)
+    with pytest.raises(core.InvalidShape, match="input is empty"):
+        layer(np.ones((1, 0, 4)))
+
+
 def test_layer_transforms_its_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).normal(size=(64, 64, 3, 3)).astype("f4")
     layer, images = core.Conv2d(weight, method="winograd"), np.ones((64, 30, 30), "f4")
