@@ -14,7 +14,7 @@ from core.resources import usable_cores
 MAX_COMPARED_ROWS = 64
 """Maximum number of rows for which all heights of strips are compared: comparing thousands would take 0.1 s."""
 
-MIN_THREAD_WORK_S = 2e-5
+MIN_THREAD_WORK_S = 1.5e-5
 """Minimum seconds of work per thread; handing a thread less work costs more time than it saves."""
 
 LAST_LEVEL_CACHE_BYTES = 1.2e7

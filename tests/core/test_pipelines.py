@@ -32,7 +32,14 @@ from core.engines import (
 from core.engines.compilation import compiler_process, pipeline_cache, pipelines
 from core.engines.compilation.pipeline_cache import Argument, ObjectFile
 from core.engines.compilation.pipeline_linker import Pipeline
-from core.engines.layers import implicit_gemm_pipelines, implicit_gemm_tiling, packed_gemm, winograd, winograd_pipelines
+from core.engines.layers import (
+    implicit_gemm_pipelines,
+    implicit_gemm_tiling,
+    packed_gemm,
+    winograd,
+    winograd_pipelines,
+    winograd_precision,
+)
 
 pytestmark = [
     pytest.mark.skipif(halide_jit.platform_unsupported_reason() is not None, reason="Halide is not installed"),
@@ -283,10 +290,10 @@ PIPELINE_KEYS: dict[Any, list[tuple[object, ...]]] = {
     block_fft_pipelines.block_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
     block_fft_pipelines.kernel_spectrum_pipeline: [(block, ...) for block in block_fft_pipelines.FFT_BLOCKS],
     value_stats._stats_pipeline: [(...,)],
-    winograd_pipelines.kernel_pipeline: [(tile,) for tile in winograd.TILES],
-    winograd_pipelines.stats_pipeline: [(lanes,) for lanes in (4, 8, 16)],
+    winograd_pipelines.kernel_pipeline: [(tile,) for tile in winograd_precision.TILES],
+    winograd_precision.fit_pipeline: [(lanes,) for lanes in (4, 8, 16)],
     winograd_pipelines.layer_pipeline: [
-        (tile, *sums, 4) for tile in winograd.TILES for sums in winograd.GEMM_TILES.values()
+        (tile, *sums, 4) for tile in winograd_precision.TILES for sums in winograd.GEMM_TILES.values()
     ],
 }
 """Every compiled pipeline and its arguments; `...` stands for the dtype."""

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 import core
 from core.engines import precision
-from core.engines.layers import winograd
+from core.engines.layers import winograd, winograd_precision
 from core.problem import Problem
 from core.shapes import Pair
 from tests import precision_contract, reference
@@ -113,17 +113,21 @@ def test_values_of_any_magnitude(exponent: int, rng: np.random.Generator) -> Non
         assert_bounded(images, weight, output)
 
 
-def find_planes_within_bound(images: Array, weight: Array, tile: Pair = winograd.SMALLEST_TILE) -> NDArray[np.bool_]:
-    batch, channels, height, width = images.shape
-    problem = Problem(batch, channels, height, width, len(weight), 3, 3)
+def find_planes_within_bound(
+    images: Array, weight: Array, tile: Pair = winograd_precision.SMALLEST_TILE
+) -> NDArray[np.bool_]:
+    height, width = images.shape[2:]
     magnitudes = winograd.transform_kernels(weight, tile, core.Machine(1))[-1]
-    estimate = winograd.examine(problem, images, 2, magnitudes, winograd.find_varied_filters(magnitudes))
-    return estimate.fits(tile, winograd.find_integer_planes(estimate, images, weight))
+    kinds = winograd_precision.find_filter_kinds(magnitudes)
+    outputs = (height - 2) * (width - 2)
+    fits = winograd_precision.find_fits(images, 2, outputs, weight, magnitudes, kinds, tile, core.Machine(2))
+    is_fitting: NDArray[np.bool_] = fits == winograd_precision.FITS
+    return is_fitting
 
 
 def test_magnitudes_are_those_of_the_taps(rng: np.random.Generator) -> None:
     weight = draw_layer(rng, 1, 21, 9, 9)[1]
-    for tile in winograd.TILES:
+    for tile in winograd_precision.TILES:
         magnitudes = winograd.transform_kernels(weight, tile, core.Machine(2))[-1]
         np.testing.assert_allclose(magnitudes, np.abs(weight).sum((2, 3)), rtol=1e-6)
 
@@ -146,7 +150,7 @@ def test_planes_beyond_the_bound_of_large_tiles_are_computed_with_the_smallest(r
     # The largest pixels of image 1 are 50 times the mean. The bound of the largest tile allows 27, of the smallest 72.
     images[1] = np.abs(images[1]) * (rng.random(images[1].shape) < 0.07)
     weight[3] = weight[3, 0]
-    fits = {tile: find_planes_within_bound(images, weight, tile) for tile in winograd.TILES}
+    fits = {tile: find_planes_within_bound(images, weight, tile) for tile in winograd_precision.TILES}
     assert fits[4, 4][[0, 2], :3].all()
     assert not fits[4, 4][1].any()
     assert not fits[4, 4][:, 3].any()
@@ -187,7 +191,7 @@ def test_coherent_layers_stay_within_the_bound(tile: Pair, channels: int, rng: n
     worst = 0.0
     for _ in range(60):
         images, weight = draw_coherent_layer(rng, channels)
-        if tile != winograd.SMALLEST_TILE:
+        if tile != winograd_precision.SMALLEST_TILE:
             weight *= np.exp(rng.choice([0.05, 0.2, 1]) * rng.standard_normal((1, channels, 1, 1))).astype("f4")
         output = np.empty((1, 24, 16, 16), np.float32)
         # Without the checks that would compute some of these planes directly.

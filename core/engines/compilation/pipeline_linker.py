@@ -37,8 +37,11 @@ RUNTIME_SETTERS = ("halide_set_error_handler", "halide_set_num_threads")
 ERROR_HANDLER_IR = "define void @ignore_error(ptr %context, ptr %message) { ret void }"
 
 YIELDS = 4
-"""How often a thread that has no work yields its core each time that Halide's pool asks it to; the pool does so 40 times
-before the thread sleeps, instead of once: about 50 us, so that it still waits if the next call follows at once."""
+"""How often a thread without work yields its core each time that Halide's pool asks it to, instead of once.
+
+The pool asks 40 times before the thread sleeps: the thread then waits for about 50 us, and a call within that time does
+not have to wake it.
+"""
 
 YIELD_IR = f"""
 declare i32 @sched_yield()

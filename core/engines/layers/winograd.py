@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy, as_torch
-from core.engines import halide_costs, halide_jit, precision
+from core.engines import halide_costs, halide_jit
 from core.engines.compilation import pipelines
 from core.engines.halide_jit import Plane
 from core.engines.layers import implicit_gemm
@@ -30,7 +30,16 @@ from core.engines.layers.winograd_pipelines import (
     count_components,
     kernel_pipeline,
     layer_pipeline,
-    stats_pipeline,
+)
+from core.engines.layers.winograd_precision import (
+    FITS_NO_TILE,
+    FITS_SMALLEST_TILE,
+    MIN_CHANNELS,
+    S_PER_EXAMINED_PIXEL,
+    SMALLEST_TILE,
+    TILES,
+    find_filter_kinds,
+    find_fits,
 )
 from core.machine import Machine
 from core.padding import extract_window
@@ -40,37 +49,9 @@ from core.shapes import Pair
 
 METHOD = "winograd"
 
-FLOAT32 = np.dtype(np.float32)
-
 GEMM_TILES: dict[int, Pair] = {64: (8, 2), 32: (4, 3), 16: (4, 3)}
 """(filters, vectors) of the sums that stay in registers, by the bytes of a vector."""
 
-
-class TileLimits(NamedTuple):
-    """When tiles of some size may be used: minimum channels, and the error factor.
-
-    Planes are not computed with such tiles if error_factor unit roundoffs times M, the sum over the channels of
-    max |x| sum |k|, exceed the bound.
-    """
-
-    channels: int
-    error_factor: float
-
-
-TILES: dict[Pair, TileLimits] = {(4, 4): TileLimits(128, 4.0), (4, 2): TileLimits(8, 2.0), (2, 2): TileLimits(8, 1.5)}
-"""Rows and columns of a tile -> its limits; the first need the fewest products. The largest errors that were found with
-so many channels, of periodic images and kernels that are alike in all channels, are 0.4 of the bound with the smallest
-tile, and 0.9 with the others if the kernels of most channels differ. Otherwise the same value is added again and again,
-so that its rounding errors accumulate instead of cancelling each other."""
-
-SMALLEST_TILE: Pair = (2, 2)
-
-MAX_EQUAL_FRACTION, COMPARED_CHANNELS, MAX_EXAMINED_CHANNELS, EQUAL_TOLERANCE = 0.25, 4, 32, 1e-4
-"""Largest fraction of a filter's kernels that may equal some of its kernels in tiles other than the smallest, number of
-kernels that the others are compared with, maximum number of these others, and relative difference of equal kernels."""
-
-MAX_EQUAL_CHANNELS, CHANNELS_OF_DOUBLE_ERROR = 256, 512
-"""Maximum channels with equal kernels in the smallest tile, and channels with which the error factor is doubled."""
 
 CACHE_SET_SHIFT = 80
 """Values between the transformed kernels of two components, so that both do not share a set of the cache."""
@@ -78,21 +59,8 @@ CACHE_SET_SHIFT = 80
 MIN_OUTPUT_SIDE, MIN_COPIED_LANES = 8, 4
 """Minimum rows and columns of the output, and minimum pixels of a row that are copied at once."""
 
-MIN_CHANNELS = 8
-"""Minimum number of channels: with fewer, the error of most images could exceed the bound."""
-
-GROWTH = 4096
-"""Upper bound on all intermediate values, as a multiple of M."""
-
-MAX_EXACT_SUM, MAX_INTEGER_SUM = 2.0**16, 2.0**23
-"""Sums of integers are exact with the smallest tile if M is at most MAX_EXACT_SUM: intermediate values are multiples of
-1/4 below 2^22. If the sum of |x| |k| is at least MAX_INTEGER_SUM, 1 / (2u), they need not be exact."""
-
-CALL_OVERHEAD_S, WAKE_S = 1.1e-4, 8e-5
-"""Seconds per call from Python, and until another thread that sleeps has started to work."""
-
-S_PER_EXAMINED_PIXEL = 1.2e-10
-"""Seconds to examine a pixel, in one thread; measured."""
+CALL_OVERHEAD_S = 7e-5
+"""Seconds per call from Python; measured."""
 
 EFFICIENCY = 1.16
 """Speed of the products, as a fraction of Machine.flops."""
@@ -127,7 +95,8 @@ def unsupported_reason(problem: Problem) -> str | None:
 def seconds(problem: Problem, machine: Machine) -> float:
     """Predict the seconds of the call, of the transforms and of the products; partial tiles count fully."""
     layout = choose_layout(problem, machine, _choose_tile(problem))
-    examined = S_PER_EXAMINED_PIXEL * problem.batch * problem.channels * problem.height * problem.width
+    pixels = problem.batch * problem.channels * problem.height * problem.width
+    examined = S_PER_EXAMINED_PIXEL * pixels / machine.threads
     values = problem.filters * problem.channels * count_components(layout.tile)
     transformed = S_PER_TRANSFORMED_KERNEL_VALUE * values / machine.threads
     if 4 * values > halide_costs.LAST_LEVEL_CACHE_BYTES:
@@ -135,7 +104,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
         transformed += 4 * halide_costs.move_seconds(4 * values, machine)
     if problem.weight_is_prepared:
         transformed = 0.0
-    fixed = machine.compile_seconds + CALL_OVERHEAD_S + (WAKE_S if machine.threads > 1 else 0.0)
+    fixed = machine.compile_seconds + CALL_OVERHEAD_S
     return fixed + examined + transformed + layout.seconds
 
 
@@ -153,6 +122,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     (rows, columns), (top, _, left, _) = problem.output_size, problem.padding
     read_rows, read_columns = (-top, rows + KERNEL_SIDE - 1 - top), (-left, columns + KERNEL_SIDE - 1 - left)
     layout = choose_layout(problem, machine, _choose_tile(problem))
+    inset = max(0, KERNEL_SIDE - 1 - (min(problem.padding) if _pads_strips(problem) else 0))
 
     def convolve(images: Array, weight: Array | PreparedWeight, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty((problem.batch, problem.filters, rows, columns), np.float32) if out is None else as_numpy(out)
@@ -168,25 +138,20 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         transformed = prepared.derive((METHOD, layout.tile), transform)
         fill(pixels, border, transformed, offsets, output, layout, machine)
         # The fill comes first: the threads that transformed the kernels still wait for work.
-        inset = max(0, KERNEL_SIDE - 1 - (min(problem.padding) if _pads_strips(problem) else 0))
         magnitudes = transformed[-1]
-        varied = prepared.derive((METHOD, "varied"), functools.partial(find_varied_filters, magnitudes))
-        estimate = examine(problem, pixels, inset, magnitudes, varied)
-        must_be_exact = find_integer_planes(estimate, pixels, kernels)
-        pending = ~estimate.fits(layout.tile, must_be_exact)
-        if pending.any():
-            fits = pending & estimate.fits(SMALLEST_TILE, must_be_exact)
-            smallest = choose_layout(problem, machine, SMALLEST_TILE)
-            for image, own in _each_image(fits):
+        kinds = prepared.derive((METHOD, "kinds"), functools.partial(find_filter_kinds, magnitudes))
+        fits = find_fits(pixels, inset, rows * columns, kernels, magnitudes, kinds, layout.tile, machine)
+        if fits.any():
+            for image, own in _each_image(fits == FITS_SMALLEST_TILE):
                 transformed = transform_kernels(kernels[own], SMALLEST_TILE, machine)
                 part = np.empty((1, int(own.sum()), rows, columns), np.float32)
+                smallest = choose_layout(problem, machine, SMALLEST_TILE)
                 fill(pixels[image : image + 1], border, transformed, offsets[own], part, smallest, machine)
                 output[image, own] = part[0]
-            pending &= ~fits
-        for image, own in _each_image(pending):
-            compute_directly = implicit_gemm.plan(replace(problem, batch=1, filters=int(own.sum())), machine)
-            planes = compute_directly(as_numpy(images)[image : image + 1], kernels[own], offsets[own])
-            output[image, own] = as_numpy(planes)[0]
+            for image, own in _each_image(fits == FITS_NO_TILE):
+                compute_directly = implicit_gemm.plan(replace(problem, batch=1, filters=int(own.sum())), machine)
+                planes = compute_directly(as_numpy(images)[image : image + 1], kernels[own], offsets[own])
+                output[image, own] = as_numpy(planes)[0]
         return output
 
     return convolve
@@ -288,7 +253,7 @@ def transform_kernels(kernels: Plane, tile: Pair, machine: Machine) -> Plane:
     """Return the transformed kernels (components + 1, O, C); the last component is the sum of the magnitudes."""
     count, channels = kernels.shape[:2]
     size, components = count * channels, count_components(tile)
-    transformed = np.empty((components + 1, size + CACHE_SET_SHIFT), FLOAT32)[:, :size]
+    transformed = np.empty((components + 1, size + CACHE_SET_SHIFT), np.float32)[:, :size]
     per_task = -(-size // (KERNELS_PER_BLOCK * machine.threads))
     kernel_pipeline(tile)(kernels.reshape(-1), per_task, transformed)
     strides = transformed.strides[0], transformed.itemsize * channels, transformed.itemsize
@@ -313,84 +278,6 @@ def fill(
         above, before = border[0] - first, border[1]
         sizes = layout.pitch, -(-height // tile_rows), layout.blocks, per_task
         compute(pixels, kernels, bias, above, before, *sizes, part)
-
-
-class Estimate(NamedTuple):
-    """Bounds and properties of each output plane (N, O), from the pixels and the kernels.
-
-    largest: M, the sum over the channels of max |x| sum |k|, which no sum of |x| |k| exceeds. mean: at most the mean of
-    these sums over the windows. is_safe: nothing overflows or underflows. is_varied (O): the kernels of most channels
-    differ. taps: those of a filter.
-    """
-
-    largest: Plane
-    mean: Plane
-    is_safe: NDArray[np.bool_]
-    is_varied: NDArray[np.bool_]
-    taps: int
-
-    def fits(self, tile: Pair, must_be_exact: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return a mask (N, O) of the planes whose error is within the bound with this tile."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            channels = self.taps / KERNEL_SIDE**2
-            factor = TILES[tile].error_factor * (1 + channels / CHANNELS_OF_DOUBLE_ERROR)
-            within = factor * self.largest <= 4 * math.sqrt(self.taps) * self.mean
-            if tile != SMALLEST_TILE or channels > MAX_EQUAL_CHANNELS:
-                within &= self.is_varied
-            if tile == SMALLEST_TILE:
-                within = np.where(must_be_exact, self.largest <= MAX_EXACT_SUM, within)
-            else:
-                within &= ~must_be_exact
-            fits: NDArray[np.bool_] = self.is_safe & within
-        return fits
-
-
-def examine(problem: Problem, pixels: Plane, inset: int, magnitudes: Plane, varied: NDArray[np.bool_]) -> Estimate:
-    """Return the estimate for pixels (N, C, H, W) and sums of the magnitudes of the kernels (O, C).
-
-    `varied` is the result of find_varied_filters. All taps read each pixel that is at least `inset` from a border.
-    """
-    count = len(pixels)
-    patterns, sums = np.empty(pixels.shape[:2], np.uint32), np.empty(pixels.shape[:2], np.float32)
-    stats_pipeline(halide_jit.choose_lanes(pixels.shape[3] // 6, "float32"))(pixels, inset, patterns, sums)
-    largest, means = patterns.view(np.float32), sums / np.float32(math.prod(problem.output_size))
-    least, most = precision.MIN_FULL_PRECISION[FLOAT32], precision.MAX_FINITE[FLOAT32]
-    with np.errstate(invalid="ignore", over="ignore"):
-        # Not a matrix product: BLAS's threads occupy their cores for milliseconds after one.
-        both = np.vecdot(np.concatenate([largest, means])[:, np.newaxis], magnitudes)
-        # Each tap reads all pixels of the means: the mean over all windows of sum |x| |k| is at least `mean`.
-        bound, mean = both[:count], both[count:]
-        is_safe: NDArray[np.bool_] = (bound >= least) & (GROWTH * bound < most)
-        is_safe &= np.isfinite(mean)
-        # The transforms of the smallest numbers have fewer digits.
-        is_safe &= np.all((GROWTH * largest < most) & ((largest >= least) | (largest == 0)), axis=1, keepdims=True)
-        if not magnitudes.min() >= least:
-            is_safe &= ((magnitudes >= least) | (magnitudes == 0)).all(axis=1)
-    return Estimate(bound, mean, is_safe, varied, problem.taps)
-
-
-def find_varied_filters(magnitudes: Plane) -> NDArray[np.bool_]:
-    """Return whether most of each filter's kernels differ in the sum of their magnitudes (O, C); zeros do not count."""
-    some = np.ascontiguousarray(magnitudes[:, :: -(-magnitudes.shape[1] // MAX_EXAMINED_CHANNELS)].T)
-    channels = len(some)
-    compared = some[:: -(-channels // COMPARED_CHANNELS)]
-    with np.errstate(invalid="ignore", over="ignore"):
-        equal = (np.abs(some[:, np.newaxis] - compared) <= EQUAL_TOLERANCE * compared).any(axis=1)
-    equal &= some > 0
-    varied: NDArray[np.bool_] = equal.sum(axis=0) <= max(COMPARED_CHANNELS, MAX_EQUAL_FRACTION * channels)
-    return varied
-
-
-def find_integer_planes(estimate: Estimate, pixels: Plane, kernels: Plane) -> NDArray[np.bool_]:
-    """Return a mask (N, O) of the planes that must be exact: pixels and kernel are integers, and sums may be small."""
-    integers = np.zeros(estimate.mean.shape, bool)
-    small = estimate.is_safe & (estimate.mean < MAX_INTEGER_SUM)
-    for image in np.flatnonzero(small.any(axis=1)):
-        if all(bool((plane == np.rint(plane)).all()) for plane in pixels[image]):
-            integers[image] = small[image]
-    if integers.any():
-        integers &= (kernels == np.rint(kernels)).all(axis=(1, 2, 3))
-    return integers
 
 
 def _round_up(value: int, step: int) -> int:

@@ -1,4 +1,4 @@
-"""Compiled pipelines of the engine winograd: transforms of kernels and pixels, products, and pixel statistics.
+"""Compiled pipelines of the engine winograd: transforms of kernels and pixels, and products.
 
 core/engines/layers/winograd.py explains the algorithm. A tile is a pair: its rows and columns of outputs, each 2 or 4.
 """
@@ -70,39 +70,6 @@ def kernel_pipeline(tile: Pair) -> PipelineSpec:
         for name in names:
             part.bound(name, 0, KERNEL_SIDE).unroll(name)
     return output, [taps, per_task]
-
-
-@pipelines.cached_pipeline
-def stats_pipeline(lanes: int) -> PipelineSpec:
-    """Define a pipeline: images (N, C, H, W) -> the bit pattern of max |x| (N, C), and a sum of |x| (N, C).
-
-    Images have at least `lanes` columns. The sum leaves out the two rows and columns at each border, and up to
-    lanes - 1 further columns on the right. A pixel that is not finite counts as the largest.
-    """
-    hl = halide_jit.import_halide()
-    images, inset = hl.ImageParam(hl.Float(32), 4, "images"), hl.Param(hl.Int(32), "inset")
-    lane, c, n = (hl.Var(name) for name in ("lane", "c", "n"))
-    width, height = images.dim(0).extent(), images.dim(1).extent()
-    every = hl.RDom([hl.Range(0, (width + lanes - 1) / lanes), hl.Range(0, height)], "every")
-    inner = hl.RDom([hl.Range(0, (width - 2 * inset) / lanes), hl.Range(inset, height - 2 * inset)], "inner")
-    lane_maxima, lane_sums, maxima, sums = (hl.Func(name) for name in ("lane_maxima", "lane_sums", "maxima", "sums"))
-    # The last vector of a row overlaps the one before it.
-    pixel = images[hl.min(every.x * lanes, width - lanes) + lane, every.y, c, n]
-    lane_maxima[lane, c, n] = hl.cast(hl.UInt(32), 0)
-    lane_maxima[lane, c, n] = hl.max(lane_maxima[lane, c, n], halide_jit.magnitude_bits(pixel, 32))
-    lane_sums[lane, c, n] = hl.cast(hl.Float(32), 0)
-    lane_sums[lane, c, n] += hl.abs(images[inset + inner.x * lanes + lane, inner.y, c, n])
-    some = hl.RDom([hl.Range(0, lanes)], "some")
-    maxima[c, n] = hl.cast(hl.UInt(32), 0)
-    maxima[c, n] = hl.max(maxima[c, n], lane_maxima[some.x, c, n])
-    sums[c, n] = hl.cast(hl.Float(32), 0)
-    sums[c, n] += lane_sums[some.x, c, n]
-    for lane_values, values, pixels in ((lane_maxima, maxima, every), (lane_sums, sums, inner)):
-        lane_values.compute_at(values, c).bound(lane, 0, lanes).vectorize(lane)
-        lane_values.update().reorder(lane, pixels.x, pixels.y).vectorize(lane)
-        values.compute_root()
-        values.update().reorder(some.x, c, n)
-    return hl.Pipeline([maxima, sums]), [images, inset]
 
 
 @pipelines.cached_pipeline
