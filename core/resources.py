@@ -8,6 +8,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+MALLOC_MMAP_BYTES = 1 << 25
+"""Bytes above which glibc's malloc always maps new memory, and returns it to the system when it is freed."""
+
 DEFAULT_MEMORY_BYTES = 4 << 30
 """Memory in bytes that is assumed if the system does not report its own."""
 
@@ -51,6 +56,16 @@ def usable_memory(root: Path = Path("/")) -> int:
             except (OSError, ValueError):
                 continue
     return memory
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep up to 64 MB of freed memory, as it does once a process has freed an array of 32 MB.
+
+    Otherwise it may return the temporary arrays of each call to the system: the page faults of the next call then take
+    several times as long as its computation. The thresholds of malloc follow the largest array below MALLOC_MMAP_BYTES
+    that has been freed, unless the environment sets them (mallopt(3), M_MMAP_THRESHOLD). Other systems ignore this.
+    """
+    np.empty(MALLOC_MMAP_BYTES - (1 << 16), np.uint8)
 
 
 def _list_cgroups(root: Path, controller: str) -> Iterator[Path]:

@@ -9,17 +9,21 @@ from typing import NamedTuple
 from core.engines.compilation import pipelines
 from core.machine import Machine
 from core.problem import Dtype, Problem
-from core.resources import usable_cores
+from core.resources import MALLOC_MMAP_BYTES, usable_cores
 
 MAX_COMPARED_ROWS = 64
-"""Maximum number of rows for which all heights of strips are compared: comparing thousands would take 0.1 s."""
+"""Maximum number of rows for which all heights of strips are compared: comparing thousands would take 0.1 s.
+
+The same limit applies to the items of a task."""
 
 MIN_THREAD_WORK_S = 1.5e-5
 """Minimum seconds of work per thread; handing a thread less work costs more time than it saves."""
 
+TASK_OVERHEAD = 0.03
+"""Time to begin a task, as a fraction of the time of the longest tasks that are considered."""
+
 LAST_LEVEL_CACHE_BYTES = 1.2e7
-MALLOC_MMAP_BYTES = 2**25
-"""Bytes that stay in the last-level cache, and bytes above which malloc maps new memory for each allocation."""
+"""Bytes that stay in the last-level cache."""
 
 PAGE_FAULT_S_PER_BYTE = 1e-10
 """Seconds of one thread for page faults per byte of newly mapped memory; measured."""
@@ -50,6 +54,16 @@ def choose_task_count(machine: Machine, each: int) -> int:
     Halide's pool has one thread per core. If `machine` allows fewer, there are only as many tasks as allowed threads.
     """
     return machine.threads * each if machine.threads >= _pool_threads() else machine.threads
+
+
+@functools.lru_cache(maxsize=1024)
+def divide_evenly(items: int, tasks: int, threads: int) -> int:
+    """Return the items per task, for at least `tasks` tasks, with which the threads wait least for the last task."""
+    most = -(-items // tasks)
+    if tasks <= threads or most > MAX_COMPARED_ROWS:
+        return most
+    overhead = TASK_OVERHEAD * most
+    return min(range(most, 0, -1), key=lambda each: -(-items // (each * threads)) * (each + overhead))
 
 
 def strip_heights(rows: int, most: int) -> list[int]:

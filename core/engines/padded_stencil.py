@@ -180,7 +180,8 @@ def _divide(problem: Problem, machine: Machine) -> list[_Part]:
     for first, last, per_strip in halide_costs.strip_ranges(rows, strips.rows):
         number = (last - first) // per_strip
         tasks_of_plane = min(number, -(-tasks // (images * filters)))
-        per_task = -(-number // tasks_of_plane), -(-problem.filters // filters), -(-problem.batch // images)
+        strips_per_task = halide_costs.divide_evenly(number, tasks_of_plane, machine.threads)
+        per_task = strips_per_task, -(-problem.filters // filters), -(-problem.batch // images)
         sizes = per_strip, _lines(problem, per_strip), problem.filters // problem.groups, *per_task
         parts.append(_Part(first, last, per_strip, sizes))
     return parts

@@ -17,7 +17,7 @@ from llvmlite import ir
 from core.engines.compilation import compiler_process
 from core.engines.compilation.compiler_process import HALIDE_RUNTIME_KEY
 from core.engines.compilation.pipeline_cache import Argument, ObjectFile, pipeline_name, read_cached
-from core.resources import usable_cores
+from core.resources import keep_freed_memory, usable_cores
 
 Pipeline: TypeAlias = Callable[..., object]
 """A compiled function; its arguments are the inputs (arrays and numbers) in order, then the output arrays to fill."""
@@ -116,6 +116,7 @@ def _llvm_linker() -> Any:
     for symbol in ("ignore_error", *RUNTIME_SETTERS):
         library.export_symbol(symbol)
     addresses = _prevent_free(library.link(linker, RUNTIME_LIBRARY))
+    keep_freed_memory()
     # With this handler errors become return codes; Halide's default handler aborts the process.
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(addresses["halide_set_error_handler"])(addresses["ignore_error"])
     # By default the pool has one thread per core of the host, although a container may be limited to fewer.

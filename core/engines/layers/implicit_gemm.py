@@ -291,7 +291,7 @@ def _items_per_task(items: int, seconds: float, machine: Machine) -> int:
         halide_costs.choose_task_count(machine, TASKS_PER_THREAD),
         max(machine.threads, int(seconds / halide_costs.MIN_THREAD_WORK_S)),
     )
-    return -(-items // most)
+    return halide_costs.divide_evenly(items, most, machine.threads)
 
 
 def _fill_strips(
@@ -310,7 +310,8 @@ def _fill_strips(
         count = (last - first) // per_strip
         part = target[:, :, :, first:last].reshape(*target.shape[:3], count, per_strip, columns)
         items = len(output) * groups * count * strips.groups
-        per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
+        tasks = halide_costs.choose_task_count(machine, TASKS_PER_THREAD)
+        per_task = halide_costs.divide_evenly(items, tasks, machine.threads)
         border = problem.padding[0] - first * down, problem.padding[2]
         size = component_size(problem, per_strip, pitch)
         offsets, furthest = cached_offset_table(1, kernel, problem.stride, problem.dilation, 0, size, pitch)

@@ -216,7 +216,8 @@ def _fill(
         strips, above = (last - first) // height, first * problem.stride[0]
         part = output[:, :, first:last].reshape(count, filters, strips, height, columns).swapaxes(1, 2)
         items = count * strips * -(-len(packed) // layout.blocks)
-        per_task = -(-items // halide_costs.choose_task_count(machine, TASKS_PER_THREAD))
+        tasks = halide_costs.choose_task_count(machine, TASKS_PER_THREAD)
+        per_task = halide_costs.divide_evenly(items, tasks, machine.threads)
         read = source if problem.is_padded else source[:, :, above * pitch :]
         sizes = furthest, top - above, left, height, count_lines(problem, height), pitch
         compute(read, packed, bias, taps, *sizes, layout.blocks, per_task, part)
