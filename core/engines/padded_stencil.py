@@ -32,8 +32,9 @@ TILE_ROWS = {64: 7, 32: 4, 16: 4}
 UNROLLED_KERNEL_ROWS, KERNEL_ROWS_PER_STEP = (3, 5), 4
 """Kernels of these numbers of rows are unrolled completely; others are summed over so many rows at a time."""
 
-MAX_STRIP_BYTES = 1 << 18
-"""Maximum bytes of the copy of a strip; a strip has at least one row of tiles."""
+MAX_STRIP_BYTES = {1: 1 << 18, 2: 1 << 14}
+"""Maximum bytes of the copy of a strip, by the stride between rows; a strip has at least one row of tiles. Measured:
+with a stride of 1, rows that two strips copy cost more than pixels that do not fit into the first-level cache."""
 
 TASKS_PER_THREAD = 2
 
@@ -96,7 +97,8 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         offsets = no_bias if bias is None else as_numpy(bias)
         for part in parts:
             target = output[:, :, part.first : part.last].reshape(*shape[:2], -1, part.rows, columns)
-            fill(pixels, kernels, offsets, above - part.first * problem.stride[0], before, *part.sizes, target)
+            border = above - part.first * problem.stride[0], before, problem.padded_size[1]
+            fill(pixels, kernels, offsets, *border, *part.sizes, target)
         return output
 
     return convolve
@@ -138,7 +140,7 @@ def _choose_strips(problem: Problem, threads: int) -> _Strips:
     (rows, columns), lanes = problem.output_size, halide_jit.vector_lanes(problem.dtype)
     planes, tile_rows = problem.batch * problem.filters, TILE_ROWS[pipelines.vector_bytes()]
     line_bytes = problem.itemsize * problem.padded_size[1]
-    most = max(tile_rows, MAX_STRIP_BYTES // (line_bytes * problem.stride[0]))
+    most = max(tile_rows, MAX_STRIP_BYTES[problem.stride[0]] // (line_bytes * problem.stride[0]))
 
     def strip_taps(height: int, groups: int) -> float:
         del groups
@@ -200,21 +202,21 @@ def _round_up(value: int, step: int) -> int:
 def layer_pipeline(dtype: Dtype, kernel_rows: int, stride: Pair, lanes: int, copied_lanes: int) -> PipelineSpec:
     """Define a pipeline for kernels of `kernel_rows` rows, or of any number of rows if it is 0.
 
-    Images (N, C, H, W), kernels (O, h, w), bias (O), rows and columns of zeros before the images, rows of a strip, rows
-    of pixels that it reads, filters per channel, strips, filters and images per task
+    Images (N, C, H, W), kernels (O, h, w), bias (O), rows and columns of zeros before the images, columns with the
+    border, rows of a strip, rows of pixels that it reads, filters per channel, strips, filters and images per task
     -> (N, O, strips, rows, columns). `copied_lanes` columns of each remainder are copied at once, at most W / stride.
     """
     hl, number = halide_jit.import_halide(), halide_jit.halide_type(dtype)
     images, kernels, bias = (hl.ImageParam(number, axes, name) for axes, name in ((4, "images"), (3, "k"), (1, "bias")))
-    names = ("above", "before", "per_strip", "lines", "each", "strips", "filters", "batch")
+    names = ("above", "before", "columns", "per_strip", "lines", "each", "strips", "filters", "batch")
     params = [hl.Param(hl.Int(32), name) for name in names]
-    above, before, per_strip, lines, each, *per_task = params
+    above, before, columns, per_strip, lines, each, *per_task = params
     x, phase, y, strip, o, n = (hl.Var(name) for name in ("x", "phase", "y", "strip", "o", "n"))
     padded, total, output = (hl.Func(name) for name in ("padded", "total", "output"))
     (down, across), tile_rows = stride, TILE_ROWS[pipelines.vector_bytes()]
-    padded[x, phase, y, strip, o, n] = hl.cast(number, 0)
+    padded[x, phase, y, strip, o, n] = hl.undef(number)
     begin = strip * (per_strip * down) - above
-    pixels = StripPixels(images, o // each, n, begin, lines, before, across, copied_lanes)
+    pixels = StripPixels(images, o // each, n, begin, lines, before, across, copied_lanes, columns)
     define_copy(padded, pixels, lambda column, line: (column // across, column % across, line, strip, o, n))
     k = hl.RDom([hl.Range(0, kernels.dim(0).extent()), hl.Range(0, kernel_rows or kernels.dim(1).extent())], "k")
     total[x, y, strip, o, n] = bias[o]
@@ -222,7 +224,7 @@ def layer_pipeline(dtype: Dtype, kernel_rows: int, stride: Pair, lanes: int, cop
     total[x, y, strip, o, n] += pixel * kernels[k.x, k.y, o]
     output[x, y, strip, o, n] = total[x, y, strip, o, n]
 
-    tile, inner, band, within, vector, lane = (hl.Var() for _ in range(6))
+    tile, inner, band, within = (hl.Var() for _ in range(4))
     guard = hl.TailStrategy.GuardWithIf
     output.split(x, tile, inner, lanes, guard).vectorize(inner).split(y, band, within, tile_rows, guard).unroll(within)
     tasks, items = ([hl.Var(f"{axis}_{kind}") for axis in ("strip", "o", "n")] for kind in ("task", "item"))
@@ -232,7 +234,6 @@ def layer_pipeline(dtype: Dtype, kernel_rows: int, stride: Pair, lanes: int, cop
     output.reorder(inner, within, tile, band, *items, *tasks)
     # A task uses the memory of a strip for the next one.
     padded.store_in(hl.MemoryType.Stack).compute_at(output, items[0]).bound_extent(phase, across)
-    padded.split(x, vector, lane, lanes, hl.TailStrategy.RoundUp).reorder(lane, vector, phase, y).vectorize(lane)
     total.compute_at(output, tile).vectorize(x).unroll(y)
     for axis, size in ((x, lanes), (y, tile_rows), (strip, 1), (o, 1), (n, 1)):
         total.bound_extent(axis, size)
