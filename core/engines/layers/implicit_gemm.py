@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit, interior
-from core.engines.halide_jit import Plane
+from core.engines.halide_jit import FillFn, Plane
 from core.engines.interior import Borders
 from core.engines.layers.implicit_gemm_pipelines import (
     bands_pipeline,
@@ -86,7 +86,7 @@ def seconds(problem: Problem, machine: Machine) -> float:
     if strips is not None:
         sums = 2 * math.prod(STRIP_TILE) * lanes * strips.cost / speed
         others = halide_costs.memory_seconds(problem, machine) + halide_costs.page_fault_seconds(problem)
-        return machine.compile_seconds + 2 * CALL_OVERHEAD_S + sums + others / machine.threads
+        return machine.compile_seconds + CALL_OVERHEAD_S + sums + others / machine.threads
     rows, columns = problem.output_size
     each = problem.filters // problem.groups
     unpadded = problem.is_padded or problem.stride != (1, 1)
@@ -117,6 +117,7 @@ def operations(problem: Problem, machine: Machine) -> float:
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """Return a function that computes the convolution."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
+    no_bias = np.zeros(problem.filters, dtype)
 
     def fill_part(pixels: Plane, output: Plane, weight: Plane, offsets: Plane) -> None:
         if problem.stride == (1, 1):
@@ -129,12 +130,12 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     if strips is None:
         fill = interior.split_interior_and_borders(problem, _borders(problem), lambda _: fill_part)
     else:
-        fill = functools.partial(_fill_strips, problem, machine, strips)
+        fill = _plan_strips(problem, machine, strips)
 
     def convolve(images: Array, weight: Array, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else out
         matrix = as_numpy(weight).reshape(problem.groups, problem.filters // problem.groups, problem.taps)
-        offsets = np.zeros(problem.filters, dtype) if bias is None else as_numpy(bias)
+        offsets = no_bias if bias is None else as_numpy(bias)
         fill(images, output, np.ascontiguousarray(matrix), offsets)
         return output
 
@@ -294,27 +295,29 @@ def _items_per_task(items: int, seconds: float, machine: Machine) -> int:
     return halide_costs.divide_evenly(items, most, machine.threads)
 
 
-def _fill_strips(
-    problem: Problem, machine: Machine, strips: Strips, pixels: Plane, output: Plane, weight: Plane, bias: Plane
-) -> None:
-    """Fill the output (N, O, oh, ow) from images without their border."""
+def _plan_strips(problem: Problem, machine: Machine, strips: Strips) -> FillFn:
+    """Return a function that fills the output (N, O, oh, ow) from images without their border."""
     groups, channels = problem.groups, problem.channels // problem.groups
     each, (rows, columns) = problem.filters // groups, problem.output_size
     kernel, (down, across), pitch = (problem.kernel_height, problem.kernel_width), problem.stride, strips.pitch
     copied_lanes = halide_jit.choose_lanes(problem.width // across, problem.dtype)
-    fill = strips_pipeline(problem.dtype, *STRIP_TILE, problem.stride, copied_lanes)
-    taps = weight.reshape(groups, each, channels, math.prod(kernel))
-    target = output.reshape(len(output), groups, each, rows, columns)
-    blocks = -(-each // STRIP_TILE[0])
+    compute = strips_pipeline(problem.dtype, *STRIP_TILE, problem.stride, copied_lanes)
+    blocks, tasks = -(-each // STRIP_TILE[0]), halide_costs.choose_task_count(machine, TASKS_PER_THREAD)
+    parts = []
     for first, last, per_strip in halide_costs.strip_ranges(rows, strips.rows):
         count = (last - first) // per_strip
-        part = target[:, :, :, first:last].reshape(*target.shape[:3], count, per_strip, columns)
-        items = len(output) * groups * count * strips.groups
-        tasks = halide_costs.choose_task_count(machine, TASKS_PER_THREAD)
+        items = problem.batch * groups * count * strips.groups
         per_task = halide_costs.divide_evenly(items, tasks, machine.threads)
         border = problem.padding[0] - first * down, problem.padding[2]
         size = component_size(problem, per_strip, pitch)
         offsets, furthest = cached_offset_table(1, kernel, problem.stride, problem.dilation, 0, size, pitch)
         read = per_strip, count_lines(problem, per_strip), pitch, size
-        sizes = furthest, *border, *read, -(-blocks // strips.groups), per_task
-        fill(pixels, taps, bias.reshape(groups, each), offsets, *sizes, part.swapaxes(2, 3))
+        sizes = offsets, furthest, *border, *read, -(-blocks // strips.groups), per_task
+        parts.append((slice(first, last), (problem.batch, groups, each, count, per_strip, columns), sizes))
+
+    def fill(pixels: Plane, output: Plane, weight: Plane, bias: Plane) -> None:
+        taps, starts = weight.reshape(groups, each, channels, -1), bias.reshape(groups, each)
+        for own, shape, sizes in parts:
+            compute(pixels, taps, starts, *sizes, output[:, :, own].reshape(shape).swapaxes(2, 3))
+
+    return fill

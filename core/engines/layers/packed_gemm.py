@@ -93,20 +93,34 @@ def operations(problem: Problem, machine: Machine) -> float:
 def plan(problem: Problem, machine: Machine) -> ConvolveFn:
     """Return a function that computes the convolution."""
     shape, dtype = (problem.batch, problem.filters, *problem.output_size), np.dtype(problem.dtype)
-    layout = choose_layout(problem, machine)
+    # The outputs of a layer without steps between pixels are one row; only a dense array is.
+    rows, columns = _output_size(problem)
+    parts, copied_lanes = _divide(problem, machine), 0
+    if problem.is_padded:
+        copied_lanes = halide_jit.choose_lanes(problem.width, problem.dtype)
+    compute = layer_pipeline(problem.dtype, choose_layout(problem, machine).tile, problem.stride, copied_lanes)
+    kernel = problem.kernel_height, problem.kernel_width
+    no_bias = np.zeros(-(-problem.filters // _block_filters(problem.dtype)) * _block_filters(problem.dtype), dtype)
 
     def convolve(images: Array, weight: Array | PreparedWeight, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else as_numpy(out)
         prepared = PreparedWeight.of(weight)
         packed = prepared.derive("packed_gemm", lambda: pack_weight(as_numpy(prepared.array)))
-        offsets = np.zeros(len(packed) * _block_filters(problem.dtype), dtype)
+        offsets = no_bias
         if bias is not None:
+            offsets = no_bias.copy()
             offsets[: problem.filters] = as_numpy(bias)
-        # The outputs of a layer without steps between pixels are one row; only a dense array is.
-        rows, columns = _output_size(problem)
+        pixels, pitch = as_numpy(images), problem.padded_size[1]
+        if not problem.is_padded:
+            pixels, pitch = _flatten(pixels, problem)
+        taps, furthest = cached_offset_table(1, kernel, (1, 1), problem.dilation, 0, 0, pitch)
         is_dense = output.flags.c_contiguous or (rows, columns) == problem.output_size
         target = output if is_dense else np.empty(shape, dtype)
-        _fill(problem, machine, layout, as_numpy(images), packed, offsets, target.reshape(*shape[:2], rows, columns))
+        planes = target.reshape(*shape[:2], rows, columns)
+        for part in parts:
+            read = pixels if problem.is_padded else pixels[:, :, part.above * pitch :]
+            strips = planes[:, :, part.rows].reshape(*shape[:2], -1, part.sizes[2], columns).swapaxes(1, 2)
+            compute(read, packed, offsets, taps, furthest, *part.sizes[:-2], pitch, *part.sizes[-2:], strips)
         if not is_dense:
             output[...] = target
         return output
@@ -198,34 +212,37 @@ def _output_size(problem: Problem) -> Pair:
     return (1, rows * columns) if _is_flat(problem) else (rows, columns)
 
 
-def _fill(
-    problem: Problem, machine: Machine, layout: _Layout, pixels: Plane, packed: Plane, bias: Plane, output: Plane
-) -> None:
-    """Fill the output (N, O, rows, columns) of the tiles."""
-    (count, filters, rows, columns), (top, _, left, _) = output.shape, problem.padding
-    if problem.is_padded:
-        source, pitch = pixels, problem.padded_size[1]
-        copied_lanes = halide_jit.choose_lanes(problem.width, problem.dtype)
-    else:
-        source, pitch = _flatten(pixels, problem)
-        copied_lanes = 0
-    kernel = problem.kernel_height, problem.kernel_width
-    taps, furthest = cached_offset_table(1, kernel, (1, 1), problem.dilation, 0, 0, pitch)
-    compute = layer_pipeline(problem.dtype, layout.tile, problem.stride, copied_lanes)
-    for first, last, height in halide_costs.strip_ranges(rows, layout.rows):
-        strips, above = (last - first) // height, first * problem.stride[0]
-        part = output[:, :, first:last].reshape(count, filters, strips, height, columns).swapaxes(1, 2)
-        items = count * strips * -(-len(packed) // layout.blocks)
-        tasks = halide_costs.choose_task_count(machine, TASKS_PER_THREAD)
+class _Part(NamedTuple):
+    """Rows of the output whose strips have the same number of rows.
+
+    above: rows of pixels above those that they read. sizes: for the pipeline, rows and columns of zeros before the
+    images, rows of a strip, rows that it reads, blocks of filters per item, items per task.
+    """
+
+    rows: slice
+    above: int
+    sizes: tuple[int, ...]
+
+
+def _divide(problem: Problem, machine: Machine) -> list[_Part]:
+    """Return the strips of full height, and the last one if it has fewer rows."""
+    layout, (top, _, left, _) = choose_layout(problem, machine), problem.padding
+    items_of_strip = -(-problem.filters // _block_filters(problem.dtype) // layout.blocks)
+    tasks, parts = halide_costs.choose_task_count(machine, TASKS_PER_THREAD), []
+    for first, last, height in halide_costs.strip_ranges(_output_size(problem)[0], layout.rows):
+        items = problem.batch * (last - first) // height * items_of_strip
         per_task = halide_costs.divide_evenly(items, tasks, machine.threads)
-        read = source if problem.is_padded else source[:, :, above * pitch :]
-        sizes = furthest, top - above, left, height, count_lines(problem, height), pitch
-        compute(read, packed, bias, taps, *sizes, layout.blocks, per_task, part)
+        above = first * problem.stride[0]
+        sizes = top - above, left, height, count_lines(problem, height), layout.blocks, per_task
+        parts.append(_Part(slice(first, last), above, sizes))
+    return parts
 
 
 def _flatten(pixels: Plane, problem: Problem) -> tuple[Plane, int]:
     """Return images as (N, C, flat), copied only if their rows are read as one and not adjacent, and the pitch."""
     height, width = pixels.shape[2:]
+    if pixels.flags.c_contiguous:
+        return pixels.reshape(*pixels.shape[:2], -1), width
     of_image, of_channel, of_row, itemsize = pixels.strides
     if _is_flat(problem) and of_row != width * itemsize:
         pixels = np.ascontiguousarray(pixels)
