@@ -119,8 +119,8 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         planes = target.reshape(*shape[:2], rows, columns)
         for part in parts:
             read = pixels if problem.is_padded else pixels[:, :, part.above * pitch :]
-            strips = planes[:, :, part.rows].reshape(*shape[:2], -1, part.sizes[2], columns).swapaxes(1, 2)
-            compute(read, packed, offsets, taps, furthest, *part.sizes[:-2], pitch, *part.sizes[-2:], strips)
+            strips = planes[:, :, part.rows].reshape(*shape[:2], -1, part.height, columns).swapaxes(1, 2)
+            compute(read, packed, offsets, taps, furthest, pitch, *part.sizes, strips)
         if not is_dense:
             output[...] = target
         return output
@@ -213,13 +213,14 @@ def _output_size(problem: Problem) -> Pair:
 
 
 class _Part(NamedTuple):
-    """Rows of the output whose strips have the same number of rows.
+    """Rows of the output whose strips have the same height.
 
     above: rows of pixels above those that they read. sizes: for the pipeline, rows and columns of zeros before the
-    images, rows of a strip, rows that it reads, blocks of filters per item, items per task.
+    images, height, rows that a strip reads, blocks of filters per item, items per task.
     """
 
     rows: slice
+    height: int
     above: int
     sizes: tuple[int, ...]
 
@@ -234,7 +235,7 @@ def _divide(problem: Problem, machine: Machine) -> list[_Part]:
         per_task = halide_costs.divide_evenly(items, tasks, machine.threads)
         above = first * problem.stride[0]
         sizes = top - above, left, height, count_lines(problem, height), layout.blocks, per_task
-        parts.append(_Part(slice(first, last), above, sizes))
+        parts.append(_Part(slice(first, last), height, above, sizes))
     return parts
 
 
@@ -257,7 +258,7 @@ def layer_pipeline(dtype: Dtype, tile: Pair, stride: Pair, copied_lanes: int) ->
     """Define the pipeline of a layer.
 
     Images, weight (blocks, C, taps, filters of a block), bias (blocks * filters of a block), offsets of the taps,
-    largest offset, rows and columns of zeros before the images, rows of a strip, rows that it reads, pitch, blocks of
+    largest offset, pitch, rows and columns of zeros before the images, rows of a strip, rows that it reads, blocks of
     filters per item, items per task -> (N, strips, O, rows, columns), with at least as many columns as a tile.
 
     If `copied_lanes` is 0, the images are (N, C, flat) and are read in place; otherwise they are (N, C, H, W), and so
@@ -268,9 +269,9 @@ def layer_pipeline(dtype: Dtype, tile: Pair, stride: Pair, copied_lanes: int) ->
     sizes = ("images", 4 if copied_lanes else 3), ("weight", 4), ("bias", 1)
     images, weight, bias = (hl.ImageParam(number, count, name) for name, count in sizes)
     offsets = hl.ImageParam(hl.Int(32), 1, "offsets")
-    names = ("furthest", "above", "before", "per_strip", "lines", "pitch", "per_item", "per_task")
+    names = ("furthest", "pitch", "above", "before", "per_strip", "lines", "per_item", "per_task")
     params = [hl.Param(hl.Int(32), name) for name in names]
-    furthest, above, before, per_strip, lines, pitch, per_item, per_task = params
+    furthest, pitch, above, before, per_strip, lines, per_item, per_task = params
     q, v, x, y, c, o, block, strip, n = (hl.Var(name) for name in ("q", "v", "x", "y", "c", "o", "block", "strip", "n"))
     (down, across), (tile_rows, tile_columns) = stride, tile
     total, output = hl.Func("total"), hl.Func("output")

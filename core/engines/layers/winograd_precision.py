@@ -64,6 +64,7 @@ TOO_SMALL_KERNELS, EQUAL_KERNELS, VARIED_KERNELS = range(3)
 """Kinds of filters: with NaN or sums of magnitudes that have fewer digits; those with many equal kernels; others."""
 
 FITS, FITS_SMALLEST_TILE, FITS_NO_TILE = range(3)
+"""Codes of output planes: the error is within the bound with the given tile, only with the smallest, or with none."""
 
 FILTERS_PER_BLOCK = 4
 """Filters whose sums over the channels are computed together, so that an addition does not wait for the one before."""
