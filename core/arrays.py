@@ -91,7 +91,10 @@ def as_shaped_array(field: str, value: ArrayLike) -> Array:
     """
     if type(value) is np.ndarray and value.size:
         return value
-    if isinstance(value, np.ndarray | Tensor) and 0 not in value.shape and not isinstance(value, MaskedArray):
+    if isinstance(value, np.ndarray) and value.size and not isinstance(value, MaskedArray):
+        # Not a subclass whose methods differ, such as numpy.matrix.
+        return np.asarray(value)
+    if isinstance(value, Tensor) and value.layout is torch.strided and 0 not in value.shape:
         return value
     return as_real_tensor(field, value)
 
@@ -131,6 +134,12 @@ def as_real_tensor(field: str, value: ArrayLike) -> Tensor:
             f"{field} has values of type {tensor.dtype}; only integers and floating-point numbers are allowed",
             field=field,
             got=str(tensor.dtype),
+        )
+    if tensor.layout is not torch.strided:
+        raise InvalidNumbers(
+            f"{field} is a sparse tensor; only dense ones are allowed: send {field}.to_dense()",
+            field=field,
+            got=str(tensor.layout),
         )
     if tensor.numel() == 0:
         raise InvalidShape(

@@ -28,6 +28,9 @@ MAX_SLICE_TEMPORARY_BYTES = 128e6
 
 MAX_SLICES = 4096
 
+MIN_CLIPPED_PIXELS = 64
+"""Minimum rows and columns of a part of the images that a slice reads in place: engines read whole vectors."""
+
 
 class SliceableEngine(Protocol):
     """The methods of Engine that slicing needs."""
@@ -209,8 +212,10 @@ def _input_range(outputs: Pair, stride: int, border: int, kernel_extent: int) ->
 def _can_pad_clipped(read: Pair, size: int, problem: Problem) -> bool:
     """Return whether padding only the part of the range inside the input gives the values that the range reads."""
     first, last = max(0, read[0]), min(size, read[1])
-    if first >= last:
+    if (first, last) in (read, (0, size)):
+        return True
+    if last - first < MIN_CLIPPED_PIXELS:
         return False
-    if (first, last) == read or (first, last) == (0, size) or problem.boundary in ("zeros", "constant", "replicate"):
+    if problem.boundary in ("zeros", "constant", "replicate"):
         return True
     return problem.boundary != "circular" and max(first - read[0], read[1] - last) < last - first

@@ -292,6 +292,13 @@ def test_layer_takes_inputs_of_any_rank_and_type() -> None:
         layer(np.ones((1, 0, 4)))
 
 
+def test_sparse_tensors_are_rejected_and_matrices_are_arrays() -> None:
+    with pytest.raises(core.InvalidNumbers, match="sparse"):
+        conv2d(torch.eye(4).to_sparse(), [[1]])
+    matrix = np.ones((3, 3)).view(np.matrix)
+    np.testing.assert_array_equal(conv2d(matrix, [[2]]).array, np.full((3, 3), 2))
+
+
 def test_layer_transforms_its_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).normal(size=(64, 64, 3, 3)).astype("f4")
     layer, images = core.Conv2d(weight, method="winograd"), np.ones((64, 30, 30), "f4")

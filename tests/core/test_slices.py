@@ -116,3 +116,16 @@ def test_slices_bound_the_memory_of_the_estimate() -> None:
     assert cost.megabytes < problem.total_bytes / 1e6 + 300
     assert cost.result_megabytes == problem.output_bytes / 1e6
     assert cost.engine == "torch"
+
+
+@pytest.mark.needs_halide
+@pytest.mark.parametrize(("engine", "channels", "filters"), [("packed_gemm", 8, 16), ("padded_stencil", 1, 1)])
+def test_slices_that_read_few_columns(engine: str, channels: int, filters: int) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(1, channels, 12, 1101)).astype("f4")
+    weight = rng.normal(size=(filters, channels, 3, 3)).astype("f4")
+    for border in range(1022, 1028):
+        sides = 1, 1, border, 1030
+        output = core.conv2d(images, weight, padding=sides, engines=(engine,), machine=core.Machine(2, flops=1e6)).array
+        expected = core.conv2d(images, weight, padding=sides, engines=("torch",), dtype="float64").array
+        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)

@@ -262,6 +262,13 @@ def test_many_channels_that_are_alike(channels: int, background: float, step: fl
     assert_bounded(images, weight, compute(images, weight))
 
 
+@pytest.mark.parametrize("channels", [24, 300])
+def test_sums_of_one_value_are_within_the_bound(channels: int) -> None:
+    # The rounding errors of float32 accumulate instead of cancelling each other.
+    images, weight = np.full((1, channels, 24, 24), 1.7, np.float32), np.full((3, channels, 3, 3), 0.9, np.float32)
+    assert_bounded(images, weight, compute(images, weight))
+
+
 def test_integer_layers_of_many_kernels_are_exact(rng: np.random.Generator) -> None:
     images = rng.integers(0, 256, (8, 64, 16, 16)).astype("f4")
     weight = rng.integers(-3, 4, (64, 64, 3, 3)).astype("f4")

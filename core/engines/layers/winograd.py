@@ -5,8 +5,8 @@ value and summed over the channels; the transform of the sums is the tile (Lavin
 https://arxiv.org/abs/1509.09308). A tile of 4 x 4 outputs needs 36 products. The transforms add and subtract all pixels
 of a tile, so the rounding error of an output depends on the largest of them, even outside its own window. Output planes
 whose error could exceed the bound of `core.engines.precision` and planes of integers are computed with tiles of 2 x 2
-outputs, whose errors are smaller, or directly. Output values do not depend on the number of threads, unless a long
-computation is divided into slices: each slice of an image may use another tile.
+outputs, whose errors are smaller, or directly, in float64 unless they are integers. Output values do not depend on the
+number of threads, unless a long computation is divided into slices: each slice of an image may use another tile.
 """
 
 import functools
@@ -34,6 +34,7 @@ from core.engines.layers.winograd_pipelines import (
 from core.engines.layers.winograd_precision import (
     FITS_NO_TILE,
     FITS_SMALLEST_TILE,
+    IS_EXACT_DIRECTLY,
     MIN_CHANNELS,
     S_PER_EXAMINED_PIXEL,
     SMALLEST_TILE,
@@ -44,7 +45,7 @@ from core.engines.layers.winograd_precision import (
 from core.machine import Machine
 from core.padding import extract_window
 from core.prepared_weight import PreparedWeight
-from core.problem import Problem, SliceUnits
+from core.problem import Dtype, Problem, SliceUnits
 from core.shapes import Pair
 
 METHOD = "winograd"
@@ -58,6 +59,9 @@ CACHE_SET_SHIFT = 80
 
 MIN_OUTPUT_SIDE, MIN_COPIED_LANES = 8, 4
 """Minimum rows and columns of the output, and minimum pixels of a row that are copied at once."""
+
+DIRECT_DTYPES: dict[int, Dtype] = {IS_EXACT_DIRECTLY: "float32", FITS_NO_TILE: "float64"}
+"""The dtype of direct sums of the planes that no tile computes within the bound, by their code."""
 
 CALL_OVERHEAD_S = 7e-5
 """Seconds per call from Python; measured."""
@@ -148,10 +152,13 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
                 smallest = choose_layout(problem, machine, SMALLEST_TILE)
                 fill(pixels[image : image + 1], border, transformed, offsets[own], part, smallest, machine)
                 output[image, own] = part[0]
-            for image, own in _each_image(fits == FITS_NO_TILE):
-                compute_directly = implicit_gemm.plan(replace(problem, batch=1, filters=int(own.sum())), machine)
-                planes = compute_directly(as_numpy(images)[image : image + 1], kernels[own], offsets[own])
-                output[image, own] = as_numpy(planes)[0]
+            for code, dtype in DIRECT_DTYPES.items():
+                for image, own in _each_image(fits == code):
+                    planes = replace(problem, batch=1, filters=int(own.sum()), dtype=dtype)
+                    arrays = as_numpy(images)[image : image + 1], kernels[own], offsets[own]
+                    compute_directly = implicit_gemm.plan(planes, machine)
+                    with np.errstate(over="ignore"):
+                        output[image, own] = as_numpy(compute_directly(*(values.astype(dtype) for values in arrays)))[0]
         return output
 
     return convolve
@@ -177,7 +184,8 @@ def temporary_bytes(problem: Problem, machine: Machine) -> int:
         sizes.append(transformed + (machine.threads + 1) * of_thread)
     copies = 2 * problem.padded_bytes + 4 * problem.filters * problem.taps
     # Planes that are computed again are those of one image.
-    return copies + sum(sizes) + problem.output_bytes
+    again = replace(problem, batch=1, dtype="float64")
+    return copies + sum(sizes) + again.total_bytes + implicit_gemm.temporary_bytes(again, machine)
 
 
 def slice_units(problem: Problem, machine: Machine) -> SliceUnits:

@@ -63,8 +63,9 @@ MAX_EXACT_SUM, MAX_INTEGER_SUM = 2.0**16, 2.0**23
 TOO_SMALL_KERNELS, EQUAL_KERNELS, VARIED_KERNELS = range(3)
 """Kinds of filters: with NaN or sums of magnitudes that have fewer digits; those with many equal kernels; others."""
 
-FITS, FITS_SMALLEST_TILE, FITS_NO_TILE = range(3)
-"""Codes of output planes: the error is within the bound with the given tile, only with the smallest, or with none."""
+FITS, FITS_SMALLEST_TILE, IS_EXACT_DIRECTLY, FITS_NO_TILE = range(4)
+"""Codes of output planes: the error is within the bound with the given tile, only with the smallest, with none; or the
+planes are integers, whose direct sums are exact."""
 
 FILTERS_PER_BLOCK = 4
 """Filters whose sums over the channels are computed together, so that an addition does not wait for the one before."""
@@ -102,7 +103,7 @@ def find_fits(
     tile: Pair,
     machine: Machine,
 ) -> NDArray[np.uint8]:
-    """Return a code for each output plane (N, O): FITS this tile, FITS_SMALLEST_TILE only, or FITS_NO_TILE.
+    """Return a code for each output plane (N, O): FITS this tile, or the code of another way.
 
     Pixels (N, C, H, W), all of which at least `inset` from a border are read by all taps; `outputs` per plane; kernels
     (O, C, 3, 3), sums of their magnitudes (O, C), kinds of the filters (O).
@@ -172,7 +173,7 @@ def fit_pipeline(lanes: int) -> PipelineSpec:
     fits_smallest = is_safe & hl.select(is_exact, bound <= hl.f32(MAX_EXACT_SUM), fits_bound)
     fits_larger = is_safe & ~is_exact & is_varied & (factor * bound <= mean)
     fits = hl.select(is_smallest != 0, fits_smallest, fits_larger)
-    otherwise = hl.select(fits_smallest, FITS_SMALLEST_TILE, FITS_NO_TILE)
+    otherwise = hl.select(fits_smallest, FITS_SMALLEST_TILE, is_safe & is_exact, IS_EXACT_DIRECTLY, FITS_NO_TILE)
     codes[o, n] = hl.cast(hl.UInt(8), hl.select(fits, FITS, otherwise))
     arrays, numbers = [images, magnitudes, kinds, integer_filters], [inset, per_output, per_task]
     options = [factor, smallest_factor, is_smallest, needs_varied]
