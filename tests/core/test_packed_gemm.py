@@ -29,6 +29,8 @@ LAYERS = (
     Problem(2, 30, 13, 15, 65, 1, 1),
     Problem(1, 8, 22, 30, 16, 1, 1, stride=(2, 2)),
     Problem(1, 8, 4, 7, 16, 1, 1, padding=(1, 0, 0, 1)),
+    Problem(1, 9, 9, 9, 17, 3, 3, padding=(5, 4, 1, 1)),
+    Problem(2, 8, 11, 21, 16, 5, 3, padding=(4, 9, 0, 2), dilation=(3, 1)),
 )
 
 
@@ -76,6 +78,20 @@ def test_sums_of_drawn_layers_are_those_of_torch(dtype: Dtype) -> None:
         if min(problem.output_size) > 0 and packed_gemm.unsupported_reason(problem) is None:
             assert_sums_are_right(problem, rng)
             found += 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_zeros_of_the_border_times_values_that_are_not_finite_are_nan(value: float, row: int) -> None:
+    rng = np.random.default_rng(0)
+    problem = Problem(1, 16, 7, 7, 32, 3, 3, padding=(1, 1, 1, 1))
+    images, weight, bias = draw_arrays(problem, rng)
+    weight[3, 5, row, 1] = value
+    expected = compute_expected(problem, images, weight, bias)
+    for kernels in (weight, PreparedWeight(weight)):
+        with np.errstate(invalid="ignore"):
+            output = np.asarray(packed_gemm.plan(problem, Machine(2))(images, kernels, bias))
+        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

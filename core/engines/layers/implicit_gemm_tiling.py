@@ -108,6 +108,9 @@ def choose_strips(problem: Problem, machine: Machine) -> Strips | None:
     if problem.kernel_height < down or problem.kernel_width < across or problem.width // across < MIN_COPIED_LANES:
         return None
     lanes, pitch = halide_jit.vector_lanes(problem.dtype), -(-problem.padded_size[1] // across)
+    if across == 1:
+        # The zeros after a row are those before the next one.
+        pitch = max(columns, problem.width + max(problem.padding[2:]))
     each, channels = problem.filters // problem.groups, problem.channels // problem.groups
     is_short = choose_tiling(SumShape(problem.taps, each, height, columns, pitch, lanes)).band is not None
     is_parallel = machine.threads > 1 and problem.taps >= MIN_STRIP_TAPS

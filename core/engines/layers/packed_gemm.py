@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
 from core.arrays import Array, ConvolveFn, as_numpy
 from core.engines import halide_costs, halide_jit
@@ -32,8 +33,11 @@ METHOD = "direct"
 VECTORS = 2
 """Vectors of filters of a tile."""
 
-TILES: dict[int, tuple[Pair, ...]] = {64: ((1, 14), (2, 7)), 32: ((1, 6), (2, 3)), 16: ((1, 6), (2, 3))}
-"""Rows and columns of outputs of a tile, by the bytes of a vector: their sums fill the registers."""
+TILES: dict[int, tuple[Pair, ...]] = {64: ((1, 14), (2, 7), (1, 7)), 32: ((1, 6), (2, 3)), 16: ((1, 6), (2, 3))}
+"""Rows and columns of outputs of a tile, by the bytes of a vector: their sums fill the registers, or half of them."""
+
+SMALL_TILE_FACTOR = 1.04
+"""Relative time of an output of a smaller tile, which reads a value of the weight for fewer outputs; measured."""
 
 MIN_COPIED_LANES, MIN_CHANNELS, MIN_FILTERS = 4, 8, 16
 """Minimum pixels of a row that are copied at once, and minimum channels and filters for which this pays."""
@@ -110,6 +114,8 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         if bias is not None:
             offsets = no_bias.copy()
             offsets[: problem.filters] = as_numpy(bias)
+        # Zeros of the border times values that are not finite are NaN; without such values, the products are left out.
+        skips_border = weight is prepared and prepared.derive("is_finite", lambda: bool(np.isfinite(packed).all()))
         pixels, pitch = as_numpy(images), problem.padded_size[1]
         if not problem.is_padded:
             pixels, pitch = _flatten(pixels, problem)
@@ -120,7 +126,8 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         for part in parts:
             read = pixels if problem.is_padded else pixels[:, :, part.above * pitch :]
             strips = planes[:, :, part.rows].reshape(*shape[:2], -1, part.height, columns).swapaxes(1, 2)
-            compute(read, packed, offsets, taps, furthest, pitch, *part.sizes, strips)
+            ranges = part.tap_ranges if skips_border else part.all_taps
+            compute(read, packed, offsets, taps, ranges, furthest, pitch, *part.sizes, strips)
         if not is_dense:
             output[...] = target
         return output
@@ -165,7 +172,14 @@ def choose_layout(problem: Problem, machine: Machine) -> _Layout:
     """Return the tile with the fewest idle outputs, and the strips that keep all threads busy."""
     (rows, columns), lanes = _output_size(problem), halide_jit.vector_lanes(problem.dtype)
     tiles = [tile for tile in TILES[pipelines.vector_bytes()] if tile[1] <= columns]
-    tile = min(tiles, key=lambda tile: -(-rows // tile[0]) * -(-columns // tile[1]) * math.prod(tile))
+    sizes = [math.prod(tile) for tile in tiles]
+
+    def slots(tile: Pair) -> float:
+        """Return the outputs of all tiles, more for a tile that reads the weight more often."""
+        size = math.prod(tile)
+        return -(-rows // tile[0]) * -(-columns // tile[1]) * size * (1 if size == max(sizes) else SMALL_TILE_FACTOR)
+
+    tile = min(tiles, key=slots)
     blocks, line = -(-problem.filters // _block_filters(problem.dtype)), problem.padded_size[1] * problem.channels
     block_bytes = problem.itemsize * problem.taps * _block_filters(problem.dtype)
     tap = 1 + (SPILLED_BLOCK_FACTOR if block_bytes > MAX_CACHED_BLOCK_BYTES else 0)
@@ -216,13 +230,16 @@ class _Part(NamedTuple):
     """Rows of the output whose strips have the same height.
 
     above: rows of pixels above those that they read. sizes: for the pipeline, rows and columns of zeros before the
-    images, height, rows that a strip reads, blocks of filters per item, items per task.
+    images, height, rows that a strip reads, blocks of filters per item, items per task. tap_ranges (rows, 2): the taps
+    that read the images, not only the border, from the first one to the one after the last; all_taps: likewise, all.
     """
 
     rows: slice
     height: int
     above: int
     sizes: tuple[int, ...]
+    tap_ranges: NDArray[np.int32]
+    all_taps: NDArray[np.int32]
 
 
 def _divide(problem: Problem, machine: Machine) -> list[_Part]:
@@ -235,8 +252,19 @@ def _divide(problem: Problem, machine: Machine) -> list[_Part]:
         per_task = halide_costs.divide_evenly(items, tasks, machine.threads)
         above = first * problem.stride[0]
         sizes = top - above, left, height, count_lines(problem, height), layout.blocks, per_task
-        parts.append(_Part(slice(first, last), height, above, sizes))
+        ranges = _find_tap_ranges(problem, first, last)
+        all_taps = np.full_like(ranges, (0, problem.kernel_height * problem.kernel_width))
+        parts.append(_Part(slice(first, last), height, above, sizes, ranges, all_taps))
     return parts
+
+
+def _find_tap_ranges(problem: Problem, first: int, last: int) -> NDArray[np.int32]:
+    """Return the first tap that reads a row of the images, and the one after the last, for rows of the output."""
+    read = np.arange(first, last) * problem.stride[0] - problem.padding[0]
+    spacing = problem.dilation[0]
+    ends = [-(read // spacing), -((read - problem.height) // spacing)]
+    kernel_rows = np.clip(np.stack(ends, axis=1), 0, problem.kernel_height)
+    return (kernel_rows * problem.kernel_width).astype(np.int32)
 
 
 def _flatten(pixels: Plane, problem: Problem) -> tuple[Plane, int]:
@@ -258,8 +286,9 @@ def layer_pipeline(dtype: Dtype, tile: Pair, stride: Pair, copied_lanes: int) ->
     """Define the pipeline of a layer.
 
     Images, weight (blocks, C, taps, filters of a block), bias (blocks * filters of a block), offsets of the taps,
-    largest offset, pitch, rows and columns of zeros before the images, rows of a strip, rows that it reads, blocks of
-    filters per item, items per task -> (N, strips, O, rows, columns), with at least as many columns as a tile.
+    ranges of taps to sum (rows, 2), largest offset, pitch, rows and columns of zeros before the images, rows of a
+    strip, rows that it reads, blocks of filters per item, items per task -> (N, strips, O, rows, columns), with at
+    least as many columns as a tile. The ranges apply to tiles of one row.
 
     If `copied_lanes` is 0, the images are (N, C, flat) and are read in place; otherwise they are (N, C, H, W), and so
     many pixels are copied at once.
@@ -268,7 +297,7 @@ def layer_pipeline(dtype: Dtype, tile: Pair, stride: Pair, copied_lanes: int) ->
     number, filters = halide_jit.halide_type(dtype), VECTORS * lanes
     sizes = ("images", 4 if copied_lanes else 3), ("weight", 4), ("bias", 1)
     images, weight, bias = (hl.ImageParam(number, count, name) for name, count in sizes)
-    offsets = hl.ImageParam(hl.Int(32), 1, "offsets")
+    offsets, tap_ranges = hl.ImageParam(hl.Int(32), 1, "offsets"), hl.ImageParam(hl.Int(32), 2, "tap_ranges")
     names = ("furthest", "pitch", "above", "before", "per_strip", "lines", "per_item", "per_task")
     params = [hl.Param(hl.Int(32), name) for name in names]
     furthest, pitch, above, before, per_strip, lines, per_item, per_task = params
@@ -284,9 +313,11 @@ def layer_pipeline(dtype: Dtype, tile: Pair, stride: Pair, copied_lanes: int) ->
         pixels.compute_at(output, item).split(q, vector, lane, lanes, hl.TailStrategy.RoundUp).vectorize(lane)
     k = hl.RDom([hl.Range(0, weight.dim(axis).extent()) for axis in (1, 2)], "k")
     # A tile may extend below the last row.
-    position = (
-        hl.min(y, per_strip - 1) * (down * pitch) + x * across + hl.unsafe_promise_clamped(offsets[k.x], 0, furthest)
-    )
+    own_row = hl.min(y, per_strip - 1)
+    if tile_rows == 1:
+        own_range = [tap_ranges[end, strip * per_strip + own_row] for end in range(2)]
+        k.where((k.x >= own_range[0]) & (k.x < own_range[1]))
+    position = own_row * (down * pitch) + x * across + hl.unsafe_promise_clamped(offsets[k.x], 0, furthest)
     if copied_lanes:
         pixel = pixels[position, k.y, strip, n]
     else:
@@ -304,4 +335,4 @@ def layer_pipeline(dtype: Dtype, tile: Pair, stride: Pair, copied_lanes: int) ->
     for axis, size in ((v, filters), (x, tile_columns), (y, tile_rows)):
         total.bound_extent(axis, size)
     total.update().reorder(v, x, y, k.x, k.y).vectorize(v, lanes).unroll(v).unroll(x).unroll(y)
-    return output, [images, weight, bias, offsets, *params]
+    return output, [images, weight, bias, offsets, tap_ranges, *params]
