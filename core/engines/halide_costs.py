@@ -11,10 +11,9 @@ from core.machine import Machine
 from core.problem import Dtype, Problem
 from core.resources import MALLOC_MMAP_BYTES, usable_cores
 
-MAX_COMPARED_ROWS = 64
-"""Maximum number of rows for which all heights of strips are compared: comparing thousands would take 0.1 s.
-
-The same limit applies to the items of a task."""
+MAX_COMPARED_SIZES = 64
+"""Maximum rows of a plane, and items of a task, for which all heights of strips and numbers of items are compared:
+comparing thousands would take 0.1 s."""
 
 MIN_THREAD_WORK_S = 1.5e-5
 """Minimum seconds of work per thread; handing a thread less work costs more time than it saves."""
@@ -60,7 +59,7 @@ def choose_task_count(machine: Machine, each: int) -> int:
 def divide_evenly(items: int, tasks: int, threads: int) -> int:
     """Return the items per task, for at least `tasks` tasks, with which the threads wait least for the last task."""
     most = -(-items // tasks)
-    if tasks <= threads or most > MAX_COMPARED_ROWS:
+    if tasks <= threads or most > MAX_COMPARED_SIZES:
         return most
     overhead = TASK_OVERHEAD * most
     return min(range(most, 0, -1), key=lambda each: -(-items // (each * threads)) * (each + overhead))
@@ -70,7 +69,7 @@ def strip_heights(rows: int, most: int) -> list[int]:
     """Return the heights of strips to compare for so many rows, at most `most`; few of those that leave a remainder."""
     root = math.isqrt(rows)
     few = {*range(1, root + 1), *(-(-rows // count) for count in range(1, root + 1))}
-    heights = range(1, rows + 1) if rows <= MAX_COMPARED_ROWS else sorted(few)
+    heights = range(1, rows + 1) if rows <= MAX_COMPARED_SIZES else sorted(few)
     return [height for height in heights if height <= most]
 
 

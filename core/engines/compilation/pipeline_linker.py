@@ -37,10 +37,10 @@ RUNTIME_SETTERS = ("halide_set_error_handler", "halide_set_num_threads")
 ERROR_HANDLER_IR = "define void @ignore_error(ptr %context, ptr %message) { ret void }"
 
 YIELDS = 4
-"""How often a thread without work yields its core each time that Halide's pool asks it to, instead of once.
+"""Number of calls of sched_yield for each call of halide_thread_yield; Halide's own function makes one.
 
-The pool asks 40 times before the thread sleeps: the thread then waits for about 50 us, and a call within that time does
-not have to wake it.
+A thread of Halide's pool that finds no work calls halide_thread_yield 40 times and then sleeps. With four calls of
+sched_yield this takes about 50 us. Work that arrives in this time does not have to wait until a thread has been woken.
 """
 
 YIELD_IR = f"""

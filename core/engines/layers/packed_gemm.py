@@ -104,7 +104,7 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
         copied_lanes = halide_jit.choose_lanes(problem.width, problem.dtype)
     compute = layer_pipeline(problem.dtype, choose_layout(problem, machine).tile, problem.stride, copied_lanes)
     kernel = problem.kernel_height, problem.kernel_width
-    no_bias = np.zeros(-(-problem.filters // _block_filters(problem.dtype)) * _block_filters(problem.dtype), dtype)
+    no_bias = np.zeros(_count_packed_filters(problem), dtype)
 
     def convolve(images: Array, weight: Array | PreparedWeight, bias: Array | None, out: Array | None = None) -> Array:
         output = np.empty(shape, dtype) if out is None else as_numpy(out)
@@ -137,9 +137,9 @@ def plan(problem: Problem, machine: Machine) -> ConvolveFn:
 
 def temporary_bytes(problem: Problem, machine: Machine) -> int:
     """Return the bytes of the packed weight, of strips, and of contiguous copies of images, weight and output."""
-    layout, block = choose_layout(problem, machine), _block_filters(problem.dtype)
+    layout = choose_layout(problem, machine)
     strip = (count_lines(problem, layout.rows) + 1) * problem.padded_size[1] * problem.channels
-    packed = (-(-problem.filters // block) * block + problem.filters) * problem.taps
+    packed = (_count_packed_filters(problem) + problem.filters) * problem.taps
     copies = problem.input_bytes + problem.output_bytes
     return copies + problem.itemsize * (packed + (machine.threads + 1) * strip)
 
@@ -213,6 +213,12 @@ def pack_weight(weight: Plane) -> Plane:
 
 def _block_filters(dtype: Dtype) -> int:
     return VECTORS * halide_jit.vector_lanes(dtype)
+
+
+def _count_packed_filters(problem: Problem) -> int:
+    """Return the filters of all blocks of the packed weight."""
+    block = _block_filters(problem.dtype)
+    return -(-problem.filters // block) * block
 
 
 def _is_flat(problem: Problem) -> bool:

@@ -64,8 +64,8 @@ TOO_SMALL_KERNELS, EQUAL_KERNELS, VARIED_KERNELS = range(3)
 """Kinds of filters: with NaN or sums of magnitudes that have fewer digits; those with many equal kernels; others."""
 
 FITS, FITS_SMALLEST_TILE, IS_EXACT_DIRECTLY, FITS_NO_TILE = range(4)
-"""Codes of output planes: the error is within the bound with the given tile, only with the smallest, with none; or the
-planes are integers, whose direct sums are exact."""
+"""Codes of output planes: the error is within the bound with the given tile; only with the smallest; with none, but the
+planes are integers, whose direct sums are exact; with none."""
 
 FILTERS_PER_BLOCK = 4
 """Filters whose sums over the channels are computed together, so that an addition does not wait for the one before."""
@@ -137,7 +137,8 @@ def fit_pipeline(lanes: int) -> PipelineSpec:
     in the bound, 1 if the tile is the smallest one, 1 if that one also needs kernels that differ -> codes (N, O), 1 for
     images of integers (N). Images have at least `lanes` columns.
 
-    Numbers that may be NaN or infinite are compared as bit patterns, because the compiler assumes that there are none.
+    Halide compiles comparisons of floats for finite numbers only. Numbers that may be NaN or infinite are therefore
+    compared as integers, by their bit patterns.
     """
     hl = halide_jit.import_halide()
     images, magnitudes = hl.ImageParam(hl.Float(32), 4, "images"), hl.ImageParam(hl.Float(32), 2, "magnitudes")
